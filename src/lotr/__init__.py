@@ -1,0 +1,41 @@
+"""Tensor-rank adapters for PyTorch and Hugging Face models: `ΔW_s = σ · U · C_s · Vᵀ`.
+
+Importing the package registers the method with PEFT, so `get_peft_model`, `PeftModel.from_pretrained` and
+transformers' own adapter functions know it.
+"""
+
+from __future__ import annotations
+
+from .tuner.register import add_peft_type
+
+add_peft_type()  # the configuration needs the type before it can be registered
+
+from .errors import CheckpointError, ConfigError, DataError, LotrError, PlanError, TrainingError  # noqa: E402
+from .methods import METHODS, Method  # noqa: E402
+from .sites import Group, Plan, Site  # noqa: E402
+from .tuner.config import LotrConfig  # noqa: E402
+from .tuner.model import LotrModel  # noqa: E402
+from .tuner.register import register  # noqa: E402
+from .tuner.targets import plan  # noqa: E402
+
+register()
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Group",
+    "LotrConfig",
+    "LotrError",
+    "LotrModel",
+    "Method",
+    "Plan",
+    "PlanError",
+    "Site",
+    "TrainingError",
+    "__version__",
+    "plan",
+]

@@ -1,0 +1,121 @@
+"""Sums of adapters that are exact."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, near
+from .layer import LotrGroup, LotrLinear
+
+if TYPE_CHECKING:
+    from .model import LotrModel
+
+
+def add_weighted(
+    tuner: LotrModel, adapters: list[str], weights: list[float], name: str, combination_type: str
+) -> None:
+    """Add an adapter whose update is `Σ_a weight_a · ΔW_a`, without any approximation.
+
+    `cat`: factors side by side, cores as blocks on the diagonal; the ranks add up.
+    `linear`: cores added; exact only where the adapters have the same factors, and refused elsewhere.
+
+    Args:
+        tuner: The model.
+        adapters: Names of adapters with the same groups.
+        weights: One factor each, no unit; negative ones subtract.
+        name: Name of the new adapter.
+        combination_type: `"cat"` or `"linear"`.
+
+    Raises:
+        ConfigError: An adapter is unknown, the adapters do not fit each other, or the sum is not exact.
+    """
+    _check(tuner, adapters, weights, name, combination_type)
+    first = tuner.peft_config[adapters[0]]
+    ranks = [tuner.peft_config[adapter].rank for adapter in adapters]
+    config = copy.deepcopy(first)
+    config.scaling = 1.0
+    if combination_type == "cat":
+        k, r = (sum(sizes) for sizes in zip(*ranks, strict=True))
+        config.r = k if k == r else (k, r)
+    tuner.peft_config[name] = config
+    try:
+        tuner.inject_adapter(tuner.model, name)
+    except Exception:
+        del tuner.peft_config[name]
+        raise
+
+    join = _joined if combination_type == "cat" else _first
+    with torch.no_grad():
+        for module in tuner.model.modules():
+            if isinstance(module, LotrGroup) and name in module.lotr_U:
+                U = [module.lotr_U[adapter].weight for adapter in adapters]
+                Vt = [module.lotr_V[adapter].weight for adapter in adapters]
+                module.lotr_U[name].weight.copy_(join(U, dim=1))
+                module.lotr_V[name].weight.copy_(join(Vt, dim=0))
+            elif isinstance(module, LotrLinear) and name in module.lotr_C:
+                cores = [
+                    w * module.scaling[a] * module.lotr_C[a].weight
+                    for a, w in zip(adapters, weights, strict=True)
+                ]
+                sum_ = torch.block_diag(*cores) if combination_type == "cat" else torch.stack(cores).sum(0)
+                module.lotr_C[name].weight.copy_(sum_)
+
+
+def _joined(factors: list[Tensor], dim: int) -> Tensor:
+    return torch.cat(factors, dim=dim)
+
+
+def _first(factors: list[Tensor], dim: int) -> Tensor:
+    return factors[0]
+
+
+def _check(tuner: LotrModel, adapters: list[str], weights: list[float], name: str, combination: str) -> None:
+    if combination not in ("cat", "linear"):
+        raise ConfigError(
+            f"combination_type={combination!r} is not exact for this method. Use 'cat', or 'linear' for "
+            "adapters with the same factors."
+        )
+    if name in tuner.peft_config:
+        raise ConfigError(
+            f"Adapter {name!r} exists already. Choose another adapter_name, or delete it first."
+        )
+    for adapter in adapters:
+        if adapter not in tuner.peft_config:
+            raise ConfigError(f"Adapter {adapter!r} does not exist. {near(adapter, tuner.peft_config)}")
+    if not adapters or len(adapters) != len(weights):
+        raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights. Give one weight an adapter.")
+    have = {adapter: _has(tuner, adapter) for adapter in adapters}
+    if len({frozenset(names) for names in have.values()}) > 1:
+        raise ConfigError(
+            f"Adapters {', '.join(adapters)} do not adapt the same modules with the same groups, so their "
+            "sum is not one adapter. Merge them one after the other instead."
+        )
+    if combination == "linear":
+        for module in tuner.model.modules():
+            if isinstance(module, LotrGroup) and not _same(module, adapters):
+                raise ConfigError(
+                    f"Adapters {', '.join(adapters)} have different factors, so adding cores is not exact. "
+                    "Use combination_type='cat'."
+                )
+
+
+def _has(tuner: LotrModel, adapter: str) -> set[str]:
+    return {
+        path
+        for path, module in tuner.model.named_modules()
+        if (isinstance(module, LotrGroup) and adapter in module.lotr_U)
+        or (isinstance(module, LotrLinear) and adapter in module.lotr_C)
+    }
+
+
+def _same(group: LotrGroup, adapters: list[str]) -> bool:
+    present = [adapter for adapter in adapters if adapter in group.lotr_U]
+    return all(
+        torch.equal(factors[present[0]].weight, factors[adapter].weight)
+        for factors in (group.lotr_U, group.lotr_V)
+        for adapter in present[1:]
+    )

@@ -1,0 +1,166 @@
+"""`LotrConfig`: what a user says about an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from ..cores import CORES
+from ..errors import ConfigError, near
+from ..magnitudes import MAGNITUDES
+from ..methods import method
+from ..sites import check_modes
+from ..starts import STARTS
+
+
+def _help(text: str) -> Any:
+    return {"help": text}
+
+
+@dataclass
+class LotrConfig(PeftConfig):
+    """Configuration of a LoTR adapter: `ΔW_s = σ · U · C_s · Vᵀ`.
+
+    Names follow PEFT where PEFT has one. Fields left at `None` are filled from the row of `method`.
+    `LotrConfig(r=16)` alone is a good LoTR.
+
+    Raises:
+        ConfigError: A field has no meaning; the message names it.
+
+    Source: https://arxiv.org/abs/2402.01376
+
+    Example:
+        >>> config = LotrConfig(r=16, target_modules=["q_proj", "v_proj"])
+        >>> config.modes, config.rank
+        (('layer',), (16, 16))
+    """
+
+    r: int | tuple[int, int] = field(
+        default=16, metadata=_help("Rank of the shared factors: one number, or (k, r) for output and input.")
+    )
+    method: str = field(
+        default="lotr", metadata=_help("Row of the table of methods; fields set explicitly override it.")
+    )
+    modes: tuple[str, ...] | None = field(
+        default=None, metadata=_help("Coordinates along which modules share factors: layer, projection.")
+    )
+    core: str | None = field(default=None, metadata=_help("Structure of the cores: free."))
+    magnitude: str | None = field(default=None, metadata=_help("Rule on the whole weight: none."))
+    scaling: float = field(
+        default=1.0, metadata=_help("σ: multiplies the update. It is not divided by the rank.")
+    )
+    start: str | None = field(
+        default=None, metadata=_help("How the shared factors start: orthonormal or gaussian.")
+    )
+    seed: int | None = field(
+        default=None,
+        metadata=_help("Seed of the factors. Default: torch's own seed, so torch.manual_seed decides."),
+    )
+    dropout: float = field(default=0.0, metadata=_help("Probability of dropping an input of the update."))
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata=_help("Modules to adapt: list of names, regex, or 'all-linear'. Default: by architecture."),
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata=_help("Modules to leave out: list of names or regex.")
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata=_help("Indices of the layers to adapt. Default: all.")
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata=_help("Name of the module list whose number is the layer, e.g. 'layers' or 'h'."),
+    )
+    rank_pattern: dict[str, int | tuple[int, int]] = field(
+        default_factory=dict,
+        metadata=_help("Ranks of single modules, by name or regex; all sites of a group need the same one."),
+    )
+    bias: Literal["none", "all", "lotr_only"] = field(
+        default="none", metadata=_help("Which biases of the base model to train too.")
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata=_help("Modules trained in full and saved with the adapter, e.g. a new head.")
+    )
+    init_weights: bool = field(
+        default=True, metadata=_help("False starts the cores at random instead of zero (for tests).")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LOTR
+        row = method(self.method)
+        self.modes = check_modes(row.modes if self.modes is None else self.modes)
+        self.core = _one_of("core", self.core or row.core, CORES)
+        self.magnitude = _one_of("magnitude", self.magnitude or row.magnitude, MAGNITUDES)
+        self.start = _one_of("start", self.start or row.start, STARTS)
+        self.bias = _one_of("bias", self.bias, ("none", "all", "lotr_only"))  # type: ignore[assignment]
+        self.r = _plain("r", self.r)
+        self.rank_pattern = {
+            name: _plain(f"rank_pattern[{name!r}]", r) for name, r in (self.rank_pattern or {}).items()
+        }
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout={self.dropout} is not a probability below one. Use 0 <= dropout < 1.")
+        if not self.scaling > 0:
+            raise ConfigError(f"scaling={self.scaling} leaves nothing to train. Use a positive number.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern is set but layers_to_transform is not. Name the layers too.")
+        if (
+            isinstance(self.target_modules, str)
+            and self.layers_to_transform is not None
+            and (self.target_modules != "all-linear")
+        ):
+            raise ConfigError(
+                "layers_to_transform cannot be combined with a regex in target_modules. Put the layers into "
+                "the regex, or name the modules as a list."
+            )
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list | tuple):
+                setattr(self, name, set(getattr(self, name)))
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Ranks `(k, r)` where `rank_pattern` says nothing else."""
+        return pair(self.r)
+
+    # PEFT's hot-swapping computes a scaling from LoRA's names: lora_alpha / r
+    use_rslora = False
+
+    @property
+    def lora_alpha(self) -> float:
+        """The number that gives `σ` when divided by `r`, for PEFT's hot-swapping."""
+        if not isinstance(self.r, int) or self.rank_pattern:
+            raise ConfigError("Hot-swapping needs one rank: r must be one number and rank_pattern empty.")
+        return self.scaling * self.r
+
+    @property
+    def alpha_pattern(self) -> dict[str, float]:
+        """Always empty: one scaling an adapter."""
+        return {}
+
+
+def pair(r: int | tuple[int, int]) -> tuple[int, int]:
+    """Return `(k, r)`.
+
+    Example:
+        >>> pair(8), pair((4, 8))
+        ((8, 8), (4, 8))
+    """
+    return (r, r) if isinstance(r, int) else (r[0], r[1])
+
+
+def _plain(name: str, r: Any) -> int | tuple[int, int]:
+    numbers = [r] if isinstance(r, int) else list(r) if isinstance(r, list | tuple) else []
+    good = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in numbers)
+    if not good or len(numbers) not in (1, 2):
+        raise ConfigError(f"{name}={r!r} is not a rank. Use a positive integer, or a pair (k, r) of them.")
+    return numbers[0] if len(set(numbers)) == 1 else (numbers[0], numbers[1])
+
+
+def _one_of(name: str, value: str, known: Iterable[str]) -> str:
+    if value not in known:
+        raise ConfigError(f"{name}={value!r} is not known. {near(str(value), known)}")
+    return value

@@ -1,0 +1,203 @@
+"""The tuner: executes a plan on a model, inside PEFT's life cycle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import get_quantization_kwargs
+from torch import Tensor, nn
+
+from ..magnitudes import MAGNITUDES
+from ..sites import Group, Plan
+from ..starts import STARTS, generator_for
+from . import combine, mixed, state
+from .config import LotrConfig
+from .layer import LotrGroup, LotrLayer, LotrLinear, SiteState
+from .register import PREFIX
+from .targets import BASIS, DEFAULT_TARGETS, find_targets, is_basis, plan_of, resolve_targets
+
+
+@dataclass
+class _Injection:
+    """What one call of `inject_adapter` carries to the hooks that PEFT calls in it."""
+
+    adapter: str
+    empty: bool  # parameters go to the meta device, so their values are not worth computing
+    paths: set[str] | None  # of a state dict that decides which modules are adapted
+    plan: Plan = field(default_factory=lambda: Plan(()))
+
+
+class LotrModel(BaseTuner):
+    """A model with LoTR adapters. Use `get_peft_model(model, LotrConfig(...))` to make one."""
+
+    prefix = PREFIX
+    tuner_layer_cls = LotrLayer
+    target_module_mapping = DEFAULT_TARGETS
+
+    # ------------------------------------------------------------------ injection: plan, then apply
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Add an adapter to a model. Every check runs before the model is touched."""
+        paths = None
+        if state_dict is not None:
+            paths = {key.rsplit(f".{PREFIX}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
+        self._injection = _Injection(adapter_name, low_cpu_mem_usage, paths)
+        try:
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+        finally:
+            del self._injection
+
+    def _prepare_adapter_config(self, peft_config: LotrConfig, model_config: dict[str, Any]) -> LotrConfig:
+        return peft_config  # the targets are resolved with the model at hand, in `_prepare_model`
+
+    def _prepare_model(self, peft_config: LotrConfig, model: nn.Module) -> None:
+        resolve_targets(peft_config, model)
+        targets = find_targets(model, peft_config, only=self._injection.paths)
+        self._injection.plan = plan_of(targets, peft_config)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: LotrConfig, key: str) -> Any:
+        return False if is_basis(key) else BaseTuner._check_target_module_exists(peft_config, key)
+
+    def _create_and_replace(
+        self,
+        peft_config: LotrConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        group = self._injection.plan.group_of[current_key]
+        if not isinstance(target, LotrLinear):
+            layer = LotrLinear(target, group.shape, **get_quantization_kwargs(self))
+            layer._active_adapter = list(self.active_adapters)
+            self._replace_module(parent, target_name, layer, target)
+            target = layer
+        shared = self._shared(group, adapter_name, peft_config, target)
+        assert peft_config.magnitude is not None
+        site = SiteState(shared, MAGNITUDES[peft_config.magnitude], peft_config.dropout)
+        core = self._start_core(group, current_key, adapter_name, peft_config)
+        target.add(adapter_name, core, site, peft_config.scaling)
+        target._move_adapter_to_device_of_base_layer(adapter_name)
+        target.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+
+    def _shared(self, group: Group, adapter: str, config: LotrConfig, member: LotrLinear) -> LotrGroup:
+        """Return the module with the group's factors, made when its first member comes."""
+        basis = self._basis(member)
+        if group.name not in basis:
+            basis[group.name] = LotrGroup()
+            basis[group.name]._active_adapter = list(self.active_adapters)
+        shared = basis[group.name]
+        if adapter not in shared.lotr_U:
+            (o, i), (k, r) = group.shape, group.rank
+            shared.add(
+                adapter,
+                self._start_factor(o, k, config, adapter, group.name, "U"),
+                self._start_factor(i, r, config, adapter, group.name, "V"),
+            )
+            device, dtype = member._get_base_layer_device_and_dtype(member.get_base_layer())
+            shared.place(adapter, device, dtype)
+            shared.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        return shared
+
+    def _basis(self, member: LotrLinear) -> nn.ModuleDict:
+        """Return the one registered place of the shared factors, on the root of the base model."""
+        for path, module in self.model.named_modules():
+            if path.rpartition(".")[2] == BASIS:
+                return module
+        # the root of a container is a list of layers to call; there the first adapted layer is the place
+        container = isinstance(self.model, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+        home = member if container else self.model
+        home.add_module(BASIS, nn.ModuleDict())
+        return getattr(home, BASIS)
+
+    def _start_factor(self, n: int, rank: int, config: LotrConfig, *names: str) -> Tensor:  # (n, rank)
+        if self._injection.empty:
+            return torch.empty(n, rank)
+        assert config.start is not None
+        return STARTS[config.start](n, rank, _generator(config, *names))
+
+    def _start_core(self, group: Group, path: str, adapter: str, config: LotrConfig) -> Tensor:  # (k, r)
+        shape = group.core.own_shapes["C"]
+        if config.init_weights or self._injection.empty:
+            return torch.zeros(shape)
+        return torch.randn(shape, generator=_generator(config, adapter, path, "C"))
+
+    # ------------------------------------------------------------------ removal
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, and the groups that no adapter has any more."""
+        super().delete_adapter(adapter_name)
+        for path, module in self.model.named_modules():
+            if path.rpartition(".")[2] == BASIS:
+                for name in [name for name, group in module.items() if not group.lotr_U]:
+                    del module[name]
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        if hasattr(model, BASIS):
+            delattr(model, BASIS)
+        return model
+
+    # ------------------------------------------------------------------ mixed batches, combinations, files
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        with mixed.forward_hooks(self, kwargs.get("adapter_names"), kwargs.get("num_beams")):
+            yield
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
+        """Add the adapter whose update is `Σ weight · update`, exactly. See `combine.add_weighted`."""
+        combine.add_weighted(self, adapters, weights, adapter_name, combination_type)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: LotrConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        own = state.select(model, state_dict)
+        return own | cls._get_learnable_bias_state_dict(model, state_dict, config)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return state.file_key(super()._remove_adapter_name_from_key(key, adapter_name))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: LotrConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        state_dict = state.match_groups(model, adapter_name, state_dict)
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        state.check_complete(model, adapter_name, remapped)
+        return remapped
+
+
+def _generator(config: LotrConfig, *names: str) -> torch.Generator:
+    seed = torch.initial_seed() if config.seed is None else config.seed
+    return generator_for(seed, *names)

@@ -1,0 +1,113 @@
+"""State dicts: which entries belong to an adapter, their names in a file, and what must be there."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..sites import normalise
+from .layer import LotrLayer
+from .register import PREFIX
+from .targets import BASIS
+
+_ROOT = "base_model.model."
+
+
+def select(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the entries that belong to this method, also under wrappers' names.
+
+    The place of a number is found from the modules, so a base model that happens to have `lotr_` in a
+    name is left alone.
+    """
+    prefixes = tuple(
+        f"{normalise(path)}.{name}." if path else f"{name}."
+        for path, module in model.named_modules()
+        if isinstance(module, LotrLayer)
+        for name in module.adapter_layer_names
+    )
+    return {key: value for key, value in state_dict.items() if normalise(key).startswith(prefixes)}
+
+
+def file_key(key: str) -> str:
+    """Return the name in a file of an entry: wrappers removed, the basis at the root of the model.
+
+    Example:
+        >>> file_key("base_model.model.0.lotrbasis.query_8x8.lotr_U.weight")
+        'base_model.model.lotrbasis.query_8x8.lotr_U.weight'
+    """
+    key = normalise(key)
+    before, found, after = f".{key}".partition(f".{BASIS}.")
+    if not found:
+        return key
+    root = _ROOT if before.startswith(f".{_ROOT}") or f".{_ROOT}".startswith(f"{before}.") else ""
+    return f"{root if before else ''}{BASIS}.{after}"
+
+
+def match_groups(model: nn.Module, adapter: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename groups of a file that the model knows under a longer or shorter path.
+
+    A module without a number names its group by its whole path, so an architecture whose prefix was renamed
+    gives another name; the group with the longest common tail is the same one.
+    """
+    mine = _groups(model, adapter)
+    theirs = {group for key in state_dict if (group := _group_in(key))}
+    free = mine - theirs
+    renamed: dict[str, str] = {}
+    for group in sorted(theirs - mine):
+        # the whole name of one is the tail of the other: the module's own name and the shape agree
+        same = [
+            other for other in free if f"-{other}".endswith(f"-{group}") or f"-{group}".endswith(f"-{other}")
+        ]
+        if same:
+            renamed[group] = max(same, key=len)
+            free.discard(renamed[group])
+    if not renamed:
+        return state_dict
+    return {_in_group(key, renamed): value for key, value in state_dict.items()}
+
+
+def _in_group(key: str, renamed: dict[str, str]) -> str:
+    group = _group_in(key)
+    return key.replace(f"{BASIS}.{group}.", f"{BASIS}.{renamed[group]}.") if group in renamed else key
+
+
+def check_complete(model: nn.Module, adapter: str, state_dict: dict[str, Tensor]) -> None:
+    """Refuse to load a part of an adapter.
+
+    Raises:
+        CheckpointError: Entries of the method are missing or unexpected.
+    """
+    expected = _entries(model, adapter)
+    given = {normalise(key) for key in state_dict if f".{PREFIX}" in key}
+    missing, extra = sorted(expected - given), sorted(given - expected)
+    if missing or extra:
+        said = [
+            f"{len(keys)} {what}, first {keys[0]!r}"
+            for keys, what in ((missing, "missing"), (extra, "unexpected"))
+            if keys
+        ]
+        raise CheckpointError(
+            f"The adapter's file does not fit the model: {'; '.join(said)}. It was made for another base "
+            "model or another configuration; compare base_model_name_or_path and target_modules in its "
+            "adapter_config.json."
+        )
+
+
+def _entries(model: nn.Module, adapter: str) -> set[str]:
+    return {
+        normalise(f"{path}.{name}.{adapter}.weight")
+        for path, module in model.named_modules()
+        if isinstance(module, LotrLayer)
+        for name in module.adapter_layer_names
+        if adapter in getattr(module, name)
+    }
+
+
+def _groups(model: nn.Module, adapter: str) -> set[str]:
+    return {group for key in _entries(model, adapter) if (group := _group_in(key))}
+
+
+def _group_in(key: str) -> str:
+    """Return the name of the group in a key, or an empty string."""
+    parts = key.split(".")
+    return parts[parts.index(BASIS) + 1] if BASIS in parts else ""

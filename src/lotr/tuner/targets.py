@@ -1,0 +1,149 @@
+"""From a model and a configuration to the plan: which modules are adapted, and how they share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _ExcludedModule,
+    _get_in_out_features,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, resolve_quantization_backend
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import ConfigError, PlanError, near
+from ..sites import Plan, Target, make_plan, normalise
+from .config import LotrConfig, pair
+
+BASIS = "lotrbasis"
+DEFAULT_TARGETS: dict[str, list[str]] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+
+def plan(model: nn.Module, config: LotrConfig) -> Plan:
+    """Compute which modules of a model would share what, without changing or even reading a weight.
+
+    Args:
+        model: Any model; also one on the meta device, so a 70B model needs no memory.
+        config: The adapter's configuration; it is not changed.
+
+    Returns:
+        Groups, counts and shapes.
+
+    Raises:
+        PlanError: No module matches, a module cannot be adapted, or sites cannot share what was asked.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, BertModel
+        >>> with torch.device("meta"):
+        ...     model = BertModel(BertConfig())
+        >>> plan(model, LotrConfig(r=8)).n_parameters
+        26112
+    """
+    config = copy.deepcopy(config)
+    resolve_targets(config, model)
+    targets = find_targets(model, config)
+    if not targets:
+        raise PlanError(missing_targets(model, config))
+    return plan_of(targets, config)
+
+
+def plan_of(targets: list[Target], config: LotrConfig) -> Plan:
+    """Compute the plan of targets that were found."""
+    assert config.modes is not None and config.core is not None  # set by the configuration itself
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    return make_plan(targets, config.modes, config.core, layers_pattern=patterns or ())
+
+
+def resolve_targets(config: LotrConfig, model: nn.Module) -> None:
+    """Fill in `target_modules`: the default of the architecture, or the names behind "all-linear".
+
+    Raises:
+        ConfigError: No target is named and the architecture has no default.
+    """
+    if config.target_modules is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        default = DEFAULT_TARGETS.get(model_type or "")
+        if default is None:
+            raise ConfigError(
+                f"target_modules is not set and the architecture {model_type!r} has no default. "
+                f'Name the modules, or use "all-linear". The linear modules of this model end in: '
+                f"{', '.join(sorted({path.rpartition('.')[2] for path in linear_paths(model)})[:20])}."
+            )
+        config.target_modules = default if isinstance(default, str) else set(default)  # type: ignore[assignment]
+    _maybe_include_all_linear_layers(config, model)
+
+
+def find_targets(model: nn.Module, config: LotrConfig, only: Iterable[str] | None = None) -> list[Target]:
+    """Return the modules that a configuration matches, in model order.
+
+    Args:
+        model: The model, bare or with adapters.
+        config: Its `target_modules` are resolved.
+        only: Paths to take instead of what the configuration matches (when loading a state dict).
+
+    Raises:
+        PlanError: A matched module is not a linear one.
+    """
+    if config.target_modules == DUMMY_TARGET_MODULES:
+        return []
+    inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    wanted = None if only is None else set(only)
+    found = []
+    for path, module in model.named_modules():
+        if not path or path.startswith(inside) or is_basis(path):
+            continue
+        if wanted is not None:
+            matched = path.removeprefix("_orig_mod.") in wanted
+        else:
+            result = check_target_module_exists(config, path)
+            matched = bool(result) and not isinstance(result, _ExcludedModule)
+        if matched:
+            found.append(_target(path, module, config))
+    return found
+
+
+def is_basis(path: str) -> bool:
+    """Whether a module's path lies in the shared factors."""
+    return BASIS in path.split(".")
+
+
+def linear_paths(model: nn.Module) -> list[str]:
+    """Return the paths of all modules that could be adapted."""
+    return [path for path, module in model.named_modules() if path and is_linear(module)]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a `Linear`, a `Conv1D` or a quantised linear."""
+    if isinstance(module, nn.Linear | Conv1D):
+        return True
+    backend = resolve_quantization_backend(module)
+    return backend is not None and getattr(backend, "layer_type", None) == "linear"
+
+
+def missing_targets(model: nn.Module, config: LotrConfig) -> str:
+    """Say that nothing matched, and what would."""
+    names = sorted({path.rpartition(".")[2] for path in linear_paths(model)})
+    asked = config.target_modules
+    first = asked if isinstance(asked, str) else next(iter(sorted(asked or [""])), "")
+    return f"Target modules {asked} match no module of the model. {near(first, names)}"
+
+
+def _target(path: str, module: nn.Module, config: LotrConfig) -> Target:
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if not is_linear(base):
+        raise PlanError(
+            f"Target module {path!r} ({type(base).__name__}) is not supported. Currently, only Linear, "
+            "Conv1D and quantised linears can be adapted; leave it out with exclude_modules, or train it in full "
+            "with modules_to_save."
+        )
+    in_features, out_features = _get_in_out_features(base)
+    key = get_pattern_key(config.rank_pattern.keys(), normalise(path))
+    return Target(path, (out_features, in_features), pair(config.rank_pattern.get(key, config.r)))

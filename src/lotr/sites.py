@@ -117,6 +117,11 @@ class Plan:
         return {site.module: group for group in self.groups for site in group.sites}
 
     @property
+    def sites(self) -> tuple[Site, ...]:
+        """All sites, group by group."""
+        return tuple(site for group in self.groups for site in group.sites)
+
+    @property
     def n_sites(self) -> int:
         """Adapted modules."""
         return sum(len(group.sites) for group in self.groups)

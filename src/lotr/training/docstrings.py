@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from lotr.errors import DataError
+from ..errors import DataError
 
 MARK = "[module]"
 """What stands where a text named its own module.
@@ -33,8 +33,10 @@ KINDS: dict[type[ast.AST], str] = {
     ast.FunctionDef: "function",
     ast.AsyncFunctionDef: "async function",
 }
+BLOCKS = ("body", "handlers", "orelse", "finalbody")
 
 Row = dict[str, str]
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def load_docstrings(root: Path | None = None, packages: int = 16) -> dict[str, list[Row]]:
@@ -125,15 +127,15 @@ def _parse(file: Path) -> ast.Module | None:
             return None
 
 
-def _documented(
-    node: ast.AST,
-) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+def _documented(tree: ast.Module) -> Iterator[Documented]:
     # only statements hold definitions; ast.walk would visit every expression and take twice as long
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        yield node
-    for block in ("body", "orelse", "finalbody", "handlers"):
-        for child in getattr(node, block, ()):
-            yield from _documented(child)
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, Documented):
+            yield node
+        inner = [child for block in BLOCKS for child in getattr(node, block, ())]
+        waiting.extend(reversed(inner))
 
 
 def _once(rows: list[Row]) -> list[Row]:

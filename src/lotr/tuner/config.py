@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from ..card import add_usage
 from ..cores import CORES
 from ..errors import ConfigError, near
 from ..magnitudes import MAGNITUDES
@@ -85,6 +87,12 @@ class LotrConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata=_help("Modules trained in full and saved with the adapter, e.g. a new head.")
     )
+    groups: dict[str, list[str]] | None = field(
+        default=None,
+        metadata=_help(
+            "Filled in when the adapter is made: the modules of each group. Makes a file speak for itself."
+        ),
+    )
     init_weights: bool = field(
         default=True, metadata=_help("False starts the cores at random instead of zero (for tests).")
     )
@@ -120,6 +128,18 @@ class LotrConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list | tuple):
                 setattr(self, name, set(getattr(self, name)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values; sets become sorted lists, because a set has another order in every process."""
+        return {
+            key: sorted(value) if isinstance(value, set) else value
+            for key, value in super().to_dict().items()
+        }
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the configuration, and add how to use it to the model card beside it."""
+        super().save_pretrained(save_directory, **kwargs)
+        add_usage(Path(save_directory), self.task_type)
 
     @property
     def rank(self) -> tuple[int, int]:

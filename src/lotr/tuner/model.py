@@ -13,7 +13,7 @@ from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from ..magnitudes import MAGNITUDES
-from ..sites import Group, Plan
+from ..sites import Group, Plan, normalise
 from ..starts import STARTS, generator_for
 from . import combine, mixed, state
 from .config import LotrConfig
@@ -72,6 +72,10 @@ class LotrModel(BaseTuner):
         resolve_targets(peft_config, model)
         targets = find_targets(model, peft_config, only=self._injection.paths)
         self._injection.plan = plan_of(targets, peft_config)
+        peft_config.groups = {
+            group.name: [normalise(site.module) for site in group.sites]
+            for group in self._injection.plan.groups
+        }
 
     @staticmethod
     def _check_target_module_exists(peft_config: LotrConfig, key: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..sites import normalise
+from ..sites import Plan, normalise
 from .layer import LotrLayer
 from .register import PREFIX
 from .targets import BASIS
@@ -41,6 +41,18 @@ def file_key(key: str) -> str:
         return key
     root = _ROOT if before.startswith(f".{_ROOT}") or f".{_ROOT}".startswith(f"{before}.") else ""
     return f"{root if before else ''}{BASIS}.{after}"
+
+
+def file_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every tensor that an adapter of this plan has in its file."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for group in plan.groups:
+        (o, i), (k, r) = group.shape, group.rank
+        shapes[f"{_ROOT}{BASIS}.{group.name}.lotr_U.weight"] = (o, k)
+        shapes[f"{_ROOT}{BASIS}.{group.name}.lotr_V.weight"] = (r, i)
+        for site in group.sites:
+            shapes[f"{_ROOT}{normalise(site.module)}.lotr_C.weight"] = (k, r)
+    return shapes
 
 
 def match_groups(model: nn.Module, adapter: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

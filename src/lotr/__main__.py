@@ -1,0 +1,8 @@
+"""`python -m lotr`, and so `torchrun -m lotr train …`."""
+
+from __future__ import annotations
+
+from lotr_cli.app import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""What is on disk: how an adapter folder is written, and how it is checked when read.
+
+Files are written under a temporary name and renamed, so a folder is there whole or not at all. Only
+safetensors and JSON; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import CheckpointError, near
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import nn
+
+WEIGHTS, CONFIG, TASK = "adapter_model.safetensors", "adapter_config.json", "task.json"
+
+
+@contextmanager
+def whole_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Give a temporary folder that becomes `folder` when the block ends well, and vanishes when it does not.
+
+    Args:
+        folder: Where the files shall be.
+        overwrite: Replace what is there; otherwise a folder that is not empty is refused.
+
+    Yields:
+        An empty folder beside `folder`.
+
+    Raises:
+        CheckpointError: `folder` is a file, or is not empty.
+    """
+    check_free(folder, overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield made
+        made.chmod(0o755)
+        old = made.with_name(f"{made.name}.old")
+        if folder.exists():
+            folder.replace(old)
+        made.replace(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
+def check_free(folder: Path, overwrite: bool = False) -> None:
+    """Refuse an output folder that holds something.
+
+    Raises:
+        CheckpointError: `folder` is a file, or is not empty and `overwrite` is not set.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; the output must be a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise CheckpointError(
+            f"The output folder {folder} is not empty. Choose another one, or replace it with --overwrite."
+        )
+
+
+def move_into(made: Path, folder: Path, last: str) -> None:
+    """Move the files of one folder over those of another, one by one, and remove the first.
+
+    Args:
+        made: Folder with new files.
+        folder: Folder that may hold other files; those stay.
+        last: The file that is moved last; who finds it new knows that all are.
+    """
+    for file in sorted(made.iterdir(), key=lambda p: (p.name == last, p.name)):
+        file.replace(folder / file.name)
+    made.rmdir()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON under a temporary name and rename it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_adapter(
+    model: PeftModel, folder: Path, task: dict[str, Any] | None = None, base: str | None = None
+) -> None:
+    """Write the active adapter of a model into an empty folder: weights, configuration, task.
+
+    Args:
+        model: A PEFT model with one active adapter of any method.
+        folder: An existing folder; see `whole_folder`.
+        task: What evaluation needs beside the numbers (labels, columns, length), or nothing.
+        base: Name of the base model to record, instead of where it was loaded from.
+    """
+    from peft import get_peft_model_state_dict
+
+    name = model.active_adapter
+    numbers = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    tensors = {key: value.detach().cpu().contiguous() for key, value in sorted(numbers.items())}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+    config = model.peft_config[name].to_dict()
+    config |= {"inference_mode": True, "base_model_name_or_path": base or config["base_model_name_or_path"]}
+    # sets have another order in every process
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    write_json(folder / CONFIG, plain)
+    if task is not None:
+        write_json(folder / TASK, task)
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter on disk, checked.
+
+    Args:
+        path: The folder.
+        config: Content of `adapter_config.json`.
+        task: Content of `task.json`, empty when there is none.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    task: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_lotr(self) -> bool:
+        """Whether the adapter is one of this library."""
+        return self.config.get("peft_type") == "LOTR"
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weights file."""
+        return (self.path / WEIGHTS).stat().st_size
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Read all tensors.
+
+        Raises:
+            CheckpointError: The file is truncated or damaged.
+        """
+        with _opened(self.path / WEIGHTS) as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Read the shapes alone.
+
+        Raises:
+            CheckpointError: The file is truncated or damaged.
+        """
+        with _opened(self.path / WEIGHTS) as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+
+def read_adapter(path: str | Path) -> AdapterFolder:
+    """Open an adapter folder and check that it is whole.
+
+    Args:
+        path: Folder, or hub id (then it is downloaded).
+
+    Returns:
+        The folder with its configuration; the tensors are read when asked for.
+
+    Raises:
+        CheckpointError: The folder, one of its files, or a field of its configuration is missing or damaged.
+    """
+    folder = _folder(path)
+    config = read_json(folder / CONFIG, "an adapter's configuration")
+    if "peft_type" not in config:
+        raise CheckpointError(
+            f"{folder / CONFIG} has no field peft_type, so it is not the configuration of an adapter."
+        )
+    if not (folder / WEIGHTS).is_file():
+        raise CheckpointError(
+            f"{folder} holds no {WEIGHTS}. Pickled weights are never read; save it as safetensors."
+        )
+    task = read_json(folder / TASK, "an adapter's task") if (folder / TASK).is_file() else {}
+    found = AdapterFolder(folder, config, task)
+    found.shapes()
+    return found
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: The file is missing or is not a JSON object.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} holds no {path.name}, so it is not {what}.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}.") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no object.")
+    return content
+
+
+def file_bytes(shapes: dict[str, tuple[int, ...]], width: int) -> int:
+    """Return the size of a safetensors file before it exists.
+
+    Args:
+        shapes: Name and shape of every tensor.
+        width: Bytes a number.
+
+    Returns:
+        Bytes: eight for the length of the header, the header padded to eight, the numbers.
+
+    Example:
+        >>> file_bytes({"a": (2, 3)}, width=4)
+        136
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in sorted(shapes.items()):
+        start, end = end, end + math.prod(shape) * width
+        header[name] = {"dtype": f"F{8 * width}", "shape": shape, "data_offsets": [start, end]}
+    written = len(json.dumps(header, separators=(",", ":")).encode())
+    return 8 + math.ceil(written / 8) * 8 + end
+
+
+def fingerprint(model: nn.Module, modules: list[str]) -> str | None:
+    """Return a short hash of the weights that an adapter changes, to tell base models apart.
+
+    Sixteen numbers of each weight, rounded to bfloat16, so that it does not depend on the type in which the
+    model was loaded; `None` for weights that are not plain numbers (quantised, or on the meta device).
+
+    Args:
+        model: The base model, before an adapter is merged into it.
+        modules: Paths of the adapted modules.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(modules):
+        module = model.get_submodule(path)
+        weight = getattr(getattr(module, "base_layer", module), "weight", None)
+        if weight is None or weight.is_meta or not weight.is_floating_point():
+            return None
+        sample = weight.detach().flatten()[:16].to("cpu", torch.bfloat16)
+        digest.update(f"{tuple(weight.shape)}".encode())
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is truncated or damaged ({error}). Copy or download it again; nothing of it was loaded."
+        ) from None
+
+
+def _folder(path: str | Path) -> Path:
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file; an adapter is a folder with {CONFIG} and {WEIGHTS}.")
+    looks_local = folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") != 1
+    if looks_local or folder.parent.is_dir():
+        around = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        raise CheckpointError(f"Adapter folder {path} does not exist. {near(folder.name, around)}")
+    return _download(str(path))
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[WEIGHTS, CONFIG, TASK, "README.md"]))
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"Adapter {name!r} is no local folder, and the hub does not give it: {reason}"
+        ) from error

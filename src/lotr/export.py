@@ -1,0 +1,117 @@
+"""Ways out: a plain LoRA that any server reads, and a plain model with the update merged in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import delta
+from .checkpoint import CONFIG, TASK, WEIGHTS, AdapterFolder, whole_folder, write_json
+from .errors import CheckpointError
+from .inspection import config_of, factors_of
+from .magnitudes import MAGNITUDES
+
+_CARD = """---
+base_model: {base}
+library_name: peft
+tags: [lora, peft]
+---
+
+# LoRA of a LoTR adapter
+
+An exact copy: `lora_A = Vᵀ`, `lora_B = σ U C`, so the outputs are equal to rounding. PEFT loads it with nothing
+else installed: `AutoPeftModel.from_pretrained("path/or/hub-id")`.
+"""
+
+
+def to_lora(adapter: AdapterFolder, output: Path, overwrite: bool = False) -> dict[str, Any]:
+    """Write an adapter as plain PEFT LoRA, exactly and without the base model.
+
+    Args:
+        adapter: A LoTR adapter whose magnitude adds: `W + ΔW`.
+        output: Folder to make.
+        overwrite: Replace the folder when it is not empty.
+
+    Returns:
+        Counts: modules, rank, numbers and bytes before and after.
+
+    Raises:
+        CheckpointError: The adapter is of another method, has no LoRA form, or `output` is not free.
+    """
+    config = config_of(adapter)
+    assert config.magnitude is not None
+    if not MAGNITUDES[config.magnitude].additive:
+        raise CheckpointError(
+            f"{adapter.path} has magnitude={config.magnitude!r}, which rescales the weight, so no LoRA equals it. "
+            "Use `lotr merge` to leave with a plain model."
+        )
+    sites, rest = factors_of(adapter)
+    tensors: dict[str, Tensor] = dict(rest)
+    ranks: dict[str, int] = {}
+    for site in sites:
+        A, B = delta.as_lora(site.U, site.C, site.V, config.scaling)
+        tensors[f"base_model.model.{site.module}.lora_A.weight"] = A.contiguous()
+        tensors[f"base_model.model.{site.module}.lora_B.weight"] = B.contiguous()
+        ranks[site.module] = A.shape[0]
+    lora = _lora_config(adapter, ranks)
+    with whole_folder(output, overwrite) as made:
+        save_file(dict(sorted(tensors.items())), made / WEIGHTS, metadata={"format": "pt"})
+        write_json(made / CONFIG, lora)
+        (made / "README.md").write_text(
+            _CARD.format(base=lora["base_model_name_or_path"] or ""), encoding="utf-8"
+        )
+        if adapter.task:
+            write_json(made / TASK, {**adapter.task, "method": "lora"})
+    return {
+        "modules": len(sites),
+        "rank": max(ranks.values()),
+        "numbers": sum(tensor.numel() for key, tensor in tensors.items() if ".lora_" in key),
+        "bytes": (output / WEIGHTS).stat().st_size,
+        "bytes_before": adapter.size,
+        "output": str(output),
+    }
+
+
+def _lora_config(adapter: AdapterFolder, ranks: dict[str, int]) -> dict[str, Any]:
+    """Return the configuration of the LoRA; `lora_alpha = r`, because the scaling is in the matrices."""
+    from peft import LoraConfig
+
+    most = max(ranks.values())
+    # anchored at the whole path, so that no rank reaches a module whose name merely ends alike
+    other = {f"^{path.replace('.', chr(92) + '.')}": rank for path, rank in ranks.items() if rank != most}
+    kept = ("task_type", "base_model_name_or_path", "revision", "modules_to_save", "auto_mapping")
+    config = LoraConfig(
+        r=most,
+        lora_alpha=most,
+        target_modules=sorted(ranks),
+        rank_pattern=dict(other),
+        alpha_pattern=dict(other),
+        inference_mode=True,
+        **{name: adapter.config.get(name) for name in kept},
+    ).to_dict()
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+
+
+def merged(model: Any, tokenizer: Any, output: Path, overwrite: bool = False) -> None:
+    """Write a plain transformers model with the active adapter merged into its weights.
+
+    Args:
+        model: A PEFT model; it is merged and must not be used as an adapter afterwards.
+        tokenizer: Saved beside the model, or `None`.
+        output: Folder to make.
+        overwrite: Replace the folder when it is not empty.
+
+    Raises:
+        CheckpointError: `output` is not free, or the merged weights are not finite.
+    """
+    try:
+        plain = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise CheckpointError(f"The adapter cannot be merged: {error}") from error
+    with whole_folder(output, overwrite) as made:
+        plain.save_pretrained(made)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(made)

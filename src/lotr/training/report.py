@@ -1,0 +1,112 @@
+"""What a training run leaves behind: adapter, metrics, curve, model card."""
+
+from __future__ import annotations
+
+import math
+import platform
+import resource
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import card, plots
+from ..checkpoint import WEIGHTS, move_into, whole_folder, write_adapter, write_json
+from ..errors import TrainingError
+from . import adapt, metrics
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import Trainer
+
+    from lotr_cli.settings import TrainSettings
+
+    from .data import TaskData
+
+SETTINGS, METRICS, CURVE, CHECKPOINTS = "settings.json", "metrics.json", "curve.png", "checkpoints"
+
+
+@dataclass
+class Run:
+    """What is known before the first step."""
+
+    settings: TrainSettings
+    folder: Path
+    data: TaskData
+    model: PeftModel
+    tokenizer: Any
+    task_record: dict[str, Any]
+
+
+def summarise(run: Run, trainer: Trainer, scores: dict[str, float], seconds: float) -> dict[str, Any]:
+    """Return what `metrics.json` will hold: the score, every setting, counts, cost and versions.
+
+    Raises:
+        TrainingError: The final score is not finite.
+    """
+    task = run.data.task
+    head = sum(
+        p.numel() for n, p in run.model.named_parameters() if p.requires_grad and ".modules_to_save." in n
+    )
+    trained, _ = run.model.get_nb_trainable_parameters()
+    values = {
+        name.removeprefix("eval_"): v
+        for name, v in scores.items()
+        if not name.endswith(("second", "runtime"))
+    }
+    values.pop("epoch", None)
+    if task == "causal-lm":
+        values["perplexity"] = math.exp(min(values["loss"], 700.0))
+    main = metrics.MAIN[task]
+    if not math.isfinite(values[main]):
+        raise TrainingError(f"The final {main} is {values[main]}. Lower the learning rates.")
+    return {
+        "metric": main,
+        main: values[main],
+        "eval": values,
+        "eval_source": run.data.eval_source,
+        "task": run.task_record,
+        "settings": run.settings.record(),
+        "rates": vars(adapt.rates(run.settings)),
+        "trained_numbers": {"adapter": trained - head, "head": head, "total": trained},
+        "steps": trainer.state.global_step,
+        "rows": {"train": len(run.data.train), "eval": len(run.data.eval)},
+        "seconds": round(seconds, 2),
+        "peak_memory_bytes": _peak_memory(),
+        "seed": run.settings.seed,
+        "versions": versions(),
+    }
+
+
+def write(run: Run, report: dict[str, Any], history: list[dict[str, Any]]) -> None:
+    """Write the results; an older adapter in the folder stays until the new one is whole."""
+    with whole_folder(run.folder / ".new", overwrite=True) as made:
+        write_adapter(run.model, made, task=run.task_record, base=run.task_record["base_model"])
+        report["adapter_bytes"] = (made / WEIGHTS).stat().st_size
+        plots.curve(history, report["metric"], f"{run.settings.method} on {run.settings.train}", made / CURVE)
+        text = card.for_run(report, run.model.active_peft_config.task_type)
+        (made / "README.md").write_text(text, encoding="utf-8")
+        write_json(made / METRICS, {**report, "history": history})
+    move_into(run.folder / ".new", run.folder, last=METRICS)
+    shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a result depends on."""
+    names = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
+    return {
+        "lotr": version("lotr"),
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+    }

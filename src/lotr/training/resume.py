@@ -1,0 +1,58 @@
+"""Going on with a run that was stopped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..checkpoint import read_json
+from ..errors import ConfigError
+from .report import CHECKPOINTS, METRICS, SETTINGS
+from .state import last_whole
+
+if TYPE_CHECKING:
+    from lotr_cli.settings import TrainSettings
+
+# a resumed run may differ in these and still be the same run
+_FREE_ON_RESUME = frozenset({"resume", "overwrite", "output", "eval_steps", "report_to"})
+
+
+def restore(settings: TrainSettings, given: set[str]) -> TrainSettings:
+    """Return the settings of the interrupted run in the output folder.
+
+    Args:
+        settings: What was asked for now; `output` names the folder.
+        given: Names of the settings that the user named now.
+
+    Raises:
+        ConfigError: A setting was named that differs from the run's.
+        CheckpointError: There is no run in the folder.
+    """
+    folder = Path(settings.output or "")
+    if (folder / METRICS).is_file():
+        raise ConfigError(
+            f"The run in {folder} is finished; there is nothing to resume. Start another with --overwrite."
+        )
+    saved = read_json(folder / SETTINGS, "the folder of a run that was started")
+    for name in sorted(given - _FREE_ON_RESUME):
+        if name in saved and getattr(settings, name) != saved[name]:
+            raise ConfigError(
+                f"--resume goes on with the run's own settings, and {name} was {saved[name]!r}, not "
+                f"{getattr(settings, name)!r}. Leave it out, or start a new run in another folder."
+            )
+    free = {name: getattr(settings, name) for name in _FREE_ON_RESUME & given}
+    known = {name: value for name, value in saved.items() if hasattr(settings, name)}
+    return replace(settings, **{**known, **free, "resume": True, "output": settings.output})
+
+
+def checkpoint(folder: Path) -> Path:
+    """Return the newest whole checkpoint of the run in a folder.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    found = last_whole(folder / CHECKPOINTS)
+    if found is None:
+        raise ConfigError(f"{folder} holds no whole checkpoint to resume from. Start again with --overwrite.")
+    return found

@@ -1,0 +1,183 @@
+"""One training run: settings in; adapter, metrics, curve and model card out."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..checkpoint import check_free, fingerprint, write_json
+from ..errors import ConfigError, LotrError
+from . import adapt, metrics, resume
+from .data import Columns, load_task
+from .encode import collator, encode
+from .models import load_model, load_tokenizer, locate
+from .optimizer import parameter_groups
+from .report import CHECKPOINTS, SETTINGS, Run, summarise, write
+from .trainer import AdapterTrainer, StopOnRequest, finish_on_interrupt, is_main_process
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from lotr_cli.settings import TrainSettings
+
+
+class Interrupted(LotrError):
+    """The user stopped the run; a checkpoint is there to go on from."""
+
+
+def train(
+    settings: TrainSettings,
+    say: Callable[[str], None] = print,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, Any]:
+    """Fine-tune a model and write the adapter with its reports.
+
+    Args:
+        settings: What to train on what; see `TrainSettings`.
+        say: Called with lines for the user.
+        callbacks: More callbacks for the Trainer, for example a progress bar.
+
+    Returns:
+        The content of `metrics.json`.
+
+    Raises:
+        ConfigError: A setting has no meaning, alone or with this model.
+        DataError: The data cannot be used.
+        CheckpointError: The output folder is not free, or there is nothing whole to go on from.
+        TrainingError: The loss is not finite.
+        Interrupted: The user stopped the run.
+    """
+    folder = _claim(settings)
+    run = _prepare(settings, folder, say)
+    checkpoint = resume.checkpoint(folder) if settings.resume else None
+    stop = StopOnRequest()
+    trainer = _trainer(run, [*callbacks, stop])
+    started = time.perf_counter()
+    with finish_on_interrupt(stop, say):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if stop.requested and trainer.state.global_step < trainer.state.max_steps:
+            raise Interrupted(
+                f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}. Go on with: "
+                f"lotr train --resume --output {folder}"
+            )
+        scores = trainer.evaluate()
+    report = summarise(run, trainer, scores, time.perf_counter() - started)
+    if is_main_process():
+        write(run, report, trainer.state.log_history)
+    return report
+
+
+def _claim(settings: TrainSettings) -> Path:
+    """Check what costs nothing to check, and return the output folder."""
+    for name in ("model", "train", "output"):
+        if getattr(settings, name) is None:
+            raise ConfigError(f"--{name} is missing. `lotr train --help` shows examples.")
+    for name in ("epochs", "batch_size", "max_length"):
+        if not getattr(settings, name) > 0:
+            raise ConfigError(f"{name}={getattr(settings, name)} trains nothing. Use a positive number.")
+    folder = Path(str(settings.output))
+    if settings.resume:
+        return folder
+    check_free(folder, settings.overwrite)
+    return folder
+
+
+def _prepare(settings: TrainSettings, folder: Path, say: Callable[[str], None]) -> Run:
+    from transformers import set_seed
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    adapt.rates(settings)
+    columns = Columns(settings.text, settings.text2, settings.label)
+    data = load_task(str(settings.train), settings.eval, columns, settings.task, seed=settings.seed)  # type: ignore[arg-type]
+    say(f"Task: {data.task}. {data.reason}")
+    say(f"Data: {len(data.train)} rows to train on, {len(data.eval)} to evaluate on.")
+    config = adapt.adapter_config(settings, data.task)
+    tokenizer = load_tokenizer(str(settings.model))
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+    set_seed(settings.seed)
+    base = load_model(str(settings.model), data.task, data.labels, settings.dtype, tokenizer)
+    model = adapt.add_adapter(base, config)
+    _, name = locate(str(settings.model))
+    record = {
+        "task": data.task,
+        "labels": list(data.labels),
+        "max_length": settings.max_length,
+        "columns": {"text": columns.text, "text2": columns.text2, "label": columns.label},
+        "method": settings.method,
+        "base_model": name,
+        "base_fingerprint": fingerprint(base, sorted(model.base_model.targeted_module_names)),
+    }
+    trained, total = model.get_nb_trainable_parameters()
+    say(
+        f"Method: {settings.method}, {trained:,} trained numbers ({100 * trained / total:.2f} % of the model)."
+    )
+    if is_main_process():
+        folder.mkdir(parents=True, exist_ok=True)
+        if not settings.resume:
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        write_json(folder / SETTINGS, settings.record())
+    return Run(settings, folder, data, model, tokenizer, record)
+
+
+def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
+    from transformers import PrinterCallback, ProgressCallback, TrainingArguments
+
+    s, data = run.settings, run.data
+    columns = Columns(s.text, s.text2, s.label)
+    rows = [
+        encode(part, run.tokenizer, data.task, columns, data.labels, s.max_length)
+        for part in (data.train, data.eval)
+    ]
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    steps = s.max_steps or math.ceil(math.ceil(len(rows[0]) / (s.batch_size * world)) * s.epochs)
+    every = s.eval_steps or max(1, math.ceil(steps / 5))
+    rates = adapt.rates(s)
+    args = TrainingArguments(
+        output_dir=str(run.folder / CHECKPOINTS),
+        max_steps=steps,
+        per_device_train_batch_size=s.batch_size,
+        per_device_eval_batch_size=2 * s.batch_size,
+        learning_rate=rates.lr,
+        warmup_steps=math.ceil(steps * s.warmup),
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        logging_steps=max(1, steps // 50),
+        train_sampling_strategy="group_by_length",
+        length_column_name="length",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        prediction_loss_only=data.task == "causal-lm",
+        gradient_checkpointing=s.gradient_checkpointing,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=s.report_to,
+        seed=s.seed,
+        disable_tqdm=True,
+    )
+    groups = parameter_groups(run.model, rates.lr, rates.core_lr, rates.head_lr)
+    trainer = AdapterTrainer(
+        model=run.model,
+        args=args,
+        train_dataset=rows[0],
+        eval_dataset=rows[1],
+        data_collator=collator(run.tokenizer, data.task),
+        compute_metrics=metrics.for_trainer(data.task),
+        optimizers=(torch.optim.AdamW(groups, weight_decay=s.weight_decay), None),
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return trainer

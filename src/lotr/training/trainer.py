@@ -1,0 +1,123 @@
+"""transformers' Trainer with whole checkpoints, a stop on NaN, and a ctrl-C that loses nothing."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..checkpoint import whole_folder, write_adapter
+from ..errors import TrainingError
+from . import state as disk
+
+
+class AdapterTrainer(Trainer):
+    """Trains the adapter of a PEFT model.
+
+    A checkpoint holds the adapter and the state of the run in safetensors and JSON, and is renamed into
+    place when it is whole.
+    """
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Take one step.
+
+        Raises:
+            TrainingError: The loss is NaN or infinite.
+        """
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not math.isfinite(loss.item()):
+            raise TrainingError(self._diverged(f"The loss is {loss.item()}"))
+        return loss
+
+    def _diverged(self, what: str) -> str:
+        last = disk.last_whole(Path(self.args.output_dir))
+        kept = f"The last good checkpoint is {last}." if last else "No checkpoint was written before."
+        step = self.state.global_step + 1
+        return f"{what} at step {step}. {kept} Lower the learning rates, or look for bad rows in the data."
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        trained = [p for p in unwrapped.parameters() if p.requires_grad]
+        if not all(bool(torch.isfinite(p).all()) for p in trained):
+            raise TrainingError(self._diverged("A trained number is not finite"))
+        if self.args.should_save:
+            with whole_folder(folder, overwrite=True) as made:
+                write_adapter(unwrapped, made)
+                disk.write_state(made, self.optimizer, self.lr_scheduler)
+                self.state.save_to_json(str(made / disk.TRAINER_STATE))
+            self._forget_old(folder.parent)
+        self.accelerator.wait_for_everyone()
+        if self.args.process_index:
+            disk.write_state(folder, self.optimizer, self.lr_scheduler, self.args.process_index)
+
+    def _forget_old(self, folder: Path) -> None:
+        keep = self.args.save_total_limit or 0
+        numbered = sorted(
+            folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda p: int(p.name.rpartition("-")[2])
+        )
+        for path in numbered[: -keep or None] if keep else []:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            disk.read_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            disk.read_random(Path(checkpoint), self.args.process_index)
+
+
+class StopOnRequest(TrainerCallback):
+    """Ends the run after the current step, with a checkpoint, once `requested` is set."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> Any:
+        """Ask for a checkpoint and the end."""
+        if self.requested:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+@contextmanager
+def finish_on_interrupt(stop: StopOnRequest, say: Any) -> Iterator[None]:
+    """Turn the first ctrl-C into a request to stop; a second one stops at once.
+
+    Args:
+        stop: What is asked to stop.
+        say: Called with one line for the user.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(signum: int, frame: Any) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+        say("Stopping after this step, with a checkpoint. Press ctrl-C again to stop at once.")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return int(os.environ.get("RANK", "0")) == 0

@@ -1,0 +1,1 @@
+"""The command line. A package of its own, because `lotr --help` answers before torch is imported."""

@@ -1,0 +1,256 @@
+"""`lotr`: the commands. Each is one call of the library; nothing heavy is imported before it runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import console, reports
+from .console import reported
+from .options import with_train_options
+
+app = typer.Typer(
+    name="lotr",
+    help="Tensor-rank adapters: fine-tune, evaluate, inspect, merge and export. ΔW = σ·U·C·Vᵀ.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Adapter = Annotated[str, typer.Argument(help="Adapter folder or hub id.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
+Base = Annotated[
+    str | None, typer.Option("--model", help="Base model.", show_default="the one recorded in the adapter")
+]
+Data = Annotated[str, typer.Option("--data", help="Data: a file, folder, hub data set or `docstrings`.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows at a time.")]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Set what holds for every command."""
+    console.debug = debug
+
+
+@app.command(
+    epilog="**Examples**\n\n"
+    "`lotr train --model minilm --train docstrings --output runs/first`\n\n"
+    "`lotr train --model minilm --train train.csv --eval dev.csv --rank 8 --target all-linear --output runs/mine`\n\n"
+    "`lotr train --config train.yaml --seed 1 --output runs/again`\n\n"
+    "`lotr train --resume --output runs/first`"
+)
+@with_train_options
+def train(
+    config: Annotated[Path | None, typer.Option(help="YAML file with any of these settings.")] = None,
+    json: Json = False,
+    **given: Any,
+) -> None:
+    """Fine-tune a model; writes the adapter, `metrics.json`, `curve.png` and a model card."""
+    from .settings import build
+
+    try:
+        settings = build(given, config)
+    except ValueError as error:
+        raise console.usage_error(str(error)) from None
+    named = {name for name, value in given.items() if value is not None}
+    with reported(), console.stopwatch("Starting"):
+        from lotr.training.resume import restore
+        from lotr.training.run import train as run
+
+        from .progress import TrainingProgress
+
+        if settings.resume:
+            settings = restore(settings, named)
+        bar = TrainingProgress()
+        try:
+            report = run(settings, say=console.say, callbacks=[bar])
+        finally:
+            bar.close()
+    reports.trained(report, settings.output, json)
+
+
+@app.command(
+    epilog="**Examples**\n\n"
+    "`lotr evaluate runs/first --data docstrings`\n\n"
+    "`lotr evaluate runs/mine --data test.csv --json`"
+)
+def evaluate(
+    adapter: Adapter,
+    data: Data,
+    model: Base = None,
+    batch_size: BatchSize = 64,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Confusion matrix as PNG.", show_default="confusion.png in the adapter's folder"),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Measure an adapter on data; draws the confusion matrix."""
+    with reported(), console.stopwatch("Loading"):
+        from lotr import plots
+        from lotr.training.trained import evaluate as measure
+        from lotr.training.trained import load_trained
+
+        trained = load_trained(adapter, model)
+        with console.counting("Evaluating") as tick:
+            scores = measure(trained, data, batch_size, tick)
+        drawn = None
+        if "confusion" in scores:
+            import numpy as np
+
+            drawn = picture or trained.adapter.path / "confusion.png"
+            plots.confusion(np.array(scores["confusion"]), trained.labels, drawn)
+    reports.evaluated(adapter, data, scores, list(trained.labels), drawn, json)
+
+
+@app.command(
+    epilog="**Examples**\n\n"
+    "`lotr predict runs/first --data new.csv --output predictions.csv`\n\n"
+    "`lotr predict runs/chat --data prompts.jsonl --output answers.jsonl --max-new-tokens 100`"
+)
+def predict(
+    adapter: Adapter,
+    data: Data,
+    output: Annotated[Path, typer.Option(help="File to write: .csv or .jsonl.")],
+    model: Base = None,
+    batch_size: BatchSize = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of a language model.")] = 64,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Write the rows of a file with a prediction each."""
+    from . import files
+
+    with reported(), console.stopwatch("Loading"):
+        files.check_output(output, overwrite)
+        from lotr.training.trained import load_trained
+        from lotr.training.trained import predict as answer
+
+        trained = load_trained(adapter, model)
+        with console.counting("Predicting") as tick:
+            rows = answer(trained, data, batch_size, max_new_tokens, tick)
+        files.write_rows(rows, output)
+    reports.said(
+        {"rows": len(rows), "output": str(output)}, f"{len(rows)} predictions are in {output}.", json
+    )
+
+
+@app.command(
+    epilog="**Examples**\n\n"
+    "`lotr plan minilm`\n\n"
+    "`lotr plan minilm --rank 32 --target all-linear --method lotr_joint`\n\n"
+    "`lotr plan path/to/llama --rank 64 --json`"
+)
+def plan(
+    model: Annotated[str, typer.Argument(help="Local folder, hub id or `minilm`; only its config is read.")],
+    method: Annotated[str, typer.Option(help="Row of `lotr methods`.")] = "lotr",
+    rank: Annotated[str, typer.Option(help="One number, or `k,r`.")] = "16",
+    target: Annotated[
+        str | None,
+        typer.Option(help="Names with commas, a regex, or `all-linear`.", show_default="by architecture"),
+    ] = None,
+    modes: Annotated[
+        str | None,
+        typer.Option(help="What shares factors: `layer`, `layer,projection`.", show_default="by method"),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Type of the saved numbers.")] = "float32",
+    json: Json = False,
+) -> None:
+    """Show what would share what, and what it costs, before anything is trained. Needs no weights."""
+    with reported(), console.stopwatch("Planning"):
+        from lotr.training.planning import plan_model
+
+        from .settings import TrainSettings
+
+        settings = TrainSettings(model=model, method=method, rank=rank, target=target, modes=modes)
+        report = plan_model(settings, dtype)
+    reports.planned(model, report, json)
+
+
+@app.command(epilog="**Examples**\n\n`lotr inspect runs/first`\n\n`lotr inspect runs/first --json`")
+def inspect(
+    adapter: Adapter,
+    picture: Annotated[
+        Path | None, typer.Option(help="Heat map as PNG.", show_default="cores.png in the adapter's folder")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Show the groups of an adapter, and the norm and effective rank of every update."""
+    with reported(), console.stopwatch("Reading"):
+        from lotr.checkpoint import read_adapter
+        from lotr.inspection import draw
+        from lotr.inspection import inspect as take_apart
+
+        folder = read_adapter(adapter)
+        found = take_apart(folder)
+        drawn = picture or folder.path / "cores.png"
+        draw(found, drawn)
+    reports.inspected(adapter, found, drawn, json)
+
+
+@app.command(epilog="**Example**\n\n`lotr merge runs/first --output plain-model`")
+def merge(
+    adapter: Adapter,
+    output: Annotated[Path, typer.Option(help="Folder for the merged model.")],
+    model: Base = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Write a plain transformers model with the adapter merged into its weights."""
+    with reported(), console.stopwatch("Merging"):
+        from lotr.checkpoint import check_free
+
+        check_free(output, overwrite)
+        from lotr.export import merged
+        from lotr.training.trained import load_trained
+
+        trained = load_trained(adapter, model)
+        merged(trained.model, trained.tokenizer, output, overwrite)
+    reports.said(
+        {"output": str(output)},
+        f"The merged model is in {output}. It loads with transformers alone.",
+        json,
+    )
+
+
+@app.command(epilog="**Example**\n\n`lotr export runs/first --output plain-lora`")
+def export(
+    adapter: Adapter,
+    output: Annotated[Path, typer.Option(help="Folder for the LoRA.")],
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Write an adapter as plain PEFT LoRA, exactly; it loads without this library."""
+    with reported(), console.stopwatch("Exporting"):
+        from lotr.checkpoint import read_adapter
+        from lotr.export import to_lora
+
+        report = to_lora(read_adapter(adapter), output, overwrite)
+    reports.said(
+        report,
+        f"A LoRA of rank {report['rank']} for {report['modules']} modules is in {output}: {report['numbers']:,} "
+        f"numbers, {report['bytes']:,} bytes (the adapter has {report['bytes_before']:,}).",
+        json,
+    )
+
+
+@app.command(epilog="**Example**\n\n`lotr methods --json`")
+def methods(json: Json = False) -> None:
+    """List the methods of the table, with their papers."""
+    with reported():
+        from lotr.methods import METHODS
+    reports.listed(METHODS, json)
+
+
+def main() -> None:
+    """Run the command line."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    app()

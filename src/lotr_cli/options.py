@@ -1,0 +1,46 @@
+"""Options of `lotr train`, made from the fields of `TrainSettings`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Annotated, Any
+
+import typer
+
+from .settings import TrainSettings
+
+_TYPES = {"int": int, "float": float, "str": str, "bool": bool}
+
+
+def with_train_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option for each setting, before its own parameters.
+
+    Every option is optional here, because a config file may hold it.
+    """
+    made = [_parameter(f) for f in fields(TrainSettings)]
+    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+
+    def run(**values: Any) -> None:
+        command(**values)
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = inspect.Signature([*made, *own])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in (*made, *own)}
+    return run
+
+
+def _parameter(f: Any) -> inspect.Parameter:
+    kind = _TYPES[str(f.type).partition(" ")[0]]
+    shown = f.metadata["shown"] or (None if kind is bool else str(f.default))
+    names = [f"--{f.name.replace('_', '-')}"]
+    option = typer.Option(
+        *names,
+        help=f.metadata["help"],
+        rich_help_panel=f.metadata["panel"],
+        show_default=shown or False,
+    )
+    return inspect.Parameter(
+        f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )

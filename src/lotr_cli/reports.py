@@ -1,0 +1,104 @@
+"""How each command's result is shown."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .console import out, print_json, print_table
+
+if TYPE_CHECKING:
+    from lotr.inspection import Inspection
+
+
+def said(report: dict[str, Any], line: str, as_json: bool) -> None:
+    """Show a result that fits one line."""
+    if as_json:
+        print_json(report)
+    else:
+        out.print(line, highlight=False, soft_wrap=True)
+
+
+def trained(report: dict[str, Any], folder: str | None, as_json: bool) -> None:
+    """Show the result of a training run."""
+    if as_json:
+        return print_json(report)
+    numbers = report["trained_numbers"]
+    rows = [(name, value) for name, value in report["eval"].items()]
+    rows += [
+        ("trained numbers, adapter", numbers["adapter"]),
+        ("trained numbers, head", numbers["head"]),
+        ("bytes on disk", report["adapter_bytes"]),
+        ("steps", report["steps"]),
+        ("seconds", report["seconds"]),
+    ]
+    print_table("", ("", "value"), rows)
+    out.print(f"The adapter, its curve and its card are in {folder}.", highlight=False, soft_wrap=True)
+    return None
+
+
+def evaluated(
+    adapter: str, data: str, scores: dict[str, Any], labels: list[str], drawn: Path | None, as_json: bool
+) -> None:
+    """Show scores."""
+    if as_json:
+        picture = None if drawn is None else str(drawn)
+        return print_json({"adapter": adapter, "data": data, **scores, "labels": labels, "picture": picture})
+    print_table(
+        f"{adapter} on {data}", ("", "value"), [(k, v) for k, v in scores.items() if k != "confusion"]
+    )
+    if drawn is not None:
+        out.print(f"The confusion matrix is in {drawn}.", highlight=False, soft_wrap=True)
+    return None
+
+
+def planned(model: str, report: dict[str, Any], as_json: bool) -> None:
+    """Show a plan."""
+    if as_json:
+        return print_json(report)
+    header = ("group", "projections", "sites", "block", "rank", "factors", "cores", "total")
+    rows = [tuple(group[name] for name in header) for group in report["groups"]]
+    print_table(f"{report['method']} on {model}, rank {report['rank']}", header, rows)
+    rank = report["equal_lora_rank"]
+    smaller = " (no LoRA is as small)" if rank < 1 else ""
+    lines = (
+        f"Trained numbers: {report['trained_numbers']:,} in {report['sites']} sites, {report['core_numbers']:,} of them "
+        f"in cores.",
+        f"LoRA with as many numbers: rank {rank:.3g}{smaller}; LoRA at the same rank has {report['lora_same_rank']:,}.",
+        f"On disk: {report['bytes']:,} bytes without a head.",
+    )
+    for line in lines:
+        out.print(line, highlight=False, soft_wrap=True)
+    return None
+
+
+def inspected(adapter: str, found: Inspection, drawn: Path, as_json: bool) -> None:
+    """Show what is inside an adapter."""
+    if as_json:
+        return print_json({**found.to_dict(), "picture": str(drawn)})
+    header = ("group", "sites", "block", "rank", "factors", "cores")
+    print_table(
+        f"{adapter}: groups", header, [tuple(group[name] for name in header) for group in found.groups]
+    )
+    rows = [(site.layer, site.projection, site.norm, site.rank) for site in found.sites]
+    print_table("Updates", ("layer", "projection", "‖ΔW‖", "effective rank"), rows)
+    out.print(
+        f"{found.numbers:,} numbers in the adapter, {found.head:,} in the head, {found.size:,} bytes. "
+        f"The heat map is in {drawn}.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return None
+
+
+def listed(methods: dict[str, Any], as_json: bool) -> None:
+    """Show the table of methods."""
+    if as_json:
+        return print_json({name: asdict(row) for name, row in methods.items()})
+    rows = [
+        (row.name, row.purpose, ", ".join(row.modes), row.core, f"{row.title} ({row.year}) {row.url}")
+        for row in methods.values()
+    ]
+    print_table("", ("method", "what it is for", "shared along", "core", "paper"), rows)
+    return None

@@ -1,0 +1,136 @@
+"""Every setting of a training run, described once: the options, the config file and the record come from here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+def _setting(default: Any, panel: str, text: str, shown: str | None = None) -> Any:
+    """Return a field with its help; `shown` describes a default that depends on other settings."""
+    return field(default=default, metadata={"panel": panel, "help": text, "shown": shown})
+
+
+_DATA, _ADAPTER, _TRAINING, _RUN = "Model and data", "Adapter", "Training", "Run"
+
+
+@dataclass
+class TrainSettings:
+    """What `lotr train` is told. Fields left at `None` are decided by the run, which says how."""
+
+    model: str | None = _setting(
+        None, _DATA, "Local folder, hub id, or `minilm` (packaged all-MiniLM-L6-v2).", "required"
+    )
+    train: str | None = _setting(
+        None,
+        _DATA,
+        "Training data: .csv, .tsv, .jsonl or .parquet file, saved datasets folder, hub data set (`glue/sst2`), "
+        "or `docstrings` (built in).",
+        "required",
+    )
+    eval: str | None = _setting(None, _DATA, "Evaluation data.", "its own split, or a tenth held out")
+    output: str | None = _setting(None, _DATA, "Folder for the adapter and its reports.", "required")
+    text: str = _setting("text", _DATA, "Column with the text.")
+    text2: str = _setting("text2", _DATA, "Column with the second text of a pair, if there is one.")
+    label: str = _setting("label", _DATA, "Column with the label.")
+    task: str | None = _setting(
+        None, _DATA, "classification, regression or causal-lm.", "guessed from the label"
+    )
+    max_length: int = _setting(128, _DATA, "Longest text, in tokens.")
+
+    method: str = _setting(
+        "lotr", _ADAPTER, "Row of `lotr methods`; or for comparison `lora`, `dora` (PEFT's own) and `head`."
+    )
+    rank: str = _setting("16", _ADAPTER, "Rank of the shared factors: one number, or `k,r`.")
+    target: str | None = _setting(
+        None, _ADAPTER, "Modules to adapt: names with commas, a regex, or `all-linear`.", "by architecture"
+    )
+    modes: str | None = _setting(
+        None, _ADAPTER, "What shares factors: `layer`, `layer,projection`.", "by method"
+    )
+    scaling: float = _setting(1.0, _ADAPTER, "σ: multiplies the update; not divided by the rank.")
+    start: str | None = _setting(None, _ADAPTER, "How the factors start: orthonormal, gaussian.", "by method")
+    dropout: float = _setting(0.0, _ADAPTER, "Dropout on the input of the update.")
+
+    lr: float | None = _setting(None, _TRAINING, "Learning rate of the factors.", "by method")
+    core_lr: float | None = _setting(None, _TRAINING, "Learning rate of the cores.", "by method")
+    head_lr: float | None = _setting(None, _TRAINING, "Learning rate of a new head.", "by method")
+    epochs: float = _setting(3.0, _TRAINING, "Passes over the training data.")
+    max_steps: int | None = _setting(None, _TRAINING, "Steps, instead of epochs.", "by epochs")
+    batch_size: int = _setting(32, _TRAINING, "Rows a step and device.")
+    warmup: float = _setting(0.06, _TRAINING, "Share of the steps in which the rates rise.")
+    weight_decay: float = _setting(0.0, _TRAINING, "Weight decay of AdamW.")
+    gradient_checkpointing: bool = _setting(False, _TRAINING, "Recompute activations to save memory.")
+    dtype: str = _setting("float32", _TRAINING, "Type of the base model: float32, bfloat16, float16.")
+    seed: int = _setting(0, _TRAINING, "Seed of everything random.")
+
+    eval_steps: int | None = _setting(None, _RUN, "Steps between evaluations and checkpoints.", "five a run")
+    resume: bool = _setting(False, _RUN, "Go on from the last checkpoint in OUTPUT.")
+    overwrite: bool = _setting(False, _RUN, "Replace an output folder that is not empty.")
+    report_to: str = _setting("none", _RUN, "Where transformers logs to: none, tensorboard, wandb, …")
+
+    def record(self) -> dict[str, Any]:
+        """Return every setting as plain values, for `metrics.json`."""
+        return asdict(self)
+
+
+def build(given: dict[str, Any], config: Path | None = None) -> TrainSettings:
+    """Merge options over a config file over the defaults.
+
+    Args:
+        given: Options by name; `None` means not given.
+        config: YAML file with any of the settings; dashes and underscores both do.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ValueError: The file is not a mapping, or names a setting that does not exist.
+    """
+    values: dict[str, Any] = {}
+    if config is not None:
+        values = _read_yaml(config)
+    values |= {name: value for name, value in given.items() if value is not None}
+    return TrainSettings(**values)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import difflib
+
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"--config {path} does not exist.") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path} must hold settings by name, for example `rank: 16`.")
+    known = {f.name: f for f in fields(TrainSettings)}
+    values = {str(name).replace("-", "_"): value for name, value in content.items()}
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"Near matches: {', '.join(near)}." if near else f"Known: {', '.join(known)}."
+            raise ValueError(f"--config {path} names {name!r}, which is not a setting. {hint}")
+        values[name] = _cast(path, name, value, str(known[name].type))
+    return values
+
+
+def _cast(path: Path, name: str, value: Any, kind: str) -> Any:
+    """Return a YAML value in the type of its setting; YAML reads `1e-3` as text and `16` as a number."""
+    if value is None:
+        return None
+    if isinstance(value, list):
+        value = ",".join(str(part) for part in value)
+    base = kind.partition(" ")[0]
+    try:
+        if base == "bool":
+            if not isinstance(value, bool):
+                raise ValueError
+            return value
+        return {"int": int, "float": float, "str": str}[base](value)
+    except ValueError:
+        raise ValueError(f"--config {path}: {name}={value!r} is not a value of type {base}.") from None

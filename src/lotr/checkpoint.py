@@ -95,6 +95,13 @@ def write_json(path: Path, content: Any) -> None:
     temporary.replace(path)
 
 
+def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write the weights file of an adapter; who may read the folder may read it too."""
+    path = folder / WEIGHTS
+    save_file(dict(sorted(tensors.items())), path, metadata={"format": "pt"})
+    path.chmod(0o644)
+
+
 def write_adapter(
     model: PeftModel, folder: Path, task: dict[str, Any] | None = None, base: str | None = None
 ) -> None:
@@ -110,8 +117,8 @@ def write_adapter(
 
     name = model.active_adapter
     numbers = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    tensors = {key: value.detach().cpu().contiguous() for key, value in sorted(numbers.items())}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    tensors = {key: value.detach().cpu().contiguous() for key, value in numbers.items()}
+    save_tensors(tensors, folder)
 
     config = model.peft_config[name].to_dict()
     config |= {"inference_mode": True, "base_model_name_or_path": base or config["base_model_name_or_path"]}

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from . import delta
-from .checkpoint import CONFIG, TASK, WEIGHTS, AdapterFolder, whole_folder, write_json
+from .checkpoint import CONFIG, TASK, WEIGHTS, AdapterFolder, save_tensors, whole_folder, write_json
 from .errors import CheckpointError
 from .inspection import config_of, factors_of
 from .magnitudes import MAGNITUDES
@@ -53,12 +52,12 @@ def to_lora(adapter: AdapterFolder, output: Path, overwrite: bool = False) -> di
     ranks: dict[str, int] = {}
     for site in sites:
         A, B = delta.as_lora(site.U, site.C, site.V, config.scaling)
-        tensors[f"base_model.model.{site.module}.lora_A.weight"] = A.contiguous()
-        tensors[f"base_model.model.{site.module}.lora_B.weight"] = B.contiguous()
+        tensors[f"base_model.model.{site.module}.lora_A.weight"] = A.clone()  # safetensors refuses what shares memory
+        tensors[f"base_model.model.{site.module}.lora_B.weight"] = B.clone()
         ranks[site.module] = A.shape[0]
     lora = _lora_config(adapter, ranks)
     with whole_folder(output, overwrite) as made:
-        save_file(dict(sorted(tensors.items())), made / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(tensors, made)
         write_json(made / CONFIG, lora)
         (made / "README.md").write_text(
             _CARD.format(base=lora["base_model_name_or_path"] or ""), encoding="utf-8"

@@ -36,8 +36,9 @@ def orthonormal(n: int, rank: int, generator: Generator) -> Tensor:  # (n, rank)
     """
     q, triangle = torch.linalg.qr(gaussian(n, rank, generator))
     # QR leaves the signs to the library; fixing them makes the distribution uniform and the result portable
-    signs: Tensor = torch.where(triangle.diagonal() < 0, -1.0, 1.0)
-    return q * signs
+    signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0)
+    columns: Tensor = q * signs
+    return columns
 
 
 def gaussian(n: int, rank: int, generator: Generator) -> Tensor:  # (n, rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +38,9 @@ def options(
 ) -> None:
     """Set what holds for every command."""
     console.debug = debug
+    if not debug:  # what the libraries underneath plan to rename is no news for who runs a command
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
 @app.command(

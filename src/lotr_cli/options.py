@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -20,7 +20,12 @@ def with_train_options(command: Callable[..., None]) -> Callable[..., None]:
     Every option is optional here, because a config file may hold it.
     """
     made = [_parameter(f) for f in fields(TrainSettings)]
-    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    hints = get_type_hints(command, include_extras=True)
+    own = [
+        p.replace(kind=p.KEYWORD_ONLY, annotation=hints[p.name])
+        for p in inspect.signature(command).parameters.values()
+        if p.kind is not p.VAR_KEYWORD
+    ]
 
     def run(**values: Any) -> None:
         command(**values)
@@ -33,13 +38,14 @@ def with_train_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _parameter(f: Any) -> inspect.Parameter:
     kind = _TYPES[str(f.type).partition(" ")[0]]
-    shown = f.metadata["shown"] or (None if kind is bool else str(f.default))
-    names = [f"--{f.name.replace('_', '-')}"]
+    shown = f.metadata["shown"] or (None if kind is bool else f"default: {f.default}")
+    note = f" [{shown}]".replace("[", "\\[") if shown else ""
+    # no real default: a value that was given has to be told from one that was not
     option = typer.Option(
-        *names,
-        help=f.metadata["help"],
+        f"--{f.name.replace('_', '-')}",
+        help=f.metadata["help"] + note,
         rich_help_panel=f.metadata["panel"],
-        show_default=shown or False,
+        show_default=False,
     )
     return inspect.Parameter(
         f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]

@@ -63,9 +63,10 @@ def planned(model: str, report: dict[str, Any], as_json: bool) -> None:
     rank = report["equal_lora_rank"]
     smaller = " (no LoRA is as small)" if rank < 1 else ""
     lines = (
-        f"Trained numbers: {report['trained_numbers']:,} in {report['sites']} sites, {report['core_numbers']:,} of them "
-        f"in cores.",
-        f"LoRA with as many numbers: rank {rank:.3g}{smaller}; LoRA at the same rank has {report['lora_same_rank']:,}.",
+        f"Trained numbers: {report['trained_numbers']:,} in {report['sites']} sites, "
+        f"{report['core_numbers']:,} of them in cores.",
+        f"LoRA with as many numbers: rank {rank:.3g}{smaller}. "
+        f"LoRA at the same rank: {report['lora_same_rank']:,} numbers.",
         f"On disk: {report['bytes']:,} bytes without a head.",
     )
     for line in lines:

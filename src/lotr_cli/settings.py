@@ -29,13 +29,15 @@ class TrainSettings:
         "or `docstrings` (built in).",
         "required",
     )
-    eval: str | None = _setting(None, _DATA, "Evaluation data.", "its own split, or a tenth held out")
+    eval: str | None = _setting(
+        None, _DATA, "Evaluation data.", "default: its own split, or a tenth held out"
+    )
     output: str | None = _setting(None, _DATA, "Folder for the adapter and its reports.", "required")
     text: str = _setting("text", _DATA, "Column with the text.")
     text2: str = _setting("text2", _DATA, "Column with the second text of a pair, if there is one.")
     label: str = _setting("label", _DATA, "Column with the label.")
     task: str | None = _setting(
-        None, _DATA, "classification, regression or causal-lm.", "guessed from the label"
+        None, _DATA, "classification, regression or causal-lm.", "default: guessed from the label"
     )
     max_length: int = _setting(128, _DATA, "Longest text, in tokens.")
 
@@ -44,20 +46,25 @@ class TrainSettings:
     )
     rank: str = _setting("16", _ADAPTER, "Rank of the shared factors: one number, or `k,r`.")
     target: str | None = _setting(
-        None, _ADAPTER, "Modules to adapt: names with commas, a regex, or `all-linear`.", "by architecture"
+        None,
+        _ADAPTER,
+        "Modules to adapt: names with commas, a regex, or `all-linear`.",
+        "default: by architecture",
     )
     modes: str | None = _setting(
-        None, _ADAPTER, "What shares factors: `layer`, `layer,projection`.", "by method"
+        None, _ADAPTER, "What shares factors: `layer`, `layer,projection`.", "default: by method"
     )
     scaling: float = _setting(1.0, _ADAPTER, "σ: multiplies the update; not divided by the rank.")
-    start: str | None = _setting(None, _ADAPTER, "How the factors start: orthonormal, gaussian.", "by method")
+    start: str | None = _setting(
+        None, _ADAPTER, "How the factors start: orthonormal, gaussian.", "default: by method"
+    )
     dropout: float = _setting(0.0, _ADAPTER, "Dropout on the input of the update.")
 
-    lr: float | None = _setting(None, _TRAINING, "Learning rate of the factors.", "by method")
-    core_lr: float | None = _setting(None, _TRAINING, "Learning rate of the cores.", "by method")
-    head_lr: float | None = _setting(None, _TRAINING, "Learning rate of a new head.", "by method")
+    lr: float | None = _setting(None, _TRAINING, "Learning rate of the factors.", "default: by method")
+    core_lr: float | None = _setting(None, _TRAINING, "Learning rate of the cores.", "default: by method")
+    head_lr: float | None = _setting(None, _TRAINING, "Learning rate of a new head.", "default: by method")
     epochs: float = _setting(3.0, _TRAINING, "Passes over the training data.")
-    max_steps: int | None = _setting(None, _TRAINING, "Steps, instead of epochs.", "by epochs")
+    max_steps: int | None = _setting(None, _TRAINING, "Steps, instead of epochs.", "default: by epochs")
     batch_size: int = _setting(32, _TRAINING, "Rows a step and device.")
     warmup: float = _setting(0.06, _TRAINING, "Share of the steps in which the rates rise.")
     weight_decay: float = _setting(0.0, _TRAINING, "Weight decay of AdamW.")
@@ -65,7 +72,9 @@ class TrainSettings:
     dtype: str = _setting("float32", _TRAINING, "Type of the base model: float32, bfloat16, float16.")
     seed: int = _setting(0, _TRAINING, "Seed of everything random.")
 
-    eval_steps: int | None = _setting(None, _RUN, "Steps between evaluations and checkpoints.", "five a run")
+    eval_steps: int | None = _setting(
+        None, _RUN, "Steps between evaluations and checkpoints.", "default: five a run"
+    )
     resume: bool = _setting(False, _RUN, "Go on from the last checkpoint in OUTPUT.")
     overwrite: bool = _setting(False, _RUN, "Replace an output folder that is not empty.")
     report_to: str = _setting("none", _RUN, "Where transformers logs to: none, tensorboard, wandb, …")

@@ -216,5 +216,4 @@ def _hold_out(rows: Dataset, part: float, seed: int, source: str) -> tuple[Datas
         )
     order = random.Random(seed).sample(range(len(rows)), len(rows))
     held_out, kept = sorted(order[:n_held_out]), sorted(order[n_held_out:])
-    # in memory: datasets would otherwise write index files beside a saved folder
-    return rows.select(kept, keep_in_memory=True), rows.select(held_out, keep_in_memory=True)
+    return rows.select(kept), rows.select(held_out)

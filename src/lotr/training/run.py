@@ -108,6 +108,9 @@ def _prepare(settings: TrainSettings, folder: Path, say: Callable[[str], None]) 
     set_seed(settings.seed)
     base = load_model(str(settings.model), data.task, data.labels, settings.dtype, tokenizer)
     model = adapt.add_adapter(base, config)
+    if settings.gradient_checkpointing:
+        base.enable_input_require_grads()
+        base.gradient_checkpointing_enable()
     _, name = locate(str(settings.model))
     record = {
         "task": data.task,
@@ -161,7 +164,6 @@ def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
         remove_unused_columns=False,
         label_names=["labels"],
         prediction_loss_only=data.task == "causal-lm",
-        gradient_checkpointing=s.gradient_checkpointing,
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to=s.report_to,
         seed=s.seed,

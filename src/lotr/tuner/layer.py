@@ -65,8 +65,9 @@ class LotrGroup(nn.Module, LotrLayer):
     weight = None
     bias = None
 
-    def __init__(self) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
+        self.out_features, self.in_features = shape
         self.lotr_U = nn.ModuleDict()
         self.lotr_V = nn.ModuleDict()
         # PEFT's hot-swapping writes the scaling next to every tensor that it swaps

@@ -109,7 +109,7 @@ class LotrModel(BaseTuner):
         """Return the module with the group's factors, made when its first member comes."""
         basis = self._basis(member)
         if group.name not in basis:
-            basis[group.name] = LotrGroup()
+            basis[group.name] = LotrGroup(group.shape)
             basis[group.name]._active_adapter = list(self.active_adapters)
         shared = basis[group.name]
         if adapter not in shared.lotr_U:

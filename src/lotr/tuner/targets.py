@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable
 
 from peft.tuners.tuners_utils import (
+    BaseTuner,
     BaseTunerLayer,
     _ExcludedModule,
     _get_in_out_features,
@@ -69,12 +70,12 @@ def resolve_targets(config: LotrConfig, model: nn.Module) -> None:
         ConfigError: No target is named and the architecture has no default.
     """
     if config.target_modules is None:
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        default = DEFAULT_TARGETS.get(model_type or "")
+        model_type = BaseTuner.get_model_config(model).get("model_type")
+        default = DEFAULT_TARGETS.get(model_type)
         if default is None:
             raise ConfigError(
-                f"target_modules is not set and the architecture {model_type!r} has no default. "
-                f'Name the modules, or use "all-linear". The linear modules of this model end in: '
+                f"target_modules is not set and the architecture {model_type!r} has no default. Please specify "
+                f'`target_modules`, or use "all-linear". The linear modules of this model end in: '
                 f"{', '.join(sorted({path.rpartition('.')[2] for path in linear_paths(model)})[:20])}."
             )
         config.target_modules = default if isinstance(default, str) else set(default)  # type: ignore[assignment]
@@ -141,8 +142,8 @@ def _target(path: str, module: nn.Module, config: LotrConfig) -> Target:
     if not is_linear(base):
         raise PlanError(
             f"Target module {path!r} ({type(base).__name__}) is not supported. Currently, only Linear, "
-            "Conv1D and quantised linears can be adapted; leave it out with exclude_modules, or train it in full "
-            "with modules_to_save."
+            "Conv1D and quantised linears can be adapted; leave it out with exclude_modules, or train it in "
+            "full with modules_to_save."
         )
     in_features, out_features = _get_in_out_features(base)
     key = get_pattern_key(config.rank_pattern.keys(), normalise(path))

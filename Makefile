@@ -1,0 +1,38 @@
+# Every target sets itself up: a fresh machine needs python (3.11 or newer), make and a network for pip.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test setup check bench docs clean
+.DEFAULT_GOAL := setup
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lotr needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing lotr and its pinned dependencies into $(VENV) (minutes, the first time) …"
+	@PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
+		$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $(READY)
+
+demo: $(READY)  ## fine-tune a real model on real text, beside LoRA and a bare head
+	$(BIN)/python examples/demo.py --output out/demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2
+
+check: $(READY)  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## sizes and step times beside PEFT's LoRA, in one process
+	$(BIN)/python benchmarks/bench_size.py --json out/bench_size.json
+
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) out site build dist .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,128 @@
+"""Pico models: five real architectures, made from their configs in milliseconds, always with the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor, nn
+
+VOCABULARY = 61
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A pico model, what it is fed, and which of its modules an adapter takes."""
+
+    make: Callable[[], nn.Module]
+    inputs: Callable[[], dict[str, Tensor]]
+    targets: list[str]
+    n_targets: int
+
+
+def _seeded(cls: type[nn.Module], config: Any) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return cls(config).eval()
+
+
+def bert() -> nn.Module:
+    config = tf.BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        num_labels=3,
+    )
+    return _seeded(tf.BertForSequenceClassification, config)
+
+
+def llama() -> nn.Module:
+    """Grouped-query attention: keys and values are half as wide as queries."""
+    config = tf.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+    return _seeded(tf.LlamaForCausalLM, config)
+
+
+def gpt2() -> nn.Module:
+    """Conv1D: weights are stored transposed."""
+    config = tf.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+    )
+    return _seeded(tf.GPT2LMHeadModel, config)
+
+
+def t5() -> nn.Module:
+    config = tf.T5Config(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
+    return _seeded(tf.T5ForConditionalGeneration, config)
+
+
+def vit() -> nn.Module:
+    config = tf.ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=16,
+        patch_size=8,
+        num_labels=3,
+    )
+    return _seeded(tf.ViTForImageClassification, config)
+
+
+def tokens(rows: int = 4, length: int = 7, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+
+
+def _text() -> dict[str, Tensor]:
+    return {"input_ids": tokens()}
+
+
+def _text_to_text() -> dict[str, Tensor]:
+    return {"input_ids": tokens(), "decoder_input_ids": tokens(length=5, seed=1)}
+
+
+def _images() -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+
+
+ARCHITECTURES = {
+    "bert": Architecture(bert, _text, ["query", "value"], 6),
+    "llama": Architecture(llama, _text, ["q_proj", "v_proj", "down_proj"], 9),
+    "gpt2": Architecture(gpt2, _text, ["c_attn", "c_fc"], 6),
+    "t5": Architecture(t5, _text_to_text, ["q", "v"], 12),
+    "vit": Architecture(vit, _images, ["q_proj", "v_proj"], 6),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=list(ARCHITECTURES))
+def architecture(request: pytest.FixtureRequest) -> Architecture:
+    return ARCHITECTURES[request.param]

@@ -1,0 +1,323 @@
+"""The command line: every command on small saved models, in this process."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import saved_models
+from lotr.training.report import METRICS
+from lotr_cli.app import app
+
+QUICK = (
+    *("--epochs", "10", "--batch-size", "8", "--rank", "4"),
+    *("--lr", "3e-2", "--core-lr", "3e-2", "--head-lr", "3e-2"),
+)
+
+
+def lotr(*words: str | Path):
+    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
+
+
+def report(*words: str | Path) -> dict:
+    result = lotr(*words, "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    saved_models.save_bert(folder / "bert")
+    saved_models.write_colours(folder / "train.csv", rows=96, seed=0)
+    saved_models.write_colours(folder / "dev.csv", rows=48, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(place: Path) -> tuple[Path, dict]:
+    output = place / "adapter"
+    words = ("--model", place / "bert", "--train", place / "train.csv", "--eval", place / "dev.csv")
+    return output, report("train", *words, "--output", output, *QUICK)
+
+
+def test_training_learns_and_tells_what_it_did(trained) -> None:
+    folder, result = trained
+    assert result["accuracy"] > 0.9
+    assert json.loads((folder / METRICS).read_text())["accuracy"] == result["accuracy"]
+    for name in (
+        "metric",
+        "settings",
+        "trained_numbers",
+        "adapter_bytes",
+        "steps",
+        "seconds",
+        "peak_memory_bytes",
+    ):
+        assert result[name], name
+    assert result["versions"]["torch"] == torch.__version__
+    assert result["settings"]["rank"] == "4"
+
+
+def test_trained_numbers_are_those_in_the_file(trained) -> None:
+    folder, result = trained
+    tensors = load_file(folder / "adapter_model.safetensors")
+    ours = sum(t.numel() for name, t in tensors.items() if ".lotr_" in name)
+    assert result["trained_numbers"]["adapter"] == ours == 2 * (32 * 4 * 2) + 4 * 16
+    assert result["trained_numbers"]["head"] == sum(t.numel() for t in tensors.values()) - ours
+
+
+def test_everything_promised_is_written_and_nothing_else(trained) -> None:
+    names = {path.name for path in trained[0].iterdir()} - {"confusion.png", "cores.png"}
+    assert names == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "curve.png",
+        "metrics.json",
+        "settings.json",
+        "task.json",
+    }
+
+
+def test_model_card_says_how_to_load(trained) -> None:
+    card = (trained[0] / "README.md").read_text()
+    assert "import lotr" in card
+    assert "lotr export" in card
+    assert "AutoPeftModelForSequenceClassification" in card
+
+
+def test_evaluation_of_the_saved_adapter_gives_the_score_of_the_run(trained, place: Path) -> None:
+    folder, result = trained
+    again = report("evaluate", folder, "--data", place / "dev.csv")
+    assert again["accuracy"] == result["accuracy"]
+    assert sum(map(sum, again["confusion"])) == 48
+    assert Path(again["picture"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_runs_with_one_seed_give_identical_files(trained, place: Path) -> None:
+    first, _ = trained
+    words = ("--model", place / "bert", "--train", place / "train.csv", "--eval", place / "dev.csv")
+    report("train", *words, "--output", place / "again", *QUICK)
+    for name in ("adapter_model.safetensors", "adapter_config.json", "task.json", "README.md", "curve.png"):
+        assert (place / "again" / name).read_bytes() == (first / name).read_bytes(), name
+    one, other = (json.loads((folder / METRICS).read_text()) for folder in (first, place / "again"))
+    varying = {"seconds", "peak_memory_bytes", "settings", "history"}
+    assert {k: v for k, v in one.items() if k not in varying} == {
+        k: v for k, v in other.items() if k not in varying
+    }
+
+
+def test_another_seed_gives_another_adapter(trained, place: Path) -> None:
+    words = (
+        "--model",
+        place / "bert",
+        "--train",
+        place / "train.csv",
+        "--eval",
+        place / "dev.csv",
+        "--seed",
+        "1",
+    )
+    report("train", *words, "--output", place / "other", *QUICK)
+    weights = "adapter_model.safetensors"
+    assert (place / "other" / weights).read_bytes() != (trained[0] / weights).read_bytes()
+
+
+def test_predictions_are_the_rows_with_an_answer_each(trained, place: Path) -> None:
+    output = place / "predictions.csv"
+    assert report("predict", trained[0], "--data", place / "dev.csv", "--output", output)["rows"] == 48
+    with output.open() as file:
+        rows = list(csv.DictReader(file))
+    right = sum(row["label"] == row["prediction"] for row in rows)
+    assert right / len(rows) == pytest.approx(trained[1]["accuracy"])
+    assert all(1 / 3 <= float(row["confidence"]) <= 1 for row in rows)
+    with (place / "dev.csv").open() as file:
+        assert [row["text"] for row in rows] == [row["text"] for row in csv.DictReader(file)]
+
+
+def test_predict_needs_no_labels_and_keeps_an_output_that_exists(trained, place: Path) -> None:
+    (place / "new.csv").write_text("text\nthe red thing\na blue thing\n")
+    output = place / "new.jsonl"
+    report("predict", trained[0], "--data", place / "new.csv", "--output", output)
+    assert [json.loads(line)["text"] for line in output.read_text().splitlines()] == ["the red thing", "a blue thing"]
+    refused = lotr("predict", trained[0], "--data", place / "new.csv", "--output", output)
+    assert refused.exit_code == 2
+    assert "--overwrite" in refused.stderr
+
+
+def test_plan_reads_no_weights_and_foretells_the_file(place: Path, trained, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((place / "bert" / "config.json").read_text())
+    plan = report("plan", tmp_path, "--rank", "4")
+    _, result = trained
+    assert plan["trained_numbers"] == result["trained_numbers"]["adapter"]
+    table = lotr("plan", tmp_path, "--rank", "4")
+    assert "query_32x32" in table.stdout
+
+
+def test_plan_foretells_the_bytes_of_an_adapter_without_a_head(place: Path, tmp_path: Path) -> None:
+    from peft import get_peft_model
+    from transformers import AutoModel
+
+    import lotr as library
+
+    plan = report("plan", place / "bert", "--rank", "4", "--target", "all-linear")
+    model = get_peft_model(
+        AutoModel.from_pretrained(place / "bert"), library.LotrConfig(r=4, target_modules="all-linear")
+    )
+    model.save_pretrained(tmp_path)
+    assert plan["bytes"] == (tmp_path / "adapter_model.safetensors").stat().st_size
+
+
+def test_inspect_reports_the_norm_of_the_dense_update(trained) -> None:
+    folder, _ = trained
+    found = report("inspect", folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    root = "base_model.model."
+    for site in found["sites"]:
+        U, Vt = (tensors[f"{root}lotrbasis.{site['group']}.lotr_{part}.weight"] for part in "UV")
+        dense = U @ tensors[f"{root}{site['module']}.lotr_C.weight"] @ Vt
+        assert site["norm"] == pytest.approx(float(dense.norm()), rel=1e-4)
+        assert 1 <= site["rank"] <= 4 + 1e-6
+    assert Path(found["picture"]).is_file()
+
+
+def test_merged_model_is_plain_and_answers_alike(trained, place: Path) -> None:
+    from peft import AutoPeftModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
+
+    lotr_model = AutoPeftModelForSequenceClassification.from_pretrained(trained[0], num_labels=3).eval()
+    report("merge", trained[0], "--output", place / "merged")
+    plain = AutoModelForSequenceClassification.from_pretrained(place / "merged").eval()
+    ids = torch.randint(3, 20, (4, 9))
+    assert not [name for name, _ in plain.named_parameters() if "lotr" in name]
+    torch.testing.assert_close(plain(ids).logits, lotr_model(ids).logits, rtol=1e-4, atol=1e-5)
+    assert plain.config.id2label == {0: "blue", 1: "green", 2: "red"}
+
+
+def test_exported_lora_answers_alike_without_the_library(trained, place: Path) -> None:
+    from peft import AutoPeftModelForSequenceClassification
+
+    result = report("export", trained[0], "--output", place / "exported")
+    assert result["modules"] == 4
+    ids = torch.arange(3, 12).repeat(2, 1)
+    ours = AutoPeftModelForSequenceClassification.from_pretrained(trained[0], num_labels=3).eval()(ids).logits
+    script = f"""
+import sys, torch
+from peft import AutoPeftModelForSequenceClassification
+model = AutoPeftModelForSequenceClassification.from_pretrained({str(place / "exported")!r}, num_labels=3).eval()
+assert "lotr" not in sys.modules
+torch.save(model(torch.arange(3, 12).repeat(2, 1)).logits, {str(place / "logits.pt")!r})
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    torch.testing.assert_close(torch.load(place / "logits.pt"), ours.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_peers_and_a_bare_head_train_through_the_same_command(place: Path) -> None:
+    words = (
+        "--model",
+        place / "bert",
+        "--train",
+        place / "train.csv",
+        "--eval",
+        place / "dev.csv",
+        *QUICK[2:],
+    )
+    for method in ("lora", "dora", "head", "lotr_joint"):
+        output = place / method
+        result = report("train", *words, "--epochs", "1", "--method", method, "--output", output)
+        again = report("evaluate", output, "--data", place / "dev.csv")
+        assert again["accuracy"] == pytest.approx(result["accuracy"]), method
+    assert json.loads((place / "head" / METRICS).read_text())["trained_numbers"]["adapter"] == 0
+
+
+def test_config_file_holds_any_setting_and_options_win(place: Path) -> None:
+    config = place / "train.yaml"
+    config.write_text(
+        f"model: {place / 'bert'}\ntrain: {place / 'train.csv'}\noutput: {place / 'yaml'}\n"
+        "rank: 2\nlr: 1e-2\nmax-steps: 3\n"
+    )
+    result = report("train", "--config", config, "--rank", "3")
+    assert result["settings"]["rank"] == "3"
+    assert result["settings"]["lr"] == 0.01
+    assert result["steps"] == 3
+
+
+def test_regression_and_causal_tasks_run_through(place: Path, tmp_path: Path) -> None:
+    with (tmp_path / "scores.csv").open("w") as file:
+        file.write("text,label\n")
+        file.writelines(f"{'red ' * (n % 5 + 1)}thing,{n % 5 + 0.5}\n" for n in range(60))
+    result = report(
+        *("train", "--model", place / "bert", "--train", tmp_path / "scores.csv", *QUICK),
+        *("--output", tmp_path / "regression"),
+    )
+    assert result["metric"] == "pearson"
+    assert result["pearson"] > 0.8
+    again = report("evaluate", tmp_path / "regression", "--data", tmp_path / "scores.csv")
+    assert again["pearson"] > 0.8
+
+    saved_models.save_llama(tmp_path / "llama")
+    chats = [
+        {"messages": [{"role": "user", "content": f"the {c} thing"}, {"role": "assistant", "content": c}]}
+        for c in saved_models.COLOURS
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats * 12))
+    result = report(
+        *(
+            "train",
+            "--model",
+            tmp_path / "llama",
+            "--train",
+            tmp_path / "chats.jsonl",
+            *QUICK[2:],
+            "--epochs",
+            "12",
+        ),
+        *("--output", tmp_path / "chat", "--target", "all-linear"),
+    )
+    assert result["metric"] == "loss"
+    assert result["loss"] < 1.0
+    measured = report("evaluate", tmp_path / "chat", "--data", tmp_path / "chats.jsonl")
+    assert measured["perplexity"] < 3
+    report(
+        "predict",
+        tmp_path / "chat",
+        "--data",
+        tmp_path / "chats.jsonl",
+        "--output",
+        tmp_path / "a.jsonl",
+        "--max-new-tokens",
+        "1",
+    )
+    answers = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    right = [row["prediction"].strip() == row["messages"][1]["content"] for row in answers]
+    assert sum(right) > len(right) / 2
+
+
+def test_methods_lists_every_row_with_its_paper() -> None:
+    from lotr import METHODS
+
+    listed = json.loads(lotr("methods", "--json").stdout)
+    assert listed.keys() == METHODS.keys()
+    assert all(row["url"].startswith("https://") for row in listed.values())
+
+
+def test_help_answers_before_torch_is_imported() -> None:
+    heavy = {"torch", "transformers", "peft", "lotr"}
+    script = f"import sys; from lotr_cli.app import app; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_every_command_ends_its_help_with_examples() -> None:
+    for command in ("train", "evaluate", "predict", "plan", "inspect", "merge", "export", "methods"):
+        text = lotr(command, "--help").stdout
+        assert "Example" in text, command
+        assert f"lotr {command}" in text.rpartition("Example")[2], command

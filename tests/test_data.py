@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lotr.errors import ConfigError, DataError
+from lotr.training.data import Columns, label_values, load_rows, load_task
+
+ROWS = [{"text": f"text {n}", "label": n % 2} for n in range(20)]
+CSV = "text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in ROWS)
+
+
+def file(folder: Path, name: str, content: str) -> str:
+    path = folder / name
+    path.write_text(content, encoding="utf-8")
+    return str(path)
+
+
+def test_the_built_in_set_is_measured_on_its_test_split(monkeypatch):
+    made = {"train": ROWS, "test": ROWS[:4]}
+    monkeypatch.setattr("lotr.training.docstrings.load_docstrings", lambda: made)
+    data = load_task("docstrings")
+    assert (len(data.train), len(data.eval), data.eval_source) == (20, 4, 'split "test" of docstrings')
+    assert len(load_rows("docstrings", Columns(), data.task, data.labels)) == 4
+
+
+def test_a_named_label_that_is_missing_does_not_change_the_task(tmp_path):
+    with pytest.raises(DataError, match=r'no column "sentiment"'):
+        load_task(file(tmp_path, "a.csv", CSV), columns=Columns(label="sentiment"))
+
+
+def test_a_tenth_is_held_out_and_no_row_is_lost_or_shared(tmp_path):
+    source = file(tmp_path, "a.csv", CSV)
+    data = load_task(source)
+    train, held_out = set(data.train["text"][:]), set(data.eval["text"][:])
+    assert len(held_out) == 2
+    assert train | held_out == {row["text"] for row in ROWS}
+    assert not train & held_out
+    assert "2 of the 20 rows" in data.eval_source and data.eval_source in data.reason
+
+
+def test_the_seed_alone_decides_which_rows_are_held_out(tmp_path):
+    source = file(tmp_path, "a.csv", CSV)
+    held_out = [load_task(source, seed=seed).eval["text"][:] for seed in (0, 0, 1)]
+    assert held_out[0] == held_out[1] != held_out[2]
+
+
+def test_a_label_that_only_a_held_out_row_has_is_still_a_class(tmp_path):
+    source = file(tmp_path, "a.csv", "text,label\n" + "".join(f"t{n},{n}\n" for n in range(10)))
+    assert load_task(source, task="classification").labels == tuple(map(str, range(10)))
+
+
+def test_one_row_cannot_be_split(tmp_path):
+    source = file(tmp_path, "a.jsonl", '{"text": "alone"}\n')
+    with pytest.raises(DataError, match=r"has 1 rows.*--eval"):
+        load_task(source)
+
+
+@pytest.mark.parametrize("options", [{"holdout": 0.0}, {"holdout": 1.0}, {"task": "clasification"}])
+def test_options_without_meaning_are_config_errors(tmp_path, options):
+    with pytest.raises(ConfigError, match=r"holdout|classification"):
+        load_task(file(tmp_path, "a.csv", CSV), **options)
+
+
+def test_labels_that_only_eval_has_are_named_with_both_sources(tmp_path):
+    train, other = file(tmp_path, "a.csv", CSV), file(tmp_path, "b.csv", "text,label\nx,1\ny,7\nz,5\n")
+    with pytest.raises(DataError, match=r"b\.csv has labels that .*a\.csv does not have: 5, 7\."):
+        load_task(train, other)
+
+
+def test_train_and_eval_may_write_the_same_class_as_different_types(tmp_path):
+    train = file(tmp_path, "a.csv", "text,label\na,0\nb,1\n")
+    other = file(tmp_path, "b.jsonl", '{"text": "a", "label": "1"}\n')
+    data = load_task(train, other)
+    assert (data.labels, label_values(data.eval, Columns())) == (("0", "1"), ["1"])
+    assert data.eval_source == other
+
+
+def test_pairs_are_not_measured_on_single_texts(tmp_path):
+    train = file(tmp_path, "a.csv", "text,text2,label\na,b,0\nb,c,1\n")
+    with pytest.raises(DataError, match=r'Only one of .*a\.csv and .*b\.csv has the column "text2"'):
+        load_task(train, file(tmp_path, "b.csv", "text,label\na,0\n"))
+
+
+def test_one_label_is_nothing_to_tell_apart(tmp_path):
+    with pytest.raises(DataError, match=r'All rows of .*a\.csv have one label, "3"'):
+        load_task(file(tmp_path, "a.csv", "text,label\na,3\nb,3\n"))
+
+
+def test_regression_needs_numbers_and_names_the_row_without(tmp_path):
+    source = file(tmp_path, "a.csv", "text,label\na,1.5\nb,high\n")
+    with pytest.raises(DataError, match=r"a\.csv, row 2: the label 'high'.*not a number"):
+        load_task(source, task="regression")
+
+
+def test_only_classification_has_label_names(tmp_path):
+    source = file(tmp_path, "a.csv", CSV)
+    assert load_task(source).labels == ("0", "1")
+    assert load_task(source, task="regression").labels == ()
+    assert load_task(source, task="causal-lm").labels == ()
+
+
+def test_an_adapter_refuses_labels_that_it_does_not_know(tmp_path):
+    source = file(tmp_path, "a.csv", CSV)
+    with pytest.raises(DataError, match=r"labels that the adapter does not have: 1\."):
+        load_rows(source, Columns(), "classification", ("0", "2"))
+
+
+def test_prediction_needs_no_labels(tmp_path):
+    source = file(tmp_path, "a.csv", "text\nx\n")
+    with pytest.raises(DataError, match="--label"):
+        load_rows(source, Columns(), "classification", ("0", "1"))
+    assert load_rows(source, Columns(), "classification", ("0", "1"), need_label=False).to_list() == [
+        {"text": "x"}
+    ]

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import pytest
+from datasets import Dataset, load_from_disk
+
+from lotr.errors import DataError
+from lotr.training.data import Columns
+from lotr.training.encode import encode
+from tiny_tokenizers import CLS, EOS, ID, SEP, WORDS, bert, ids, language, run, words
+
+
+def test_a_class_is_encoded_as_its_place_among_the_labels():
+    encoded = run(bert(), "classification", labels=("no", "yes"), text=["a", "b c"], label=["yes", "no"])
+    assert encoded["labels"][:] == [1, 0]
+    assert encoded["input_ids"][:] == [[CLS, ID["a"], SEP], [CLS, ID["b"], ID["c"], SEP]]
+    assert encoded["length"][:] == [3, 4]
+    assert set(encoded.column_names) == {"input_ids", "attention_mask", "token_type_ids", "labels", "length"}
+
+
+def test_a_second_text_is_the_second_segment():
+    encoded = run(bert(), "classification", labels=("0", "1"), text=["a"], text2=["b"], label=[1])
+    assert encoded[0]["input_ids"] == [CLS, ID["a"], SEP, ID["b"], SEP]
+    assert encoded[0]["token_type_ids"] == [0, 0, 0, 1, 1]
+
+
+def test_texts_are_cut_to_the_longest_allowed():
+    encoded = run(bert(), "classification", max_length=4, labels=("0",), text=["a b c d e"], label=[0])
+    assert encoded[0]["input_ids"] == [CLS, ID["a"], ID["b"], SEP]
+
+
+def test_a_number_stays_a_number_in_regression():
+    encoded = run(bert(), "regression", text=["a", "b"], label=[1, 0])
+    assert encoded["labels"][:] == [1.0, 0.0]
+    assert isinstance(encoded[0]["labels"], float)
+
+
+def test_without_labels_the_label_column_is_not_needed():
+    assert "labels" not in run(bert(), "classification", with_labels=False, text=["a"]).column_names
+
+
+def test_a_label_that_the_model_does_not_have_is_refused():
+    with pytest.raises(DataError, match=r"the model does not have: maybe\."):
+        run(bert(), "classification", labels=("no", "yes"), text=["a"], label=["maybe"])
+
+
+def test_columns_may_have_other_names():
+    columns = Columns(text="premise", text2="claim", label="verdict")
+    rows = {"premise": ["a"], "claim": ["b"], "verdict": ["y"]}
+    encoded = run(bert(), "classification", columns=columns, labels=("x", "y"), **rows)
+    assert (encoded[0]["input_ids"], encoded[0]["labels"]) == ([CLS, ID["a"], SEP, ID["b"], SEP], 1)
+
+
+def test_more_rows_than_a_batch_keep_their_order_and_labels(capsys):
+    n_rows = 2300
+    rows = {"text": [WORDS[9 + n % 7] for n in range(n_rows)], "label": [n % 7 for n in range(n_rows)]}
+    encoded = run(language(), "classification", labels=tuple("0123456"), **rows)
+    assert encoded["labels"][:] == rows["label"]
+    assert [row[0] for row in encoded["input_ids"][:]] == [9 + n % 7 for n in range(n_rows)]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_every_token_of_a_plain_text_and_its_end_are_learned():
+    row = run(language(), text=["a b c"])[0]
+    assert row["input_ids"] == row["labels"] == [*ids("a b c"), EOS]
+    assert row["attention_mask"] == [1, 1, 1, 1]
+
+
+def test_the_end_is_not_appended_twice_nor_behind_a_cut():
+    encoded = run(language(), max_length=3, text=["a [EOS]", "a b c d", "a b c", "a b"])
+    assert encoded["input_ids"][:] == [[ID["a"], EOS], ids("a b c"), ids("a b c"), [*ids("a b"), EOS]]
+
+
+def test_a_tokenizer_without_an_end_token_appends_none():
+    assert run(words(), text=["a b"])[0]["input_ids"] == ids("a b")
+
+
+def test_a_single_token_teaches_nothing_and_is_dropped_with_its_count():
+    with pytest.warns(UserWarning, match=r"1 of 2 rows have no token to learn within 64 tokens"):
+        assert len(run(words(), text=["a", "a b"])) == 1
+
+
+def test_a_saved_folder_is_encoded_without_a_file_written(tmp_path):
+    Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "saved")
+    before = sorted(tmp_path.rglob("*"))
+    saved = load_from_disk(tmp_path / "saved")
+    encoded = encode(saved, language(), "causal-lm", Columns(), (), 64)
+    assert not encoded.cache_files
+    assert sorted(tmp_path.rglob("*")) == before

@@ -1,0 +1,44 @@
+"""Tokenizers with a vocabulary of a dozen words, made on the spot."""
+
+from __future__ import annotations
+
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from lotr.training.data import Columns
+from lotr.training.encode import encode
+
+WORDS = ["[PAD]", "[UNK]", "[EOS]", "[CLS]", "[SEP]", "user", ":", "assistant", "#", *"abcdefg"]
+ID = {word: index for index, word in enumerate(WORDS)}
+PAD, EOS, CLS, SEP = (ID[word] for word in WORDS[:1] + WORDS[2:5])
+
+
+def words(**special: str) -> PreTrainedTokenizerFast:
+    inner = Tokenizer(models.WordLevel(ID, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+
+
+def language(**options: str) -> PreTrainedTokenizerFast:
+    return words(pad_token="[PAD]", eos_token="[EOS]", **options)
+
+
+def bert() -> PreTrainedTokenizerFast:
+    tokenizer = words(pad_token="[PAD]", sep_token="[SEP]", cls_token="[CLS]")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)],
+    )
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    return tokenizer
+
+
+def run(tokenizer, task="causal-lm", max_length=64, columns=None, labels=(), with_labels=True, **rows):
+    dataset = Dataset.from_dict(rows)
+    return encode(dataset, tokenizer, task, columns or Columns(), labels, max_length, with_labels)
+
+
+def ids(text: str) -> list[int]:
+    return [ID[word] for word in text.split()]

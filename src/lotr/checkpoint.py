@@ -126,7 +126,17 @@ def write_adapter(
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     write_json(folder / CONFIG, plain)
     if task is not None:
-        write_json(folder / TASK, task)
+        write_task(folder, task)
+
+
+def write_task(folder: Path, task: dict[str, Any]) -> None:
+    """Write what evaluation needs, with a checksum of the weights beside it."""
+    write_json(folder / TASK, {**task, "weights_sha256": _sha256(folder / WEIGHTS)})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -197,6 +207,11 @@ def read_adapter(path: str | Path) -> AdapterFolder:
     task = read_json(folder / TASK, "an adapter's task") if (folder / TASK).is_file() else {}
     found = AdapterFolder(folder, config, task)
     found.shapes()
+    if "weights_sha256" in task and task["weights_sha256"] != _sha256(folder / WEIGHTS):
+        raise CheckpointError(
+            f"{folder / WEIGHTS} is damaged, or is not the file that {TASK} beside it was written for: its checksum "
+            "differs. Copy or download the folder again."
+        )
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from . import delta
-from .checkpoint import CONFIG, TASK, WEIGHTS, AdapterFolder, save_tensors, whole_folder, write_json
+from .checkpoint import CONFIG, WEIGHTS, AdapterFolder, save_tensors, whole_folder, write_json, write_task
 from .errors import CheckpointError
 from .inspection import config_of, factors_of
 from .magnitudes import MAGNITUDES
@@ -52,7 +52,9 @@ def to_lora(adapter: AdapterFolder, output: Path, overwrite: bool = False) -> di
     ranks: dict[str, int] = {}
     for site in sites:
         A, B = delta.as_lora(site.U, site.C, site.V, config.scaling)
-        tensors[f"base_model.model.{site.module}.lora_A.weight"] = A.clone()  # safetensors refuses what shares memory
+        tensors[f"base_model.model.{site.module}.lora_A.weight"] = (
+            A.clone()
+        )  # safetensors refuses what shares memory
         tensors[f"base_model.model.{site.module}.lora_B.weight"] = B.clone()
         ranks[site.module] = A.shape[0]
     lora = _lora_config(adapter, ranks)
@@ -63,7 +65,7 @@ def to_lora(adapter: AdapterFolder, output: Path, overwrite: bool = False) -> di
             _CARD.format(base=lora["base_model_name_or_path"] or ""), encoding="utf-8"
         )
         if adapter.task:
-            write_json(made / TASK, {**adapter.task, "method": "lora"})
+            write_task(made, {**adapter.task, "method": "lora"})
     return {
         "modules": len(sites),
         "rank": max(ranks.values()),

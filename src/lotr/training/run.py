@@ -116,6 +116,7 @@ def _prepare(settings: TrainSettings, folder: Path, say: Callable[[str], None]) 
         "task": data.task,
         "labels": list(data.labels),
         "max_length": settings.max_length,
+        "pairs": data.task != "causal-lm" and columns.text2 in data.train.column_names,
         "columns": {"text": columns.text, "text2": columns.text2, "label": columns.label},
         "method": settings.method,
         "base_model": name,

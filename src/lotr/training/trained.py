@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..checkpoint import AdapterFolder, fingerprint, read_adapter
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DataError
 from . import metrics
 from .data import Columns, Task, load_rows
 from .encode import collator, encode
@@ -34,6 +34,7 @@ class Trained:
     task: Task
     labels: tuple[str, ...]
     columns: Columns
+    pairs: bool
     max_length: int
 
 
@@ -90,7 +91,16 @@ def load_trained(path: str | Path, model: str | None = None, dtype: str = "float
             "model with --model."
         )
     columns = Columns(**task["columns"])
-    return Trained(adapter, loaded.eval(), tokenizer, task["task"], labels, columns, task["max_length"])
+    return Trained(
+        adapter,
+        loaded.eval(),
+        tokenizer,
+        task["task"],
+        labels,
+        columns,
+        bool(task.get("pairs")),
+        task["max_length"],
+    )
 
 
 def evaluate(trained: Trained, source: str, batch_size: int = 64, tick: Tick | None = None) -> dict[str, Any]:
@@ -108,7 +118,7 @@ def evaluate(trained: Trained, source: str, batch_size: int = 64, tick: Tick | N
     Raises:
         DataError: The data does not fit the adapter's task.
     """
-    rows = load_rows(source, trained.columns, trained.task, trained.labels, split=_held_out(source))
+    rows = _rows(trained, source, need_label=True)
     if trained.task == "causal-lm":
         return {"rows": len(rows), **_language_loss(trained, rows, batch_size, tick)}
     scores, labels = scores_of(trained, rows, batch_size, tick, with_labels=True)
@@ -120,9 +130,17 @@ def evaluate(trained: Trained, source: str, batch_size: int = 64, tick: Tick | N
     return report | metrics.classification(scores, labels) | {"confusion": counts.tolist()}
 
 
-def _held_out(source: str) -> str | None:
+def _rows(trained: Trained, source: str, need_label: bool) -> Dataset:
     # measuring on what an adapter may have been trained on says little
-    return "test" if source == "docstrings" else None
+    split = "test" if source == "docstrings" else None
+    rows = load_rows(source, trained.columns, trained.task, trained.labels, need_label, split)
+    second = trained.columns.text2
+    if trained.pairs and second not in rows.column_names:
+        raise DataError(
+            f'The adapter was trained on pairs of texts, and {source} has no column "{second}"; its columns are: '
+            f"{', '.join(rows.column_names)}. Add the second text."
+        )
+    return rows
 
 
 def scores_of(
@@ -158,6 +176,8 @@ def _batches(
     trained: Trained, rows: Dataset, batch_size: int, with_labels: bool, tick: Tick | None
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
     """Yield places and batches, long rows with long rows, so that little is padded."""
+    if not trained.pairs and trained.columns.text2 in rows.column_names:
+        rows = rows.remove_columns(trained.columns.text2)
     encoded = encode(
         rows,
         trained.tokenizer,
@@ -196,9 +216,7 @@ def predict(
     Raises:
         DataError: The data does not fit the adapter's task.
     """
-    rows = load_rows(
-        source, trained.columns, trained.task, trained.labels, need_label=False, split=_held_out(source)
-    )
+    rows = _rows(trained, source, need_label=False)
     plain = [dict(row) for row in cast("Any", rows)]
     if trained.task == "causal-lm":
         return [

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, near
+from ..sites import normalise
 from .layer import LotrGroup, LotrLinear
 
 if TYPE_CHECKING:
@@ -34,13 +36,16 @@ def add_weighted(
         ConfigError: An adapter is unknown, the adapters do not fit each other, or the sum is not exact.
     """
     _check(tuner, adapters, weights, name, combination_type)
-    first = tuner.peft_config[adapters[0]]
-    ranks = [tuner.peft_config[adapter].rank for adapter in adapters]
-    config = copy.deepcopy(first)
+    config = copy.deepcopy(tuner.peft_config[adapters[0]])
     config.scaling = 1.0
     if combination_type == "cat":
-        k, r = (sum(sizes) for sizes in zip(*ranks, strict=True))
-        config.r = k if k == r else (k, r)
+        config.r = _sum([tuner.peft_config[adapter].rank for adapter in adapters])
+        config.rank_pattern = {
+            normalise(path): rank
+            for path, module in tuner.model.named_modules()
+            if isinstance(module, LotrLinear) and adapters[0] in module.lotr_C
+            if (rank := _sum([module.lotr_C[adapter].weight.shape for adapter in adapters])) != config.r
+        }
     tuner.peft_config[name] = config
     try:
         tuner.inject_adapter(tuner.model, name)
@@ -63,6 +68,11 @@ def add_weighted(
                 ]
                 sum_ = torch.block_diag(*cores) if combination_type == "cat" else torch.stack(cores).sum(0)
                 module.lotr_C[name].weight.copy_(sum_)
+
+
+def _sum(ranks: Iterable[Iterable[int]]) -> int | tuple[int, int]:
+    k, r = (sum(sizes) for sizes in zip(*ranks, strict=True))
+    return k if k == r else (k, r)
 
 
 def _joined(factors: list[Tensor], dim: int) -> Tensor:

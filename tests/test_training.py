@@ -1,0 +1,195 @@
+"""The training run: stopping, going on, checkpoints, rates, and what is never left half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+import saved_models
+from lotr import LotrConfig
+from lotr.checkpoint import file_bytes, whole_folder
+from lotr.errors import CheckpointError, ConfigError
+from lotr.training.optimizer import parameter_groups
+from lotr.training.resume import restore
+from lotr.training.run import Interrupted, train
+from lotr.training.state import last_whole
+from lotr_cli.settings import TrainSettings
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def quiet(line: str) -> None:
+    """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("training")
+    saved_models.save_bert(folder / "bert")
+    saved_models.write_colours(folder / "train.csv", rows=48)
+    return folder
+
+
+def settings(place: Path, output: Path, **more: object) -> TrainSettings:
+    given = {"rank": "2", "max_steps": 10, "batch_size": 8, "eval_steps": 3, "dropout": 0.1, **more}
+    return TrainSettings(
+        model=str(place / "bert"), train=str(place / "train.csv"), output=str(output), **given
+    )
+
+
+class CtrlC(TrainerCallback):
+    """Presses ctrl-C at a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_leaves_a_whole_checkpoint_and_resume_ends_as_if_nothing_happened(
+    place: Path, tmp_path: Path
+) -> None:
+    train(settings(place, tmp_path / "straight"), say=quiet)
+    with pytest.raises(Interrupted, match="--resume"):
+        train(settings(place, tmp_path / "stopped"), say=quiet, callbacks=[CtrlC(4)])
+    assert last_whole(tmp_path / "stopped" / "checkpoints").name == "checkpoint-5"
+    assert not (tmp_path / "stopped" / WEIGHTS).exists()
+
+    resumed = restore(
+        TrainSettings(output=str(tmp_path / "stopped"), resume=True), given={"output", "resume"}
+    )
+    report = train(resumed, say=quiet)
+    assert report["steps"] == 10
+    assert (tmp_path / "stopped" / WEIGHTS).read_bytes() == (tmp_path / "straight" / WEIGHTS).read_bytes()
+    assert not (tmp_path / "stopped" / "checkpoints").exists()
+
+
+def test_ctrl_c_in_a_real_process_ends_with_130_and_the_way_on(place: Path, tmp_path: Path) -> None:
+    output = tmp_path / "o"
+    words = ["train", "--model", place / "bert", "--train", place / "train.csv", "--output", output]
+    words += ["--max-steps", "100000", "--eval-steps", "20", "--rank", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lotr", *map(str, words)], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(output.glob("checkpoints/checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert "lotr train --resume --output" in " ".join(text.split())
+    assert "Traceback" not in text
+    checkpoint = last_whole(output / "checkpoints")
+    step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    assert int(checkpoint.name.rpartition("-")[2]) == step
+
+
+def test_checkpoints_hold_no_pickle(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(settings(place, tmp_path / "o"), say=quiet, callbacks=[CtrlC(2)])
+    names = {path.name for path in (tmp_path / "o").rglob("*") if path.is_file()}
+    assert names
+    assert {Path(name).suffix for name in names} <= {".json", ".safetensors"}
+
+
+def test_resume_refuses_other_settings_and_a_finished_run(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(settings(place, tmp_path / "o"), say=quiet, callbacks=[CtrlC(2)])
+    asked = TrainSettings(output=str(tmp_path / "o"), resume=True, rank="8")
+    with pytest.raises(ConfigError, match="rank was '2', not '8'"):
+        restore(asked, given={"rank", "resume"})
+    train(settings(place, tmp_path / "done", max_steps=1), say=quiet)
+    with pytest.raises(ConfigError, match="finished"):
+        restore(TrainSettings(output=str(tmp_path / "done"), resume=True), given={"resume"})
+    with pytest.raises(CheckpointError, match=r"settings\.json"):
+        restore(TrainSettings(output=str(tmp_path / "nothing"), resume=True), given={"resume"})
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(settings(place, tmp_path / "o"), say=quiet, callbacks=[CtrlC(7)])
+    newest = last_whole(tmp_path / "o" / "checkpoints")
+    (newest / "trainer_state.json").unlink()
+    before = last_whole(tmp_path / "o" / "checkpoints")
+    assert int(before.name.rpartition("-")[2]) < int(newest.name.rpartition("-")[2])
+
+
+def test_an_old_adapter_stays_whole_until_the_new_one_is(place: Path, tmp_path: Path) -> None:
+    train(settings(place, tmp_path / "o"), say=quiet)
+    old = (tmp_path / "o" / WEIGHTS).read_bytes()
+    with pytest.raises(Interrupted):
+        train(settings(place, tmp_path / "o", seed=1, overwrite=True), say=quiet, callbacks=[CtrlC(2)])
+    assert (tmp_path / "o" / WEIGHTS).read_bytes() == old
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "new") as made:
+        (made / "half").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with whole_folder(tmp_path / "new") as made:
+        (made / "all").write_text("x")
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "all"]
+
+
+def test_rates_reach_cores_factors_and_head(place: Path) -> None:
+    from peft import get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    base = AutoModelForSequenceClassification.from_pretrained(place / "bert")
+    model = get_peft_model(base, LotrConfig(r=2, task_type="SEQ_CLS"))
+    groups = {g["name"]: g for g in parameter_groups(model, lr=1.0, core_lr=2.0, head_lr=3.0)}
+    assert {name: g["lr"] for name, g in groups.items()} == {"factors": 1.0, "cores": 2.0, "head": 3.0}
+    assert [tuple(p.shape) for p in groups["cores"]["params"]] == [(2, 2)] * 4
+    found = sum(p.numel() for g in groups.values() for p in g["params"])
+    assert found == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_only_the_adapter_and_the_head_change(place: Path, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    before = AutoModel.from_pretrained(place / "bert").state_dict()
+    train(settings(place, tmp_path / "o"), say=quiet)
+    after = AutoModel.from_pretrained(place / "bert").state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    names = load_file(tmp_path / "o" / WEIGHTS)
+    assert all(".lotr_" in name or ".classifier." in name for name in names)
+
+
+def test_size_of_a_file_is_foretold_exactly(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {f"layer.{n}.weight": torch.zeros(n + 1, 5) for n in range(12)}
+    save_file(tensors, tmp_path / "x", metadata={"format": "pt"})
+    assert (
+        file_bytes({name: tuple(t.shape) for name, t in tensors.items()}, 4)
+        == (tmp_path / "x").stat().st_size
+    )
+
+
+def test_gradient_checkpointing_changes_nothing(place: Path, tmp_path: Path) -> None:
+    train(settings(place, tmp_path / "a", dropout=0.0), say=quiet)
+    train(settings(place, tmp_path / "b", dropout=0.0, gradient_checkpointing=True), say=quiet)
+    one, other = load_file(tmp_path / "a" / WEIGHTS), load_file(tmp_path / "b" / WEIGHTS)
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_half_precision_base_trains_full_precision_factors(place: Path, tmp_path: Path) -> None:
+    report = train(settings(place, tmp_path / "o", dtype="bfloat16"), say=quiet)
+    assert {t.dtype for n, t in load_file(tmp_path / "o" / WEIGHTS).items() if ".lotr_" in n} == {
+        torch.float32
+    }
+    assert report["steps"] == 10

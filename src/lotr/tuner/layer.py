@@ -26,7 +26,7 @@ def linear_from(weight: Tensor) -> nn.Linear:
     """Return a bias-free linear with this weight, without touching the global random state."""
     out_features, in_features = weight.shape
     module = nn.Linear(in_features, out_features, bias=False, device="meta")
-    module.weight = nn.Parameter(weight)
+    module.weight = nn.Parameter(weight.contiguous())  # sharding refuses other layouts
     return module
 
 
@@ -78,7 +78,7 @@ class LotrGroup(nn.Module, LotrLayer):
     def add(self, adapter: str, U: Tensor, V: Tensor) -> None:  # (o, k), (i, r)
         """Add the factors of an adapter."""
         self.lotr_U[adapter] = linear_from(U)
-        self.lotr_V[adapter] = linear_from(V.T.contiguous())
+        self.lotr_V[adapter] = linear_from(V.T)
         self.scaling[adapter] = 1.0
 
     def place(self, adapter: str, device: torch.device | None, dtype: torch.dtype | None) -> None:

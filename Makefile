@@ -32,7 +32,8 @@ bench: $(READY)  ## sizes and step times beside PEFT's LoRA, in one process
 	$(BIN)/python benchmarks/bench_size.py --json out/bench_size.json
 
 docs: $(READY)
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "The site is in site/index.html"
 
 clean:
 	rm -rf $(VENV) out site build dist .pytest_cache .ruff_cache .mypy_cache

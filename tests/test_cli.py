@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -319,5 +322,15 @@ def test_help_answers_before_torch_is_imported() -> None:
 def test_every_command_ends_its_help_with_examples() -> None:
     for command in ("train", "evaluate", "predict", "plan", "inspect", "merge", "export", "methods"):
         text = lotr(command, "--help").stdout
-        assert "Example" in text, command
         assert f"lotr {command}" in text.rpartition("Example")[2], command
+
+
+def test_every_example_in_the_help_is_a_call_that_the_program_takes() -> None:
+    program = typer.main.get_command(app)
+    for name, command in program.commands.items():
+        examples = re.findall(r"`lotr (.*?)`", command.epilog)
+        assert examples, name
+        for example in examples:
+            first, *words = shlex.split(example)
+            assert first == name
+            command.make_context(name, words)  # raises where an option or a value is not known

@@ -160,7 +160,11 @@ def test_each_row_is_generated_by_its_own_adapter(make: Any, targets: list[str],
 @pytest.mark.parametrize("make, target", [(llama, "q_proj"), (gpt2, "c_attn")])
 def test_generating_with_a_cache_gives_the_same_tokens(make: Any, target: str) -> None:
     model = get_peft_model(make(), config(target_modules=[target], scaling=3.0)).eval()
-    settings = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(INPUTS["input_ids"])}
+    settings = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "attention_mask": torch.ones_like(INPUTS["input_ids"]),
+    }
     cached = model.generate(**INPUTS, **settings, use_cache=True)
     assert torch.equal(cached, model.generate(**INPUTS, **settings, use_cache=False))
 

@@ -176,7 +176,9 @@ def test_a_pair_of_ranks_is_output_then_input() -> None:
 
 def test_queries_and_values_of_unequal_width_cannot_share_one_pair() -> None:
     model = llama()
-    with pytest.raises(PlanError, match=r'"q_proj\|v_proj" cannot share factors: .*\(32, 32\) and \(16, 32\)'):
+    with pytest.raises(
+        PlanError, match=r'"q_proj\|v_proj" cannot share factors: .*\(32, 32\) and \(16, 32\)'
+    ):
         make(model, method="lotr_joint", target_modules=["q_proj", "v_proj"])
     assert not [m for m in model.modules() if isinstance(m, LotrLayer)]
 

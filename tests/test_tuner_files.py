@@ -183,10 +183,10 @@ def test_a_loaded_adapter_is_trained_only_when_asked(tmp_path: Path) -> None:
 
 
 def test_loading_an_injected_adapter_without_memory_leaves_nothing_on_meta() -> None:
-    state = get_peft_model_state_dict(inject_adapter_in_model(LotrConfig(r=2, target_modules=["query"]), bert()))
-    model = inject_adapter_in_model(
-        LotrConfig(r=2, target_modules=["query"]), bert(), low_cpu_mem_usage=True
+    state = get_peft_model_state_dict(
+        inject_adapter_in_model(LotrConfig(r=2, target_modules=["query"]), bert())
     )
+    model = inject_adapter_in_model(LotrConfig(r=2, target_modules=["query"]), bert(), low_cpu_mem_usage=True)
     assert any(p.is_meta for p in model.parameters())
     set_peft_model_state_dict(model, state, low_cpu_mem_usage=True)
     assert not any(p.is_meta for p in model.parameters())
@@ -204,7 +204,10 @@ def test_a_group_named_by_a_longer_path_is_matched_by_its_tail() -> None:
     """A module without a number names its group by the whole path, and architectures rename prefixes."""
     modes = {"modes": (), "target_modules": ["pooler.dense"], "r": 2}
     bare = inject_adapter_in_model(LotrConfig(**modes, init_weights=False, seed=1), bert().bert)
-    state = {f"bert.{k}" if not k.startswith("lotrbasis") else k: t for k, t in get_peft_model_state_dict(bare).items()}
+    state = {
+        f"bert.{k}" if not k.startswith("lotrbasis") else k: t
+        for k, t in get_peft_model_state_dict(bare).items()
+    }
     whole = inject_adapter_in_model(LotrConfig(**modes, seed=2), bert())
     assert set(get_peft_model_state_dict(whole)) != set(state)
     set_peft_model_state_dict(whole, state)
@@ -231,7 +234,10 @@ FIRST = "base_model.model.bert.encoder.layer.0.attention.self.query.lotr_C.weigh
     [
         (lambda c: c.pop(FIRST), r"1 missing, first .*layer\.0\.attention\.self\.query\.lotr_C"),
         (lambda c: c.update({FIRST.replace("query", "key"): torch.zeros(4, 4)}), "1 unexpected, first .*key"),
-        (lambda c: c.pop("base_model.model.lotrbasis.query_32x32.lotr_U.weight"), "1 missing, first .*lotr_U"),
+        (
+            lambda c: c.pop("base_model.model.lotrbasis.query_32x32.lotr_U.weight"),
+            "1 missing, first .*lotr_U",
+        ),
     ],
 )
 @pytest.mark.parametrize("low", [False, True])

@@ -109,6 +109,10 @@ class TunerContract:
         assert len(trained) == 2 * len(groups) + sum(1 for _ in linears(model))
         assert model.get_nb_trainable_parameters()[0] == sum(p.numel() for p in trained)
 
+    def test_trained_numbers_are_contiguous(self, model) -> None:
+        """FSDP2 refuses others, and a QR decomposition gives others."""
+        assert all(p.is_contiguous() for p in model.parameters() if p.requires_grad)
+
     def test_only_the_adapter_gets_gradients(self, model, inputs) -> None:
         model.train()
         model(**inputs).logits.square().sum().backward()
@@ -140,11 +144,15 @@ class TunerContract:
         bare = inject_adapter_in_model(self.config(architecture, seed=9), architecture.make()).eval()
         bare_state = get_peft_model_state_dict(bare)
         assert {f"base_model.model.{key}" for key in bare_state} == set(state)
-        set_peft_model_state_dict(bare, {key.removeprefix("base_model.model."): t for key, t in state.items()})
+        set_peft_model_state_dict(
+            bare, {key.removeprefix("base_model.model."): t for key, t in state.items()}
+        )
         assert torch.equal(outputs(bare, inputs), outputs(model, inputs))
 
     def test_a_state_dict_says_which_modules_are_adapted(self, architecture, model, inputs) -> None:
-        state = {key.removeprefix("base_model.model."): t for key, t in get_peft_model_state_dict(model).items()}
+        state = {
+            key.removeprefix("base_model.model."): t for key, t in get_peft_model_state_dict(model).items()
+        }
         config = self.config(architecture, target_modules=["something else"])
         with pytest.warns(RuntimeWarning, match="inconsistency"):
             bare = inject_adapter_in_model(config, architecture.make(), state_dict=state).eval()
@@ -240,7 +248,9 @@ class TunerContract:
 
     def test_the_whole_model_can_change_its_type(self, model, inputs) -> None:
         expected = outputs(model, inputs).double()
-        wide = outputs(model.double(), {k: t.double() if t.is_floating_point() else t for k, t in inputs.items()})
+        wide = outputs(
+            model.double(), {k: t.double() if t.is_floating_point() else t for k, t in inputs.items()}
+        )
         assert wide.dtype == torch.float64
         torch.testing.assert_close(wide, expected, atol=1e-5, rtol=1e-4)
 

@@ -46,8 +46,9 @@ def options(
 @app.command(
     epilog="**Examples**\n\n"
     "`lotr train --model minilm --train docstrings --output runs/first`\n\n"
-    "`lotr train --model minilm --train train.csv --eval dev.csv --rank 8 --target all-linear --output runs/mine`\n\n"
-    "`lotr train --config train.yaml --seed 1 --output runs/again`\n\n"
+    "`lotr train --model minilm --train docstrings --rank 8 --target all-linear --epochs 1 --output runs/second`\n\n"
+    "`lotr train --config runs/first/settings.json --seed 1 --output runs/again`\n\n"
+    "After ctrl-C: "
     "`lotr train --resume --output runs/first`"
 )
 @with_train_options
@@ -67,6 +68,7 @@ def train(
     with reported(), console.stopwatch("Starting"):
         from lotr.training.resume import restore
         from lotr.training.run import train as run
+        from lotr.training.trainer import is_main_process
 
         from .progress import TrainingProgress
 
@@ -77,13 +79,15 @@ def train(
             report = run(settings, say=console.say, callbacks=[bar])
         finally:
             bar.close()
-    reports.trained(report, settings.output, json)
+        main_process = is_main_process()
+    if main_process:
+        reports.trained(report, settings.output, json)
 
 
 @app.command(
     epilog="**Examples**\n\n"
     "`lotr evaluate runs/first --data docstrings`\n\n"
-    "`lotr evaluate runs/mine --data test.csv --json`"
+    "`lotr evaluate runs/first --data docstrings --json`"
 )
 def evaluate(
     adapter: Adapter,
@@ -116,8 +120,8 @@ def evaluate(
 
 @app.command(
     epilog="**Examples**\n\n"
-    "`lotr predict runs/first --data new.csv --output predictions.csv`\n\n"
-    "`lotr predict runs/chat --data prompts.jsonl --output answers.jsonl --max-new-tokens 100`"
+    "`lotr predict runs/first --data docstrings --output predictions.csv`\n\n"
+    "`lotr predict runs/first --data docstrings --output predictions.jsonl --batch-size 128`"
 )
 def predict(
     adapter: Adapter,
@@ -150,7 +154,7 @@ def predict(
     epilog="**Examples**\n\n"
     "`lotr plan minilm`\n\n"
     "`lotr plan minilm --rank 32 --target all-linear --method lotr_joint`\n\n"
-    "`lotr plan path/to/llama --rank 64 --json`"
+    "`lotr plan minilm --rank 64 --json`"
 )
 def plan(
     model: Annotated[str, typer.Argument(help="Local folder, hub id or `minilm`; only its config is read.")],

@@ -54,6 +54,8 @@ def train(
         TrainingError: The loss is not finite.
         Interrupted: The user stopped the run.
     """
+    if not is_main_process():
+        say = _nothing
     folder = _claim(settings)
     run = _prepare(settings, folder, say)
     checkpoint = resume.checkpoint(folder) if settings.resume else None
@@ -74,6 +76,10 @@ def train(
     return report
 
 
+def _nothing(line: str) -> None:
+    """Say nothing."""
+
+
 def _claim(settings: TrainSettings) -> Path:
     """Check what costs nothing to check, and return the output folder."""
     for name in ("model", "train", "output"):
@@ -83,9 +89,8 @@ def _claim(settings: TrainSettings) -> Path:
         if not getattr(settings, name) > 0:
             raise ConfigError(f"{name}={getattr(settings, name)} trains nothing. Use a positive number.")
     folder = Path(str(settings.output))
-    if settings.resume:
-        return folder
-    check_free(folder, settings.overwrite)
+    if not settings.resume and is_main_process():  # the others would find what the main process made
+        check_free(folder, settings.overwrite)
     return folder
 
 

@@ -39,5 +39,7 @@ def methods() -> str:
     for row in METHODS.values():
         paper = f"[{row.title} ({row.year})]({row.url})"
         modes = ", ".join(row.modes)
-        lines.append(f"| `{row.name}` | {row.purpose} | {modes} | {row.core} | {row.magnitude} | {row.start} | {paper} |")
+        lines.append(
+            f"| `{row.name}` | {row.purpose} | {modes} | {row.core} | {row.magnitude} | {row.start} | {paper} |"
+        )
     return "\n".join(lines) + "\n"

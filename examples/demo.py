@@ -42,7 +42,7 @@ def main() -> None:
     """Run the comparison and print its table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("out/demo"))
-    parser.add_argument("--epochs", default="2")
+    parser.add_argument("--epochs", default="1")
     parser.add_argument("--seed", default="0")
     options = parser.parse_args()
     started = time.perf_counter()
@@ -52,7 +52,7 @@ def main() -> None:
     for method, words in METHODS.items():
         reports[method] = lotr(
             *("train", "--model", "minilm", "--train", "docstrings", "--method", method, *words),
-            *("--epochs", options.epochs, "--seed", options.seed),
+            *("--epochs", options.epochs, "--batch-size", "16", "--max-length", "64", "--seed", options.seed),
             *("--output", str(out / method), "--overwrite"),
         )
 

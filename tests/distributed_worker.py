@@ -6,13 +6,13 @@ import sys
 
 import torch
 import torch.distributed as dist
-from conftest import llama, tokens
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from conftest import llama, tokens
 from lotr import LotrConfig
 
 STEPS = 3

@@ -151,7 +151,10 @@ def test_predict_needs_no_labels_and_keeps_an_output_that_exists(trained, place:
     (place / "new.csv").write_text("text\nthe red thing\na blue thing\n")
     output = place / "new.jsonl"
     report("predict", trained[0], "--data", place / "new.csv", "--output", output)
-    assert [json.loads(line)["text"] for line in output.read_text().splitlines()] == ["the red thing", "a blue thing"]
+    assert [json.loads(line)["text"] for line in output.read_text().splitlines()] == [
+        "the red thing",
+        "a blue thing",
+    ]
     refused = lotr("predict", trained[0], "--data", place / "new.csv", "--output", output)
     assert refused.exit_code == 2
     assert "--overwrite" in refused.stderr

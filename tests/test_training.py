@@ -97,11 +97,31 @@ def test_ctrl_c_in_a_real_process_ends_with_130_and_the_way_on(place: Path, tmp_
 
 
 def test_two_processes_train_one_adapter(place: Path, tmp_path: Path) -> None:
-    words = ["train", "--model", place / "bert", "--train", place / "train.csv", "--output", tmp_path / "o", "--json"]
+    words = [
+        "train",
+        "--model",
+        place / "bert",
+        "--train",
+        place / "train.csv",
+        "--output",
+        tmp_path / "o",
+        "--json",
+    ]
     words += ["--max-steps", "4", "--eval-steps", "2", "--rank", "2", "--batch-size", "4"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lotr"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "lotr",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *map(str, words)], capture_output=True, text=True, env=environment, timeout=240)
+    done = subprocess.run(
+        [*launch, *map(str, words)], capture_output=True, text=True, env=environment, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 4  # one report, from the main process
     assert (tmp_path / "o" / WEIGHTS).is_file()

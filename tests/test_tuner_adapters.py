@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import bert, gpt2, llama, t5, tokens
 from peft import PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
-from tuner_contract import linears, outputs, weights
 
+from conftest import bert, gpt2, llama, t5, tokens
 from lotr import ConfigError, LotrConfig
-from lotr.tuner.layer import LotrLayer
+from lotr.tuner.group import LotrLayer
+from tuner_contract import linears, outputs, weights
 
 INPUTS = {"input_ids": tokens()}
 

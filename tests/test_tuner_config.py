@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, Architecture, bert, gpt2, llama, t5, tokens
 from peft import PeftModel, get_peft_model
 from torch import nn
-from tuner_contract import linears, outputs
 
+from conftest import ARCHITECTURES, Architecture, bert, gpt2, llama, t5, tokens
 from lotr import ConfigError, LotrConfig, PlanError
-from lotr.tuner.layer import LotrGroup, LotrLayer, LotrLinear
+from lotr.tuner.group import LotrGroup, LotrLayer
+from lotr.tuner.layer import LotrLinear
+from tuner_contract import linears, outputs
 
 
 def adapted(model: nn.Module) -> list[str]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, bert, gpt2, t5, tokens
 from peft import (
     AutoPeftModelForCausalLM,
     AutoPeftModelForSequenceClassification,
@@ -22,9 +21,10 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tuner_contract import outputs
 
+from conftest import ARCHITECTURES, bert, gpt2, t5, tokens
 from lotr import CheckpointError, LotrConfig
+from tuner_contract import outputs
 
 INPUTS = {"input_ids": tokens()}
 FILE = "adapter_model.safetensors"
@@ -198,6 +198,23 @@ def test_a_compiled_model_saves_the_same_file(tmp_path: Path) -> None:
     saved, expected = load_file(tmp_path / FILE), get_peft_model_state_dict(model)
     assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[key], expected[key]) for key in saved)
+
+
+@pytest.mark.parametrize("first, second", [(True, False), (False, True), (True, True)])
+def test_a_state_dict_carries_between_plain_and_compiled_models(first: bool, second: bool) -> None:
+    def model(compiled: bool) -> nn.Module:
+        return torch.compile(bert(), backend="eager") if compiled else bert()
+
+    source = inject_adapter_in_model(
+        LotrConfig(r=2, target_modules=["query"], init_weights=False), model(first)
+    )
+    state = get_peft_model_state_dict(source)
+    assert not any("_orig_mod" in key for key in state)
+    config = LotrConfig(r=2, target_modules=["query"], seed=9)
+    target = inject_adapter_in_model(config, model(second), state_dict=state)
+    set_peft_model_state_dict(target, state)
+    loaded = get_peft_model_state_dict(target)
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[key], state[key]) for key in state)
 
 
 def test_a_group_named_by_a_longer_path_is_matched_by_its_tail() -> None:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from tuner_contract import linears
 
 from lotr import LotrConfig
+from tuner_contract import linears
 
 bnb = pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("default")

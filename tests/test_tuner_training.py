@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from conftest import VOCABULARY, bert, gpt2, llama, tokens
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from tuner_contract import outputs
 
+from conftest import VOCABULARY, bert, gpt2, llama, tokens
 from lotr import LotrConfig
+from tuner_contract import outputs
 
 # a model that some library casts warns about its own types, not about ours
 pytestmark = pytest.mark.filterwarnings("default::UserWarning", "default::RuntimeWarning")

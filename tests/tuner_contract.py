@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Architecture
 from peft import (
     PeftModel,
     get_peft_model,
@@ -23,8 +22,10 @@ from peft import (
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from conftest import Architecture
 from lotr import LotrConfig
-from lotr.tuner.layer import LotrGroup, LotrLayer, LotrLinear
+from lotr.tuner.group import LotrGroup, LotrLayer
+from lotr.tuner.layer import LotrLinear
 
 
 def outputs(model: nn.Module, inputs: dict[str, Tensor], **kwargs: Any) -> Tensor:

@@ -18,11 +18,11 @@ class Rates:
     head_lr: float
 
 
-#: Rates that worked for a method. Found on the built-in data with the packaged MiniLM.
+#: Rates that worked for a method, found on a part of the built-in training data with the packaged MiniLM.
 DEFAULT_RATES = {
-    "lotr": Rates(lr=3e-3, core_lr=1e-2, head_lr=3e-3),
-    "lora": Rates(lr=3e-3, core_lr=3e-3, head_lr=3e-3),
-    "head": Rates(lr=3e-3, core_lr=3e-3, head_lr=3e-3),
+    "lotr": Rates(lr=3e-3, core_lr=1e-2, head_lr=3e-2),
+    "lora": Rates(lr=3e-3, core_lr=3e-3, head_lr=3e-2),
+    "head": Rates(lr=3e-2, core_lr=3e-2, head_lr=3e-2),
 }
 
 

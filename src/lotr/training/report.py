@@ -58,7 +58,7 @@ def summarise(run: Run, trainer: Trainer, scores: dict[str, float], seconds: flo
         for name, v in scores.items()
         if not name.endswith(("second", "runtime"))
     }
-    values.pop("epoch", None)
+    values = {name: value for name, value in values.items() if name not in ("epoch", "step")}
     if task == "causal-lm":
         values["perplexity"] = math.exp(min(values["loss"], 700.0))
     main = metrics.MAIN[task]

@@ -69,11 +69,20 @@ def train(
                 f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}. Go on with: "
                 f"lotr train --resume --output {folder}"
             )
-        scores = trainer.evaluate()
+        scores = _measured(trainer) or trainer.evaluate()
     report = summarise(run, trainer, scores, time.perf_counter() - started)
     if is_main_process():
         write(run, report, trainer.state.log_history)
     return report
+
+
+def _measured(trainer: AdapterTrainer) -> dict[str, float] | None:
+    """Return the scores of the last step when the loop has just measured them."""
+    step = trainer.state.global_step
+    return next(
+        (log for log in reversed(trainer.state.log_history) if "eval_loss" in log and log["step"] == step),
+        None,
+    )
 
 
 def _nothing(line: str) -> None:

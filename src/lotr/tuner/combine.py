@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..errors import ConfigError, near
 from ..sites import normalise
-from .layer import LotrGroup, LotrLinear
+from .group import LotrGroup
+from .layer import LotrLinear
 
 if TYPE_CHECKING:
     from .model import LotrModel

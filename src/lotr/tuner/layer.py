@@ -1,4 +1,4 @@
-"""The adapted module and the shared factors of a group, as PEFT layers."""
+"""The adapted module, as a PEFT layer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import align_module_device
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -18,22 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from .. import delta
 from ..magnitudes import Magnitude
 from ..sites import Shape
+from .group import LotrGroup, LotrLayer, linear_from, weight_of
 
 _HALF = (torch.float16, torch.bfloat16)
-
-
-def linear_from(weight: Tensor) -> nn.Linear:
-    """Return a bias-free linear with this weight, without touching the global random state."""
-    out_features, in_features = weight.shape
-    module = nn.Linear(in_features, out_features, bias=False, device="meta")
-    module.weight = nn.Parameter(weight.contiguous())  # sharding refuses other layouts
-    return module
-
-
-def weight_of(module: nn.Module) -> Tensor:
-    """Return the weight of a factor as an ordinary tensor, also when it is offloaded."""
-    with align_module_device(module):
-        return module.weight.detach().clone() if hasattr(module, "_hf_hook") else module.weight.detach()
 
 
 def _call(factor: nn.Module, x: Tensor) -> Tensor:
@@ -43,65 +29,6 @@ def _call(factor: nn.Module, x: Tensor) -> Tensor:
     if weight.device == x.device or weight.device.type == "meta" or hasattr(factor, "_hf_hook"):
         return factor(x)
     return F.linear(x, weight.to(x.device))
-
-
-class LotrLayer(BaseTunerLayer):
-    """What PEFT sees of this method in a model: adapted modules and groups of factors."""
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return False unless a subclass knows better."""
-        return False
-
-
-class LotrGroup(nn.Module, LotrLayer):
-    """The shared factors of one group, for every adapter that has the group.
-
-    `lotr_U[adapter].weight` is `U` of shape `(o, k)`; `lotr_V[adapter].weight` is `Vᵀ` of shape `(r, i)`.
-    """
-
-    adapter_layer_names = ("lotr_U", "lotr_V")
-    other_param_names = ("scaling",)
-    # a group wraps nothing; code that asks any tuner layer for its base weight gets an answer
-    weight = None
-    bias = None
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.out_features, self.in_features = shape
-        self.lotr_U = nn.ModuleDict()
-        self.lotr_V = nn.ModuleDict()
-        # PEFT's hot-swapping writes the scaling next to every tensor that it swaps
-        self.scaling: dict[str, float] = {}
-        self.merged_adapters: list[str] = []
-        self._home: torch.device | None = None
-
-    def add(self, adapter: str, U: Tensor, V: Tensor) -> None:  # (o, k), (i, r)
-        """Add the factors of an adapter."""
-        self.lotr_U[adapter] = linear_from(U)
-        self.lotr_V[adapter] = linear_from(V.T)
-        self.scaling[adapter] = 1.0
-
-    def place(self, adapter: str, device: torch.device | None, dtype: torch.dtype | None) -> None:
-        """Move an adapter's factors to where its first member lives; meta and integer types are left."""
-        floating = dtype if dtype is not None and dtype.is_floating_point else None
-        for factor in (self.lotr_U[adapter], self.lotr_V[adapter]):
-            if device is not None and not factor.weight.is_meta:
-                factor.to(device=device, dtype=floating)
-        self._home = device
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
-        # PEFT calls this after loading with `low_cpu_mem_usage`; a group has no base layer to ask
-        if adapter_name in self.lotr_U:
-            self.place(adapter_name, device or self._home, self.lotr_U[adapter_name].weight.dtype)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Keep the status in step with the layers; a group has no weight to merge into."""
-        names = adapter_names or self.active_adapters
-        self.merged_adapters += [n for n in names if n in self.lotr_U and n not in self.merged_adapters]
-
-    def unmerge(self) -> None:
-        """Keep the status in step with the layers."""
-        self.merged_adapters = []
 
 
 @dataclass

@@ -17,7 +17,8 @@ from ..sites import Group, Plan, normalise
 from ..starts import STARTS, generator_for
 from . import combine, mixed, state
 from .config import LotrConfig
-from .layer import LotrGroup, LotrLayer, LotrLinear, SiteState
+from .group import LotrGroup, LotrLayer
+from .layer import LotrLinear, SiteState
 from .register import PREFIX
 from .targets import BASIS, DEFAULT_TARGETS, find_targets, is_basis, plan_of, resolve_targets
 
@@ -52,7 +53,7 @@ class LotrModel(BaseTuner):
         """Add an adapter to a model. Every check runs before the model is touched."""
         paths = None
         if state_dict is not None:
-            paths = {key.rsplit(f".{PREFIX}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
+            paths = {normalise(key.rsplit(f".{PREFIX}", 1)[0]) for key in state_dict}
         self._injection = _Injection(adapter_name, low_cpu_mem_usage, paths)
         try:
             super().inject_adapter(
@@ -91,7 +92,8 @@ class LotrModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        group = self._injection.plan.group_of[current_key]
+        path = normalise(current_key)
+        group = self._injection.plan.group_of[path]
         if not isinstance(target, LotrLinear):
             layer = LotrLinear(target, group.shape, **get_quantization_kwargs(self))
             layer._active_adapter = list(self.active_adapters)
@@ -100,7 +102,7 @@ class LotrModel(BaseTuner):
         shared = self._shared(group, adapter_name, peft_config, target)
         assert peft_config.magnitude is not None
         site = SiteState(shared, MAGNITUDES[peft_config.magnitude], peft_config.dropout)
-        core = self._start_core(group, current_key, adapter_name, peft_config)
+        core = self._start_core(group, path, adapter_name, peft_config)
         target.add(adapter_name, core, site, peft_config.scaling)
         target._move_adapter_to_device_of_base_layer(adapter_name)
         target.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
@@ -130,8 +132,9 @@ class LotrModel(BaseTuner):
             if path.rpartition(".")[2] == BASIS:
                 return module
         # the root of a container is a list of layers to call; there the first adapted layer is the place
-        container = isinstance(self.model, nn.Sequential | nn.ModuleList | nn.ModuleDict)
-        home = member if container else self.model
+        root = _uncompiled(self.model)
+        container = isinstance(root, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+        home = member if container else root
         home.add_module(BASIS, nn.ModuleDict())
         return getattr(home, BASIS)
 
@@ -159,8 +162,7 @@ class LotrModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        if hasattr(model, BASIS):
-            delattr(model, BASIS)
+        _uncompiled(model)._modules.pop(BASIS, None)
         return model
 
     # ------------------------------------------------------------------ mixed batches, combinations, files
@@ -200,6 +202,11 @@ class LotrModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         state.check_complete(model, adapter_name, remapped)
         return remapped
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    # a compiled model looks up attributes in the module it wraps, so what is added must be added there
+    return getattr(model, "_orig_mod", model)
 
 
 def _generator(config: LotrConfig, *names: str) -> torch.Generator:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..sites import Plan, normalise
-from .layer import LotrLayer
+from .group import LotrLayer
 from .register import PREFIX
 from .targets import BASIS
 

@@ -102,7 +102,7 @@ def find_targets(model: nn.Module, config: LotrConfig, only: Iterable[str] | Non
         if not path or path.startswith(inside) or is_basis(path):
             continue
         if wanted is not None:
-            matched = path.removeprefix("_orig_mod.") in wanted
+            matched = normalise(path) in wanted
         else:
             result = check_target_module_exists(config, path)
             matched = bool(result) and not isinstance(result, _ExcludedModule)
@@ -146,5 +146,6 @@ def _target(path: str, module: nn.Module, config: LotrConfig) -> Target:
             "full with modules_to_save."
         )
     in_features, out_features = _get_in_out_features(base)
-    key = get_pattern_key(config.rank_pattern.keys(), normalise(path))
+    path = normalise(path)  # PEFT gives a compiled model's modules with or without the wrapper's name
+    key = get_pattern_key(config.rank_pattern.keys(), path)
     return Target(path, (out_features, in_features), pair(config.rank_pattern.get(key, config.r)))

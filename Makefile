@@ -15,6 +15,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Installing lotr and its pinned dependencies into $(VENV) (minutes, the first time) …"
 	@PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
 		$(BIN)/pip install --quiet --editable '.[dev]'
+	@$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/peft-lowest peft==0.21.0
 	@touch $(READY)
 
 demo: $(READY)  ## fine-tune a real model on real text, beside LoRA and a bare head

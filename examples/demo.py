@@ -52,7 +52,18 @@ def main() -> None:
     for method, words in METHODS.items():
         reports[method] = lotr(
             *("train", "--model", "minilm", "--train", "docstrings", "--method", method, *words),
-            *("--epochs", options.epochs, "--batch-size", "16", "--max-length", "64", "--seed", options.seed),
+            *(
+                "--epochs",
+                options.epochs,
+                "--batch-size",
+                "16",
+                "--max-length",
+                "64",
+                "--eval-steps",
+                "95",
+                "--seed",
+                options.seed,
+            ),
             *("--output", str(out / method), "--overwrite"),
         )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "lotr"
-MATHEMATICS = ["errors", "delta", "sites", "cores", "magnitudes", "methods", "starts"]
+MATHEMATICS = ["errors", "delta", "paths", "sites", "cores", "magnitudes", "methods", "starts"]
 HOSTS = {"peft", "transformers", "accelerate", "datasets", "typer", "rich", "safetensors", "matplotlib"}
 
 LOAD_ALONE = """

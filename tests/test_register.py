@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import os
 import pickle
-from importlib.metadata import version
+import subprocess
+import sys
+from importlib.metadata import requires, version
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, get_peft_config
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
@@ -59,5 +65,36 @@ def test_a_configuration_is_read_back_as_it_was_written(tmp_path: object) -> Non
     assert PeftConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
 
+def bounds() -> tuple[Version, Version]:
+    """The supported range of PEFT, as the package itself declares it."""
+    declared = next(r for line in requires("lotr") or () if (r := Requirement(line)).name == "peft")
+    low, high = (next(s.version for s in declared.specifier if s.operator == op) for op in (">=", "<"))
+    return Version(low), Version(high)
+
+
 def test_the_installed_peft_is_one_that_is_supported() -> None:
-    assert (0, 20) <= tuple(map(int, version("peft").split(".")[:2])) < (0, 22)
+    low, high = bounds()
+    assert low <= Version(version("peft")) < high
+
+
+def test_everything_here_holds_on_the_lowest_supported_peft() -> None:
+    lowest = Path(sys.prefix) / "peft-lowest"
+    if not lowest.is_dir():
+        pytest.skip("`make setup` installs the lowest supported PEFT beside the newest")
+    tests = Path(__file__).parent
+    found = subprocess.run(
+        [sys.executable, "-c", "import importlib.metadata as m; print(m.version('peft'))"],
+        env={**os.environ, "PYTHONPATH": str(lowest)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert Version(found.stdout.strip()).release[:2] == bounds()[0].release[:2]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "not lowest"]
+        + [str(tests / name) for name in ("test_register.py", "test_tuner_adapters.py")],
+        env={**os.environ, "PYTHONPATH": str(lowest)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]

@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 
 import saved_models
 from lotr import LotrConfig
-from lotr.checkpoint import file_bytes, whole_folder
 from lotr.errors import CheckpointError, ConfigError
+from lotr.files import file_bytes, whole_folder
 from lotr.training.optimizer import parameter_groups
 from lotr.training.resume import restore
 from lotr.training.run import Interrupted, train

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from . import delta
-from .checkpoint import CONFIG, WEIGHTS, AdapterFolder, save_tensors, whole_folder, write_json, write_task
+from .checkpoint import CONFIG, WEIGHTS, AdapterFolder, save_tensors, write_task
 from .errors import CheckpointError
+from .files import whole_folder, write_json
 from .inspection import config_of, factors_of
 from .magnitudes import MAGNITUDES
 

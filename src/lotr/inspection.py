@@ -13,7 +13,7 @@ from torch import Tensor
 from . import plots
 from .checkpoint import AdapterFolder
 from .errors import CheckpointError
-from .sites import Target, make_plan
+from .paths import coordinates
 from .tuner.config import LotrConfig
 from .tuner.targets import BASIS
 
@@ -129,24 +129,17 @@ def inspect(adapter: AdapterFolder) -> Inspection:
     """
     config = config_of(adapter)
     factors, rest = factors_of(adapter)
-    # read from all paths at once, as the tuner did: a name is told apart only beside the others
-    targets = [Target(f.module, (f.U.shape[0], f.V.shape[0]), (1, 1)) for f in factors]
-    places = {site.module: site for site in make_plan(targets, modes=()).sites}
+    # from all paths at once, as the tuner does: a name is told apart only beside the others
+    places = coordinates([f.module for f in factors])
     groups, sites, numbers = [], [], 0
     for name, paths in (config.groups or {}).items():
         members = [f for f in factors if f.group == name]
         U, C, V = members[0].U, members[0].C, members[0].V
-        shape = (U.shape[0], V.shape[0])
-        places = {
-            s.module: s
-            for s in make_plan([Target(p, shape, C.shape) for p in paths], config.modes or ()).sites
-        }
         R_U, R_V = (torch.linalg.qr(factor.double()).R for factor in (U, V))
         for f in members:
             small = config.scaling * (R_U @ f.C.double() @ R_V.T)
-            place = places[f.module]
             norm, rank = float(torch.linalg.norm(small)), effective_rank(small)
-            sites.append(SiteReport(f.module, name, place.layer, place.projection, norm, rank))
+            sites.append(SiteReport(f.module, name, *places[f.module], norm, rank))
         cores = sum(f.C.numel() for f in members)
         numbers += U.numel() + V.numel() + cores
         groups.append(

@@ -5,21 +5,19 @@ Nothing here sees a weight. The plan is computed once; the tuner executes it, `l
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from .cores import CORES, Core, Index
 from .errors import ConfigError, PlanError
+from .paths import coordinates
 
 Shape = tuple[int, int]
 
 #: The coordinates along which sites can share factors, in the order of a core tensor's axes.
 MODES = ("layer", "projection")
-
-# wrappers that put a component of their own into a module's path
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
 @dataclass(frozen=True)
@@ -117,11 +115,6 @@ class Plan:
         return {site.module: group for group in self.groups for site in group.sites}
 
     @property
-    def sites(self) -> tuple[Site, ...]:
-        """All sites, group by group."""
-        return tuple(site for group in self.groups for site in group.sites)
-
-    @property
     def n_sites(self) -> int:
         """Adapted modules."""
         return sum(len(group.sites) for group in self.groups)
@@ -147,16 +140,6 @@ class Plan:
         return self.n_parameters / self.lora_per_rank if self.groups else 0.0
 
 
-def normalise(path: str) -> str:
-    """Return a module's path without the components that wrappers put in.
-
-    Example:
-        >>> normalise("_orig_mod.layers.0._fsdp_wrapped_module.q_proj")
-        'layers.0.q_proj'
-    """
-    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
-
-
 def make_plan(
     targets: Sequence[Target], modes: Iterable[str], core: str = "free", layers_pattern: Iterable[str] = ()
 ) -> Plan:
@@ -178,7 +161,9 @@ def make_plan(
     """
     modes = tuple(mode for mode in MODES if mode in set(modes))
     members: dict[tuple[object, ...], list[Site]] = defaultdict(list)
-    for site in _coordinates(targets, tuple(layers_pattern)):
+    places = coordinates([target.path for target in targets], tuple(layers_pattern))
+    for target in targets:
+        site = Site(target.path, *places[target.path], target.shape, target.rank)
         fixed = tuple(getattr(site, mode) for mode in MODES if mode not in modes)
         members[(*fixed, site.shape)].append(site)
 
@@ -187,42 +172,6 @@ def make_plan(
     if "projection" in modes:
         _check_projections_share(groups)
     return Plan(tuple(groups))
-
-
-def _coordinates(targets: Sequence[Target], layers_pattern: tuple[str, ...]) -> list[Site]:
-    """Read layer and projection from the paths.
-
-    The layer is the path up to its first number that varies; the projection is the module's own name, or
-    its path below the layer where one layer holds several modules of that name.
-    """
-    parts = {target.path: normalise(target.path).split(".") for target in targets}
-    numbers: dict[tuple[str, ...], set[str]] = defaultdict(set)
-    for path in parts.values():
-        for at, part in enumerate(path):
-            if part.isdigit():
-                numbers[tuple(path[:at])].add(part)
-
-    def layer_end(path: list[str]) -> int:
-        places = [at for at, part in enumerate(path) if part.isdigit()]
-        if layers_pattern:
-            places = [at for at in places if at and path[at - 1] in layers_pattern]
-        varying = (at for at in places if len(numbers[tuple(path[:at])]) > 1)
-        return next(varying, places[0] if places else -1) + 1
-
-    found: list[tuple[Target, str, str, str]] = []  # target, layer, name, path below the layer
-    for target in targets:
-        path = parts[target.path]
-        end = layer_end(path)
-        below = path[end:] or [next((p for p in reversed(path[:end]) if not p.isdigit()), "module")]
-        layer = ".".join(path[:end] if end else path)
-        found.append((target, layer, below[-1], ".".join(below)))
-
-    times = Counter((layer, name) for _, layer, name, _ in found)
-    ambiguous = {name for (_, name), n in times.items() if n > 1}
-    return [
-        Site(target.path, layer, below if name in ambiguous else name, target.shape, target.rank)
-        for target, layer, name, below in found
-    ]
 
 
 def _group(sites: list[Site], modes: tuple[str, ...], core: str, names: set[str]) -> Group:

@@ -11,6 +11,7 @@ import typer
 
 from . import console, reports
 from .console import reported
+from .examples import epilog
 from .options import with_train_options
 
 app = typer.Typer(
@@ -43,14 +44,7 @@ def options(
         warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
-@app.command(
-    epilog="**Examples**\n\n"
-    "`lotr train --model minilm --train docstrings --output runs/first`\n\n"
-    "`lotr train --model minilm --train docstrings --rank 8 --target all-linear --epochs 1 --output runs/second`\n\n"
-    "`lotr train --config runs/first/settings.json --seed 1 --output runs/again`\n\n"
-    "After ctrl-C: "
-    "`lotr train --resume --output runs/first`"
-)
+@app.command(epilog=epilog("train"))
 @with_train_options
 def train(
     config: Annotated[Path | None, typer.Option(help="YAML file with any of these settings.")] = None,
@@ -84,11 +78,7 @@ def train(
         reports.trained(report, settings.output, json)
 
 
-@app.command(
-    epilog="**Examples**\n\n"
-    "`lotr evaluate runs/first --data docstrings`\n\n"
-    "`lotr evaluate runs/first --data docstrings --json`"
-)
+@app.command(epilog=epilog("evaluate"))
 def evaluate(
     adapter: Adapter,
     data: Data,
@@ -118,11 +108,7 @@ def evaluate(
     reports.evaluated(adapter, data, scores, list(trained.labels), drawn, json)
 
 
-@app.command(
-    epilog="**Examples**\n\n"
-    "`lotr predict runs/first --data docstrings --output predictions.csv`\n\n"
-    "`lotr predict runs/first --data docstrings --output predictions.jsonl --batch-size 128`"
-)
+@app.command(epilog=epilog("predict"))
 def predict(
     adapter: Adapter,
     data: Data,
@@ -150,12 +136,7 @@ def predict(
     )
 
 
-@app.command(
-    epilog="**Examples**\n\n"
-    "`lotr plan minilm`\n\n"
-    "`lotr plan minilm --rank 32 --target all-linear --method lotr_joint`\n\n"
-    "`lotr plan minilm --rank 64 --json`"
-)
+@app.command(epilog=epilog("plan"))
 def plan(
     model: Annotated[str, typer.Argument(help="Local folder, hub id or `minilm`; only its config is read.")],
     method: Annotated[str, typer.Option(help="Row of `lotr methods`.")] = "lotr",
@@ -182,7 +163,7 @@ def plan(
     reports.planned(model, report, json)
 
 
-@app.command(epilog="**Examples**\n\n`lotr inspect runs/first`\n\n`lotr inspect runs/first --json`")
+@app.command(epilog=epilog("inspect"))
 def inspect(
     adapter: Adapter,
     picture: Annotated[
@@ -203,7 +184,7 @@ def inspect(
     reports.inspected(adapter, found, drawn, json)
 
 
-@app.command(epilog="**Example**\n\n`lotr merge runs/first --output plain-model`")
+@app.command(epilog=epilog("merge"))
 def merge(
     adapter: Adapter,
     output: Annotated[Path, typer.Option(help="Folder for the merged model.")],
@@ -213,7 +194,7 @@ def merge(
 ) -> None:
     """Write a plain transformers model with the adapter merged into its weights."""
     with reported(), console.stopwatch("Merging"):
-        from lotr.checkpoint import check_free
+        from lotr.files import check_free
 
         check_free(output, overwrite)
         from lotr.export import merged
@@ -228,7 +209,7 @@ def merge(
     )
 
 
-@app.command(epilog="**Example**\n\n`lotr export runs/first --output plain-lora`")
+@app.command(epilog=epilog("export"))
 def export(
     adapter: Adapter,
     output: Annotated[Path, typer.Option(help="Folder for the LoRA.")],
@@ -249,7 +230,7 @@ def export(
     )
 
 
-@app.command(epilog="**Example**\n\n`lotr methods --json`")
+@app.command(epilog=epilog("methods"))
 def methods(json: Json = False) -> None:
     """List the methods of the table, with their papers."""
     with reported():

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoint import file_bytes
 from ..errors import ConfigError, near
+from ..files import file_bytes
 from ..methods import METHODS
 from ..tuner.state import file_shapes
 from ..tuner.targets import plan

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import card, plots
-from ..checkpoint import WEIGHTS, move_into, whole_folder, write_adapter, write_json
+from ..checkpoint import WEIGHTS, write_adapter
 from ..errors import TrainingError
+from ..files import move_into, whole_folder, write_json
 from . import adapt, metrics
 
 if TYPE_CHECKING:

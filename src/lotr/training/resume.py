@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoint import read_json
 from ..errors import ConfigError
+from ..files import read_json
 from .report import CHECKPOINTS, METRICS, SETTINGS
 from .state import last_whole
 

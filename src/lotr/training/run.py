@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoint import check_free, fingerprint, write_json
+from ..checkpoint import fingerprint
 from ..errors import ConfigError, LotrError
+from ..files import check_free, write_json
 from . import adapt, metrics, resume
 from .data import Columns, load_task
 from .encode import collator, encode

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..checkpoint import CONFIG, WEIGHTS, read_json, write_json
+from ..checkpoint import CONFIG, WEIGHTS
 from ..errors import CheckpointError
+from ..files import read_json, write_json
 
 TENSORS, STATE, TRAINER_STATE = "training_state.safetensors", "training_state.json", "trainer_state.json"
 

@@ -13,6 +13,7 @@ import torch
 from ..checkpoint import AdapterFolder, fingerprint, read_adapter
 from ..errors import CheckpointError, DataError
 from . import metrics
+from .answers import answers
 from .data import Columns, Task, load_rows
 from .encode import collator, encode
 from .models import load_model, load_tokenizer
@@ -221,7 +222,7 @@ def predict(
     if trained.task == "causal-lm":
         return [
             {**row, "prediction": text}
-            for row, text in zip(plain, _answers(trained, plain, max_new_tokens, tick), strict=True)
+            for row, text in zip(plain, answers(trained, plain, max_new_tokens, tick), strict=True)
         ]
     scores, _ = scores_of(trained, rows, batch_size, tick)
     if trained.task == "regression":
@@ -231,27 +232,3 @@ def predict(
         {**row, "prediction": trained.labels[int(p.argmax())], "confidence": round(float(p.max()), 6)}
         for row, p in zip(plain, shares, strict=True)
     ]
-
-
-def _answers(
-    trained: Trained, rows: list[dict[str, Any]], max_new_tokens: int, tick: Tick | None
-) -> Iterator[str]:
-    for n, row in enumerate(rows, 1):
-        if "messages" in row:
-            turns = row["messages"]
-            asked = turns[: max(i for i, t in enumerate(turns) if t["role"] != "assistant") + 1]
-            prompt = trained.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-            inputs = trained.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-        else:
-            inputs = trained.tokenizer(row[trained.columns.text], return_tensors="pt")
-        inputs = {k: v.to(trained.model.device) for k, v in inputs.items() if k != "token_type_ids"}
-        with torch.inference_mode():
-            made = trained.model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=trained.tokenizer.pad_token_id,
-            )
-        yield trained.tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        if tick is not None:
-            tick(n, len(rows))

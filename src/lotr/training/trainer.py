@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..checkpoint import whole_folder, write_adapter
+from ..checkpoint import write_adapter
 from ..errors import TrainingError
+from ..files import whole_folder
 from . import state as disk
 
 

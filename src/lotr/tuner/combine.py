@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, near
-from ..sites import normalise
+from ..paths import normalise
 from .group import LotrGroup
 from .layer import LotrLinear
 

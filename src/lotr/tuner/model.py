@@ -13,7 +13,8 @@ from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from ..magnitudes import MAGNITUDES
-from ..sites import Group, Plan, normalise
+from ..paths import normalise
+from ..sites import Group, Plan
 from ..starts import STARTS, generator_for
 from . import combine, mixed, state
 from .config import LotrConfig

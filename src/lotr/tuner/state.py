@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..sites import Plan, normalise
+from ..paths import normalise
+from ..sites import Plan
 from .group import LotrLayer
 from .register import PREFIX
 from .targets import BASIS

@@ -20,7 +20,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, PlanError, near
-from ..sites import Plan, Target, make_plan, normalise
+from ..paths import normalise
+from ..sites import Plan, Target, make_plan
 from .config import LotrConfig, pair
 
 BASIS = "lotrbasis"

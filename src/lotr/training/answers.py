@@ -1,0 +1,36 @@
+"""What a language model answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .trained import Trained
+
+
+def answers(
+    trained: Trained, rows: list[dict[str, Any]], max_new_tokens: int, tick: Callable[[int, int], None] | None
+) -> Iterator[str]:
+    """Yield the answer to each row, one at a time: to its text, or to its conversation up to the last question."""
+    for n, row in enumerate(rows, 1):
+        if "messages" in row:
+            turns = row["messages"]
+            asked = turns[: max(i for i, t in enumerate(turns) if t["role"] != "assistant") + 1]
+            prompt = trained.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+            inputs = trained.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        else:
+            inputs = trained.tokenizer(row[trained.columns.text], return_tensors="pt")
+        inputs = {k: v.to(trained.model.device) for k, v in inputs.items() if k != "token_type_ids"}
+        with torch.inference_mode():
+            made = trained.model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=trained.tokenizer.pad_token_id,
+            )
+        yield trained.tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        if tick is not None:
+            tick(n, len(rows))

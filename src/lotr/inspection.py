@@ -91,7 +91,7 @@ def factors_of(adapter: AdapterFolder) -> tuple[list[Factors], dict[str, Tensor]
     rest = {key: value for key, value in tensors.items() if key not in cores and key not in shared}
     paths = {key.removeprefix("base_model.model.").removesuffix(".lotr_C.weight"): key for key in cores}
     found = []
-    for name, paths in (config.groups or {}).items():
+    for name in config.groups or {}:
         U, Vt = (shared.get(f"base_model.model.{BASIS}.{name}.lotr_{part}.weight") for part in "UV")
         if U is None or Vt is None:
             raise CheckpointError(
@@ -132,7 +132,7 @@ def inspect(adapter: AdapterFolder) -> Inspection:
     # from all paths at once, as the tuner does: a name is told apart only beside the others
     places = coordinates([f.module for f in factors])
     groups, sites, numbers = [], [], 0
-    for name, paths in (config.groups or {}).items():
+    for name in config.groups or {}:
         members = [f for f in factors if f.group == name]
         U, C, V = members[0].U, members[0].C, members[0].V
         R_U, R_V = (torch.linalg.qr(factor.double()).R for factor in (U, V))

@@ -22,7 +22,7 @@ demo: $(READY)  ## fine-tune a real model on real text, beside LoRA and a bare h
 	$(BIN)/python examples/demo.py --output out/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 check: $(READY)  ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -32,6 +32,7 @@ class _Injection:
     empty: bool  # parameters go to the meta device, so their values are not worth computing
     paths: set[str] | None  # of a state dict that decides which modules are adapted
     plan: Plan = field(default_factory=lambda: Plan(()))
+    basis: nn.ModuleDict | None = None  # found once: looking for it means walking the whole model
 
 
 class LotrModel(BaseTuner):
@@ -110,7 +111,9 @@ class LotrModel(BaseTuner):
 
     def _shared(self, group: Group, adapter: str, config: LotrConfig, member: LotrLinear) -> LotrGroup:
         """Return the module with the group's factors, made when its first member comes."""
-        basis = self._basis(member)
+        if self._injection.basis is None:
+            self._injection.basis = self._basis(member)
+        basis = self._injection.basis
         if group.name not in basis:
             basis[group.name] = LotrGroup(group.shape)
             basis[group.name]._active_adapter = list(self.active_adapters)

@@ -120,17 +120,17 @@ def predict(
     json: Json = False,
 ) -> None:
     """Write the rows of a file with a prediction each."""
-    from . import files
+    from . import output as writing
 
     with reported(), console.stopwatch("Loading"):
-        files.check_output(output, overwrite)
+        writing.check_output(output, overwrite)
         from lotr.training.trained import load_trained
         from lotr.training.trained import predict as answer
 
         trained = load_trained(adapter, model)
         with console.counting("Predicting") as tick:
             rows = answer(trained, data, batch_size, max_new_tokens, tick)
-        files.write_rows(rows, output)
+        writing.write_rows(rows, output)
     reports.said(
         {"rows": len(rows), "output": str(output)}, f"{len(rows)} predictions are in {output}.", json
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import DataError, near
-from .files import READERS, by_column, in_memory, read_file
+from .readers import READERS, by_column, in_memory, read_file
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -337,3 +337,31 @@ def test_every_example_in_the_help_is_a_call_that_the_program_takes() -> None:
             first, *words = shlex.split(example, comments=True)
             assert first == name
             command.make_context(name, words)  # raises where an option or a value is not known
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"r": (4, 6)},
+        {"r": (6, 4), "method": "lotr_joint", "target_modules": ["c_attn"]},
+        {"r": 4, "rank_pattern": {"c_proj": 2}, "target_modules": ["c_attn", "c_proj"]},
+    ],
+)
+def test_export_is_exact_for_unequal_ranks_and_several_groups(tmp_path: Path, fields: dict) -> None:
+    import copy
+
+    from conftest import gpt2
+    from peft import PeftModel, get_peft_model
+
+    from lotr import LotrConfig
+    from lotr.checkpoint import read_adapter
+    from lotr.export import to_lora
+
+    base, ids = gpt2(), torch.arange(3, 12).repeat(2, 1)
+    config = LotrConfig(init_weights=False, scaling=0.7, **fields)
+    model = get_peft_model(copy.deepcopy(base), config).eval()
+    model.save_pretrained(tmp_path / "lotr")
+    to_lora(read_adapter(tmp_path / "lotr"), tmp_path / "lora")
+    lora = PeftModel.from_pretrained(base, tmp_path / "lora").eval()
+    torch.testing.assert_close(lora(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(lora(ids).logits, model.unload()(ids).logits, atol=1e-2)

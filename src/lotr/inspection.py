@@ -89,9 +89,8 @@ def factors_of(adapter: AdapterFolder) -> tuple[list[Factors], dict[str, Tensor]
     cores = {key: value for key, value in tensors.items() if key.endswith(".lotr_C.weight")}
     shared = {key: value for key, value in tensors.items() if f".{BASIS}." in key}
     rest = {key: value for key, value in tensors.items() if key not in cores and key not in shared}
-    paths = {key.removeprefix("base_model.model.").removesuffix(".lotr_C.weight"): key for key in cores}
     found = []
-    for name in config.groups or {}:
+    for name, paths in (config.groups or {}).items():
         U, Vt = (shared.get(f"base_model.model.{BASIS}.{name}.lotr_{part}.weight") for part in "UV")
         if U is None or Vt is None:
             raise CheckpointError(

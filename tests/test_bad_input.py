@@ -146,7 +146,7 @@ def test_usage_errors_exit_with_two(place: Path, tmp_path: Path) -> None:
 
 def test_output_that_is_not_empty_is_kept_without_overwrite(place: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    text = refused(1, *training(place), "--output", tmp_path, "--max-steps", "1", "--rank", "2")
+    text = refused(2, *training(place), "--output", tmp_path, "--max-steps", "1", "--rank", "2")
     assert "--overwrite" in text
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     assert (
@@ -165,6 +165,8 @@ def test_nan_stops_the_run_says_where_and_keeps_the_last_good_checkpoint(place: 
     assert "at step" in text
     assert not (tmp_path / "o" / WEIGHTS).exists()
     kept = sorted((tmp_path / "o" / "checkpoints").glob("checkpoint-*"))
+    assert kept
+    assert kept[-1].name in text
     assert all(torch.isfinite(t).all() for path in kept for t in load_file(path / WEIGHTS).values())
 
 
@@ -241,6 +243,36 @@ def test_another_base_model_is_refused(place: Path, adapter: Path, tmp_path: Pat
     saved_models.save_bert(tmp_path / "deeper", layers=3)
     text = refused(1, "evaluate", adapter, "--data", place / "train.csv", "--model", tmp_path / "deeper")
     assert "does not fit" in text
+
+
+def test_a_head_alone_belongs_to_its_base_and_has_no_lora(place: Path, tmp_path: Path) -> None:
+    done = lotr(*training(place), "--method", "head", "--max-steps", "1", "--output", tmp_path / "head")
+    assert done.exit_code == 0, done.stderr
+    saved_models.save_bert(tmp_path / "other", seed=1)
+    words = ("--data", place / "train.csv", "--model", tmp_path / "other")
+    assert "fingerprint" in refused(1, "evaluate", tmp_path / "head", *words)
+    assert "head alone" in refused(1, "export", tmp_path / "head", "--output", tmp_path / "lora")
+    assert "head alone" in refused(1, "inspect", tmp_path / "head")
+
+
+def test_overwriting_keeps_other_files_and_never_the_source(adapter: Path, tmp_path: Path) -> None:
+    before = (adapter / WEIGHTS).read_bytes()
+    refused(2, "export", adapter, "--output", adapter, "--overwrite")
+    assert (adapter / WEIGHTS).read_bytes() == before
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "notes.txt").write_text("mine")
+    assert lotr("export", adapter, "--output", tmp_path / "lora", "--overwrite").exit_code == 0
+    assert (tmp_path / "lora" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "lora" / WEIGHTS).is_file()
+
+
+def test_predictions_change_nothing_in_the_rows(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("text,id,price\nred thing,1234567890123456789,1.50\n")
+    words = ("predict", adapter, "--data", tmp_path / "in.csv", "--output", tmp_path / "out.csv")
+    assert lotr(*words).exit_code == 0
+    assert "red thing,1234567890123456789,1.50," in (tmp_path / "out.csv").read_text()
+    (tmp_path / "in.csv").write_text("text,prediction\nred thing,mine\n")
+    assert "prediction" in refused(1, *words, "--overwrite")
 
 
 def test_pickled_weights_are_never_read(place: Path, adapter: Path) -> None:

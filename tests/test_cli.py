@@ -350,9 +350,9 @@ def test_every_example_in_the_help_is_a_call_that_the_program_takes() -> None:
 def test_export_is_exact_for_unequal_ranks_and_several_groups(tmp_path: Path, fields: dict) -> None:
     import copy
 
-    from conftest import gpt2
     from peft import PeftModel, get_peft_model
 
+    from conftest import gpt2
     from lotr import LotrConfig
     from lotr.checkpoint import read_adapter
     from lotr.export import to_lora

@@ -17,11 +17,11 @@ from transformers import TrainerCallback
 
 import saved_models
 from lotr import LotrConfig
-from lotr.errors import CheckpointError, ConfigError
+from lotr.errors import CheckpointError, ConfigError, Interrupted
 from lotr.files import file_bytes, whole_folder
 from lotr.training.optimizer import parameter_groups
 from lotr.training.resume import restore
-from lotr.training.run import Interrupted, train
+from lotr.training.run import train
 from lotr.training.state import last_whole
 from lotr_cli.settings import TrainSettings
 
@@ -163,6 +163,10 @@ def test_an_old_adapter_stays_whole_until_the_new_one_is(place: Path, tmp_path: 
     with pytest.raises(Interrupted):
         train(settings(place, tmp_path / "o", seed=1, overwrite=True), say=quiet, callbacks=[CtrlC(2)])
     assert (tmp_path / "o" / WEIGHTS).read_bytes() == old
+    assert json.loads((tmp_path / "o" / "settings.json").read_text())["seed"] == 0
+    train(restore(TrainSettings(output=str(tmp_path / "o"), resume=True), given={"resume"}), say=quiet)
+    assert (tmp_path / "o" / WEIGHTS).read_bytes() != old
+    assert json.loads((tmp_path / "o" / "settings.json").read_text())["seed"] == 1
 
 
 def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:

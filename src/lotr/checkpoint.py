@@ -151,14 +151,16 @@ def read_adapter(path: str | Path) -> AdapterFolder:
 def fingerprint(model: nn.Module, modules: list[str]) -> str | None:
     """Return a short hash of the weights that an adapter changes, to tell base models apart.
 
-    Sixteen numbers of each weight, rounded to bfloat16, so that it does not depend on the type in which the
-    model was loaded; `None` for weights that are not plain numbers (quantised, or on the meta device).
+    Sixteen numbers of each weight, rounded to bfloat16, so that it is the same for a model loaded in float32 and
+    in bfloat16; `None` for weights that are not plain numbers (quantised, or on the meta device).
 
     Args:
         model: The base model, before an adapter is merged into it.
         modules: Paths of the adapted modules.
     """
     digest = hashlib.sha256()
+    if not modules:  # a head alone: the first layers stand for the model that it belongs to
+        modules = [path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)][:4]
     for path in sorted(modules):
         module = model.get_submodule(path)
         weight = getattr(getattr(module, "base_layer", module), "weight", None)

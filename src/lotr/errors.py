@@ -34,6 +34,10 @@ class TrainingError(LotrError, RuntimeError):
     """Training had to stop."""
 
 
+class Interrupted(LotrError):
+    """The user stopped a run; a checkpoint is there to go on from."""
+
+
 def near(name: str, known: Iterable[str], limit: int = 5) -> str:
     """Return a sentence with the known names nearest to `name`, or with all of them when they are few.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import delta
 from .checkpoint import CONFIG, WEIGHTS, AdapterFolder, save_tensors, write_task
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError
 from .files import whole_folder, write_json
 from .inspection import config_of, factors_of
 from .magnitudes import MAGNITUDES
@@ -41,6 +41,8 @@ def to_lora(adapter: AdapterFolder, output: Path, overwrite: bool = False) -> di
     Raises:
         CheckpointError: The adapter is of another method, has no LoRA form, or `output` is not free.
     """
+    if output.resolve() == adapter.path.resolve():
+        raise ConfigError(f"--output {output} is the adapter itself. Name another folder.")
     config = config_of(adapter)
     assert config.magnitude is not None
     if not MAGNITUDES[config.magnitude].additive:

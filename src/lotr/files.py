@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError
 
 
 @contextmanager
@@ -20,25 +20,25 @@ def whole_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
 
     Args:
         folder: Where the files shall be.
-        overwrite: Replace what is there; otherwise a folder that is not empty is refused.
+        overwrite: Replace files of the same names in a folder that is not empty; otherwise it is refused.
 
     Yields:
         An empty folder beside `folder`.
 
     Raises:
-        CheckpointError: `folder` is a file, or is not empty.
+        ConfigError: `folder` is a file, or is not empty.
     """
     check_free(folder, overwrite)
+    folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         yield made
         made.chmod(0o755)
-        old = made.with_name(f"{made.name}.old")
-        if folder.exists():
-            folder.replace(old)
-        made.replace(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        if folder.is_dir() and any(folder.iterdir()):
+            move_into(made, folder)
+        else:
+            made.replace(folder)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise
@@ -48,17 +48,17 @@ def check_free(folder: Path, overwrite: bool = False) -> None:
     """Refuse an output folder that holds something.
 
     Raises:
-        CheckpointError: `folder` is a file, or is not empty and `overwrite` is not set.
+        ConfigError: `folder` is a file, or is not empty and `overwrite` is not set.
     """
     if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; the output must be a folder.")
+        raise ConfigError(f"{folder} is a file; the output must be a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise CheckpointError(
+        raise ConfigError(
             f"The output folder {folder} is not empty. Choose another one, or replace it with --overwrite."
         )
 
 
-def move_into(made: Path, folder: Path, last: str) -> None:
+def move_into(made: Path, folder: Path, last: str = "") -> None:
     """Move the files of one folder over those of another, one by one, and remove the first.
 
     Args:

@@ -85,6 +85,8 @@ def factors_of(adapter: AdapterFolder) -> tuple[list[Factors], dict[str, Tensor]
         CheckpointError: A group lacks a factor, or shapes do not fit each other.
     """
     config = config_of(adapter)
+    if not config.groups:
+        raise CheckpointError(f"{adapter.path} adapts no module: it holds a trained head alone.")
     tensors = adapter.tensors()
     cores = {key: value for key, value in tensors.items() if key.endswith(".lotr_C.weight")}
     shared = {key: value for key, value in tensors.items() if f".{BASIS}." in key}
@@ -129,7 +131,8 @@ def inspect(adapter: AdapterFolder) -> Inspection:
     config = config_of(adapter)
     factors, rest = factors_of(adapter)
     # from all paths at once, as the tuner does: a name is told apart only beside the others
-    places = coordinates([f.module for f in factors])
+    pattern = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    places = coordinates([f.module for f in factors], pattern or ())
     groups, sites, numbers = [], [], 0
     for name in config.groups or {}:
         members = [f for f in factors if f.group == name]

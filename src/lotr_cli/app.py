@@ -96,6 +96,8 @@ def evaluate(
         from lotr.training.trained import evaluate as measure
         from lotr.training.trained import load_trained
 
+        if picture is not None and not picture.parent.is_dir():
+            raise console.usage_error(f"--picture {picture}: the folder {picture.parent} does not exist.")
         trained = load_trained(adapter, model)
         with console.counting("Evaluating") as tick:
             scores = measure(trained, data, batch_size, tick)

@@ -33,7 +33,7 @@ def reported() -> Iterator[None]:
         err.print("Stopped.", style="yellow")
         raise typer.Exit(130) from None
     except Exception as error:
-        from lotr.errors import ConfigError, LotrError, PlanError
+        from lotr.errors import ConfigError, Interrupted, LotrError, PlanError
 
         if debug:
             traceback.print_exc()
@@ -42,7 +42,7 @@ def reported() -> Iterator[None]:
         hint = "" if known or debug else "\nRun again as `lotr --debug …` to see where."
         err.print(f"[bold red]{name}:[/] ", end="")
         err.print(f"{error}{hint}", markup=False, highlight=False, soft_wrap=True)
-        if type(error).__name__ == "Interrupted":
+        if isinstance(error, Interrupted):
             raise typer.Exit(130) from None
         raise typer.Exit(2 if isinstance(error, ConfigError | PlanError) else 1) from None
 

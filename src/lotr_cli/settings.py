@@ -80,8 +80,8 @@ class TrainSettings:
     report_to: str = _setting("none", _RUN, "Where transformers logs to: none, tensorboard, wandb, …")
 
     def record(self) -> dict[str, Any]:
-        """Return every setting as plain values, for `metrics.json`."""
-        return asdict(self)
+        """Return the settings of the run as plain values; how it was called is not one of them."""
+        return {name: value for name, value in asdict(self).items() if name not in ("resume", "overwrite")}
 
 
 def build(given: dict[str, Any], config: Path | None = None) -> TrainSettings:

@@ -106,11 +106,32 @@ def add_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
 
     check_targets(model, config)
     try:
-        return get_peft_model(model, config)
+        return full_precision_head(get_peft_model(model, config))
     except ValueError as error:
         if isinstance(error, ConfigError) or not type(error).__module__.startswith(("builtins", "peft")):
             raise
         raise ConfigError(str(error)) from error
+
+
+def full_precision_head(model: PeftModel) -> PeftModel:
+    """Keep modules that are trained in full in float32 on a half-precision base, as the factors are.
+
+    In float16 the optimiser's smallest constants are zero, and the head is NaN after one step.
+    """
+    import torch
+    from peft.utils import ModulesToSaveWrapper
+
+    def cast(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(a.float() if torch.is_tensor(a) and a.is_floating_point() else a for a in args)
+
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and next(module.parameters()).dtype in (
+            torch.float16,
+            torch.bfloat16,
+        ):
+            module.float()
+            module.register_forward_pre_hook(cast)
+    return model
 
 
 def check_targets(model: nn.Module, config: PeftConfig) -> None:

@@ -7,18 +7,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..errors import DataError
+
 if TYPE_CHECKING:
     from .trained import Trained
 
 
 def answers(
-    trained: Trained, rows: list[dict[str, Any]], max_new_tokens: int, tick: Callable[[int, int], None] | None
+    trained: Trained,
+    rows: list[dict[str, Any]],
+    chats: str | None,
+    max_new_tokens: int,
+    tick: Callable[[int, int], None] | None,
 ) -> Iterator[str]:
-    """Yield the answer to each row, one at a time: to its text, or to its conversation up to the last question."""
+    """Yield the answer to each row: to its text, or to the last question of the conversation in `chats`."""
     for n, row in enumerate(rows, 1):
-        if "messages" in row:
-            turns = row["messages"]
-            asked = turns[: max(i for i, t in enumerate(turns) if t["role"] != "assistant") + 1]
+        if chats is not None:
+            # Arrow gives every turn every key
+            turns = [{key: value for key, value in turn.items() if value is not None} for turn in row[chats]]
+            asked = turns[: max((i for i, t in enumerate(turns) if t["role"] != "assistant"), default=-1) + 1]
+            if not asked:
+                raise DataError(f"Row {n} holds only answers; there is nothing to answer to. Drop it.")
             prompt = trained.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
             inputs = trained.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
         else:

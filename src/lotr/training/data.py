@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
@@ -38,6 +38,15 @@ __all__ = [
     "read",
 ]
 
+
+class _Every(tuple[str, ...]):
+    """All column names: rows that are written back keep what stood in the file, digit by digit."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+EVERY = _Every()
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")
 
 
@@ -117,7 +126,7 @@ def load_task(
 
     inner = _held_out_split(splits)
     if eval is not None:
-        eval_rows, eval_source = _read_held_out(eval, columns)
+        eval_rows, eval_source = _read_held_out(eval, (columns.text, columns.text2))
     elif inner is not None:
         eval_rows, eval_source = choose_split(splits, train, inner), f'split "{inner}" of {train}'
     else:
@@ -160,10 +169,11 @@ def load_rows(
     Raises:
         DataError: The source cannot be read, a column is missing, or values do not fit the task.
     """
+    strings = (columns.text, columns.text2) if need_label else EVERY
     if split is None:
-        rows, name = _read_held_out(source, columns)
+        rows, name = _read_held_out(source, strings)
     else:
-        rows, name = read(source, split, (columns.text, columns.text2)), f'split "{split}" of {source}'
+        rows, name = read(source, split, strings), f'split "{split}" of {source}'
     if need_label:
         _check_rows(rows, columns, task, name, labels, "the adapter")
     else:
@@ -200,8 +210,8 @@ def _held_out_split(splits: dict[str, Dataset]) -> str | None:
     return None
 
 
-def _read_held_out(source: str, columns: Columns) -> tuple[Dataset, str]:
-    splits = read_splits(source, (columns.text, columns.text2))
+def _read_held_out(source: str, strings: Collection[str]) -> tuple[Dataset, str]:
+    splits = read_splits(source, strings)
     inner = _held_out_split(splits)
     name = source if len(splits) == 1 else f'split "{inner or "train"}" of {source}'
     return choose_split(splits, source, inner), name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import platform
-import resource
 import shutil
 import sys
 from dataclasses import dataclass
@@ -91,6 +90,7 @@ def write(run: Run, report: dict[str, Any], history: list[dict[str, Any]]) -> No
         plots.curve(history, report["metric"], f"{run.settings.method} on {run.settings.train}", made / CURVE)
         text = card.for_run(report, run.model.active_peft_config.task_type)
         (made / "README.md").write_text(text, encoding="utf-8")
+        write_json(made / SETTINGS, run.settings.record())
         write_json(made / METRICS, {**report, "history": history})
     move_into(run.folder / ".new", run.folder, last=METRICS)
     shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
@@ -99,6 +99,10 @@ def write(run: Run, report: dict[str, Any], history: list[dict[str, Any]]) -> No
 def _peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 

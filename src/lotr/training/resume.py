@@ -29,12 +29,15 @@ def restore(settings: TrainSettings, given: set[str]) -> TrainSettings:
         ConfigError: A setting was named that differs from the run's.
         CheckpointError: There is no run in the folder.
     """
-    folder = Path(settings.output or "")
-    if (folder / METRICS).is_file():
+    if settings.output is None:
+        raise ConfigError("--resume needs --output, the folder of the run to go on with.")
+    folder = Path(settings.output)
+    # checkpoints are removed last, so where some are left there is a run to go on with, over an older one too
+    if (folder / METRICS).is_file() and not (folder / CHECKPOINTS).is_dir():
         raise ConfigError(
             f"The run in {folder} is finished; there is nothing to resume. Start another with --overwrite."
         )
-    saved = read_json(folder / SETTINGS, "the folder of a run that was started")
+    saved = read_json(folder / CHECKPOINTS / SETTINGS, "the folder of a run that was started")
     for name in sorted(given - _FREE_ON_RESUME):
         if name in saved and getattr(settings, name) != saved[name]:
             raise ConfigError(

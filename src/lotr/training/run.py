@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..checkpoint import fingerprint
-from ..errors import ConfigError, LotrError
+from ..errors import ConfigError, Interrupted
 from ..files import check_free, write_json
 from . import adapt, metrics, resume
 from .data import Columns, load_task
@@ -27,10 +27,6 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from lotr_cli.settings import TrainSettings
-
-
-class Interrupted(LotrError):
-    """The user stopped the run; a checkpoint is there to go on from."""
 
 
 def train(
@@ -95,9 +91,15 @@ def _claim(settings: TrainSettings) -> Path:
     for name in ("model", "train", "output"):
         if getattr(settings, name) is None:
             raise ConfigError(f"--{name} is missing. `lotr train --help` shows examples.")
-    for name in ("epochs", "batch_size", "max_length"):
-        if not getattr(settings, name) > 0:
-            raise ConfigError(f"{name}={getattr(settings, name)} trains nothing. Use a positive number.")
+    for name in ("epochs", "batch_size", "max_length", "max_steps", "eval_steps"):
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name}={value} trains nothing. Use a positive number.")
+    for name, most in (("warmup", 1.0), ("weight_decay", math.inf), ("seed", 2**32 - 1)):
+        if not 0 <= getattr(settings, name) <= most:
+            raise ConfigError(
+                f"{name}={getattr(settings, name)} is out of range. Use a number from 0 to {most}."
+            )
     folder = Path(str(settings.output))
     if not settings.resume and is_main_process():  # the others would find what the main process made
         check_free(folder, settings.overwrite)
@@ -134,6 +136,7 @@ def _prepare(settings: TrainSettings, folder: Path, say: Callable[[str], None]) 
         "pairs": data.task != "causal-lm" and columns.text2 in data.train.column_names,
         "columns": {"text": columns.text, "text2": columns.text2, "label": columns.label},
         "method": settings.method,
+        "dtype": settings.dtype,
         "base_model": name,
         "base_fingerprint": fingerprint(base, sorted(model.base_model.targeted_module_names)),
     }
@@ -142,10 +145,11 @@ def _prepare(settings: TrainSettings, folder: Path, say: Callable[[str], None]) 
         f"Method: {settings.method}, {trained:,} trained numbers ({100 * trained / total:.2f} % of the model)."
     )
     if is_main_process():
-        folder.mkdir(parents=True, exist_ok=True)
         if not settings.resume:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        write_json(folder / SETTINGS, settings.record())
+        # beside the checkpoints: the settings of an older, finished run in the folder stay with its adapter
+        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        write_json(folder / CHECKPOINTS / SETTINGS, settings.record())
     return Run(settings, folder, data, model, tokenizer, record)
 
 

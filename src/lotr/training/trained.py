@@ -13,8 +13,9 @@ import torch
 from ..checkpoint import AdapterFolder, fingerprint, read_adapter
 from ..errors import CheckpointError, DataError
 from . import metrics
+from .adapt import full_precision_head
 from .answers import answers
-from .data import Columns, Task, load_rows
+from .data import Columns, Task, chat_column, load_rows
 from .encode import collator, encode
 from .models import load_model, load_tokenizer
 
@@ -39,13 +40,13 @@ class Trained:
     max_length: int
 
 
-def load_trained(path: str | Path, model: str | None = None, dtype: str = "float32") -> Trained:
+def load_trained(path: str | Path, model: str | None = None, dtype: str | None = None) -> Trained:
     """Load an adapter that `lotr train` made, and its base model.
 
     Args:
         path: Folder or hub id of the adapter.
         model: Base model to use instead of the recorded one.
-        dtype: Type of the base model.
+        dtype: Type of the base model; default: the one it was trained in.
 
     Returns:
         The model in evaluation mode, and the task.
@@ -54,7 +55,7 @@ def load_trained(path: str | Path, model: str | None = None, dtype: str = "float
         CheckpointError: The adapter is damaged, does not tell its task, or belongs to another base model.
         ConfigError: The base model cannot be loaded.
     """
-    from peft import PeftModel
+    from peft import PeftModel, set_peft_model_state_dict
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -71,7 +72,7 @@ def load_trained(path: str | Path, model: str | None = None, dtype: str = "float
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     labels = tuple(task["labels"])
-    bare = load_model(base, task["task"], labels, dtype, tokenizer)
+    bare = load_model(base, task["task"], labels, dtype or task.get("dtype", "float32"), tokenizer)
     try:
         loaded = PeftModel.from_pretrained(bare, str(adapter.path), is_trainable=False)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -84,6 +85,8 @@ def load_trained(path: str | Path, model: str | None = None, dtype: str = "float
             f"The adapter in {adapter.path} does not fit the base model {base!r}: {reason} "
             f"It was trained on {task['base_model']!r}; name that one with --model."
         ) from error
+    if full_precision_head(loaded).dtype != torch.float32:
+        set_peft_model_state_dict(loaded, adapter.tensors())  # the head again, without rounding
     found = fingerprint(bare, sorted(loaded.base_model.targeted_module_names))
     if task.get("base_fingerprint") and found and found != task["base_fingerprint"]:
         raise CheckpointError(
@@ -94,7 +97,7 @@ def load_trained(path: str | Path, model: str | None = None, dtype: str = "float
     columns = Columns(**task["columns"])
     return Trained(
         adapter,
-        loaded.eval(),
+        loaded.eval().to(device()),
         tokenizer,
         task["task"],
         labels,
@@ -102,6 +105,12 @@ def load_trained(path: str | Path, model: str | None = None, dtype: str = "float
         bool(task.get("pairs")),
         task["max_length"],
     )
+
+
+def device() -> torch.device:
+    """Return the accelerator of this machine, or the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
 
 
 def evaluate(trained: Trained, source: str, batch_size: int = 64, tick: Tick | None = None) -> dict[str, Any]:
@@ -218,12 +227,16 @@ def predict(
         DataError: The data does not fit the adapter's task.
     """
     rows = _rows(trained, source, need_label=False)
+    clash = {"prediction", "confidence"} & set(rows.column_names)
+    if clash:
+        raise DataError(
+            f'{source} has a column "{min(clash)}" already. Rename it, so that nothing is overwritten.'
+        )
     plain = [dict(row) for row in cast("Any", rows)]
     if trained.task == "causal-lm":
-        return [
-            {**row, "prediction": text}
-            for row, text in zip(plain, answers(trained, plain, max_new_tokens, tick), strict=True)
-        ]
+        chats = chat_column(rows, trained.columns)
+        texts = answers(trained, plain, chats, max_new_tokens, tick)
+        return [{**row, "prediction": text} for row, text in zip(plain, texts, strict=True)]
     scores, _ = scores_of(trained, rows, batch_size, tick)
     if trained.task == "regression":
         return [{**row, "prediction": float(s)} for row, s in zip(plain, scores.reshape(-1), strict=True)]

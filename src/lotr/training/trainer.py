@@ -38,13 +38,12 @@ class AdapterTrainer(Trainer):
         """
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not math.isfinite(loss.item()):
-            raise TrainingError(self._diverged(f"The loss is {loss.item()}"))
+            raise TrainingError(self._diverged(f"The loss is {loss.item()}", self.state.global_step + 1))
         return loss
 
-    def _diverged(self, what: str) -> str:
+    def _diverged(self, what: str, step: int) -> str:
         last = disk.last_whole(Path(self.args.output_dir))
         kept = f"The last good checkpoint is {last}." if last else "No checkpoint was written before."
-        step = self.state.global_step + 1
         return f"{what} at step {step}. {kept} Lower the learning rates, or look for bad rows in the data."
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -52,7 +51,7 @@ class AdapterTrainer(Trainer):
         unwrapped = self.accelerator.unwrap_model(self.model)
         trained = [p for p in unwrapped.parameters() if p.requires_grad]
         if not all(bool(torch.isfinite(p).all()) for p in trained):
-            raise TrainingError(self._diverged("A trained number is not finite"))
+            raise TrainingError(self._diverged("A trained number is not finite", self.state.global_step))
         if self.args.should_save:
             with whole_folder(folder, overwrite=True) as made:
                 write_adapter(unwrapped, made)

@@ -169,6 +169,10 @@ class LotrLinear(nn.Module, LotrLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self.merged_adapters = []
+        for (
+            site
+        ) in self.lotr_site.values():  # a forward pass with adapters disabled unmerges the layers alone
+            site.group.unmerge()
         if self._unmerged is None:
             return
         if self.quantization_backend is not None:

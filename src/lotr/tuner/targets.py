@@ -25,7 +25,14 @@ from ..sites import Plan, Target, make_plan
 from .config import LotrConfig, pair
 
 BASIS = "lotrbasis"
-DEFAULT_TARGETS: dict[str, list[str]] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+#: Query and value of the usual architectures: PEFT's own table for LoRA, and some that it lacks.
+DEFAULT_TARGETS: dict[str, list[str]] = {
+    "clip": ["q_proj", "v_proj"],
+    "distilbert": ["q_lin", "v_lin"],
+    "modernbert": ["Wqkv"],
+    "vit": ["q_proj", "v_proj"],
+    **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+}
 
 
 def plan(model: nn.Module, config: LotrConfig) -> Plan:

@@ -1,0 +1,32 @@
+"""What a saved adapter says about itself, and the status of a merged one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import get_peft_model
+
+from conftest import bert, tokens, vit
+from lotr import LotrConfig, plan
+
+
+def test_the_card_that_peft_writes_says_how_to_load(tmp_path: Path) -> None:
+    model = get_peft_model(bert(), LotrConfig(r=2, target_modules=["query"]))
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("import lotr") == 1
+    assert "lotr export" in card
+
+
+def test_disabling_a_merged_adapter_leaves_a_regular_status() -> None:
+    model = get_peft_model(bert(), LotrConfig(r=2, target_modules=["query"]))
+    model.merge_adapter()
+    assert model.get_model_status().merged_adapters == ["default"]
+    with model.disable_adapter():
+        model(input_ids=tokens())
+    assert model.get_model_status().merged_adapters == []
+
+
+def test_a_vision_transformer_has_default_targets() -> None:
+    assert set(plan(vit(), LotrConfig(r=2)).groups[0].projections) <= {"q_proj", "v_proj"}

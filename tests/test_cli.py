@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -293,6 +294,15 @@ def test_regression_and_causal_tasks_run_through(place: Path, tmp_path: Path) ->
     assert result["loss"] < 1.0
     measured = report("evaluate", tmp_path / "chat", "--data", tmp_path / "chats.jsonl")
     assert measured["perplexity"] < 3
+    (tmp_path / "dialogs.jsonl").write_text(
+        (tmp_path / "chats.jsonl").read_text().replace("messages", "dialog")
+    )
+    task = json.loads((tmp_path / "chat" / "task.json").read_text())
+    shutil.copytree(tmp_path / "chat", tmp_path / "named")
+    named = {**task, "columns": {**task["columns"], "text": "dialog"}}
+    (tmp_path / "named" / "task.json").write_text(json.dumps(named))
+    words = ("--data", tmp_path / "dialogs.jsonl", "--output", tmp_path / "b.jsonl", "--max-new-tokens", "1")
+    assert report("predict", tmp_path / "named", *words)["rows"] == 36
     report(
         "predict",
         tmp_path / "chat",

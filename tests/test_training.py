@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,16 @@ from transformers import TrainerCallback
 
 import saved_models
 from lotr import LotrConfig
-from lotr.errors import CheckpointError, ConfigError, Interrupted
+from lotr.errors import CheckpointError, ConfigError, DataError, Interrupted
 from lotr.files import file_bytes, whole_folder
+from lotr.training.data import load_task, read
+from lotr.training.models import MINILM, locate
 from lotr.training.optimizer import parameter_groups
 from lotr.training.resume import restore
 from lotr.training.run import train
 from lotr.training.state import last_whole
-from lotr_cli.settings import TrainSettings
+from lotr.training.trained import evaluate, load_trained, predict, scores_of
+from lotr_cli.settings import TrainSettings, build
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -222,9 +226,63 @@ def test_gradient_checkpointing_changes_nothing(place: Path, tmp_path: Path) -> 
         torch.testing.assert_close(tensor, other[name], rtol=1e-4, atol=1e-5)
 
 
-def test_a_half_precision_base_trains_full_precision_factors(place: Path, tmp_path: Path) -> None:
-    report = train(settings(place, tmp_path / "o", dtype="bfloat16"), say=quiet)
-    assert {t.dtype for n, t in load_file(tmp_path / "o" / WEIGHTS).items() if ".lotr_" in n} == {
-        torch.float32
-    }
-    assert report["steps"] == 10
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_half_precision_base_trains_full_precision_numbers(place: Path, tmp_path: Path, dtype: str) -> None:
+    report = train(settings(place, tmp_path / "o", dtype=dtype), say=quiet)
+    saved = load_file(tmp_path / "o" / WEIGHTS)
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert all(torch.isfinite(tensor).all() for tensor in saved.values())
+    trained = load_trained(tmp_path / "o")
+    assert trained.model.base_model.model.bert.embeddings.word_embeddings.weight.dtype == getattr(
+        torch, dtype
+    )
+    load_task(str(place / "train.csv")).eval.to_csv(tmp_path / "held_out.csv", index=False)
+    assert evaluate(trained, str(tmp_path / "held_out.csv"))["accuracy"] == report["accuracy"]
+
+
+def test_settings_out_of_range_are_refused_by_name(place: Path, tmp_path: Path) -> None:
+    for name, value in {"max_steps": -5, "warmup": 2.0, "eval_steps": -1, "seed": -1, "epochs": 0.0}.items():
+        with pytest.raises(ConfigError, match=name):
+            train(settings(place, tmp_path / "o", **{name: value}), say=quiet)
+    with pytest.raises(ConfigError, match="--output"):
+        restore(TrainSettings(resume=True), given={"resume"})
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_finished_run_can_be_repeated_from_its_own_settings(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(settings(place, tmp_path / "o"), say=quiet, callbacks=[CtrlC(2)])
+    train(restore(TrainSettings(output=str(tmp_path / "o"), resume=True), given={"resume"}), say=quiet)
+    again = build({"output": str(tmp_path / "again")}, tmp_path / "o" / "settings.json")
+    assert not again.resume
+    assert not again.overwrite
+    train(again, say=quiet)
+    assert (tmp_path / "again" / WEIGHTS).is_file()
+
+
+def test_pairs_of_texts_are_one_input_and_are_asked_for_later(place: Path, tmp_path: Path) -> None:
+    rows = [
+        ("red thing", "red", 1),
+        ("red thing", "blue", 0),
+        ("blue thing", "blue", 1),
+        ("blue thing", "red", 0),
+    ]
+    lines = [f"{a},{b},{label}" for a, b, label in rows * 8]
+    (tmp_path / "pairs.csv").write_text("text,text2,label\n" + "\n".join(lines) + "\n")
+    train(replace(settings(place, tmp_path / "o", max_steps=2), train=str(tmp_path / "pairs.csv")), say=quiet)
+    trained = load_trained(tmp_path / "o")
+    (tmp_path / "pair.csv").write_text("text,text2\nred thing,red\nred thing,blue\n")
+    assert len(predict(trained, str(tmp_path / "pair.csv"))) == 2
+    logits, _ = scores_of(trained, read(str(tmp_path / "pair.csv")))
+    assert (logits[0] != logits[1]).any()  # the second text is seen
+    (tmp_path / "single.csv").write_text("text\nred thing\n")
+    with pytest.raises(DataError, match="pairs"):
+        predict(trained, str(tmp_path / "single.csv"))
+
+
+def test_minilm_is_the_packaged_model_or_else_the_hubs(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, name = locate("minilm")
+    assert (Path(source) / "model.safetensors").is_file()
+    assert (source, name) == locate(MINILM)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert locate("minilm") == (MINILM, MINILM)

@@ -102,6 +102,7 @@ def test_unknown_hub_model_says_what_can_be_named(place: Path, tmp_path: Path, m
         ("--method", "lort", "lotr"),
         ("--target", "querry", "query"),
         ("--modes", "layers", "layer"),
+        ("--target", "[query", "regex"),
         ("--start", "orthonormall", "orthonormal"),
         ("--dtype", "floatt32", "float32"),
     ],

@@ -318,6 +318,12 @@ def test_regression_and_causal_tasks_run_through(place: Path, tmp_path: Path) ->
     assert sum(right) > len(right) / 2
 
 
+def test_the_version_is_that_of_the_package() -> None:
+    from importlib.metadata import version
+
+    assert lotr("--version").stdout.strip() == version("lotr")
+
+
 def test_methods_lists_every_row_with_its_paper() -> None:
     from lotr import METHODS
 

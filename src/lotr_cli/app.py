@@ -33,8 +33,19 @@ Data = Annotated[str, typer.Option("--data", help="Data: a file, folder, hub dat
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows at a time.")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(version("lotr"))
+        raise typer.Exit
+
+
 @app.callback()
 def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Set what holds for every command."""

@@ -45,7 +45,13 @@ class TrainingProgress(TrainerCallback):
             return
         shown = {"loss", "eval_loss", "eval_accuracy", "eval_pearson"}
         self._said |= {k: float(v) for k, v in (logs or {}).items() if k in shown}
-        self._bar.update(self._task, description="  ".join(f"{k} {v:.4f}" for k, v in self._said.items()))
+        if not err.is_terminal and any(name.startswith("eval_") for name in logs or {}):
+            # a log file shows no bar
+            say(f"Step {state.global_step} of {state.max_steps}: " + self._line())
+        self._bar.update(self._task, description=self._line())
+
+    def _line(self) -> str:
+        return "  ".join(f"{name} {value:.4f}" for name, value in self._said.items())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 #: Methods that are not rows of the table: PEFT's own for comparison, and a new head alone.
 PEERS = ("lora", "dora", "head")
+_REGEX = r"[*+?()\[\]|\\^$]"  # a character that no module's name has
 TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 
 
@@ -91,7 +92,15 @@ def target_modules(text: str | None) -> list[str] | str | None:
         >>> target_modules("query,value"), target_modules("all-linear"), target_modules(r".*layer.[01].*query")
         (['query', 'value'], 'all-linear', '.*layer.[01].*query')
     """
-    if text is None or text == "all-linear" or re.search(r"[*+?()\[\]|\\^$]", text):
+    if text is not None and re.search(_REGEX, text):
+        try:
+            re.compile(text)
+        except re.error as error:
+            raise ConfigError(
+                f"target={text!r} is not a regex: {error}. Name modules with commas instead."
+            ) from None
+        return text
+    if text is None or text == "all-linear":
         return text
     return [name.strip() for name in text.split(",") if name.strip()]
 

@@ -36,7 +36,8 @@ def plan_model(settings: TrainSettings, dtype: str = "float32") -> dict[str, Any
         raise ConfigError(f"dtype={dtype!r} is not known. {near(dtype, DTYPES)}")
     if settings.method not in METHODS:
         raise ConfigError(
-            f"method={settings.method!r} is no row of the table of methods. {near(settings.method, METHODS)}"
+            f"method={settings.method!r} shares nothing that could be planned: only rows of the table of methods do. "
+            f"{near(settings.method, METHODS)}"
         )
     model, task = skeleton(str(settings.model))
     config = adapter_config(settings, task)

@@ -7,7 +7,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from .console import err
+from .console import calm, err, say
 
 
 class TrainingProgress(TrainerCallback):
@@ -22,6 +22,7 @@ class TrainingProgress(TrainerCallback):
         """Open the bar."""
         if not state.is_world_process_zero:
             return
+        calm()
         columns = (
             BarColumn(30),
             MofNCompleteColumn(),

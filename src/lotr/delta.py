@@ -6,6 +6,7 @@
 | `U`   | `(o, k)` | output factor, shared by the sites of a group |
 | `V`   | `(i, r)` | input factor, shared by the sites of a group |
 | `C_s` | `(k, r)` | core of site `s` |
+| `C`   | `(a·k, b·r)` | cores of a grid of `a × b` sites, side by side as their blocks are; `a = b = 1`: `C_s` |
 | `σ`   | scalar | scaling, multiplies the update |
 | `n`   | | tokens, any number of leading axes |
 
@@ -16,33 +17,38 @@ Source: LoTR, arXiv 2402.01376.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 LinearMap = Callable[[Tensor], Tensor]
+Grid = tuple[int, int]
 
 
 def apply(
-    x: Tensor,  # (*n, i)
+    x: Tensor,  # (*n, b·i)
     input_factor: LinearMap,  # (*n, i) -> (*n, r), multiplies by V
-    core: LinearMap,  # (*n, r) -> (*n, k), multiplies by Cᵀ
+    core: LinearMap,  # (*n, b·r) -> (*n, a·k), multiplies by Cᵀ
     output_factor: LinearMap,  # (*n, k) -> (*n, o), multiplies by Uᵀ
     scaling: float | Tensor,
-) -> Tensor:  # (*n, o)
+    grid: Grid = (1, 1),
+) -> Tensor:  # (*n, a·o)
     """Apply an update to activations without building `ΔW`: `σ · U (C (Vᵀ x))`.
 
     The factors are maps rather than tensors, because a shared factor may have to be called as a module
     (sharded or offloaded weights exist only during that call). The scaling acts where rows are shortest.
 
     Args:
-        x: Input of the adapted module, shape `(*n, i)`.
+        x: Input of the adapted module, shape `(*n, b·i)`.
         input_factor: Map `(*n, i) -> (*n, r)`.
-        core: Map `(*n, r) -> (*n, k)`.
+        core: Map `(*n, b·r) -> (*n, a·k)`.
         output_factor: Map `(*n, k) -> (*n, o)`.
         scaling: `σ`, no unit.
+        grid: `(a, b)`, blocks down and across.
 
     Returns:
-        `x · ΔWᵀ`, shape `(*n, o)`.
+        `x · ΔWᵀ`, shape `(*n, a·o)`.
 
     Example:
         >>> import torch
@@ -51,59 +57,73 @@ def apply(
         >>> apply(x, lambda x: x @ V, lambda h: h @ C.T, lambda h: h @ U.T, 1.0).shape
         torch.Size([4, 6])
     """
-    return output_factor(core(input_factor(x)) * scaling)
+    a, b = grid
+    h = input_factor(x) if b == 1 else input_factor(x.unflatten(-1, (b, -1))).flatten(-2)
+    h = core(h) * scaling
+    return output_factor(h) if a == 1 else output_factor(h.unflatten(-1, (a, -1))).flatten(-2)
 
 
-def dense(
-    U: Tensor,  # (o, k)
-    C: Tensor,  # (k, r)
-    V: Tensor,  # (i, r)
-    scaling: float | Tensor,
-) -> Tensor:  # (o, i)
-    """Build `ΔW = σ · U · C · Vᵀ`, for merging and for checks.
+def side_by_side(
+    cores: Tensor,  # (*extents, k, r), a·b cores in the order of their blocks
+    grid: Grid,
+) -> Tensor:  # (a·k, b·r)
+    """Lay the cores of a grid of blocks side by side.
+
+    Example:
+        >>> import torch
+        >>> side_by_side(torch.randn(4, 2, 3), grid=(4, 1)).shape, side_by_side(torch.randn(4, 2, 3), (2, 2)).shape
+        (torch.Size([8, 3]), torch.Size([4, 6]))
+    """
+    a, b = grid
+    k, r = cores.shape[-2:]
+    return cores.reshape(a, b, k, r).transpose(1, 2).reshape(a * k, b * r)
+
+
+@dataclass(frozen=True)
+class Factored:
+    """An update in factored form: `ΔW = left · (I_b ⊗ V)ᵀ` with `left = σ (I_a ⊗ U) C`.
 
     Args:
         U: Output factor, shape `(o, k)`.
-        C: Core of the site, shape `(k, r)`.
+        C: Cores side by side, shape `(a·k, b·r)`.
         V: Input factor, shape `(i, r)`.
         scaling: `σ`.
-
-    Returns:
-        The update, shape `(o, i)`.
+        grid: `(a, b)`, blocks down and across.
 
     Example:
         >>> import torch
-        >>> dense(torch.randn(6, 2), torch.randn(2, 3), torch.randn(5, 3), 1.0).shape
-        torch.Size([6, 5])
+        >>> update = Factored(torch.randn(6, 2), torch.randn(2, 3), torch.randn(5, 3), 1.0)
+        >>> update.dense().shape, [matrix.shape for matrix in update.as_lora()]
+        (torch.Size([6, 5]), [torch.Size([2, 5]), torch.Size([6, 2])])
     """
-    return (U @ (C * scaling)) @ V.T
 
+    U: Tensor
+    C: Tensor
+    V: Tensor
+    scaling: float | Tensor
+    grid: Grid = (1, 1)
 
-def as_lora(
-    U: Tensor,  # (o, k)
-    C: Tensor,  # (k, r)
-    V: Tensor,  # (i, r)
-    scaling: float,
-) -> tuple[Tensor, Tensor]:  # (q, i), (o, q)
-    """Write an update as the two matrices of plain LoRA, exactly: `ΔW = B · A`, of rank `q = min(k, r)`.
+    def left(self) -> Tensor:  # (a·o, b·r)
+        """Return `σ (I_a ⊗ U) C`."""
+        a, _ = self.grid
+        k = self.U.shape[1]
+        blocks = self.U @ (self.C * self.scaling).reshape(a, k, -1)  # (a, o, b·r)
+        return blocks.reshape(-1, self.C.shape[1])
 
-    The core is multiplied into the side that leaves the smaller rank; no decomposition is needed.
+    def dense(self) -> Tensor:  # (a·o, b·i)
+        """Build `ΔW`, for merging and for checks."""
+        return (self.left().unflatten(1, (self.grid[1], -1)) @ self.V.T).flatten(1)
 
-    Args:
-        U: Output factor, shape `(o, k)`.
-        C: Core of the site, shape `(k, r)`.
-        V: Input factor, shape `(i, r)`.
-        scaling: `σ`, multiplied into the result (so LoRA's own `alpha / r` is one).
+    def as_lora(self) -> tuple[Tensor, Tensor]:  # (q, b·i), (a·o, q)
+        """Write the update as the two matrices of plain LoRA, exactly: `ΔW = B · A`, of rank `q = min(a·k, b·r)`.
 
-    Returns:
-        `A` of shape `(q, i)` and `B` of shape `(o, q)`.
+        The cores are multiplied into the side that leaves the smaller rank; no decomposition is needed.
 
-    Example:
-        >>> import torch
-        >>> A, B = as_lora(torch.randn(6, 2), torch.randn(2, 3), torch.randn(5, 3), 1.0)
-        >>> A.shape, B.shape
-        (torch.Size([2, 5]), torch.Size([6, 2]))
-    """
-    k, r = C.shape
-    C = C * scaling
-    return (V.T, U @ C) if r <= k else (C @ V.T, U)
+        Returns:
+            `A` of shape `(q, b·i)` and `B` of shape `(a·o, q)`; `σ` is in them, so LoRA's `alpha / r` is one.
+        """
+        a, b = self.grid
+        if self.C.shape[1] <= self.C.shape[0]:
+            return torch.block_diag(*[self.V.T] * b), self.left()
+        C = (self.C * self.scaling).unflatten(1, (b, -1))  # (a·k, b, r)
+        return (C @ self.V.T).flatten(1), torch.block_diag(*[self.U] * a)

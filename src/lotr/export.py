@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import delta
+from .blocks import Target
 from .checkpoint import CONFIG, WEIGHTS, AdapterFolder, save_tensors, write_task
+from .delta import Factored
 from .errors import CheckpointError, ConfigError
 from .files import whole_folder, write_json
-from .inspection import config_of, factors_of
+from .inspection import config_of, take_apart
 from .magnitudes import MAGNITUDES
+from .parts import Part
 
 _CARD = """---
 base_model: {base}
@@ -50,16 +54,18 @@ def to_lora(adapter: AdapterFolder, output: Path, overwrite: bool = False) -> di
             f"{adapter.path} has magnitude={config.magnitude!r}, which rescales the weight, so no LoRA equals it. "
             "Use `lotr merge` to leave with a plain model."
         )
-    sites, rest = factors_of(adapter)
-    tensors: dict[str, Tensor] = dict(rest)
+    taken = take_apart(adapter)
+    parts: dict[str, list[tuple[Part, Factored]]] = {}
+    for part, update in taken.parts:
+        parts.setdefault(part.sites[0].module, []).append((part, update))
+    tensors: dict[str, Tensor] = dict(taken.rest)
     ranks: dict[str, int] = {}
-    for site in sites:
-        A, B = delta.as_lora(site.U, site.C, site.V, config.scaling)
-        tensors[f"base_model.model.{site.module}.lora_A.weight"] = (
-            A.clone()
-        )  # safetensors refuses what shares memory
-        tensors[f"base_model.model.{site.module}.lora_B.weight"] = B.clone()
-        ranks[site.module] = A.shape[0]
+    for target in taken.plan.targets:
+        A, B = lora_of(target, parts[target.path])
+        # safetensors refuses what shares memory
+        tensors[f"base_model.model.{target.path}.lora_A.weight"] = A.clone()
+        tensors[f"base_model.model.{target.path}.lora_B.weight"] = B.clone()
+        ranks[target.path] = A.shape[0]
     lora = _lora_config(adapter, ranks)
     with whole_folder(output, overwrite) as made:
         save_tensors(tensors, made)
@@ -70,13 +76,35 @@ def to_lora(adapter: AdapterFolder, output: Path, overwrite: bool = False) -> di
         if adapter.task:
             write_task(made, {**adapter.task, "method": "lora"})
     return {
-        "modules": len(sites),
+        "modules": len(ranks),
         "rank": max(ranks.values()),
         "numbers": sum(tensor.numel() for key, tensor in tensors.items() if ".lora_" in key),
         "bytes": (output / WEIGHTS).stat().st_size,
         "bytes_before": adapter.size,
         "output": str(output),
     }
+
+
+def lora_of(target: Target, parts: list[tuple[Part, Factored]]) -> tuple[Tensor, Tensor]:
+    """Return the two matrices of plain LoRA for one module; the ranks of its parts add up.
+
+    Args:
+        target: The module.
+        parts: Its parts, each in factored form.
+
+    Returns:
+        `A` of shape `(q, in)` and `B` of shape `(out, q)` with `ΔW = B · A`.
+    """
+    if len(parts) == 1:
+        return parts[0][1].as_lora()
+    out, width = target.shape
+    As, Bs = [], []
+    for part, update in parts:
+        A, B = update.as_lora()
+        (row, n_rows), (column, n_columns) = part.rows, part.columns
+        As.append(F.pad(A, (column, width - column - n_columns)))
+        Bs.append(F.pad(B, (0, 0, row, out - row - n_rows)))
+    return torch.cat(As), torch.cat(Bs, 1)
 
 
 def _lora_config(adapter: AdapterFolder, ranks: dict[str, int]) -> dict[str, Any]:

@@ -12,26 +12,27 @@ from torch import Tensor
 
 from . import plots
 from .checkpoint import AdapterFolder
+from .delta import Factored, side_by_side
 from .errors import CheckpointError
-from .paths import coordinates
+from .parts import Part
+from .sites import Plan
 from .tuner.config import LotrConfig
-from .tuner.targets import BASIS
+from .tuner.state import core_key, file_shapes, group_keys
+from .tuner.targets import plan_of
 
 
 @dataclass(frozen=True)
-class Factors:
-    """The numbers of one module: `U (o, k)`, `C (k, r)`, `V (i, r)`, and where they belong."""
+class Taken:
+    """An adapter taken apart: its plan, every part of every module in factored form, and the rest (the head)."""
 
-    module: str
-    group: str
-    U: Tensor
-    C: Tensor
-    V: Tensor
+    plan: Plan
+    parts: list[tuple[Part, Factored]]
+    rest: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One site: its place, and the size and effective rank of its update.
+    """One site: its place, and the size and effective rank of its update before the magnitude.
 
     `norm` is `‖ΔW‖_F = σ ‖R_U C R_Vᵀ‖_F`, computed from the triangular factors of `U` and `V`; `rank` is
     the number of directions that carry the update, `exp(entropy of the squared singular values)`.
@@ -41,6 +42,7 @@ class SiteReport:
     group: str
     layer: str
     projection: str
+    head: int | None
     norm: float
     rank: float
 
@@ -78,42 +80,50 @@ def config_of(adapter: AdapterFolder) -> LotrConfig:
         raise CheckpointError(f"The configuration in {adapter.path} does not hold: {error}") from error
 
 
-def factors_of(adapter: AdapterFolder) -> tuple[list[Factors], dict[str, Tensor]]:
-    """Read the numbers of every site, and the tensors that belong to no site (the head).
+def take_apart(adapter: AdapterFolder) -> Taken:
+    """Read the numbers of an adapter; the plan that gives them a place follows from the configuration.
 
     Raises:
-        CheckpointError: A group lacks a factor, or shapes do not fit each other.
+        CheckpointError: A number is missing, has another shape than planned, or belongs to nothing.
     """
     config = config_of(adapter)
-    if not config.groups:
-        raise CheckpointError(f"{adapter.path} adapts no module: it holds a trained head alone.")
-    tensors = adapter.tensors()
-    cores = {key: value for key, value in tensors.items() if key.endswith(".lotr_C.weight")}
-    shared = {key: value for key, value in tensors.items() if f".{BASIS}." in key}
-    rest = {key: value for key, value in tensors.items() if key not in cores and key not in shared}
-    found = []
-    for name, paths in (config.groups or {}).items():
-        U, Vt = (shared.get(f"base_model.model.{BASIS}.{name}.lotr_{part}.weight") for part in "UV")
-        if U is None or Vt is None:
-            raise CheckpointError(
-                f"{adapter.path} lacks the factors of group {name!r}. The file is not whole."
-            )
-        for path in paths:
-            C = cores.get(f"base_model.model.{path}.lotr_C.weight")
-            if C is None:
-                raise CheckpointError(f"{adapter.path} lacks the core of {path!r}. The file is not whole.")
-            if U.shape[1] != C.shape[0] or Vt.shape[0] != C.shape[1]:
-                raise CheckpointError(
-                    f"{adapter.path}: the core of {path!r} is {tuple(C.shape)}, but its group {name!r} has factors "
-                    f"of rank ({U.shape[1]}, {Vt.shape[0]}). The file was put together from different adapters."
-                )
-            found.append(Factors(path, name, U, C, Vt.T))
-    if len(found) != len(cores):
+    try:
+        targets = config.made_for
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{adapter.path} has {len(cores)} cores, and its configuration tells of {len(found)} modules. The two "
-            "files were put together from different adapters."
+            f"The field targets of the configuration in {adapter.path} is damaged: {error!r}"
+        ) from None
+    if not targets:
+        raise CheckpointError(f"{adapter.path} adapts no module: it holds a trained head alone.")
+    plan = plan_of(targets, config)
+    tensors = adapter.tensors()
+    for key, shape in file_shapes(plan).items():
+        if key not in tensors:
+            raise CheckpointError(f"{adapter.path} lacks {key!r}. The file is not whole.")
+        if tuple(tensors[key].shape) != shape:
+            raise CheckpointError(
+                f"{adapter.path}: {key!r} has shape {tuple(tensors[key].shape)}, and the configuration tells of {shape}. "
+                "The two files were put together from different adapters."
+            )
+    rest = {key: tensor for key, tensor in tensors.items() if key not in file_shapes(plan)}
+    extra = [key for key in rest if ".lotr_" in key]
+    if extra:
+        raise CheckpointError(
+            f"{adapter.path} has {len(extra)} tensors that its configuration does not tell of, first {extra[0]!r}. "
+            "The two files were put together from different adapters."
         )
-    return found, rest
+    found = []
+    for target in targets:
+        for part in plan.parts[target.path]:
+            numbers = {name: tensors[key] for name, key in group_keys(part.group).items()}
+            core = part.group.core
+            if core.by_site:
+                C = tensors[core_key(part)]
+            else:
+                C = side_by_side(core.block(numbers, part.region), part.grid)
+            U, Vt = numbers["U"], numbers["V"]
+            found.append((part, Factored(U, C.to(U.dtype), Vt.T, config.scaling, part.grid)))
+    return Taken(plan, found, rest)
 
 
 def inspect(adapter: AdapterFolder) -> Inspection:
@@ -128,34 +138,33 @@ def inspect(adapter: AdapterFolder) -> Inspection:
     Raises:
         CheckpointError: The adapter is of another method or damaged.
     """
-    config = config_of(adapter)
-    factors, rest = factors_of(adapter)
-    # from all paths at once, as the tuner does: a name is told apart only beside the others
-    pattern = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    places = coordinates([f.module for f in factors], pattern or ())
-    groups, sites, numbers = [], [], 0
-    for name in config.groups or {}:
-        members = [f for f in factors if f.group == name]
-        U, C, V = members[0].U, members[0].C, members[0].V
-        R_U, R_V = (torch.linalg.qr(factor.double()).R for factor in (U, V))
-        for f in members:
-            small = config.scaling * (R_U @ f.C.double() @ R_V.T)
+    taken = take_apart(adapter)
+    sites: list[SiteReport] = []
+    for part, update in taken.parts:
+        R_U, R_V = (torch.linalg.qr(factor.double()).R for factor in (update.U, update.V))
+        (a, b), (k, r) = update.grid, part.group.rank
+        cores = update.C.double().reshape(a, k, b, r).transpose(1, 2).reshape(-1, k, r)
+        for site, C in zip(part.sites, cores, strict=True):
+            small = update.scaling * (R_U @ C @ R_V.T)
             norm, rank = float(torch.linalg.norm(small)), effective_rank(small)
-            sites.append(SiteReport(f.module, name, *places[f.module], norm, rank))
-        cores = sum(f.C.numel() for f in members)
-        numbers += U.numel() + V.numel() + cores
-        groups.append(
-            {
-                "group": name,
-                "sites": len(members),
-                "block": (U.shape[0], V.shape[0]),
-                "rank": tuple(C.shape),
-                "factors": U.numel() + V.numel(),
-                "cores": cores,
-            }
-        )
-    head = sum(tensor.numel() for tensor in rest.values())
-    return Inspection(config, groups, sites, numbers, head, adapter.size)
+            sites.append(
+                SiteReport(site.module, part.group.name, site.layer, site.projection, site.head, norm, rank)
+            )
+    groups = [
+        {
+            "group": group.name,
+            "sites": len(group.sites),
+            "block": group.shape,
+            "rank": group.rank,
+            "factors": group.n_factors,
+            "cores": group.n_cores,
+        }
+        for group in taken.plan.groups
+    ]
+    plan = taken.plan
+    numbers = plan.n_factors + plan.n_cores + plan.n_magnitudes
+    head = sum(tensor.numel() for tensor in taken.rest.values())
+    return Inspection(config_of(adapter), groups, sites, numbers, head, adapter.size)
 
 
 def effective_rank(matrix: Tensor) -> float:  # (k, r)
@@ -182,8 +191,9 @@ def draw(found: Inspection, path: Path) -> None:
     layers = sorted({site.layer for site in found.sites}, key=_natural)
     projections = list(dict.fromkeys(site.projection for site in found.sites))
     norms = np.full((len(layers), len(projections)), np.nan)
-    for site in found.sites:
-        norms[layers.index(site.layer), projections.index(site.projection)] = site.norm
+    for site in found.sites:  # heads of one projection together
+        place = layers.index(site.layer), projections.index(site.projection)
+        norms[place] = np.hypot(np.nan_to_num(norms[place]), site.norm)
     plots.heat_map(norms, layers, projections, "norm of the update, ‖ΔW‖", path)
 
 

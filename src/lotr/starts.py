@@ -1,19 +1,20 @@
 """How the shared factors start.
 
-With the cores at zero any `U` and `V` leave the base model as it is, bit for bit. Every start is a
-function of the shape and of a random generator of its own, so that building an adapter never moves the
-global random state, and the same seed gives the same factors whatever was built before.
+With the cores at zero any `U` and `V` leave the base model as it is, bit for bit. Every start draws from a
+random generator of its own, so that building an adapter never moves the global random state, and the same
+seed gives the same factors whatever was built before.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor
 
 Start = Callable[[int, int, Generator], Tensor]
+DataStart = Callable[[Sequence[Tensor], int, int, Generator], tuple[Tensor, Tensor]]
 
 
 def orthonormal(n: int, rank: int, generator: Generator) -> Tensor:  # (n, rank)
@@ -61,7 +62,69 @@ def gaussian(n: int, rank: int, generator: Generator) -> Tensor:  # (n, rank)
     return torch.randn(n, rank, generator=generator)
 
 
-STARTS: dict[str, Start] = {"orthonormal": orthonormal, "gaussian": gaussian}
+def kaiming(n: int, rank: int, generator: Generator) -> Tensor:  # (n, rank)
+    """Uniform numbers in `±1/√n`, as LoRA starts its `A` (arXiv 2106.09685, and PEFT).
+
+    Args:
+        n: Width of the block, features.
+        rank: Columns.
+        generator: CPU generator that the numbers come from.
+
+    Returns:
+        Factor of shape `(n, rank)`, float32.
+
+    Example:
+        >>> bool(kaiming(16, 3, torch.Generator().manual_seed(0)).abs().max() <= 0.25)
+        True
+    """
+    return (2 * torch.rand(n, rank, generator=generator) - 1) / n**0.5
+
+
+def weight(
+    weights: Sequence[Tensor],  # each (o, i)
+    k: int,
+    r: int,
+    generator: Generator,
+) -> tuple[Tensor, Tensor]:  # (o, k), (i, r)
+    """Leading singular directions of the pre-trained weights that share the factors.
+
+    `U` spans the leading left directions of the blocks side by side, `V` the leading right directions of the blocks
+    below each other; of one weight alone these are its singular vectors, as in LoRA-XS (arXiv 2405.17604). Found by
+    subspace iteration, so that no more than `k` or `r` (and some) columns are ever built.
+
+    Args:
+        weights: Blocks of the sites of one group.
+        k: Columns of `U`.
+        r: Columns of `V`.
+        generator: CPU generator of the random start of the iteration.
+
+    Returns:
+        Orthonormal `U` and `V`, float32.
+
+    Example:
+        >>> U, V = weight([torch.randn(6, 5)], 2, 3, torch.Generator().manual_seed(0))
+        >>> U.shape, V.shape
+        (torch.Size([6, 2]), torch.Size([5, 3]))
+    """
+    wide = [W.detach().float() for W in weights]
+    U = _leading(wide, k, generator)
+    return U, _leading([W.T for W in wide], r, generator)
+
+
+def _leading(matrices: list[Tensor], rank: int, generator: Generator, rounds: int = 12) -> Tensor:  # (n, rank)
+    n = matrices[0].shape[0]
+    start = orthonormal(n, min(n, 2 * rank + 8), generator).to(matrices[0].device)
+    for _ in range(rounds):
+        start = torch.linalg.qr(sum(M @ (M.T @ start) for M in matrices)).Q  # type: ignore[arg-type]
+    energy: Tensor = sum((M.T @ start).T @ (M.T @ start) for M in matrices)  # type: ignore[assignment]
+    inside = torch.linalg.eigh(energy).eigenvectors.flip(1)[:, :rank]
+    return (start @ inside).cpu()
+
+
+#: Starts that need a shape alone.
+STARTS: dict[str, Start] = {"orthonormal": orthonormal, "gaussian": gaussian, "kaiming": kaiming}
+#: Starts that look at the weights of the group's sites.
+DATA_STARTS: dict[str, DataStart] = {"weight": weight}
 
 
 def generator_for(seed: int, *names: str) -> Generator:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from ._core import Core, Index, Numbers, Shapes
+from ._core import Core, Numbers, Region, Shapes
 
 
 @dataclass(frozen=True)
@@ -21,28 +20,29 @@ class FreeCore(Core):
 
     Example:
         >>> core = FreeCore(k=2, r=3, sizes=(12,))
-        >>> core.own_shapes, core.n_parameters(n_sites=12)
-        ({'C': (2, 3)}, 72)
+        >>> core.shapes, core.n_parameters(n_sites=12)
+        ({'C': (12, 2, 3)}, 72)
     """
 
-    @property
-    def shared_shapes(self) -> Shapes:
-        return {}
+    by_site: ClassVar[bool] = True
+
+    @classmethod
+    def check(cls, k: int, r: int, modes: tuple[str, ...]) -> None:
+        """Any ranks and modes do."""
 
     @property
-    def own_shapes(self) -> Shapes:
-        return {"C": (self.k, self.r)}
+    def shapes(self) -> Shapes:
+        return {"C": (*self.sizes, self.k, self.r)}
 
-    def matrix(self, index: Index, shared: Numbers, own: Numbers) -> Tensor:
-        return own["C"]
+    @property
+    def zero(self) -> str:
+        return "C"
 
-    def to_tensor(self, shared: Numbers, owns: Mapping[Index, Numbers]) -> Tensor:
-        like = next(iter(owns.values()))["C"]
-        tensor = torch.zeros(*self.sizes, self.k, self.r, dtype=like.dtype, device=like.device)
-        for index, own in owns.items():
-            tensor[index] = own["C"]
-        return tensor
+    def start(self, name: str, generator: Generator) -> Tensor:
+        return torch.randn(self.shapes[name], generator=generator) / self.r**0.5
 
-    def from_tensor(self, tensor: Tensor) -> tuple[dict[str, Tensor], dict[Index, dict[str, Tensor]]]:
-        places = itertools.product(*(range(n) for n in self.sizes))
-        return {}, {index: {"C": tensor[index]} for index in places}
+    def block(self, numbers: Numbers, region: Region) -> Tensor:
+        return numbers["C"][region]
+
+    def from_tensor(self, tensor: Tensor) -> dict[str, Tensor]:
+        return {"C": tensor}

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..delta import side_by_side
 from ..errors import ConfigError, near
+from ..magnitudes import MAGNITUDES
 from ..paths import normalise
 from .group import LotrGroup
 from .layer import LotrLinear
@@ -26,6 +28,8 @@ def add_weighted(
     `cat`: factors side by side, cores as blocks on the diagonal; the ranks add up.
     `linear`: cores added; exact only where the adapters have the same factors, and refused elsewhere.
 
+    The new adapter has free cores whatever those of the adapters are: they hold every sum exactly.
+
     Args:
         tuner: The model.
         adapters: Names of adapters with the same groups.
@@ -38,14 +42,15 @@ def add_weighted(
     """
     _check(tuner, adapters, weights, name, combination_type)
     config = copy.deepcopy(tuner.peft_config[adapters[0]])
-    config.scaling = 1.0
+    config.scaling, config.core, config.core_ranks, config.train = 1.0, "free", None, "all"
+    config.start, config.init_weights = "orthonormal", True  # what is not zero is written below
     if combination_type == "cat":
         config.r = _sum([tuner.peft_config[adapter].rank for adapter in adapters])
         config.rank_pattern = {
             normalise(path): rank
             for path, module in tuner.model.named_modules()
-            if isinstance(module, LotrLinear) and adapters[0] in module.lotr_C
-            if (rank := _sum([module.lotr_C[adapter].weight.shape for adapter in adapters])) != config.r
+            if isinstance(module, LotrLinear) and adapters[0] in module.lotr_site
+            if (rank := _sum([_rank(module, adapter) for adapter in adapters])) != config.r
         }
     tuner.peft_config[name] = config
     try:
@@ -62,13 +67,31 @@ def add_weighted(
                 Vt = [module.lotr_V[adapter].weight for adapter in adapters]
                 module.lotr_U[name].weight.copy_(join(U, dim=1))
                 module.lotr_V[name].weight.copy_(join(Vt, dim=0))
-            elif isinstance(module, LotrLinear) and name in module.lotr_C:
-                cores = [
-                    w * module.scaling[a] * module.lotr_C[a].weight
-                    for a, w in zip(adapters, weights, strict=True)
-                ]
-                sum_ = torch.block_diag(*cores) if combination_type == "cat" else torch.stack(cores).sum(0)
-                module.lotr_C[name].weight.copy_(sum_)
+            elif isinstance(module, LotrLinear) and name in module.lotr_site:
+                for n, member in enumerate(module.lotr_site[name].members):
+                    cores = [
+                        w * module.scaling[a] * _cores(module, a, n)
+                        for a, w in zip(adapters, weights, strict=True)
+                    ]
+                    summed = _on_the_diagonal(cores) if combination_type == "cat" else torch.stack(cores).sum(0)
+                    C = side_by_side(summed, member.part.grid)
+                    module._site_core(name, member.part).weight.copy_(C)
+
+
+def _rank(module: LotrLinear, adapter: str) -> tuple[int, int]:
+    return module.lotr_site[adapter].members[0].part.group.rank
+
+
+def _cores(module: LotrLinear, adapter: str, n: int) -> Tensor:  # (a·b, k, r)
+    """Return the cores of the n-th part of a module, one a site."""
+    member = module.lotr_site[adapter].members[n]
+    (a, b), (k, r) = member.part.grid, member.part.group.rank
+    C = module._placed(adapter, member).update.C
+    return C.reshape(a, k, b, r).transpose(1, 2).reshape(a * b, k, r)
+
+
+def _on_the_diagonal(cores: list[Tensor]) -> Tensor:  # each (sites, k, r) -> (sites, Σk, Σr)
+    return torch.stack([torch.block_diag(*matrices) for matrices in zip(*cores, strict=True)])
 
 
 def _sum(ranks: Iterable[Iterable[int]]) -> int | tuple[int, int]:
@@ -99,6 +122,12 @@ def _check(tuner: LotrModel, adapters: list[str], weights: list[float], name: st
             raise ConfigError(f"Adapter {adapter!r} does not exist. {near(adapter, tuner.peft_config)}")
     if not adapters or len(adapters) != len(weights):
         raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights. Give one weight an adapter.")
+    scaled = [a for a in adapters if not MAGNITUDES[str(tuner.peft_config[a].magnitude)].additive]
+    if scaled:
+        raise ConfigError(
+            f"Adapter {scaled[0]!r} has magnitude={tuner.peft_config[scaled[0]].magnitude!r}, which rescales the weight, "
+            "so updates do not add up. Merge the adapters one after the other instead."
+        )
     have = {adapter: _has(tuner, adapter) for adapter in adapters}
     if len({frozenset(names) for names in have.values()}) > 1:
         raise ConfigError(
@@ -119,7 +148,7 @@ def _has(tuner: LotrModel, adapter: str) -> set[str]:
         path
         for path, module in tuner.model.named_modules()
         if (isinstance(module, LotrGroup) and adapter in module.lotr_U)
-        or (isinstance(module, LotrLinear) and adapter in module.lotr_C)
+        or (isinstance(module, LotrLinear) and adapter in module.lotr_site)
     }
 
 

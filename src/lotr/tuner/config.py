@@ -10,13 +10,14 @@ from typing import Any, Literal
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from ..blocks import BLOCKS, Heads, Target
 from ..card import add_usage
 from ..cores import CORES
 from ..errors import ConfigError, near
 from ..magnitudes import MAGNITUDES
 from ..methods import method
 from ..sites import check_modes
-from ..starts import STARTS
+from ..starts import DATA_STARTS, STARTS
 
 
 def _help(text: str) -> Any:
@@ -48,15 +49,41 @@ class LotrConfig(PeftConfig):
         default="lotr", metadata=_help("Row of the table of methods; fields set explicitly override it.")
     )
     modes: tuple[str, ...] | None = field(
-        default=None, metadata=_help("Coordinates along which modules share factors: layer, projection.")
+        default=None,
+        metadata=_help("Coordinates along which sites share factors: layer, projection, head; or site, all in one."),
     )
-    core: str | None = field(default=None, metadata=_help("Structure of the cores: free."))
-    magnitude: str | None = field(default=None, metadata=_help("Rule on the whole weight: none."))
+    core: str | None = field(
+        default=None, metadata=_help("Structure of the cores: free, identity, tucker, cp, tt.")
+    )
+    core_ranks: int | dict[str, int] | None = field(
+        default=None,
+        metadata=_help(
+            "Tucker cores: rank of every mode, or of each by name. Default: r, at most the mode's extent."
+        ),
+    )
+    blocks: str | None = field(
+        default=None,
+        metadata=_help("How weights are cut into sites: none, head (attention heads), square."),
+    )
+    magnitude: str | None = field(
+        default=None,
+        metadata=_help("Rule on the whole weight: none, per_output, per_output_and_input, base_and_update."),
+    )
+    norm_gradient: bool = field(
+        default=False,
+        metadata=_help("Send gradients through the norms of a magnitude too, instead of treating them as constants."),
+    )
     scaling: float = field(
         default=1.0, metadata=_help("σ: multiplies the update. It is not divided by the rank.")
     )
     start: str | None = field(
-        default=None, metadata=_help("How the shared factors start: orthonormal or gaussian.")
+        default=None,
+        metadata=_help(
+            "How the shared factors start: orthonormal, gaussian, kaiming, or weight (singular directions)."
+        ),
+    )
+    train: str | None = field(
+        default=None, metadata=_help("What trains: all, or cores (the factors stay as they start).")
     )
     seed: int | None = field(
         default=None,
@@ -87,14 +114,19 @@ class LotrConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata=_help("Modules trained in full and saved with the adapter, e.g. a new head.")
     )
-    groups: dict[str, list[str]] | None = field(
+    targets: dict[str, dict[str, Any]] | None = field(
         default=None,
         metadata=_help(
-            "Filled in when the adapter is made: the modules of each group. Makes a file speak for itself."
+            "Filled in when the adapter is made: every adapted module with its shape, rank and cuts. The plan "
+            "follows from it, so a file speaks for itself."
         ),
     )
-    init_weights: bool = field(
-        default=True, metadata=_help("False starts the cores at random instead of zero (for tests).")
+    init_weights: bool | None = field(
+        default=None,
+        metadata=_help(
+            "Whether the update starts at zero; False starts it at random. Default: zero, except where the magnitude "
+            "divides by the update's norm."
+        ),
     )
 
     def __post_init__(self) -> None:
@@ -103,13 +135,16 @@ class LotrConfig(PeftConfig):
         row = method(self.method)
         self.modes = check_modes(row.modes if self.modes is None else self.modes)
         self.core = _one_of("core", self.core or row.core, CORES)
+        self.blocks = _one_of("blocks", self.blocks or row.blocks, BLOCKS)
         self.magnitude = _one_of("magnitude", self.magnitude or row.magnitude, MAGNITUDES)
-        self.start = _one_of("start", self.start or row.start, STARTS)
+        self.start = _one_of("start", self.start or row.start, {**STARTS, **DATA_STARTS})
+        self.train = _one_of("train", self.train or row.train, ("all", "cores"))
         self.bias = _one_of("bias", self.bias, ("none", "all", "lotr_only"))  # type: ignore[assignment]
         self.r = _plain("r", self.r)
         self.rank_pattern = {
             name: _plain(f"rank_pattern[{name!r}]", r) for name, r in (self.rank_pattern or {}).items()
         }
+        self._check_structure()
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout={self.dropout} is not a probability below one. Use 0 <= dropout < 1.")
         if not self.scaling > 0:
@@ -129,6 +164,45 @@ class LotrConfig(PeftConfig):
             if isinstance(getattr(self, name), list | tuple):
                 setattr(self, name, set(getattr(self, name)))
 
+    def _check_structure(self) -> None:
+        """Refuse fields that have no meaning beside each other."""
+        assert self.core is not None and self.modes is not None and self.magnitude is not None
+        ranks = {self.rank, *(pair(r) for r in self.rank_pattern.values())}
+        for k, r in ranks:
+            CORES[self.core].check(k, r, self.modes)
+        if "head" in self.modes and self.blocks != "head":
+            raise ConfigError(
+                f'modes={self.modes!r} names "head", but blocks={self.blocks!r} cuts no weight into heads. Use '
+                'blocks="head".'
+            )
+        if self.core_ranks is not None:
+            self._check_core_ranks()
+        if self.train == "cores" and CORES[self.core].is_identity:
+            raise ConfigError(
+                f"train='cores' with core={self.core!r} leaves nothing to train. Use train='all', or another core."
+            )
+        never_zero = MAGNITUDES[self.magnitude].divides_by_update
+        if never_zero and self.init_weights:
+            raise ConfigError(
+                f"init_weights=True starts the update at zero, and magnitude={self.magnitude!r} divides by its norm. "
+                "Leave init_weights out; step 0 is the base model all the same."
+            )
+        if self.init_weights is None:
+            self.init_weights = not never_zero
+
+    def _check_core_ranks(self) -> None:
+        asked = self.core_ranks
+        if not CORES[str(self.core)].has_ranks:
+            raise ConfigError(f"core_ranks={asked!r} has no meaning with core={self.core!r}. Leave it out.")
+        unknown = sorted(set(asked) - set(self.modes or ())) if isinstance(asked, dict) else []
+        if unknown:
+            raise ConfigError(
+                f"core_ranks names {unknown[0]!r}, which is not among modes={self.modes!r}. Name those."
+            )
+        numbers = list(asked.values()) if isinstance(asked, dict) else [asked]
+        if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in numbers):
+            raise ConfigError(f"core_ranks={asked!r} holds no ranks. Use positive integers.")
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; sets become sorted lists, because a set has another order in every process."""
         return {
@@ -140,6 +214,11 @@ class LotrConfig(PeftConfig):
         """Save the configuration, and add how to use it to the model card beside it."""
         super().save_pretrained(save_directory, **kwargs)
         add_usage(Path(save_directory), self.task_type)
+
+    @property
+    def made_for(self) -> list[Target]:
+        """The modules that the adapter was made for, as its file tells."""
+        return [_target(path, found) for path, found in (self.targets or {}).items()]
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -170,6 +249,28 @@ def pair(r: int | tuple[int, int]) -> tuple[int, int]:
         ((8, 8), (4, 8))
     """
     return (r, r) if isinstance(r, int) else (r[0], r[1])
+
+
+def recorded(targets: Iterable[Target]) -> dict[str, dict[str, Any]]:
+    """Return targets as plain values, without what says nothing.
+
+    Example:
+        >>> recorded([Target("h.0.q", (8, 8), (2, 2))])
+        {'h.0.q': {'shape': [8, 8], 'rank': [2, 2]}}
+    """
+    return {
+        target.path: {"shape": list(target.shape), "rank": list(target.rank)}
+        | ({"fused": [list(piece) for piece in target.fused]} if target.fused else {})
+        | ({"heads": [target.heads.size, target.heads.axis]} if target.heads else {})
+        for target in targets
+    }
+
+
+def _target(path: str, found: dict[str, Any]) -> Target:
+    (out, width), (k, r) = found["shape"], found["rank"]
+    fused = tuple((str(name), int(rows)) for name, rows in found.get("fused", ()))
+    heads = Heads(*found["heads"]) if "heads" in found else None
+    return Target(path, (out, width), (k, r), fused, heads)
 
 
 def _plain(name: str, r: Any) -> int | tuple[int, int]:

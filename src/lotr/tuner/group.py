@@ -1,7 +1,8 @@
-"""The shared factors of a group, as a PEFT layer."""
+"""The shared numbers of a group, as a PEFT layer."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..sites import Shape
+
+
+class Numbers(nn.Module):
+    """Named tensors of an adapter that are no linear's weight; calling it returns them by name."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor.contiguous()))
+
+    def forward(self) -> dict[str, Tensor]:
+        """Return the tensors by name; offloaded ones exist only while the module runs, so it is called."""
+        return dict(self.named_parameters(recurse=False))
 
 
 def linear_from(weight: Tensor) -> nn.Linear:
@@ -21,9 +35,19 @@ def linear_from(weight: Tensor) -> nn.Linear:
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """Return the weight of a factor as an ordinary tensor, also when it is offloaded."""
+    """Return the weight of a factor, also when it is offloaded (then without a way back for gradients)."""
+    if not hasattr(module, "_hf_hook"):
+        weight: Tensor = module.weight
+        return weight
     with align_module_device(module):
-        return module.weight.detach().clone() if hasattr(module, "_hf_hook") else module.weight.detach()
+        return module.weight.detach().clone()
+
+
+def move(module: nn.Module, device: torch.device | None, dtype: torch.dtype | None = None) -> None:
+    """Move a part of an adapter; what is on the meta device stays, and an integer type changes nothing."""
+    floating = dtype if dtype is not None and dtype.is_floating_point else None
+    if device is not None and not any(p.is_meta for p in module.parameters()):
+        module.to(device=device, dtype=floating)
 
 
 class LotrLayer(BaseTunerLayer):
@@ -35,12 +59,13 @@ class LotrLayer(BaseTunerLayer):
 
 
 class LotrGroup(nn.Module, LotrLayer):
-    """The shared factors of one group, for every adapter that has the group.
+    """What the sites of one group share, for every adapter that has the group.
 
-    `lotr_U[adapter].weight` is `U` of shape `(o, k)`; `lotr_V[adapter].weight` is `Vᵀ` of shape `(r, i)`.
+    `lotr_U[adapter].weight` is `U` of shape `(o, k)`; `lotr_V[adapter].weight` is `Vᵀ` of shape `(r, i)`;
+    `lotr_core[adapter]` has the numbers of a core that is not kept site by site.
     """
 
-    adapter_layer_names = ("lotr_U", "lotr_V")
+    adapter_layer_names = ("lotr_U", "lotr_V", "lotr_core")
     other_param_names = ("scaling",)
     # a group wraps nothing; code that asks any tuner layer for its base weight gets an answer
     weight = None
@@ -51,23 +76,31 @@ class LotrGroup(nn.Module, LotrLayer):
         self.out_features, self.in_features = shape
         self.lotr_U = nn.ModuleDict()
         self.lotr_V = nn.ModuleDict()
+        self.lotr_core = nn.ModuleDict()
         # PEFT's hot-swapping writes the scaling next to every tensor that it swaps
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._home: torch.device | None = None
 
-    def add(self, adapter: str, U: Tensor, V: Tensor) -> None:  # (o, k), (i, r)
-        """Add the factors of an adapter."""
+    def add(self, adapter: str, U: Tensor, V: Tensor, core: Mapping[str, Tensor], frozen: bool) -> None:
+        """Add the numbers of an adapter: `U` `(o, k)`, `V` `(i, r)`, the shared ones of the core."""
         self.lotr_U[adapter] = linear_from(U)
         self.lotr_V[adapter] = linear_from(V.T)
+        if core:
+            self.lotr_core[adapter] = Numbers(core)
         self.scaling[adapter] = 1.0
+        if frozen:  # PEFT thaws what it activates, except what is named here
+            self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter: ("lotr_U", "lotr_V")}
+
+    def is_frozen(self, adapter: str) -> bool:
+        """Whether the factors of an adapter stay as they started."""
+        return adapter in self.frozen_peft_weight_names
 
     def place(self, adapter: str, device: torch.device | None, dtype: torch.dtype | None) -> None:
-        """Move an adapter's factors to where its first member lives; meta and integer types are left."""
-        floating = dtype if dtype is not None and dtype.is_floating_point else None
-        for factor in (self.lotr_U[adapter], self.lotr_V[adapter]):
-            if device is not None and not factor.weight.is_meta:
-                factor.to(device=device, dtype=floating)
+        """Move an adapter's numbers to where its first member lives; meta and integer types are left."""
+        for name in self.adapter_layer_names:
+            if adapter in getattr(self, name):
+                move(getattr(self, name)[adapter], device, dtype)
         self._home = device
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:

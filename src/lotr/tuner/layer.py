@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import delta
-from ..magnitudes import Magnitude
+from ..delta import LinearMap
+from ..magnitudes import MAGNITUDES, Gains, Magnitude
+from ..norms import BaseWeight, Placed
+from ..parts import Part
 from ..sites import Shape
-from .group import LotrGroup, LotrLayer, linear_from, weight_of
+from .config import LotrConfig
+from .group import LotrGroup, LotrLayer, Numbers, linear_from, move, weight_of
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -31,22 +38,38 @@ def _call(factor: nn.Module, x: Tensor) -> Tensor:
     return F.linear(x, weight.to(x.device))
 
 
-@dataclass
-class SiteState:
-    """What an adapter has at one module beside the numbers of its core."""
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
+
+@dataclass
+class Member:
+    """A part of a module beside its numbers, and the group that it takes part in."""
+
+    part: Part
     group: LotrGroup  # looked up at each forward: wrappers replace the modules inside it
+
+
+@dataclass
+class Adapted:
+    """What an adapter has at one module beside its numbers."""
+
+    members: tuple[Member, ...]
     magnitude: Magnitude
-    dropout: float
+    base: BaseWeight
+    dropout: float = 0.0
+    norm_gradient: bool = False
 
 
 class LotrLinear(nn.Module, LotrLayer):
-    """A linear module (`Linear`, `Conv1D` or a quantised linear) with LoTR updates.
+    """A linear module (`Linear`, `Conv1D` or a quantised linear) with updates in factored form.
 
-    `lotr_C[adapter].weight` is the core `C` of shape `(k, r)`.
+    `lotr_C[adapter].weight` holds the cores that belong to the module's sites, side by side as their blocks are,
+    shape `(a·k, b·r)`; `lotr_C[adapter][part]` where the module has parts in several groups.
+    `lotr_magnitude[adapter]` has the numbers of the magnitude.
     """
 
-    adapter_layer_names = ("lotr_C",)
+    adapter_layer_names = ("lotr_C", "lotr_magnitude")
     other_param_names = ("lotr_site", "scaling")
 
     def __init__(self, base_layer: nn.Module, shape: Shape, **quantization: Any) -> None:
@@ -57,28 +80,114 @@ class LotrLinear(nn.Module, LotrLayer):
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization)
         self.cast_input_dtype_enabled = True
         self.lotr_C = nn.ModuleDict()
+        self.lotr_magnitude = nn.ModuleDict()
         # plain dictionary: the groups are registered once, on the root of the model
-        self.lotr_site: dict[str, SiteState] = {}
+        self.lotr_site: dict[str, Adapted] = {}
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._unmerged: Any = None
 
-    def add(self, adapter: str, C: Tensor, state: SiteState, scaling: float) -> None:  # (k, r)
-        """Add the core of an adapter."""
-        self.lotr_C[adapter] = linear_from(C)
-        self.lotr_site[adapter] = state
-        self.scaling[adapter] = scaling
+    def add(
+        self,
+        adapter: str,
+        members: Sequence[Member],
+        cores: Mapping[str, Tensor],  # part's name -> (a·k, b·r)
+        config: LotrConfig,
+        empty: bool,
+    ) -> None:
+        """Add an adapter: the parts of the module, and the cores that are kept with it."""
+        if cores:
+            made = {name: linear_from(C) for name, C in cores.items()}
+            self.lotr_C[adapter] = made[""] if "" in made else nn.ModuleDict(made)
+        magnitude = MAGNITUDES[str(config.magnitude)]
+        base = BaseWeight(self._untouched)
+        self.lotr_site[adapter] = Adapted(
+            tuple(members), magnitude, base, config.dropout, config.norm_gradient
+        )
+        self.scaling[adapter] = config.scaling
+        shapes = magnitude.shapes(self.out_features, self.in_features)
+        if shapes:
+            numbers = {n: torch.empty(s) for n, s in shapes.items()} if empty else magnitude.start(base)
+            self.lotr_magnitude[adapter] = Numbers(numbers)
+        self._move_adapter_to_device_of_base_layer(adapter)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
+        home, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if adapter_name in self.lotr_C:
+            move(self.lotr_C[adapter_name], device or home, dtype)
+        if adapter_name in self.lotr_magnitude:
+            # in float32 on a half-precision base too: a rounded norm would change the base model
+            move(self.lotr_magnitude[adapter_name], device or home)
+
+    def _untouched(self) -> Tensor:  # (out, in)
+        """Return the base weight as it was before any merge."""
+        if self._unmerged is None:
+            with align_module_device(self.get_base_layer()):
+                W = self.get_base_weight()
+        elif self.quantization_backend is not None:
+            W = self.quantization_backend.get_base_weight(self._unmerged)
+        else:
+            W = self._unmerged
+        return W.T if self.fan_in_fan_out else W
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._forget()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args)
+
+    def _forget(self) -> None:
+        # the base weight moves, changes its type or is loaded anew: its norms are computed again
+        for adapted in self.lotr_site.values():
+            adapted.base.forget()
 
     # ------------------------------------------------------------------ forward
 
-    def update(self, adapter: str, x: Tensor) -> Tensor:  # (*n, i) -> (*n, o)
-        """Return the update that an adapter adds to the output."""
-        site = self.lotr_site[adapter]
-        U, V = site.group.lotr_U[adapter], site.group.lotr_V[adapter]
-        core = self.lotr_C[adapter]
-        x = self._cast_input_dtype(x, core.weight.dtype)
-        x = F.dropout(x, site.dropout, self.training) if site.dropout else x
-        return delta.apply(x, lambda x: _call(V, x), core, lambda h: _call(U, h), self.scaling[adapter])
+    def _core(self, adapter: str, member: Member) -> LinearMap:
+        """Return the map by the cores of a part."""
+        part = member.part
+        if part.group.core.by_site:
+            core: LinearMap = self._site_core(adapter, part)
+            return core
+        if part.group.core.is_identity:
+            return _unchanged
+        C = self._side_by_side(adapter, member)
+        return lambda h: F.linear(h, C.to(h.device))
+
+    def _site_core(self, adapter: str, part: Part) -> nn.Module:
+        held = self.lotr_C[adapter]
+        return held[part.name] if part.name else held
+
+    def _side_by_side(self, adapter: str, member: Member) -> Tensor:  # (a·k, b·r)
+        """Return the cores of a part that are made from the group's numbers."""
+        part, shared = member.part, member.group.lotr_core
+        numbers = shared[adapter]() if adapter in shared else {}
+        return delta.side_by_side(part.group.core.block(numbers, part.region), part.grid)
+
+    def update(self, adapter: str, x: Tensor) -> Tensor:  # (*n, in) -> (*n, out)
+        """Return the update that an adapter adds to the output, before the magnitude."""
+        adapted = self.lotr_site[adapter]
+        x = self._cast_input_dtype(x, adapted.members[0].group.lotr_V[adapter].weight.dtype)
+        x = F.dropout(x, adapted.dropout, self.training) if adapted.dropout else x
+        outputs: dict[int, Tensor] = {}  # first row → the sum of what covers those rows
+        for member in adapted.members:
+            U, V = member.group.lotr_U[adapter], member.group.lotr_V[adapter]
+            part = member.part
+            start, width = part.columns
+            output = delta.apply(
+                x if width == self.in_features else x.narrow(-1, start, width),
+                partial(_call, V),
+                self._core(adapter, member),
+                partial(_call, U),
+                self.scaling[adapter],
+                part.grid,
+            )
+            row = part.rows[0]
+            outputs[row] = outputs[row] + output if row in outputs else output
+        parts = [outputs[row] for row in sorted(outputs)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """Return the adapted output; row `i` of a batch uses `adapter_names[i]` when names are given."""
@@ -86,18 +195,56 @@ class LotrLinear(nn.Module, LotrLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        result = self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
-            return self._mixed(x, result, adapter_names)
-        if self.merged:
-            return result
-        dtype = result.dtype
-        for adapter in self.active_adapters:
-            if adapter in self.lotr_C:
-                result = self.lotr_site[adapter].magnitude.output(result, self.update(adapter, x))
-        return result.to(dtype)
+            return self._mixed(x, adapter_names, *args, **kwargs)
+        active = [adapter for adapter in self.active_adapters if adapter in self.lotr_site]
+        if self.merged or not active:
+            return self.base_layer(x, *args, **kwargs)
+        if len(active) == 1:
+            return self._adapted(active[0], x, *args, **kwargs)
+        base = self.base_layer(x, *args, **kwargs)
+        result = base
+        for adapter in active:
+            if self.lotr_site[adapter].magnitude.additive:
+                result = result + self.update(adapter, x)
+            else:  # what each would change alone adds up
+                result = result + (self._adapted(adapter, x, *args, **kwargs) - base)
+        return result.to(base.dtype)
 
-    def _mixed(self, x: Tensor, base: Tensor, adapter_names: list[str]) -> Tensor:
+    def _adapted(self, adapter: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the output with one adapter alone."""
+        if self.lotr_site[adapter].magnitude.additive:
+            base = self.base_layer(x, *args, **kwargs)
+            return (base + self.update(adapter, x)).to(base.dtype)
+        gains = self._gains(adapter)
+        if gains.input is not None:
+            x = x * gains.input.to(x.dtype)
+        base = self.base_layer(x, *args, **kwargs)
+        bias = getattr(self.get_base_layer(), "bias", None)
+        return gains.output(base, bias, self.update(adapter, x)).to(base.dtype)
+
+    def _gains(self, adapter: str) -> Gains:
+        """Return what the magnitude does, from the factors as they are now."""
+        adapted = self.lotr_site[adapter]
+        numbers = self.lotr_magnitude[adapter]()
+        device = next(iter(numbers.values())).device
+        with torch.autocast(device.type, enabled=False):  # norms in half precision would be coarse
+            update = [self._placed(adapter, member) for member in adapted.members]
+            return adapted.magnitude.gains(numbers, adapted.base, update, constant=not adapted.norm_gradient)
+
+    def _placed(self, adapter: str, member: Member) -> Placed:
+        """Return a part of the update with its numbers."""
+        part, group = member.part, member.group
+        U, Vt = weight_of(group.lotr_U[adapter]), weight_of(group.lotr_V[adapter])
+        by_site = part.group.core.by_site
+        C = weight_of(self._site_core(adapter, part)) if by_site else self._side_by_side(adapter, member)
+        home = (C if by_site else U).device  # a group may span devices; its sites are where their modules are
+        factored = delta.Factored(
+            U.to(home), C.to(home, U.dtype), Vt.T.to(home), self.scaling[adapter], part.grid
+        )
+        return Placed(factored, part.rows[0], part.columns[0], group.is_frozen(adapter))
+
+    def _mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(x) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -108,34 +255,42 @@ class LotrLinear(nn.Module, LotrLayer):
                 "Cannot pass `adapter_names` when there are merged adapters, please call "
                 "`unmerge_adapter` first."
             )
+        base = self.base_layer(x, *args, **kwargs)
         result = base.clone()
         for adapter in dict.fromkeys(adapter_names):
-            if adapter not in self.lotr_C:  # "__base__", or an adapter that does not touch this module
+            if adapter not in self.lotr_site:  # "__base__", or an adapter that does not touch this module
                 continue
             rows = torch.tensor(
                 [i for i, name in enumerate(adapter_names) if name == adapter], device=x.device
             )
-            update = self.update(adapter, x[rows])
-            result[rows] = self.lotr_site[adapter].magnitude.output(base[rows], update).to(base.dtype)
+            if self.lotr_site[adapter].magnitude.additive:
+                result[rows] = (base[rows] + self.update(adapter, x[rows])).to(base.dtype)
+            else:
+                result[rows] = self._adapted(adapter, x[rows], *args, **kwargs)
         return result
 
     # ------------------------------------------------------------------ merge
 
-    def factors(self, adapter: str) -> tuple[Tensor, Tensor, Tensor]:  # (o, k), (k, r), (i, r)
-        """Return `U`, `C`, `V` of an adapter at this module, detached, on one device."""
-        group = self.lotr_site[adapter].group
-        C = weight_of(self.lotr_C[adapter])
-        U, Vt = weight_of(group.lotr_U[adapter]), weight_of(group.lotr_V[adapter])
-        return U.to(C.device), C, Vt.T.to(C.device)
-
+    @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return `ΔW` in the layout of the base weight: `(out, in)`, or `(in, out)` for `Conv1D`."""
-        U, C, V = self.factors(adapter)
-        dtype = C.dtype
-        if dtype in _HALF:
-            U, C, V = U.float(), C.float(), V.float()
-        dW = delta.dense(U, C, V, self.scaling[adapter])
-        return (dW.T if self.fan_in_fan_out else dW).to(dtype)
+        """Return what the adapter changes, in the layout of the base weight.
+
+        That is `ΔW`, or `W' - W` with a magnitude; `(out, in)`, or `(in, out)` for `Conv1D`.
+        """
+        parts = [self._placed(adapter, member) for member in self.lotr_site[adapter].members]
+        like = parts[0].update.U
+        wide = torch.float32 if like.dtype in _HALF else like.dtype
+        dW = like.new_zeros(self.out_features, self.in_features, dtype=wide)
+        for part in parts:
+            update = part.update
+            exact = delta.Factored(
+                update.U.to(wide), update.C.to(wide), update.V.to(wide), update.scaling, update.grid
+            )
+            dW[part.rows, part.columns] = exact.dense()
+        if not self.lotr_site[adapter].magnitude.additive:
+            W = self._untouched().to(dW)
+            dW = self._gains(adapter).weight(W, dW) - W
+        return (dW.T if self.fan_in_fan_out else dW).to(like.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates to the base weight; the untouched weight is kept, so `unmerge` is exact.
@@ -148,12 +303,12 @@ class LotrLinear(nn.Module, LotrLayer):
             ValueError: `safe_merge` found NaN or infinity.
         """
         for adapter in check_adapters_to_merge(self, adapter_names):
-            if adapter not in self.lotr_C:
+            if adapter not in self.lotr_site:
                 continue
             W = self.get_base_weight()
             dW = self.get_delta_weight(adapter).to(W.device)
             exact = torch.promote_types(W.dtype, dW.dtype)
-            merged = self.lotr_site[adapter].magnitude.weight(W.to(exact), dW.to(exact)).to(W.dtype)
+            merged = (W.to(exact) + dW.to(exact)).to(W.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken"
@@ -169,10 +324,9 @@ class LotrLinear(nn.Module, LotrLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self.merged_adapters = []
-        for (
-            site
-        ) in self.lotr_site.values():  # a forward pass with adapters disabled unmerges the layers alone
-            site.group.unmerge()
+        for adapted in self.lotr_site.values():  # a forward pass with adapters disabled unmerges layers alone
+            for member in adapted.members:
+                member.group.unmerge()
         if self._unmerged is None:
             return
         if self.quantization_backend is not None:
@@ -194,3 +348,13 @@ class LotrLinear(nn.Module, LotrLayer):
 
     def __repr__(self) -> str:
         return "lotr." + super().__repr__()
+
+
+def base_weight(module: nn.Module) -> Tensor:  # (out, in)
+    """Return the weight of a linear module, adapted or not, dequantised."""
+    if isinstance(module, LotrLinear):
+        return module._untouched()
+    backend = resolve_quantization_backend(module)
+    with align_module_device(module):
+        weight: Tensor = module.weight.data if backend is None else backend.get_base_weight(module)
+    return weight.T if isinstance(module, Conv1D) else weight

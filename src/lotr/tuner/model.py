@@ -12,15 +12,15 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
-from ..magnitudes import MAGNITUDES
+from .. import delta
 from ..paths import normalise
 from ..sites import Group, Plan
-from ..starts import STARTS, generator_for
 from . import combine, mixed, state
-from .config import LotrConfig
+from .config import LotrConfig, recorded
 from .group import LotrGroup, LotrLayer
-from .layer import LotrLinear, SiteState
+from .layer import LotrLinear, Member, base_weight
 from .register import PREFIX
+from .start import start_group
 from .targets import BASIS, DEFAULT_TARGETS, find_targets, is_basis, plan_of, resolve_targets
 
 
@@ -33,6 +33,7 @@ class _Injection:
     paths: set[str] | None  # of a state dict that decides which modules are adapted
     plan: Plan = field(default_factory=lambda: Plan(()))
     basis: nn.ModuleDict | None = None  # found once: looking for it means walking the whole model
+    cores: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # of each group, as they start
 
 
 class LotrModel(BaseTuner):
@@ -75,10 +76,7 @@ class LotrModel(BaseTuner):
         resolve_targets(peft_config, model)
         targets = find_targets(model, peft_config, only=self._injection.paths)
         self._injection.plan = plan_of(targets, peft_config)
-        peft_config.groups = {
-            group.name: [normalise(site.module) for site in group.sites]
-            for group in self._injection.plan.groups
-        }
+        peft_config.targets = recorded(targets)
 
     @staticmethod
     def _check_target_module_exists(peft_config: LotrConfig, key: str) -> Any:
@@ -95,22 +93,29 @@ class LotrModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         path = normalise(current_key)
-        group = self._injection.plan.group_of[path]
+        plan = self._injection.plan
         if not isinstance(target, LotrLinear):
-            layer = LotrLinear(target, group.shape, **get_quantization_kwargs(self))
+            shape = next(t.shape for t in plan.targets if t.path == path)
+            layer = LotrLinear(target, shape, **get_quantization_kwargs(self))
             layer._active_adapter = list(self.active_adapters)
             self._replace_module(parent, target_name, layer, target)
             target = layer
-        shared = self._shared(group, adapter_name, peft_config, target)
-        assert peft_config.magnitude is not None
-        site = SiteState(shared, MAGNITUDES[peft_config.magnitude], peft_config.dropout)
-        core = self._start_core(group, path, adapter_name, peft_config)
-        target.add(adapter_name, core, site, peft_config.scaling)
-        target._move_adapter_to_device_of_base_layer(adapter_name)
+        parts = plan.parts[path]
+        members = [
+            Member(part, self._shared(part.group, adapter_name, peft_config, target)) for part in parts
+        ]
+        cores = {
+            part.name: delta.side_by_side(
+                part.group.core.block(self._injection.cores[part.group.name], part.region), part.grid
+            )
+            for part in parts
+            if part.group.core.by_site
+        }
+        target.add(adapter_name, members, cores, peft_config, self._injection.empty)
         target.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
     def _shared(self, group: Group, adapter: str, config: LotrConfig, member: LotrLinear) -> LotrGroup:
-        """Return the module with the group's factors, made when its first member comes."""
+        """Return the module with the group's numbers, made when its first member comes."""
         if self._injection.basis is None:
             self._injection.basis = self._basis(member)
         basis = self._injection.basis
@@ -119,16 +124,24 @@ class LotrModel(BaseTuner):
             basis[group.name]._active_adapter = list(self.active_adapters)
         shared = basis[group.name]
         if adapter not in shared.lotr_U:
-            (o, i), (k, r) = group.shape, group.rank
-            shared.add(
-                adapter,
-                self._start_factor(o, k, config, adapter, group.name, "U"),
-                self._start_factor(i, r, config, adapter, group.name, "V"),
-            )
+            seed = torch.initial_seed() if config.seed is None else config.seed
+            U, V, core = start_group(group, config, self._weights_of, adapter, seed, self._injection.empty)
+            self._injection.cores[group.name] = core
+            shared.add(adapter, U, V, {} if group.core.by_site else core, frozen=config.train == "cores")
             device, dtype = member._get_base_layer_device_and_dtype(member.get_base_layer())
             shared.place(adapter, device, dtype)
             shared.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         return shared
+
+    def _weights_of(self, group: Group) -> list[Tensor]:
+        """Return the blocks of the base weights that share a group's factors, `(o, i)` each."""
+        paths = {site.module for site in group.sites}
+        modules = {normalise(path): module for path, module in self.model.named_modules()}
+        weights = {path: base_weight(modules[path]) for path in paths}
+        return [
+            weights[site.module][site.row :, site.column :][: site.shape[0], : site.shape[1]]
+            for site in group.sites
+        ]
 
     def _basis(self, member: LotrLinear) -> nn.ModuleDict:
         """Return the one registered place of the shared factors, on the root of the base model."""
@@ -141,18 +154,6 @@ class LotrModel(BaseTuner):
         home = member if container else root
         home.add_module(BASIS, nn.ModuleDict())
         return getattr(home, BASIS)
-
-    def _start_factor(self, n: int, rank: int, config: LotrConfig, *names: str) -> Tensor:  # (n, rank)
-        if self._injection.empty:
-            return torch.empty(n, rank)
-        assert config.start is not None
-        return STARTS[config.start](n, rank, _generator(config, *names))
-
-    def _start_core(self, group: Group, path: str, adapter: str, config: LotrConfig) -> Tensor:  # (k, r)
-        shape = group.core.own_shapes["C"]
-        if config.init_weights or self._injection.empty:
-            return torch.zeros(shape)
-        return torch.randn(shape, generator=_generator(config, adapter, path, "C"))
 
     # ------------------------------------------------------------------ removal
 
@@ -211,8 +212,3 @@ class LotrModel(BaseTuner):
 def _uncompiled(model: nn.Module) -> nn.Module:
     # a compiled model looks up attributes in the module it wraps, so what is added must be added there
     return getattr(model, "_orig_mod", model)
-
-
-def _generator(config: LotrConfig, *names: str) -> torch.Generator:
-    seed = torch.initial_seed() if config.seed is None else config.seed
-    return generator_for(seed, *names)

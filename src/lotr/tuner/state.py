@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..blocks import Target
 from ..errors import CheckpointError
+from ..magnitudes import MAGNITUDES
+from ..parts import Part
 from ..paths import normalise
-from ..sites import Plan
+from ..sites import Group, Plan
 from .group import LotrLayer
 from .register import PREFIX
 from .targets import BASIS
@@ -44,15 +47,39 @@ def file_key(key: str) -> str:
     return f"{root if before else ''}{BASIS}.{after}"
 
 
+def group_keys(group: Group) -> dict[str, str]:
+    """Return the names in a file of what a group shares: `U`, `V` (transposed) and the numbers of its core."""
+    root = f"{_ROOT}{BASIS}.{group.name}"
+    core = {} if group.core.by_site else {n: f"{root}.lotr_core.{n}" for n in group.core.shapes}
+    return {"U": f"{root}.lotr_U.weight", "V": f"{root}.lotr_V.weight", **core}
+
+
+def core_key(part: Part) -> str:
+    """Return the name in a file of the cores that belong to the sites of a part."""
+    module = f"{_ROOT}{normalise(part.sites[0].module)}.lotr_C"
+    return f"{module}.{part.name}.weight" if part.name else f"{module}.weight"
+
+
+def magnitude_keys(plan: Plan, target: Target) -> dict[str, str]:
+    """Return the names in a file of the numbers of a module's magnitude."""
+    names = MAGNITUDES[plan.magnitude].shapes(*target.shape)
+    return {name: f"{_ROOT}{normalise(target.path)}.lotr_magnitude.{name}" for name in names}
+
+
 def file_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every tensor that an adapter of this plan has in its file."""
     shapes: dict[str, tuple[int, ...]] = {}
     for group in plan.groups:
         (o, i), (k, r) = group.shape, group.rank
-        shapes[f"{_ROOT}{BASIS}.{group.name}.lotr_U.weight"] = (o, k)
-        shapes[f"{_ROOT}{BASIS}.{group.name}.lotr_V.weight"] = (r, i)
-        for site in group.sites:
-            shapes[f"{_ROOT}{normalise(site.module)}.lotr_C.weight"] = (k, r)
+        known = {"U": (o, k), "V": (r, i), **group.core.shapes}
+        shapes |= {key: known[name] for name, key in group_keys(group).items()}
+    for target in plan.targets:
+        for part in plan.parts[target.path]:
+            if part.group.core.by_site:
+                (k, r), (a, b) = part.group.rank, part.grid
+                shapes[core_key(part)] = (a * k, b * r)
+        known = MAGNITUDES[plan.magnitude].shapes(*target.shape)
+        shapes |= {key: known[name] for name, key in magnitude_keys(plan, target).items()}
     return shapes
 
 
@@ -108,11 +135,12 @@ def check_complete(model: nn.Module, adapter: str, state_dict: dict[str, Tensor]
 
 def _entries(model: nn.Module, adapter: str) -> set[str]:
     return {
-        normalise(f"{path}.{name}.{adapter}.weight")
+        normalise(f"{path}.{name}.{adapter}.{number}")
         for path, module in model.named_modules()
         if isinstance(module, LotrLayer)
         for name in module.adapter_layer_names
         if adapter in getattr(module, name)
+        for number, _ in getattr(module, name)[adapter].named_parameters()
     }
 
 

@@ -19,9 +19,11 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..blocks import Target
 from ..errors import ConfigError, PlanError, near
 from ..paths import normalise
-from ..sites import Plan, Target, make_plan
+from ..sites import Plan, make_plan
+from .attention import fused_projections, heads_of
 from .config import LotrConfig, pair
 
 BASIS = "lotrbasis"
@@ -67,8 +69,18 @@ def plan(model: nn.Module, config: LotrConfig) -> Plan:
 def plan_of(targets: list[Target], config: LotrConfig) -> Plan:
     """Compute the plan of targets that were found."""
     assert config.modes is not None and config.core is not None  # set by the configuration itself
+    assert config.blocks is not None and config.magnitude is not None and config.train is not None
     patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    return make_plan(targets, config.modes, config.core, layers_pattern=patterns or ())
+    return make_plan(
+        targets,
+        modes=config.modes,
+        core=config.core,
+        blocks=config.blocks,
+        core_ranks=config.core_ranks,
+        magnitude=config.magnitude,
+        train=config.train,
+        layers_pattern=patterns or (),
+    )
 
 
 def resolve_targets(config: LotrConfig, model: nn.Module) -> None:
@@ -115,7 +127,7 @@ def find_targets(model: nn.Module, config: LotrConfig, only: Iterable[str] | Non
             result = check_target_module_exists(config, path)
             matched = bool(result) and not isinstance(result, _ExcludedModule)
         if matched:
-            found.append(_target(path, module, config))
+            found.append(_target(model, path, module, config))
     return found
 
 
@@ -145,7 +157,7 @@ def missing_targets(model: nn.Module, config: LotrConfig) -> str:
     return f"Target modules {asked} match no module of the model. {near(first, names)}"
 
 
-def _target(path: str, module: nn.Module, config: LotrConfig) -> Target:
+def _target(model: nn.Module, path: str, module: nn.Module, config: LotrConfig) -> Target:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if not is_linear(base):
         raise PlanError(
@@ -154,6 +166,13 @@ def _target(path: str, module: nn.Module, config: LotrConfig) -> Target:
             "full with modules_to_save."
         )
     in_features, out_features = _get_in_out_features(base)
-    path = normalise(path)  # PEFT gives a compiled model's modules with or without the wrapper's name
-    key = get_pattern_key(config.rank_pattern.keys(), path)
-    return Target(path, (out_features, in_features), pair(config.rank_pattern.get(key, config.r)))
+    shape = (out_features, in_features)
+    clean = normalise(path)  # PEFT gives a compiled model's modules with or without the wrapper's name
+    key = get_pattern_key(config.rank_pattern.keys(), clean)
+    return Target(
+        clean,
+        shape,
+        pair(config.rank_pattern.get(key, config.r)),
+        fused=fused_projections(model, path, shape) if config.modes else (),
+        heads=heads_of(model, path, shape) if config.blocks == "head" else None,
+    )

@@ -1,0 +1,143 @@
+"""Norms of `W + ΔW` in factored form: rows, columns, and of the update alone. `ΔW` is never built.
+
+With `L = σ (I_a ⊗ U) C` of shape `(a·o, b·r)`, an update is `ΔW = L (I_b ⊗ V)ᵀ`, so that
+
+    ‖row‖²    = ‖W‖²_row + 2 rowsum((W V) ∘ L) + rowsum((L VᵀV) ∘ L)
+    ‖column‖² = ‖W‖²_column + 2 rowsum((Wᵀ L) ∘ V) + rowsum((V LᵀL) ∘ V)
+    ‖ΔW‖²     = sum((L VᵀV) ∘ L)
+
+Everything is computed in float32 or wider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .delta import Factored
+
+_CHUNK = 1 << 22  # numbers of a weight that are squared at a time
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A part of an update, and where in the weight it stands.
+
+    Args:
+        update: The part in factored form.
+        row: First output feature.
+        column: First input feature.
+        frozen: `V` never changes, so `W V` is computed once.
+    """
+
+    update: Factored
+    row: int
+    column: int
+    frozen: bool = False
+
+    @property
+    def rows(self) -> slice:
+        """Output features that the part covers."""
+        return slice(self.row, self.row + self.update.grid[0] * self.update.U.shape[0])
+
+    @property
+    def columns(self) -> slice:
+        """Input features that the part covers."""
+        return slice(self.column, self.column + self.update.grid[1] * self.update.V.shape[0])
+
+
+@dataclass
+class BaseWeight:
+    """A frozen weight and what of it never changes: `‖W‖²_row`, and `W V` for a frozen `V`.
+
+    Args:
+        weight: Returns `W`, shape `(out, in)`, of any floating type; called only when it is needed.
+    """
+
+    weight: Callable[[], Tensor]
+    _kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def row_energy(self) -> Tensor:  # (out,)
+        """Return `‖W‖²_row`, from memory after the first time."""
+        if "rows" not in self._kept:
+            with torch.no_grad():
+                W = self.weight()
+                ones = torch.ones(W.shape[1], device=W.device)
+                self._kept["rows"] = _squares(W.detach(), 1, ones)
+        return self._kept["rows"]
+
+    def times(self, part: Placed) -> Tensor:  # (a·o, b·r)
+        """Return `W (I_b ⊗ V)` at the place of a part, from memory where `V` is frozen."""
+        key = f"WV {part.row} {part.column}"
+        if part.frozen and key in self._kept:
+            return self._kept[key]
+        V = _wide(part.update.V)
+        W = self.weight()[part.rows, part.columns].to(V)
+        product = (W.unflatten(1, (part.update.grid[1], -1)) @ V).flatten(1)
+        if part.frozen:
+            self._kept[key] = product.detach()
+        return product
+
+    def forget(self) -> None:
+        """Drop what is kept, because the weight has changed."""
+        self._kept.clear()
+
+
+def row_energy(base: BaseWeight, update: Sequence[Placed]) -> Tensor:  # (out,)
+    """Return the squared norms of the rows of `W + ΔW`."""
+    energy = base.row_energy()
+    for part in update:
+        L = _wide(part.update.left())
+        here = 2 * (base.times(part) * L).sum(1) + _inner(L, part).sum(1)
+        energy = energy + _at(here, part.row, len(energy))
+    return energy
+
+
+def column_energy(base: BaseWeight, update: Sequence[Placed], rows: Tensor) -> Tensor:  # (in,)
+    """Return the squared norms of the columns of `diag(rows) (W + ΔW)`."""
+    W, weights = base.weight(), rows.square()
+    energy = _squares(W, 0, weights)
+    for part in update:
+        b = part.update.grid[1]
+        L, V = _wide(part.update.left()), _wide(part.update.V)
+        D = L * weights[part.rows, None]
+        L, D = L.unflatten(1, (b, -1)).movedim(1, 0), D.unflatten(1, (b, -1)).movedim(1, 0)  # (b, a·o, r)
+        cross = W[part.rows, part.columns].to(V).unflatten(1, (b, -1)).permute(1, 2, 0) @ D  # (b, i, r)
+        here = (2 * cross * V + (V @ (L.mT @ D)) * V).sum(-1).flatten()
+        energy = energy + _at(here, part.column, len(energy))
+    return energy
+
+
+def update_energy(update: Sequence[Placed]) -> Tensor:  # (1,)
+    """Return `‖ΔW‖²_F`."""
+    parts = [_inner(_wide(part.update.left()), part).sum() for part in update]
+    return torch.stack(parts).sum(0, keepdim=True)
+
+
+def _inner(L: Tensor, part: Placed) -> Tensor:  # (a·o, b·r) -> (a·o, b·r)
+    """Return `(L VᵀV) ∘ L`, whose row sums are the squared norms of the update's rows."""
+    V = _wide(part.update.V)
+    blocks = L.unflatten(1, (part.update.grid[1], -1))
+    return ((blocks @ (V.T @ V)) * blocks).flatten(1)
+
+
+def _at(values: Tensor, start: int, size: int) -> Tensor:  # (size,)
+    return torch.nn.functional.pad(values, (start, size - start - len(values)))
+
+
+def _squares(W: Tensor, axis: int, weights: Tensor) -> Tensor:
+    """Return the sums of `W²` along an axis, weighed, without a wide copy of the whole weight."""
+    chunk = max(1, _CHUNK // W.shape[1])
+    parts = []
+    for start in range(0, W.shape[0], chunk):
+        squares = _wide(W[start : start + chunk]).square()
+        weighed = weights if axis == 1 else weights[start : start + chunk]
+        parts.append(squares @ weighed.to(squares) if axis == 1 else weighed.to(squares) @ squares)
+    return torch.cat(parts) if axis == 1 else torch.stack(parts).sum(0)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -21,7 +21,7 @@ from lotr import plots
 
 METHODS = {
     "head": [],
-    "lora": ["--rank", "16"],
+    "peft_lora": ["--rank", "16"],
     "lotr": ["--rank", "16"],
 }
 

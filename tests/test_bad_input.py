@@ -132,7 +132,7 @@ def test_sharing_that_cannot_be_names_blocks_and_the_way_out(tmp_path: Path) -> 
     text = refused(2, "plan", llama, "--modes", "layer,projection")
     assert "q_proj|v_proj" in text
     assert "(32, 32) and (16, 32)" in text
-    assert 'Drop "projection" from modes' in text
+    assert 'drop "projection" from modes' in text and 'blocks="head"' in text
 
 
 def test_usage_errors_exit_with_two(place: Path, tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def test_peers_and_a_bare_head_train_through_the_same_command(place: Path) -> No
         place / "dev.csv",
         *QUICK[2:],
     )
-    for method in ("lora", "dora", "head", "lotr_joint"):
+    for method in ("peft_lora", "peft_dora", "head", "lotr_joint"):
         output = place / method
         result = report("train", *words, "--epochs", "1", "--method", method, "--output", output)
         again = report("evaluate", output, "--data", place / "dev.csv")
@@ -374,7 +374,7 @@ def test_export_is_exact_for_unequal_ranks_and_several_groups(tmp_path: Path, fi
     from lotr.export import to_lora
 
     base, ids = gpt2(), torch.arange(3, 12).repeat(2, 1)
-    config = LotrConfig(init_weights=False, scaling=0.7, **fields)
+    config = LotrConfig(init_weights=False, scaling=1.4, **fields)
     model = get_peft_model(copy.deepcopy(base), config).eval()
     model.save_pretrained(tmp_path / "lotr")
     to_lora(read_adapter(tmp_path / "lotr"), tmp_path / "lora")

@@ -201,7 +201,7 @@ def test_joint_projections_share_one_pair(architecture: Architecture) -> None:
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"method": "lora"}, "method='lora'"),
+        ({"method": "lore"}, "method='lore'"),
         ({"modes": ["layers"]}, "modes=.*'layers'"),
         ({"core": "fre"}, "core='fre' .*Near matches: free"),
         ({"start": "gausian"}, "start='gausian' .*Near matches: gaussian"),

@@ -87,9 +87,13 @@ class TunerContract:
         with torch.no_grad():
             for path, layer in model.get_base_model().named_modules():
                 if isinstance(layer, LotrLinear):
-                    group = layer.lotr_site["default"].group
-                    U, Vt = group.lotr_U["default"].weight, group.lotr_V["default"].weight
-                    dW = 2.0 * U @ layer.lotr_C["default"].weight @ Vt
+                    pieces = []  # of a fused weight, one below the other
+                    for member in layer.lotr_site["default"].members:
+                        U, Vt = (getattr(member.group, f"lotr_{f}")["default"].weight for f in "UV")
+                        held = layer.lotr_C["default"]
+                        C = held[member.part.name] if member.part.name else held
+                        pieces.append(2.0 * U @ C.weight @ Vt)
+                    dW = torch.cat(pieces)
                     weight = plain.get_submodule(path).weight
                     weight += dW.T if layer.fan_in_fan_out else dW
         result = outputs(model, inputs)
@@ -107,7 +111,8 @@ class TunerContract:
         ours = [p for n, p in model.named_parameters(remove_duplicate=False) if "lotr_" in n]
         assert len(ours) == len({id(p) for p in ours}) == len(trained)
         groups = [m for m in model.modules() if isinstance(m, LotrGroup)]
-        assert len(trained) == 2 * len(groups) + sum(1 for _ in linears(model))
+        parts = sum(len(layer.lotr_site["default"].members) for layer in linears(model))
+        assert len(trained) == 2 * len(groups) + parts
         assert model.get_nb_trainable_parameters()[0] == sum(p.numel() for p in trained)
 
     def test_trained_numbers_are_contiguous(self, model) -> None:

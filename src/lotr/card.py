@@ -71,7 +71,7 @@ def for_run(report: dict[str, Any], task_type: str | None) -> str:
     task, settings, numbers = report["task"], report["settings"], report["trained_numbers"]
     scores = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(report["eval"].items()))
     labels = f"Labels: {', '.join(task['labels'])}.\n\n" if task["labels"] else ""
-    how = usage(task_type) if settings["method"] not in ("lora", "dora") else ""
+    how = usage(task_type) if settings["method"] not in ("peft_lora", "peft_dora") else ""
     return f"""---
 base_model: {task["base_model"]}
 library_name: peft

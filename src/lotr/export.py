@@ -74,7 +74,7 @@ def to_lora(adapter: AdapterFolder, output: Path, overwrite: bool = False) -> di
             _CARD.format(base=lora["base_model_name_or_path"] or ""), encoding="utf-8"
         )
         if adapter.task:
-            write_task(made, {**adapter.task, "method": "lora"})
+            write_task(made, {**adapter.task, "method": "peft_lora"})
     return {
         "modules": len(ranks),
         "rank": max(ranks.values()),

@@ -46,9 +46,7 @@ def _arxiv(title: str, year: int, number: str) -> tuple[str, int, str]:
 _LOTR = _arxiv("LoTR: Low Tensor Rank Weight Adaptation", 2024, "2402.01376")
 _LORA = _arxiv("LoRA: Low-Rank Adaptation of Large Language Models", 2021, "2106.09685")
 _DORA = _arxiv("DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, "2402.09353")
-_BORA = _arxiv(
-    "BoRA: Bi-dimensional Weight-Decomposed Low-Rank Adaptation", 2024, "2412.06441"
-)
+_BORA = _arxiv("BoRA: Bi-dimensional Weight-Decomposed Low-Rank Adaptation", 2024, "2412.06441")
 _MAP = _arxiv("MAP: Revisiting Weight Decomposition for Low-Rank Adaptation", 2025, "2505.23094")
 _TENSLORA = _arxiv("TensLoRA: Tensor Alternatives for Low-Rank Adaptation", 2025, "2509.19391")
 _FACT = _arxiv("FacT: Factor-Tuning for Lightweight Adaptation on Vision Transformer", 2022, "2212.03145")

@@ -161,9 +161,7 @@ class Plan:
     def n_magnitudes(self) -> int:
         """Numbers in the magnitudes."""
         rule = MAGNITUDES[self.magnitude]
-        return sum(
-            sum(shape[0] for shape in rule.shapes(*target.shape).values()) for target in self.targets
-        )
+        return sum(sum(shape[0] for shape in rule.shapes(*target.shape).values()) for target in self.targets)
 
     @property
     def lora_per_rank(self) -> int:

@@ -111,7 +111,9 @@ def weight(
     return U, _leading([W.T for W in wide], r, generator)
 
 
-def _leading(matrices: list[Tensor], rank: int, generator: Generator, rounds: int = 12) -> Tensor:  # (n, rank)
+def _leading(
+    matrices: list[Tensor], rank: int, generator: Generator, rounds: int = 12
+) -> Tensor:  # (n, rank)
     n = matrices[0].shape[0]
     start = orthonormal(n, min(n, 2 * rank + 8), generator).to(matrices[0].device)
     for _ in range(rounds):

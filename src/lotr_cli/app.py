@@ -56,7 +56,7 @@ def options(
 
 
 @app.command(epilog=epilog("train"))
-@with_train_options
+@with_train_options()
 def train(
     config: Annotated[Path | None, typer.Option(help="YAML file with any of these settings.")] = None,
     json: Json = False,
@@ -150,29 +150,20 @@ def predict(
 
 
 @app.command(epilog=epilog("plan"))
+@with_train_options("Adapter")
 def plan(
     model: Annotated[str, typer.Argument(help="Local folder, hub id or `minilm`; only its config is read.")],
-    method: Annotated[str, typer.Option(help="Row of `lotr methods`.")] = "lotr",
-    rank: Annotated[str, typer.Option(help="One number, or `k,r`.")] = "16",
-    target: Annotated[
-        str | None,
-        typer.Option(help="Names with commas, a regex, or `all-linear`.", show_default="by architecture"),
-    ] = None,
-    modes: Annotated[
-        str | None,
-        typer.Option(help="What shares factors: `layer`, `layer,projection`.", show_default="by method"),
-    ] = None,
     dtype: Annotated[str, typer.Option(help="Type of the saved numbers.")] = "float32",
     json: Json = False,
+    **given: Any,
 ) -> None:
     """Show what would share what, and what it costs, before anything is trained. Needs no weights."""
     with reported(), console.stopwatch("Planning"):
         from lotr.training.planning import plan_model
 
-        from .settings import TrainSettings
+        from .settings import build
 
-        settings = TrainSettings(model=model, method=method, rank=rank, target=target, modes=modes)
-        report = plan_model(settings, dtype)
+        report = plan_model(build({**given, "model": model}), dtype)
     reports.planned(model, report, json)
 
 

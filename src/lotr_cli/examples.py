@@ -6,6 +6,8 @@ EXAMPLES = {
     "train": (
         "lotr train --model minilm --train docstrings --output runs/first",
         "lotr train --model minilm --train docstrings --rank 8 --target all-linear --epochs 1 --output runs/second",
+        "lotr train --model minilm --train docstrings --method metatt_5d --output runs/tensor-train",
+        "lotr train --model minilm --train docstrings --magnitude per_output --output runs/scaled",
         "lotr train --config runs/first/settings.json --seed 1 --output runs/again",
         "lotr train --resume --output runs/first  # after ctrl-C",
     ),
@@ -20,6 +22,7 @@ EXAMPLES = {
     "plan": (
         "lotr plan minilm",
         "lotr plan minilm --rank 32 --target all-linear --method lotr_joint",
+        "lotr plan minilm --method tenslora_att_qkv_depth --core-ranks 4 --target query,key,value",
         "lotr plan minilm --rank 64 --json",
     ),
     "inspect": ("lotr inspect runs/first", "lotr inspect runs/first --json"),

@@ -1,4 +1,4 @@
-"""Options of `lotr train`, made from the fields of `TrainSettings`."""
+"""Options of `lotr train` and `lotr plan`, made from the fields of `TrainSettings`."""
 
 from __future__ import annotations
 
@@ -14,26 +14,30 @@ from .settings import TrainSettings
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 
 
-def with_train_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option for each setting, before its own parameters.
+def with_train_options(*panels: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option for each setting of some panels (default: of all).
 
     Every option is optional here, because a config file may hold it.
     """
-    made = [_parameter(f) for f in fields(TrainSettings)]
-    hints = get_type_hints(command, include_extras=True)
-    own = [
-        p.replace(kind=p.KEYWORD_ONLY, annotation=hints[p.name])
-        for p in inspect.signature(command).parameters.values()
-        if p.kind is not p.VAR_KEYWORD
-    ]
+    made = [_parameter(f) for f in fields(TrainSettings) if not panels or f.metadata["panel"] in panels]
 
-    def run(**values: Any) -> None:
-        command(**values)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(command, include_extras=True)
+        own = [
+            p.replace(kind=p.KEYWORD_ONLY, annotation=hints[p.name])
+            for p in inspect.signature(command).parameters.values()
+            if p.kind is not p.VAR_KEYWORD
+        ]
 
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
-    run.__signature__ = inspect.Signature([*made, *own])  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in (*made, *own)}
-    return run
+        def run(**values: Any) -> None:
+            command(**values)
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__signature__ = inspect.Signature([*made, *own])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in (*made, *own)}
+        return run
+
+    return decorate
 
 
 def _parameter(f: Any) -> inspect.Parameter:

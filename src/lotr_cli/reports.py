@@ -57,14 +57,20 @@ def planned(model: str, report: dict[str, Any], as_json: bool) -> None:
     """Show a plan."""
     if as_json:
         return print_json(report)
-    header = ("group", "projections", "sites", "block", "rank", "factors", "cores", "total")
+    header = ("group", "projections", "sites", "block", "core", "factors", "cores", "total")
     rows = [tuple(group[name] for name in header) for group in report["groups"]]
-    print_table(f"{report['method']} on {model}, rank {report['rank']}", header, rows)
+    modes = ", ".join(report["groups"][0]["modes"]) or "nothing"
+    print_table(f"{report['method']} on {model}, rank {report['rank']}, shared along {modes}", header, rows)
     rank = report["equal_lora_rank"]
     smaller = " (no LoRA is as small)" if rank < 1 else ""
+    parts = [f"{report['core_numbers']:,} in cores"]
+    if report["trains"] == "all":
+        parts.insert(0, f"{report['factor_numbers']:,} in factors")
+    if report["magnitude_numbers"]:
+        parts.append(f"{report['magnitude_numbers']:,} in magnitudes")
     lines = (
-        f"Trained numbers: {report['trained_numbers']:,} in {report['sites']} sites, "
-        f"{report['core_numbers']:,} of them in cores.",
+        f"Trained numbers: {report['trained_numbers']:,} for {report['sites']} sites in {report['modules']} modules: "
+        f"{', '.join(parts)}.",
         f"LoRA with as many numbers: rank {rank:.3g}{smaller}. "
         f"LoRA at the same rank: {report['lora_same_rank']:,} numbers.",
         f"On disk: {report['bytes']:,} bytes without a head.",
@@ -82,8 +88,15 @@ def inspected(adapter: str, found: Inspection, drawn: Path, as_json: bool) -> No
     print_table(
         f"{adapter}: groups", header, [tuple(group[name] for name in header) for group in found.groups]
     )
-    rows = [(site.layer, site.projection, site.norm, site.rank) for site in found.sites]
-    print_table("Updates", ("layer", "projection", "‖ΔW‖", "effective rank"), rows)
+    heads = any(site.head is not None for site in found.sites)
+    rows = [
+        (s.layer, s.projection, *((s.head if s.head is not None else "",) if heads else ()), s.norm, s.rank)
+        for s in found.sites
+    ]
+    names = ("layer", "projection", *(("head",) if heads else ()), "‖ΔW‖", "effective rank")
+    print_table(
+        "Updates, before the magnitude" if found.config.magnitude != "none" else "Updates", names, rows
+    )
     out.print(
         f"{found.numbers:,} numbers in the adapter, {found.head:,} in the head, {found.size:,} bytes. "
         f"The heat map is in {drawn}.",
@@ -97,9 +110,13 @@ def listed(methods: dict[str, Any], as_json: bool) -> None:
     """Show the table of methods."""
     if as_json:
         return print_json({name: asdict(row) for name, row in methods.items()})
-    rows = [
-        (row.name, row.purpose, ", ".join(row.modes), row.core, f"{row.title} ({row.year}) {row.url}")
-        for row in methods.values()
-    ]
-    print_table("", ("method", "what it is for", "shared along", "core", "paper"), rows)
+    rows = []
+    for row in methods.values():
+        along = f"Shared along {', '.join(row.modes)}" if row.modes else "Nothing shared"
+        cuts = "" if row.blocks == "none" else f", cut by {row.blocks}"
+        scale = "" if row.magnitude == "none" else f", magnitude {row.magnitude}"
+        rows.append(
+            (row.name, f"{row.purpose}\n{along}, {row.core} core{cuts}{scale}. {row.year}, {row.url}")
+        )
+    print_table("", ("method", "what it is"), rows)
     return None

@@ -42,7 +42,9 @@ class TrainSettings:
     max_length: int = _setting(128, _DATA, "Longest text, in tokens.")
 
     method: str = _setting(
-        "lotr", _ADAPTER, "Row of `lotr methods`; or for comparison `lora`, `dora` (PEFT's own) and `head`."
+        "lotr",
+        _ADAPTER,
+        "Row of `lotr methods`; or for comparison `peft_lora`, `peft_dora` (PEFT's own) and `head`.",
     )
     rank: str = _setting("16", _ADAPTER, "Rank of the shared factors: one number, or `k,r`.")
     target: str | None = _setting(
@@ -52,16 +54,43 @@ class TrainSettings:
         "default: by architecture",
     )
     modes: str | None = _setting(
-        None, _ADAPTER, "What shares factors: `layer`, `layer,projection`.", "default: by method"
+        None,
+        _ADAPTER,
+        "What shares factors: any of `layer,projection,head`; `site`; or `none`.",
+        "default: by method",
+    )
+    core: str | None = _setting(
+        None, _ADAPTER, "Structure of the cores: free, identity, tucker, cp, tt.", "default: by method"
+    )
+    core_ranks: str | None = _setting(
+        None,
+        _ADAPTER,
+        "Tucker cores: rank of every mode (`4`), or of each (`layer=8,head=4`).",
+        "default: the rank, at most the mode's extent",
+    )
+    blocks: str | None = _setting(
+        None, _ADAPTER, "How weights are cut: none, head, square.", "default: by method"
+    )
+    magnitude: str | None = _setting(
+        None,
+        _ADAPTER,
+        "Rule on the whole weight: none, per_output, per_output_and_input, base_and_update.",
+        "default: by method",
+    )
+    trainable: str | None = _setting(
+        None, _ADAPTER, "What trains: all, or cores (the factors stay as they start).", "default: by method"
     )
     scaling: float = _setting(1.0, _ADAPTER, "σ: multiplies the update; not divided by the rank.")
     start: str | None = _setting(
-        None, _ADAPTER, "How the factors start: orthonormal, gaussian.", "default: by method"
+        None, _ADAPTER, "How the factors start: orthonormal, gaussian, kaiming, weight.", "default: by method"
     )
     dropout: float = _setting(0.0, _ADAPTER, "Dropout on the input of the update.")
 
     lr: float | None = _setting(None, _TRAINING, "Learning rate of the factors.", "default: by method")
     core_lr: float | None = _setting(None, _TRAINING, "Learning rate of the cores.", "default: by method")
+    magnitude_lr: float | None = _setting(
+        None, _TRAINING, "Learning rate of the magnitudes.", "default: by method"
+    )
     head_lr: float | None = _setting(None, _TRAINING, "Learning rate of a new head.", "default: by method")
     epochs: float = _setting(3.0, _TRAINING, "Passes over the training data.")
     max_steps: int | None = _setting(None, _TRAINING, "Steps, instead of epochs.", "default: by epochs")

@@ -56,7 +56,9 @@ class CPCore(Core):
         if not self.sizes:
             return {"diagonal": diagonals}
         columns = [_rank_one(diagonal) for diagonal in diagonals.unbind(-1)]
-        return {f"factor_{n}": torch.stack(vectors, -1) for n, vectors in enumerate(zip(*columns, strict=True))}
+        return {
+            f"factor_{n}": torch.stack(vectors, -1) for n, vectors in enumerate(zip(*columns, strict=True))
+        }
 
 
 def _rank_one(tensor: Tensor) -> list[Tensor]:

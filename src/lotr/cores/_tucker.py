@@ -36,7 +36,9 @@ class TuckerCore(Core):
     @property
     def shapes(self) -> Shapes:
         factors = zip(self.sizes, self.ranks, strict=True)
-        return {"core": (*self.ranks, self.k, self.r)} | {f"factor_{n}": shape for n, shape in enumerate(factors)}
+        return {"core": (*self.ranks, self.k, self.r)} | {
+            f"factor_{n}": shape for n, shape in enumerate(factors)
+        }
 
     @property
     def zero(self) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, near
 from ..methods import METHODS
-from .optimizer import DEFAULT_RATES, Rates
+from .optimizer import Rates, default_rates
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from lotr_cli.settings import TrainSettings
 
 #: Methods that are not rows of the table: PEFT's own for comparison, and a new head alone.
-PEERS = ("lora", "dora", "head")
+PEERS = ("peft_lora", "peft_dora", "head")
 _REGEX = r"[*+?()\[\]|\\^$]"  # a character that no module's name has
 TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 
@@ -50,7 +51,7 @@ def adapter_config(settings: TrainSettings, task: str) -> PeftConfig:
             r=r,
             lora_alpha=settings.scaling * r,
             lora_dropout=settings.dropout,
-            use_dora=settings.method == "dora",
+            use_dora=settings.method == "peft_dora",
             **common,
         )
     if settings.method not in METHODS:
@@ -58,17 +59,51 @@ def adapter_config(settings: TrainSettings, task: str) -> PeftConfig:
             f"method={settings.method!r} is not known. {near(settings.method, [*METHODS, *PEERS])} "
             "`lotr methods` describes them."
         )
-    modes = None if settings.modes is None else tuple(m for m in re.split(r"[,\s]+", settings.modes) if m)
     return LotrConfig(
         r=rank(settings.rank),
         method=settings.method,
-        modes=modes,
+        modes=modes(settings.modes),
+        core=settings.core,
+        core_ranks=core_ranks(settings.core_ranks),
+        blocks=settings.blocks,
+        magnitude=settings.magnitude,
+        train=settings.trainable,
         scaling=settings.scaling,
         start=settings.start,
         dropout=settings.dropout,
         seed=settings.seed,
         **common,
     )
+
+
+def modes(text: str | None) -> tuple[str, ...] | None:
+    """Read coordinates with commas; `none` shares nothing.
+
+    Example:
+        >>> modes("layer, projection"), modes("none"), modes(None)
+        (('layer', 'projection'), (), None)
+    """
+    if text is None:
+        return None
+    return tuple(mode for mode in re.split(r"[,\s]+", text) if mode and mode != "none")
+
+
+def core_ranks(text: str | None) -> int | dict[str, int] | None:
+    """Read `4`, or `layer=8,head=4`.
+
+    Example:
+        >>> core_ranks("4"), core_ranks("layer=8,head=4")
+        (4, {'layer': 8, 'head': 4})
+    """
+    if text is None:
+        return None
+    named = dict(part.strip().split("=", 1) for part in text.split(",") if "=" in part)
+    try:
+        return {name.strip(): int(n) for name, n in named.items()} if named else int(text)
+    except ValueError:
+        raise ConfigError(
+            f"core_ranks={text!r} holds no ranks. Use a number, or `mode=number` with commas between."
+        ) from None
 
 
 def rank(text: str) -> tuple[int, int]:
@@ -158,15 +193,19 @@ def check_targets(model: nn.Module, config: PeftConfig) -> None:
 
 
 def rates(settings: TrainSettings) -> Rates:
-    """Return the learning rates: those given, else those that worked for the method."""
-    kind = {"lora": "lora", "dora": "lora", "head": "head"}.get(settings.method, "lotr")
-    default = DEFAULT_RATES[kind]
-    for name in ("lr", "core_lr", "head_lr"):
-        given = getattr(settings, name)
-        if given is not None and not given > 0:
-            raise ConfigError(f"{name}={given} trains nothing. Use a positive number.")
-    return Rates(
-        lr=settings.lr or default.lr,
-        core_lr=settings.core_lr or default.core_lr,
-        head_lr=settings.head_lr or default.head_lr,
-    )
+    """Return the learning rates: those given, else those that worked for the structure."""
+    default = default_rates(*_structure(settings))
+    given = {name: getattr(settings, name) for name in vars(default)}
+    for name, rate in given.items():
+        if rate is not None and not rate > 0:
+            raise ConfigError(f"{name}={rate} trains nothing. Use a positive number.")
+    return replace(default, **{name: rate for name, rate in given.items() if rate is not None})
+
+
+def _structure(settings: TrainSettings) -> tuple[str, str]:
+    """Return core and magnitude of the adapter; of a peer those of its like."""
+    if settings.method in PEERS:
+        return "identity", "per_output" if settings.method == "peft_dora" else "none"
+    row = METHODS.get(settings.method)
+    core = settings.core or (row.core if row else "free")
+    return core, settings.magnitude or (row.magnitude if row else "none")

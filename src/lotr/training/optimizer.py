@@ -11,30 +11,55 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates: of the factors (or of all of another method), of the cores, of a new head."""
+    """Learning rates: of the factors (or of all of another method), the cores, the magnitudes, a new head."""
 
     lr: float
     core_lr: float
+    magnitude_lr: float
     head_lr: float
 
 
-#: Rates that worked for a method, found on a part of the built-in training data with the packaged MiniLM.
-DEFAULT_RATES = {
-    "lotr": Rates(lr=3e-3, core_lr=1e-2, head_lr=3e-2),
-    "lora": Rates(lr=3e-3, core_lr=3e-3, head_lr=3e-2),
-    "head": Rates(lr=3e-2, core_lr=3e-2, head_lr=3e-2),
+def default_rates(core: str, magnitude: str) -> Rates:
+    """Return rates that worked for a structure, on a part of the built-in training data with the packaged MiniLM.
+
+    Args:
+        core: A key of `CORES`.
+        magnitude: A key of `MAGNITUDES`.
+
+    Returns:
+        Rates for AdamW.
+    """
+    # MAP's two numbers are as large as whole norms; norms of single features are near one
+    return Rates(
+        lr=3e-3,
+        core_lr=1e-2,
+        magnitude_lr=3e-2 if magnitude == "base_and_update" else 3e-3,
+        head_lr=3e-2,
+    )
+
+
+#: What a parameter's path says about its part; the factors are the rest.
+_PARTS = {
+    "cores": (".lotr_C.", ".lotr_core."),
+    "magnitudes": (".lotr_magnitude.", ".lora_magnitude_vector."),
+    "head": (".modules_to_save.",),
 }
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, core_lr: float | None = None, head_lr: float | None = None
+    model: nn.Module,
+    lr: float,
+    core_lr: float | None = None,
+    magnitude_lr: float | None = None,
+    head_lr: float | None = None,
 ) -> list[dict[str, Any]]:
     """Split the trainable parameters of a PEFT model for any torch optimiser.
 
     Args:
         model: A model with a LoTR adapter, or any other.
-        lr: Learning rate of the factors, and of whatever is neither core nor head.
+        lr: Learning rate of the factors, and of whatever is none of the others.
         core_lr: Learning rate of the cores; default `lr`.
+        magnitude_lr: Learning rate of the magnitudes; default `lr`.
         head_lr: Learning rate of the modules that are saved in full; default `lr`.
 
     Returns:
@@ -45,14 +70,14 @@ def parameter_groups(
         >>> [group["name"] for group in parameter_groups(nn.Linear(2, 2), lr=1e-3)]
         ['factors']
     """
-    parts: dict[str, list[Any]] = {"factors": [], "cores": [], "head": []}
-    for name, parameter in model.named_parameters():
+    rates = {"factors": lr, "cores": core_lr, "magnitudes": magnitude_lr, "head": head_lr}
+    params: dict[str, list[Any]] = {name: [] for name in rates}
+    for path, parameter in model.named_parameters():
         if parameter.requires_grad:
-            core, head = ".lotr_C." in name, ".modules_to_save." in name
-            parts["cores" if core else "head" if head else "factors"].append(parameter)
-    rates = {
-        "factors": lr,
-        "cores": lr if core_lr is None else core_lr,
-        "head": lr if head_lr is None else head_lr,
-    }
-    return [{"params": params, "lr": rates[name], "name": name} for name, params in parts.items() if params]
+            part = next((p for p, marks in _PARTS.items() if any(m in path for m in marks)), "factors")
+            params[part].append(parameter)
+    return [
+        {"params": params[name], "lr": lr if rate is None else rate, "name": name}
+        for name, rate in rates.items()
+        if params[name]
+    ]

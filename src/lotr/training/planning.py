@@ -22,7 +22,7 @@ def plan_model(settings: TrainSettings, dtype: str = "float32") -> dict[str, Any
     """Plan an adapter for a model on the meta device, so that a 70B model needs no memory.
 
     Args:
-        settings: Its `model`, `method`, `rank`, `target` and `modes` are read.
+        settings: Its `model` and the settings of the adapter are read.
         dtype: Type in which the numbers would be saved.
 
     Returns:
@@ -47,9 +47,10 @@ def plan_model(settings: TrainSettings, dtype: str = "float32") -> dict[str, Any
         {
             "group": group.name,
             "projections": ", ".join(group.projections),
+            "modes": list(group.modes),
+            "core": "×".join(map(str, (*group.core.sizes, *group.rank))),
             "sites": len(group.sites),
             "block": "×".join(map(str, group.shape)),
-            "rank": str(group.rank[0]) if len(set(group.rank)) == 1 else ",".join(map(str, group.rank)),
             "factors": group.n_factors,
             "cores": group.n_cores,
             "total": group.n_parameters,
@@ -63,6 +64,10 @@ def plan_model(settings: TrainSettings, dtype: str = "float32") -> dict[str, Any
         "sites": made.n_sites,
         "trained_numbers": made.n_parameters,
         "core_numbers": made.n_cores,
+        "factor_numbers": made.n_factors,
+        "magnitude_numbers": made.n_magnitudes,
+        "modules": len(made.targets),
+        "trains": made.train,
         "equal_lora_rank": made.equal_lora_rank,
         "lora_same_rank": made.lora_per_rank * max(config.rank),  # type: ignore[attr-defined]
         "bytes": file_bytes(file_shapes(made), torch.empty((), dtype=DTYPES[dtype]).element_size()),

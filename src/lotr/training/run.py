@@ -189,7 +189,7 @@ def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
         seed=s.seed,
         disable_tqdm=True,
     )
-    groups = parameter_groups(run.model, rates.lr, rates.core_lr, rates.head_lr)
+    groups = parameter_groups(run.model, **vars(rates))
     trainer = AdapterTrainer(
         model=run.model,
         args=args,

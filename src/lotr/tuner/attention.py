@@ -13,9 +13,9 @@ from ..blocks import Heads, Shape
 _QUERY = {"q_proj", "query", "q", "q_lin", "query_proj", "q_attn", "to_q", "wq"}
 _KEY_VALUE = {"k_proj", "key", "k", "k_lin", "key_proj", "to_k", "wk"}
 _KEY_VALUE |= {"v_proj", "value", "v", "v_lin", "value_proj", "to_v", "wv"}
-_OUTPUT = {"o_proj", "out_proj", "o", "out_lin", "to_out", "wo"}
-#: `dense` and `c_proj` are output projections below an attention, and other things elsewhere.
-_OUTPUT_BELOW_ATTENTION = {"dense", "c_proj"}
+_OUTPUT = {"o_proj", "out_proj", "o", "out_lin", "to_out"}
+#: These are output projections below an attention, and other things elsewhere.
+_OUTPUT_BELOW_ATTENTION = {"dense", "c_proj", "wo", "Wo"}
 #: Weights that hold query, key and value below each other. `query_key_value` is not among them: the models that
 #: have it put the three of one head side by side, head after head.
 _FUSED = {"c_attn", "qkv", "Wqkv", "qkv_proj"}

@@ -73,7 +73,9 @@ def add_weighted(
                         w * module.scaling[a] * _cores(module, a, n)
                         for a, w in zip(adapters, weights, strict=True)
                     ]
-                    summed = _on_the_diagonal(cores) if combination_type == "cat" else torch.stack(cores).sum(0)
+                    summed = (
+                        _on_the_diagonal(cores) if combination_type == "cat" else torch.stack(cores).sum(0)
+                    )
                     C = side_by_side(summed, member.part.grid)
                     module._site_core(name, member.part).weight.copy_(C)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -50,7 +50,9 @@ class LotrConfig(PeftConfig):
     )
     modes: tuple[str, ...] | None = field(
         default=None,
-        metadata=_help("Coordinates along which sites share factors: layer, projection, head; or site, all in one."),
+        metadata=_help(
+            "Coordinates along which sites share factors: layer, projection, head; or site, all in one."
+        ),
     )
     core: str | None = field(
         default=None, metadata=_help("Structure of the cores: free, identity, tucker, cp, tt.")
@@ -71,7 +73,9 @@ class LotrConfig(PeftConfig):
     )
     norm_gradient: bool = field(
         default=False,
-        metadata=_help("Send gradients through the norms of a magnitude too, instead of treating them as constants."),
+        metadata=_help(
+            "Send gradients through the norms of a magnitude too, instead of treating them as constants."
+        ),
     )
     scaling: float = field(
         default=1.0, metadata=_help("σ: multiplies the update. It is not divided by the rank.")
@@ -114,11 +118,11 @@ class LotrConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata=_help("Modules trained in full and saved with the adapter, e.g. a new head.")
     )
-    targets: dict[str, dict[str, Any]] | None = field(
+    targets: list[dict[str, Any]] | None = field(
         default=None,
         metadata=_help(
-            "Filled in when the adapter is made: every adapted module with its shape, rank and cuts. The plan "
-            "follows from it, so a file speaks for itself."
+            "Filled in when the adapter is made: every adapted module in model order, with its shape, rank and cuts. "
+            "The plan follows from it, so a file speaks for itself."
         ),
     )
     init_weights: bool | None = field(
@@ -218,7 +222,7 @@ class LotrConfig(PeftConfig):
     @property
     def made_for(self) -> list[Target]:
         """The modules that the adapter was made for, as its file tells."""
-        return [_target(path, found) for path, found in (self.targets or {}).items()]
+        return [_target(**found) for found in self.targets or ()]
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -251,26 +255,33 @@ def pair(r: int | tuple[int, int]) -> tuple[int, int]:
     return (r, r) if isinstance(r, int) else (r[0], r[1])
 
 
-def recorded(targets: Iterable[Target]) -> dict[str, dict[str, Any]]:
+def recorded(targets: Iterable[Target]) -> list[dict[str, Any]]:
     """Return targets as plain values, without what says nothing.
+
+    A list, because positions along the modes follow from the order of the modules.
 
     Example:
         >>> recorded([Target("h.0.q", (8, 8), (2, 2))])
-        {'h.0.q': {'shape': [8, 8], 'rank': [2, 2]}}
+        [{'path': 'h.0.q', 'shape': [8, 8], 'rank': [2, 2]}]
     """
-    return {
-        target.path: {"shape": list(target.shape), "rank": list(target.rank)}
+    return [
+        {"path": target.path, "shape": list(target.shape), "rank": list(target.rank)}
         | ({"fused": [list(piece) for piece in target.fused]} if target.fused else {})
         | ({"heads": [target.heads.size, target.heads.axis]} if target.heads else {})
         for target in targets
-    }
+    ]
 
 
-def _target(path: str, found: dict[str, Any]) -> Target:
-    (out, width), (k, r) = found["shape"], found["rank"]
-    fused = tuple((str(name), int(rows)) for name, rows in found.get("fused", ()))
-    heads = Heads(*found["heads"]) if "heads" in found else None
-    return Target(path, (out, width), (k, r), fused, heads)
+def _target(
+    path: str,
+    shape: Sequence[int],
+    rank: Sequence[int],
+    fused: Sequence[tuple[str, int]] = (),
+    heads: Sequence[int] | None = None,
+) -> Target:
+    (out, width), (k, r) = shape, rank
+    pieces = tuple((str(name), int(rows)) for name, rows in fused)
+    return Target(path, (out, width), (k, r), pieces, Heads(*heads) if heads else None)
 
 
 def _plain(name: str, r: Any) -> int | tuple[int, int]:

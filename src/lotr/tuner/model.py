@@ -197,7 +197,10 @@ class LotrModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return state.file_key(super()._remove_adapter_name_from_key(key, adapter_name))
+        bare = state.without_adapter(key, adapter_name)
+        return state.file_key(
+            bare if bare != key else super()._remove_adapter_name_from_key(key, adapter_name)
+        )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

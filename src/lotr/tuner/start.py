@@ -49,7 +49,9 @@ def start_group(
     else:
         U, V = STARTS[start](o, k, draw("U")), STARTS[start](i, r, draw("V"))
     numbers = {
-        name: torch.zeros(shape) if config.init_weights and name == core.zero else core.start(name, draw(name))
+        name: torch.zeros(shape)
+        if config.init_weights and name == core.zero
+        else core.start(name, draw(name))
         for name, shape in core.shapes.items()
     }
     if config.init_weights and core.zero is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import Tensor, nn
 
 from ..blocks import Target
@@ -45,6 +47,16 @@ def file_key(key: str) -> str:
         return key
     root = _ROOT if before.startswith(f".{_ROOT}") or f".{_ROOT}".startswith(f"{before}.") else ""
     return f"{root if before else ''}{BASIS}.{after}"
+
+
+def without_adapter(key: str, adapter: str) -> str:
+    """Return a key of this method without the adapter's name, which stands right behind the method's own component.
+
+    Example:
+        >>> without_adapter("h.0.c_attn.lotr_C.default.query.weight", "default")
+        'h.0.c_attn.lotr_C.query.weight'
+    """
+    return re.sub(rf"(\.{PREFIX}\w+)\.{re.escape(adapter)}(?=\.[^.]*(\.weight)?$)", r"\1", key)
 
 
 def group_keys(group: Group) -> dict[str, str]:

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test setup check bench docs clean
+.PHONY: demo test setup check bench bench-methods docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -31,6 +31,9 @@ check: $(READY)  ## format, lint, types
 
 bench: $(READY)  ## sizes and step times beside PEFT's LoRA, in one process
 	$(BIN)/python benchmarks/bench_size.py --json out/bench_size.json
+
+bench-methods: $(READY)  ## every row of the table of methods on real text (half an hour); writes the table in the docs
+	$(BIN)/python benchmarks/bench_methods.py --json docs/data/methods.json --picture docs/images/methods.png
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "lotr"
-MATHEMATICS = ["errors", "delta", "paths", "sites", "cores", "magnitudes", "methods", "starts"]
+MATHEMATICS = ["errors", "delta", "paths", "blocks", "sites", "grouping", "parts"]
+MATHEMATICS += ["cores", "norms", "magnitudes", "methods", "starts"]
 HOSTS = {"peft", "transformers", "accelerate", "datasets", "typer", "rich", "safetensors", "matplotlib"}
 
 LOAD_ALONE = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 Shape = tuple[int, int]
 
@@ -42,6 +43,28 @@ class Target:
     rank: Shape
     fused: tuple[tuple[str, int], ...] = ()
     heads: Heads | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, without what says nothing.
+
+        Example:
+            >>> Target("h.0.q", (8, 8), (2, 2)).to_dict()
+            {'path': 'h.0.q', 'shape': [8, 8], 'rank': [2, 2]}
+        """
+        said: dict[str, Any] = {"path": self.path, "shape": list(self.shape), "rank": list(self.rank)}
+        if self.fused:
+            said["fused"] = [list(piece) for piece in self.fused]
+        if self.heads:
+            said["heads"] = [self.heads.size, self.heads.axis]
+        return said
+
+    @staticmethod
+    def from_dict(said: dict[str, Any]) -> Target:
+        """Return the target that `to_dict` described."""
+        (out, width), (k, r) = said["shape"], said["rank"]
+        fused = tuple((str(name), int(rows)) for name, rows in said.get("fused", ()))
+        heads = Heads(*said["heads"]) if "heads" in said else None
+        return Target(str(said["path"]), (out, width), (k, r), fused, heads)
 
 
 @dataclass(frozen=True)

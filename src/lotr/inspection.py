@@ -102,8 +102,8 @@ def take_apart(adapter: AdapterFolder) -> Taken:
             raise CheckpointError(f"{adapter.path} lacks {key!r}. The file is not whole.")
         if tuple(tensors[key].shape) != shape:
             raise CheckpointError(
-                f"{adapter.path}: {key!r} has shape {tuple(tensors[key].shape)}, and the configuration tells of {shape}. "
-                "The two files were put together from different adapters."
+                f"{adapter.path}: {key!r} has shape {tuple(tensors[key].shape)}, and the configuration tells of "
+                f"{shape}. The two files were put together from different adapters."
             )
     rest = {key: tensor for key, tensor in tensors.items() if key not in file_shapes(plan)}
     extra = [key for key in rest if ".lotr_" in key]
@@ -117,12 +117,10 @@ def take_apart(adapter: AdapterFolder) -> Taken:
         for part in plan.parts[target.path]:
             numbers = {name: tensors[key] for name, key in group_keys(part.group).items()}
             core = part.group.core
-            if core.by_site:
-                C = tensors[core_key(part)]
-            else:
-                C = side_by_side(core.block(numbers, part.region), part.grid)
             U, Vt = numbers["U"], numbers["V"]
-            found.append((part, Factored(U, C.to(U.dtype), Vt.T, config.scaling, part.grid)))
+            made = None if core.by_site else side_by_side(core.block(numbers, part.region), part.grid)
+            C = tensors[core_key(part)] if made is None else made.to(U.dtype)
+            found.append((part, Factored(U, C, Vt.T, config.scaling, part.grid)))
     return Taken(plan, found, rest)
 
 

@@ -117,7 +117,7 @@ def _leading(
     n = matrices[0].shape[0]
     start = orthonormal(n, min(n, 2 * rank + 8), generator).to(matrices[0].device)
     for _ in range(rounds):
-        start = torch.linalg.qr(sum(M @ (M.T @ start) for M in matrices)).Q  # type: ignore[arg-type]
+        start = torch.linalg.qr(sum(M @ (M.T @ start) for M in matrices)).Q
     energy: Tensor = sum((M.T @ start).T @ (M.T @ start) for M in matrices)  # type: ignore[assignment]
     inside = torch.linalg.eigh(energy).eigenvectors.flip(1)[:, :rank]
     return (start @ inside).cpu()

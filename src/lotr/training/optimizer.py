@@ -33,7 +33,7 @@ def default_rates(core: str, magnitude: str) -> Rates:
     return Rates(
         lr=3e-3,
         core_lr=1e-2,
-        magnitude_lr=3e-2 if magnitude == "base_and_update" else 3e-3,
+        magnitude_lr=1e-1 if magnitude == "base_and_update" else 3e-3,
         head_lr=3e-2,
     )
 

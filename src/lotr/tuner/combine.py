@@ -77,7 +77,7 @@ def add_weighted(
                         _on_the_diagonal(cores) if combination_type == "cat" else torch.stack(cores).sum(0)
                     )
                     C = side_by_side(summed, member.part.grid)
-                    module._site_core(name, member.part).weight.copy_(C)
+                    module.lotr_site[name].site_core(member.part).weight.copy_(C)
 
 
 def _rank(module: LotrLinear, adapter: str) -> tuple[int, int]:
@@ -88,7 +88,7 @@ def _cores(module: LotrLinear, adapter: str, n: int) -> Tensor:  # (a·b, k, r)
     """Return the cores of the n-th part of a module, one a site."""
     member = module.lotr_site[adapter].members[n]
     (a, b), (k, r) = member.part.grid, member.part.group.rank
-    C = module._placed(adapter, member).update.C
+    C = module.lotr_site[adapter].placed()[n].update.C
     return C.reshape(a, k, b, r).transpose(1, 2).reshape(a * b, k, r)
 
 
@@ -127,8 +127,8 @@ def _check(tuner: LotrModel, adapters: list[str], weights: list[float], name: st
     scaled = [a for a in adapters if not MAGNITUDES[str(tuner.peft_config[a].magnitude)].additive]
     if scaled:
         raise ConfigError(
-            f"Adapter {scaled[0]!r} has magnitude={tuner.peft_config[scaled[0]].magnitude!r}, which rescales the weight, "
-            "so updates do not add up. Merge the adapters one after the other instead."
+            f"Adapter {scaled[0]!r} has magnitude={tuner.peft_config[scaled[0]].magnitude!r}, which rescales the "
+            "weight, so updates do not add up. Merge the adapters one after the other instead."
         )
     have = {adapter: _has(tuner, adapter) for adapter in adapters}
     if len({frozenset(names) for names in have.values()}) > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +10,7 @@ from typing import Any, Literal
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from ..blocks import BLOCKS, Heads, Target
+from ..blocks import BLOCKS, Target
 from ..card import add_usage
 from ..cores import CORES
 from ..errors import ConfigError, near
@@ -222,7 +222,7 @@ class LotrConfig(PeftConfig):
     @property
     def made_for(self) -> list[Target]:
         """The modules that the adapter was made for, as its file tells."""
-        return [_target(**found) for found in self.targets or ()]
+        return [Target.from_dict(said) for said in self.targets or ()]
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -253,35 +253,6 @@ def pair(r: int | tuple[int, int]) -> tuple[int, int]:
         ((8, 8), (4, 8))
     """
     return (r, r) if isinstance(r, int) else (r[0], r[1])
-
-
-def recorded(targets: Iterable[Target]) -> list[dict[str, Any]]:
-    """Return targets as plain values, without what says nothing.
-
-    A list, because positions along the modes follow from the order of the modules.
-
-    Example:
-        >>> recorded([Target("h.0.q", (8, 8), (2, 2))])
-        [{'path': 'h.0.q', 'shape': [8, 8], 'rank': [2, 2]}]
-    """
-    return [
-        {"path": target.path, "shape": list(target.shape), "rank": list(target.rank)}
-        | ({"fused": [list(piece) for piece in target.fused]} if target.fused else {})
-        | ({"heads": [target.heads.size, target.heads.axis]} if target.heads else {})
-        for target in targets
-    ]
-
-
-def _target(
-    path: str,
-    shape: Sequence[int],
-    rank: Sequence[int],
-    fused: Sequence[tuple[str, int]] = (),
-    heads: Sequence[int] | None = None,
-) -> Target:
-    (out, width), (k, r) = shape, rank
-    pieces = tuple((str(name), int(rows)) for name, rows in fused)
-    return Target(path, (out, width), (k, r), pieces, Heads(*heads) if heads else None)
 
 
 def _plain(name: str, r: Any) -> int | tuple[int, int]:

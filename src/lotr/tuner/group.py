@@ -10,7 +10,7 @@ from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..sites import Shape
+from ..blocks import Shape
 
 
 class Numbers(nn.Module):

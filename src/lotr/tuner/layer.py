@@ -5,12 +5,9 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
@@ -18,47 +15,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import delta
-from ..delta import LinearMap
-from ..magnitudes import MAGNITUDES, Gains, Magnitude
-from ..norms import BaseWeight, Placed
-from ..parts import Part
-from ..sites import Shape
+from ..blocks import Shape
+from ..magnitudes import MAGNITUDES
+from ..norms import BaseWeight
+from .adapted import Adapted, Member
 from .config import LotrConfig
-from .group import LotrGroup, LotrLayer, Numbers, linear_from, move, weight_of
+from .group import LotrLayer, Numbers, linear_from, move
 
 _HALF = (torch.float16, torch.bfloat16)
-
-
-def _call(factor: nn.Module, x: Tensor) -> Tensor:
-    # sharded and offloaded weights exist only while their module runs, so the module is called; a group
-    # may span devices, and only then its weight is brought to the activations
-    weight = factor.weight
-    if weight.device == x.device or weight.device.type == "meta" or hasattr(factor, "_hf_hook"):
-        return factor(x)
-    return F.linear(x, weight.to(x.device))
-
-
-def _unchanged(x: Tensor) -> Tensor:
-    return x
-
-
-@dataclass
-class Member:
-    """A part of a module beside its numbers, and the group that it takes part in."""
-
-    part: Part
-    group: LotrGroup  # looked up at each forward: wrappers replace the modules inside it
-
-
-@dataclass
-class Adapted:
-    """What an adapter has at one module beside its numbers."""
-
-    members: tuple[Member, ...]
-    magnitude: Magnitude
-    base: BaseWeight
-    dropout: float = 0.0
-    norm_gradient: bool = False
 
 
 class LotrLinear(nn.Module, LotrLayer):
@@ -102,7 +66,7 @@ class LotrLinear(nn.Module, LotrLayer):
         magnitude = MAGNITUDES[str(config.magnitude)]
         base = BaseWeight(self._untouched)
         self.lotr_site[adapter] = Adapted(
-            tuple(members), magnitude, base, config.dropout, config.norm_gradient
+            self, adapter, tuple(members), magnitude, base, config.dropout, config.norm_gradient
         )
         self.scaling[adapter] = config.scaling
         shapes = magnitude.shapes(self.out_features, self.in_features)
@@ -145,50 +109,6 @@ class LotrLinear(nn.Module, LotrLayer):
 
     # ------------------------------------------------------------------ forward
 
-    def _core(self, adapter: str, member: Member) -> LinearMap:
-        """Return the map by the cores of a part."""
-        part = member.part
-        if part.group.core.by_site:
-            core: LinearMap = self._site_core(adapter, part)
-            return core
-        if part.group.core.is_identity:
-            return _unchanged
-        C = self._side_by_side(adapter, member)
-        return lambda h: F.linear(h, C.to(h.device))
-
-    def _site_core(self, adapter: str, part: Part) -> nn.Module:
-        held = self.lotr_C[adapter]
-        return held[part.name] if part.name else held
-
-    def _side_by_side(self, adapter: str, member: Member) -> Tensor:  # (a·k, b·r)
-        """Return the cores of a part that are made from the group's numbers."""
-        part, shared = member.part, member.group.lotr_core
-        numbers = shared[adapter]() if adapter in shared else {}
-        return delta.side_by_side(part.group.core.block(numbers, part.region), part.grid)
-
-    def update(self, adapter: str, x: Tensor) -> Tensor:  # (*n, in) -> (*n, out)
-        """Return the update that an adapter adds to the output, before the magnitude."""
-        adapted = self.lotr_site[adapter]
-        x = self._cast_input_dtype(x, adapted.members[0].group.lotr_V[adapter].weight.dtype)
-        x = F.dropout(x, adapted.dropout, self.training) if adapted.dropout else x
-        outputs: dict[int, Tensor] = {}  # first row → the sum of what covers those rows
-        for member in adapted.members:
-            U, V = member.group.lotr_U[adapter], member.group.lotr_V[adapter]
-            part = member.part
-            start, width = part.columns
-            output = delta.apply(
-                x if width == self.in_features else x.narrow(-1, start, width),
-                partial(_call, V),
-                self._core(adapter, member),
-                partial(_call, U),
-                self.scaling[adapter],
-                part.grid,
-            )
-            row = part.rows[0]
-            outputs[row] = outputs[row] + output if row in outputs else output
-        parts = [outputs[row] for row in sorted(outputs)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """Return the adapted output; row `i` of a batch uses `adapter_names[i]` when names are given."""
         if self.disable_adapters:
@@ -206,43 +126,23 @@ class LotrLinear(nn.Module, LotrLayer):
         result = base
         for adapter in active:
             if self.lotr_site[adapter].magnitude.additive:
-                result = result + self.update(adapter, x)
+                result = result + self.lotr_site[adapter].update(x)
             else:  # what each would change alone adds up
                 result = result + (self._adapted(adapter, x, *args, **kwargs) - base)
         return result.to(base.dtype)
 
     def _adapted(self, adapter: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the output with one adapter alone."""
-        if self.lotr_site[adapter].magnitude.additive:
+        adapted = self.lotr_site[adapter]
+        if adapted.magnitude.additive:
             base = self.base_layer(x, *args, **kwargs)
-            return (base + self.update(adapter, x)).to(base.dtype)
-        gains = self._gains(adapter)
+            return (base + adapted.update(x)).to(base.dtype)
+        gains = adapted.gains()
         if gains.input is not None:
             x = x * gains.input.to(x.dtype)
         base = self.base_layer(x, *args, **kwargs)
         bias = getattr(self.get_base_layer(), "bias", None)
-        return gains.output(base, bias, self.update(adapter, x)).to(base.dtype)
-
-    def _gains(self, adapter: str) -> Gains:
-        """Return what the magnitude does, from the factors as they are now."""
-        adapted = self.lotr_site[adapter]
-        numbers = self.lotr_magnitude[adapter]()
-        device = next(iter(numbers.values())).device
-        with torch.autocast(device.type, enabled=False):  # norms in half precision would be coarse
-            update = [self._placed(adapter, member) for member in adapted.members]
-            return adapted.magnitude.gains(numbers, adapted.base, update, constant=not adapted.norm_gradient)
-
-    def _placed(self, adapter: str, member: Member) -> Placed:
-        """Return a part of the update with its numbers."""
-        part, group = member.part, member.group
-        U, Vt = weight_of(group.lotr_U[adapter]), weight_of(group.lotr_V[adapter])
-        by_site = part.group.core.by_site
-        C = weight_of(self._site_core(adapter, part)) if by_site else self._side_by_side(adapter, member)
-        home = (C if by_site else U).device  # a group may span devices; its sites are where their modules are
-        factored = delta.Factored(
-            U.to(home), C.to(home, U.dtype), Vt.T.to(home), self.scaling[adapter], part.grid
-        )
-        return Placed(factored, part.rows[0], part.columns[0], group.is_frozen(adapter))
+        return gains.output(base, bias, adapted.update(x)).to(base.dtype)
 
     def _mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(x) != len(adapter_names):
@@ -264,7 +164,7 @@ class LotrLinear(nn.Module, LotrLayer):
                 [i for i, name in enumerate(adapter_names) if name == adapter], device=x.device
             )
             if self.lotr_site[adapter].magnitude.additive:
-                result[rows] = (base[rows] + self.update(adapter, x[rows])).to(base.dtype)
+                result[rows] = (base[rows] + self.lotr_site[adapter].update(x[rows])).to(base.dtype)
             else:
                 result[rows] = self._adapted(adapter, x[rows], *args, **kwargs)
         return result
@@ -277,7 +177,8 @@ class LotrLinear(nn.Module, LotrLayer):
 
         That is `ΔW`, or `W' - W` with a magnitude; `(out, in)`, or `(in, out)` for `Conv1D`.
         """
-        parts = [self._placed(adapter, member) for member in self.lotr_site[adapter].members]
+        adapted = self.lotr_site[adapter]
+        parts = adapted.placed()
         like = parts[0].update.U
         wide = torch.float32 if like.dtype in _HALF else like.dtype
         dW = like.new_zeros(self.out_features, self.in_features, dtype=wide)
@@ -287,9 +188,9 @@ class LotrLinear(nn.Module, LotrLayer):
                 update.U.to(wide), update.C.to(wide), update.V.to(wide), update.scaling, update.grid
             )
             dW[part.rows, part.columns] = exact.dense()
-        if not self.lotr_site[adapter].magnitude.additive:
+        if not adapted.magnitude.additive:
             W = self._untouched().to(dW)
-            dW = self._gains(adapter).weight(W, dW) - W
+            dW = adapted.gains().weight(W, dW) - W
         return (dW.T if self.fan_in_fan_out else dW).to(like.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -16,9 +16,10 @@ from .. import delta
 from ..paths import normalise
 from ..sites import Group, Plan
 from . import combine, mixed, state
-from .config import LotrConfig, recorded
+from .adapted import Member
+from .config import LotrConfig
 from .group import LotrGroup, LotrLayer
-from .layer import LotrLinear, Member, base_weight
+from .layer import LotrLinear, base_weight
 from .register import PREFIX
 from .start import start_group
 from .targets import BASIS, DEFAULT_TARGETS, find_targets, is_basis, plan_of, resolve_targets
@@ -76,7 +77,7 @@ class LotrModel(BaseTuner):
         resolve_targets(peft_config, model)
         targets = find_targets(model, peft_config, only=self._injection.paths)
         self._injection.plan = plan_of(targets, peft_config)
-        peft_config.targets = recorded(targets)
+        peft_config.targets = [target.to_dict() for target in targets]
 
     @staticmethod
     def _check_target_module_exists(peft_config: LotrConfig, key: str) -> Any:

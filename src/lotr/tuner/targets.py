@@ -21,8 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..blocks import Target
 from ..errors import ConfigError, PlanError, near
+from ..grouping import make_plan
 from ..paths import normalise
-from ..sites import Plan, make_plan
+from ..sites import Plan
 from .attention import fused_projections, heads_of
 from .config import LotrConfig, pair
 

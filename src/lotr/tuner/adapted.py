@@ -1,0 +1,122 @@
+"""What one adapter has at one module: its parts, their numbers, its magnitude."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import delta
+from ..delta import LinearMap
+from ..magnitudes import Gains, Magnitude
+from ..norms import BaseWeight, Placed
+from ..parts import Part
+from .group import LotrGroup, weight_of
+
+if TYPE_CHECKING:
+    from .layer import LotrLinear
+
+
+@dataclass
+class Member:
+    """A part of a module, and the group that it takes part in."""
+
+    part: Part
+    group: LotrGroup
+
+
+@dataclass
+class Adapted:
+    """One adapter at one module.
+
+    The numbers live in modules that PEFT saves and moves; wrappers replace those, so they are looked up each time.
+    """
+
+    layer: LotrLinear
+    adapter: str
+    members: tuple[Member, ...]
+    magnitude: Magnitude
+    base: BaseWeight
+    dropout: float = 0.0
+    norm_gradient: bool = False
+
+    def update(self, x: Tensor) -> Tensor:  # (*n, in) -> (*n, out)
+        """Return the update of the output, before the magnitude."""
+        x = self.layer._cast_input_dtype(x, self.members[0].group.lotr_V[self.adapter].weight.dtype)
+        x = F.dropout(x, self.dropout, self.layer.training) if self.dropout else x
+        outputs: dict[int, Tensor] = {}  # first row → the sum of what covers those rows
+        for member in self.members:
+            part, group = member.part, member.group
+            start, width = part.columns
+            output = delta.apply(
+                x if width == self.layer.in_features else x.narrow(-1, start, width),
+                partial(_call, group.lotr_V[self.adapter]),
+                self._core(member),
+                partial(_call, group.lotr_U[self.adapter]),
+                self.layer.scaling[self.adapter],
+                part.grid,
+            )
+            row = part.rows[0]
+            outputs[row] = outputs[row] + output if row in outputs else output
+        parts = [outputs[row] for row in sorted(outputs)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def gains(self) -> Gains:
+        """Return what the magnitude does, from the factors as they are now."""
+        numbers = self.layer.lotr_magnitude[self.adapter]()
+        device = next(iter(numbers.values())).device
+        with torch.autocast(device.type, enabled=False):  # norms in half precision would be coarse
+            return self.magnitude.gains(numbers, self.base, self.placed(), constant=not self.norm_gradient)
+
+    def placed(self) -> list[Placed]:
+        """Return the parts of the update with their numbers."""
+        return [self._placed(member) for member in self.members]
+
+    def site_core(self, part: Part) -> nn.Module:
+        """Return the module with the cores of a part that are kept with the layer."""
+        held = self.layer.lotr_C[self.adapter]
+        return held[part.name] if part.name else held
+
+    def _core(self, member: Member) -> LinearMap:
+        core = member.part.group.core
+        if core.by_site:
+            module: LinearMap = self.site_core(member.part)
+            return module
+        if core.is_identity:
+            return _unchanged
+        C = self._side_by_side(member)
+        return lambda h: F.linear(h, C.to(h.device))
+
+    def _side_by_side(self, member: Member) -> Tensor:  # (a·k, b·r)
+        """Return the cores of a part that are made from the group's numbers."""
+        part, shared = member.part, member.group.lotr_core
+        numbers = shared[self.adapter]() if self.adapter in shared else {}
+        return delta.side_by_side(part.group.core.block(numbers, part.region), part.grid)
+
+    def _placed(self, member: Member) -> Placed:
+        part, group = member.part, member.group
+        U, Vt = weight_of(group.lotr_U[self.adapter]), weight_of(group.lotr_V[self.adapter])
+        by_site = part.group.core.by_site
+        C = weight_of(self.site_core(part)) if by_site else self._side_by_side(member)
+        home = (C if by_site else U).device  # a group may span devices; its sites are where their modules are
+        update = delta.Factored(
+            U.to(home), C.to(home, U.dtype), Vt.T.to(home), self.layer.scaling[self.adapter], part.grid
+        )
+        return Placed(update, part.rows[0], part.columns[0], group.is_frozen(self.adapter))
+
+
+def _call(factor: nn.Module, x: Tensor) -> Tensor:
+    # sharded and offloaded weights exist only while their module runs, so the module is called; a group
+    # may span devices, and only then its weight is brought to the activations
+    weight = factor.weight
+    if weight.device == x.device or weight.device.type == "meta" or hasattr(factor, "_hf_hook"):
+        return factor(x)
+    return F.linear(x, weight.to(x.device))
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x

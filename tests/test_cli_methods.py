@@ -1,0 +1,88 @@
+"""Every row of the table of methods through the command line: plan, train, evaluate, inspect, export or merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import saved_models
+from lotr import METHODS
+from lotr.magnitudes import MAGNITUDES
+from test_cli import lotr, report
+
+FIELDS = ("--rank", "4", "--target", "query,key,value,attention.output.dense,intermediate.dense")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("methods")
+    saved_models.save_bert(folder / "bert")
+    saved_models.write_colours(folder / "train.csv", rows=48, seed=0)
+    saved_models.write_colours(folder / "dev.csv", rows=24, seed=1)
+    return folder
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_row_runs_from_plan_to_export_or_merge(place: Path, name: str) -> None:
+    model, adapter = place / "bert", place / name
+    data = ("--train", place / "train.csv", "--eval", place / "dev.csv", "--max-steps", "4")
+    plan = report("plan", model, "--method", name, *FIELDS)
+    trained = report("train", "--model", model, *data, "--method", name, *FIELDS, "--output", adapter)
+    assert trained["trained_numbers"]["adapter"] == plan["trained_numbers"]
+    again = report("evaluate", adapter, "--data", place / "dev.csv")
+    assert again["accuracy"] == pytest.approx(trained["accuracy"])
+    found = report("inspect", adapter)
+    assert len(found["sites"]) == plan["sites"] and any(site["norm"] > 0 for site in found["sites"])
+
+    merged = report("merge", adapter, "--output", place / f"{name}-merged")
+    exported = lotr("export", adapter, "--output", place / f"{name}-lora")
+    if MAGNITUDES[METHODS[name].magnitude].additive:
+        assert exported.exit_code == 0, exported.stderr
+        _answers_alike(place / f"{name}-lora", Path(merged["output"]))
+    else:
+        assert exported.exit_code == 1 and "lotr merge" in exported.stderr
+        assert not (place / f"{name}-lora").exists()
+
+
+def _answers_alike(lora: Path, merged: Path) -> None:
+    from peft import AutoPeftModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
+
+    with safe_open(lora / "adapter_model.safetensors", "pt") as file:
+        assert not [key for key in file.keys() if "lotr" in key]  # noqa: SIM118
+    ids = torch.arange(3, 12).repeat(2, 1)
+    ours = AutoPeftModelForSequenceClassification.from_pretrained(lora, num_labels=3).eval()
+    plain = AutoModelForSequenceClassification.from_pretrained(merged).eval()
+    torch.testing.assert_close(ours(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_a_combination_without_a_row_is_said_with_fields(place: Path) -> None:
+    fields = ("--modes", "head, layer", "--core", "tucker", "--core-ranks", "layer=2,head=3")
+    fields = (*fields, "--blocks", "head", "--magnitude", "per_output", "--trainable", "cores", "--rank", "4")
+    plan = report("plan", place / "bert", *fields)
+    assert plan["factor_numbers"] and plan["trains"] == "cores"
+    # a group for query and one for value: a core of 2·3·4·4, factors 2 layers × 2 and 4 heads × 3
+    assert plan["core_numbers"] == 2 * (2 * 3 * 4 * 4 + 2 * 2 + 4 * 3)
+    assert plan["magnitude_numbers"] == 4 * 32
+    assert plan["trained_numbers"] == plan["core_numbers"] + plan["magnitude_numbers"]
+
+
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        (("--core", "tucker", "--modes", "none"), "core='tucker' with modes=()"),
+        (("--core-ranks", "4"), "core_ranks=4 has no meaning with core='free'"),
+        (("--core", "tucker", "--core-ranks", "layer=x"), "core_ranks='layer=x' holds no ranks"),
+        (("--modes", "head"), 'blocks="head"'),
+        (("--method", "lora", "--trainable", "cores"), "train='cores'"),
+        (("--method", "lorta", "--rank", "2,4"), "core='cp' needs one rank"),
+        (("--magnitude", "per_ouput"), "Near matches: per_output"),
+    ],
+    ids=str,
+)
+def test_fields_without_meaning_are_refused_by_name(place: Path, fields: tuple[str, ...], says: str) -> None:
+    result = lotr("plan", place / "bert", *fields)
+    assert result.exit_code != 0 and says in " ".join(result.stderr.split())

@@ -90,7 +90,9 @@ def table(runs: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 def main() -> None:
     """Run what is missing, print the table, write JSON and picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, default=Path("out/methods.json"))
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--methods", nargs="+", default=[*reversed(PEERS), *METHODS])
@@ -118,7 +120,9 @@ def main() -> None:
     if options.picture:
         trained = [row for row in rows if row[1]]
         names, sizes, scores = ([row[at] for row in trained] for at in range(3))
-        plots.score_against_size(names, sizes, scores, ("trained numbers of the adapter", "accuracy"), options.picture)
+        plots.score_against_size(
+            names, sizes, scores, ("trained numbers of the adapter", "accuracy"), options.picture
+        )
 
 
 if __name__ == "__main__":

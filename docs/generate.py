@@ -41,7 +41,14 @@ def methods() -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in METHODS.values():
-        fields = (", ".join(row.modes) or "nothing", row.core, row.blocks, row.magnitude, row.start, row.train)
+        fields = (
+            ", ".join(row.modes) or "nothing",
+            row.core,
+            row.blocks,
+            row.magnitude,
+            row.start,
+            row.train,
+        )
         paper = f"[{row.title} ({row.year})]({row.url})"
         lines.append(f"| `{row.name}` | {row.purpose} | {' | '.join(fields)} | {paper} |")
     return "\n".join([*lines, *results()]) + "\n"
@@ -55,8 +62,8 @@ def results() -> list[str]:
         "",
         "## On real text",
         "",
-        f"The packaged MiniLM on `docstrings`, 16 classes, query and value, rank 16, one epoch, default settings of every "
-        f"row. Measured by `make bench-methods` on {found['date']}, {found['threads']} cores, "
+        "The packaged MiniLM on `docstrings`, 16 classes, query and value, rank 16, one epoch, default settings of "
+        f"every row. Measured by `make bench-methods` on {found['date']}, {found['threads']} cores, "
         f"{len({run['seed'] for run in runs})} seed(s); 756 rows to evaluate on, so one score has a standard error of "
         "about 1.7 points. Trained numbers are without the head (6,160 more for each).",
         "",

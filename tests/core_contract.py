@@ -1,66 +1,143 @@
-"""What every core must do. A new core is tested by subclassing and naming its oracle."""
+"""What every core must do. A new core is tested by a subclass that names its cores, its oracle and its count."""
 
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from lotr.cores import Core
+from lotr.cores import Core, Region
 
-SIZES = [(), (5,), (3, 4)]
+Numbers = dict[str, Tensor]
+Pair = tuple[int, int]
 
 
 class CoreContract:
-    """Set `core_class`; `own` and `shared` numbers are drawn from its shapes."""
+    """Set `core_class`, `sizes` and `ranks`; define `oracle` and `count`."""
 
     core_class: type[Core]
+    #: Extents of the modes that the structure allows.
+    sizes: tuple[tuple[int, ...], ...] = ((5,), (3, 4), (2, 3, 4))
+    #: `(k, r)` that it allows.
+    ranks: tuple[Pair, ...] = ((3, 3), (3, 4), (4, 3))
 
-    @pytest.fixture(params=SIZES, ids=str)
-    def core(self, request: pytest.FixtureRequest) -> Core:
-        return self.core_class(k=3, r=4, sizes=request.param)
+    def oracle(self, core: Core, numbers: Numbers) -> Tensor:  # (*sizes, k, r)
+        """Return the dense tensor, by code that is not ours."""
+        raise NotImplementedError
 
-    def draw(self, core: Core) -> tuple[dict[str, Tensor], dict[tuple[int, ...], dict[str, Tensor]]]:
-        shared = {name: torch.randn(shape) for name, shape in core.shared_shapes.items()}
-        places = itertools.product(*(range(n) for n in core.sizes))
-        owns = {
-            place: {name: torch.randn(shape) for name, shape in core.own_shapes.items()} for place in places
-        }
-        return shared, owns
+    def count(self, core: Core) -> int:
+        """Return how many numbers the structure has, by its closed formula."""
+        raise NotImplementedError
 
-    def test_the_core_of_a_site_is_a_k_by_r_matrix(self, core: Core) -> None:
-        shared, owns = self.draw(core)
-        assert all(core.matrix(place, shared, own).shape == (3, 4) for place, own in owns.items())
+    def cores(self) -> list[Core]:
+        return [self.core_class(k, r, sizes) for sizes, (k, r) in itertools.product(self.sizes, self.ranks)]
 
-    def test_the_tensor_holds_the_matrix_of_every_site(self, core: Core) -> None:
-        shared, owns = self.draw(core)
-        tensor = core.to_tensor(shared, owns)
-        assert tensor.shape == (*core.sizes, 3, 4)
-        for place, own in owns.items():
-            torch.testing.assert_close(tensor[place], core.matrix(place, shared, own))
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        if "core" in metafunc.fixturenames:
+            names = [f"{core.sizes}{core.ranks or ''} k={core.k} r={core.r}" for core in self.cores()]
+            metafunc.parametrize("core", self.cores(), ids=names)
+
+    def draw(self, core: Core, dtype: torch.dtype = torch.float64) -> Numbers:
+        return {name: torch.randn(shape, dtype=dtype) for name, shape in core.shapes.items()}
+
+    def started(self, core: Core) -> Numbers:
+        """Return the numbers as training finds them: one at zero, the others as they start."""
+        numbers = {name: core.start(name, Generator().manual_seed(0)) for name in core.shapes}
+        return {name: t.zero_() if name == core.zero else t for name, t in numbers.items()}
+
+    # ---- the tensor
+
+    def test_the_tensor_is_the_oracles(self, core: Core) -> None:
+        numbers = self.draw(core)
+        tensor = core.to_tensor(numbers)
+        assert tensor.shape == (*core.sizes, core.k, core.r)
+        torch.testing.assert_close(tensor.double(), self.oracle(core, numbers).double())
+
+    def test_the_core_of_a_site_is_its_slice_of_the_tensor(self, core: Core) -> None:
+        numbers = self.draw(core)
+        tensor = core.to_tensor(numbers)
+        for index in itertools.product(*map(range, core.sizes)):
+            torch.testing.assert_close(core.matrix(index, numbers), tensor[index])
+
+    def test_the_cores_of_a_region_are_a_block_of_the_tensor(self, core: Core) -> None:
+        numbers = self.draw(core)
+        tensor = core.to_tensor(numbers)
+        runs = [[slice(0, n), slice(0, 1), slice(1, n), slice(n - 1, n)] for n in core.sizes]
+        regions: list[Region] = list(itertools.product(*runs))
+        for region in regions:
+            torch.testing.assert_close(core.block(numbers, region), tensor[region])
 
     def test_numbers_made_from_a_tensor_give_the_tensor_back(self, core: Core) -> None:
-        tensor = core.to_tensor(*self.draw(core))
-        torch.testing.assert_close(core.to_tensor(*core.from_tensor(tensor)), tensor)
+        tensor = core.to_tensor(self.draw(core))
+        numbers = core.from_tensor(tensor)
+        assert {name: tuple(number.shape) for name, number in numbers.items()} == core.shapes
+        torch.testing.assert_close(core.to_tensor(numbers), tensor)
 
-    def test_a_place_without_a_site_is_zero(self) -> None:
-        core = self.core_class(k=3, r=4, sizes=(5,))
-        shared, owns = self.draw(core)
-        del owns[(2,)]
-        tensor = core.to_tensor(shared, owns)
-        assert not tensor[2].any() and tensor[3].any()
+    # ---- the numbers
 
-    def test_the_count_is_that_of_the_numbers(self, core: Core) -> None:
-        shared, owns = self.draw(core)
-        numbers = [*shared.values(), *(tensor for own in owns.values() for tensor in own.values())]
-        assert core.n_parameters(len(owns)) == sum(tensor.numel() for tensor in numbers)
+    def test_the_count_is_that_of_the_numbers_and_of_the_formula(self, core: Core) -> None:
+        held = sum(number.numel() for number in self.draw(core).values())
+        assert core.n_parameters(math.prod(core.sizes)) == held == self.count(core)
 
-    def test_gradients_reach_every_number(self, core: Core) -> None:
-        shared, owns = self.draw(core)
-        numbers = [*shared.values(), *(tensor for own in owns.values() for tensor in own.values())]
-        for tensor in numbers:
-            tensor.requires_grad_()
-        sum(core.matrix(place, shared, own).square().sum() for place, own in owns.items()).backward()
-        assert all(tensor.grad is not None and tensor.grad.any() for tensor in numbers)
+    def test_gradients_are_those_of_the_oracle(self, core: Core) -> None:
+        if not core.shapes:
+            pytest.skip("nothing is stored")
+        weights = torch.randn(*core.sizes, core.k, core.r, dtype=torch.float64)
+        numbers = {name: number.requires_grad_() for name, number in self.draw(core).items()}
+        ours, theirs = (
+            torch.autograd.grad((tensor * weights).sin().sum(), list(numbers.values()))
+            for tensor in (core.to_tensor(numbers), self.oracle(core, numbers))
+        )
+        assert all(gradient.any() for gradient in ours)
+        torch.testing.assert_close(ours, theirs)
+
+    @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=str)
+    def test_the_tensor_has_the_type_of_the_numbers(
+        self, core: Core, dtype: torch.dtype, tolerance: float
+    ) -> None:
+        if not core.shapes:
+            pytest.skip("nothing is stored")
+        numbers = self.draw(core)
+        tensor = core.to_tensor({name: number.to(dtype) for name, number in numbers.items()})
+        assert core.to_tensor(numbers).dtype == torch.float64 and tensor.dtype == dtype
+        error = (tensor.double() - core.to_tensor(numbers)).norm() / tensor.double().norm()
+        assert error < tolerance
+
+    def test_the_tensor_is_on_the_device_of_the_numbers(self, core: Core) -> None:
+        if not core.shapes:
+            pytest.skip("nothing is stored")
+        numbers = {name: number.to("meta") for name, number in self.draw(core).items()}
+        assert core.to_tensor(numbers).is_meta
+
+    # ---- the start
+
+    def test_one_number_at_zero_makes_every_core_zero(self, core: Core) -> None:
+        if core.zero is None:
+            pytest.skip("nothing is stored")
+        numbers = self.started(core)
+        assert {name: tuple(number.shape) for name, number in numbers.items()} == core.shapes
+        assert [name for name, number in numbers.items() if not number.any()] == [core.zero]
+        assert not core.to_tensor(numbers).any()
+
+    def test_from_there_the_gradient_moves_that_number_alone(self, core: Core) -> None:
+        if core.zero is None:
+            pytest.skip("nothing is stored")
+        numbers = {name: number.requires_grad_() for name, number in self.started(core).items()}
+        (core.to_tensor(numbers) * torch.randn(*core.sizes, core.k, core.r)).sum().backward()
+        assert [name for name, number in numbers.items() if number.grad.any()] == [core.zero]
+
+    def test_without_a_zero_the_start_is_a_tensor_that_the_generator_decides(self, core: Core) -> None:
+        if core.zero is None:
+            pytest.skip("nothing is stored")
+        before = torch.get_rng_state()
+        first, again, other = (
+            {name: core.start(name, generator) for name in core.shapes}
+            for generator in (Generator().manual_seed(seed) for seed in (0, 0, 1))
+        )
+        assert torch.equal(torch.get_rng_state(), before)
+        assert core.to_tensor(first).any()
+        assert torch.equal(core.to_tensor(first), core.to_tensor(again))
+        assert not torch.equal(core.to_tensor(first), core.to_tensor(other))

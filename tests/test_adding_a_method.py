@@ -18,7 +18,6 @@ from lotr.export import to_lora
 from lotr.inspection import inspect
 
 PAGE = Path(__file__).parents[1] / "docs" / "adding_a_method.md"
-ROW: Method
 
 for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S):
     exec(compile(code, PAGE.name, "exec"), globals())  # defines ROW, ScaledCore and TestScaledCore
@@ -53,9 +52,10 @@ def _through_everything(config: LotrConfig, folder: Path) -> None:
 
 
 def test_a_new_row_needs_only_the_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(METHODS, ROW.name, ROW)
+    row: Method = globals()["ROW"]
+    monkeypatch.setitem(METHODS, row.name, row)
     _through_everything(LotrConfig(method="example", r=4, target_modules=TARGETS), tmp_path / "adapter")
-    with pytest.raises(CheckpointError, match="per_output.*merge"):
+    with pytest.raises(CheckpointError, match=r"per_output.*merge"):
         to_lora(read_adapter(tmp_path / "adapter"), tmp_path / "lora")
 
 

@@ -1,80 +1,29 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
-import torch
-import transformers as tf
-from torch import nn
 
-from conftest import Architecture
-from lotr import ConfigError, LotrConfig, Plan, PlanError, plan
-from lotr.sites import Site, Target, check_modes, make_plan
+from lotr import ConfigError, Plan, PlanError
+from lotr.blocks import Heads, Target
+from lotr.grouping import make_plan
+from lotr.sites import MODES, Group, Site, check_modes
 
-LAYER, BOTH = ("layer",), ("layer", "projection")
+LAYER, BOTH, ALL = ("layer",), ("layer", "projection"), ("layer", "projection", "head")
 
 
 def _plan(paths: list[str], modes: tuple[str, ...] = LAYER, **kwargs: object) -> Plan:
     return make_plan([Target(path, (8, 8), (2, 2)) for path in paths], modes, **kwargs)
 
 
-def _sites(paths: list[str], **kwargs: object) -> list[Site]:
-    plan = _plan(paths, **kwargs)
-    return [next(s for s in plan.group_of[path].sites if s.module == path) for path in paths]
+def _sharing(plan: Plan) -> set[frozenset[Site]]:
+    """Return which sites share factors, whatever the groups are called."""
+    return {frozenset(group.sites) for group in plan.groups}
 
 
-# ---- layer and projection, read from the path
-
-
-def test_the_layer_is_the_number_and_the_projection_the_last_name() -> None:
-    query, value = _sites(["encoder.layer.0.attention.query", "encoder.layer.11.attention.value"])
-    assert (query.layer, query.projection) == ("encoder.layer.0", "query")
-    assert (value.layer, value.projection) == ("encoder.layer.11", "value")
-
-
-def test_of_two_numbers_in_a_path_the_first_that_varies_is_the_layer() -> None:
-    paths = [f"decoder.block.{b}.layer.{a}.{n}.q" for b in (0, 1) for a, n in ((0, "Self"), (1, "Cross"))]
-    layers = [site.layer for site in _sites(paths)]
-    assert layers == ["decoder.block.0", "decoder.block.0", "decoder.block.1", "decoder.block.1"]
-
-
-def test_names_that_occur_twice_in_a_layer_are_told_apart_by_their_path() -> None:
-    paths = [f"layer.{n}.{part}.dense" for n in range(2) for part in ("attention", "output")]
-    assert {site.projection for site in _sites(paths)} == {"attention.dense", "output.dense"}
-
-
-def test_experts_of_one_layer_are_projections_of_that_layer() -> None:
-    paths = [f"layers.{n}.mlp.experts.{e}.up" for n in range(2) for e in range(3)]
-    sites = _sites(paths)
-    assert {site.layer for site in sites} == {"layers.0", "layers.1"}
-    assert {site.projection for site in sites} == {f"mlp.experts.{e}.up" for e in range(3)}
-
-
-def test_a_constant_number_in_front_is_not_the_layer() -> None:
-    paths = [f"0.auto_model.encoder.layer.{n}.query" for n in range(3)]
-    assert [site.layer for site in _sites(paths)] == [f"0.auto_model.encoder.layer.{n}" for n in range(3)]
-
-
-def test_a_module_without_a_number_is_its_own_layer() -> None:
-    (site,) = _sites(["classifier.dense"])
-    assert (site.layer, site.projection) == ("classifier.dense", "dense")
-
-
-def test_linears_directly_in_a_list_are_layers_of_one_projection() -> None:
-    plan = _plan(["layers.0", "layers.1", "layers.2"])
-    assert [group.projections for group in plan.groups] == [("layers",)]
-
-
-def test_layers_pattern_says_which_number_is_the_layer() -> None:
-    paths = [f"stages.{s}.blocks.{b}.fc" for s in (0, 1) for b in (0, 1)]
-    assert [site.layer for site in _sites(paths)] == ["stages.0", "stages.0", "stages.1", "stages.1"]
-    named = [site.layer for site in _sites(paths, layers_pattern=["blocks"])]
-    assert named == [f"stages.{s}.blocks.{b}" for s in (0, 1) for b in (0, 1)]
-
-
-def test_wrappers_do_not_change_the_groups() -> None:
-    wrapped = _plan([f"_orig_mod.h.{n}._fsdp_wrapped_module._checkpoint_wrapped_module.q" for n in range(2)])
-    assert [group.name for group in wrapped.groups] == [
-        group.name for group in _plan(["h.0.q", "h.1.q"]).groups
-    ]
+def _at(group: Group) -> dict[tuple[str, int | None], tuple[int, ...]]:
+    """Return the index of every site by its module's last name and its head."""
+    return {(site.module.rpartition(".")[2], site.head): group.index[site] for site in group.sites}
 
 
 # ---- groups
@@ -88,7 +37,34 @@ def test_layers_share_factors_and_projections_do_not() -> None:
 def test_with_both_modes_all_sites_share_factors() -> None:
     (group,) = _plan([f"h.{n}.{p}" for n in range(3) for p in "qv"], BOTH).groups
     assert group.projections == ("q", "v") and group.core.sizes == (3, 2)
-    assert group.index["h.2.v"] == (2, 1)
+    assert {site.module: index for site, index in group.index.items()}["h.2.v"] == (2, 1)
+
+
+@pytest.mark.parametrize("modes", [(), *([mode] for mode in MODES), BOTH, ALL, ("site", "head")], ids=str)
+def test_the_order_of_modes_does_not_matter(modes: tuple[str, ...]) -> None:
+    targets = [Target(f"h.{n}.{p}", (8, 8), (2, 2), heads=Heads(2)) for n in range(2) for p in "qkv"]
+    plans = [make_plan(targets, order, blocks="head") for order in itertools.permutations(modes)]
+    assert all(plan == plans[0] for plan in plans)
+
+
+def test_the_projection_as_a_mode_means_nothing_for_one_projection() -> None:
+    paths = [f"h.{n}.q" for n in range(3)]
+    alone, joint = _plan(paths, LAYER), _plan(paths, BOTH)
+    assert _sharing(alone) == _sharing(joint) and alone.n_parameters == joint.n_parameters
+
+
+def test_along_sites_everything_of_one_shape_is_in_one_mode() -> None:
+    shapes = {"q": (8, 8), "v": (8, 8), "up": (16, 8)}
+    targets = [Target(f"h.{n}.{p}", shape, (2, 2)) for n in range(3) for p, shape in shapes.items()]
+    square, tall = make_plan(targets, ("site",)).groups
+    assert (square.core.sizes, tall.core.sizes) == ((6,), (3,))
+    assert list(square.index.values()) == [(n,) for n in range(6)]
+
+
+def test_squares_of_all_weights_are_sites_of_one_group() -> None:
+    targets = [Target(f"h.{n}.{p}", s, (2, 2)) for n in range(2) for p, s in (("q", (8, 8)), ("up", (32, 8)))]
+    (group,) = make_plan(targets, ("site",), blocks="square").groups
+    assert group.shape == (8, 8) and group.core.sizes == (2 * (1 + 4),)
 
 
 def test_without_modes_every_site_is_alone() -> None:
@@ -111,6 +87,58 @@ def test_a_group_can_be_a_key_of_a_dictionary() -> None:
     assert {group: 1}[group] == 1
 
 
+# ---- heads
+
+
+def _grouped(modes: tuple[str, ...]) -> Plan:
+    """Queries have four heads, keys and values two."""
+    heights = {"q": 8, "k": 4, "v": 4}
+    targets = [
+        Target(f"h.{n}.{p}", (o, 6), (2, 2), heads=Heads(2)) for n in range(2) for p, o in heights.items()
+    ]
+    return make_plan(targets, modes, blocks="head")
+
+
+def test_projections_of_unequal_width_share_head_by_head() -> None:
+    (group,) = _grouped(ALL).groups
+    assert group.shape == (2, 6) and group.core.sizes == (2, 3, 4) and len(group.sites) == 2 * (4 + 2 + 2)
+    assert group.n_cores == 16 * 2 * 2  # of the 24 places, 8 have no site
+    indices = {site.module: [] for site in group.sites}
+    for site, index in group.index.items():
+        indices[site.module].append(index)
+    assert indices["h.1.q"] == [(1, 0, head) for head in range(4)]
+    assert indices["h.1.v"] == [(1, 2, head) for head in range(2)]
+
+
+def test_heads_that_are_no_mode_share_with_the_same_head_of_other_layers() -> None:
+    groups = _grouped(LAYER).groups
+    assert len(groups) == 4 + 2 + 2
+    assert all(len({(site.projection, site.head) for site in group.sites}) == 1 for group in groups)
+    assert all([site.layer for site in group.sites] == ["h.0", "h.1"] for group in groups)
+
+
+def test_along_sites_and_heads_a_module_is_a_site() -> None:
+    targets = [Target(f"h.0.{p}", (8, 6), (2, 2), heads=Heads(2)) for p in "qv"]
+    (group,) = make_plan(targets, ("site", "head"), blocks="head").groups
+    assert group.core.sizes == (2, 4)
+    assert _at(group) == {(p, head): (n, head) for n, p in enumerate("qv") for head in range(4)}
+
+
+def test_heads_that_are_columns_do_not_share_with_heads_that_are_rows() -> None:
+    targets = [Target(f"h.0.{p}", (8, 8), (2, 2), heads=Heads(2, axis)) for p, axis in (("q", 0), ("o", 1))]
+    rows, columns = make_plan(targets, ("head",), blocks="head").groups
+    assert (rows.shape, columns.shape) == ((2, 8), (8, 2))
+
+
+def test_a_fused_weight_shares_as_its_projections_would() -> None:
+    fused = tuple((p, 8) for p in ("q", "k", "v"))
+    whole = make_plan([Target(f"h.{n}.qkv", (24, 8), (2, 2), fused) for n in range(2)], LAYER)
+    apart = _plan([f"h.{n}.{p}" for n in range(2) for p in ("q", "k", "v")])
+    assert [group.shape for group in whole.groups] == [group.shape for group in apart.groups]
+    assert [group.projections for group in whole.groups] == [("qkv.q",), ("qkv.k",), ("qkv.v",)]
+    assert whole.n_parameters == apart.n_parameters
+
+
 # ---- refusals
 
 
@@ -118,7 +146,7 @@ def test_projections_of_unequal_shape_cannot_be_asked_to_share() -> None:
     targets = [Target(f"h.{n}.{p}", (o, 8), (2, 2)) for n in range(2) for p, o in (("q", 8), ("v", 4))]
     message = (
         r'Sites of projections "q\|v" cannot share factors: their blocks are \(8, 8\) and \(4, 8\)\. '
-        r"Shared factors need equal blocks\. Drop \"projection\" from modes"
+        r"Shared factors need equal blocks\. Split by head \(blocks=\"head\"\), drop \"projection\" from modes"
     )
     with pytest.raises(PlanError, match=message):
         make_plan(targets, BOTH)
@@ -141,57 +169,11 @@ def test_an_unknown_mode_is_refused_by_name() -> None:
         check_modes(["layers"])
 
 
-# ---- counts
+def test_sharing_along_heads_is_refused_where_there_are_none() -> None:
+    with pytest.raises(PlanError, match=r'No module has attention heads.* drop "head" from modes'):
+        _plan(["h.0.up", "h.1.up"], ("layer", "head"), blocks="head")
 
 
-@pytest.mark.parametrize(
-    "width, layers, names, rank, joint, separate, lora",
-    [
-        (768, 12, ("query", "value"), 8, 13_824, 26_112, 294_912),
-        (768, 12, ("query", "value"), 32, 73_728, 122_880, 1_179_648),
-        (4096, 32, ("q_proj", "v_proj"), 16, 147_456, 278_528, 8_388_608),
-        (4096, 32, ("q_proj", "v_proj"), 64, 786_432, 1_310_720, 33_554_432),
-    ],
-)
-def test_counts_are_those_of_the_table(
-    width: int, layers: int, names: tuple[str, str], rank: int, joint: int, separate: int, lora: int
-) -> None:
-    targets = [Target(f"layers.{n}.{p}", (width, width), (rank, rank)) for n in range(layers) for p in names]
-    one, two = make_plan(targets, BOTH), make_plan(targets, LAYER)
-    assert (one.n_parameters, two.n_parameters) == (joint, separate)
-    assert one.lora_per_rank * rank == lora
-    assert one.equal_lora_rank == pytest.approx(joint / lora * rank)
-    assert one.n_cores == two.n_cores == 2 * layers * rank**2
-
-
-def test_a_plan_of_roberta_base_needs_no_weights() -> None:
-    with torch.device("meta"):
-        model = tf.RobertaModel(tf.RobertaConfig(vocab_size=50265, max_position_embeddings=514))
-    assert plan(model, LotrConfig(r=8)).n_parameters == 26_112
-    assert plan(model, LotrConfig(r=8, method="lotr_joint")).n_parameters == 13_824
-
-
-def test_a_plan_on_the_meta_device_counts_what_the_real_model_then_has(architecture: Architecture) -> None:
-    from peft import get_peft_model
-
-    config = LotrConfig(r=4, target_modules=architecture.targets)
-    with torch.device("meta"):
-        ghost = architecture.make()
-    real = get_peft_model(architecture.make(), config)
-    trained, _ = real.get_nb_trainable_parameters()
-    assert plan(ghost, config).n_parameters == trained
-
-
-def test_planning_changes_neither_model_nor_configuration(architecture: Architecture) -> None:
-    model, config = architecture.make(), LotrConfig(r=2, target_modules="all-linear")
-    modules = [type(module) for module in model.modules()]
-    plan(model, config)
-    assert [type(module) for module in model.modules()] == modules
-    assert config.target_modules == "all-linear"
-
-
-def test_a_plan_without_a_match_says_which_names_are_near() -> None:
-    model = nn.Sequential()
-    model.add_module("query", nn.Linear(4, 4))
-    with pytest.raises(PlanError, match="Near matches: query"):
-        plan(model, LotrConfig(r=2, target_modules=["querry"]))
+def test_site_beside_what_it_contains_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r'"site", which is layer and projection in one.* Drop "site"'):
+        check_modes(["site", "layer"])

@@ -296,3 +296,13 @@ def test_the_functions_of_transformers_work(tmp_path: Path) -> None:
     other.delete_adapter("a")
     assert torch.equal(outputs(other, INPUTS), outputs(bert(), INPUTS))
     assert not [name for name, _ in other.named_parameters() if "lotr_" in name]
+
+
+def test_an_adapter_called_like_a_number_inside_an_adapter_is_refused() -> None:
+    model = get_peft_model(gpt2(), LotrConfig(r=4, method="metatt_4d"))
+    for name in ("core_1", "weight"):
+        with pytest.raises(ConfigError, match=f"cannot be called '{name}'"):
+            model.add_adapter(name, LotrConfig(r=4))
+    with pytest.raises(ConfigError, match="cannot be called 'query'"):
+        get_peft_model(gpt2(), LotrConfig(r=4), adapter_name="query")  # a part of the fused weight
+    assert list(model.peft_config) == ["default"]

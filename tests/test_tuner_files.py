@@ -19,6 +19,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -276,3 +277,22 @@ def test_an_adapter_of_another_architecture_is_refused(tmp_path: Path) -> None:
     adapted(t5(), target_modules=["q", "v"]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Target modules"):
         PeftModel.from_pretrained(bert(), tmp_path)
+
+
+def test_a_loaded_adapter_keeps_the_order_of_modules_that_it_was_made_in(tmp_path: Path) -> None:
+    from lotr.tuner.targets import in_recorded_order, plan
+
+    made = LotrConfig(r=4, target_modules=["query", "value"], method="tenslora_qkv", init_weights=False)
+    model = get_peft_model(bert(), made)
+    model.save_pretrained(tmp_path)
+    loaded = LotrConfig.from_pretrained(tmp_path)
+    targets = loaded.made_for
+    assert in_recorded_order(targets[::-1], loaded) == targets
+    assert in_recorded_order(targets[:0:-1], loaded) == targets[:0:-1]  # another set of modules: left alone
+    assert plan(bert(), loaded).targets == tuple(targets)
+
+
+def test_a_head_alone_is_an_adapter_of_any_method() -> None:
+    config = LotrConfig(method="lorta", target_modules=DUMMY_TARGET_MODULES, modules_to_save=["classifier"])
+    model = get_peft_model(bert(), config)
+    assert model.get_nb_trainable_parameters()[0] == sum(p.numel() for p in bert().classifier.parameters())

@@ -128,6 +128,8 @@ def _check_rank(name: str, sites: list[Site]) -> None:
 
 def _check_sharing(groups: list[Group], modes: tuple[str, ...]) -> None:
     """Refuse a plan in which a mode that was asked for brings nothing together anywhere."""
+    if not groups:  # a head alone
+        return
     if "head" in modes and all(site.head is None for group in groups for site in group.sites):
         raise PlanError(
             'No module has attention heads, so nothing can be shared along "head". Adapt query, key, value or '

@@ -49,19 +49,27 @@ class Placed:
         return slice(self.column, self.column + self.update.grid[1] * self.update.V.shape[0])
 
 
+def _same() -> object:
+    return 0
+
+
 @dataclass
 class BaseWeight:
     """A frozen weight and what of it never changes: `‖W‖²_row`, and `W V` for a frozen `V`.
 
     Args:
         weight: Returns `W`, shape `(out, in)`, of any floating type; called only when it is needed.
+        version: Returns something that differs once `W` is another tensor or has been written to.
     """
 
     weight: Callable[[], Tensor]
+    version: Callable[[], object] = _same
     _kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _seen: object = field(default=None, repr=False)
 
     def row_energy(self) -> Tensor:  # (out,)
         """Return `‖W‖²_row`, from memory after the first time."""
+        self._forget_another()
         if "rows" not in self._kept:
             with torch.no_grad():
                 W = self.weight()
@@ -71,19 +79,34 @@ class BaseWeight:
 
     def times(self, part: Placed) -> Tensor:  # (a·o, b·r)
         """Return `W (I_b ⊗ V)` at the place of a part, from memory where `V` is frozen."""
+        self._forget_another()
         key = f"WV {part.row} {part.column}"
         if part.frozen and key in self._kept:
             return self._kept[key]
         V = _wide(part.update.V)
-        W = self.weight()[part.rows, part.columns].to(V)
+        W = self.weight().detach()[part.rows, part.columns].to(V)
         product = (W.unflatten(1, (part.update.grid[1], -1)) @ V).flatten(1)
         if part.frozen:
             self._kept[key] = product.detach()
         return product
 
-    def forget(self) -> None:
-        """Drop what is kept, because the weight has changed."""
-        self._kept.clear()
+    def moved(self, before: object, device: torch.device) -> None:
+        """Take what is kept along to another device; `before` is the version of the weight before it moved.
+
+        Computed anew there, a norm could differ in its last bit from the trained number that started at it.
+        """
+        if self._seen == before:
+            self._kept = {name: tensor.to(device) for name, tensor in self._kept.items()}
+            self._seen = self.version()
+
+    def _forget_another(self) -> None:
+        """Drop what is kept once the weight has changed."""
+        if torch.compiler.is_compiling():  # addresses and versions exist only when run
+            return
+        version = self.version()
+        if version != self._seen:
+            self._kept.clear()
+            self._seen = version
 
 
 def row_energy(base: BaseWeight, update: Sequence[Placed]) -> Tensor:  # (out,)
@@ -103,7 +126,7 @@ def column_energy(base: BaseWeight, update: Sequence[Placed], rows: Tensor) -> T
     for part in update:
         b = part.update.grid[1]
         L, V = _wide(part.update.left()), _wide(part.update.V)
-        D = L * weights[part.rows, None]
+        D = L * weights[part.rows, None].to(L)
         L, D = L.unflatten(1, (b, -1)).movedim(1, 0), D.unflatten(1, (b, -1)).movedim(1, 0)  # (b, a·o, r)
         cross = W[part.rows, part.columns].to(V).unflatten(1, (b, -1)).permute(1, 2, 0) @ D  # (b, i, r)
         here = (2 * cross * V + (V @ (L.mT @ D)) * V).sum(-1).flatten()

@@ -96,7 +96,7 @@ class Core(ABC):
 
 def unfold(tensor: Tensor, mode: int) -> Tensor:  # (extent of the mode, the rest)
     """Return a tensor as a matrix whose rows run along one mode."""
-    return tensor.movedim(mode, 0).flatten(1)
+    return tensor.movedim(mode, 0).reshape(tensor.shape[mode], -1)
 
 
 def leading(matrix: Tensor, rank: int) -> Tensor:  # (n, m) -> (n, rank)

@@ -202,10 +202,15 @@ def rates(settings: TrainSettings) -> Rates:
     return replace(default, **{name: rate for name, rate in given.items() if rate is not None})
 
 
-def _structure(settings: TrainSettings) -> tuple[str, str]:
-    """Return core and magnitude of the adapter; of a peer those of its like."""
+def _structure(settings: TrainSettings) -> tuple[str, str, str]:
+    """Return core, magnitude and what trains; of a peer those of its like."""
     if settings.method in PEERS:
-        return "identity", "per_output" if settings.method == "peft_dora" else "none"
+        return "identity", "per_output" if settings.method == "peft_dora" else "none", "all"
     row = METHODS.get(settings.method)
-    core = settings.core or (row.core if row else "free")
-    return core, settings.magnitude or (row.magnitude if row else "none")
+    if row is None:  # refused with its name when the configuration is made
+        return "free", "none", "all"
+    return (
+        settings.core or row.core,
+        settings.magnitude or row.magnitude,
+        settings.trainable or row.train,
+    )

@@ -19,20 +19,22 @@ class Rates:
     head_lr: float
 
 
-def default_rates(core: str, magnitude: str) -> Rates:
+def default_rates(core: str, magnitude: str, train: str = "all") -> Rates:
     """Return rates that worked for a structure, on a part of the built-in training data with the packaged MiniLM.
 
     Args:
         core: A key of `CORES`.
         magnitude: A key of `MAGNITUDES`.
+        train: `"all"`, or `"cores"` when nothing else moves.
 
     Returns:
         Rates for AdamW.
     """
-    # MAP's two numbers are as large as whole norms; norms of single features are near one
+    # a product of several trained matrices moves faster than one; cores alone have the way to themselves;
+    # two numbers that are as large as whole norms have further to go than norms of single features
     return Rates(
         lr=3e-3,
-        core_lr=1e-2,
+        core_lr=3e-3 if core == "tt" else 2e-2 if train == "cores" else 1e-2,
         magnitude_lr=1e-1 if magnitude == "base_and_update" else 3e-3,
         head_lr=3e-2,
     )

@@ -64,7 +64,7 @@ class LotrLinear(nn.Module, LotrLayer):
             made = {name: linear_from(C) for name, C in cores.items()}
             self.lotr_C[adapter] = made[""] if "" in made else nn.ModuleDict(made)
         magnitude = MAGNITUDES[str(config.magnitude)]
-        base = BaseWeight(self._untouched)
+        base = BaseWeight(self._untouched, self._version)
         self.lotr_site[adapter] = Adapted(
             self, adapter, tuple(members), magnitude, base, config.dropout, config.norm_gradient
         )
@@ -94,18 +94,20 @@ class LotrLinear(nn.Module, LotrLayer):
             W = self._unmerged
         return W.T if self.fan_in_fan_out else W
 
+    def _version(self) -> object:
+        """Return what differs once the base weight has moved, changed its type or been written to."""
+        weight = self.get_base_layer().weight
+        writes = None if weight.is_inference() else weight._version
+        return (None if weight.is_meta else weight.data_ptr()), writes, weight.dtype
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._forget()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._forget()
-        super()._load_from_state_dict(*args)
-
-    def _forget(self) -> None:
-        # the base weight moves, changes its type or is loaded anew: its norms are computed again
-        for adapted in self.lotr_site.values():
-            adapted.base.forget()
+        before, dtype = self._version(), self.get_base_layer().weight.dtype
+        super()._apply(fn, recurse)
+        weight = self.get_base_layer().weight
+        if weight.dtype == dtype:
+            for adapted in self.lotr_site.values():
+                adapted.base.moved(before, weight.device)
+        return self
 
     # ------------------------------------------------------------------ forward
 

@@ -22,7 +22,15 @@ from .group import LotrGroup, LotrLayer
 from .layer import LotrLinear, base_weight
 from .register import PREFIX
 from .start import start_group
-from .targets import BASIS, DEFAULT_TARGETS, find_targets, is_basis, plan_of, resolve_targets
+from .targets import (
+    BASIS,
+    DEFAULT_TARGETS,
+    find_targets,
+    in_recorded_order,
+    is_basis,
+    plan_of,
+    resolve_targets,
+)
 
 
 @dataclass
@@ -75,8 +83,11 @@ class LotrModel(BaseTuner):
 
     def _prepare_model(self, peft_config: LotrConfig, model: nn.Module) -> None:
         resolve_targets(peft_config, model)
-        targets = find_targets(model, peft_config, only=self._injection.paths)
+        targets = in_recorded_order(find_targets(model, peft_config, only=self._injection.paths), peft_config)
         self._injection.plan = plan_of(targets, peft_config)
+        others = [config for name, config in self.peft_config.items() if name != self._injection.adapter]
+        plans = [plan_of(config.made_for, config) for config in others]
+        state.check_names([*self.peft_config, self._injection.adapter], [*plans, self._injection.plan])
         peft_config.targets = [target.to_dict() for target in targets]
 
     @staticmethod

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 
 from ..blocks import Target
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..magnitudes import MAGNITUDES
 from ..parts import Part
 from ..paths import normalise
@@ -93,6 +94,21 @@ def file_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
         known = MAGNITUDES[plan.magnitude].shapes(*target.shape)
         shapes |= {key: known[name] for name, key in magnitude_keys(plan, target).items()}
     return shapes
+
+
+def check_names(adapters: Iterable[str], plans: Iterable[Plan]) -> None:
+    """Refuse an adapter that is called like a number inside an adapter: PEFT would take one for the other.
+
+    Raises:
+        ConfigError: A name is taken.
+    """
+    inner = {part for plan in plans for key in file_shapes(plan) for part in key.split(".")[-2:]}
+    taken = sorted(name for name in adapters if name in inner)
+    if taken:
+        raise ConfigError(
+            f"An adapter cannot be called {taken[0]!r}: numbers inside an adapter have that name, and PEFT would "
+            "leave them out of the file. Choose another adapter_name."
+        )
 
 
 def match_groups(model: nn.Module, adapter: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

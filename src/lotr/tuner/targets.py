@@ -132,6 +132,17 @@ def find_targets(model: nn.Module, config: LotrConfig, only: Iterable[str] | Non
     return found
 
 
+def in_recorded_order(targets: list[Target], config: LotrConfig) -> list[Target]:
+    """Return targets in the order that a loaded adapter recorded, when it recorded these.
+
+    Positions along the modes follow from the order, and another version of a model may name its modules in another.
+    """
+    order = {target.path: n for n, target in enumerate(config.made_for)}
+    if set(order) != {target.path for target in targets}:
+        return targets
+    return sorted(targets, key=lambda target: order[target.path])
+
+
 def is_basis(path: str) -> bool:
     """Whether a module's path lies in the shared factors."""
     return BASIS in path.split(".")

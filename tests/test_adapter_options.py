@@ -1,0 +1,241 @@
+"""Frozen factors, dropout, seeds, sums of adapters, and what a configuration refuses: for every structure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from conftest import bert, gpt2, llama, tokens
+from lotr import METHODS, ConfigError, LotrConfig
+from lotr.tuner.layer import LotrLinear
+from tuner_contract import linears, outputs
+
+INPUTS = {"input_ids": tokens()}
+LLAMA, BERT = ["q_proj", "v_proj"], ["query", "value", "dense"]
+
+
+def config(row: str = "lotr", targets: list[str] = LLAMA, seed: int = 0, **kwargs: Any) -> LotrConfig:
+    return LotrConfig(method=row, target_modules=targets, seed=seed, **({"r": 4} | kwargs))
+
+
+def numbers(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lotr_" in name}
+
+
+# ---- train="cores"
+
+FROZEN = [("lora_xs", {}), ("lotr", {}), ("lorta", {}), ("lotr", {"magnitude": "per_output"})]
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {n.split("lotr_")[1].partition(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("row, kwargs", FROZEN)
+def test_frozen_factors_stay_frozen_whatever_is_switched(
+    row: str, kwargs: dict[str, Any], tmp_path: Path
+) -> None:
+    frozen = config(row, train="cores", **kwargs)
+    expected = {"core" if row == "lorta" else "C", *(["magnitude"] if "magnitude" in kwargs else [])}
+    model = get_peft_model(llama(), frozen)
+    assert trained(model) == expected
+    model.train()
+    assert trained(model) == expected
+    model(**INPUTS, labels=INPUTS["input_ids"]).loss.backward()
+    graded = {
+        n.split("lotr_")[1].partition(".")[0] for n, p in model.named_parameters() if p.grad is not None
+    }
+    assert graded == expected
+
+    model.add_adapter("other", config("lotr", seed=1))
+    model.set_adapter("other")
+    assert trained(model) == {"U", "V", "C"}
+    model.set_adapter("default")
+    assert trained(model) == expected
+    model.base_model.disable_adapter_layers()
+    model.base_model.enable_adapter_layers()
+    assert trained(model) == expected
+    with model.disable_adapter():
+        pass
+    assert trained(model) == expected
+
+    model.save_pretrained(tmp_path)
+    for low in (False, True):
+        loaded = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True, low_cpu_mem_usage=low)
+        assert trained(loaded) == expected
+        assert torch.equal(outputs(loaded.eval(), INPUTS), outputs(model.eval(), INPUTS))
+
+
+def test_training_cores_leaves_the_factors_bit_for_bit() -> None:
+    model = get_peft_model(llama(), config("lora_xs"))
+    before = numbers(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        model(**INPUTS, labels=INPUTS["input_ids"]).loss.backward()
+        optimizer.step()
+    for name, number in numbers(model).items():
+        assert torch.equal(number, before[name]) == ("lotr_C" not in name), name
+
+
+def test_lora_xs_starts_at_the_leading_singular_directions_of_each_weight() -> None:
+    model = get_peft_model(llama(), config("lora_xs"))
+    for layer in linears(model):
+        group = layer.lotr_site["default"].members[0].group
+        U, V = group.lotr_U["default"].weight, group.lotr_V["default"].weight.T
+        left, sizes, right = torch.linalg.svd(layer.base_layer.weight)
+        for found, exact in ((U, left[:, :4]), (V, right[:4].T)):
+            assert torch.linalg.svdvals(found.T @ exact).min() > 0.99
+        kept = torch.linalg.svdvals(U.T @ layer.base_layer.weight @ V)
+        torch.testing.assert_close(kept, sizes[:4], rtol=2e-2, atol=0.0)
+
+
+# ---- dropout
+
+
+@pytest.mark.parametrize("row", ["lotr", "lora", "dora", "bora", "map", "lorta", "fact_tt"])
+def test_dropout_drops_while_training_and_never_else(row: str) -> None:
+    def passes(dropout: float, training: bool) -> tuple[Tensor, Tensor]:
+        model = get_peft_model(llama(), config(row, dropout=dropout, init_weights=False))
+        for name, number in model.named_parameters():
+            if "lotr_magnitude.default.beta" in name:
+                nn.init.ones_(number)
+        model.train(training)
+        return outputs(model, INPUTS), outputs(model, INPUTS)
+
+    once, again = passes(0.5, training=True)
+    assert (once - again).abs().max() > 1e-3
+    assert torch.equal(*passes(0.5, training=False)) and torch.equal(*passes(0.0, training=True))
+    assert torch.equal(passes(0.5, training=False)[0], passes(0.0, training=True)[0])
+
+
+# ---- seeds
+
+
+@pytest.mark.parametrize("row", METHODS)
+def test_building_an_adapter_leaves_the_global_random_state(row: str) -> None:
+    model, state = bert(), torch.get_rng_state()
+    get_peft_model(model, config(row, BERT))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("row", sorted(set(METHODS) - {"lora_xs"}))
+def test_a_seed_decides_every_number(row: str) -> None:
+    one, same, other = (numbers(get_peft_model(bert(), config(row, BERT, seed=seed))) for seed in (0, 0, 1))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    differ = {
+        name.split("lotr_")[1].partition(".")[0] for name in one if not torch.equal(one[name], other[name])
+    }
+    assert "V" in differ and (("U" in differ) or METHODS[row].core == "identity")
+
+
+def test_without_a_seed_torchs_own_decides() -> None:
+    found = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        found.append(outputs(get_peft_model(llama(), config(seed=None, init_weights=False)), INPUTS))
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"core": "tucker", "modes": ()}, r"core='tucker' with modes=\(\)"),
+        ({"core": "tt", "modes": ()}, r"core='tt' with modes=\(\)"),
+        ({"core": "identity", "modes": ("layer",)}, r"core='identity' with modes=\('layer',\)"),
+        ({"core": "cp", "r": (2, 4)}, r"core='cp' .*r=\(2, 4\)"),
+        ({"core": "identity", "modes": (), "r": (2, 4)}, r"core='identity' .*r=\(2, 4\)"),
+        ({"core": "cp", "rank_pattern": {"q_proj": (2, 4)}}, r"core='cp' .*\(2, 4\)"),
+        ({"core_ranks": 2}, r"core_ranks=2 .*core='free'"),
+        ({"core": "tucker", "core_ranks": {"head": 2}}, r"core_ranks names 'head'"),
+        ({"core": "tucker", "core_ranks": 0}, r"core_ranks=0"),
+        ({"core": "tucker", "core_ranks": {"layer": True}}, r"core_ranks="),
+        ({"modes": ("layer", "head")}, r"modes=.*\"head\", but blocks='none'"),
+        ({"method": "lora", "train": "cores"}, r"train='cores' with core='identity'"),
+        ({"magnitude": "base_and_update", "init_weights": True}, r"init_weights=True .*base_and_update"),
+        ({"modes": ("site", "layer")}, r"modes=.*\"site\""),
+        ({"modes": ("depth",)}, r"modes=.*'depth'"),
+        ({"core": "tuker"}, r"core='tuker' .*tucker"),
+        ({"blocks": "heads"}, r"blocks='heads' .*head"),
+        ({"magnitude": "per_out"}, r"magnitude='per_out' .*per_output"),
+        ({"start": "svd"}, r"start='svd'"),
+        ({"train": "core"}, r"train='core' .*cores"),
+    ],
+)
+def test_what_has_no_meaning_is_refused_by_name(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        LotrConfig(**fields)
+
+
+# ---- sums
+
+
+SUMS = ["tenslora_qkv_depth", "tenslora_depth_cp", "lorta", "metatt_5d", "lora", "lora_xs", "fact_tk", "cara"]
+
+
+@pytest.mark.parametrize("row", SUMS)
+@pytest.mark.parametrize("make, targets", [(bert, BERT), (gpt2, ["c_attn", "c_proj"])], ids=["bert", "gpt2"])
+def test_a_weighted_sum_is_exact_whatever_the_cores(
+    make: Any, targets: list[str], row: str, tmp_path: Path
+) -> None:
+    model = get_peft_model(make(), config(row, targets, init_weights=False), adapter_name="a")
+    model.add_adapter("b", config(row, targets, seed=1, r=3, scaling=0.5, init_weights=False))
+    model.base_model.add_weighted_adapter(["a", "b"], [0.7, -2.0], "sum")
+    for layer in linears(model):
+        expected = 0.7 * layer.get_delta_weight("a") - 2.0 * layer.get_delta_weight("b")
+        assert expected.any()
+        torch.testing.assert_close(layer.get_delta_weight("sum"), expected, atol=1e-6, rtol=1e-5)
+    model.set_adapter("sum")
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(make(), tmp_path / "sum")
+    assert torch.equal(outputs(loaded, INPUTS), outputs(model.eval(), INPUTS))
+
+
+@pytest.mark.parametrize("row", ["dora", "bora", "map"])
+def test_a_sum_with_a_magnitude_is_refused_and_nothing_is_left(row: str) -> None:
+    model = get_peft_model(llama(), config("lora"), adapter_name="a")
+    model.add_adapter("b", config(row, seed=1))
+    with pytest.raises(ConfigError, match=r"'b' has magnitude=.*[Mm]erge"):
+        model.base_model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")
+    assert set(model.peft_config) == {"a", "b"}
+    assert not any("sum" in m.lotr_site for m in model.modules() if isinstance(m, LotrLinear))
+
+
+# ---- names of adapters
+
+
+def test_a_fused_modules_cores_load_under_any_name(tmp_path: Path) -> None:
+    model = get_peft_model(gpt2(), config("lotr", ["c_attn"], init_weights=False), adapter_name="a")
+    model.save_pretrained(tmp_path)
+    for name in ("a", "b", "default"):
+        loaded = PeftModel.from_pretrained(gpt2(), tmp_path / "a", adapter_name=name)
+        assert torch.equal(outputs(loaded, INPUTS), outputs(model.eval(), INPUTS))
+
+
+@pytest.mark.parametrize(
+    "row, make, targets, name",
+    [
+        ("lotr", gpt2, ["c_attn"], "query"),
+        ("tenslora_qkv", bert, BERT, "core"),
+        ("lorta", bert, BERT, "factor_0"),
+        ("dora", bert, BERT, "m"),
+        ("map", bert, BERT, "alpha"),
+    ],
+)
+def test_an_adapter_cannot_be_called_like_a_number_inside_another(
+    row: str, make: Any, targets: list[str], name: str
+) -> None:
+    """PEFT would leave the number out of the other's file."""
+    with pytest.raises(ConfigError, match=f"adapter cannot be called '{name}'"):
+        get_peft_model(make(), config(row, targets), adapter_name=name)
+    model = get_peft_model(make(), config(row, targets))
+    with pytest.raises(ConfigError, match=f"adapter cannot be called '{name}'"):
+        model.add_adapter(name, config("lora", targets))
+    assert set(model.peft_config) == {"default"}

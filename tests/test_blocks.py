@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import pytest
+
+from lotr.blocks import Block, Heads, Shape, Target, cut
+
+QKV = (("query", 8), ("key", 4), ("value", 4))
+
+
+def _cut(
+    shape: Shape,
+    blocks: str,
+    heads: Heads | None = None,
+    fused: tuple[tuple[str, int], ...] = (),
+    split: bool = True,
+) -> list[Block]:
+    return list(cut(Target("m", shape, (2, 2), fused=fused, heads=heads), blocks, split_fused=split))
+
+
+@pytest.mark.parametrize(
+    "shape, blocks, heads",
+    [
+        ((8, 6), "none", None),
+        ((8, 6), "none", Heads(2)),  # heads are cut only where they are asked for
+        ((8, 6), "head", None),  # a feed-forward weight has no heads
+        ((8, 6), "square", None),  # 8 is no multiple of 6
+        ((6, 6), "square", Heads(2)),
+    ],
+)
+def test_a_weight_that_is_not_cut_is_one_block(shape: Shape, blocks: str, heads: Heads | None) -> None:
+    assert _cut(shape, blocks, heads) == [Block(0, 0, shape)]
+
+
+def test_heads_of_a_query_are_runs_of_rows() -> None:
+    found = _cut((8, 6), "head", Heads(2))
+    assert found == [Block(row=2 * head, column=0, shape=(2, 6), head=head) for head in range(4)]
+
+
+def test_heads_of_an_output_projection_are_runs_of_columns() -> None:
+    found = _cut((6, 8), "head", Heads(2, axis=1))
+    assert found == [Block(row=0, column=2 * head, shape=(6, 2), head=head) for head in range(4)]
+
+
+def test_one_head_is_a_head() -> None:
+    assert _cut((4, 4), "head", Heads(4)) == [Block(0, 0, (4, 4), head=0)]
+
+
+@pytest.mark.parametrize(
+    "shape, corners",
+    [
+        ((12, 4), [(0, 0), (4, 0), (8, 0)]),
+        ((4, 12), [(0, 0), (0, 4), (0, 8)]),
+    ],
+)
+def test_a_long_weight_is_cut_into_numbered_squares(shape: Shape, corners: list[Shape]) -> None:
+    found = _cut(shape, "square")
+    assert found == [Block(row, column, (4, 4), piece=str(n)) for n, (row, column) in enumerate(corners)]
+
+
+def test_the_projections_of_a_fused_weight_are_its_pieces_from_the_first_row_on() -> None:
+    assert _cut((16, 6), "none", fused=QKV) == [
+        Block(0, 0, (8, 6), "query"),
+        Block(8, 0, (4, 6), "key"),
+        Block(12, 0, (4, 6), "value"),
+    ]
+
+
+def test_a_fused_weight_is_whole_where_nothing_is_shared() -> None:
+    assert _cut((16, 6), "none", fused=QKV, split=False) == [Block(0, 0, (16, 6))]
+
+
+def test_heads_of_a_fused_weight_are_counted_within_each_projection() -> None:
+    found = [(block.piece, block.head, block.row) for block in _cut((16, 6), "head", Heads(2), QKV)]
+    queries = [("query", head, 2 * head) for head in range(4)]
+    assert found == [*queries, ("key", 0, 8), ("key", 1, 10), ("value", 0, 12), ("value", 1, 14)]
+
+
+def test_squares_of_a_fused_weight_are_cut_within_each_projection() -> None:
+    found = [(b.piece, b.row, b.column, b.shape) for b in _cut((16, 4), "square", fused=QKV)]
+    assert found == [
+        ("query-0", 0, 0, (4, 4)),
+        ("query-1", 4, 0, (4, 4)),
+        ("key", 8, 0, (4, 4)),
+        ("value", 12, 0, (4, 4)),
+    ]
+
+
+@pytest.mark.parametrize("blocks", ["none", "head", "square"])
+@pytest.mark.parametrize("shape", [(16, 4), (16, 16), (16, 32), (16, 7)], ids=str)
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("fused", [(), QKV], ids=["one", "fused"])
+def test_blocks_cover_every_number_once_in_reading_order(
+    blocks: str, shape: Shape, axis: int, fused: tuple[tuple[str, int], ...]
+) -> None:
+    heads = Heads(2, axis) if shape[axis] % 2 == 0 else None
+    found = _cut(shape, blocks, heads, fused)
+    cells = [
+        (row, column)
+        for block in found
+        for row in range(block.row, block.row + block.shape[0])
+        for column in range(block.column, block.column + block.shape[1])
+    ]
+    assert len(cells) == shape[0] * shape[1] == len(set(cells))
+    assert max(cells) == (shape[0] - 1, shape[1] - 1)
+    assert found == sorted(found, key=lambda block: (block.row, block.column))

@@ -113,7 +113,7 @@ def main() -> None:
     shown = Table(title="MiniLM on docstrings: 16 classes, default settings", title_justify="left")
     for name in HEADER:
         shown.add_column(name, justify="left" if name == "method" else "right")
-    rows = table(runs)
+    rows = table([run for run in runs if run["epochs"] == options.epochs])
     for method, numbers, score, seconds in rows:
         shown.add_row(method, f"{numbers:,}", f"{score:.4f}", f"{seconds:.3f}")
     Console().print(shown)

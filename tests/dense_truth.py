@@ -45,7 +45,7 @@ def site_updates(plan: Plan, tensors: dict[str, Tensor], scaling: float) -> list
             (k, r), (o, i) = group.rank, group.shape
             for site in part.sites:
                 if type(group.core).__name__ == "FreeCore":
-                    held = tensors[f"{ROOT}{path}.lotr_C.{f'{part.name}.' if part.name else ''}weight"]
+                    held = tensors[f"{ROOT}{path}.lotr_C.{part.name or 'weight'}"]
                     down, across = (site.row - part.rows[0]) // o, (site.column - part.columns[0]) // i
                     C = held[down * k : (down + 1) * k, across * r : (across + 1) * r]
                 else:

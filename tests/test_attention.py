@@ -80,8 +80,7 @@ def keep(model: nn.Module, wanted: Callable[[Site], bool]) -> None:
     for layer in (m for m in model.modules() if isinstance(m, LotrLinear)):
         for part in (member.part for member in layer.lotr_site["default"].members):
             (_, across), (k, r) = part.grid, part.group.rank
-            held = layer.lotr_C["default"]
-            C = (held[part.name] if part.name else held).weight
+            C = layer.lotr_site["default"].site_core(part)
             for n, site in enumerate(part.sites):
                 row, column = divmod(n, across)
                 if wanted(site):

@@ -12,7 +12,7 @@ from lotr.cores import CORES
 from lotr.magnitudes import MAGNITUDES
 from lotr.methods import method
 from lotr.sites import MODES, check_modes
-from lotr.starts import DATA_STARTS, STARTS
+from lotr.starts import STARTS, WEIGHT_STARTS
 
 ASKED = {"lotr", "lotr_joint", "lora", "dora", "bora", "map", "lora_xs", "lorta", "cara"}
 ASKED |= {"fact_tt", "fact_tk", "metatt_4d", "metatt_5d"}
@@ -33,7 +33,7 @@ def test_every_row_names_things_that_exist(name: str) -> None:
     assert row.name == name
     assert set(row.modes) <= set(MODES) and row.modes == check_modes(row.modes)
     assert row.core in CORES and row.blocks in BLOCKS and row.magnitude in MAGNITUDES
-    assert row.start in STARTS | DATA_STARTS and row.train in ("all", "cores")
+    assert row.start in STARTS | WEIGHT_STARTS and row.train in ("all", "cores")
 
 
 @every_row
@@ -61,7 +61,7 @@ def test_a_row_fills_the_configuration(name: str) -> None:
 
 @every_row
 def test_the_update_of_a_row_starts_at_zero_unless_it_is_divided_by(name: str) -> None:
-    assert LotrConfig(method=name).init_weights is (name != "map")
+    assert LotrConfig(method=name).starts_at_zero is (name != "map")
 
 
 def test_a_field_that_is_set_overrides_the_row() -> None:

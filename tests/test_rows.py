@@ -181,12 +181,12 @@ def test_factored_norms_equal_dense_norms(row: Row) -> None:
     dense, plain = updates(row.plan, row.saved.tensors(), SCALING), row.plain()
     for path, layer in row.layers():
         adapted = layer.lotr_site["default"]
-        parts = adapted.placed()
+        parts = [adapted.placed(member) for member in adapted.members]
         W, dW = weight_of(plain.get_submodule(path)), dense[path]
         gains = torch.linspace(0.5, 2.0, len(W))
         found = (
-            row_energy(adapted.base, parts).sqrt(),
-            column_energy(adapted.base, parts, gains).sqrt(),
+            row_energy(layer.base_weight, parts).sqrt(),
+            column_energy(layer.base_weight, parts, gains).sqrt(),
             update_energy(parts).sqrt(),
         )
         columns = (gains[:, None] * (W + dW)).norm(dim=0)

@@ -91,8 +91,8 @@ class TunerContract:
                     for member in layer.lotr_site["default"].members:
                         U, Vt = (getattr(member.group, f"lotr_{f}")["default"].weight for f in "UV")
                         held = layer.lotr_C["default"]
-                        C = held[member.part.name] if member.part.name else held
-                        pieces.append(2.0 * U @ C.weight @ Vt)
+                        C = held()[member.part.name] if member.part.name else held.weight
+                        pieces.append(2.0 * U @ C @ Vt)
                     dW = torch.cat(pieces)
                     weight = plain.get_submodule(path).weight
                     weight += dW.T if layer.fan_in_fan_out else dW

@@ -14,6 +14,7 @@ from .errors import CheckpointError, ConfigError, DataError, LotrError, PlanErro
 from .methods import METHODS, Method  # noqa: E402
 from .sites import Group, Plan, Site  # noqa: E402
 from .tuner.config import LotrConfig  # noqa: E402
+from .tuner.data_start import start  # noqa: E402
 from .tuner.model import LotrModel  # noqa: E402
 from .tuner.register import register  # noqa: E402
 from .tuner.targets import plan  # noqa: E402
@@ -38,4 +39,5 @@ __all__ = [
     "TrainingError",
     "__version__",
     "plan",
+    "start",
 ]

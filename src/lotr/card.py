@@ -9,7 +9,7 @@ _HEADING = "## How to use"
 
 USAGE = f"""{_HEADING}
 
-This is a LoTR adapter: shared factors and one small core for each module. PEFT loads it once `lotr` is imported:
+An adapter of the `lotr` package, `ΔW = σ·U·C·Vᵀ`. PEFT loads it once `lotr` is imported:
 
 ```python
 import lotr  # registers the method with PEFT; must come before loading
@@ -18,8 +18,7 @@ from peft import AutoPeftModel{{auto}}
 model = AutoPeftModel{{auto}}.from_pretrained("path/or/hub-id/of/this/adapter")
 ```
 
-Whoever cannot install `lotr` can use the same update as a plain LoRA, which is exact:
-`lotr export path/of/this/adapter --output lora-folder`.
+Whoever cannot install `lotr` can use {{exit}}.
 """
 
 _AUTO = {
@@ -32,11 +31,18 @@ _AUTO = {
 }
 
 
-def usage(task_type: str | None) -> str:
+_EXITS = {
+    True: "the same update as a plain LoRA, which is exact: `lotr export path/of/this/adapter --output lora-folder`",
+    False: "a plain model with the update merged in: `lotr merge path/of/this/adapter --output model-folder`",
+}
+
+
+def usage(task_type: str | None, additive: bool = True) -> str:
     """Return the section that says how an adapter is loaded.
 
     Args:
         task_type: PEFT's task type, which names the class to load with.
+        additive: Whether the adapter only adds to the weight, so that a LoRA can hold it.
 
     Returns:
         Markdown.
@@ -45,25 +51,26 @@ def usage(task_type: str | None) -> str:
         >>> "AutoPeftModelForCausalLM" in usage("CAUSAL_LM")
         True
     """
-    return USAGE.replace("{auto}", _AUTO.get(str(task_type), ""))
+    return USAGE.replace("{auto}", _AUTO.get(str(task_type), "")).replace("{exit}", _EXITS[additive])
 
 
-def add_usage(folder: Path, task_type: str | None) -> None:
+def add_usage(folder: Path, task_type: str | None, additive: bool = True) -> None:
     """Add that section to the card which PEFT wrote into a folder, once; without a card nothing is done."""
     card = folder / "README.md"
     if not card.is_file():
         return
     text = card.read_text(encoding="utf-8")
     if _HEADING not in text:
-        card.write_text(f"{text.rstrip()}\n\n{usage(task_type)}", encoding="utf-8")
+        card.write_text(f"{text.rstrip()}\n\n{usage(task_type, additive)}", encoding="utf-8")
 
 
-def for_run(report: dict[str, Any], task_type: str | None) -> str:
+def for_run(report: dict[str, Any], task_type: str | None, additive: bool = True) -> str:
     """Return the card of an adapter that `lotr train` made; equal runs give equal cards.
 
     Args:
         report: Content of `metrics.json`.
         task_type: PEFT's task type.
+        additive: Whether the adapter only adds to the weight.
 
     Returns:
         Markdown with the front matter that the hub reads.
@@ -71,7 +78,7 @@ def for_run(report: dict[str, Any], task_type: str | None) -> str:
     task, settings, numbers = report["task"], report["settings"], report["trained_numbers"]
     scores = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(report["eval"].items()))
     labels = f"Labels: {', '.join(task['labels'])}.\n\n" if task["labels"] else ""
-    how = usage(task_type) if settings["method"] not in ("peft_lora", "peft_dora") else ""
+    how = usage(task_type, additive) if settings["method"] not in ("peft_lora", "peft_dora") else ""
     return f"""---
 base_model: {task["base_model"]}
 library_name: peft

@@ -79,6 +79,22 @@ def side_by_side(
     return cores.reshape(a, b, k, r).transpose(1, 2).reshape(a * k, b * r)
 
 
+def one_by_one(
+    C: Tensor,  # (a·k, b·r)
+    grid: Grid,
+) -> Tensor:  # (a·b, k, r)
+    """Return the cores of a grid of blocks, which lie side by side, in the order of their blocks.
+
+    Example:
+        >>> import torch
+        >>> one_by_one(torch.randn(8, 3), grid=(4, 1)).shape
+        torch.Size([4, 2, 3])
+    """
+    a, b = grid
+    k, r = C.shape[0] // a, C.shape[1] // b
+    return C.reshape(a, k, b, r).transpose(1, 2).reshape(a * b, k, r)
+
+
 @dataclass(frozen=True)
 class Factored:
     """An update in factored form: `ΔW = left · (I_b ⊗ V)ᵀ` with `left = σ (I_a ⊗ U) C`.

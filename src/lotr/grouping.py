@@ -65,7 +65,7 @@ def make_plan(
 
     names: set[str] = set()
     groups = [_group(sites, modes, core, core_ranks, names) for sites in members.values()]
-    _check_sharing(groups, modes)
+    _check_sharing(groups, modes, blocks)
     return Plan(tuple(groups), tuple(targets), magnitude, train)
 
 
@@ -126,14 +126,15 @@ def _check_rank(name: str, sites: list[Site]) -> None:
         )
 
 
-def _check_sharing(groups: list[Group], modes: tuple[str, ...]) -> None:
+def _check_sharing(groups: list[Group], modes: tuple[str, ...], blocks: str) -> None:
     """Refuse a plan in which a mode that was asked for brings nothing together anywhere."""
     if not groups:  # a head alone
         return
-    if "head" in modes and all(site.head is None for group in groups for site in group.sites):
+    if blocks == "head" and all(site.head is None for group in groups for site in group.sites):
+        shared = ', and drop "head" from modes' if "head" in modes else ""
         raise PlanError(
-            'No module has attention heads, so nothing can be shared along "head". Adapt query, key, value or '
-            'output projections, or drop "head" from modes.'
+            'No module has attention heads, so blocks="head" cuts nothing. Adapt query, key, value or output '
+            f'projections, or use blocks="none"{shared}.'
         )
     projections = {p: group.shape for group in groups for p in group.projections}
     together = any(len(group.projections) > 1 for group in groups)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from . import plots
 from .checkpoint import AdapterFolder
-from .delta import Factored, side_by_side
+from .delta import Factored, one_by_one, side_by_side
 from .errors import CheckpointError
 from .parts import Part
 from .sites import Plan
+from .tuner.basis import read_basis
 from .tuner.config import LotrConfig
 from .tuner.state import core_key, file_shapes, group_keys
 from .tuner.targets import plan_of
@@ -75,7 +76,9 @@ def config_of(adapter: AdapterFolder) -> LotrConfig:
             "PEFT itself can load and merge it."
         )
     try:
-        return LotrConfig.from_peft_type(**adapter.config)
+        config: LotrConfig = LotrConfig.from_peft_type(**adapter.config)
+        config.look_for_basis(adapter.path)
+        return config
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"The configuration in {adapter.path} does not hold: {error}") from error
 
@@ -97,7 +100,10 @@ def take_apart(adapter: AdapterFolder) -> Taken:
         raise CheckpointError(f"{adapter.path} adapts no module: it holds a trained head alone.")
     plan = plan_of(targets, config)
     tensors = adapter.tensors()
-    for key, shape in file_shapes(plan).items():
+    if config.refers_to_basis:
+        tensors |= read_basis(config)
+    known = file_shapes(plan)
+    for key, shape in known.items():
         if key not in tensors:
             raise CheckpointError(f"{adapter.path} lacks {key!r}. The file is not whole.")
         if tuple(tensors[key].shape) != shape:
@@ -105,7 +111,7 @@ def take_apart(adapter: AdapterFolder) -> Taken:
                 f"{adapter.path}: {key!r} has shape {tuple(tensors[key].shape)}, and the configuration tells of "
                 f"{shape}. The two files were put together from different adapters."
             )
-    rest = {key: tensor for key, tensor in tensors.items() if key not in file_shapes(plan)}
+    rest = {key: tensor for key, tensor in tensors.items() if key not in known}
     extra = [key for key in rest if ".lotr_" in key]
     if extra:
         raise CheckpointError(
@@ -140,8 +146,7 @@ def inspect(adapter: AdapterFolder) -> Inspection:
     sites: list[SiteReport] = []
     for part, update in taken.parts:
         R_U, R_V = (torch.linalg.qr(factor.double()).R for factor in (update.U, update.V))
-        (a, b), (k, r) = update.grid, part.group.rank
-        cores = update.C.double().reshape(a, k, b, r).transpose(1, 2).reshape(-1, k, r)
+        cores = one_by_one(update.C.double(), update.grid)
         for site, C in zip(part.sites, cores, strict=True):
             small = update.scaling * (R_U @ C @ R_V.T)
             norm, rank = float(torch.linalg.norm(small)), effective_rank(small)

@@ -92,7 +92,7 @@ class NoMagnitude(Magnitude):
     def gains(
         self, numbers: Numbers, base: BaseWeight, update: Sequence[Placed], constant: bool = True
     ) -> Gains:
-        one = torch.ones(1, device=base.weight().device)
+        one = base.row_energy().new_ones(1)
         return Gains(one, one)
 
 

@@ -71,11 +71,13 @@ def _tenslora() -> Iterable[Method]:
         along = [mode for part, mode in names.items() if part in name]
         modes = tuple(mode for mode in ("layer", "projection", "head") if mode in along)
         shared = f"{', '.join(along[:-1])} and {along[-1]}" if along[1:] else along[0]
+        others = [part for part in ("layer", "projection") if part not in along]
+        each = f" for each {' and '.join(others)}" if others else ""
         for core, suffix in (("tucker", ""), ("cp", "_cp")):
             yield Method(
                 f"tenslora_{name}{suffix}",
                 *_TENSLORA,
-                f"One {'Tucker' if core == 'tucker' else 'CP'} tensor along {shared}.",
+                f"A {'Tucker' if core == 'tucker' else 'CP'} tensor along {shared}{each}.",
                 modes=modes,
                 core=core,
                 blocks="head" if "head" in modes else "none",
@@ -92,7 +94,7 @@ _ROWS = (
     Method(
         "lotr_joint",
         *_LOTR,
-        "The smallest: all projections of equal shape share one pair, as the authors' code does.",
+        "The smallest LoTR: all projections of equal shape share one pair, as the authors' code does.",
         modes=("layer", "projection"),
     ),
     Method(

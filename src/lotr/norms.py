@@ -11,8 +11,8 @@ Everything is computed in float32 or wider.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -30,13 +30,13 @@ class Placed:
         update: The part in factored form.
         row: First output feature.
         column: First input feature.
-        frozen: `V` never changes, so `W V` is computed once.
+        frozen: False while `V` trains. Else something that tells this `V` from any other: `W V` is kept with it.
     """
 
     update: Factored
     row: int
     column: int
-    frozen: bool = False
+    frozen: Hashable = False
 
     @property
     def rows(self) -> slice:
@@ -49,7 +49,7 @@ class Placed:
         return slice(self.column, self.column + self.update.grid[1] * self.update.V.shape[0])
 
 
-def _same() -> object:
+def _never_changes() -> object:
     return 0
 
 
@@ -63,24 +63,26 @@ class BaseWeight:
     """
 
     weight: Callable[[], Tensor]
-    version: Callable[[], object] = _same
-    _kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    version: Callable[[], object] = _never_changes
+    _kept: dict[Hashable, Tensor] = field(default_factory=dict, repr=False)
     _seen: object = field(default=None, repr=False)
 
     def row_energy(self) -> Tensor:  # (out,)
         """Return `‖W‖²_row`, from memory after the first time."""
         self._forget_another()
-        if "rows" not in self._kept:
-            with torch.no_grad():
-                W = self.weight()
-                ones = torch.ones(W.shape[1], device=W.device)
-                self._kept["rows"] = _squares(W.detach(), 1, ones)
-        return self._kept["rows"]
+        if "rows" in self._kept:
+            return self._kept["rows"]
+        with torch.no_grad():
+            W = self.weight()
+            energy = _squares(W.detach(), 1, torch.ones(W.shape[1], device=W.device))
+        if not energy.is_meta:
+            self._kept["rows"] = energy
+        return energy
 
     def times(self, part: Placed) -> Tensor:  # (a·o, b·r)
         """Return `W (I_b ⊗ V)` at the place of a part, from memory where `V` is frozen."""
         self._forget_another()
-        key = f"WV {part.row} {part.column}"
+        key = ("WV", part.row, part.column, part.frozen)
         if part.frozen and key in self._kept:
             return self._kept[key]
         V = _wide(part.update.V)
@@ -90,14 +92,27 @@ class BaseWeight:
             self._kept[key] = product.detach()
         return product
 
-    def moved(self, before: object, device: torch.device) -> None:
-        """Take what is kept along to another device; `before` is the version of the weight before it moved.
+    def read_once(self) -> BaseWeight:
+        """Return the same weight, for one use: it is read, or dequantised, once at most."""
+        read: list[Tensor] = []
 
-        Computed anew there, a norm could differ in its last bit from the trained number that started at it.
+        def weight() -> Tensor:
+            if not read:
+                read.append(self.weight())
+            return read[0]
+
+        self._forget_another()
+        return replace(self, weight=weight, version=_never_changes, _seen=0)
+
+    def moved(self, same: bool, device: torch.device) -> None:
+        """Say that the weight was moved: what is kept goes along, or is dropped when it is not the same any more.
+
+        Computed anew on another device, a norm could differ in its last bit from the trained number that started at
+        it.
         """
-        if self._seen == before:
-            self._kept = {name: tensor.to(device) for name, tensor in self._kept.items()}
-            self._seen = self.version()
+        kept = self._kept if same and self._seen is not None else {}
+        self._kept = {name: tensor.to(device) for name, tensor in kept.items()}
+        self._seen = self.version()
 
     def _forget_another(self) -> None:
         """Drop what is kept once the weight has changed."""
@@ -115,7 +130,7 @@ def row_energy(base: BaseWeight, update: Sequence[Placed]) -> Tensor:  # (out,)
     for part in update:
         L = _wide(part.update.left())
         here = 2 * (base.times(part) * L).sum(1) + _inner(L, part).sum(1)
-        energy = energy + _at(here, part.row, len(energy))
+        energy = energy + _within(here, part.row, len(energy))
     return energy
 
 
@@ -130,7 +145,7 @@ def column_energy(base: BaseWeight, update: Sequence[Placed], rows: Tensor) -> T
         L, D = L.unflatten(1, (b, -1)).movedim(1, 0), D.unflatten(1, (b, -1)).movedim(1, 0)  # (b, a·o, r)
         cross = W[part.rows, part.columns].to(V).unflatten(1, (b, -1)).permute(1, 2, 0) @ D  # (b, i, r)
         here = (2 * cross * V + (V @ (L.mT @ D)) * V).sum(-1).flatten()
-        energy = energy + _at(here, part.column, len(energy))
+        energy = energy + _within(here, part.column, len(energy))
     return energy
 
 
@@ -147,7 +162,7 @@ def _inner(L: Tensor, part: Placed) -> Tensor:  # (a·o, b·r) -> (a·o, b·r)
     return ((blocks @ (V.T @ V)) * blocks).flatten(1)
 
 
-def _at(values: Tensor, start: int, size: int) -> Tensor:  # (size,)
+def _within(values: Tensor, start: int, size: int) -> Tensor:  # (size,)
     return torch.nn.functional.pad(values, (start, size - start - len(values)))
 
 

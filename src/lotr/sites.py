@@ -136,6 +136,11 @@ class Plan:
                 of_module[site.module].append((group, site))
         return {target.path: parts_of(of_module[target.path]) for target in self.targets}
 
+    @cached_property
+    def shape_of(self) -> dict[str, Shape]:
+        """Path of a module → its `(out, in)` features."""
+        return {target.path: target.shape for target in self.targets}
+
     @property
     def n_sites(self) -> int:
         """Blocks that receive an update."""

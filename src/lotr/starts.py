@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 Start = Callable[[int, int, Generator], Tensor]
-DataStart = Callable[[Sequence[Tensor], int, int, Generator], tuple[Tensor, Tensor]]
+WeightStart = Callable[[Sequence[Tensor], int, int, Generator], tuple[Tensor, Tensor]]
 
 
 def orthonormal(n: int, rank: int, generator: Generator) -> Tensor:  # (n, rank)
@@ -89,7 +89,9 @@ def weight(
     """Leading singular directions of the pre-trained weights that share the factors.
 
     `U` spans the leading left directions of the blocks side by side, `V` the leading right directions of the blocks
-    below each other; of one weight alone these are its singular vectors, as in LoRA-XS (arXiv 2405.17604). Found by
+    below each other; of one weight alone these are its singular vectors.
+    LoRA-XS (arXiv 2405.17604) has those, with the singular values multiplied into one side; here the columns stay
+    orthonormal, so that one learning rate serves all. Found by
     subspace iteration, so that no more than `k` or `r` (and some) columns are ever built.
 
     Args:
@@ -106,27 +108,34 @@ def weight(
         >>> U.shape, V.shape
         (torch.Size([6, 2]), torch.Size([5, 3]))
     """
-    wide = [W.detach().float() for W in weights]
-    U = _leading(wide, k, generator)
-    return U, _leading([W.T for W in wide], r, generator)
+    return _leading(weights, k, generator), _leading([W.T for W in weights], r, generator)
 
 
 def _leading(
-    matrices: list[Tensor], rank: int, generator: Generator, rounds: int = 12
+    matrices: Sequence[Tensor], rank: int, generator: Generator, rounds: int = 12
 ) -> Tensor:  # (n, rank)
-    n = matrices[0].shape[0]
-    start = orthonormal(n, min(n, 2 * rank + 8), generator).to(matrices[0].device)
+    n, home = matrices[0].shape[0], matrices[0].device
+    basis = orthonormal(n, min(n, 2 * rank + 8), generator).to(home)
+
+    def energy_times(columns: Tensor) -> Tensor:  # Σ M Mᵀ · columns, one wide copy at a time
+        total = torch.zeros_like(columns)
+        for matrix in matrices:
+            M = matrix.detach().to(home, torch.float32)
+            total += M @ (M.T @ columns)
+        return total
+
     for _ in range(rounds):
-        start = torch.linalg.qr(sum(M @ (M.T @ start) for M in matrices)).Q
-    energy: Tensor = sum((M.T @ start).T @ (M.T @ start) for M in matrices)  # type: ignore[assignment]
-    inside = torch.linalg.eigh(energy).eigenvectors.flip(1)[:, :rank]
-    return (start @ inside).cpu()
+        basis = torch.linalg.qr(energy_times(basis)).Q
+    inside = torch.linalg.eigh(basis.T @ energy_times(basis)).eigenvectors.flip(1)[:, :rank]
+    return (basis @ inside).cpu()
 
 
 #: Starts that need a shape alone.
 STARTS: dict[str, Start] = {"orthonormal": orthonormal, "gaussian": gaussian, "kaiming": kaiming}
 #: Starts that look at the weights of the group's sites.
-DATA_STARTS: dict[str, DataStart] = {"weight": weight}
+WEIGHT_STARTS: dict[str, WeightStart] = {"weight": weight}
+#: Starts that look at data; until `lotr.start` has seen some, the factors are orthonormal.
+DATA_STARTS = ("gradient", "activation")
 
 
 def generator_for(seed: int, *names: str) -> Generator:

@@ -80,10 +80,20 @@ class TrainSettings:
     trainable: str | None = _setting(
         None, _ADAPTER, "What trains: all, or cores (the factors stay as they start).", "default: by method"
     )
+    basis: str | None = _setting(
+        None,
+        _ADAPTER,
+        "Adapter whose factors are kept: its structure is taken, and only cores and a head train.",
+        "default: none",
+    )
     scaling: float = _setting(1.0, _ADAPTER, "σ: multiplies the update; not divided by the rank.")
     start: str | None = _setting(
-        None, _ADAPTER, "How the factors start: orthonormal, gaussian, kaiming, weight.", "default: by method"
+        None,
+        _ADAPTER,
+        "How the factors start: orthonormal, gaussian, kaiming, weight; from the first batches: gradient, activation.",
+        "default: by method",
     )
+    start_batches: int = _setting(8, _ADAPTER, "Batches that a start from gradients or activations looks at.")
     dropout: float = _setting(0.0, _ADAPTER, "Dropout on the input of the update.")
 
     lr: float | None = _setting(None, _TRAINING, "Learning rate of the factors.", "default: by method")
@@ -92,6 +102,9 @@ class TrainSettings:
         None, _TRAINING, "Learning rate of the magnitudes.", "default: by method"
     )
     head_lr: float | None = _setting(None, _TRAINING, "Learning rate of a new head.", "default: by method")
+    head_warmup: int = _setting(
+        0, _TRAINING, "Steps in which a new head trains alone, before the adapter starts."
+    )
     epochs: float = _setting(3.0, _TRAINING, "Passes over the training data.")
     max_steps: int | None = _setting(None, _TRAINING, "Steps, instead of epochs.", "default: by epochs")
     batch_size: int = _setting(32, _TRAINING, "Rows a step and device.")
@@ -161,6 +174,8 @@ def _cast(path: Path, name: str, value: Any, kind: str) -> Any:
     """Return a YAML value in the type of its setting; YAML reads `1e-3` as text and `16` as a number."""
     if value is None:
         return None
+    if isinstance(value, dict):
+        value = ",".join(f"{key}={part}" for key, part in value.items())
     if isinstance(value, list):
         value = ",".join(str(part) for part in value)
     base = kind.partition(" ")[0]

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from lotr_cli.settings import TrainSettings
 
+    from ..tuner.config import LotrConfig
+
 #: Methods that are not rows of the table: PEFT's own for comparison, and a new head alone.
 PEERS = ("peft_lora", "peft_dora", "head")
 _REGEX = r"[*+?()\[\]|\\^$]"  # a character that no module's name has
@@ -44,7 +46,7 @@ def adapter_config(settings: TrainSettings, task: str) -> PeftConfig:
             )
         return LotrConfig(**{**common, "target_modules": DUMMY_TARGET_MODULES})
     if settings.method in PEERS:
-        k, r = rank(settings.rank)
+        k, r = read_rank(settings.rank)
         if k != r:
             raise ConfigError(f"rank={settings.rank!r} is a pair, and LoRA has one rank. Use one number.")
         return peft.LoraConfig(
@@ -54,17 +56,19 @@ def adapter_config(settings: TrainSettings, task: str) -> PeftConfig:
             use_dora=settings.method == "peft_dora",
             **common,
         )
+    if settings.basis is not None:
+        return _on_basis(settings, TASK_TYPES[task])
     if settings.method not in METHODS:
         raise ConfigError(
             f"method={settings.method!r} is not known. {near(settings.method, [*METHODS, *PEERS])} "
             "`lotr methods` describes them."
         )
     return LotrConfig(
-        r=rank(settings.rank),
+        r=read_rank(settings.rank),
         method=settings.method,
-        modes=modes(settings.modes),
+        modes=read_modes(settings.modes),
         core=settings.core,
-        core_ranks=core_ranks(settings.core_ranks),
+        core_ranks=read_core_ranks(settings.core_ranks),
         blocks=settings.blocks,
         magnitude=settings.magnitude,
         train=settings.trainable,
@@ -76,11 +80,46 @@ def adapter_config(settings: TrainSettings, task: str) -> PeftConfig:
     )
 
 
-def modes(text: str | None) -> tuple[str, ...] | None:
+def _on_basis(settings: TrainSettings, task_type: str) -> PeftConfig:
+    """Return a configuration with the structure of an adapter, whose factors are kept."""
+    from ..tuner.config import LotrConfig
+
+    of = _basis(settings)
+    same = (
+        "r",
+        "method",
+        "modes",
+        "core",
+        "core_ranks",
+        "blocks",
+        "scaling",
+        "target_modules",
+        "exclude_modules",
+    )
+    same = (*same, "layers_to_transform", "layers_pattern", "rank_pattern")
+    return LotrConfig(
+        basis=settings.basis,
+        task_type=task_type,
+        magnitude=settings.magnitude or of.magnitude,
+        dropout=settings.dropout,
+        seed=settings.seed,
+        **{name: getattr(of, name) for name in same},
+    )
+
+
+def _basis(settings: TrainSettings) -> LotrConfig:
+    """Return the configuration of the adapter whose factors are kept."""
+    from ..checkpoint import read_adapter
+    from ..inspection import config_of
+
+    return config_of(read_adapter(str(settings.basis)))
+
+
+def read_modes(text: str | None) -> tuple[str, ...] | None:
     """Read coordinates with commas; `none` shares nothing.
 
     Example:
-        >>> modes("layer, projection"), modes("none"), modes(None)
+        >>> read_modes("layer, projection"), read_modes("none"), read_modes(None)
         (('layer', 'projection'), (), None)
     """
     if text is None:
@@ -88,29 +127,30 @@ def modes(text: str | None) -> tuple[str, ...] | None:
     return tuple(mode for mode in re.split(r"[,\s]+", text) if mode and mode != "none")
 
 
-def core_ranks(text: str | None) -> int | dict[str, int] | None:
+def read_core_ranks(text: str | None) -> int | dict[str, int] | None:
     """Read `4`, or `layer=8,head=4`.
 
     Example:
-        >>> core_ranks("4"), core_ranks("layer=8,head=4")
+        >>> read_core_ranks("4"), read_core_ranks("layer=8,head=4")
         (4, {'layer': 8, 'head': 4})
     """
     if text is None:
         return None
-    named = dict(part.strip().split("=", 1) for part in text.split(",") if "=" in part)
     try:
-        return {name.strip(): int(n) for name, n in named.items()} if named else int(text)
+        if "=" not in text:
+            return int(text)
+        return {name.strip(): int(n) for name, n in (part.split("=") for part in text.split(","))}
     except ValueError:
         raise ConfigError(
             f"core_ranks={text!r} holds no ranks. Use a number, or `mode=number` with commas between."
         ) from None
 
 
-def rank(text: str) -> tuple[int, int]:
+def read_rank(text: str) -> tuple[int, int]:
     """Read `16` or `8,16`.
 
     Example:
-        >>> rank("8,16")
+        >>> read_rank("8,16")
         (8, 16)
     """
     parts = str(text).split(",")
@@ -207,6 +247,9 @@ def _structure(settings: TrainSettings) -> tuple[str, str, str]:
     if settings.method in PEERS:
         return "identity", "per_output" if settings.method == "peft_dora" else "none", "all"
     row = METHODS.get(settings.method)
+    if settings.basis is not None:
+        of = _basis(settings)
+        return str(of.core), str(settings.magnitude or of.magnitude), "cores"
     if row is None:  # refused with its name when the configuration is made
         return "free", "none", "all"
     return (

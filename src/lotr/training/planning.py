@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..errors import ConfigError, near
 from ..files import file_bytes
 from ..methods import METHODS
@@ -70,5 +68,8 @@ def plan_model(settings: TrainSettings, dtype: str = "float32") -> dict[str, Any
         "trains": made.train,
         "equal_lora_rank": made.equal_lora_rank,
         "lora_same_rank": made.lora_per_rank * max(config.rank),  # type: ignore[attr-defined]
-        "bytes": file_bytes(file_shapes(made), torch.empty((), dtype=DTYPES[dtype]).element_size()),
+        "bytes": file_bytes(
+            file_shapes(made, factors=not config.refers_to_basis),
+            DTYPES[dtype].itemsize,
+        ),
     }

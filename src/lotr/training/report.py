@@ -6,7 +6,7 @@ import math
 import platform
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from .. import card, plots
 from ..checkpoint import WEIGHTS, write_adapter
 from ..errors import TrainingError
 from ..files import move_into, whole_folder, write_json
+from ..magnitudes import MAGNITUDES
 from . import adapt, metrics
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Run:
     model: PeftModel
     tokenizer: Any
     task_record: dict[str, Any]
+    begun: dict[str, Any] = field(default_factory=dict)
 
 
 def summarise(run: Run, trainer: Trainer, scores: dict[str, float], seconds: float) -> dict[str, Any]:
@@ -72,6 +74,7 @@ def summarise(run: Run, trainer: Trainer, scores: dict[str, float], seconds: flo
         "task": run.task_record,
         "settings": run.settings.record(),
         "rates": vars(adapt.rates(run.settings)),
+        "begun": run.begun,
         "trained_numbers": {"adapter": trained - head, "head": head, "total": trained},
         "steps": trainer.state.global_step,
         "rows": {"train": len(run.data.train), "eval": len(run.data.eval)},
@@ -88,7 +91,9 @@ def write(run: Run, report: dict[str, Any], history: list[dict[str, Any]]) -> No
         write_adapter(run.model, made, task=run.task_record, base=run.task_record["base_model"])
         report["adapter_bytes"] = (made / WEIGHTS).stat().st_size
         plots.curve(history, report["metric"], f"{run.settings.method} on {run.settings.train}", made / CURVE)
-        text = card.for_run(report, run.model.active_peft_config.task_type)
+        config = run.model.active_peft_config
+        additive = MAGNITUDES[getattr(config, "magnitude", "none")].additive
+        text = card.for_run(report, config.task_type, additive)
         (made / "README.md").write_text(text, encoding="utf-8")
         write_json(made / SETTINGS, run.settings.record())
         write_json(made / METRICS, {**report, "history": history})

@@ -12,18 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoint import fingerprint
+from ..checkpoint import fingerprint, read_adapter
 from ..errors import ConfigError, Interrupted
 from ..files import check_free, write_json
 from . import adapt, metrics, resume
+from .begin import begin
 from .data import Columns, load_task
 from .encode import collator, encode
 from .models import load_model, load_tokenizer, locate
 from .optimizer import parameter_groups
 from .report import CHECKPOINTS, SETTINGS, Run, summarise, write
+from .trained import device
 from .trainer import AdapterTrainer, StopOnRequest, finish_on_interrupt, is_main_process
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import TrainerCallback
 
     from lotr_cli.settings import TrainSettings
@@ -56,8 +59,13 @@ def train(
     folder = _claim(settings)
     run = _prepare(settings, folder, say)
     checkpoint = resume.checkpoint(folder) if settings.resume else None
+    rows = _encoded(run)
+    if checkpoint is None:
+        run.model.to(device())
+        collate = collator(run.tokenizer, run.data.task)
+        run.begun = begin(settings, run.model, rows[0], collate, adapt.rates(settings).head_lr, say)
     stop = StopOnRequest()
-    trainer = _trainer(run, [*callbacks, stop])
+    trainer = _trainer(run, rows, [*callbacks, stop])
     started = time.perf_counter()
     with finish_on_interrupt(stop, say):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -88,14 +96,21 @@ def _nothing(line: str) -> None:
 
 def _claim(settings: TrainSettings) -> Path:
     """Check what costs nothing to check, and return the output folder."""
+    if settings.model is None and settings.basis is not None:
+        settings.model = read_adapter(settings.basis).config.get("base_model_name_or_path")
     for name in ("model", "train", "output"):
         if getattr(settings, name) is None:
             raise ConfigError(f"--{name} is missing. `lotr train --help` shows examples.")
-    for name in ("epochs", "batch_size", "max_length", "max_steps", "eval_steps"):
+    for name in ("epochs", "batch_size", "max_length", "max_steps", "eval_steps", "start_batches"):
         value = getattr(settings, name)
         if value is not None and not value > 0:
             raise ConfigError(f"{name}={value} trains nothing. Use a positive number.")
-    for name, most in (("warmup", 1.0), ("weight_decay", math.inf), ("seed", 2**32 - 1)):
+    for name, most in (
+        ("warmup", 1.0),
+        ("weight_decay", math.inf),
+        ("seed", 2**32 - 1),
+        ("head_warmup", math.inf),
+    ):
         if not 0 <= getattr(settings, name) <= most:
             raise ConfigError(
                 f"{name}={getattr(settings, name)} is out of range. Use a number from 0 to {most}."
@@ -153,15 +168,20 @@ def _prepare(settings: TrainSettings, folder: Path, say: Callable[[str], None]) 
     return Run(settings, folder, data, model, tokenizer, record)
 
 
-def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
-    from transformers import PrinterCallback, ProgressCallback, TrainingArguments
-
+def _encoded(run: Run) -> list[Dataset]:
+    """Return the rows to train on and to evaluate on, as the model takes them."""
     s, data = run.settings, run.data
     columns = Columns(s.text, s.text2, s.label)
-    rows = [
+    return [
         encode(part, run.tokenizer, data.task, columns, data.labels, s.max_length)
         for part in (data.train, data.eval)
     ]
+
+
+def _trainer(run: Run, rows: list[Dataset], callbacks: list[TrainerCallback]) -> AdapterTrainer:
+    from transformers import PrinterCallback, ProgressCallback, TrainingArguments
+
+    s, data = run.settings, run.data
     world = int(os.environ.get("WORLD_SIZE", "1"))
     steps = s.max_steps or math.ceil(math.ceil(len(rows[0]) / (s.batch_size * world)) * s.epochs)
     every = s.eval_steps or max(1, math.ceil(steps / 5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from .. import delta
 from ..delta import LinearMap
 from ..magnitudes import Gains, Magnitude
-from ..norms import BaseWeight, Placed
+from ..norms import Placed
 from ..parts import Part
 from .group import LotrGroup, weight_of
 
@@ -40,7 +41,6 @@ class Adapted:
     adapter: str
     members: tuple[Member, ...]
     magnitude: Magnitude
-    base: BaseWeight
     dropout: float = 0.0
     norm_gradient: bool = False
 
@@ -68,27 +68,41 @@ class Adapted:
     def gains(self) -> Gains:
         """Return what the magnitude does, from the factors as they are now."""
         numbers = self.layer.lotr_magnitude[self.adapter]()
-        device = next(iter(numbers.values())).device
-        with torch.autocast(device.type, enabled=False):  # norms in half precision would be coarse
-            return self.magnitude.gains(numbers, self.base, self.placed(), constant=not self.norm_gradient)
+        kind = next(iter(numbers.values())).device.type
+        # norms in half precision would be coarse; on the meta device there is no autocast
+        with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
+            update = [self.placed(member) for member in self.members]
+            base = self.layer.base_weight.read_once()
+            return self.magnitude.gains(numbers, base, update, constant=not self.norm_gradient)
 
-    def placed(self) -> list[Placed]:
-        """Return the parts of the update with their numbers."""
-        return [self._placed(member) for member in self.members]
-
-    def site_core(self, part: Part) -> nn.Module:
-        """Return the module with the cores of a part that are kept with the layer."""
+    def site_core(self, part: Part) -> Tensor:  # (a·k, b·r)
+        """Return the cores of a part that are kept with the layer."""
         held = self.layer.lotr_C[self.adapter]
-        return held[part.name] if part.name else held
+        return held()[part.name] if part.name else weight_of(held)
+
+    def placed(self, member: Member) -> Placed:
+        """Return a part of the update with its numbers, in float32 or wider, where the module is."""
+        part, group = member.part, member.group
+        U, Vt = weight_of(group.lotr_U[self.adapter]), weight_of(group.lotr_V[self.adapter])
+        # a group may span devices; with an offloaded base everything is where the factors are
+        home = U.device if self.layer.home.type == "meta" else self.layer.home
+        wide = torch.float64 if U.dtype == torch.float64 else torch.float32
+        if part.group.core.is_identity:
+            C = torch.eye(U.shape[1], device=home)
+        else:
+            C = self.site_core(part) if part.group.core.by_site else self._side_by_side(member)
+        U, C, V = (tensor.to(home, wide) for tensor in (U, C, Vt.T))
+        update = delta.Factored(U, C, V, self.layer.scaling[self.adapter], part.grid)
+        return Placed(update, part.rows[0], part.columns[0], group.frozen(self.adapter))
 
     def _core(self, member: Member) -> LinearMap:
         core = member.part.group.core
-        if core.by_site:
-            module: LinearMap = self.site_core(member.part)
-            return module
         if core.is_identity:
             return _unchanged
-        C = self._side_by_side(member)
+        if core.by_site and not member.part.name:
+            module: LinearMap = self.layer.lotr_C[self.adapter]
+            return module
+        C = self.site_core(member.part) if core.by_site else self._side_by_side(member)
         return lambda h: F.linear(h, C.to(h.device))
 
     def _side_by_side(self, member: Member) -> Tensor:  # (a·k, b·r)
@@ -96,17 +110,6 @@ class Adapted:
         part, shared = member.part, member.group.lotr_core
         numbers = shared[self.adapter]() if self.adapter in shared else {}
         return delta.side_by_side(part.group.core.block(numbers, part.region), part.grid)
-
-    def _placed(self, member: Member) -> Placed:
-        part, group = member.part, member.group
-        U, Vt = weight_of(group.lotr_U[self.adapter]), weight_of(group.lotr_V[self.adapter])
-        by_site = part.group.core.by_site
-        C = weight_of(self.site_core(part)) if by_site else self._side_by_side(member)
-        home = (C if by_site else U).device  # a group may span devices; its sites are where their modules are
-        update = delta.Factored(
-            U.to(home), C.to(home, U.dtype), Vt.T.to(home), self.layer.scaling[self.adapter], part.grid
-        )
-        return Placed(update, part.rows[0], part.columns[0], group.is_frozen(self.adapter))
 
 
 def _call(factor: nn.Module, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..delta import side_by_side
+from ..delta import one_by_one, side_by_side
 from ..errors import ConfigError, near
 from ..magnitudes import MAGNITUDES
 from ..paths import normalise
@@ -59,7 +59,7 @@ def add_weighted(
         del tuner.peft_config[name]
         raise
 
-    join = _joined if combination_type == "cat" else _first
+    join = _joined if combination_type == "cat" else _same_factor
     with torch.no_grad():
         for module in tuner.model.modules():
             if isinstance(module, LotrGroup) and name in module.lotr_U:
@@ -77,7 +77,7 @@ def add_weighted(
                         _on_the_diagonal(cores) if combination_type == "cat" else torch.stack(cores).sum(0)
                     )
                     C = side_by_side(summed, member.part.grid)
-                    module.lotr_site[name].site_core(member.part).weight.copy_(C)
+                    module.lotr_site[name].site_core(member.part).copy_(C)
 
 
 def _rank(module: LotrLinear, adapter: str) -> tuple[int, int]:
@@ -86,10 +86,9 @@ def _rank(module: LotrLinear, adapter: str) -> tuple[int, int]:
 
 def _cores(module: LotrLinear, adapter: str, n: int) -> Tensor:  # (a·b, k, r)
     """Return the cores of the n-th part of a module, one a site."""
-    member = module.lotr_site[adapter].members[n]
-    (a, b), (k, r) = member.part.grid, member.part.group.rank
-    C = module.lotr_site[adapter].placed()[n].update.C
-    return C.reshape(a, k, b, r).transpose(1, 2).reshape(a * b, k, r)
+    adapted = module.lotr_site[adapter]
+    update = adapted.placed(adapted.members[n]).update
+    return one_by_one(update.C, update.grid)
 
 
 def _on_the_diagonal(cores: list[Tensor]) -> Tensor:  # each (sites, k, r) -> (sites, Σk, Σr)
@@ -105,7 +104,7 @@ def _joined(factors: list[Tensor], dim: int) -> Tensor:
     return torch.cat(factors, dim=dim)
 
 
-def _first(factors: list[Tensor], dim: int) -> Tensor:
+def _same_factor(factors: list[Tensor], dim: int) -> Tensor:
     return factors[0]
 
 

@@ -17,7 +17,7 @@ from ..errors import ConfigError, near
 from ..magnitudes import MAGNITUDES
 from ..methods import method
 from ..sites import check_modes
-from ..starts import DATA_STARTS, STARTS
+from ..starts import DATA_STARTS, STARTS, WEIGHT_STARTS
 
 
 def _help(text: str) -> Any:
@@ -83,7 +83,8 @@ class LotrConfig(PeftConfig):
     start: str | None = field(
         default=None,
         metadata=_help(
-            "How the shared factors start: orthonormal, gaussian, kaiming, or weight (singular directions)."
+            "How the shared factors start: orthonormal, gaussian, kaiming, weight (singular directions); gradient and "
+            "activation begin orthonormal until lotr.start(model, batches) turns them."
         ),
     )
     train: str | None = field(
@@ -118,6 +119,22 @@ class LotrConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata=_help("Modules trained in full and saved with the adapter, e.g. a new head.")
     )
+    basis: str | None = field(
+        default=None,
+        metadata=_help(
+            "Path or hub id of an adapter whose factors are kept; only cores (and magnitudes, and a head) then train, "
+            "and the file refers to the basis."
+        ),
+    )
+    basis_copy: bool = field(
+        default=False, metadata=_help("Save the factors of the basis too, so that the file stands alone.")
+    )
+    basis_hash: str | None = field(
+        default=None,
+        metadata=_help(
+            "Filled in when the adapter is made: which factors the cores belong to. Checked when read."
+        ),
+    )
     targets: list[dict[str, Any]] | None = field(
         default=None,
         metadata=_help(
@@ -141,8 +158,13 @@ class LotrConfig(PeftConfig):
         self.core = _one_of("core", self.core or row.core, CORES)
         self.blocks = _one_of("blocks", self.blocks or row.blocks, BLOCKS)
         self.magnitude = _one_of("magnitude", self.magnitude or row.magnitude, MAGNITUDES)
-        self.start = _one_of("start", self.start or row.start, {**STARTS, **DATA_STARTS})
-        self.train = _one_of("train", self.train or row.train, ("all", "cores"))
+        self.start = _one_of("start", self.start or row.start, (*STARTS, *WEIGHT_STARTS, *DATA_STARTS))
+        default = "cores" if self.basis is not None else row.train
+        self.train = _one_of("train", self.train or default, ("all", "cores"))
+        if self.basis is not None and Path(self.basis).is_dir():
+            self.basis = str(
+                Path(self.basis).resolve()
+            )  # it is read again from wherever the adapter is loaded
         self.bias = _one_of("bias", self.bias, ("none", "all", "lotr_only"))  # type: ignore[assignment]
         self.r = _plain("r", self.r)
         self.rank_pattern = {
@@ -191,8 +213,11 @@ class LotrConfig(PeftConfig):
                 f"init_weights=True starts the update at zero, and magnitude={self.magnitude!r} divides by its norm. "
                 "Leave init_weights out; step 0 is the base model all the same."
             )
-        if self.init_weights is None:
-            self.init_weights = not never_zero
+        if self.norm_gradient and MAGNITUDES[self.magnitude].additive:
+            raise ConfigError(
+                f"norm_gradient=True has no meaning with magnitude={self.magnitude!r}, which has no norms. Leave it "
+                "out."
+            )
 
     def _check_core_ranks(self) -> None:
         asked = self.core_ranks
@@ -209,15 +234,41 @@ class LotrConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; sets become sorted lists, because a set has another order in every process."""
-        return {
+        said = {
             key: sorted(value) if isinstance(value, set) else value
             for key, value in super().to_dict().items()
         }
+        return said if self.refers_to_basis else said | {"basis": None}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the configuration, and add how to use it to the model card beside it."""
         super().save_pretrained(save_directory, **kwargs)
-        add_usage(Path(save_directory), self.task_type)
+        add_usage(Path(save_directory), self.task_type, MAGNITUDES[str(self.magnitude)].additive)
+
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether the update is zero when training starts."""
+        if self.init_weights is not None:
+            return self.init_weights
+        return not MAGNITUDES[str(self.magnitude)].divides_by_update
+
+    @classmethod
+    def from_pretrained(cls, path: str, *args: Any, **kwargs: Any) -> LotrConfig:
+        """Read the configuration of an adapter; a basis that moved along is found beside the adapter."""
+        config: LotrConfig = super().from_pretrained(path, *args, **kwargs)
+        config.look_for_basis(Path(path))
+        return config
+
+    def look_for_basis(self, folder: Path) -> None:
+        """Take the folder of the basis's name beside an adapter's folder where the recorded one does not exist."""
+        if self.basis is not None and not Path(self.basis).is_dir():
+            beside = folder.resolve().parent / Path(self.basis).name
+            self.basis = str(beside) if beside.is_dir() else self.basis
+
+    @property
+    def refers_to_basis(self) -> bool:
+        """Whether the adapter's file holds no factors, because they are those of a basis."""
+        return self.basis is not None and self.train == "cores" and not self.basis_copy
 
     @property
     def made_for(self) -> list[Target]:
@@ -237,6 +288,11 @@ class LotrConfig(PeftConfig):
         """The number that gives `σ` when divided by `r`, for PEFT's hot-swapping."""
         if not isinstance(self.r, int) or self.rank_pattern:
             raise ConfigError("Hot-swapping needs one rank: r must be one number and rank_pattern empty.")
+        if self.train == "cores" and not MAGNITUDES[str(self.magnitude)].additive:
+            raise ConfigError(
+                f"Hot-swapping goes behind the back of what magnitude={self.magnitude!r} keeps of frozen factors. Load "
+                "the adapter beside the first and use set_adapter."
+            )
         return self.scaling * self.r
 
     @property

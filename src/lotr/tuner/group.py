@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..blocks import Shape
 
 
-class Numbers(nn.Module):
+class NamedNumbers(nn.Module):
     """Named tensors of an adapter that are no linear's weight; calling it returns them by name."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -71,14 +71,14 @@ class LotrGroup(nn.Module, LotrLayer):
     weight = None
     bias = None
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, scaling: dict[str, float]) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
         self.lotr_U = nn.ModuleDict()
         self.lotr_V = nn.ModuleDict()
         self.lotr_core = nn.ModuleDict()
-        # PEFT's hot-swapping writes the scaling next to every tensor that it swaps
-        self.scaling: dict[str, float] = {}
+        # one dictionary for the whole model: PEFT's hot-swapping writes it beside whatever tensor it swaps
+        self.scaling = scaling
         self.merged_adapters: list[str] = []
         self._home: torch.device | None = None
 
@@ -87,14 +87,18 @@ class LotrGroup(nn.Module, LotrLayer):
         self.lotr_U[adapter] = linear_from(U)
         self.lotr_V[adapter] = linear_from(V.T)
         if core:
-            self.lotr_core[adapter] = Numbers(core)
-        self.scaling[adapter] = 1.0
+            self.lotr_core[adapter] = NamedNumbers(core)
         if frozen:  # PEFT thaws what it activates, except what is named here
             self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter: ("lotr_U", "lotr_V")}
 
-    def is_frozen(self, adapter: str) -> bool:
-        """Whether the factors of an adapter stay as they started."""
-        return adapter in self.frozen_peft_weight_names
+    def frozen(self, adapter: str) -> Hashable:
+        """Return False when the factors of an adapter may change, else what tells them from others."""
+        V = self.lotr_V[adapter].weight
+        if adapter not in self.frozen_peft_weight_names or V.requires_grad:
+            return False
+        if torch.compiler.is_compiling():  # addresses and versions exist only when run
+            return adapter
+        return adapter, V.data_ptr(), None if V.is_inference() else V._version, V.dtype
 
     def place(self, adapter: str, device: torch.device | None, dtype: torch.dtype | None) -> None:
         """Move an adapter's numbers to where its first member lives; meta and integer types are left."""

@@ -14,15 +14,12 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .. import delta
 from ..blocks import Shape
 from ..magnitudes import MAGNITUDES
 from ..norms import BaseWeight
 from .adapted import Adapted, Member
 from .config import LotrConfig
-from .group import LotrLayer, Numbers, linear_from, move
-
-_HALF = (torch.float16, torch.bfloat16)
+from .group import LotrLayer, NamedNumbers, linear_from, move
 
 
 class LotrLinear(nn.Module, LotrLayer):
@@ -36,7 +33,9 @@ class LotrLinear(nn.Module, LotrLayer):
     adapter_layer_names = ("lotr_C", "lotr_magnitude")
     other_param_names = ("lotr_site", "scaling")
 
-    def __init__(self, base_layer: nn.Module, shape: Shape, **quantization: Any) -> None:
+    def __init__(
+        self, base_layer: nn.Module, shape: Shape, scaling: dict[str, float], **quantization: Any
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.out_features, self.in_features = shape
@@ -47,7 +46,8 @@ class LotrLinear(nn.Module, LotrLayer):
         self.lotr_magnitude = nn.ModuleDict()
         # plain dictionary: the groups are registered once, on the root of the model
         self.lotr_site: dict[str, Adapted] = {}
-        self.scaling: dict[str, float] = {}
+        self.scaling = scaling  # one dictionary for the whole model, see LotrGroup
+        self.base_weight = BaseWeight(self._untouched, self._version)
         self.merged_adapters: list[str] = []
         self._unmerged: Any = None
 
@@ -61,18 +61,18 @@ class LotrLinear(nn.Module, LotrLayer):
     ) -> None:
         """Add an adapter: the parts of the module, and the cores that are kept with it."""
         if cores:
-            made = {name: linear_from(C) for name, C in cores.items()}
-            self.lotr_C[adapter] = made[""] if "" in made else nn.ModuleDict(made)
+            self.lotr_C[adapter] = linear_from(cores[""]) if "" in cores else NamedNumbers(cores)
         magnitude = MAGNITUDES[str(config.magnitude)]
-        base = BaseWeight(self._untouched, self._version)
         self.lotr_site[adapter] = Adapted(
-            self, adapter, tuple(members), magnitude, base, config.dropout, config.norm_gradient
+            self, adapter, tuple(members), magnitude, config.dropout, config.norm_gradient
         )
         self.scaling[adapter] = config.scaling
         shapes = magnitude.shapes(self.out_features, self.in_features)
         if shapes:
-            numbers = {n: torch.empty(s) for n, s in shapes.items()} if empty else magnitude.start(base)
-            self.lotr_magnitude[adapter] = Numbers(numbers)
+            numbers = (
+                {n: torch.empty(s) for n, s in shapes.items()} if empty else magnitude.start(self.base_weight)
+            )
+            self.lotr_magnitude[adapter] = NamedNumbers(numbers)
         self._move_adapter_to_device_of_base_layer(adapter)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
@@ -94,19 +94,24 @@ class LotrLinear(nn.Module, LotrLayer):
             W = self._unmerged
         return W.T if self.fan_in_fan_out else W
 
+    @property
+    def home(self) -> torch.device:
+        """Where the base weight is; the meta device while it is offloaded."""
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        return device or torch.device("cpu")
+
     def _version(self) -> object:
         """Return what differs once the base weight has moved, changed its type or been written to."""
-        weight = self.get_base_layer().weight
-        writes = None if weight.is_inference() else weight._version
-        return (None if weight.is_meta else weight.data_ptr()), writes, weight.dtype
+        weight = getattr(self.get_base_layer(), "weight", None)
+        if weight is None or weight.is_meta:
+            return None
+        return weight.data_ptr(), None if weight.is_inference() else weight._version, weight.dtype
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        before, dtype = self._version(), self.get_base_layer().weight.dtype
+        _, before = self._get_base_layer_device_and_dtype(self.get_base_layer())
         super()._apply(fn, recurse)
-        weight = self.get_base_layer().weight
-        if weight.dtype == dtype:
-            for adapted in self.lotr_site.values():
-                adapted.base.moved(before, weight.device)
+        _, after = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        self.base_weight.moved(before == after, self.home)
         return self
 
     # ------------------------------------------------------------------ forward
@@ -126,25 +131,28 @@ class LotrLinear(nn.Module, LotrLayer):
             return self._adapted(active[0], x, *args, **kwargs)
         base = self.base_layer(x, *args, **kwargs)
         result = base
-        for adapter in active:
+        for adapter in active:  # what each would change alone adds up
             if self.lotr_site[adapter].magnitude.additive:
                 result = result + self.lotr_site[adapter].update(x)
-            else:  # what each would change alone adds up
-                result = result + (self._adapted(adapter, x, *args, **kwargs) - base)
+            else:
+                result = result + (self._adapted(adapter, x, *args, base=base, **kwargs) - base)
         return result.to(base.dtype)
 
-    def _adapted(self, adapter: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the output with one adapter alone."""
+    def _adapted(
+        self, adapter: str, x: Tensor, *args: Any, base: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Return the output with one adapter alone; `base` is that of the base layer where it is known."""
         adapted = self.lotr_site[adapter]
-        if adapted.magnitude.additive:
+        gains = None if adapted.magnitude.additive else adapted.gains()
+        if gains is not None and gains.input is not None:
+            x, base = (x * gains.input).to(x.dtype), None
+        if base is None:
             base = self.base_layer(x, *args, **kwargs)
-            return (base + adapted.update(x)).to(base.dtype)
-        gains = adapted.gains()
-        if gains.input is not None:
-            x = x * gains.input.to(x.dtype)
-        base = self.base_layer(x, *args, **kwargs)
+        update = adapted.update(x)
+        if gains is None:
+            return (base + update).to(base.dtype)
         bias = getattr(self.get_base_layer(), "bias", None)
-        return gains.output(base, bias, adapted.update(x)).to(base.dtype)
+        return gains.output(base, bias, update).to(base.dtype)
 
     def _mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(x) != len(adapter_names):
@@ -165,10 +173,7 @@ class LotrLinear(nn.Module, LotrLayer):
             rows = torch.tensor(
                 [i for i, name in enumerate(adapter_names) if name == adapter], device=x.device
             )
-            if self.lotr_site[adapter].magnitude.additive:
-                result[rows] = (base[rows] + self.lotr_site[adapter].update(x[rows])).to(base.dtype)
-            else:
-                result[rows] = self._adapted(adapter, x[rows], *args, **kwargs)
+            result[rows] = self._adapted(adapter, x[rows], *args, base=base[rows], **kwargs)
         return result
 
     # ------------------------------------------------------------------ merge
@@ -180,20 +185,15 @@ class LotrLinear(nn.Module, LotrLayer):
         That is `ΔW`, or `W' - W` with a magnitude; `(out, in)`, or `(in, out)` for `Conv1D`.
         """
         adapted = self.lotr_site[adapter]
-        parts = adapted.placed()
-        like = parts[0].update.U
-        wide = torch.float32 if like.dtype in _HALF else like.dtype
-        dW = like.new_zeros(self.out_features, self.in_features, dtype=wide)
+        parts = [adapted.placed(member) for member in adapted.members]
+        dW = parts[0].update.U.new_zeros(self.out_features, self.in_features)
         for part in parts:
-            update = part.update
-            exact = delta.Factored(
-                update.U.to(wide), update.C.to(wide), update.V.to(wide), update.scaling, update.grid
-            )
-            dW[part.rows, part.columns] = exact.dense()
+            dW[part.rows, part.columns] = part.update.dense()
         if not adapted.magnitude.additive:
             W = self._untouched().to(dW)
             dW = adapted.gains().weight(W, dW) - W
-        return (dW.T if self.fan_in_fan_out else dW).to(like.dtype)
+        dtype = adapted.members[0].group.lotr_U[adapter].weight.dtype
+        return (dW.T if self.fan_in_fan_out else dW).to(dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates to the base weight; the untouched weight is kept, so `unmerge` is exact.

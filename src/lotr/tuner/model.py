@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from ..paths import normalise
 from ..sites import Group, Plan
 from . import combine, mixed, state
 from .adapted import Member
+from .basis import check_basis, factors_in, hash_of, read_basis
 from .config import LotrConfig
 from .group import LotrGroup, LotrLayer
 from .layer import LotrLinear, base_weight
@@ -42,7 +44,10 @@ class _Injection:
     paths: set[str] | None  # of a state dict that decides which modules are adapted
     plan: Plan = field(default_factory=lambda: Plan(()))
     basis: nn.ModuleDict | None = None  # found once: looking for it means walking the whole model
+    scaling: dict[str, float] = field(default_factory=dict)  # of every adapter, one for the whole model
+    modules: dict[str, nn.Module] = field(default_factory=dict)  # by path, before any is replaced
     cores: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # of each group, as they start
+    basis_factors: dict[str, Tensor] = field(default_factory=dict)  # of another adapter, by key
 
 
 class LotrModel(BaseTuner):
@@ -51,6 +56,7 @@ class LotrModel(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = LotrLayer
     target_module_mapping = DEFAULT_TARGETS
+    _inner_names: frozenset[str] = frozenset()  # of the numbers inside the adapters of this model
 
     # ------------------------------------------------------------------ injection: plan, then apply
 
@@ -66,7 +72,12 @@ class LotrModel(BaseTuner):
         paths = None
         if state_dict is not None:
             paths = {normalise(key.rsplit(f".{PREFIX}", 1)[0]) for key in state_dict}
+        # what is filled in belongs to this model, and the same object may configure another one
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         self._injection = _Injection(adapter_name, low_cpu_mem_usage, paths)
+        self._injection.modules = {normalise(path): module for path, module in model.named_modules()}
+        layers = (m for m in self._injection.modules.values() if isinstance(m, LotrLayer))
+        self._injection.scaling = next((layer.scaling for layer in layers), {})
         try:
             super().inject_adapter(
                 model,
@@ -85,9 +96,12 @@ class LotrModel(BaseTuner):
         resolve_targets(peft_config, model)
         targets = in_recorded_order(find_targets(model, peft_config, only=self._injection.paths), peft_config)
         self._injection.plan = plan_of(targets, peft_config)
-        others = [config for name, config in self.peft_config.items() if name != self._injection.adapter]
-        plans = [plan_of(config.made_for, config) for config in others]
-        state.check_names([*self.peft_config, self._injection.adapter], [*plans, self._injection.plan])
+        self._inner_names = self._inner_names | state.inner_names(self._injection.plan)
+        state.check_names([*self.peft_config, self._injection.adapter], self._inner_names)
+        if peft_config.basis is not None:
+            self._injection.basis_factors = read_basis(peft_config)
+            check_basis(self._injection.plan, self._injection.basis_factors, peft_config.basis)
+            peft_config.basis_hash = hash_of(self._injection.basis_factors)
         peft_config.targets = [target.to_dict() for target in targets]
 
     @staticmethod
@@ -107,8 +121,8 @@ class LotrModel(BaseTuner):
         path = normalise(current_key)
         plan = self._injection.plan
         if not isinstance(target, LotrLinear):
-            shape = next(t.shape for t in plan.targets if t.path == path)
-            layer = LotrLinear(target, shape, **get_quantization_kwargs(self))
+            shape, scaling = plan.shape_of[path], self._injection.scaling
+            layer = LotrLinear(target, shape, scaling, **get_quantization_kwargs(self))
             layer._active_adapter = list(self.active_adapters)
             self._replace_module(parent, target_name, layer, target)
             target = layer
@@ -132,13 +146,15 @@ class LotrModel(BaseTuner):
             self._injection.basis = self._basis(member)
         basis = self._injection.basis
         if group.name not in basis:
-            basis[group.name] = LotrGroup(group.shape)
+            basis[group.name] = LotrGroup(group.shape, self._injection.scaling)
             basis[group.name]._active_adapter = list(self.active_adapters)
         shared = basis[group.name]
         if adapter not in shared.lotr_U:
             seed = torch.initial_seed() if config.seed is None else config.seed
             U, V, core = start_group(group, config, self._weights_of, adapter, seed, self._injection.empty)
             self._injection.cores[group.name] = core
+            if self._injection.basis_factors:
+                U, V = factors_in(group, self._injection.basis_factors)
             shared.add(adapter, U, V, {} if group.core.by_site else core, frozen=config.train == "cores")
             device, dtype = member._get_base_layer_device_and_dtype(member.get_base_layer())
             shared.place(adapter, device, dtype)
@@ -147,9 +163,8 @@ class LotrModel(BaseTuner):
 
     def _weights_of(self, group: Group) -> list[Tensor]:
         """Return the blocks of the base weights that share a group's factors, `(o, i)` each."""
-        paths = {site.module for site in group.sites}
-        modules = {normalise(path): module for path, module in self.model.named_modules()}
-        weights = {path: base_weight(modules[path]) for path in paths}
+        modules = self._injection.modules
+        weights = {site.module: base_weight(modules[site.module]) for site in group.sites}
         return [
             weights[site.module][site.row :, site.column :][: site.shape[0], : site.shape[1]]
             for site in group.sites
@@ -204,7 +219,7 @@ class LotrModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        own = state.select(model, state_dict)
+        own = state.select(model, state_dict, factors=not config.refers_to_basis)
         return own | cls._get_learnable_bias_state_dict(model, state_dict, config)
 
     @classmethod
@@ -218,6 +233,8 @@ class LotrModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: LotrConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        if config.refers_to_basis:
+            state_dict = state_dict | read_basis(config)
         state_dict = state.match_groups(model, adapter_name, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         state.check_complete(model, adapter_name, remapped)

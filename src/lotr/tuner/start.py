@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..sites import Group
-from ..starts import DATA_STARTS, STARTS, generator_for
+from ..starts import DATA_STARTS, STARTS, WEIGHT_STARTS, generator_for
 from .config import LotrConfig
 
 Started = tuple[Tensor, Tensor, dict[str, Tensor]]
@@ -43,17 +43,20 @@ def start_group(
     def draw(name: str) -> Generator:
         return generator_for(seed, adapter, group.name, name)
 
-    start = str(config.start)
-    if start in DATA_STARTS:
-        U, V = DATA_STARTS[start](weights(group), k, r, draw("UV"))
+    start = "orthonormal" if config.start in DATA_STARTS else str(config.start)
+    held = weights(group) if start in WEIGHT_STARTS else []
+    if any(W.is_meta for W in held):  # there is nothing to look at, and the factors will be loaded
+        start, held = "orthonormal", []
+    if held:
+        U, V = WEIGHT_STARTS[start](held, k, r, draw("UV"))
     else:
         U, V = STARTS[start](o, k, draw("U")), STARTS[start](i, r, draw("V"))
     numbers = {
         name: torch.zeros(shape)
-        if config.init_weights and name == core.zero
+        if config.starts_at_zero and name == core.zero
         else core.start(name, draw(name))
         for name, shape in core.shapes.items()
     }
-    if config.init_weights and core.zero is None:
+    if config.starts_at_zero and core.zero is None:
         U = torch.zeros_like(U)
     return U, V, numbers

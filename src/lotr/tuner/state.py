@@ -18,10 +18,11 @@ from .register import PREFIX
 from .targets import BASIS
 
 _ROOT = "base_model.model."
+FACTORS = ("lotr_U", "lotr_V")
 
 
-def select(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the entries that belong to this method, also under wrappers' names.
+def select(model: nn.Module, state_dict: dict[str, Tensor], factors: bool = True) -> dict[str, Tensor]:
+    """Return the entries that belong to this method, also under wrappers' names; without `factors`, those aside.
 
     The place of a number is found from the modules, so a base model that happens to have `lotr_` in a
     name is left alone.
@@ -31,6 +32,7 @@ def select(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]
         for path, module in model.named_modules()
         if isinstance(module, LotrLayer)
         for name in module.adapter_layer_names
+        if factors or name not in FACTORS
     )
     return {key: value for key, value in state_dict.items() if normalise(key).startswith(prefixes)}
 
@@ -54,10 +56,10 @@ def without_adapter(key: str, adapter: str) -> str:
     """Return a key of this method without the adapter's name, which stands right behind the method's own component.
 
     Example:
-        >>> without_adapter("h.0.c_attn.lotr_C.default.query.weight", "default")
-        'h.0.c_attn.lotr_C.query.weight'
+        >>> without_adapter("h.0.c_attn.lotr_C.default.query", "default")
+        'h.0.c_attn.lotr_C.query'
     """
-    return re.sub(rf"(\.{PREFIX}\w+)\.{re.escape(adapter)}(?=\.[^.]*(\.weight)?$)", r"\1", key)
+    return re.sub(rf"(\.{PREFIX}\w+)\.{re.escape(adapter)}(?=\.[^.]+$)", r"\1", key)
 
 
 def group_keys(group: Group) -> dict[str, str]:
@@ -69,8 +71,7 @@ def group_keys(group: Group) -> dict[str, str]:
 
 def core_key(part: Part) -> str:
     """Return the name in a file of the cores that belong to the sites of a part."""
-    module = f"{_ROOT}{normalise(part.sites[0].module)}.lotr_C"
-    return f"{module}.{part.name}.weight" if part.name else f"{module}.weight"
+    return f"{_ROOT}{normalise(part.sites[0].module)}.lotr_C.{part.name or 'weight'}"
 
 
 def magnitude_keys(plan: Plan, target: Target) -> dict[str, str]:
@@ -79,8 +80,13 @@ def magnitude_keys(plan: Plan, target: Target) -> dict[str, str]:
     return {name: f"{_ROOT}{normalise(target.path)}.lotr_magnitude.{name}" for name in names}
 
 
-def file_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every tensor that an adapter of this plan has in its file."""
+def file_shapes(plan: Plan, factors: bool = True) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every tensor that an adapter of this plan has in its file.
+
+    Args:
+        plan: The plan.
+        factors: Whether the factors are in it, or in the file of a basis.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for group in plan.groups:
         (o, i), (k, r) = group.shape, group.rank
@@ -93,16 +99,22 @@ def file_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
                 shapes[core_key(part)] = (a * k, b * r)
         known = MAGNITUDES[plan.magnitude].shapes(*target.shape)
         shapes |= {key: known[name] for name, key in magnitude_keys(plan, target).items()}
-    return shapes
+    return {
+        key: shape for key, shape in shapes.items() if factors or not any(f".{f}." in key for f in FACTORS)
+    }
 
 
-def check_names(adapters: Iterable[str], plans: Iterable[Plan]) -> None:
+def inner_names(plan: Plan) -> frozenset[str]:
+    """Return the last components of all keys of an adapter, at which PEFT looks for an adapter's name."""
+    return frozenset(part for key in file_shapes(plan) for part in key.split(".")[-2:])
+
+
+def check_names(adapters: Iterable[str], inner: frozenset[str]) -> None:
     """Refuse an adapter that is called like a number inside an adapter: PEFT would take one for the other.
 
     Raises:
         ConfigError: A name is taken.
     """
-    inner = {part for plan in plans for key in file_shapes(plan) for part in key.split(".")[-2:]}
     taken = sorted(name for name in adapters if name in inner)
     if taken:
         raise ConfigError(

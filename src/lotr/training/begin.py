@@ -1,0 +1,116 @@
+"""What happens between a fresh adapter and the first step: a new head warms up, the factors turn towards data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import ConfigError, TrainingError
+from ..starts import DATA_STARTS
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+
+    from lotr_cli.settings import TrainSettings
+
+_HEAD = ".modules_to_save."
+
+
+def begin(
+    settings: TrainSettings,
+    model: PeftModel,
+    rows: Dataset,
+    collate: Callable[[list[Any]], Any],
+    head_lr: float,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Warm up a new head and start the factors, as the settings ask.
+
+    Every process sees the same batches, so all do the same.
+
+    Args:
+        settings: `head_warmup`, `start`, `start_batches`, `batch_size` and `seed` are read.
+        model: A model with a fresh adapter, on its device.
+        rows: Encoded training rows.
+        collate: Rows to a batch.
+        head_lr: Learning rate of the head.
+        say: Called with lines for the user.
+
+    Returns:
+        What was done, for the report of the run.
+
+    Raises:
+        ConfigError: A start that needs factors of this library, for a method that has none.
+    """
+    done: dict[str, Any] = {"head_warmup": settings.head_warmup}
+    batches = _batches(rows, collate, settings.batch_size, settings.seed, model.device)
+    if settings.head_warmup:
+        warm_head(model, batches, settings.head_warmup, head_lr)
+        say(f"Head: warmed up for {settings.head_warmup} steps.")
+    config = model.active_peft_config
+    if settings.start in DATA_STARTS:
+        from ..tuner.config import LotrConfig
+        from ..tuner.data_start import start
+
+        if not isinstance(config, LotrConfig) or not config.targets:
+            raise ConfigError(
+                f"start={settings.start!r} turns the factors of a row of the table, and method={settings.method!r} has "
+                "none. Leave --start out."
+            )
+        seen = [next(batches) for _ in range(settings.start_batches)]
+        sites = start(model, seen, kind=settings.start, seed=settings.seed)
+        share = sum(site.kept for site in sites) / len(sites)
+        say(
+            f"Start: {settings.start}, from {len(seen)} batches; the factors keep {share:.0%} of a site's gradient."
+        )
+        done |= {"start_batches": len(seen), "kept": share, "sites": [asdict(site) for site in sites]}
+    return done
+
+
+def warm_head(model: PeftModel, batches: Iterator[Any], steps: int, lr: float) -> None:
+    """Train the modules that are saved in full, and nothing else, for some steps.
+
+    Cold, the gradients that reach the adapter are those of a random head.
+
+    Raises:
+        ConfigError: The model has no new head.
+        TrainingError: The loss is not finite.
+    """
+    frozen = [p for n, p in model.named_parameters() if p.requires_grad and _HEAD not in n]
+    head = [p for n, p in model.named_parameters() if p.requires_grad and _HEAD in n]
+    if not head:
+        raise ConfigError("head_warmup is set, but the model has no new head. Leave it out.")
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    optimizer = torch.optim.AdamW(head, lr=lr, weight_decay=0.0)
+    training = model.training
+    model.train()
+    try:
+        for _ in range(steps):
+            loss = model(**next(batches)).loss
+            if not torch.isfinite(loss):
+                raise TrainingError("The loss is not finite while the head warms up. Lower head_lr.")
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    finally:
+        model.train(training)
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+def _batches(
+    rows: Dataset, collate: Callable[[list[Any]], Any], size: int, seed: int, device: torch.device
+) -> Iterator[Any]:
+    """Yield batches without end, in an order that depends on the seed alone."""
+    from torch.utils.data import DataLoader
+
+    order = torch.Generator().manual_seed(seed)
+    loader = DataLoader(rows, batch_size=size, shuffle=True, collate_fn=collate, generator=order)
+    while True:
+        for batch in loader:
+            yield {name: value.to(device) for name, value in batch.items()}

@@ -1,0 +1,165 @@
+"""Adapters that keep the factors of another one: cores alone train, the file refers to the basis, and it is checked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from conftest import bert, gpt2, tokens
+from lotr import CheckpointError, LotrConfig, PlanError
+from lotr.checkpoint import CONFIG, WEIGHTS, read_adapter
+from lotr.export import to_lora
+from lotr.inspection import inspect
+from tuner_contract import outputs
+
+INPUTS = {"input_ids": tokens()}
+TARGETS = ["query", "value"]
+
+
+def _config(**fields: Any) -> LotrConfig:
+    return LotrConfig(**{"r": 4, "target_modules": TARGETS, **fields})
+
+
+def _stirred(config: LotrConfig, seed: int = 0) -> PeftModel:
+    """An adapter whose trained numbers are not where they started."""
+    model = get_peft_model(bert(), config).eval()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture(params=["lotr", "metatt_5d", "tenslora_att_qkv"])
+def method(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def basis(tmp_path: Path, method: str) -> Path:
+    _stirred(_config(method=method)).save_pretrained(tmp_path / "basis")
+    return tmp_path / "basis"
+
+
+@pytest.fixture
+def task(basis: Path, method: str, tmp_path: Path) -> tuple[PeftModel, Path]:
+    model = _stirred(_config(method=method, basis=str(basis)), seed=1)
+    model.save_pretrained(tmp_path / "task")
+    return model, tmp_path / "task"
+
+
+def test_cores_alone_train_on_the_factors_of_the_basis(task, basis: Path) -> None:
+    model, _ = task
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and not [name for name in trained if "lotr_U" in name or "lotr_V" in name]
+    factors = {k: t for k, t in load_file(basis / WEIGHTS).items() if "lotr_U" in k or "lotr_V" in k}
+    mine = {name.replace(".default", ""): p for name, p in model.named_parameters()}
+    assert factors and all(torch.equal(mine[key], tensor) for key, tensor in factors.items())
+
+
+def test_the_file_holds_what_was_trained_and_a_reference(task, basis: Path) -> None:
+    model, folder = task
+    tensors = load_file(folder / WEIGHTS)
+    assert sum(t.numel() for t in tensors.values()) == model.get_nb_trainable_parameters()[0]
+    assert not [key for key in tensors if "lotr_U" in key or "lotr_V" in key]
+    config = json.loads((folder / CONFIG).read_text())
+    assert Path(config["basis"]) == basis and len(config["basis_hash"]) == 16
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_it_loads_on_its_basis(task, low_cpu_mem_usage: bool) -> None:
+    model, folder = task
+    loaded = PeftModel.from_pretrained(bert(), folder, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(outputs(loaded, INPUTS), outputs(model, INPUTS))
+    again = PeftModel.from_pretrained(bert(), folder, is_trainable=True)
+    assert again.get_nb_trainable_parameters() == model.get_nb_trainable_parameters()
+
+
+def test_a_basis_that_moved_along_is_found_beside_the_adapter(task, tmp_path: Path) -> None:
+    model, _ = task
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("basis", "task"):
+        shutil.move(tmp_path / name, tmp_path / "elsewhere" / name)
+    loaded = PeftModel.from_pretrained(bert(), tmp_path / "elsewhere" / "task")
+    assert torch.equal(outputs(loaded, INPUTS), outputs(model, INPUTS))
+
+
+def test_a_copy_of_the_basis_stands_alone(basis: Path, method: str, tmp_path: Path) -> None:
+    model = _stirred(_config(method=method, basis=str(basis), basis_copy=True))
+    model.save_pretrained(tmp_path / "task")
+    shutil.rmtree(basis)
+    loaded = PeftModel.from_pretrained(bert(), tmp_path / "task", is_trainable=True)
+    assert torch.equal(outputs(loaded, INPUTS), outputs(model, INPUTS))
+    assert loaded.get_nb_trainable_parameters() == model.get_nb_trainable_parameters()
+
+
+def test_it_is_inspected_exported_and_merged_like_any_other(task, tmp_path: Path) -> None:
+    model, folder = task
+    expected = outputs(model, INPUTS)
+    assert all(site.norm > 0 for site in inspect(read_adapter(folder)).sites)
+    to_lora(read_adapter(folder), tmp_path / "lora")
+    lora = PeftModel.from_pretrained(bert(), tmp_path / "lora")
+    torch.testing.assert_close(outputs(lora, INPUTS), expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(outputs(model.merge_and_unload(), INPUTS), expected, atol=2e-6, rtol=1e-5)
+
+
+def test_a_basis_can_be_where_all_training_starts(basis: Path, method: str, tmp_path: Path) -> None:
+    model = _stirred(_config(method=method, basis=str(basis), train="all"))
+    assert any("lotr_U" in name for name, p in model.named_parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path / "whole")
+    shutil.rmtree(basis)
+    loaded = PeftModel.from_pretrained(bert(), tmp_path / "whole")
+    assert torch.equal(outputs(loaded, INPUTS), outputs(model, INPUTS))
+
+
+# ---- refusals
+
+
+def test_a_basis_with_other_numbers_is_refused(task, basis: Path) -> None:
+    tensors = load_file(basis / WEIGHTS)
+    key = next(key for key in tensors if "lotr_V" in key)
+    tensors[key][0, 0] += 1
+    save_file(tensors, basis / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"not those that the adapter was trained on: hash \w{16}"):
+        PeftModel.from_pretrained(bert(), task[1])
+    with pytest.raises(CheckpointError, match="hash"):
+        inspect(read_adapter(task[1]))
+
+
+def test_a_basis_that_is_gone_is_named(task, basis: Path) -> None:
+    shutil.rmtree(basis)
+    with pytest.raises(CheckpointError, match=r"basis does not exist"):
+        PeftModel.from_pretrained(bert(), task[1])
+
+
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        ({"r": 3}, r"rank \(4, 4\), and the adapter asks for .*Use r=4"),
+        ({"target_modules": ["key"]}, "no factors for group 'key"),
+        ({"modes": ("layer", "projection")}, "no factors for group 'joint"),
+    ],
+    ids=str,
+)
+def test_a_basis_that_does_not_fit_is_refused(tmp_path: Path, fields: dict[str, Any], says: str) -> None:
+    _stirred(_config()).save_pretrained(tmp_path / "basis")
+    model = bert()
+    modules = [type(module) for module in model.modules()]
+    with pytest.raises(PlanError, match=says):
+        get_peft_model(model, _config(basis=str(tmp_path / "basis"), **fields))
+    assert [type(module) for module in model.modules()] == modules
+
+
+def test_a_basis_of_another_model_or_of_references_is_refused(task, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="no factors for group"):
+        get_peft_model(gpt2(), LotrConfig(r=4, basis=str(tmp_path / "basis")))
+    with pytest.raises(CheckpointError, match="holds no factors"):
+        get_peft_model(bert(), _config(basis=str(task[1])))

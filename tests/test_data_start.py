@@ -1,0 +1,159 @@
+"""`lotr.start`: factors turn towards gradients or activations, and the model computes what it computed before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+
+import lotr
+from conftest import bert, gpt2, llama, tokens
+from lotr import ConfigError, LotrConfig
+from lotr.tuner.group import LotrGroup
+from lotr.tuner.layer import LotrLinear
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "bert": (bert, ["query", "value", "dense"]),
+    "llama": (llama, ["q_proj", "k_proj", "o_proj", "down_proj"]),
+    "gpt2": (gpt2, ["c_attn", "c_proj"]),
+}
+
+
+def _batches(name: str) -> list[dict[str, Tensor]]:
+    ids = [tokens(8, 9, seed=n) for n in range(2)]
+    return [{"input_ids": x, "labels": torch.arange(8) % 3 if name == "bert" else x} for x in ids]
+
+
+def _adapted(name: str, method: str = "lotr", **fields: Any) -> nn.Module:
+    make, targets = MODELS[name]
+    return get_peft_model(
+        make(), LotrConfig(method=method, r=4, target_modules=targets, seed=0, **fields)
+    ).eval()
+
+
+def _gradients(name: str) -> dict[str, Tensor]:
+    """Return the gradients of the bare model's weights over the batches, `(out, in)` each."""
+    model = MODELS[name][0]()
+    sum(model(**batch).loss for batch in _batches(name)).backward()
+    conv1d = name == "gpt2"
+    found = {path: p.grad for path, p in model.named_parameters() if p.grad is not None and p.dim() == 2}
+    return {path.removesuffix(".weight"): g.T if conv1d else g for path, g in found.items()}
+
+
+def _factors(model: nn.Module) -> list[Tensor]:
+    groups = [m for m in model.modules() if isinstance(m, LotrGroup)]
+    return [f["default"].weight.detach().clone() for g in groups for f in (g.lotr_U, g.lotr_V)]
+
+
+@pytest.mark.parametrize("kind", ["gradient", "activation"])
+@pytest.mark.parametrize("method", ["lotr", "lotr_joint", "metatt_5d", "fact_tk", "lora"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_start_changes_the_factors_and_not_the_model(name: str, method: str, kind: str) -> None:
+    model, batches = _adapted(name, method), _batches(name)
+    before, factors, state = model(**batches[0]).logits, _factors(model), torch.get_rng_state()
+    report = lotr.start(model, batches, kind=kind)
+    assert torch.equal(model(**batches[0]).logits, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not all(torch.equal(a, b) for a, b in zip(factors, _factors(model), strict=True))
+    assert all(p.grad is None for p in model.parameters()) and not model.training
+    assert model.peft_config["default"].start == kind
+    assert len(report) == lotr.plan(MODELS[name][0](), model.peft_config["default"]).n_sites
+    assert all(0 <= site.kept <= 1 for site in report) and any(site.norm > 0 for site in report)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_factors_from_gradients_keep_more_of_them_than_random_ones(name: str) -> None:
+    """Against the dense gradients of the bare model, site by site."""
+    dense = _gradients(name)
+
+    def kept(model: nn.Module) -> Tensor:
+        shares = []
+        for path, layer in model.get_base_model().named_modules():
+            if isinstance(layer, LotrLinear):
+                for member in layer.lotr_site["default"].members:
+                    U, Vt = (getattr(member.group, f"lotr_{f}")["default"].weight for f in "UV")
+                    row, rows = member.part.rows
+                    G = dense[path][row : row + rows]
+                    shares.append((U.T @ G @ Vt.T).square().sum() / G.square().sum())
+        return torch.stack(shares)
+
+    model = _adapted(name)
+    random = kept(model)
+    lotr.start(model, _batches(name))
+    turned = kept(model)
+    assert turned.mean() > 3 * random.mean() and turned.min() > random.mean()
+
+
+def test_of_one_site_the_start_spans_the_singular_vectors_of_its_gradient() -> None:
+    model = get_peft_model(bert(), LotrConfig(r=4, modes=(), target_modules=r".*layer\.1.*query", seed=0))
+    lotr.start(model, _batches("bert"), rounds=6)
+    U, S, Vt = torch.linalg.svd(_gradients("bert")["bert.encoder.layer.1.attention.self.query"])
+    found = _factors(model)
+    for ours, theirs in ((found[0], U[:, :4]), (found[1].T, Vt[:4].T)):
+        cosines = torch.linalg.svdvals(ours.T @ theirs)
+        assert cosines.min() > 0.99, (cosines, S[:6])
+
+
+def test_the_report_is_the_share_of_each_batch_of_gradients() -> None:
+    model, batches = _adapted("bert"), _batches("bert")[:1]
+    report = {site.module: site for site in lotr.start(model, batches)}
+    bare = bert()
+    bare(**batches[0]).loss.backward()
+    path = "bert.encoder.layer.0.attention.self.value"
+    G = bare.get_submodule(path).weight.grad
+    group = model.get_base_model().get_submodule(path).lotr_site["default"].members[0].group
+    U, Vt = group.lotr_U["default"].weight, group.lotr_V["default"].weight
+    assert report[path].norm == pytest.approx(G.norm().item(), rel=1e-4)
+    assert report[path].kept == pytest.approx(((U.T @ G @ Vt.T).norm() / G.norm()).item() ** 2, rel=1e-3)
+
+
+def test_a_start_is_decided_by_its_seed() -> None:
+    def started(seed: int) -> list[Tensor]:
+        model = _adapted("bert")
+        lotr.start(model, _batches("bert"), rounds=1, seed=seed)
+        return _factors(model)
+
+    assert all(torch.equal(a, b) for a, b in zip(started(0), started(0), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(started(0), started(1), strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_and_a_half_precision_base_give_the_same_subspaces(reentrant: bool) -> None:
+    plain, model = _adapted("llama"), _adapted("llama")
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for one in (plain, model):
+        lotr.start(one, _batches("llama"))
+    for a, b in zip(_factors(plain), _factors(model), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    half = get_peft_model(
+        llama().to(torch.bfloat16), LotrConfig(r=4, target_modules=MODELS["llama"][1], seed=0)
+    )
+    report = lotr.start(half, _batches("llama"))
+    assert sum(site.kept for site in report) / len(report) > 0.2
+
+
+def test_a_start_with_lora_turns_the_input_factor_alone() -> None:
+    model = _adapted("bert", "lora")
+    lotr.start(model, _batches("bert"))
+    groups = [m for m in model.modules() if isinstance(m, LotrGroup)]
+    assert not any(group.lotr_U["default"].weight.any() for group in groups)
+    for group in groups:
+        Vt = group.lotr_V["default"].weight
+        torch.testing.assert_close(Vt @ Vt.T, torch.eye(4), atol=1e-5, rtol=0)
+
+
+def test_what_cannot_start_is_refused_by_name() -> None:
+    model = _adapted("bert")
+    with pytest.raises(ConfigError, match="kind='gradients'"):
+        lotr.start(model, _batches("bert"), kind="gradients")
+    with pytest.raises(ConfigError, match="no batches"):
+        lotr.start(model, [])
+    with pytest.raises(ConfigError, match="Name one adapter"):
+        lotr.start(model, _batches("bert"), adapter="other")
+    with pytest.raises(ConfigError, match=r"'default' is not zero"):
+        lotr.start(_adapted("bert", init_weights=False), _batches("bert"))

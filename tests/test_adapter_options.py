@@ -147,6 +147,7 @@ def test_without_a_seed_torchs_own_decides() -> None:
 @pytest.mark.parametrize(
     "fields, said",
     [
+        ({"norm_gradient": True}, r"norm_gradient=True has no meaning with magnitude='none'"),
         ({"core": "tucker", "modes": ()}, r"core='tucker' with modes=\(\)"),
         ({"core": "tt", "modes": ()}, r"core='tt' with modes=\(\)"),
         ({"core": "identity", "modes": ("layer",)}, r"core='identity' with modes=\('layer',\)"),

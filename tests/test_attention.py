@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import lotr
 from conftest import VOCABULARY, bert, gpt2, llama, t5, tokens
 from lotr import LotrConfig, Site
+from lotr.blocks import Heads
+from lotr.tuner.attention import fused_projections, heads_of
 from lotr.tuner.layer import LotrLinear
 
 SIZE = 8  # features of a head, in every model here
@@ -172,3 +174,26 @@ def test_a_feed_forward_matrix_is_not_cut_into_heads() -> None:
         fed = [site for group in plan.groups for site in group.sites if "att" not in site.module.lower()]
         assert fed and all(site.head is None for site in fed)
         assert all(site.head is not None for g in plan.groups for site in g.sites if site not in fed)
+
+
+@pytest.mark.parametrize(
+    "path, shape",
+    [
+        ("h.0.attn.q_proj", (64, 32)),  # a query and a gate beside each head
+        ("h.0.attn.k_proj", (32, 32)),  # as many rows as queries have, but there are two heads
+        ("h.0.attn.c_attn", (48, 32)),  # neither q+k+v nor k+v
+        ("h.0.mlp.c_proj", (32, 32)),
+    ],
+)
+def test_features_that_are_not_all_heads_are_not_cut(path: str, shape: tuple[int, int]) -> None:
+    attention = nn.Module()
+    attention.num_heads, attention.num_key_value_heads, attention.head_dim = 4, 2, 8
+    model = nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict({"attn": attention, "mlp": nn.Module()})])})
+    assert heads_of(model, path, shape) is None
+    assert heads_of(model, "h.0.attn.k_proj", (16, 32)) == Heads(8, 0)
+    assert heads_of(model, "h.0.attn.c_attn", (64, 32)) == Heads(8, 0)
+    assert fused_projections(model, "h.0.attn.c_attn", (64, 32)) == (
+        ("query", 32),
+        ("key", 16),
+        ("value", 16),
+    )

@@ -242,3 +242,39 @@ def test_an_update_that_passes_through_zero_keeps_everything_finite(norm_gradien
     assert losses[-1] < losses[0] and torch.tensor(losses).isfinite().all()
     merged = model.merge_and_unload(safe_merge=True)
     assert not [m for m in merged.modules() if isinstance(m, LotrLayer)]
+
+
+def test_products_kept_of_frozen_factors_follow_factors_that_are_loaded() -> None:
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    options = {"train": "cores", "init_weights": False}
+    source, model = (get_peft_model(bert(), config(seed=seed, **options)).eval() for seed in (1, 0))
+    outputs(model, {"input_ids": tokens()})
+    set_peft_model_state_dict(model, get_peft_model_state_dict(source))
+    found, expected = (outputs(m, {"input_ids": tokens()}) for m in (model, source))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_change_of_an_input_norm_too_small_for_bfloat16_is_seen_in_the_product() -> None:
+    model = get_peft_model(bert().to(torch.bfloat16), config("bora", "per_output_and_input")).eval()
+    layer = next(m for m in model.modules() if isinstance(m, LotrLinear))
+    x = torch.randn(64, layer.in_features).to(torch.bfloat16)
+    before = layer(x)
+    with torch.no_grad():
+        layer.lotr_magnitude["default"].m_in *= 1.003  # rounded to bfloat16 this is one
+    assert not torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("magnitude", ["none", "per_output", "per_output_and_input", "base_and_update"])
+def test_a_model_made_on_the_meta_device_can_be_given_memory(magnitude: str) -> None:
+    def made(seed: int) -> nn.Module:
+        base = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 6))
+        return get_peft_model(base, config("lora_xs", magnitude, seed=seed, target_modules=["0", "2"]))
+
+    with torch.device("meta"):
+        model = made(seed=0)
+        model(torch.empty(2, 12))
+    model.to_empty(device="cpu")
+    reference, x = made(seed=1), torch.randn(5, 12)
+    model.load_state_dict(reference.state_dict())
+    torch.testing.assert_close(model(x), reference(x), atol=1e-6, rtol=1e-5)

@@ -8,6 +8,8 @@ EXAMPLES = {
         "lotr train --model minilm --train docstrings --rank 8 --target all-linear --epochs 1 --output runs/second",
         "lotr train --model minilm --train docstrings --method metatt_5d --output runs/tensor-train",
         "lotr train --model minilm --train docstrings --magnitude per_output --output runs/scaled",
+        "lotr train --model minilm --train docstrings --start gradient --head-warmup 20 --output runs/turned",
+        "lotr train --train other.csv --basis runs/first --output runs/other-task  # cores alone",
         "lotr train --config runs/first/settings.json --seed 1 --output runs/again",
         "lotr train --resume --output runs/first  # after ctrl-C",
     ),

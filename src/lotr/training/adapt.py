@@ -35,6 +35,7 @@ def adapter_config(settings: TrainSettings, task: str) -> PeftConfig:
 
     from ..tuner.config import LotrConfig
 
+    _check_meaning(settings, task)
     common: dict[str, Any] = {
         "task_type": TASK_TYPES[task],
         "target_modules": target_modules(settings.target),
@@ -78,6 +79,25 @@ def adapter_config(settings: TrainSettings, task: str) -> PeftConfig:
         seed=settings.seed,
         **common,
     )
+
+
+#: Settings of this library's methods, which PEFT's own do not know.
+_OURS = ("modes", "core", "core_ranks", "blocks", "magnitude", "trainable", "start", "basis")
+
+
+def _check_meaning(settings: TrainSettings, task: str) -> None:
+    """Refuse settings that would be passed over."""
+    if settings.method in PEERS:
+        given = [name for name in _OURS if getattr(settings, name) is not None]
+        if given:
+            raise ConfigError(
+                f"{given[0]}={getattr(settings, given[0])!r} has no meaning with method={settings.method!r}, which is "
+                "not a row of the table. Leave it out, or name a row (`lotr methods`)."
+            )
+    if settings.head_warmup and task == "causal-lm":
+        raise ConfigError(
+            f"head_warmup={settings.head_warmup} has no meaning for causal-lm, where no head is new. Leave it out."
+        )
 
 
 def _on_basis(settings: TrainSettings, task_type: str) -> PeftConfig:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import ConfigError, TrainingError
+from ..errors import TrainingError
 from ..starts import DATA_STARTS
 
 if TYPE_CHECKING:
@@ -43,24 +43,15 @@ def begin(
     Returns:
         What was done, for the report of the run.
 
-    Raises:
-        ConfigError: A start that needs factors of this library, for a method that has none.
     """
     done: dict[str, Any] = {"head_warmup": settings.head_warmup}
     batches = _batches(rows, collate, settings.batch_size, settings.seed, model.device)
     if settings.head_warmup:
         warm_head(model, batches, settings.head_warmup, head_lr)
         say(f"Head: warmed up for {settings.head_warmup} steps.")
-    config = model.active_peft_config
     if settings.start in DATA_STARTS:
-        from ..tuner.config import LotrConfig
         from ..tuner.data_start import start
 
-        if not isinstance(config, LotrConfig) or not config.targets:
-            raise ConfigError(
-                f"start={settings.start!r} turns the factors of a row of the table, and method={settings.method!r} has "
-                "none. Leave --start out."
-            )
         seen = [next(batches) for _ in range(settings.start_batches)]
         sites = start(model, seen, kind=settings.start, seed=settings.seed)
         share = sum(site.kept for site in sites) / len(sites)
@@ -77,13 +68,10 @@ def warm_head(model: PeftModel, batches: Iterator[Any], steps: int, lr: float) -
     Cold, the gradients that reach the adapter are those of a random head.
 
     Raises:
-        ConfigError: The model has no new head.
         TrainingError: The loss is not finite.
     """
     frozen = [p for n, p in model.named_parameters() if p.requires_grad and _HEAD not in n]
     head = [p for n, p in model.named_parameters() if p.requires_grad and _HEAD in n]
-    if not head:
-        raise ConfigError("head_warmup is set, but the model has no new head. Leave it out.")
     for parameter in frozen:
         parameter.requires_grad_(False)
     optimizer = torch.optim.AdamW(head, lr=lr, weight_decay=0.0)

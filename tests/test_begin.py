@@ -1,0 +1,111 @@
+"""Before the first step: a new head warms up, factors turn towards data, or those of another adapter are kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import saved_models
+from lotr.training.begin import warm_head
+from lotr.training.report import METRICS
+from test_cli import QUICK, lotr, report
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("begin")
+    saved_models.save_bert(folder / "bert")
+    saved_models.write_colours(folder / "train.csv", rows=96, seed=0)
+    saved_models.write_colours(folder / "dev.csv", rows=48, seed=1)
+    return folder
+
+
+def _train(place: Path, output: str, *words: str | Path) -> dict:
+    data = ("--model", place / "bert", "--train", place / "train.csv", "--eval", place / "dev.csv")
+    return report("train", *data, "--output", place / output, *QUICK, *words)
+
+
+@pytest.fixture(scope="module")
+def started(place: Path) -> dict:
+    return _train(place, "started", "--start", "gradient", "--start-batches", "3", "--head-warmup", "5")
+
+
+def test_a_run_that_starts_from_gradients_says_how_much_of_them_it_keeps(started: dict) -> None:
+    begun = started["begun"]
+    assert begun["head_warmup"] == 5 and begun["start_batches"] == 3
+    assert len(begun["sites"]) == 4 and 0.05 < begun["kept"] <= 1
+    assert started["accuracy"] > 0.9
+
+
+def test_the_saved_adapter_says_how_it_started(started: dict, place: Path) -> None:
+    assert json.loads((place / "started" / "adapter_config.json").read_text())["start"] == "gradient"
+    again = report("evaluate", place / "started", "--data", place / "dev.csv")
+    assert again["accuracy"] == pytest.approx(started["accuracy"])
+
+
+def test_two_runs_of_one_seed_start_and_end_alike(started: dict, place: Path) -> None:
+    _train(place, "again", "--start", "gradient", "--start-batches", "3", "--head-warmup", "5")
+    one, two = (load_file(place / name / WEIGHTS) for name in ("started", "again"))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_warmed_up_head_leaves_the_adapter_where_it_was() -> None:
+    from peft import get_peft_model
+
+    from conftest import bert, tokens
+    from lotr import LotrConfig
+
+    model = get_peft_model(bert(), LotrConfig(r=4, task_type="SEQ_CLS"))
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    batch = {"input_ids": tokens(12), "labels": torch.arange(12) % 3}
+    losses = [model(**batch).loss.item()]
+    warm_head(model, iter([batch] * 30), 30, lr=3e-2)
+    losses.append(model(**batch).loss.item())
+    after = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert losses[1] < losses[0] and before.keys() == after.keys()
+    for name, parameter in after.items():
+        assert torch.equal(parameter, before[name]) == (".modules_to_save." not in name), name
+        assert parameter.grad is None
+
+
+def test_a_second_task_trains_cores_on_the_factors_of_the_first(started: dict, place: Path) -> None:
+    second = _train(place, "second", "--basis", place / "started")
+    tensors = load_file(place / "second" / WEIGHTS)
+    assert not [key for key in tensors if "lotr_U" in key or "lotr_V" in key]
+    assert second["trained_numbers"]["adapter"] == 4 * 4 * 4 < started["trained_numbers"]["adapter"]
+    assert second["accuracy"] > 0.8
+    again = report("evaluate", place / "second", "--data", place / "dev.csv")
+    assert again["accuracy"] == pytest.approx(second["accuracy"])
+    assert json.loads((place / "second" / METRICS).read_text())["settings"]["basis"] == str(place / "started")
+    assert report("inspect", place / "second")["numbers"] > second["trained_numbers"]["adapter"]
+
+
+def test_the_model_of_the_basis_is_taken_when_none_is_named(started: dict, place: Path) -> None:
+    words = ("--train", place / "train.csv", "--max-steps", "1", "--output", place / "third")
+    assert report("train", *words, "--basis", place / "started")["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (
+            ("--method", "peft_lora", "--start", "gradient"),
+            "start='gradient' has no meaning with method='peft_lora'",
+        ),
+        (("--basis", "nowhere/at/all"), "nowhere/at/all does not exist"),
+        (("--start-batches", "0"), "start_batches=0"),
+        (("--head-warmup", "-1"), "head_warmup=-1"),
+    ],
+    ids=str,
+)
+def test_what_cannot_begin_is_refused(place: Path, words: tuple[str, ...], says: str) -> None:
+    data = ("--model", place / "bert", "--train", place / "train.csv", "--output", place / "refused")
+    result = lotr("train", *data, *words)
+    assert result.exit_code != 0 and says in " ".join(result.stderr.split())
+    assert not (place / "refused" / WEIGHTS).exists()

@@ -32,6 +32,7 @@ from lotr.training.adapt import PEERS
 from lotr.training.run import train
 from lotr_cli.settings import TrainSettings
 
+ERROR = 0.017  # of an accuracy near two thirds, measured on 756 rows
 HEADER = ("method", "trained numbers", "accuracy", "seconds a step")
 
 
@@ -118,11 +119,9 @@ def main() -> None:
         shown.add_row(method, f"{numbers:,}", f"{score:.4f}", f"{seconds:.3f}")
     Console().print(shown)
     if options.picture:
-        trained = [row for row in rows if row[1]]
-        names, sizes, scores = ([row[at] for row in trained] for at in range(3))
-        plots.score_against_size(
-            names, sizes, scores, ("trained numbers of the adapter", "accuracy"), options.picture
-        )
+        names, sizes, scores = ([row[at] for row in rows] for at in range(3))
+        options.picture.parent.mkdir(parents=True, exist_ok=True)
+        plots.score_by_name(names, sizes, scores, ERROR, "accuracy, one standard error", options.picture)
 
 
 if __name__ == "__main__":

@@ -121,3 +121,33 @@ def score_against_size(
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
+
+
+def score_by_name(
+    names: Sequence[str], sizes: Sequence[int], scores: Sequence[float], error: float, axis: str, path: Path
+) -> None:
+    """Draw one line a method, the smallest at the bottom: its score with an error bar, its size beside its name.
+
+    Args:
+        names: Methods.
+        sizes: Trained numbers; a method without any is drawn as a line through all.
+        scores: Scores.
+        error: Standard error of a score.
+        axis: Label of the score.
+        path: PNG file.
+    """
+    order = sorted((at for at in range(len(names)) if sizes[at]), key=lambda at: sizes[at])
+    figure = _figure(7.2, 0.24 * len(order) + 1.2)
+    plot = figure.subplots()
+    for height, at in enumerate(order):
+        colour = _BLUE if names[at].startswith("lotr") else _ORANGE if names[at].startswith("peft") else _GREY
+        plot.errorbar(scores[at], height, xerr=error, fmt="o", color=colour, capsize=2)
+    for at in range(len(names)):
+        if not sizes[at]:
+            plot.axvline(scores[at], color=_GREY, linestyle="--")
+            plot.text(scores[at], len(order) - 0.3, f" {names[at]}", color=_GREY)
+    plot.set_yticks(range(len(order)), [f"{names[at]}   {sizes[at]:,}" for at in order])
+    plot.set_xlabel(axis)
+    plot.grid(axis="x", alpha=0.3)
+    plot.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)

@@ -27,6 +27,7 @@ from .trainer import AdapterTrainer, StopOnRequest, finish_on_interrupt, is_main
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from peft import PeftConfig
     from transformers import TrainerCallback
 
     from lotr_cli.settings import TrainSettings
@@ -36,6 +37,7 @@ def train(
     settings: TrainSettings,
     say: Callable[[str], None] = print,
     callbacks: Sequence[TrainerCallback] = (),
+    config: PeftConfig | None = None,
 ) -> dict[str, Any]:
     """Fine-tune a model and write the adapter with its reports.
 
@@ -43,6 +45,7 @@ def train(
         settings: What to train on what; see `TrainSettings`.
         say: Called with lines for the user.
         callbacks: More callbacks for the Trainer, for example a progress bar.
+        config: Configuration of any PEFT method, instead of the one that the settings describe.
 
     Returns:
         The content of `metrics.json`.
@@ -57,7 +60,7 @@ def train(
     if not is_main_process():
         say = _nothing
     folder = _claim(settings)
-    run = _prepare(settings, folder, say)
+    run = _prepare(settings, folder, say, config)
     checkpoint = resume.checkpoint(folder) if settings.resume else None
     rows = _encoded(run)
     if checkpoint is None:
@@ -121,7 +124,9 @@ def _claim(settings: TrainSettings) -> Path:
     return folder
 
 
-def _prepare(settings: TrainSettings, folder: Path, say: Callable[[str], None]) -> Run:
+def _prepare(
+    settings: TrainSettings, folder: Path, say: Callable[[str], None], config: PeftConfig | None
+) -> Run:
     from transformers import set_seed
     from transformers.utils import logging
 
@@ -132,7 +137,7 @@ def _prepare(settings: TrainSettings, folder: Path, say: Callable[[str], None]) 
     data = load_task(str(settings.train), settings.eval, columns, settings.task, seed=settings.seed)  # type: ignore[arg-type]
     say(f"Task: {data.task}. {data.reason}")
     say(f"Data: {len(data.train)} rows to train on, {len(data.eval)} to evaluate on.")
-    config = adapt.adapter_config(settings, data.task)
+    config = config or adapt.adapter_config(settings, data.task)
     tokenizer = load_tokenizer(str(settings.model))
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token

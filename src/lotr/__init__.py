@@ -13,11 +13,13 @@ add_peft_type()  # the configuration needs the type before it can be registered
 from .errors import CheckpointError, ConfigError, DataError, LotrError, PlanError, TrainingError  # noqa: E402
 from .methods import METHODS, Method  # noqa: E402
 from .sites import Group, Plan, Site  # noqa: E402
+from .training.optimizer import parameter_groups  # noqa: E402
 from .tuner.config import LotrConfig  # noqa: E402
 from .tuner.data_start import start  # noqa: E402
 from .tuner.model import LotrModel  # noqa: E402
 from .tuner.register import register  # noqa: E402
 from .tuner.targets import plan  # noqa: E402
+from .tuner.truncate import truncate  # noqa: E402
 
 register()
 
@@ -38,6 +40,8 @@ __all__ = [
     "Site",
     "TrainingError",
     "__version__",
+    "parameter_groups",
     "plan",
     "start",
+    "truncate",
 ]

@@ -1,0 +1,196 @@
+"""Smaller ranks for a trained adapter: Tucker-2 of its update, group by group."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..delta import one_by_one, side_by_side
+from ..errors import ConfigError, near
+from ..sites import Group, Plan
+from .adapted import Adapted, Member
+from .config import LotrConfig, pair
+from .group import LotrGroup, NamedNumbers, linear_from
+from .layer import LotrLinear
+from .targets import plan_of
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """What became of one group: its ranks `(k, r)` before and after, and the share of `Σ ‖ΔW‖²` that is left."""
+
+    group: str
+    before: tuple[int, int]
+    after: tuple[int, int]
+    kept: float
+
+
+@torch.no_grad()
+def truncate(
+    model: nn.Module,
+    rank: int | tuple[int, int] | None = None,
+    energy: float | None = None,
+    adapter: str | None = None,
+) -> list[Truncated]:
+    """Cut the ranks of a trained adapter down, keeping as much of its update as the ranks allow.
+
+    Every group's updates `U C_s Vᵀ` are turned to the directions that carry most of `Σ_s ‖ΔW_s‖²`; afterwards `U` and
+    `V` are orthonormal. Make an optimiser anew when training goes on.
+
+    Args:
+        model: A PEFT model with an adapter that has free cores.
+        rank: Largest rank of every group, one number or `(k, r)`.
+        energy: Instead of a rank: the share of each group's energy that each side has to keep, in (0, 1].
+        adapter: Name of the adapter; default: the active one.
+
+    Returns:
+        One entry a group.
+
+    Raises:
+        ConfigError: Neither or both of rank and energy are given, or the adapter's cores are not free.
+
+    Source: higher-order SVD (De Lathauwer et al., 2000).
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from lotr import LotrConfig
+        >>> base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        >>> model = get_peft_model(base, LotrConfig(r=4, target_modules=["0", "1"], init_weights=False))
+        >>> [group.after for group in truncate(model, rank=2)]
+        [(2, 2)]
+    """
+    name = adapter or model.active_adapter
+    if name not in model.peft_config:
+        raise ConfigError(f"Adapter {name!r} does not exist. {near(name, model.peft_config)}")
+    config: LotrConfig = model.peft_config[name]
+    _check(config, rank, energy)
+    plan = plan_of(config.made_for, config)
+    members: dict[LotrGroup, list[tuple[Adapted, Member]]] = {}
+    for layer in (module for module in model.modules() if isinstance(module, LotrLinear)):
+        if name in layer.lotr_site:
+            for member in layer.lotr_site[name].members:
+                members.setdefault(member.group, []).append((layer.lotr_site[name], member))
+    spectra = {group: _Spectrum(group, name, found) for group, found in members.items()}
+    ranks = {
+        spectrum.group.name: spectrum.ranks(energy)
+        if rank is None
+        else _least(spectrum.group.rank, pair(rank))
+        for spectrum in spectra.values()
+    }
+    ranks = _equal_in_modules(plan, ranks)
+    targets = [replace(t, rank=ranks[plan.parts[t.path][0].group.name]) for t in plan.targets]
+    _record(config, targets)
+    parts = plan_of(targets, config).parts
+    for group, found in members.items():
+        spectrum = spectra[group]
+        U, cores, V = spectrum.cut(*ranks[spectrum.group.name])
+        _write(group, name, U, V)
+        for (adapted, member), C in zip(found, cores, strict=True):
+            _write_core(adapted, member, C)
+    for layer in (module for module in model.modules() if isinstance(module, LotrLinear)):
+        if name in layer.lotr_site:
+            for n, member in enumerate(layer.lotr_site[name].members):
+                member.part = parts[member.part.sites[0].module][n]
+    return [
+        Truncated(s.group.name, s.group.rank, ranks[s.group.name], s.kept(*ranks[s.group.name]))
+        for s in spectra.values()
+    ]
+
+
+class _Spectrum:
+    """The update of one group between orthonormal bases, and how its energy falls along both sides."""
+
+    def __init__(self, group: LotrGroup, adapter: str, members: list[tuple[Adapted, Member]]) -> None:
+        self.group: Group = members[0][1].part.group
+        updates = [adapted.placed(member).update for adapted, member in members]
+        # in double precision: what is cut is small beside what stays
+        self.Q_U, R_U = torch.linalg.qr(group.lotr_U[adapter].weight.double())
+        self.Q_V, R_V = torch.linalg.qr(group.lotr_V[adapter].weight.T.double())
+        home = R_U.device
+        self.cores = [
+            R_U @ one_by_one(u.C.double().to(home), u.grid) @ R_V.T for u in updates
+        ]  # (sites, k, r)
+        stacked = torch.cat(self.cores)
+        self.left, self.sigma_U, _ = torch.linalg.svd(stacked.movedim(1, 0).flatten(1), full_matrices=False)
+        self.right, self.sigma_V, _ = torch.linalg.svd(stacked.movedim(2, 0).flatten(1), full_matrices=False)
+
+    def ranks(self, energy: float | None) -> tuple[int, int]:
+        """Return the smallest ranks of which each keeps a share of the energy."""
+        assert energy is not None
+        k, r = (self._enough(sigma, energy) for sigma in (self.sigma_U, self.sigma_V))
+        return k, r
+
+    def _enough(self, sigma: Tensor, energy: float) -> int:
+        share = sigma.square().cumsum(0) / sigma.square().sum().clamp_min(1e-300)
+        return min(len(sigma), int((share < energy - 1e-12).sum()) + 1)
+
+    def cut(self, k: int, r: int) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Return `U` `(o, k)`, the cores `(sites, k, r)` of each part, and `V` `(i, r)`."""
+        P, Q = self.left[:, :k], self.right[:, :r]
+        return self.Q_U @ P, [P.T @ cores @ Q for cores in self.cores], self.Q_V @ Q
+
+    def kept(self, k: int, r: int) -> float:
+        """Return the share of the energy that ranks leave."""
+        whole = sum(float(cores.square().sum()) for cores in self.cores)
+        left = sum(float(cores.square().sum()) for cores in self.cut(k, r)[1])
+        return left / whole if whole > 0 else 1.0
+
+
+def _check(config: Any, rank: int | tuple[int, int] | None, energy: float | None) -> None:
+    if (rank is None) == (energy is None):
+        raise ConfigError(f"rank={rank} and energy={energy}: give one of the two.")
+    if energy is not None and not 0 < energy <= 1:
+        raise ConfigError(f"energy={energy} is not a share. Use a number above 0 and at most 1.")
+    if not isinstance(config, LotrConfig) or config.core != "free":
+        core = getattr(config, "core", None)
+        raise ConfigError(
+            f"Only free cores can be cut down group by group, and the adapter has core={core!r}. Train it with a smaller "
+            "rank."
+        )
+
+
+def _least(have: tuple[int, int], asked: tuple[int, int]) -> tuple[int, int]:
+    return min(have[0], asked[0]), min(have[1], asked[1])
+
+
+def _equal_in_modules(plan: Plan, ranks: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Return ranks of which all groups that meet in one module have the largest: a module has one rank."""
+    changed = True
+    while changed:
+        changed = False
+        for parts in plan.parts.values():
+            names = [part.group.name for part in parts]
+            most = (max(ranks[n][0] for n in names), max(ranks[n][1] for n in names))
+            changed |= any(ranks[n] != most for n in names)
+            ranks = ranks | dict.fromkeys(names, most)
+    return ranks
+
+
+def _record(config: LotrConfig, targets: list[Any]) -> None:
+    """Write the new ranks into the configuration, so that the adapter loads with them."""
+    (common, _), *_ = Counter(target.rank for target in targets).most_common(1)
+    config.r = common[0] if common[0] == common[1] else common
+    config.rank_pattern = {target.path: target.rank for target in targets if target.rank != common}
+    config.targets = [target.to_dict() for target in targets]
+
+
+def _write(group: LotrGroup, adapter: str, U: Tensor, V: Tensor) -> None:
+    for factors, weight in ((group.lotr_U, U), (group.lotr_V, V.T)):
+        before = factors[adapter].weight
+        factors[adapter] = linear_from(weight.to(before))
+        factors[adapter].weight.requires_grad_(before.requires_grad)
+
+
+def _write_core(adapted: Adapted, member: Member, cores: Tensor) -> None:
+    held, name = adapted.layer.lotr_C[adapted.adapter], member.part.name
+    before = adapted.site_core(member.part)
+    C = side_by_side(cores, member.part.grid).to(before)
+    if isinstance(held, NamedNumbers):
+        held.register_parameter(name, nn.Parameter(C.contiguous(), requires_grad=before.requires_grad))
+    else:
+        adapted.layer.lotr_C[adapted.adapter] = linear_from(C)
+        adapted.layer.lotr_C[adapted.adapter].weight.requires_grad_(before.requires_grad)

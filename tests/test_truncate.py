@@ -1,0 +1,98 @@
+"""`lotr.truncate`: the ranks of a trained adapter cut down, with as little loss as they allow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tensorly as tl
+import torch
+from peft import PeftModel, get_peft_model
+from tensorly.decomposition import partial_tucker
+from torch import Tensor
+
+import lotr
+from conftest import bert, gpt2, tokens
+from lotr import ConfigError, LotrConfig
+from lotr.checkpoint import read_adapter
+from lotr.inspection import inspect
+from lotr.tuner.group import LotrGroup
+from tuner_contract import linears, outputs
+
+INPUTS = {"input_ids": tokens()}
+
+
+def _model(make: Any = bert, **fields: Any) -> PeftModel:
+    targets = ["query", "value"] if make is bert else ["c_attn"]
+    options = {"r": 8, "target_modules": targets, "init_weights": False, "seed": 0, **fields}
+    return get_peft_model(make(), LotrConfig(**options)).eval()
+
+
+def _deltas(model: PeftModel) -> Tensor:
+    return torch.stack([layer.get_delta_weight("default") for layer in linears(model)])
+
+
+@pytest.mark.parametrize("make", [bert, gpt2])
+@pytest.mark.parametrize("method", ["lotr", "lotr_joint"])
+@pytest.mark.parametrize("start", ["orthonormal", "gaussian"])
+def test_the_full_rank_changes_nothing_and_makes_the_factors_orthonormal(make, method, start) -> None:
+    model = _model(make, method=method, start=start)
+    before = outputs(model, INPUTS)
+    report = lotr.truncate(model, rank=8)
+    assert all(group.before == group.after == (8, 8) and group.kept == pytest.approx(1) for group in report)
+    torch.testing.assert_close(outputs(model, INPUTS), before, atol=2e-5, rtol=1e-4)
+    for group in (m for m in model.modules() if isinstance(m, LotrGroup)):
+        U = group.lotr_U["default"].weight
+        torch.testing.assert_close(U.T @ U, torch.eye(8), atol=1e-5, rtol=0)
+
+
+def test_a_truncated_update_is_as_near_as_tensorlys_tucker() -> None:
+    model = _model(method="lotr_joint", start="gaussian")
+    before = _deltas(model)
+    (group,) = lotr.truncate(model, rank=3)
+    after = _deltas(model)
+    with tl.backend_context("pytorch"):
+        core, factors = partial_tucker(before.double(), rank=(3, 3), modes=[1, 2], n_iter_max=50)[0]
+        best = tl.tenalg.multi_mode_dot(core, factors, modes=[1, 2])
+    error, least = (float((x.double() - before.double()).norm()) for x in (after, best))
+    assert least <= error < 1.1 * least
+    assert group.kept == pytest.approx(float(after.square().sum() / before.square().sum()), rel=1e-3)
+
+
+@pytest.mark.parametrize("make", [bert, gpt2])
+@pytest.mark.parametrize("how", [{"rank": 3}, {"rank": (2, 5)}, {"energy": 0.8}], ids=str)
+def test_a_truncated_adapter_saves_loads_trains_and_merges(make, how: dict[str, Any], tmp_path: Path) -> None:
+    model = _model(make)
+    before = model.get_nb_trainable_parameters()[0]
+    lotr.truncate(model, **how)
+    expected = outputs(model, INPUTS)
+    assert model.get_nb_trainable_parameters()[0] < before
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make(), tmp_path, is_trainable=True)
+    torch.testing.assert_close(outputs(loaded, INPUTS), expected, atol=1e-6, rtol=1e-5)
+    assert loaded.get_nb_trainable_parameters() == model.get_nb_trainable_parameters()
+    assert inspect(read_adapter(tmp_path)).numbers == model.get_nb_trainable_parameters()[0]
+    model(**INPUTS).logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    torch.testing.assert_close(outputs(model.merge_and_unload(), INPUTS), expected, atol=2e-6, rtol=1e-5)
+
+
+def test_an_energy_keeps_that_share_on_each_side_with_the_fewest_directions() -> None:
+    model = _model(method="lotr_joint")
+    for group in (m for m in model.modules() if isinstance(m, LotrGroup)):
+        with torch.no_grad():  # a spectrum that falls
+            group.lotr_U["default"].weight *= 0.5 ** torch.arange(8)
+    (group,) = lotr.truncate(model, energy=0.99)
+    assert group.after[0] <= 5 and group.kept > 0.98
+
+
+def test_what_cannot_be_truncated_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="give one of the two"):
+        lotr.truncate(_model())
+    with pytest.raises(ConfigError, match=r"energy=1\.5"):
+        lotr.truncate(_model(), energy=1.5)
+    with pytest.raises(ConfigError, match="core='tt'"):
+        lotr.truncate(_model(method="metatt_4d"), rank=2)
+    with pytest.raises(ConfigError, match="'other' does not exist"):
+        lotr.truncate(_model(), rank=2, adapter="other")

@@ -148,8 +148,8 @@ def _check(config: Any, rank: int | tuple[int, int] | None, energy: float | None
     if not isinstance(config, LotrConfig) or config.core != "free":
         core = getattr(config, "core", None)
         raise ConfigError(
-            f"Only free cores can be cut down group by group, and the adapter has core={core!r}. Train it with a smaller "
-            "rank."
+            f"Only free cores can be cut down group by group, and the adapter has core={core!r}. Train it with a "
+            "smaller rank."
         )
 
 

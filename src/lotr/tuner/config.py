@@ -18,6 +18,7 @@ from ..magnitudes import MAGNITUDES
 from ..methods import method
 from ..sites import check_modes
 from ..starts import DATA_STARTS, STARTS, WEIGHT_STARTS
+from .meaning import check_meaning, pair
 
 
 def _help(text: str) -> Any:
@@ -170,7 +171,7 @@ class LotrConfig(PeftConfig):
         self.rank_pattern = {
             name: _plain(f"rank_pattern[{name!r}]", r) for name, r in (self.rank_pattern or {}).items()
         }
-        self._check_structure()
+        check_meaning(self)
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout={self.dropout} is not a probability below one. Use 0 <= dropout < 1.")
         if not self.scaling > 0:
@@ -189,48 +190,6 @@ class LotrConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list | tuple):
                 setattr(self, name, set(getattr(self, name)))
-
-    def _check_structure(self) -> None:
-        """Refuse fields that have no meaning beside each other."""
-        assert self.core is not None and self.modes is not None and self.magnitude is not None
-        ranks = {self.rank, *(pair(r) for r in self.rank_pattern.values())}
-        for k, r in ranks:
-            CORES[self.core].check(k, r, self.modes)
-        if "head" in self.modes and self.blocks != "head":
-            raise ConfigError(
-                f'modes={self.modes!r} names "head", but blocks={self.blocks!r} cuts no weight into heads. Use '
-                'blocks="head".'
-            )
-        if self.core_ranks is not None:
-            self._check_core_ranks()
-        if self.train == "cores" and CORES[self.core].is_identity:
-            raise ConfigError(
-                f"train='cores' with core={self.core!r} leaves nothing to train. Use train='all', or another core."
-            )
-        never_zero = MAGNITUDES[self.magnitude].divides_by_update
-        if never_zero and self.init_weights:
-            raise ConfigError(
-                f"init_weights=True starts the update at zero, and magnitude={self.magnitude!r} divides by its norm. "
-                "Leave init_weights out; step 0 is the base model all the same."
-            )
-        if self.norm_gradient and MAGNITUDES[self.magnitude].additive:
-            raise ConfigError(
-                f"norm_gradient=True has no meaning with magnitude={self.magnitude!r}, which has no norms. Leave it "
-                "out."
-            )
-
-    def _check_core_ranks(self) -> None:
-        asked = self.core_ranks
-        if not CORES[str(self.core)].has_ranks:
-            raise ConfigError(f"core_ranks={asked!r} has no meaning with core={self.core!r}. Leave it out.")
-        unknown = sorted(set(asked) - set(self.modes or ())) if isinstance(asked, dict) else []
-        if unknown:
-            raise ConfigError(
-                f"core_ranks names {unknown[0]!r}, which is not among modes={self.modes!r}. Name those."
-            )
-        numbers = list(asked.values()) if isinstance(asked, dict) else [asked]
-        if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in numbers):
-            raise ConfigError(f"core_ranks={asked!r} holds no ranks. Use positive integers.")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; sets become sorted lists, because a set has another order in every process."""
@@ -299,16 +258,6 @@ class LotrConfig(PeftConfig):
     def alpha_pattern(self) -> dict[str, float]:
         """Always empty: one scaling an adapter."""
         return {}
-
-
-def pair(r: int | tuple[int, int]) -> tuple[int, int]:
-    """Return `(k, r)`.
-
-    Example:
-        >>> pair(8), pair((4, 8))
-        ((8, 8), (4, 8))
-    """
-    return (r, r) if isinstance(r, int) else (r[0], r[1])
 
 
 def _plain(name: str, r: Any) -> int | tuple[int, int]:

@@ -25,7 +25,8 @@ from ..grouping import make_plan
 from ..paths import normalise
 from ..sites import Plan
 from .attention import fused_projections, heads_of
-from .config import LotrConfig, pair
+from .config import LotrConfig
+from .meaning import pair
 
 BASIS = "lotrbasis"
 #: Query and value of the usual architectures: PEFT's own table for LoRA, and some that it lacks.

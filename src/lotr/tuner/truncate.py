@@ -13,9 +13,10 @@ from ..delta import one_by_one, side_by_side
 from ..errors import ConfigError, near
 from ..sites import Group, Plan
 from .adapted import Adapted, Member
-from .config import LotrConfig, pair
+from .config import LotrConfig
 from .group import LotrGroup, NamedNumbers, linear_from
 from .layer import LotrLinear
+from .meaning import pair
 from .targets import plan_of
 
 

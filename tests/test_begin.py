@@ -83,12 +83,41 @@ def test_a_second_task_trains_cores_on_the_factors_of_the_first(started: dict, p
     again = report("evaluate", place / "second", "--data", place / "dev.csv")
     assert again["accuracy"] == pytest.approx(second["accuracy"])
     assert json.loads((place / "second" / METRICS).read_text())["settings"]["basis"] == str(place / "started")
-    assert report("inspect", place / "second")["numbers"] > second["trained_numbers"]["adapter"]
+    inspected = report("inspect", place / "second")
+    assert inspected["numbers"] == second["trained_numbers"]["adapter"]
+    assert inspected["basis"] == started["trained_numbers"]["adapter"] - inspected["numbers"]
 
 
 def test_the_model_of_the_basis_is_taken_when_none_is_named(started: dict, place: Path) -> None:
     words = ("--train", place / "train.csv", "--max-steps", "1", "--output", place / "third")
     assert report("train", *words, "--basis", place / "started")["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (("--method", "dora"), "method='dora' contradicts basis"),
+        (("--rank", "8"), "rank='8' contradicts basis"),
+        (("--modes", "layer,projection"), "modes='layer,projection' contradicts basis"),
+        (("--trainable", "all"), "trainable='all' contradicts basis"),
+        (("--magnitude", "per_ouput"), "Near matches: per_output"),
+    ],
+    ids=str,
+)
+def test_what_contradicts_a_basis_is_refused(
+    started: dict, place: Path, words: tuple[str, ...], says: str
+) -> None:
+    data = ("--train", place / "train.csv", "--output", place / "contradicts", "--basis", place / "started")
+    result = lotr("train", *data, *words)
+    assert result.exit_code != 0 and says in " ".join(result.stderr.split())
+    assert not (place / "contradicts").exists()
+
+
+def test_an_adapter_without_cores_is_no_basis(place: Path) -> None:
+    _train(place, "lora", "--method", "lora", "--max-steps", "1")
+    words = ("--train", place / "train.csv", "--output", place / "on-lora", "--basis", place / "lora")
+    result = lotr("train", *words)
+    assert result.exit_code != 0 and "it cannot be a basis" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize(

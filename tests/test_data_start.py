@@ -153,6 +153,12 @@ def test_what_cannot_start_is_refused_by_name() -> None:
         lotr.start(model, _batches("bert"), kind="gradients")
     with pytest.raises(ConfigError, match="no batches"):
         lotr.start(model, [])
+    with pytest.raises(ConfigError, match="has no labels"):
+        lotr.start(model, [{"input_ids": tokens()}])
+    with pytest.raises(ConfigError, match="A batch is a Tensor"):
+        lotr.start(model, [tokens()])
+    with pytest.raises(ConfigError, match="no adapter of this library"):
+        lotr.start(bert(), _batches("bert"))
     with pytest.raises(ConfigError, match="Name one adapter"):
         lotr.start(model, _batches("bert"), adapter="other")
     with pytest.raises(ConfigError, match=r"'default' is not zero"):

@@ -15,7 +15,7 @@ An adapter of the `lotr` package, `ΔW = σ·U·C·Vᵀ`. PEFT loads it once `lo
 import lotr  # registers the method with PEFT; must come before loading
 from peft import AutoPeftModel{{auto}}
 
-model = AutoPeftModel{{auto}}.from_pretrained("path/or/hub-id/of/this/adapter")
+model = AutoPeftModel{{auto}}.from_pretrained("path/or/hub-id/of/this/adapter"{{more}})
 ```
 
 Whoever cannot install `lotr` can use {{exit}}.
@@ -37,12 +37,13 @@ _EXITS = {
 }
 
 
-def usage(task_type: str | None, additive: bool = True) -> str:
+def usage(task_type: str | None, additive: bool = True, n_labels: int = 0) -> str:
     """Return the section that says how an adapter is loaded.
 
     Args:
         task_type: PEFT's task type, which names the class to load with.
         additive: Whether the adapter only adds to the weight, so that a LoRA can hold it.
+        n_labels: Size of a new head, which the base model is loaded with.
 
     Returns:
         Markdown.
@@ -51,7 +52,9 @@ def usage(task_type: str | None, additive: bool = True) -> str:
         >>> "AutoPeftModelForCausalLM" in usage("CAUSAL_LM")
         True
     """
-    return USAGE.replace("{auto}", _AUTO.get(str(task_type), "")).replace("{exit}", _EXITS[additive])
+    more = f", num_labels={n_labels}" if n_labels else ""
+    text = USAGE.replace("{auto}", _AUTO.get(str(task_type), ""))
+    return text.replace("{exit}", _EXITS[additive]).replace("{more}", more)
 
 
 def add_usage(folder: Path, task_type: str | None, additive: bool = True) -> None:
@@ -78,7 +81,11 @@ def for_run(report: dict[str, Any], task_type: str | None, additive: bool = True
     task, settings, numbers = report["task"], report["settings"], report["trained_numbers"]
     scores = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(report["eval"].items()))
     labels = f"Labels: {', '.join(task['labels'])}.\n\n" if task["labels"] else ""
-    how = usage(task_type, additive) if settings["method"] not in ("peft_lora", "peft_dora") else ""
+    how = (
+        usage(task_type, additive, len(task["labels"]))
+        if settings["method"] not in ("peft_lora", "peft_dora")
+        else ""
+    )
     return f"""---
 base_model: {task["base_model"]}
 library_name: peft

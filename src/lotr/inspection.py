@@ -56,6 +56,7 @@ class Inspection:
     groups: list[dict[str, Any]]
     sites: list[SiteReport]
     numbers: int
+    basis: int
     head: int
     size: int
 
@@ -167,7 +168,9 @@ def inspect(adapter: AdapterFolder) -> Inspection:
     plan = taken.plan
     numbers = plan.n_factors + plan.n_cores + plan.n_magnitudes
     head = sum(tensor.numel() for tensor in taken.rest.values())
-    return Inspection(config_of(adapter), groups, sites, numbers, head, adapter.size)
+    config = config_of(adapter)
+    basis = plan.n_factors if config.refers_to_basis else 0
+    return Inspection(config, groups, sites, numbers - basis, basis, head, adapter.size)
 
 
 def effective_rank(matrix: Tensor) -> float:  # (k, r)

@@ -186,10 +186,11 @@ def check_modes(modes: Iterable[str]) -> tuple[str, ...]:
         ConfigError: An entry is not a coordinate, or says again what `site` says.
 
     Example:
-        >>> check_modes(["projection", "layer"])
-        ('layer', 'projection')
+        >>> check_modes(["projection", "layer"]), check_modes("none")
+        (('layer', 'projection'), ())
     """
     asked = (modes,) if isinstance(modes, str) else tuple(modes)
+    asked = () if asked == ("none",) else asked
     unknown = [mode for mode in asked if mode not in MODES]
     if unknown:
         raise ConfigError(

@@ -98,7 +98,9 @@ def inspected(adapter: str, found: Inspection, drawn: Path, as_json: bool) -> No
         "Updates, before the magnitude" if found.config.magnitude != "none" else "Updates", names, rows
     )
     out.print(
-        f"{found.numbers:,} numbers in the adapter, {found.head:,} in the head, {found.size:,} bytes. "
+        f"{found.numbers:,} numbers in the adapter, "
+        + (f"{found.basis:,} more from its basis, " if found.basis else "")
+        + f"{found.head:,} in the head, {found.size:,} bytes. "
         f"The heat map is in {drawn}.",
         highlight=False,
         soft_wrap=True,
@@ -115,6 +117,8 @@ def listed(methods: dict[str, Any], as_json: bool) -> None:
         along = f"Shared along {', '.join(row.modes)}" if row.modes else "Nothing shared"
         cuts = "" if row.blocks == "none" else f", cut by {row.blocks}"
         scale = "" if row.magnitude == "none" else f", magnitude {row.magnitude}"
+        scale += f", starts at {row.start}" if row.start != "orthonormal" else ""
+        scale += ", trains cores" if row.train == "cores" else ""
         rows.append(
             (row.name, f"{row.purpose}\n{along}, {row.core} core{cuts}{scale}. {row.year}, {row.url}")
         )

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ..cores import CORES
 from ..errors import ConfigError, near
 from ..methods import METHODS
+from ..sites import check_modes
 from .optimizer import Rates, default_rates
 from .parsing import read_core_ranks, read_modes, read_rank, target_modules
 
@@ -104,6 +106,7 @@ def _on_basis(settings: TrainSettings, task_type: str) -> PeftConfig:
     from ..tuner.config import LotrConfig
 
     of = _basis(settings)
+    _check_basis(settings, of)
     same = (
         "r",
         "method",
@@ -124,6 +127,37 @@ def _on_basis(settings: TrainSettings, task_type: str) -> PeftConfig:
         seed=settings.seed,
         **{name: getattr(of, name) for name in same},
     )
+
+
+def _check_basis(settings: TrainSettings, of: LotrConfig) -> None:
+    """Refuse settings that contradict a basis, and record what is taken from it.
+
+    Raises:
+        ConfigError: The basis has no cores, or a setting asks for another structure.
+    """
+    if CORES[str(of.core)].is_identity:
+        raise ConfigError(
+            f"basis={settings.basis!r} has core={of.core!r}, which has no cores to train, so it cannot be a basis. "
+            "Name an adapter with cores, for example of method lotr."
+        )
+    asked = {
+        "method": None if settings.method == type(settings).method else settings.method,
+        "rank": None if settings.rank == type(settings).rank else read_rank(settings.rank),
+        "modes": None if settings.modes is None else check_modes(read_modes(settings.modes) or ()),
+        "core": settings.core,
+        "blocks": settings.blocks,
+    }
+    has = {"method": of.method, "rank": of.rank, "modes": of.modes, "core": of.core, "blocks": of.blocks}
+    for name, value in asked.items():
+        if value is not None and value != has[name]:
+            raise ConfigError(
+                f"{name}={getattr(settings, name)!r} contradicts basis={settings.basis!r}, which has "
+                f"{name}={has[name]!r}. An adapter has the structure of its basis; leave it out."
+            )
+    if settings.trainable == "all":
+        raise ConfigError("trainable='all' contradicts basis, whose factors are kept. Leave one of them out.")
+    settings.method = of.method  # what the report says is what was trained
+    settings.rank = ",".join(map(str, dict.fromkeys(of.rank)))
 
 
 def _basis(settings: TrainSettings) -> LotrConfig:

@@ -133,6 +133,8 @@ def _prepare(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     adapt.rates(settings)
+    if config is None:  # before any data is read; again below, once the task is known
+        adapt.adapter_config(settings, settings.task or "classification")
     columns = Columns(settings.text, settings.text2, settings.label)
     data = load_task(str(settings.train), settings.eval, columns, settings.task, seed=settings.seed)  # type: ignore[arg-type]
     say(f"Task: {data.task}. {data.reason}")

@@ -27,7 +27,13 @@ def read_basis(config: LotrConfig) -> dict[str, Tensor]:
         CheckpointError: There is no such adapter, it has no factors, or they are others than those trained on.
     """
     assert config.basis is not None
-    adapter = read_adapter(config.basis)
+    try:
+        adapter = read_adapter(config.basis)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"The basis of the adapter cannot be read: {error} Put its folder where it was or beside the adapter's "
+            "own, or name its place in the field basis of adapter_config.json."
+        ) from error
     tensors = {
         key: tensor
         for key, tensor in adapter.tensors().items()
@@ -68,7 +74,7 @@ def check_basis(plan: Plan, tensors: dict[str, Tensor], basis: str) -> None:
             known = {key.split(".")[-3] for key in tensors}
             raise PlanError(
                 f"basis={basis!r} has no factors for group {group.name!r}. {near(group.name, known)} Adapt the same "
-                "modules with the same method and modes as the basis."
+                "modules with the same method, modes, core, blocks and r as the basis."
             )
         (o, k), (r, i) = U.shape, V.shape
         if (o, i, k, r) != (*group.shape, *group.rank):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,8 +30,9 @@ def start(
 ) -> list[SiteStart]:
     """Turn the shared factors of a fresh adapter towards data, without changing what the model computes.
 
-    The cores are at zero, so any factors leave the model as it is. Every round is one forward and backward pass over
-    the batches; only products with thin matrices are kept, never a gradient of a weight.
+    The cores are at zero, so any factors leave the model as it is. Whatever `start` the configuration names is
+    replaced. Every round is one forward and backward pass over the batches; only products with thin matrices are kept,
+    never a gradient of a weight.
 
     Args:
         model: A model with an adapter whose update is zero.
@@ -91,6 +92,10 @@ def _adapted(model: nn.Module, adapter: str | None) -> list[Adapted]:
     active = {name for layer in layers for name in layer.active_adapters if name in layer.lotr_site}
     names = active if adapter is None else {adapter}
     found = [layer.lotr_site[name] for layer in layers for name in names if name in layer.lotr_site]
+    if not layers:
+        raise ConfigError(
+            "The model has no adapter of this library. Make one first: get_peft_model(model, LotrConfig())."
+        )
     if not found or len(names) != 1:
         raise ConfigError(
             f"A start turns the factors of one adapter, and {sorted(names)} on this model are {len(found)} modules. "
@@ -115,5 +120,14 @@ def _starts_at_zero_factor(found: list[Adapted], group: LotrGroup) -> bool:
 
 
 def _own_loss(model: nn.Module, batch: Any) -> Tensor:
-    result: Tensor = model(**batch).loss
+    if not isinstance(batch, Mapping):
+        raise ConfigError(
+            f"A batch is a {type(batch).__name__}, and the model takes it by name. Give mappings, for example "
+            '{"input_ids": …, "labels": …}, or a function as loss.'
+        )
+    result: Tensor | None = getattr(model(**batch), "loss", None)
+    if result is None:
+        raise ConfigError(
+            "The model gave no loss: the batch has no labels. Add them, or give a function as loss."
+        )
     return result

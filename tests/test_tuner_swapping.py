@@ -1,0 +1,60 @@
+"""Any row swapped in place, names that adapters cannot have, configurations that serve several models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from peft.utils.hotswap import hotswap_adapter
+
+from conftest import bert, gpt2, llama
+from lotr import ConfigError, LotrConfig
+from test_tuner_adapters import INPUTS, config
+from tuner_contract import outputs
+
+
+def test_an_adapter_called_like_a_number_inside_an_adapter_is_refused() -> None:
+    model = get_peft_model(gpt2(), LotrConfig(r=4, method="metatt_4d"))
+    for name in ("core_1", "weight"):
+        with pytest.raises(ConfigError, match=f"cannot be called '{name}'"):
+            model.add_adapter(name, LotrConfig(r=4))
+    with pytest.raises(ConfigError, match="cannot be called 'query'"):
+        get_peft_model(gpt2(), LotrConfig(r=4), adapter_name="query")  # a part of the fused weight
+    assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("row", ["lotr", "lora", "metatt_4d", "tenslora_att_qkv_depth", "dora", "bora"])
+@pytest.mark.parametrize("make", [bert, gpt2])
+def test_any_row_can_be_swapped_in_place(make: Any, row: str, tmp_path: Path) -> None:
+    """Also another scaling, and a fused weight whose cores stand in several groups."""
+    targets = ["query", "value"] if make is bert else ["c_attn"]
+    options = {"method": row, "target_modules": targets}
+    other = get_peft_model(make(), config(1, scaling=3.0, **options))
+    other.save_pretrained(tmp_path)
+    expected = outputs(other.eval(), INPUTS)
+    model = get_peft_model(make(), config(0, **options)).eval()
+    before = outputs(model, INPUTS)
+    assert (before - expected).abs().max() > 1e-4
+    hotswap_adapter(model, str(tmp_path), adapter_name="default", torch_device="cpu")
+    torch.testing.assert_close(outputs(model, INPUTS), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_norms_kept_of_frozen_factors_are_not_swapped_behind_their_back(tmp_path: Path) -> None:
+    options = {"train": "cores", "magnitude": "per_output"}
+    get_peft_model(bert(), config(1, **options)).save_pretrained(tmp_path)
+    model = get_peft_model(bert(), config(0, **options)).eval()
+    before = outputs(model, INPUTS)
+    with pytest.raises(ConfigError, match="Load the adapter beside the first"):
+        hotswap_adapter(model, str(tmp_path), adapter_name="default", torch_device="cpu")
+    assert torch.equal(outputs(model, INPUTS), before)
+
+
+def test_one_configuration_serves_several_models() -> None:
+    shared = config(0, target_modules="all-linear", exclude_modules=["classifier", "lm_head"])
+    first = get_peft_model(bert(), shared)
+    mine = list(first.peft_config["default"].targets)
+    get_peft_model(llama(), shared)
+    assert first.peft_config["default"].targets == mine and shared.targets is None

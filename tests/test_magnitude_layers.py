@@ -130,7 +130,7 @@ def test_gradients_are_those_of_the_dense_formula(settings: LotrConfig, norm_gra
         numbers = [p for m in own for p in m.parameters() if p.requires_grad]
 
         W, bias = layer.base_layer.weight, layer.base_layer.bias
-        dW = layer.lotr_site["default"].update(torch.eye(32, dtype=torch.float64)).T
+        dW = layer.adapted("default").update(torch.eye(32, dtype=torch.float64)).T
         magnitude = dict(layer.lotr_magnitude["default"].named_parameters())
         adapted = rescaled(W, dW, str(settings.magnitude), magnitude, constant=not norm_gradient)
         dense = x @ adapted.T + bias
@@ -172,7 +172,7 @@ def test_on_a_half_precision_base_step_0_is_exact_and_magnitudes_are_float32(
 
 def _dense(layer: LotrLinear, magnitude: str, x: Tensor) -> Tensor:
     numbers = dict(layer.lotr_magnitude["default"].named_parameters())
-    dW = layer.lotr_site["default"].update(torch.eye(layer.in_features, dtype=x.dtype)).T
+    dW = layer.adapted("default").update(torch.eye(layer.in_features, dtype=x.dtype)).T
     return x @ rescaled(weight_of(layer.base_layer), dW, magnitude, numbers).T + layer.base_layer.bias
 
 

@@ -180,7 +180,7 @@ def test_the_change_of_the_weight_is_that_of_the_dense_equations(row: Row) -> No
 def test_factored_norms_equal_dense_norms(row: Row) -> None:
     dense, plain = updates(row.plan, row.saved.tensors(), SCALING), row.plain()
     for path, layer in row.layers():
-        adapted = layer.lotr_site["default"]
+        adapted = layer.adapted("default")
         parts = [adapted.placed(member) for member in adapted.members]
         W, dW = weight_of(plain.get_submodule(path)), dense[path]
         gains = torch.linspace(0.5, 2.0, len(W))

@@ -58,3 +58,22 @@ def test_one_configuration_serves_several_models() -> None:
     mine = list(first.peft_config["default"].targets)
     get_peft_model(llama(), shared)
     assert first.peft_config["default"].targets == mine and shared.targets is None
+
+
+@pytest.mark.parametrize("row", ["lotr", "dora", "metatt_4d"])
+def test_a_model_is_freed_when_it_is_let_go(row: str) -> None:
+    """Without the garbage collector: there are no reference cycles, which would hold memory and wrappers."""
+    import gc
+    import weakref
+
+    gc.collect()
+    gc.disable()
+    try:
+        layers = bert().bert.encoder
+        model = get_peft_model(layers, config(0, method=row))
+        gone = weakref.ref(model.get_base_model().layer[0].attention.self.query)
+        assert gone() is not None
+        del model, layers
+        assert gone() is None
+    finally:
+        gc.enable()

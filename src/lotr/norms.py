@@ -54,42 +54,50 @@ def _never_changes() -> object:
 
 
 @dataclass
+class Kept:
+    """What of a weight never changes, and the version of the weight that it belongs to."""
+
+    tensors: dict[Hashable, Tensor] = field(default_factory=dict)
+    seen: object = None
+
+
+@dataclass
 class BaseWeight:
     """A frozen weight and what of it never changes: `‖W‖²_row`, and `W V` for a frozen `V`.
 
     Args:
         weight: Returns `W`, shape `(out, in)`, of any floating type; called only when it is needed.
         version: Returns something that differs once `W` is another tensor or has been written to.
+        kept: Where it is kept.
     """
 
     weight: Callable[[], Tensor]
     version: Callable[[], object] = _never_changes
-    _kept: dict[Hashable, Tensor] = field(default_factory=dict, repr=False)
-    _seen: object = field(default=None, repr=False)
+    kept: Kept = field(default_factory=Kept, repr=False)
 
     def row_energy(self) -> Tensor:  # (out,)
         """Return `‖W‖²_row`, from memory after the first time."""
         self._forget_another()
-        if "rows" in self._kept:
-            return self._kept["rows"]
+        if "rows" in self.kept.tensors:
+            return self.kept.tensors["rows"]
         with torch.no_grad():
             W = self.weight()
             energy = _squares(W.detach(), 1, torch.ones(W.shape[1], device=W.device))
         if not energy.is_meta:
-            self._kept["rows"] = energy
+            self.kept.tensors["rows"] = energy
         return energy
 
     def times(self, part: Placed) -> Tensor:  # (a·o, b·r)
         """Return `W (I_b ⊗ V)` at the place of a part, from memory where `V` is frozen."""
         self._forget_another()
         key = ("WV", part.row, part.column, part.frozen)
-        if part.frozen and key in self._kept:
-            return self._kept[key]
+        if part.frozen and key in self.kept.tensors:
+            return self.kept.tensors[key]
         V = _wide(part.update.V)
         W = self.weight().detach()[part.rows, part.columns].to(V)
         product = (W.unflatten(1, (part.update.grid[1], -1)) @ V).flatten(1)
         if part.frozen:
-            self._kept[key] = product.detach()
+            self.kept.tensors[key] = product.detach()
         return product
 
     def read_once(self) -> BaseWeight:
@@ -102,7 +110,7 @@ class BaseWeight:
             return read[0]
 
         self._forget_another()
-        return replace(self, weight=weight, version=_never_changes, _seen=0)
+        return replace(self, weight=weight, version=lambda: self.kept.seen)
 
     def moved(self, same: bool, device: torch.device) -> None:
         """Say that the weight was moved: what is kept goes along, or is dropped when it is not the same any more.
@@ -110,18 +118,18 @@ class BaseWeight:
         Computed anew on another device, a norm could differ in its last bit from the trained number that started at
         it.
         """
-        kept = self._kept if same and self._seen is not None else {}
-        self._kept = {name: tensor.to(device) for name, tensor in kept.items()}
-        self._seen = self.version()
+        kept = self.kept.tensors if same and self.kept.seen is not None else {}
+        self.kept.tensors = {name: tensor.to(device) for name, tensor in kept.items()}
+        self.kept.seen = self.version()
 
     def _forget_another(self) -> None:
         """Drop what is kept once the weight has changed."""
         if torch.compiler.is_compiling():  # addresses and versions exist only when run
             return
         version = self.version()
-        if version != self._seen:
-            self._kept.clear()
-            self._seen = version
+        if version != self.kept.seen:
+            self.kept.tensors.clear()
+            self.kept.seen = version
 
 
 def row_energy(base: BaseWeight, update: Sequence[Placed]) -> Tensor:  # (out,)

@@ -31,8 +31,18 @@ class Member:
 
 
 @dataclass
+class SiteState:
+    """What a layer keeps of an adapter beside its numbers. It does not refer to the layer: no reference cycles."""
+
+    members: tuple[Member, ...]
+    magnitude: Magnitude
+    dropout: float = 0.0
+    norm_gradient: bool = False
+
+
+@dataclass
 class Adapted:
-    """One adapter at one module.
+    """One adapter at one module: made when it is used, from the layer and what the layer keeps.
 
     The numbers live in modules that PEFT saves and moves; wrappers replace those, so they are looked up each time.
     """
@@ -41,8 +51,8 @@ class Adapted:
     adapter: str
     members: tuple[Member, ...]
     magnitude: Magnitude
-    dropout: float = 0.0
-    norm_gradient: bool = False
+    dropout: float
+    norm_gradient: bool
 
     def update(self, x: Tensor) -> Tensor:  # (*n, in) -> (*n, out)
         """Return the update of the output, before the magnitude."""

@@ -77,7 +77,7 @@ def add_weighted(
                         _on_the_diagonal(cores) if combination_type == "cat" else torch.stack(cores).sum(0)
                     )
                     C = side_by_side(summed, member.part.grid)
-                    module.lotr_site[name].site_core(member.part).copy_(C)
+                    module.adapted(name).site_core(member.part).copy_(C)
 
 
 def _rank(module: LotrLinear, adapter: str) -> tuple[int, int]:
@@ -86,7 +86,7 @@ def _rank(module: LotrLinear, adapter: str) -> tuple[int, int]:
 
 def _cores(module: LotrLinear, adapter: str, n: int) -> Tensor:  # (a·b, k, r)
     """Return the cores of the n-th part of a module, one a site."""
-    adapted = module.lotr_site[adapter]
+    adapted = module.adapted(adapter)
     update = adapted.placed(adapted.members[n]).update
     return one_by_one(update.C, update.grid)
 

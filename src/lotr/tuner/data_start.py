@@ -91,7 +91,7 @@ def _adapted(model: nn.Module, adapter: str | None) -> list[Adapted]:
     layers = [module for module in model.modules() if isinstance(module, LotrLinear)]
     active = {name for layer in layers for name in layer.active_adapters if name in layer.lotr_site}
     names = active if adapter is None else {adapter}
-    found = [layer.lotr_site[name] for layer in layers for name in names if name in layer.lotr_site]
+    found = [layer.adapted(name) for layer in layers for name in names if name in layer.lotr_site]
     if not layers:
         raise ConfigError(
             "The model has no adapter of this library. Make one first: get_peft_model(model, LotrConfig())."

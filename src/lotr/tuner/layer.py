@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..blocks import Shape
 from ..magnitudes import MAGNITUDES
-from ..norms import BaseWeight
-from .adapted import Adapted, Member
+from ..norms import BaseWeight, Kept
+from .adapted import Adapted, Member, SiteState
 from .config import LotrConfig
 from .group import LotrLayer, NamedNumbers, linear_from, move
 
@@ -45,9 +45,9 @@ class LotrLinear(nn.Module, LotrLayer):
         self.lotr_C = nn.ModuleDict()
         self.lotr_magnitude = nn.ModuleDict()
         # plain dictionary: the groups are registered once, on the root of the model
-        self.lotr_site: dict[str, Adapted] = {}
+        self.lotr_site: dict[str, SiteState] = {}
         self.scaling = scaling  # one dictionary for the whole model, see LotrGroup
-        self.base_weight = BaseWeight(self._untouched, self._version)
+        self._kept = Kept()
         self.merged_adapters: list[str] = []
         self._unmerged: Any = None
 
@@ -63,9 +63,7 @@ class LotrLinear(nn.Module, LotrLayer):
         if cores:
             self.lotr_C[adapter] = linear_from(cores[""]) if "" in cores else NamedNumbers(cores)
         magnitude = MAGNITUDES[str(config.magnitude)]
-        self.lotr_site[adapter] = Adapted(
-            self, adapter, tuple(members), magnitude, config.dropout, config.norm_gradient
-        )
+        self.lotr_site[adapter] = SiteState(tuple(members), magnitude, config.dropout, config.norm_gradient)
         self.scaling[adapter] = config.scaling
         shapes = magnitude.shapes(self.out_features, self.in_features)
         if shapes:
@@ -82,6 +80,16 @@ class LotrLinear(nn.Module, LotrLayer):
         if adapter_name in self.lotr_magnitude:
             # in float32 on a half-precision base too: a rounded norm would change the base model
             move(self.lotr_magnitude[adapter_name], device or home)
+
+    def adapted(self, adapter: str) -> Adapted:
+        """Return what an adapter has at this module."""
+        state = self.lotr_site[adapter]
+        return Adapted(self, adapter, state.members, state.magnitude, state.dropout, state.norm_gradient)
+
+    @property
+    def base_weight(self) -> BaseWeight:
+        """The base weight, and what is kept of it."""
+        return BaseWeight(self._untouched, self._version, self._kept)
 
     def _untouched(self) -> Tensor:  # (out, in)
         """Return the base weight as it was before any merge."""
@@ -133,7 +141,7 @@ class LotrLinear(nn.Module, LotrLayer):
         result = base
         for adapter in active:  # what each would change alone adds up
             if self.lotr_site[adapter].magnitude.additive:
-                result = result + self.lotr_site[adapter].update(x)
+                result = result + self.adapted(adapter).update(x)
             else:
                 result = result + (self._adapted(adapter, x, *args, base=base, **kwargs) - base)
         return result.to(base.dtype)
@@ -142,7 +150,7 @@ class LotrLinear(nn.Module, LotrLayer):
         self, adapter: str, x: Tensor, *args: Any, base: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
         """Return the output with one adapter alone; `base` is that of the base layer where it is known."""
-        adapted = self.lotr_site[adapter]
+        adapted = self.adapted(adapter)
         gains = None if adapted.magnitude.additive else adapted.gains()
         if gains is not None and gains.input is not None:
             x, base = (x * gains.input).to(x.dtype), None
@@ -184,7 +192,7 @@ class LotrLinear(nn.Module, LotrLayer):
 
         That is `ΔW`, or `W' - W` with a magnitude; `(out, in)`, or `(in, out)` for `Conv1D`.
         """
-        adapted = self.lotr_site[adapter]
+        adapted = self.adapted(adapter)
         parts = [adapted.placed(member) for member in adapted.members]
         dW = parts[0].update.U.new_zeros(self.out_features, self.in_features)
         for part in parts:
@@ -227,8 +235,8 @@ class LotrLinear(nn.Module, LotrLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self.merged_adapters = []
-        for adapted in self.lotr_site.values():  # a forward pass with adapters disabled unmerges layers alone
-            for member in adapted.members:
+        for state in self.lotr_site.values():  # a forward pass with adapters disabled unmerges layers alone
+            for member in state.members:
                 member.group.unmerge()
         if self._unmerged is None:
             return

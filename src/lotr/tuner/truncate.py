@@ -73,8 +73,8 @@ def truncate(
     members: dict[LotrGroup, list[tuple[Adapted, Member]]] = {}
     for layer in (module for module in model.modules() if isinstance(module, LotrLinear)):
         if name in layer.lotr_site:
-            for member in layer.lotr_site[name].members:
-                members.setdefault(member.group, []).append((layer.lotr_site[name], member))
+            for member in layer.adapted(name).members:
+                members.setdefault(member.group, []).append((layer.adapted(name), member))
     spectra = {group: _Spectrum(group, name, found) for group, found in members.items()}
     ranks = {
         spectrum.group.name: spectrum.ranks(energy)
@@ -94,7 +94,7 @@ def truncate(
             _write_core(adapted, member, C)
     for layer in (module for module in model.modules() if isinstance(module, LotrLinear)):
         if name in layer.lotr_site:
-            for n, member in enumerate(layer.lotr_site[name].members):
+            for n, member in enumerate(layer.adapted(name).members):
                 member.part = parts[member.part.sites[0].module][n]
     return [
         Truncated(s.group.name, s.group.rank, ranks[s.group.name], s.kept(*ranks[s.group.name]))

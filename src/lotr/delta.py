@@ -121,10 +121,11 @@ class Factored:
 
     def left(self) -> Tensor:  # (a·o, b·r)
         """Return `σ (I_a ⊗ U) C`."""
-        a, _ = self.grid
-        k = self.U.shape[1]
-        blocks = self.U @ (self.C * self.scaling).reshape(a, k, -1)  # (a, o, b·r)
-        return blocks.reshape(-1, self.C.shape[1])
+        (o, k), C = self.U.shape, self.C * self.scaling
+        if self.grid[0] == 1:
+            return self.U @ C
+        blocks = self.U @ C.unflatten(0, (-1, k)).transpose(0, 1).flatten(1)  # (o, a·b·r), one product
+        return blocks.unflatten(1, (self.grid[0], -1)).transpose(0, 1).flatten(0, 1)
 
     def dense(self) -> Tensor:  # (a·o, b·i)
         """Build `ΔW`, for merging and for checks."""

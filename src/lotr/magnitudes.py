@@ -47,6 +47,19 @@ class Gains:
         linear = base if bias is None else base - bias
         return base + (self.base - 1) * linear + self.update * update
 
+    @property
+    def alike(self) -> bool:
+        """Whether base and update have the same gain, so that only their sum is needed."""
+        return self.base is self.update
+
+    def of_sum(
+        self,
+        y: Tensor,  # (*n, out), base plus update
+        bias: Tensor | None,  # (out,)
+    ) -> Tensor:  # (*n, out)
+        """Return the adapted output where the gains are alike. Gains of exactly one give `y` bit for bit."""
+        return y * self.base if bias is None else torch.addcmul((1 - self.base) * bias, y, self.base)
+
 
 class Magnitude(ABC):
     """Rule on a whole module."""

@@ -87,6 +87,11 @@ class Group:
         """Names of the projections in the group, in model order."""
         return tuple(dict.fromkeys(site.projection for site in self.sites))
 
+    @cached_property
+    def shares_inputs(self) -> bool:
+        """Whether a layer has several modules of the group, which may read the same input."""
+        return len({site.module for site in self.sites}) > len({site.layer for site in self.sites})
+
     @property
     def n_factors(self) -> int:
         """Numbers in `U` and `V`."""

@@ -38,6 +38,7 @@ class SiteState:
     magnitude: Magnitude
     dropout: float = 0.0
     norm_gradient: bool = False
+    order: str = "auto"
 
 
 @dataclass
@@ -49,15 +50,23 @@ class Adapted:
 
     layer: LotrLinear
     adapter: str
-    members: tuple[Member, ...]
-    magnitude: Magnitude
-    dropout: float
-    norm_gradient: bool
+    state: SiteState
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """The parts of the module."""
+        return self.state.members
+
+    @property
+    def magnitude(self) -> Magnitude:
+        """Rule on the whole weight."""
+        return self.state.magnitude
 
     def update(self, x: Tensor) -> Tensor:  # (*n, in) -> (*n, out)
         """Return the update of the output, before the magnitude."""
         x = self.layer._cast_input_dtype(x, self.members[0].group.lotr_V[self.adapter].weight.dtype)
-        x = F.dropout(x, self.dropout, self.layer.training) if self.dropout else x
+        dropout = self.state.dropout
+        x = F.dropout(x, dropout, self.layer.training) if dropout else x
         outputs: dict[int, Tensor] = {}  # first row → the sum of what covers those rows
         for member in self.members:
             part, group = member.part, member.group
@@ -65,7 +74,7 @@ class Adapted:
             output = delta.apply(
                 x if width == self.layer.in_features else x.narrow(-1, start, width),
                 partial(_call, group.lotr_V[self.adapter]),
-                self._core(member),
+                self._core_map(member),
                 partial(_call, group.lotr_U[self.adapter]),
                 self.layer.scaling[self.adapter],
                 part.grid,
@@ -83,7 +92,7 @@ class Adapted:
         with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
             update = [self.placed(member) for member in self.members]
             base = self.layer.base_weight.read_once()
-            return self.magnitude.gains(numbers, base, update, constant=not self.norm_gradient)
+            return self.magnitude.gains(numbers, base, update, constant=not self.state.norm_gradient)
 
     def site_core(self, part: Part) -> Tensor:  # (a·k, b·r)
         """Return the cores of a part that are kept with the layer."""
@@ -97,29 +106,30 @@ class Adapted:
         # a group may span devices; with an offloaded base everything is where the factors are
         home = U.device if self.layer.home.type == "meta" else self.layer.home
         wide = torch.float64 if U.dtype == torch.float64 else torch.float32
-        if part.group.core.is_identity:
-            C = torch.eye(U.shape[1], device=home)
-        else:
-            C = self.site_core(part) if part.group.core.by_site else self._side_by_side(member)
-        U, C, V = (tensor.to(home, wide) for tensor in (U, C, Vt.T))
+        U, C, V = (tensor.to(home, wide) for tensor in (U, self.core(member), Vt.T))
         update = delta.Factored(U, C, V, self.layer.scaling[self.adapter], part.grid)
         return Placed(update, part.rows[0], part.columns[0], group.frozen(self.adapter))
 
-    def _core(self, member: Member) -> LinearMap:
+    def core(self, member: Member) -> Tensor:  # (a·k, b·r)
+        """Return the cores of a part, side by side."""
+        part, shared = member.part, member.group.lotr_core
+        if part.group.core.is_identity:
+            U = member.group.lotr_U[self.adapter].weight
+            return torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
+        if part.group.core.by_site:
+            return self.site_core(part)
+        numbers = shared[self.adapter]() if self.adapter in shared else {}
+        return delta.side_by_side(part.group.core.block(numbers, part.region), part.grid)
+
+    def _core_map(self, member: Member) -> LinearMap:
         core = member.part.group.core
         if core.is_identity:
             return _unchanged
         if core.by_site and not member.part.name:
             module: LinearMap = self.layer.lotr_C[self.adapter]
             return module
-        C = self.site_core(member.part) if core.by_site else self._side_by_side(member)
+        C = self.core(member)
         return lambda h: F.linear(h, C.to(h.device))
-
-    def _side_by_side(self, member: Member) -> Tensor:  # (a·k, b·r)
-        """Return the cores of a part that are made from the group's numbers."""
-        part, shared = member.part, member.group.lotr_core
-        numbers = shared[self.adapter]() if self.adapter in shared else {}
-        return delta.side_by_side(part.group.core.block(numbers, part.region), part.grid)
 
 
 def _call(factor: nn.Module, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from ..cores import CORES
 from ..errors import ConfigError, near
 from ..magnitudes import MAGNITUDES
 from ..methods import method
+from ..orders import ORDERS
 from ..sites import check_modes
 from ..starts import DATA_STARTS, STARTS, WEIGHT_STARTS
 from .meaning import check_meaning, pair
@@ -90,6 +91,13 @@ class LotrConfig(PeftConfig):
     )
     train: str | None = field(
         default=None, metadata=_help("What trains: all, or cores (the factors stay as they start).")
+    )
+    order: str = field(
+        default="auto",
+        metadata=_help(
+            "In which order products are taken: auto (by cost), plain, merged, or autograd (PyTorch's own steps). The "
+            "result is the same to rounding."
+        ),
     )
     seed: int | None = field(
         default=None,
@@ -167,6 +175,7 @@ class LotrConfig(PeftConfig):
                 Path(self.basis).resolve()
             )  # it is read again from wherever the adapter is loaded
         self.bias = _one_of("bias", self.bias, ("none", "all", "lotr_only"))  # type: ignore[assignment]
+        self.order = _one_of("order", self.order, ORDERS)
         self.r = _plain("r", self.r)
         self.rank_pattern = {
             name: _plain(f"rank_pattern[{name!r}]", r) for name, r in (self.rank_pattern or {}).items()

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..blocks import Shape
+from .direct import InputProducts
 
 
 class NamedNumbers(nn.Module):
@@ -71,7 +72,7 @@ class LotrGroup(nn.Module, LotrLayer):
     weight = None
     bias = None
 
-    def __init__(self, shape: Shape, scaling: dict[str, float]) -> None:
+    def __init__(self, shape: Shape, scaling: dict[str, float], products: InputProducts) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
         self.lotr_U = nn.ModuleDict()
@@ -79,6 +80,7 @@ class LotrGroup(nn.Module, LotrLayer):
         self.lotr_core = nn.ModuleDict()
         # one dictionary for the whole model: PEFT's hot-swapping writes it beside whatever tensor it swaps
         self.scaling = scaling
+        self.products = products  # one for the whole model
         self.merged_adapters: list[str] = []
         self._home: torch.device | None = None
 

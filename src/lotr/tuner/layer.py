@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..blocks import Shape
 from ..magnitudes import MAGNITUDES
 from ..norms import BaseWeight, Kept
+from . import direct
 from .adapted import Adapted, Member, SiteState
 from .config import LotrConfig
 from .group import LotrLayer, NamedNumbers, linear_from, move
@@ -63,7 +64,9 @@ class LotrLinear(nn.Module, LotrLayer):
         if cores:
             self.lotr_C[adapter] = linear_from(cores[""]) if "" in cores else NamedNumbers(cores)
         magnitude = MAGNITUDES[str(config.magnitude)]
-        self.lotr_site[adapter] = SiteState(tuple(members), magnitude, config.dropout, config.norm_gradient)
+        self.lotr_site[adapter] = SiteState(
+            tuple(members), magnitude, config.dropout, config.norm_gradient, config.order
+        )
         self.scaling[adapter] = config.scaling
         shapes = magnitude.shapes(self.out_features, self.in_features)
         if shapes:
@@ -83,8 +86,7 @@ class LotrLinear(nn.Module, LotrLayer):
 
     def adapted(self, adapter: str) -> Adapted:
         """Return what an adapter has at this module."""
-        state = self.lotr_site[adapter]
-        return Adapted(self, adapter, state.members, state.magnitude, state.dropout, state.norm_gradient)
+        return Adapted(self, adapter, self.lotr_site[adapter])
 
     @property
     def base_weight(self) -> BaseWeight:
@@ -154,12 +156,16 @@ class LotrLinear(nn.Module, LotrLayer):
         gains = None if adapted.magnitude.additive else adapted.gains()
         if gains is not None and gains.input is not None:
             x, base = (x * gains.input).to(x.dtype), None
+        bias = getattr(self.get_base_layer(), "bias", None)
+        if base is None and not args and not kwargs and (gains is None or gains.alike):
+            if direct.fits(adapted, x):
+                y = direct.output(adapted, x)
+                return y if gains is None else gains.of_sum(y, bias).to(y.dtype)
         if base is None:
             base = self.base_layer(x, *args, **kwargs)
         update = adapted.update(x)
         if gains is None:
             return (base + update).to(base.dtype)
-        bias = getattr(self.get_base_layer(), "bias", None)
         return gains.output(base, bias, update).to(base.dtype)
 
     def _mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:

@@ -20,6 +20,7 @@ from . import combine, mixed, state
 from .adapted import Member
 from .basis import check_basis, factors_in, hash_of, read_basis
 from .config import LotrConfig
+from .direct import InputProducts
 from .group import LotrGroup, LotrLayer
 from .layer import LotrLinear, base_weight
 from .register import PREFIX
@@ -45,6 +46,7 @@ class _Injection:
     plan: Plan = field(default_factory=lambda: Plan(()))
     basis: nn.ModuleDict | None = None  # found once: looking for it means walking the whole model
     scaling: dict[str, float] = field(default_factory=dict)  # of every adapter, one for the whole model
+    products: InputProducts = field(default_factory=InputProducts)  # likewise
     modules: dict[str, nn.Module] = field(default_factory=dict)  # by path, before any is replaced
     cores: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # of each group, as they start
     basis_factors: dict[str, Tensor] = field(default_factory=dict)  # of another adapter, by key
@@ -76,8 +78,10 @@ class LotrModel(BaseTuner):
         self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         self._injection = _Injection(adapter_name, low_cpu_mem_usage, paths)
         self._injection.modules = {normalise(path): module for path, module in model.named_modules()}
-        layers = (m for m in self._injection.modules.values() if isinstance(m, LotrLayer))
-        self._injection.scaling = next((layer.scaling for layer in layers), {})
+        groups = (m for m in self._injection.modules.values() if isinstance(m, LotrGroup))
+        if (known := next(groups, None)) is not None:
+            self._injection.scaling, self._injection.products = known.scaling, known.products
+        self._products = self._injection.products
         try:
             super().inject_adapter(
                 model,
@@ -146,7 +150,9 @@ class LotrModel(BaseTuner):
             self._injection.basis = self._basis(member)
         basis = self._injection.basis
         if group.name not in basis:
-            basis[group.name] = LotrGroup(group.shape, self._injection.scaling)
+            basis[group.name] = LotrGroup(
+                group.shape, self._injection.scaling, self._injection.products
+            )
             basis[group.name]._active_adapter = list(self.active_adapters)
         shared = basis[group.name]
         if adapter not in shared.lotr_U:
@@ -201,7 +207,8 @@ class LotrModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        with mixed.forward_hooks(self, kwargs.get("adapter_names"), kwargs.get("num_beams")):
+        names, beams = kwargs.get("adapter_names"), kwargs.get("num_beams")
+        with self._products.one_pass(), mixed.forward_hooks(self, names, beams):
             yield
 
     def add_weighted_adapter(

@@ -1,0 +1,226 @@
+"""The adapted linear as one step of autograd: `y = x Wᵀ + b + Σ (x V) Cᵀ Uᵀ`, with `σ` in `C`.
+
+What plain autograd would do in passes of its own over whole activations happens in the products of the base layer:
+the update is added into the base's output, and its share of the input's gradient into the base's. Saved for the way
+back is the input where `V` trains, and `h = x V`, which is as wide as the rank; with frozen factors `h` alone.
+
+`h` is a second output: another part that shares `V` and reads the same input takes it, and its gradient comes back
+here, so that `V` is multiplied once on the way forward, and once on the way back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from .delta import Factored, Grid
+from .orders import Order
+
+_NARROW = 16  # matrix products with fewer columns than this are slow on CPUs, with fewer rows they are not
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a part of the update stands in the weight.
+
+    Args:
+        row: First output feature.
+        column: First input feature.
+        grid: `(a, b)`, blocks down and across; `b > 1` only where the part covers all input features.
+    """
+
+    row: int
+    column: int
+    grid: Grid = (1, 1)
+
+
+@dataclass(frozen=True)
+class PartOfLinear:
+    """A part of the update with its numbers.
+
+    Args:
+        place: Where it stands.
+        Vt: Input factor, transposed, `(r, i)`.
+        C: Cores side by side, times `σ`, `(a·k, b·r)`.
+        U: Output factor, `(o, k)`.
+        h: `x V` of this input, `(n, b·r)`, where another part has computed it.
+    """
+
+    place: Place
+    Vt: Tensor
+    C: Tensor
+    U: Tensor
+    h: Tensor | None = None
+
+
+def adapted_linear(
+    x: Tensor,  # (*n, in)
+    W: Tensor,  # (out, in)
+    bias: Tensor | None,  # (out,)
+    parts: Sequence[PartOfLinear],
+    order: Order,
+) -> tuple[Tensor, list[Tensor]]:  # (*n, out), (n, b·r) each
+    """Return `x Wᵀ + bias` plus the updates of all parts, and `x V` of every part.
+
+    Args:
+        x: Input of the module.
+        W: Frozen weight.
+        bias: Bias, frozen or not.
+        parts: The updates.
+        order: Which way the products are taken; see `orders.choose_order`. The result is the same to rounding.
+
+    Returns:
+        The output, and `h` of each part for others that share its `V` and its input.
+
+    Example:
+        >>> import torch
+        >>> W, U, C, V = torch.randn(6, 5), torch.randn(6, 2), torch.randn(2, 3), torch.randn(5, 3)
+        >>> part = PartOfLinear(Place(0, 0), V.T, C, U)
+        >>> y, _ = adapted_linear(torch.randn(4, 5), W, None, [part], Order())
+        >>> y.shape
+        torch.Size([4, 6])
+    """
+    places = tuple(part.place for part in parts)
+    numbers = [tensor for part in parts for tensor in (part.Vt, part.C, part.U, part.h)]
+    y, *new = _AdaptedLinear.apply(x, W, bias, places, order, *numbers)
+    found = iter(new)
+    return y, [next(found) if part.h is None else part.h for part in parts]
+
+
+class _AdaptedLinear(Function):
+    """Gradients with `p = dY U` and `q = p C`: `dX = dY W + q Vᵀ`, `dC = pᵀ h`, `dU = dYᵀ h Cᵀ`, `dV = Xᵀ q`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        bias: Tensor | None,
+        places: tuple[Place, ...],
+        order: Order,
+        *numbers: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        parts = _parts(places, numbers)
+        X = x.reshape(-1, W.shape[1])
+        hs = [_into(X, part) if part.h is None else part.h for part in parts]
+        Y = F.linear(X, _merged(W, parts) if order.merge_forward else W, bias)
+        if not order.merge_forward:
+            for part, h in zip(parts, hs, strict=True):
+                L = _factored(part).left()  # (a·o, b·r)
+                Y.narrow(1, part.place.row, len(L)).addmm_(h, L.T)
+        needs = ctx.needs_input_grad
+        trains_V = any(needs[5 + 4 * n] for n in range(len(parts)))
+        trains = any(needs[5:])
+        ctx.places, ctx.order = places, order
+        saved = [t for part, h in zip(parts, hs, strict=True) for t in (part.Vt, part.C, part.U, h)]
+        if not trains:  # the input alone may need a gradient
+            saved = [tensor for n, tensor in enumerate(saved) if n % 4 != 3]
+        ctx.save_for_backward(x if trains_V else None, W, *saved)
+        ctx.shape, ctx.given, ctx.trains = x.shape, [part.h is not None for part in parts], trains
+        ctx.set_materialize_grads(False)
+        new = [h for part, h in zip(parts, hs, strict=True) if part.h is None]
+        return Y.view(*x.shape[:-1], len(W)), *new
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *dhs: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, W, *saved = ctx.saved_tensors
+        each = 4 if ctx.trains else 3
+        tensors = [tuple(saved[n : n + each]) for n in range(0, len(saved), each)]
+        needs = ctx.needs_input_grad
+        dY = None if dy is None else dy.reshape(-1, len(W))
+        rest: list[tuple[Place, Tensor, Tensor]] = []  # what of dX is not in the product with the base
+        own: list[PartOfLinear] = []  # what of dX can be, when the update is merged into it
+        gradients: list[Tensor | None] = []
+        from_others = iter(dhs)
+        for n, (place, (Vt, C, U, *h)) in enumerate(zip(ctx.places, tensors, strict=True)):
+            needs_V, needs_C, needs_U, needs_h = needs[5 + 4 * n : 9 + 4 * n]
+            part, q, dC, dU = PartOfLinear(place, Vt, C, U), None, None, None
+            if dY is not None:
+                D = dY.narrow(1, place.row, place.grid[0] * len(U)).reshape(-1, len(U))  # (n·a, o)
+                p = _narrow(D, U).reshape(len(dY), -1)  # (n, a·k)
+                q = p @ C
+                dC = p.T @ h[0] if needs_C else None
+                dU = _narrow(D.T, (h[0] @ C.T).reshape(len(D), -1)) if needs_U else None
+            if ctx.given[n]:
+                gradients += [None, dC, dU, q if needs_h else None]
+                continue
+            dh = next(from_others)
+            dVt = None
+            whole = q if dh is None else dh if q is None else q + dh
+            if needs_V and whole is not None:
+                dVt = whole.reshape(-1, len(Vt)).T @ _across(x.reshape(-1, W.shape[1]), part)
+            gradients += [dVt, dC, dU, None]
+            if dY is not None and ctx.order.merge_backward:
+                own.append(part)
+                whole = dh
+            if whole is not None:
+                rest.append((place, Vt, whole))
+        dX = _dX(dY, W, own, rest).view(ctx.shape) if needs[0] and (dY is not None or rest) else None
+        dbias = dY.sum(0) if dY is not None and needs[2] else None
+        return dX, None, dbias, None, None, *gradients
+
+
+def _dX(
+    dY: Tensor | None, W: Tensor, merged: list[PartOfLinear], rest: list[tuple[Place, Tensor, Tensor]]
+) -> Tensor:  # (n, in)
+    """Return the gradient of the input: with the base and what is merged into it, and the rest added to that."""
+    if dY is not None:
+        dX = dY @ _merged(W, merged)
+    else:
+        _, Vt, q = rest[0]
+        dX = q.new_zeros(len(q), W.shape[1])
+    for place, Vt, q in rest:
+        b = place.grid[1]
+        block = dX.narrow(1, place.column, Vt.shape[1]) if b == 1 else dX.view(-1, Vt.shape[1])
+        block.addmm_(q.reshape(-1, len(Vt)), Vt)
+    return dX
+
+
+def _parts(places: tuple[Place, ...], numbers: Sequence[Tensor | None]) -> list[PartOfLinear]:
+    return [PartOfLinear(place, *numbers[4 * n : 4 * n + 4]) for n, place in enumerate(places)]  # type: ignore[arg-type]
+
+
+def _factored(part: PartOfLinear) -> Factored:
+    return Factored(part.U, part.C, part.Vt.T, 1.0, part.place.grid)
+
+
+def _across(X: Tensor, part: PartOfLinear) -> Tensor:  # (n·b, i)
+    """Return what a part reads of the input, block by block."""
+    b, i = part.place.grid[1], part.Vt.shape[1]
+    return X.narrow(1, part.place.column, i) if b == 1 else X.reshape(-1, i)
+
+
+def _into(X: Tensor, part: PartOfLinear) -> Tensor:  # (n, b·r)
+    return _narrow(_across(X, part), part.Vt.T).reshape(len(X), -1)
+
+
+def _narrow(A: Tensor, B: Tensor) -> Tensor:  # (n, m), (m, r) -> (n, r)
+    """Return `A B`, taken from the other side where `B` has few columns and the processor is slow at that."""
+    if B.shape[1] < _NARROW and A.device.type == "cpu":
+        return (B.T @ A.T).T
+    return A @ B
+
+
+def _merged(W: Tensor, parts: Sequence[PartOfLinear]) -> Tensor:  # (out, in)
+    """Return the base weight plus the updates."""
+    if not parts:
+        return W
+    first, *others = parts
+    L, b, i = _factored(first).left(), first.place.grid[1], first.Vt.shape[1]
+    if (len(L), b * i) == W.shape and b == 1:
+        merged = torch.addmm(W, L, first.Vt)
+    else:
+        merged, others = W.clone(), list(parts)
+    for part in others:
+        L = _factored(part).left()
+        for n, block in enumerate(L.split(len(part.Vt), 1)):
+            i = part.Vt.shape[1]
+            rows = merged.narrow(0, part.place.row, len(L)).narrow(1, part.place.column + n * i, i)
+            rows.addmm_(block, part.Vt)
+    return merged

@@ -1,0 +1,143 @@
+"""The adapted module as one step of autograd, wherever every number is a plain tensor at hand.
+
+Wrappers put numbers elsewhere or do something when a module is called: sharding, offloading, hooks, quantised bases.
+There the modules are called one after the other (`layer.py`), and the result is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+from transformers.pytorch_utils import Conv1D
+
+from ..linear import PartOfLinear, Place, adapted_linear
+from ..orders import AUTOGRAD, choose_order
+
+if TYPE_CHECKING:
+    from .adapted import Adapted
+
+
+class InputProducts:
+    """`x V` of the inputs of one forward pass: parts that share `V` and read the same tensor share the product.
+
+    One object for a model. Outside of `one_pass` nothing is kept, so that no activation outlives its pass.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[object, tuple[Tensor, int, Tensor]] | None = None
+
+    @contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """Keep products while a forward pass, or a generation, runs."""
+        outer, self._kept = self._kept, {}
+        try:
+            yield
+        finally:
+            self._kept = outer
+
+    def find(self, key: object, x: Tensor) -> Tensor | None:
+        """Return the product of this very input, if it is known."""
+        if not self._kept or (kept := self._kept.get((key, torch.is_grad_enabled()))) is None:
+            return None
+        seen, version, h = kept
+        return h if seen is x and version == _version(x) else None
+
+    def keep(self, key: object, x: Tensor, h: Tensor) -> None:
+        """Keep the product of an input, in place of the one before."""
+        if self._kept is not None:
+            self._kept[key, torch.is_grad_enabled()] = (x, _version(x), h)
+
+    def __deepcopy__(self, memo: object) -> InputProducts:
+        return InputProducts()
+
+
+def fits(adapted: Adapted, x: Tensor) -> bool:
+    """Whether the one step computes what calling the modules would."""
+    layer, state = adapted.layer, adapted.state
+    base = layer.base_layer
+    if state.order == AUTOGRAD or (state.dropout and layer.training) or _transforms_active():
+        return False
+    if type(base) not in (nn.Linear, Conv1D) or not _only_multiplies(base):
+        return False
+    W = base.weight
+    if W.requires_grad or not _at_hand(W, W, x.device) or (x.dtype != W.dtype and _autocast(x) is None):
+        return False
+    for member in state.members:
+        part, group = member.part, member.group
+        if part.grid[1] > 1 and part.columns[1] != layer.in_features:
+            return False
+        factors = [group.lotr_U[adapted.adapter], group.lotr_V[adapted.adapter]]
+        if part.group.core.by_site and not part.name:
+            factors.append(layer.lotr_C[adapted.adapter])
+        if not all(
+            type(f) is nn.Linear and _only_multiplies(f) and _at_hand(f.weight, W, x.device) for f in factors
+        ):
+            return False
+    return True
+
+
+def output(adapted: Adapted, x: Tensor) -> Tensor:  # (*n, in) -> (*n, out)
+    """Return base output plus update, before the magnitude."""
+    layer, state = adapted.layer, adapted.state
+    W, bias = layer.base_layer.weight, layer.base_layer.bias
+    W = W.T if layer.fan_in_fan_out else W
+    dtype = _autocast(x) or W.dtype
+    order = choose_order(x.numel() // x.shape[-1], *W.shape, dtype, state.order)
+    parts, keys = [], []
+    for member in state.members:
+        part, group = member.part, member.group
+        Vt, U = group.lotr_V[adapted.adapter].weight, group.lotr_U[adapted.adapter].weight
+        C = adapted.core(member) * layer.scaling[adapted.adapter]
+        place = Place(part.rows[0], part.columns[0], part.grid)
+        # other parts of this module, or other modules, may have read this input through the same V
+        key = (id(Vt), dtype, part.columns[0], part.grid[1]) if part.group.shares_inputs else None
+        h = None if key is None else group.products.find(key, x)
+        parts.append(PartOfLinear(place, Vt.to(dtype), C.to(dtype), U.to(dtype), h))
+        keys.append(key)
+    y, products = adapted_linear(
+        x.to(dtype), W.to(dtype), None if bias is None else bias.to(dtype), parts, order
+    )
+    for member, key, h in zip(state.members, keys, products, strict=True):
+        if key is not None:
+            member.group.products.keep(key, x, h)
+    return y
+
+
+def _autocast(x: Tensor) -> torch.dtype | None:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _transforms_active() -> bool:
+    # a compiler makes one step of its own; transforms need rules that plain operations have
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def _only_multiplies(module: nn.Module) -> bool:
+    """Whether calling a module does what its class does, and nothing else."""
+    return "forward" not in module.__dict__ and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or hooks._has_any_global_hook()
+    )
+
+
+def _at_hand(weight: Tensor, like: Tensor, device: torch.device) -> bool:
+    """Whether a weight is a plain tensor: not sharded, not elsewhere, not of another type."""
+    plain = type(weight) in (nn.Parameter, Tensor)
+    return plain and weight.device == device and weight.dtype == like.dtype and not weight.is_meta
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version

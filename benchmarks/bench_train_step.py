@@ -13,24 +13,14 @@ from __future__ import annotations
 import argparse
 
 import torch
-from grids import Setting, grid, ranked
-from peers import ADAPTERS, FLOOR, FULL, label, make, trained, training_step
+from grids import Setting, grid, one
+from peers import FLOOR, label, make, trained, training_step
 from pictures import panels
-from records import Row, begin, parser, progress, show, write
-from shapes import SHAPES, batch_for, build
+from records import Row, begin, case_options, parser, progress, ratio, rounded, show, size, write
+from shapes import batch_for, build
 from timing import Samples, interleaved
 
-HEADER = ("model, batch × tokens", "method", "r", "trained", "ms a step", "of the floor", "of LoRA, same r")
-
-
-def settings(options: argparse.Namespace, device: torch.device) -> list[Setting]:
-    """Return what the command line asks for."""
-    if options.shape is None:
-        return grid(options.short, device.type == "cuda")
-    free = tuple((method, None) for method in options.methods if method not in ADAPTERS)
-    adapters = [method for method in options.methods if method in ADAPTERS]
-    cases = ((FLOOR, None), *free, *ranked(adapters, options.ranks))
-    return [Setting(options.shape, options.batch, options.length, cases)]
+HEADER = ("batch × tokens", "method", "r", "trained", "ms a step", "of the floor", "of LoRA, same r")
 
 
 def measure(setting: Setting, options: argparse.Namespace, device: torch.device) -> list[Row]:
@@ -51,9 +41,7 @@ def measure(setting: Setting, options: argparse.Namespace, device: torch.device)
     return [row(setting, method, rank, counts, samples) for method, rank in setting.cases]
 
 
-def row(
-    setting: Setting, method: str, rank: int | None, counts: dict[str, int], samples: Samples
-) -> Row:
+def row(setting: Setting, method: str, rank: int | None, counts: dict[str, int], samples: Samples) -> Row:
     """Return what is recorded of one case."""
     name, lora = label(method, rank), label("peft_lora", rank)
     return {
@@ -63,9 +51,9 @@ def row(
         "method": method,
         "rank": rank,
         "trained": counts[name],
-        "seconds": samples.spread(name).rounded(),
-        "of_floor": samples.ratio(name, FLOOR).rounded(),
-        "of_lora": samples.ratio(name, lora).rounded() if lora in counts else None,
+        "seconds": rounded(samples.spread(name)),
+        "of_floor": rounded(samples.ratio(name, FLOOR)),
+        "of_lora": rounded(samples.ratio(name, lora)),
         "rounds": [float(f"{seconds:.4g}") for seconds in samples.seconds[name]],
         "disturbed": samples.disturbed,
     }
@@ -74,34 +62,25 @@ def row(
 def cells(row: Row) -> list[str]:
     """Return a row of the table."""
     return [
-        f"{row['shape']}, {row['batch']} × {row['length']}",
+        size(row),
         row["method"],
         str(row["rank"] or ""),
         f"{row['trained']:,}",
         f"{1e3 * row['seconds']['median']:.1f}",
-        spread(row["of_floor"]),
-        spread(row["of_lora"]),
+        ratio(row["of_floor"]),
+        ratio(row["of_lora"]),
     ]
-
-
-def spread(ratio: dict[str, float] | None) -> str:
-    """Return a median and its quartiles."""
-    return "" if ratio is None else f"{ratio['median']:.3f} ({ratio['low']:.3f} – {ratio['high']:.3f})"
 
 
 def main() -> None:
     """Measure, print the table, write JSON and picture."""
     made = parser(__doc__, "train_step")
-    made.add_argument("--shape", choices=SHAPES, help="one model instead of the grid")
-    made.add_argument("--batch", type=int, default=8)
-    made.add_argument("--length", type=int, default=128, help="tokens of a row")
-    made.add_argument("--methods", nargs="+", choices=[*ADAPTERS, FULL, "floor_tight"], default=[*ADAPTERS])
-    made.add_argument("--ranks", nargs="+", type=int, default=[16])
+    case_options(made)
     options = made.parse_args()
     device = begin(options)
 
     rows: list[Row] = []
-    for setting in settings(options, device):
+    for setting in grid(options.short, device.type == "cuda") if options.shape is None else [one(options)]:
         rows += measure(setting, options, device)
         write(options.json, "train_step", rows)
     show("Training step; median and quartiles of ratios within a round", HEADER, [cells(r) for r in rows], 2)

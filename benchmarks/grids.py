@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from peers import ADAPTERS, FLOOR, FULL
+from peers import ADAPTERS, BASE, FLOOR, FULL, MERGED, TIGHT
 
 Case = tuple[str, int | None]  # method, rank
 
@@ -37,6 +38,23 @@ def ranked(methods: Iterable[str], ranks: Iterable[int]) -> tuple[Case, ...]:
     return tuple((method, r) for method in methods for r in ranks)
 
 
+def one(options: Namespace) -> Setting:
+    """Return the one setting that a command line names."""
+    free = tuple((method, None) for method in options.methods if method not in ADAPTERS)
+    adapters = [method for method in options.methods if method in ADAPTERS]
+    cases = ((FLOOR, None), *free, *ranked(adapters, options.ranks))
+    return Setting(options.shape, options.batch, options.length, cases)
+
+
+def forward(setting: Setting) -> Setting:
+    """Return what is measured of a setting without gradients: the base, adapters, and some of them merged."""
+    adapters = tuple((method, r) for method, r in setting.cases if method in ADAPTERS)
+    merged = tuple(
+        (method + MERGED, r) for method, r in adapters if r == 16 and method in ("peft_lora", "lotr")
+    )
+    return replace(setting, cases=((BASE, None), *adapters, *merged))
+
+
 def grid(short: bool, cuda: bool) -> list[Setting]:
     """Return the sizes at which training steps and their memory are measured."""
     sizes = REFERENCE_CUDA if cuda else REFERENCE
@@ -48,14 +66,12 @@ def _short(sizes: dict[str, tuple[int, int]]) -> list[Setting]:
     some = (*few, ("peft_dora", 16), ("lotr_per_output", 16), ("lotr_per_output_cores", 16))
     cases = {"minilm": (*some, ("peft_lora", 8), ("lotr", 8), ("peft_vera", 16), (FULL, None))}
     cases["bert-base"] = (*some, ("lotr", 8))
-    return [
-        Setting(shape, *size, ((FLOOR, None), *cases.get(shape, few))) for shape, size in sizes.items()
-    ]
+    return [Setting(shape, *size, ((FLOOR, None), *cases.get(shape, few))) for shape, size in sizes.items()]
 
 
 def _by_rank(sizes: dict[str, tuple[int, int]]) -> list[Setting]:
     others = ranked((name for name in ADAPTERS if name not in MAIN), (16,))
-    cases = ((FLOOR, None), ("floor_tight", None), (FULL, None), *ranked(MAIN, RANKS), *others)
+    cases = ((FLOOR, None), (TIGHT, None), (FULL, None), *ranked(MAIN, RANKS), *others)
     return [Setting(shape, *size, cases) for shape, size in sizes.items()]
 
 

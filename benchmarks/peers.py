@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, VeraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
 from shapes import SHAPES, Batch
 from torch import nn
 from transformers import PreTrainedModel
@@ -35,10 +35,11 @@ ADAPTERS: dict[str, Callable[[int, list[str]], PeftConfig]] = {
     "lotr_base_and_update": _lotr(magnitude="base_and_update"),
 }
 
-FLOOR, FULL = "floor", "full"
+FLOOR, TIGHT, FULL, BASE = "floor", "floor_tight", "full", "base"
+MERGED = "_merged"  # behind the name of a method: its update is in the weights
 TEXT = {
     FLOOR: "frozen model, gradients flow through every layer, no adapter",
-    "floor_tight": "the same, without the gradient of the first layer's input, which no adapter needs",
+    TIGHT: "the same, without the gradient of the first layer's input, which no adapter needs",
     FULL: "full fine-tuning",
     "peft_lora": "PEFT's LoRA",
     "peft_dora": "PEFT's DoRA",
@@ -61,19 +62,27 @@ def make(method: str, rank: int | None, shape: str, base: PreTrainedModel) -> nn
     """Return a model for a method. It shares the frozen weights of `base`, which stays as it is."""
     if method == FULL:
         return copy.deepcopy(base).requires_grad_(True)
+    if method.endswith(MERGED):
+        own = copy.deepcopy(base)
+        return _adapted(method.removesuffix(MERGED), rank, shape, own).merge_and_unload()
     model = copy.deepcopy(base, {id(p): p for p in base.parameters()})
+    if method == BASE:
+        return model
+    first = model.get_submodule(SHAPES[shape].blocks)[0]
     if method == FLOOR:
-        first = model.get_submodule(SHAPES[shape].blocks)[0]
         first.register_forward_pre_hook(_input_requires_grad, with_kwargs=True)
         return model
-    if method == "floor_tight":
-        first = model.get_submodule(SHAPES[shape].blocks)[0]
+    if method == TIGHT:
         for path, module in first.named_modules():
             if path.rpartition(".")[2] in SHAPES[shape].linears:
                 module.register_forward_hook(_output_requires_grad)
         return model
-    torch.manual_seed(0)
+    return _adapted(method, rank, shape, model)
+
+
+def _adapted(method: str, rank: int | None, shape: str, model: PreTrainedModel) -> PeftModel:
     assert rank is not None
+    torch.manual_seed(0)
     return get_peft_model(model, ADAPTERS[method](rank, list(SHAPES[shape].linears)))
 
 

@@ -1,4 +1,4 @@
-"""One picture a benchmark: a panel a model, a line a method, over ranks; and over tokens where several were measured."""
+"""One picture a benchmark: a panel a model, a line a method over ranks, and over tokens where there are several."""
 
 from __future__ import annotations
 
@@ -38,9 +38,7 @@ def panels(rows: Sequence[Row], value: str, axis: str, path: Path, level: float 
     """
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     sweeps = [shape for shape in shapes if len(_sizes(rows, shape)) > 1]
-    figure = Figure(
-        figsize=(3.6 * len(shapes) + 2, 6.4 if sweeps else 3.6), dpi=120, layout="constrained"
-    )
+    figure = Figure(figsize=(3.6 * len(shapes) + 2, 6.4 if sweeps else 3.6), dpi=120, layout="constrained")
     grid = figure.subplots(2 if sweeps else 1, len(shapes), squeeze=False)
     for column, shape in enumerate(shapes):
         mine = [row for row in rows if row["shape"] == shape and row.get(value) and row["method"] in COLOURS]
@@ -55,7 +53,12 @@ def panels(rows: Sequence[Row], value: str, axis: str, path: Path, level: float 
             grid[1][column].set_xlabel(f"tokens, rank {swept[0]['rank']}" if swept else "tokens")
     for line in grid:
         line[0].set_ylabel(axis)
-    labels = {name: handle for line in grid for ax in line for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
+    labels = {
+        name: handle
+        for line in grid
+        for ax in line
+        for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(labels.values(), labels.keys(), loc="outside right center", frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
@@ -71,7 +74,10 @@ def _draw(axes: Axes, rows: Sequence[Row], x: Any, value: str, level: float | No
     for method in dict.fromkeys(row["method"] for row in rows):
         points = sorted(_point(x(row), row[value]) for row in rows if row["method"] == method)
         at, median, low, high = zip(*points, strict=True)
-        errors = [[m - v for m, v in zip(median, low, strict=True)], [v - m for m, v in zip(median, high, strict=True)]]
+        errors = [
+            [m - v for m, v in zip(median, low, strict=True)],
+            [v - m for m, v in zip(median, high, strict=True)],
+        ]
         axes.errorbar(
             at, median, yerr=errors, fmt="o-", color=COLOURS[method], label=method, capsize=2, markersize=4
         )

@@ -9,6 +9,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from typing import Any
 import peft
 import torch
 import transformers
+from peers import ADAPTERS, TEXT
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from shapes import SHAPES
+from timing import Spread
 
 import lotr
 from lotr.files import write_json
@@ -40,13 +44,27 @@ def parser(what: str, picture: str) -> argparse.ArgumentParser:
     return made
 
 
+def case_options(made: argparse.ArgumentParser) -> None:
+    """Add the options that measure one model at one size instead of the grid."""
+    made.add_argument("--shape", choices=SHAPES, help="one model instead of the grid")
+    made.add_argument("--batch", type=int, default=8)
+    made.add_argument("--length", type=int, default=128, help="tokens of a row")
+    made.add_argument("--methods", nargs="+", choices=[*TEXT][1:], default=[*ADAPTERS])
+    made.add_argument("--ranks", nargs="+", type=int, default=[16])
+
+
 def begin(options: argparse.Namespace) -> torch.device:
-    """Set the threads, silence what libraries say on every use, and return where to compute."""
+    """Set the threads and return where to compute."""
     options.rounds = options.rounds or (5 if options.short else 9)
     torch.set_num_threads(options.threads)
+    calm()
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def calm() -> None:
+    """Silence what libraries say on every use."""
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def machine() -> dict[str, Any]:
@@ -87,13 +105,30 @@ def write(path: Path, what: str, rows: Sequence[Row], **more: Any) -> None:
 
 
 def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
-    """Print a table; all but the first columns are numbers."""
+    """Print a table; all but the first columns are numbers, and equal values of the very first make a section."""
     table = Table(title=title, title_justify="left")
     for at, name in enumerate(header):
         table.add_column(name, justify="left" if at < left else "right", no_wrap=True)
-    for row in rows:
+    for before, row in zip([None, *rows], rows, strict=False):
+        if before is not None and before[0] != row[0]:
+            table.add_section()
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+def rounded(spread: Spread | None) -> dict[str, float] | None:
+    """Return a spread for the record."""
+    return spread and {name: float(f"{value:.4g}") for name, value in asdict(spread).items()}
+
+
+def size(row: Row) -> str:
+    """Return model and size of a row."""
+    return f"{row['shape']} {row['batch']}×{row['length']}"
+
+
+def ratio(spread: dict[str, float] | None) -> str:
+    """Return a median and its quartiles."""
+    return "" if spread is None else f"{spread['median']:.3f} ({spread['low']:.3f}–{spread['high']:.3f})"
 
 
 def progress(text: str, total: int) -> Progress:

@@ -1,4 +1,4 @@
-"""Times of several runs beside each other: interleaved rounds in one process, ratios pair by pair, medians with spread."""
+"""Times of runs beside each other: interleaved rounds in one process, ratios pair by pair, medians with spread."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,9 +35,6 @@ class Spread:
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, low, high)
 
-    def rounded(self) -> dict[str, float]:
-        return {name: float(f"{value:.4g}") for name, value in asdict(self).items()}
-
 
 @dataclass
 class Samples:
@@ -54,8 +51,10 @@ class Samples:
     def spread(self, name: str) -> Spread:
         return Spread.of(self.seconds[name])
 
-    def ratio(self, name: str, reference: str) -> Spread:
-        """Return the ratio of two runs, taken round by round."""
+    def ratio(self, name: str, reference: str) -> Spread | None:
+        """Return the ratio of two runs, taken round by round; None where the reference was not run."""
+        if reference not in self.seconds:
+            return None
         pairs = zip(self.seconds[name], self.seconds[reference], strict=True)
         return Spread.of([mine / theirs for mine, theirs in pairs])
 

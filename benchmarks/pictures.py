@@ -92,3 +92,28 @@ def _draw(axes: Axes, rows: Sequence[Row], x: Any, value: str, level: float | No
 def _point(x: float, value: Any) -> Point:
     spread = value if isinstance(value, dict) else dict.fromkeys(("median", "low", "high"), value)
     return x, spread["median"], spread["low"], spread["high"]
+
+
+def bars(rows: Sequence[Row], axis: str, path: Path) -> None:
+    """Draw the ratio to LoRA of every method for each action, as points with quartiles."""
+    actions = list(dict.fromkeys(row["action"] for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    figure = Figure(figsize=(7, 0.8 * len(actions) + 1.4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(1.0, color="#8a8f98", linestyle="--", linewidth=1)
+    for number, method in enumerate(methods):
+        mine = [row for row in rows if row["method"] == method]
+        heights = [actions.index(row["action"]) + 0.13 * (number - len(methods) / 2) for row in mine]
+        spreads = [row["of_lora"] for row in mine]
+        middle = [spread["median"] for spread in spreads]
+        errors = [[abs(spread[side] - spread["median"]) for spread in spreads] for side in ("low", "high")]
+        axes.errorbar(middle, heights, xerr=errors, fmt="o", color=COLOURS[method], label=method, capsize=2)
+    axes.set_yticks(range(len(actions)), actions)
+    axes.invert_yaxis()
+    axes.set_xlabel(axis)
+    axes.set_xlim(left=0)
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})

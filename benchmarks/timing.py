@@ -66,6 +66,7 @@ def interleaved(
     warm_up: int = 1,
     patience: float = 60,
     tick: Callable[[], object] = lambda: None,
+    before: Mapping[str, Run] | None = None,
 ) -> Samples:
     """Time every run once a round, in an order that is drawn anew each round.
 
@@ -79,21 +80,32 @@ def interleaved(
         patience: Seconds that may be spent, altogether, on waiting for other programs and on repeating what they
             disturbed.
         tick: Called after each measurement, for a progress bar.
+        before: What has to happen before a run, every time, and is not timed. Such a run is never repeated within a
+            measurement.
     """
+    before = before or {}
     seconds = _cuda_seconds if device is not None and device.type == "cuda" else _wall_seconds
     order, draw, watch = list(runs), random.Random(0), _Watch(patience)
     samples, repeats = Samples({name: [] for name in runs}), dict.fromkeys(runs, 1)
     for number in range(-warm_up, rounds):
         draw.shuffle(order)
         for name in order:
+            before.get(name, _nothing)()
             if number < 0:
-                repeats[name] = max(1, math.ceil(SHORTEST / seconds(runs[name], 1)))
+                taken = seconds(runs[name], 1)
+                repeats[name] = 1 if name in before else max(1, math.ceil(SHORTEST / taken))
             else:
-                taken, quiet = watch.measure(lambda name=name: seconds(runs[name], repeats[name]))
+                taken, quiet = watch.measure(
+                    lambda name=name: seconds(runs[name], repeats[name]), before.get(name, _nothing)
+                )
                 samples.seconds[name].append(taken / repeats[name])
                 samples.disturbed += not quiet
             tick()
     return samples
+
+
+def _nothing() -> None:
+    pass
 
 
 def _wall_seconds(run: Run, repeats: int) -> float:
@@ -120,8 +132,8 @@ class _Watch:
 
     patience: float  # seconds
 
-    def measure(self, timed: Callable[[], float]) -> tuple[float, bool]:
-        """Return the least disturbed measurement, and whether it was quiet."""
+    def measure(self, timed: Callable[[], float], before: Run) -> tuple[float, bool]:
+        """Return the least disturbed measurement, and whether it was quiet; `before` goes before a repetition."""
         tries = []
         while True:
             started = time.perf_counter()
@@ -132,6 +144,7 @@ class _Watch:
                 least, taken = min(tries)
                 return taken, least <= QUIET
             self._wait()
+            before()
             self.patience -= time.perf_counter() - started
 
     def _wait(self) -> None:

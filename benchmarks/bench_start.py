@@ -128,6 +128,11 @@ def row(action: str, method: str, samples: Samples) -> Row:
     }
 
 
+def cells(row: Row) -> list[str]:
+    """Return a row of the table."""
+    return [row["action"], row["method"], f"{1e3 * row['seconds']['median']:.1f}", ratio(row["of_lora"])]
+
+
 def main() -> None:
     """Measure, print the table, write JSON and picture."""
     made = parser(__doc__, "start")

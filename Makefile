@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test setup check bench bench-methods docs clean
+.PHONY: demo test setup check bench bench-performance bench-methods docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -29,8 +29,18 @@ check: $(READY)  ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## sizes and step times beside PEFT's LoRA, in one process
+bench: $(READY)  ## sizes, step times, memory, inference, start beside PEFT's methods: short forms, under ten minutes
 	$(BIN)/python benchmarks/bench_size.py --json out/bench_size.json
+	$(BIN)/python benchmarks/bench_start.py --short
+	$(BIN)/python benchmarks/bench_inference.py --short
+	$(BIN)/python benchmarks/bench_memory.py --short
+	$(BIN)/python benchmarks/bench_train_step.py --short
+
+bench-performance: $(READY)  ## the same over all sizes, ranks and models (an hour or two); writes the page in the docs
+	for what in start inference memory train_step; do \
+		$(BIN)/python benchmarks/bench_$$what.py --json docs/data/$$what.json --picture docs/images/$$what.png || exit 1; \
+	done
+	$(BIN)/python benchmarks/report_performance.py
 
 bench-methods: $(READY)  ## every row of the table of methods on real text (half an hour); writes the table in the docs
 	$(BIN)/python benchmarks/bench_methods.py --json docs/data/methods.json --picture docs/images/methods.png

@@ -1,0 +1,133 @@
+"""What is compared: the floor, full fine-tuning, PEFT's methods and ours, all on the same frozen weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
+from shapes import SHAPES, Batch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lotr import LotrConfig
+
+
+def _lora(r: int, linears: list[str], **more: Any) -> PeftConfig:
+    return LoraConfig(r=r, lora_alpha=r, target_modules=linears, **more)
+
+
+def _lotr(**more: Any) -> Callable[[int, list[str]], PeftConfig]:
+    return lambda r, linears: LotrConfig(r=r, target_modules=linears, **more)
+
+
+ADAPTERS: dict[str, Callable[[int, list[str]], PeftConfig]] = {
+    "peft_lora": _lora,
+    "peft_dora": lambda r, linears: _lora(r, linears, use_dora=True),
+    "peft_vera": lambda r, linears: VeraConfig(r=r, target_modules=linears, save_projection=False),
+    "lotr": _lotr(),
+    "lotr_cores": _lotr(train="cores"),
+    "lotr_per_output": _lotr(magnitude="per_output"),
+    "lotr_per_output_cores": _lotr(magnitude="per_output", train="cores"),
+    "lotr_per_output_and_input": _lotr(magnitude="per_output_and_input"),
+    "lotr_base_and_update": _lotr(magnitude="base_and_update"),
+}
+
+FLOOR, TIGHT, FULL, BASE = "floor", "floor_tight", "full", "base"
+MERGED = "_merged"  # behind the name of a method: its update is in the weights
+TEXT = {
+    FLOOR: "frozen model, gradients flow through every layer, no adapter",
+    TIGHT: "the same, without the gradient of the first layer's input, which no adapter needs",
+    FULL: "full fine-tuning",
+    "peft_lora": "PEFT's LoRA",
+    "peft_dora": "PEFT's DoRA",
+    "peft_vera": "PEFT's VeRA",
+    "lotr": "LoTR, factors and cores trained",
+    "lotr_cores": "LoTR, cores trained",
+    "lotr_per_output": "LoTR with a norm for every output",
+    "lotr_per_output_cores": "the same, cores and norms trained",
+    "lotr_per_output_and_input": "LoTR with norms for every output and input",
+    "lotr_base_and_update": "LoTR with a size of the base and of the update",
+}
+
+
+def label(method: str, rank: int | None) -> str:
+    """Return the name of a method at a rank."""
+    return method if rank is None else f"{method} r={rank}"
+
+
+def make(method: str, rank: int | None, shape: str, base: PreTrainedModel) -> nn.Module:
+    """Return a model for a method. It shares the frozen weights of `base`, which stays as it is."""
+    if method == FULL:
+        return copy.deepcopy(base).requires_grad_(True)
+    if method.endswith(MERGED):
+        own = copy.deepcopy(base)
+        return _adapted(method.removesuffix(MERGED), rank, shape, own).merge_and_unload()
+    model = copy.deepcopy(base, {id(p): p for p in base.parameters()})
+    if method == BASE:
+        return model
+    first = model.get_submodule(SHAPES[shape].blocks)[0]
+    if method == FLOOR:
+        first.register_forward_pre_hook(_input_requires_grad, with_kwargs=True)
+        return model
+    if method == TIGHT:
+        for path, module in first.named_modules():
+            if path.rpartition(".")[2] in SHAPES[shape].linears:
+                module.register_forward_hook(_output_requires_grad)
+        return model
+    return _adapted(method, rank, shape, model)
+
+
+def _adapted(method: str, rank: int | None, shape: str, model: PreTrainedModel) -> PeftModel:
+    assert rank is not None
+    torch.manual_seed(0)
+    return get_peft_model(model, ADAPTERS[method](rank, list(SHAPES[shape].linears)))
+
+
+def _input_requires_grad(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    hidden = args[0] if args else kwargs["hidden_states"]
+    if torch.is_grad_enabled():
+        hidden.requires_grad_()
+
+
+def _output_requires_grad(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+    if torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_()
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that a method trains; the floor has none."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def training_step(model: nn.Module, batch: Batch) -> Callable[[], None]:
+    """Return one step: gradients set to none, forward, backward, AdamW over the trained numbers."""
+    parameters = trained(model)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None
+    device = batch.tokens.device.type
+
+    def step() -> None:
+        if optimizer is not None:
+            optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = batch.loss(model)
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+
+    return step
+
+
+def inference_step(model: nn.Module, batch: Batch) -> Callable[[], None]:
+    """Return one forward pass without gradients."""
+    device = batch.tokens.device.type
+    model.eval()
+
+    @torch.inference_mode()
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            model(input_ids=batch.tokens)
+
+    return step

@@ -1,0 +1,139 @@
+"""What every benchmark shares: options, what the record says of the machine, the table, the JSON file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from peers import ADAPTERS, TEXT
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from shapes import SHAPES
+from timing import Spread
+
+import lotr
+from lotr.files import write_json
+
+Row = dict[str, Any]
+
+
+def parser(what: str, picture: str) -> argparse.ArgumentParser:
+    """Return a parser with the options that all benchmarks have."""
+    made = argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--short", action="store_true", help="fewer sizes and rounds, for `make bench`")
+    made.add_argument("--rounds", type=int, help="measurements of everything; default 9, short 5")
+    made.add_argument(
+        "--patience", type=float, default=60, help="seconds for waiting until other programs rest; default 60"
+    )
+    made.add_argument("--threads", type=int, default=os.cpu_count(), help="of the processor; default: all")
+    made.add_argument("--json", type=Path, default=Path("out") / f"{picture}.json")
+    made.add_argument("--picture", type=Path, default=Path("out") / f"{picture}.png")
+    return made
+
+
+def case_options(made: argparse.ArgumentParser) -> None:
+    """Add the options that measure one model at one size instead of the grid."""
+    made.add_argument("--shape", choices=SHAPES, help="one model instead of the grid")
+    made.add_argument("--batch", type=int, default=8)
+    made.add_argument("--length", type=int, default=128, help="tokens of a row")
+    made.add_argument("--methods", nargs="+", choices=[*TEXT][1:], default=[*ADAPTERS])
+    made.add_argument("--ranks", nargs="+", type=int, default=[16])
+
+
+def begin(options: argparse.Namespace) -> torch.device:
+    """Set the threads and return where to compute."""
+    options.rounds = options.rounds or (5 if options.short else 9)
+    torch.set_num_threads(options.threads)
+    calm()
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def calm() -> None:
+    """Silence what libraries say on every use."""
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+
+
+def machine() -> dict[str, Any]:
+    """Return what the times depend on beside the code."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "numbers": "bfloat16" if torch.cuda.is_available() else "float32",
+        "versions": {
+            "python": platform.python_version(),
+            **{library.__name__: library.__version__ for library in (torch, peft, transformers, lotr)},
+        },
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def command() -> str:
+    """Return the command that is running, as one would type it in a checkout."""
+    script = Path(sys.argv[0]).resolve()
+    root = Path(__file__).resolve().parent.parent
+    shown = script.relative_to(root) if script.is_relative_to(root) else script
+    return shlex.join(["python", str(shown), *sys.argv[1:]])
+
+
+def write(path: Path, what: str, rows: Sequence[Row], **more: Any) -> None:
+    """Write the record of a benchmark."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    said = {"what": what, "date": str(date.today()), "command": command(), "machine": machine()}
+    write_json(path, {**said, **more, "rows": list(rows)})
+
+
+def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
+    """Print a table; all but the first columns are numbers, and equal values of the very first make a section."""
+    table = Table(title=title, title_justify="left")
+    for at, name in enumerate(header):
+        table.add_column(name, justify="left" if at < left else "right", no_wrap=True)
+    for before, row in zip([None, *rows], rows, strict=False):
+        if before is not None and before[0] != row[0]:
+            table.add_section()
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+def rounded(spread: Spread | None) -> dict[str, float] | None:
+    """Return a spread for the record."""
+    return spread and {name: float(f"{value:.4g}") for name, value in asdict(spread).items()}
+
+
+def size(row: Row) -> str:
+    """Return model and size of a row."""
+    return f"{row['shape']} {row['batch']}×{row['length']}"
+
+
+def ratio(spread: dict[str, float] | None) -> str:
+    """Return a median and its quartiles."""
+    return "" if spread is None else f"{spread['median']:.3f} ({spread['low']:.3f}–{spread['high']:.3f})"
+
+
+def progress(text: str, total: int) -> Progress:
+    """Return a bar on stderr that is advanced with `bar.advance(bar.task_ids[0])`."""
+    columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    bar.add_task(text, total=total)
+    return bar

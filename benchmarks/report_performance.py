@@ -1,0 +1,118 @@
+"""Write docs/performance.md from what the four benchmarks recorded.
+
+python benchmarks/report_performance.py --data docs/data --output docs/performance.md
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import bench_inference
+import bench_memory
+import bench_start
+import bench_train_step
+from peers import TEXT
+
+from lotr.files import read_json
+
+Record = dict[str, Any]
+
+INTRODUCTION = """# Performance
+
+What an adapter costs beside the frozen model, and beside PEFT's own methods. The tables are written by
+`benchmarks/report_performance.py` from what the benchmarks recorded; `make bench` runs a short form of each,
+`make bench-performance` all of it (an hour or two).
+
+Every model is randomly initialised from its configuration, without a head. All linear modules of its blocks are
+adapted, dropout is off, attention is torch's `scaled_dot_product_attention` for all. Runs are interleaved in one
+process and drawn into a new order each round; a ratio is taken within a round, and the tables show the median over
+the rounds with the quartiles. A measurement in which other programs had more than 5 % of the machine is repeated.
+"""
+
+SECTIONS: dict[str, tuple[str, str, Sequence[str], Callable[[Record], list[str]]]] = {
+    "train_step": (
+        "Training step",
+        "Gradients set to none, forward, backward, AdamW over the trained numbers. The floor is the frozen model with "
+        "gradients flowing through every layer and no adapter. Adapters do not need the gradient of the first "
+        "layer's input, and the floor computes it; `floor_tight` leaves it out.",
+        bench_train_step.HEADER,
+        bench_train_step.cells,
+    ),
+    "memory": (
+        "Memory of a training step",
+        "In MB; each case in a process of its own. *saved*: storages that autograd keeps between forward and backward, "
+        "parameters aside. *allocated*: the peak of torch's allocator, parameters included. *resident*: the peak of "
+        "the process, which also has what the C library keeps for later. Behind each: the same above the floor's, and "
+        "that as a share of LoRA's at the same rank.",
+        bench_memory.HEADER,
+        bench_memory.cells,
+    ),
+    "inference": (
+        "Inference",
+        "A forward pass in `torch.inference_mode`, one adapter, as it is and merged.",
+        bench_inference.HEADER,
+        bench_inference.cells,
+    ),
+    "start": (
+        "Import, wrap, save, load, merge",
+        "The import is measured in processes of their own, `lotr` on top of `peft`. Merging keeps the untouched "
+        "weights, so that unmerging restores them bit for bit; PEFT's LoRA subtracts what it added.",
+        bench_start.HEADER,
+        bench_start.cells,
+    ),
+}
+
+
+def page(data: Path) -> str:
+    """Return the page, with a section for every record that is there."""
+    lines = [INTRODUCTION, "| method | what it is |", "|---|---|"]
+    lines += [f"| `{name}` | {text} |" for name, text in TEXT.items()]
+    for name, (title, text, header, cells) in SECTIONS.items():
+        record = data / f"{name}.json"
+        if record.is_file():
+            lines += section(read_json(record, "a record of a benchmark"), title, text, header, cells)
+            lines += ["", f"![{title}](images/{name}.png)"]
+    return "\n".join(lines) + "\n"
+
+
+def section(
+    record: Record, title: str, text: str, header: Sequence[str], cells: Callable[[Record], list[str]]
+) -> list[str]:
+    """Return the lines of one section."""
+    rows = record["rows"]
+    disturbed = max(row.get("disturbed", 0) for row in rows)
+    lines = ["", f"## {title}", "", text, "", said_of(record, disturbed), "", *head(header)]
+    return lines + [f"| {' | '.join(cells(row))} |" for row in rows]
+
+
+def head(header: Sequence[str]) -> list[str]:
+    """Return the first two lines of a table: words to the left, numbers to the right."""
+    sides = ["---" if name in ("batch × tokens", "method", "what") else "---:" for name in header]
+    return [f"| {' | '.join(header)} |", f"|{'|'.join(sides)}|"]
+
+
+def said_of(record: Record, disturbed: int) -> str:
+    """Return date, machine and command of a record."""
+    machine = record["machine"]
+    where = (
+        machine["accelerator"] or f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores"
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    noise = f" Up to {disturbed} measurements of a setting were disturbed." if disturbed else ""
+    return f"{record['date']}, {where}, {machine['numbers']}; {versions}. `{record['command']}`{noise}"
+
+
+def main() -> None:
+    """Write the page."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--data", type=Path, default=Path("docs/data"))
+    made.add_argument("--output", type=Path, default=Path("docs/performance.md"))
+    options = made.parse_args()
+    options.output.write_text(page(options.data), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -170,6 +170,15 @@ def test_plan_reads_no_weights_and_foretells_the_file(place: Path, trained, tmp_
     assert "query_32x32" in table.stdout
 
 
+def test_plan_explains_in_which_order_products_are_taken(place: Path) -> None:
+    words = ("plan", place / "bert", "--rank", "4", "--target", "query", "--explain")
+    (few,), (many,) = (report(*words, "--tokens", n)["orders"] for n in ("8", "4096"))
+    assert (few["weight"], few["order"], many["order"]) == ("32×32", "plain", "merged")
+    assert many["extra_work"] < few["extra_work"]
+    assert "merged" in lotr(*words, "--tokens", "4096").stdout
+    assert "orders" not in report("plan", place / "bert")
+
+
 def test_plan_foretells_the_bytes_of_an_adapter_without_a_head(place: Path, tmp_path: Path) -> None:
     from peft import get_peft_model
     from transformers import AutoModel

@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lotr import delta
 from lotr.linear import PartOfLinear, Place, adapted_linear
-from lotr.orders import ORDERS, Order, choose_order
+from lotr.orders import ORDERS, Order, choose_order, extra_work
 
 EVERY_ORDER = [Order(*merged) for merged in itertools.product((False, True), repeat=2)]
 
@@ -108,7 +108,9 @@ def test_gradients_can_be_differentiated_again(seed: int, order: Order) -> None:
 
 @pytest.mark.parametrize("order", EVERY_ORDER, ids=str)
 @pytest.mark.parametrize("frozen", [False, True], ids=["V trains", "V frozen"])
-def test_parts_that_share_a_product_get_the_gradients_of_parts_that_do_not(order: Order, frozen: bool) -> None:
+def test_parts_that_share_a_product_get_the_gradients_of_parts_that_do_not(
+    order: Order, frozen: bool
+) -> None:
     torch.manual_seed(0)
     x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     weights = [torch.randn(6, 7, dtype=torch.float64) for _ in range(3)]
@@ -160,7 +162,9 @@ def test_an_update_of_zero_leaves_every_bit(order: Order) -> None:
 def test_many_tokens_are_merged_and_few_are_not() -> None:
     few, many = (choose_order(tokens, 512, 512, torch.float32) for tokens in (64, 4096))
     assert (few, many) == (Order(), Order(True, True))
-    wide = choose_order(1024, 4096, 512, torch.float32)  # a wide output: the forward order decides by the input
+    wide = choose_order(
+        1024, 4096, 512, torch.float32
+    )  # a wide output: the forward order decides by the input
     assert wide == Order(merge_forward=True, merge_backward=False)
 
 
@@ -173,3 +177,27 @@ def test_half_precision_is_never_merged() -> None:
 def test_a_name_overrules_the_costs() -> None:
     assert choose_order(1, 8, 8, torch.float32, "merged") == Order(True, True)
     assert choose_order(10**6, 8, 8, torch.float32, "plain") == Order()
+
+
+@pytest.mark.parametrize("order", EVERY_ORDER, ids=str)
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen factors", "trained factors"])
+def test_the_work_that_is_foretold_is_the_work_that_is_done(order: Order, trains: bool) -> None:
+    """Counted by PyTorch, two operations a multiplication."""
+    from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+
+    tokens, o, i, k, r = 64, 24, 40, 3, 5
+    x, W = torch.randn(tokens, i, requires_grad=True), torch.randn(o, i)
+    part = PartOfLinear(
+        Place(0, 0),
+        torch.randn(r, i, requires_grad=trains),
+        torch.randn(k, r, requires_grad=True),
+        torch.randn(o, k, requires_grad=trains),
+    )
+    in_place = {torch.ops.aten.addmm_: addmm_flop}  # which the counter does not know
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        adapted_linear(x, W, None, [part], order)[0].sum().backward()
+    base = 2 * 2 * tokens * o * i
+    wanted = (counter.get_total_flops() - base) / base
+    found = extra_work(tokens, (o, i), (k, r), order, factors=trains)
+    again = o * k * r / (2 * tokens * o * i)  # U C is made again where the update is merged on the way back
+    assert found == pytest.approx(wanted - again * order.merge_backward, rel=1e-9)

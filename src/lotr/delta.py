@@ -121,10 +121,12 @@ class Factored:
 
     def left(self) -> Tensor:  # (a·o, b·r)
         """Return `σ (I_a ⊗ U) C`."""
-        (o, k), C = self.U.shape, self.C * self.scaling
+        C = self.C * self.scaling
         if self.grid[0] == 1:
             return self.U @ C
-        blocks = self.U @ C.unflatten(0, (-1, k)).transpose(0, 1).flatten(1)  # (o, a·b·r), one product
+        blocks = self.U @ C.unflatten(0, (self.grid[0], -1)).transpose(0, 1).flatten(
+            1
+        )  # (o, a·b·r), one product
         return blocks.unflatten(1, (self.grid[0], -1)).transpose(0, 1).flatten(0, 1)
 
     def dense(self) -> Tensor:  # (a·o, b·i)

@@ -88,7 +88,7 @@ def adapted_linear(
     """
     places = tuple(part.place for part in parts)
     numbers = [tensor for part in parts for tensor in (part.Vt, part.C, part.U, part.h)]
-    y, *new = _AdaptedLinear.apply(x, W, bias, places, order, *numbers)
+    y, *new = _AdaptedLinear.apply(x, W, bias, places, order, *numbers)  # type: ignore[no-untyped-call]
     found = iter(new)
     return y, [next(found) if part.h is None else part.h for part in parts]
 

@@ -39,6 +39,29 @@ class Order:
         return forward if forward == backward else f"{forward} forward, {backward} backward"
 
 
+def extra_work(
+    tokens: int, shape: tuple[int, int], rank: tuple[int, int], order: Order, factors: bool = True
+) -> float:
+    """Return the multiplications of a training step that the update adds, as a share of the base layer's.
+
+    Args:
+        tokens: Rows of the input.
+        shape: `(out, in)` of the weight.
+        rank: `(k, r)`.
+        order: How the products are taken.
+        factors: Whether `U` and `V` train beside the cores.
+
+    Example:
+        >>> round(extra_work(1024, (768, 768), (16, 16), Order()), 3)
+        0.063
+    """
+    (o, i), (k, r) = shape, rank
+    forward = tokens * i * r + o * k * r + (o * i * r if order.merge_forward else tokens * o * r)
+    backward = tokens * (o * k + 2 * k * r) + (o * i * r if order.merge_backward else tokens * i * r)
+    gradients = tokens * (o * k + k * r + i * r) if factors else 0
+    return (forward + backward + gradients) / (2 * tokens * o * i)
+
+
 #: PyTorch's own steps, one a product.
 AUTOGRAD = "autograd"
 _NAMED = {"plain": Order(), "merged": Order(True, True)}

@@ -25,6 +25,7 @@ EXAMPLES = {
         "lotr plan minilm",
         "lotr plan minilm --rank 32 --target all-linear --method lotr_joint",
         "lotr plan minilm --method tenslora_att_qkv_depth --core-ranks 4 --target query,key,value",
+        "lotr plan minilm --target all-linear --explain --tokens 4096",
         "lotr plan minilm --rank 64 --json",
     ),
     "inspect": ("lotr inspect runs/first", "lotr inspect runs/first --json"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, near
 from ..files import file_bytes
 from ..methods import METHODS
+from ..orders import choose_order, extra_work
 from ..tuner.state import file_shapes
 from ..tuner.targets import plan
 from .adapt import adapter_config, check_targets
@@ -15,16 +17,19 @@ from .models import DTYPES, skeleton
 if TYPE_CHECKING:
     from lotr_cli.settings import TrainSettings
 
+    from ..sites import Plan
 
-def plan_model(settings: TrainSettings, dtype: str = "float32") -> dict[str, Any]:
+
+def plan_model(settings: TrainSettings, dtype: str = "float32", tokens: int | None = None) -> dict[str, Any]:
     """Plan an adapter for a model on the meta device, so that a 70B model needs no memory.
 
     Args:
         settings: Its `model` and the settings of the adapter are read.
         dtype: Type in which the numbers would be saved.
+        tokens: Tokens in a batch (rows × length), to tell in which order products would be taken.
 
     Returns:
-        Groups with shapes and counts, totals, the LoRA rank of equal cost, bytes on disk.
+        Groups with shapes and counts, totals, the LoRA rank of equal cost, bytes on disk; `orders` with `tokens`.
 
     Raises:
         ConfigError: A setting has no meaning.
@@ -72,4 +77,17 @@ def plan_model(settings: TrainSettings, dtype: str = "float32") -> dict[str, Any
             file_shapes(made, factors=not config.refers_to_basis),
             DTYPES[dtype].itemsize,
         ),
+        **({} if tokens is None else {"tokens": tokens, "orders": _orders(made, tokens, dtype)}),
     }
+
+
+def _orders(made: Plan, tokens: int, dtype: str) -> list[dict[str, Any]]:
+    """Return in which order the products of the modules would be taken in training, one entry a shape."""
+    counts = Counter((target.shape, target.rank) for target in made.targets)
+    found = []
+    for (shape, rank), modules in counts.items():
+        order = choose_order(tokens, *shape, DTYPES[dtype])
+        work = extra_work(tokens, shape, rank, order, factors=made.train == "all")
+        said = {"modules": modules, "weight": "×".join(map(str, shape)), "rank": "×".join(map(str, rank))}
+        found.append({**said, "order": str(order), "extra_work": work})
+    return found

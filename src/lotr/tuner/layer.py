@@ -157,10 +157,10 @@ class LotrLinear(nn.Module, LotrLayer):
         if gains is not None and gains.input is not None:
             x, base = (x * gains.input).to(x.dtype), None
         bias = getattr(self.get_base_layer(), "bias", None)
-        if base is None and not args and not kwargs and (gains is None or gains.alike):
-            if direct.fits(adapted, x):
-                y = direct.output(adapted, x)
-                return y if gains is None else gains.of_sum(y, bias).to(y.dtype)
+        alone = base is None and not args and not kwargs and (gains is None or gains.alike)
+        if alone and direct.fits(adapted, x):
+            y = direct.output(adapted, x)
+            return y if gains is None else gains.of_sum(y, bias).to(y.dtype)
         if base is None:
             base = self.base_layer(x, *args, **kwargs)
         update = adapted.update(x)

@@ -150,9 +150,7 @@ class LotrModel(BaseTuner):
             self._injection.basis = self._basis(member)
         basis = self._injection.basis
         if group.name not in basis:
-            basis[group.name] = LotrGroup(
-                group.shape, self._injection.scaling, self._injection.products
-            )
+            basis[group.name] = LotrGroup(group.shape, self._injection.scaling, self._injection.products)
             basis[group.name]._active_adapter = list(self.active_adapters)
         shared = basis[group.name]
         if adapter not in shared.lotr_U:

@@ -17,15 +17,13 @@ from typing import Any
 from ..errors import CheckpointError, ConfigError
 from .refusals import refused
 
-#: The head has a table of its own: rows of numbers are then of one length and fill their pages.
 _SCHEMA = """
 CREATE TABLE bank (basis_hash TEXT NOT NULL);
 CREATE TABLE task (
     id INTEGER PRIMARY KEY, name TEXT NOT NULL, dtype TEXT NOT NULL, created REAL NOT NULL, error REAL NOT NULL,
-    about TEXT NOT NULL, checksum BLOB NOT NULL, numbers BLOB NOT NULL
+    about TEXT NOT NULL, numbers BLOB NOT NULL, head BLOB NOT NULL, checksum BLOB NOT NULL
 );
 CREATE UNIQUE INDEX task_name ON task (name);
-CREATE TABLE head (id INTEGER PRIMARY KEY REFERENCES task, tensors BLOB NOT NULL);
 """
 _WAIT = 60.0  # seconds that a writer waits for another one
 

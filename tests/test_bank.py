@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 import banks
 from conftest import bert, gpt2, tokens
-from lotr import CheckpointError, ConfigError, CoreBank, LotrConfig, UnknownTaskError
+from lotr import CheckpointError, ConfigError, CoreBank, LotrConfig, Task, UnknownTaskError
+from lotr.bank.codec import n_bytes
 from lotr.checkpoint import BASIS_WEIGHTS, WEIGHTS
 from tuner_contract import outputs
 
@@ -150,6 +151,17 @@ def test_a_bank_opened_for_reading_is_not_written(tmp_path: Path) -> None:
 def test_a_bank_travels_to_another_process(tmp_path: Path) -> None:
     bank = banks.bank(tmp_path, tasks=1)
     assert torch.equal(pickle.loads(pickle.dumps(bank)).get("task-0").numbers, bank.get("task-0").numbers)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_tasks_take_little_more_than_their_numbers(tmp_path: Path, dtype: str) -> None:
+    bank = banks.bank(tmp_path, dtype=dtype, r=16)
+    bank.add_many(Task(f"task-{n}", torch.randn(bank.layout.size)) for n in range(2000))
+    bank.close()
+    found = CoreBank.open(tmp_path / "bank").stats()
+    assert found["bytes_of_numbers"] == 2000 * n_bytes(bank.layout, dtype)
+    assert found["bytes_of_tasks"] == (tmp_path / "bank" / "tasks.sqlite").stat().st_size
+    assert 1 < found["over_the_numbers"] < 1.15
 
 
 # ---- adapters in and out

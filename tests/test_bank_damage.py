@@ -137,6 +137,23 @@ def test_a_page_of_garbage_costs_its_own_tasks_alone(tmp_path: Path) -> None:
     )
 
 
+def test_opening_and_listing_read_no_task(tmp_path: Path) -> None:
+    bank = banks.bank(tmp_path, r=16)
+    bank.add_many(banks.task(bank, f"task-{n}", seed=n) for n in range(300))
+    page = bank.store.page_size
+    bank.close()
+    file = tmp_path / "bank" / TASKS
+    content = bytearray(file.read_bytes())
+    leaves = [n for n in range(4, len(content) // page) if content[n * page] == 13]
+    for n in leaves:  # all rows of tasks are gone
+        content[n * page : (n + 1) * page] = bytes(page)
+    file.write_bytes(content)
+    bank = CoreBank.open(tmp_path / "bank")
+    assert len(leaves) > 20 and len(bank) == len(list(bank.names())) == 300 and "task-299" in bank
+    with pytest.raises(CheckpointError, match="Task 'task-299' cannot be read"):
+        bank.get("task-299")
+
+
 def test_what_is_no_database_is_named(folder: Path) -> None:
     (folder / TASKS).write_bytes(b"not a database at all" * 1000)
     with pytest.raises(CheckpointError, match=r"tasks.sqlite is no database"):

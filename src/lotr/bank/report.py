@@ -59,7 +59,7 @@ def overview(bank: CoreBank, after: str = "", limit: int = -1) -> list[dict[str,
             found.append({"name": name, "kind": "damaged", "classes": "", "created": ""})
             continue
         said = json.loads(row.about)
-        kind, classes = said["task"] or "", len(said["labels"]) or ""
+        kind, classes = said.get("task", ""), len(said.get("labels", ())) or ""
         found.append({"name": name, "kind": kind, "classes": classes, "created": _time(row.created)})
     return found
 

@@ -25,10 +25,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
+import lotr
 from lotr import CoreBank, LotrConfig, Task
 from lotr.bank.codec import DTYPES
+from lotr.bank.pages import page_size, row_bytes
 
 TARGETS = ["query", "value"]
 SHAPE = BertConfig(
@@ -121,6 +123,24 @@ def peft_reads(folder: Path, reads: int) -> dict[str, Any]:
     return {"folder_bytes": size, "cold": centiles(cold), "warm": centiles(warm)}
 
 
+def worked_out(n_tasks: int = 1_000_000) -> dict[str, Any]:
+    """Return the bytes of many tasks on a model of 7B, from its shapes: a bank, and a LoRA of the same rank each."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig())  # 32 layers, 4,096 wide
+    plan = lotr.plan(model, LotrConfig(r=16, target_modules=["q_proj", "v_proj"]))
+    numbers = 2 * plan.n_cores
+    row = row_bytes(numbers + 65, page_size(numbers))  # 65: name, checksum, times
+    return {
+        "tasks": n_tasks,
+        "numbers": plan.n_cores,
+        "bytes_of_numbers": numbers * n_tasks,
+        "bytes_of_tasks": round(row * n_tasks),
+        "basis_bytes": 4 * plan.n_factors,
+        "lora_numbers": 16 * plan.lora_per_rank,
+        "bytes_of_loras": 2 * 16 * plan.lora_per_rank * n_tasks,
+    }
+
+
 def main() -> None:
     """Print the table and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -158,10 +178,15 @@ def main() -> None:
         )
     reads = (f"{peft[kind]['p50_ms']:.1f} / {peft[kind]['p99_ms']:.1f}" for kind in ("cold", "warm"))
     table.add_row("PEFT load_adapter, LoRA", f"{peft['folder_bytes']:,}", "", "", *reads)
+    large = worked_out()
+    size = large["bytes_of_tasks"] / large["tasks"]
+    over = f"{large['bytes_of_tasks'] / large['bytes_of_numbers']:.3f}"
+    table.add_row("worked out: 1,000,000 on a 7B model", f"{size:,.0f}", over)
+    table.add_row("the same as LoRA, bfloat16", f"{large['bytes_of_loras'] / large['tasks']:,.0f}")
     Console().print(table)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        report = {"banks": rows, "types": types, "peft_load_adapter": peft}
+        report = {"banks": rows, "types": types, "peft_load_adapter": peft, "worked_out_7b": large}
         options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -95,6 +96,19 @@ def test_writers_wait_for_each_other(tmp_path: Path, context) -> None:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert len(CoreBank.open(folder)) == 3 * 20
+
+
+def test_threads_share_a_bank(tmp_path: Path) -> None:
+    bank = banks.bank(tmp_path, tasks=8)
+    expected = {name: float(bank.get(name).numbers.sum()) for name in bank.names()}
+
+    def reads(turn: int) -> bool:
+        bank.add(Task(f"more-{turn}", torch.zeros(bank.layout.size)))
+        return all(float(bank.get(name).numbers.sum()) == total for name, total in expected.items())
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(reads, range(64)))
+    assert len(bank) == 8 + 64 and bank.verify()["ok"]
 
 
 def test_a_forked_process_reads_on_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ CREATE TABLE task (
 CREATE UNIQUE INDEX task_name ON task (name);
 """
 _WAIT = 60.0  # seconds that a writer waits for another one
+_LOG = 4 << 20  # bytes of the write-ahead log
 
 
 def create(path: Path, basis_hash: str, page_size: int) -> None:
@@ -76,6 +77,10 @@ class Database:
                 self._connection.execute("PRAGMA writable_schema = ON")
             if self.writable:
                 self._connection.execute("PRAGMA synchronous = FULL")
+                # the log goes into the file when it is this long; SQLite counts in pages, and these are large
+                page = self._connection.execute("PRAGMA page_size").fetchone()[0]
+                self._connection.execute(f"PRAGMA wal_autocheckpoint = {_LOG // page}")
+                self._connection.execute(f"PRAGMA journal_size_limit = {_LOG}")
 
     def _mode(self) -> str:
         if self.writable:

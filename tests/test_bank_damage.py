@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import banks
-from lotr import CheckpointError, ConfigError, CoreBank
+from lotr import CheckpointError, ConfigError, CoreBank, Task
+from lotr.bank import database
 from lotr.bank.folder import BANK, TASKS
 from lotr.bank.recover import recover
+from lotr.bank.store import TaskStore
 from lotr.checkpoint import BASIS_WEIGHTS, CONFIG
 
 N = 60
@@ -281,6 +283,32 @@ def test_a_leftover_of_an_unfinished_creation_is_no_bank(
     with pytest.raises(OSError, match="no space"):
         banks.bank(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["basis"]
+
+
+def test_a_disk_that_fills_up_while_recovering_leaves_no_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = database.create
+
+    def creates_a_small_one(path: Path, basis_hash: str, page_size: int) -> None:
+        create(path, basis_hash, page_size)
+        opened = TaskStore.__init__
+
+        def opens(store: TaskStore, *words: object, **named: object) -> None:
+            opened(store, *words, **named)  # type: ignore[arg-type]
+            store._file.one("PRAGMA max_page_count = 6")
+
+        monkeypatch.setattr(TaskStore, "__init__", opens)
+
+    bank = CoreBank.open(folder, writable=True)
+    bank.add_many(
+        Task(f"large-{n}", torch.zeros(bank.layout.size), metadata={"x": "y" * 10**5}) for n in range(9)
+    )
+    bank.close()
+    monkeypatch.setattr("lotr.bank.database.create", creates_a_small_one)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        recover(folder, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_recovering_needs_a_free_folder(folder: Path, tmp_path: Path) -> None:

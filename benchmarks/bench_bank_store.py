@@ -163,9 +163,10 @@ def main() -> None:
         peft = peft_reads(Path(place) / "peft", options.reads)
 
     table = Table(
-        title="MiniLM's query and value, rank 16: 3,072 numbers a task, bfloat16", title_justify="left"
+        title="MiniLM's query and value, rank 16, bfloat16; reads of one task in ms, p50 / p99",
+        title_justify="left",
     )
-    header = ("p50 / p99 of reading one task, ms", "bytes a task", "÷ numbers", "open, ms", "cold", "warm")
+    header = ("", "bytes a task", "÷ numbers", "open, ms", "cold read", "warm read")
     for name in header:
         table.add_column(name, justify="left" if name == header[0] else "right")
     for row in rows:
@@ -177,12 +178,12 @@ def main() -> None:
             *(f"{row[kind]['p50_ms']:.2f} / {row[kind]['p99_ms']:.2f}" for kind in ("cold", "warm")),
         )
     reads = (f"{peft[kind]['p50_ms']:.1f} / {peft[kind]['p99_ms']:.1f}" for kind in ("cold", "warm"))
-    table.add_row("PEFT load_adapter, LoRA", f"{peft['folder_bytes']:,}", "", "", *reads)
+    table.add_row("PEFT load_adapter", f"{peft['folder_bytes']:,}", "", "", *reads)
     large = worked_out()
     size = large["bytes_of_tasks"] / large["tasks"]
     over = f"{large['bytes_of_tasks'] / large['bytes_of_numbers']:.3f}"
-    table.add_row("worked out: 1,000,000 on a 7B model", f"{size:,.0f}", over)
-    table.add_row("the same as LoRA, bfloat16", f"{large['bytes_of_loras'] / large['tasks']:,.0f}")
+    table.add_row("7B, worked out", f"{size:,.0f}", over)
+    table.add_row("7B as LoRA", f"{large['bytes_of_loras'] / large['tasks']:,.0f}")
     Console().print(table)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import sqlite3
 import tempfile
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import banks
-from lotr import CheckpointError, ConfigError, CoreBank, Task
+from lotr import CheckpointError, ConfigError, CoreBank, LotrError, Task
 from lotr.bank import database
 from lotr.bank.folder import BANK, TASKS
 from lotr.bank.recover import recover
@@ -137,6 +138,32 @@ def test_a_page_of_garbage_costs_its_own_tasks_alone(tmp_path: Path) -> None:
     assert (
         recover(tmp_path / "bank", tmp_path / "new")["saved"] == left == len(CoreBank.open(tmp_path / "new"))
     )
+
+
+def test_whatever_byte_changes_no_wrong_number_is_ever_read(folder: Path) -> None:
+    whole = (folder / TASKS).read_bytes()
+    bank = CoreBank.open(folder)
+    right = {name: bank.get(name).numbers for name in bank.names()}
+    bank.close()
+    draw = random.Random(0)
+    used = [n for n, byte in enumerate(whole) if byte]  # most of a small file is empty
+    refused = 0
+    for _ in range(200):
+        content = bytearray(whole)
+        content[draw.choice(used)] ^= 1 << draw.randrange(8)
+        (folder / TASKS).write_bytes(content)
+        try:
+            with CoreBank.open(folder) as bank:
+                report = bank.verify()
+                for name, numbers in right.items():
+                    try:
+                        assert torch.equal(bank.get(name).numbers, numbers)
+                    except LotrError:
+                        refused += 1
+                        assert not report["ok"]
+        except CheckpointError:
+            refused += 1
+    assert refused > 100
 
 
 def test_opening_and_listing_read_no_task(tmp_path: Path) -> None:

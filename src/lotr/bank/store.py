@@ -11,6 +11,7 @@ from ..errors import CheckpointError, ConfigError, UnknownTaskError, near
 from .database import Database
 from .row import Row
 
+_NAME = "CAST(name AS TEXT)"  # one changed byte makes it anything else
 #: In the order of `Row`.
 _COLUMNS = "name, dtype, created, error, about, numbers, head, checksum"
 
@@ -65,12 +66,12 @@ class TaskStore:
 
     def names(self, after: str = "", limit: int = -1) -> list[str]:
         """Return names in the order of their characters, from the one behind `after` on; they are in the index."""
-        sql = "SELECT name FROM task WHERE name > ? ORDER BY name LIMIT ?"
+        sql = f"SELECT {_NAME} FROM task WHERE name > ? ORDER BY name LIMIT ?"
         return [name for (name,) in self._file.all(sql, (after, limit))]
 
     def places(self) -> list[tuple[int, str]]:
         """Return place and name of every task, in the order of their places; only the index is read."""
-        return sorted(self._file.all("SELECT id, name FROM task INDEXED BY task_name ORDER BY name"))
+        return sorted(self._file.all(f"SELECT id, {_NAME} FROM task INDEXED BY task_name ORDER BY name"))
 
     def read(self, name: str) -> Row:
         """Return a task.
@@ -174,7 +175,7 @@ class TaskStore:
 
     def _unknown(self, name: str) -> UnknownTaskError:
         at = str(name).encode(errors="replace").decode()
-        before = "SELECT name FROM task WHERE name < ? ORDER BY name DESC LIMIT 20"
+        before = f"SELECT {_NAME} FROM task WHERE name < ? ORDER BY name DESC LIMIT 20"
         around = [found for (found,) in self._file.all(before, (at,))] + self.names(at, 20)
         hint = near(at, around)
         if hint.startswith("Known") and len(around) >= 20:  # not all of them

@@ -17,7 +17,7 @@ from typing import Any
 
 import memory
 import torch
-from grids import Setting, grid, one
+from grids import Setting, memory_grid, one
 from peers import FLOOR, label
 from pictures import panels
 from records import Row, begin, case_options, parser, progress, show, size, write
@@ -89,7 +89,7 @@ def main() -> None:
 
     rows: list[Row] = []
     cuda = torch.cuda.is_available()
-    for setting in grid(options.short, cuda) if options.shape is None else [one(options)]:
+    for setting in memory_grid(options.short, cuda) if options.shape is None else [one(options)]:
         rows += measure(setting, options)
         write(options.json, "memory", rows)
     show(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from multiprocessing import get_context
 from typing import Any
 
@@ -84,8 +85,9 @@ def main() -> None:
     options = made.parse_args()
     begin(options)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler of each child writes to the terminal
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["memory"])
+    # the server of children imports once for all of them; it looks for modules where its environment says
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    get_context("forkserver").set_forkserver_preload(["memory"])
 
     rows: list[Row] = []
     cuda = torch.cuda.is_available()

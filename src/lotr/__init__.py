@@ -10,7 +10,16 @@ from .tuner.register import add_peft_type
 
 add_peft_type()  # the configuration needs the type before it can be registered
 
-from .errors import CheckpointError, ConfigError, DataError, LotrError, PlanError, TrainingError  # noqa: E402
+from .bank import CoreBank, Task  # noqa: E402
+from .errors import (  # noqa: E402
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LotrError,
+    PlanError,
+    TrainingError,
+    UnknownTaskError,
+)
 from .methods import METHODS, Method  # noqa: E402
 from .sites import Group, Plan, Site  # noqa: E402
 from .training.optimizer import parameter_groups  # noqa: E402
@@ -29,6 +38,7 @@ __all__ = [
     "METHODS",
     "CheckpointError",
     "ConfigError",
+    "CoreBank",
     "DataError",
     "Group",
     "LotrConfig",
@@ -38,7 +48,9 @@ __all__ = [
     "Plan",
     "PlanError",
     "Site",
+    "Task",
     "TrainingError",
+    "UnknownTaskError",
     "__version__",
     "parameter_groups",
     "plan",

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 WEIGHTS, CONFIG, TASK = "adapter_model.safetensors", "adapter_config.json", "task.json"
+#: Instead of `WEIGHTS` in the folder of a bank, which can be named as a basis: factors alone.
+BASIS_WEIGHTS = "basis.safetensors"
 
 
 def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
@@ -92,9 +94,14 @@ class AdapterFolder:
         return self.config.get("peft_type") == "LOTR"
 
     @property
+    def weights(self) -> Path:
+        """The weights file; of a bank, the one with the factors of its basis."""
+        return self.path / (BASIS_WEIGHTS if (self.path / BASIS_WEIGHTS).is_file() else WEIGHTS)
+
+    @property
     def size(self) -> int:
         """Bytes of the weights file."""
-        return (self.path / WEIGHTS).stat().st_size
+        return self.weights.stat().st_size
 
     def tensors(self) -> dict[str, Tensor]:
         """Read all tensors.
@@ -102,7 +109,7 @@ class AdapterFolder:
         Raises:
             CheckpointError: The file is truncated or damaged.
         """
-        with _opened(self.path / WEIGHTS) as file:
+        with _opened(self.weights) as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -111,7 +118,7 @@ class AdapterFolder:
         Raises:
             CheckpointError: The file is truncated or damaged.
         """
-        with _opened(self.path / WEIGHTS) as file:
+        with _opened(self.weights) as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
 
@@ -133,16 +140,16 @@ def read_adapter(path: str | Path) -> AdapterFolder:
         raise CheckpointError(
             f"{folder / CONFIG} has no field peft_type, so it is not the configuration of an adapter."
         )
-    if not (folder / WEIGHTS).is_file():
+    task = read_json(folder / TASK, "an adapter's task") if (folder / TASK).is_file() else {}
+    found = AdapterFolder(folder, config, task)
+    if not found.weights.is_file():
         raise CheckpointError(
             f"{folder} holds no {WEIGHTS}. Pickled weights are never read; save it as safetensors."
         )
-    task = read_json(folder / TASK, "an adapter's task") if (folder / TASK).is_file() else {}
-    found = AdapterFolder(folder, config, task)
     found.shapes()
-    if "weights_sha256" in task and task["weights_sha256"] != _sha256(folder / WEIGHTS):
+    if "weights_sha256" in task and task["weights_sha256"] != _sha256(found.weights):
         raise CheckpointError(
-            f"{folder / WEIGHTS} is damaged, or is not the file that {TASK} beside it was written for: its checksum "
+            f"{found.weights} is damaged, or is not the file that {TASK} beside it was written for: its checksum "
             "differs. Copy or download the folder again."
         )
     return found

@@ -30,6 +30,10 @@ class DataError(LotrError, ValueError):
     """A data set cannot be used as asked."""
 
 
+class UnknownTaskError(LotrError, LookupError):
+    """A bank has no task of that name."""
+
+
 class TrainingError(LotrError, RuntimeError):
     """Training had to stop."""
 

@@ -34,11 +34,7 @@ def read_basis(config: LotrConfig) -> dict[str, Tensor]:
             f"The basis of the adapter cannot be read: {error} Put its folder where it was or beside the adapter's "
             "own, or name its place in the field basis of adapter_config.json."
         ) from error
-    tensors = {
-        key: tensor
-        for key, tensor in adapter.tensors().items()
-        if any(f".{name}." in key for name in FACTORS)
-    }
+    tensors = factors_of(adapter.tensors())
     if not tensors:
         raise CheckpointError(
             f"basis={config.basis!r} holds no factors: it is of another method, or refers to a basis itself. Name the "
@@ -51,6 +47,11 @@ def read_basis(config: LotrConfig) -> dict[str, Tensor]:
             f"{config.basis_hash}. Cores mean nothing beside other factors; name the right basis."
         )
     return tensors
+
+
+def factors_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return those of an adapter's tensors that are shared factors."""
+    return {key: tensor for key, tensor in tensors.items() if any(f".{name}." in key for name in FACTORS)}
 
 
 def hash_of(tensors: dict[str, Tensor]) -> str:

@@ -1,0 +1,296 @@
+"""`CoreBank`: a basis and any number of named tasks."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from ..checkpoint import fingerprint, read_adapter
+from ..errors import CheckpointError, ConfigError
+from ..inspection import config_of
+from ..sites import Plan
+from ..tuner.basis import read_basis
+from ..tuner.config import LotrConfig
+from ..tuner.targets import plan_of
+from . import folder
+from .codec import decode, encode, head_dtype, n_bytes, rounding_error
+from .layout import Layout
+from .store import Row, TaskStore
+from .task import Task, check_name
+
+Tick = Callable[[int, int], None]  # tasks done, tasks in all
+
+
+class CoreBank:
+    """One basis, and tasks that differ in their cores (and heads) alone: `ΔW_{t,s} = σ · U · C_{t,s} · Vᵀ`.
+
+    Make one with `CoreBank.create`, open one with `CoreBank.open`. Opening reads no task.
+
+    Example:
+        >>> import tempfile, lotr, torch
+        >>> from peft import get_peft_model
+        >>> from transformers import BertConfig, BertModel
+        >>> base = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64))
+        >>> place = tempfile.mkdtemp()
+        >>> get_peft_model(base, lotr.LotrConfig(r=4)).save_pretrained(f"{place}/basis")
+        >>> bank = CoreBank.create(f"{place}/bank", basis=f"{place}/basis", dtype="float32")
+        >>> bank.add(Task("reviews", torch.randn(bank.layout.size)))
+        0.0
+        >>> len(bank), "reviews" in bank, bank.get("reviews").numbers.shape
+        (1, True, torch.Size([64]))
+    """
+
+    def __init__(self, path: Path, writable: bool = False) -> None:
+        self.path = path
+        self.description = folder.Description.read(path)
+        config = config_of(read_adapter(path))
+        self.plan: Plan = plan_of(config.made_for, config)
+        self.layout = Layout.of(self.plan)
+        self._config = config
+        self._store = TaskStore(path / folder.TASKS, writable)
+        self._check_folder()
+
+    def _check_folder(self) -> None:
+        said = self.description
+        if said.layout != self.layout.to_list():
+            raise CheckpointError(
+                f"{self.path}: bank.json tells of {said.numbers} numbers a task, and adapter_config.json beside it of "
+                f"{self.layout.size}, or of the same in another order. The files were put together from different banks."
+            )
+        if said.basis_hash != self._store.basis_hash:
+            raise CheckpointError(
+                f"The tasks in {self.path / folder.TASKS} belong to a basis with hash {self._store.basis_hash}, and "
+                f"bank.json tells of {said.basis_hash}. The files were put together from different banks."
+            )
+
+    @classmethod
+    def create(cls, path: str | Path, basis: str | Path, *, dtype: str = "bfloat16") -> CoreBank:
+        """Make an empty bank and open it for writing.
+
+        Args:
+            path: Folder to make.
+            basis: Folder or hub id of a LoTR adapter with cores, without a magnitude; its factors are copied.
+            dtype: Type in which tasks are kept: float32, bfloat16, float16, or int8 with one scale a core.
+
+        Raises:
+            ConfigError: The folder is not free, the type is not known, or the adapter cannot be a basis.
+            CheckpointError: The adapter is damaged.
+        """
+        folder.create(Path(path), basis, dtype)
+        return cls(Path(path), writable=True)
+
+    @classmethod
+    def open(cls, path: str | Path, *, writable: bool = False) -> CoreBank:
+        """Open a bank; the time does not depend on how many tasks it has.
+
+        Raises:
+            CheckpointError: There is no bank, it is damaged, or a newer version of the library made it.
+        """
+        return cls(Path(path), writable)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CoreBank, (self.path, self._store.writable)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._store.close()
+
+    def __enter__(self) -> CoreBank:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ the basis
+
+    @property
+    def base_model(self) -> str | None:
+        """Name or path of the base model, where the basis told one."""
+        return self.description.base_model
+
+    @property
+    def dtype(self) -> str:
+        """Type in which tasks are kept."""
+        return self.description.dtype
+
+    @property
+    def config(self) -> LotrConfig:
+        """Configuration of a new task on this basis, for `get_peft_model`: its cores train, its factors are the bank's."""
+        config = copy.copy(self._config)
+        config.basis, config.basis_hash = str(self.path.resolve()), self.description.basis_hash
+        config.train, config.inference_mode = "cores", False
+        return config
+
+    def basis_tensors(self) -> dict[str, Tensor]:
+        """Return `U` and `V` (transposed) of every group, by their key in an adapter's file.
+
+        Raises:
+            CheckpointError: They are damaged, or of another bank.
+        """
+        return read_basis(self.config)
+
+    def check_base(self, model: nn.Module) -> None:
+        """Refuse a base model on which the tasks were not trained.
+
+        Args:
+            model: The bare base model.
+
+        Raises:
+            CheckpointError: Its adapted weights are others than those that the basis was made for.
+        """
+        wanted = self.description.base_fingerprint
+        try:
+            found = fingerprint(model, [target.path for target in self.plan.targets])
+        except AttributeError as error:
+            raise CheckpointError(
+                f"The bank in {self.path} is for {self.base_model!r}, and this model has another structure: {error}."
+            ) from None
+        if wanted and found and wanted != found:
+            raise CheckpointError(
+                f"The weights of this model are not those that the bank in {self.path} is for ({self.base_model!r}): "
+                f"fingerprint {found}, not {wanted}. Load the right base model."
+            )
+
+    # ------------------------------------------------------------------ reading
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._store
+
+    def names(self) -> Iterator[str]:
+        """Yield the names of all tasks in the order of their characters, without reading a task."""
+        page = self._store.names(limit=1000)
+        while page:
+            yield from page
+            page = self._store.names(after=page[-1], limit=1000)
+
+    def get(self, name: str) -> Task:
+        """Return a task, its numbers in float32.
+
+        Raises:
+            UnknownTaskError: There is none of this name.
+            CheckpointError: It is damaged; the others stay readable.
+        """
+        return self.read([name])[1][0]
+
+    def read(self, names: Sequence[str]) -> tuple[Tensor, list[Task]]:  # (n, size)
+        """Return many tasks.
+
+        Args:
+            names: Their names, in any order.
+
+        Returns:
+            Their numbers in float32, shape `(n, size)`, and the tasks, whose numbers are rows of it.
+
+        Raises:
+            UnknownTaskError: There is none of one of the names.
+            CheckpointError: One of them is damaged; the others stay readable.
+        """
+        rows = [self._store.read(name) for name in names]
+        numbers = torch.empty(len(rows), self.layout.size)
+        for dtype in {row.dtype for row in rows}:
+            at = [n for n, row in enumerate(rows) if row.dtype == dtype]
+            numbers[at] = decode([rows[n].numbers for n in at], self.layout, dtype)
+        return numbers, [_task(row, own) for row, own in zip(rows, numbers, strict=True)]
+
+    # ------------------------------------------------------------------ writing
+
+    def add(self, task: Task, *, replace: bool = False) -> float:
+        """Add a task; once this returns, it is on the disk.
+
+        Args:
+            task: The task.
+            replace: Put it in the place of the task of its name, where there is one.
+
+        Returns:
+            What rounding to the bank's type cost: `‖kept − x‖ / ‖x‖` over the cores.
+
+        Raises:
+            ConfigError: The name is taken, or the numbers do not fit the bank or its type.
+            CheckpointError: The disk is full or the bank is damaged; nothing was written.
+        """
+        return self.add_many([task], replace=replace)
+
+    def add_many(self, tasks: Iterable[Task], *, replace: bool = False) -> float:
+        """Add all of the tasks or, when one of them cannot be, none; see `add`.
+
+        Returns:
+            The largest error of rounding; zero without tasks.
+        """
+        worst = 0.0
+        with self._store.transaction():
+            for task in tasks:
+                row = self._row(task)
+                self._store.write(row, replace)
+                worst = max(worst, row.error)
+        return worst
+
+    def remove(self, name: str) -> None:
+        """Remove a task, damaged or not.
+
+        Raises:
+            UnknownTaskError: There is none of this name.
+        """
+        with self._store.transaction():
+            self._store.remove(name)
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a task another name.
+
+        Raises:
+            UnknownTaskError: There is no task `old`.
+            ConfigError: There is a task `new`, or it cannot be a name.
+            CheckpointError: The task is damaged.
+        """
+        with self._store.transaction():
+            self._store.rename(old, check_name(new))
+
+    def _row(self, task: Task) -> Row:
+        if tuple(task.numbers.shape) != (self.layout.size,):
+            raise ConfigError(
+                f"Task {task.name!r} has numbers of shape {tuple(task.numbers.shape)}, and a task of the bank in "
+                f"{self.path} has ({self.layout.size},): {self.layout.n_cores} cores. Train it on the bank's basis."
+            )
+        try:
+            numbers = encode(task.numbers, self.layout, self.dtype)
+            said = {"task": task.task, "labels": list(task.labels), "metadata": dict(task.metadata)}
+            about = json.dumps(said, ensure_ascii=False)
+        except (ConfigError, TypeError) as error:
+            raise ConfigError(f"Task {task.name!r} cannot be kept: {error}") from None
+        kept = decode([numbers], self.layout, self.dtype)[0]
+        error = rounding_error(task.numbers.detach().float().cpu(), kept)
+        return Row(task.name, self.dtype, time.time(), error, about, numbers, _head(task, self.dtype))
+
+    @property
+    def task_bytes(self) -> int:
+        """Bytes of the numbers of one task."""
+        return n_bytes(self.layout, self.dtype)
+
+
+def _head(task: Task, dtype: str) -> bytes:
+    kept = {
+        key: tensor.detach().cpu().to(head_dtype(dtype))
+        if tensor.is_floating_point()
+        else tensor.detach().cpu()
+        for key, tensor in task.head.items()
+    }
+    return save({key: tensor.contiguous() for key, tensor in kept.items()}) if kept else b""
+
+
+def _task(row: Row, numbers: Tensor) -> Task:
+    said = json.loads(row.about)
+    head = {
+        key: tensor.float() if tensor.is_floating_point() else tensor
+        for key, tensor in (load(row.head) if row.head else {}).items()
+    }
+    return Task(row.name, numbers, head, tuple(said["labels"]), said["task"], said["metadata"])

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load, save
@@ -25,6 +25,9 @@ from .codec import decode, encode, head_dtype, n_bytes, rounding_error
 from .layout import Layout
 from .store import Row, TaskStore
 from .task import Task, check_name
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 Tick = Callable[[int, int], None]  # tasks done, tasks in all
 
@@ -158,6 +161,12 @@ class CoreBank:
                 f"The weights of this model are not those that the bank in {self.path} is for ({self.base_model!r}): "
                 f"fingerprint {found}, not {wanted}. Load the right base model."
             )
+
+    def wrap(self, base: nn.Module, capacity: int | str = 1024) -> PeftModel:
+        """Put the bank on its base model: every row of a batch uses a task of its own; see `lotr.bank.model.wrap`."""
+        from .model import wrap
+
+        return wrap(self, base, capacity)
 
     # ------------------------------------------------------------------ reading
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import ConfigError
 from ..tuner.group import LotrGroup
 from ..tuner.rows import Rows
 from .heads import NAMES, HeadRows, Heads, RowHead, row_losses
@@ -66,10 +65,12 @@ class TaskRows:
     def _head_rows(self) -> HeadRows | None:
         return None if self.head is None else self.head.rows
 
-    def _gather(self, names: Sequence[str | None]) -> tuple[Rows, HeadRows | None]:
+    def _gather(self, names: Sequence[str | None]) -> tuple[Rows | None, HeadRows | None]:
         home = self.groups[0].lotr_V[ADAPTER].weight.device
         self.slab.to(home)
         places = self.slab.slots_of(names)
+        if not any(places):
+            return None, None  # the base model itself, bit for bit
         slots = torch.tensor(places, device=home)
         rows = Rows(self.layout.unflatten(self.slab.gather(slots)))
         return rows, None if self.slab.heads is None else self.slab.heads.rows(slots, places)
@@ -90,7 +91,7 @@ class TaskRows:
         names = [kwargs.pop(key, None) for key in ("task_ids", "adapter_names")]
         names = next((given for given in names if given is not None), None)
         if names is not None:
-            if torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False):
+            if torch.is_grad_enabled() and _checkpoints(model):
                 raise ConfigError(
                     "With gradient checkpointing the layers run again in the backward pass, when the tasks of the call "
                     "are gone. Put forward and backward into `with model.select(task_ids):`."
@@ -124,6 +125,10 @@ class TaskRows:
         return row_losses(logits, labels, None if head is None else head.regression)
 
 
+def _checkpoints(model: nn.Module) -> bool:
+    return model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
 def wrap(bank: CoreBank, base: nn.Module, capacity: int | str = 1024) -> PeftModel:
     """Put a bank on its base model.
 
@@ -152,16 +157,14 @@ def wrap(bank: CoreBank, base: nn.Module, capacity: int | str = 1024) -> PeftMod
         >>> model(**batch, task_ids=["mail", "news", None]).logits.shape  # doctest: +SKIP
         torch.Size([3, 4])
     """
-    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import PeftModel
 
-    config = copy(bank.config)
-    # frozen, and the loss and the head are the bank's: a task type would let PEFT train a head of its own
-    config.train, config.basis, config.start, config.inference_mode = "cores", None, "orthonormal", True
-    config.task_type = config.modules_to_save = config.init_weights = None
+    bank.check_base(base)
+    config = bank.config
+    # everything is frozen, and loss and head are the bank's: a task type would make PEFT train a head of its own
+    config.inference_mode, config.task_type, config.modules_to_save = True, None, None
+    config.start, config.init_weights = "orthonormal", None
     model = PeftModel(base, config, adapter_name=ADAPTER)
-    check_fingerprint(bank, base, sorted(model.base_model.targeted_module_names))
-    tensors = get_peft_model_state_dict(model, adapter_name=ADAPTER) | bank.basis_tensors()
-    set_peft_model_state_dict(model, tensors, adapter_name=ADAPTER)
     groups = [module for module in model.modules() if isinstance(module, LotrGroup)]
     factor = groups[0].lotr_V[ADAPTER].weight
     width = bank.layout.size * factor.element_size()
@@ -179,7 +182,3 @@ def wrap(bank: CoreBank, base: nn.Module, capacity: int | str = 1024) -> PeftMod
     model.register_forward_pre_hook(rows.before, with_kwargs=True)
     model.register_forward_hook(rows.after, with_kwargs=True, always_call=True)
     return model.eval()
-
-
-def check_fingerprint(bank: CoreBank, base: nn.Module, modules: list[str]) -> None:
-    """Refuse a base model that is not the one of the basis."""

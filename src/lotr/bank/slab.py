@@ -153,7 +153,9 @@ def tasks_in(capacity: int | str, bytes_a_task: int) -> int:
     if isinstance(capacity, str):
         found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]?i?)B", capacity)
         if found is None or found[2] not in _UNITS:
-            raise ConfigError(f"capacity={capacity!r} is not understood. Use tasks (1000) or bytes ('256MB').")
+            raise ConfigError(
+                f"capacity={capacity!r} is not understood. Use tasks (1000) or bytes ('256MB')."
+            )
         tasks = int(float(found[1]) * _UNITS[found[2]]) // bytes_a_task
     if not isinstance(tasks, int) or tasks < 1:
         raise ConfigError(

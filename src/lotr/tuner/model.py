@@ -35,7 +35,6 @@ from .targets import (
     resolve_targets,
 )
 
-
 if TYPE_CHECKING:
     from ..bank.model import TaskRows
 
@@ -218,7 +217,9 @@ class LotrModel(BaseTuner):
             CheckpointError: A task does not exist or is damaged.
         """
         if self.tasks is None:
-            raise ConfigError("This model has adapters and no bank. Put a bank on its base model with bank.wrap.")
+            raise ConfigError(
+                "This model has adapters and no bank. Put a bank on its base model with bank.wrap."
+            )
         return self.tasks.select(names)
 
     def add_weighted_adapter(

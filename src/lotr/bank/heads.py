@@ -56,7 +56,8 @@ class Heads:
         #: Flat tables, so that their gradients are sparse: name in the head → (slots, numbers).
         self.tables = {name: p.new_zeros(slots, p.numel()) for name, p in own.items()}
         self.n_labels, self.regression = [0] * slots, [False] * slots
-        self._write(0, own, outputs(own), False)
+        self._last = [*own][-1].rpartition(".")[0]  # the linear module whose outputs are the labels
+        self._write(0, own, False)
 
     def check(self, task: Task) -> None:
         """Refuse a head that the base model does not have.
@@ -75,7 +76,7 @@ class Heads:
         """Write the head of a task into a slot; a task without one has the base model's."""
         if task.head:
             own = {key.removeprefix(self.prefix): value for key, value in task.head.items()}
-            self._write(slot, own, outputs(own), task.task == "regression")
+            self._write(slot, own, task.task == "regression")
             return
         for table in self.tables.values():
             table[slot] = table[0]
@@ -86,7 +87,8 @@ class Heads:
         found = {}
         for name, table in self.tables.items():
             padded = table[slot].detach().reshape(self.shapes[name])
-            found[self.prefix + name] = padded[: self._rows(name, slot)].clone()
+            rows = self.n_labels[slot] if self._is_last(name) else len(padded)
+            found[self.prefix + name] = padded[:rows].clone()
         return found
 
     def rows(self, slots: Tensor, places: Sequence[int]) -> HeadRows:  # (rows,)
@@ -109,8 +111,7 @@ class Heads:
             need = tuple(max(a, b) for a, b in zip(have, shape, strict=True))
             if need != have:
                 table = self.tables[name].unflatten(1, have)
-                padding = [n for a, b in reversed(list(zip(have, need, strict=True))) for n in (0, b - a)]
-                self.tables[name] = F.pad(table, padding).flatten(1)
+                self.tables[name] = F.pad(table, _padding(have, need)).flatten(1)
                 self.shapes[name] = need
 
     def to(self, device: torch.device) -> None:
@@ -123,23 +124,22 @@ class Heads:
         return sum(4 * math.prod(shape) for shape in self.shapes.values())
 
     @torch.no_grad()
-    def _write(self, slot: int, own: dict[str, Tensor], n_labels: int, regression: bool) -> None:
+    def _write(self, slot: int, own: dict[str, Tensor], regression: bool) -> None:
         self.reserve({name: tuple(value.shape) for name, value in own.items()})
         for name, value in own.items():
             shape = self.shapes[name]
-            padding = [n for a, b in reversed(list(zip(value.shape, shape, strict=True))) for n in (0, b - a)]
-            self.tables[name][slot] = F.pad(value.to(self.tables[name]), padding).flatten()
-        self.n_labels[slot], self.regression[slot] = n_labels, regression
+            self.tables[name][slot] = F.pad(value.to(self.tables[name]), _padding(value.shape, shape)).flatten()
+            if self._is_last(name):
+                self.n_labels[slot] = len(value)
+        self.regression[slot] = regression
 
-    def _rows(self, name: str, slot: int) -> int:
-        last = [*self.shapes][-1].rpartition(".")[0]
-        rows = self.shapes[name][0]
-        return self.n_labels[slot] if name.rpartition(".")[0] == last else rows
+    def _is_last(self, name: str) -> bool:
+        return name.rpartition(".")[0] == self._last
 
 
-def outputs(own: dict[str, Tensor]) -> int:
-    """Return the number of outputs of a head: the rows of its last weight."""
-    return len(list(own.values())[-1])
+def _padding(have: Sequence[int], need: Sequence[int]) -> list[int]:
+    """Return what `torch.nn.functional.pad` adds to the end of every axis."""
+    return [n for a, b in reversed(list(zip(have, need, strict=True))) for n in (0, b - a)]
 
 
 class RowHead(nn.Module):

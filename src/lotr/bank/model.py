@@ -112,8 +112,8 @@ class TaskRows:
         labels, selection = self._forwards.pop(), self._forwards.pop()
         try:
             if labels is not None and output is not None:
-                output["loss"] = self.losses(output["logits"], labels).mean()
-                return type(output)(loss=output.pop("loss"), **output)
+                loss = self.losses(output["logits"], labels).mean()
+                return type(output)(**{"loss": loss, **output})
             return output
         finally:
             if selection is not None:

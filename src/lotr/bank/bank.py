@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import copy
-import json
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from ..checkpoint import fingerprint, read_adapter
-from ..errors import CheckpointError, ConfigError
+from ..checkpoint import read_adapter
+from ..errors import CheckpointError
 from ..inspection import config_of
 from ..sites import Plan
 from ..tuner.basis import read_basis
 from ..tuner.config import LotrConfig
 from ..tuner.targets import plan_of
-from . import folder
-from .codec import decode, encode, head_dtype, n_bytes, rounding_error
+from . import adapters, folder, report
+from .codec import n_bytes
 from .layout import Layout
-from .store import Row, TaskStore
+from .record import to_row, to_tasks
+from .store import TaskStore
 from .task import Task, check_name
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-Tick = Callable[[int, int], None]  # tasks done, tasks in all
 
 
 class CoreBank:
@@ -41,7 +36,7 @@ class CoreBank:
         >>> import tempfile, lotr, torch
         >>> from peft import get_peft_model
         >>> from transformers import BertConfig, BertModel
-        >>> base = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64))
+        >>> base = BertModel(BertConfig(hidden_size=48, num_hidden_layers=2, intermediate_size=64))
         >>> place = tempfile.mkdtemp()
         >>> get_peft_model(base, lotr.LotrConfig(r=4)).save_pretrained(f"{place}/basis")
         >>> bank = CoreBank.create(f"{place}/bank", basis=f"{place}/basis", dtype="float32")
@@ -58,7 +53,7 @@ class CoreBank:
         self.plan: Plan = plan_of(config.made_for, config)
         self.layout = Layout.of(self.plan)
         self._config = config
-        self._store = TaskStore(path / folder.TASKS, writable)
+        self.store = TaskStore(path / folder.TASKS, writable)
         self._check_folder()
 
     def _check_folder(self) -> None:
@@ -66,11 +61,11 @@ class CoreBank:
         if said.layout != self.layout.to_list():
             raise CheckpointError(
                 f"{self.path}: bank.json tells of {said.numbers} numbers a task, and adapter_config.json beside it of "
-                f"{self.layout.size}, or of the same in another order. The files were put together from different banks."
+                f"{self.layout.size}, or of the same in another order. They were put together from different banks."
             )
-        if said.basis_hash != self._store.basis_hash:
+        if said.basis_hash != self.store.basis_hash:
             raise CheckpointError(
-                f"The tasks in {self.path / folder.TASKS} belong to a basis with hash {self._store.basis_hash}, and "
+                f"The tasks in {self.path / folder.TASKS} belong to a basis with hash {self.store.basis_hash}, and "
                 f"bank.json tells of {said.basis_hash}. The files were put together from different banks."
             )
 
@@ -100,11 +95,11 @@ class CoreBank:
         return cls(Path(path), writable)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CoreBank, (self.path, self._store.writable)
+        return CoreBank, (self.path, self.store.writable)
 
     def close(self) -> None:
         """Let go of the files."""
-        self._store.close()
+        self.store.close()
 
     def __enter__(self) -> CoreBank:
         return self
@@ -126,7 +121,7 @@ class CoreBank:
 
     @property
     def config(self) -> LotrConfig:
-        """Configuration of a new task on this basis, for `get_peft_model`: its cores train, its factors are the bank's."""
+        """Configuration of a new task on this basis, for `get_peft_model`: its factors are the bank's."""
         config = copy.copy(self._config)
         config.basis, config.basis_hash = str(self.path.resolve()), self.description.basis_hash
         config.train, config.inference_mode = "cores", False
@@ -149,18 +144,7 @@ class CoreBank:
         Raises:
             CheckpointError: Its adapted weights are others than those that the basis was made for.
         """
-        wanted = self.description.base_fingerprint
-        try:
-            found = fingerprint(model, [target.path for target in self.plan.targets])
-        except AttributeError as error:
-            raise CheckpointError(
-                f"The bank in {self.path} is for {self.base_model!r}, and this model has another structure: {error}."
-            ) from None
-        if wanted and found and wanted != found:
-            raise CheckpointError(
-                f"The weights of this model are not those that the bank in {self.path} is for ({self.base_model!r}): "
-                f"fingerprint {found}, not {wanted}. Load the right base model."
-            )
+        self.description.check_base(model, [target.path for target in self.plan.targets], self.path)
 
     def wrap(self, base: nn.Module, capacity: int | str = 1024) -> PeftModel:
         """Put the bank on its base model: every row of a batch uses a task of its own; see `lotr.bank.model.wrap`."""
@@ -171,17 +155,17 @@ class CoreBank:
     # ------------------------------------------------------------------ reading
 
     def __len__(self) -> int:
-        return len(self._store)
+        return len(self.store)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._store
+        return name in self.store
 
     def names(self) -> Iterator[str]:
         """Yield the names of all tasks in the order of their characters, without reading a task."""
-        page = self._store.names(limit=1000)
+        page = self.store.names(limit=1000)
         while page:
             yield from page
-            page = self._store.names(after=page[-1], limit=1000)
+            page = self.store.names(after=page[-1], limit=1000)
 
     def get(self, name: str) -> Task:
         """Return a task, its numbers in float32.
@@ -205,12 +189,34 @@ class CoreBank:
             UnknownTaskError: There is none of one of the names.
             CheckpointError: One of them is damaged; the others stay readable.
         """
-        rows = [self._store.read(name) for name in names]
-        numbers = torch.empty(len(rows), self.layout.size)
-        for dtype in {row.dtype for row in rows}:
-            at = [n for n, row in enumerate(rows) if row.dtype == dtype]
-            numbers[at] = decode([rows[n].numbers for n in at], self.layout, dtype)
-        return numbers, [_task(row, own) for row, own in zip(rows, numbers, strict=True)]
+        return to_tasks([self.store.read(name) for name in names], self.layout)
+
+    def about(self, name: str) -> dict[str, Any]:
+        """Return what is known of a task, as plain values. See `report.about`."""
+        return report.about(self, name)
+
+    def stats(self) -> dict[str, Any]:
+        """Return counts and bytes of the bank, as plain values. See `report.stats`."""
+        return report.stats(self)
+
+    def verify(self, tick: report.Tick | None = None) -> dict[str, Any]:
+        """Read everything and report all that is damaged. See `report.verify`."""
+        return report.verify(self, tick)
+
+    def export(
+        self,
+        name: str,
+        output: str | Path,
+        *,
+        as_lora: bool = False,
+        refer: bool = False,
+        overwrite: bool = False,
+    ) -> dict[str, Any]:
+        """Write a task as a LoTR adapter that stands alone, as one that refers to this bank, or as plain LoRA.
+
+        See `adapters.export`.
+        """
+        return adapters.export(self, name, Path(output), as_lora, refer, overwrite)
 
     # ------------------------------------------------------------------ writing
 
@@ -237,12 +243,23 @@ class CoreBank:
             The largest error of rounding; zero without tasks.
         """
         worst = 0.0
-        with self._store.transaction():
+        with self.store.transaction():
             for task in tasks:
-                row = self._row(task)
-                self._store.write(row, replace)
+                row = to_row(task, self.layout, self.dtype)
+                self.store.write(row, replace)
                 worst = max(worst, row.error)
         return worst
+
+    def add_adapter(
+        self,
+        name: str,
+        adapter: str | Path,
+        *,
+        replace: bool = False,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> float:
+        """Add an adapter that was saved on this basis (or is the basis itself); see `add` and `adapters.task_of`."""
+        return self.add(adapters.task_of(self, name, read_adapter(adapter), metadata or {}), replace=replace)
 
     def remove(self, name: str) -> None:
         """Remove a task, damaged or not.
@@ -250,8 +267,8 @@ class CoreBank:
         Raises:
             UnknownTaskError: There is none of this name.
         """
-        with self._store.transaction():
-            self._store.remove(name)
+        with self.store.transaction():
+            self.store.remove(name)
 
     def rename(self, old: str, new: str) -> None:
         """Give a task another name.
@@ -261,45 +278,10 @@ class CoreBank:
             ConfigError: There is a task `new`, or it cannot be a name.
             CheckpointError: The task is damaged.
         """
-        with self._store.transaction():
-            self._store.rename(old, check_name(new))
-
-    def _row(self, task: Task) -> Row:
-        if tuple(task.numbers.shape) != (self.layout.size,):
-            raise ConfigError(
-                f"Task {task.name!r} has numbers of shape {tuple(task.numbers.shape)}, and a task of the bank in "
-                f"{self.path} has ({self.layout.size},): {self.layout.n_cores} cores. Train it on the bank's basis."
-            )
-        try:
-            numbers = encode(task.numbers, self.layout, self.dtype)
-            said = {"task": task.task, "labels": list(task.labels), "metadata": dict(task.metadata)}
-            about = json.dumps(said, ensure_ascii=False)
-        except (ConfigError, TypeError) as error:
-            raise ConfigError(f"Task {task.name!r} cannot be kept: {error}") from None
-        kept = decode([numbers], self.layout, self.dtype)[0]
-        error = rounding_error(task.numbers.detach().float().cpu(), kept)
-        return Row(task.name, self.dtype, time.time(), error, about, numbers, _head(task, self.dtype))
+        with self.store.transaction():
+            self.store.rename(old, check_name(new))
 
     @property
     def task_bytes(self) -> int:
         """Bytes of the numbers of one task."""
         return n_bytes(self.layout, self.dtype)
-
-
-def _head(task: Task, dtype: str) -> bytes:
-    kept = {
-        key: tensor.detach().cpu().to(head_dtype(dtype))
-        if tensor.is_floating_point()
-        else tensor.detach().cpu()
-        for key, tensor in task.head.items()
-    }
-    return save({key: tensor.contiguous() for key, tensor in kept.items()}) if kept else b""
-
-
-def _task(row: Row, numbers: Tensor) -> Task:
-    said = json.loads(row.about)
-    head = {
-        key: tensor.float() if tensor.is_floating_point() else tensor
-        for key, tensor in (load(row.head) if row.head else {}).items()
-    }
-    return Task(row.name, numbers, head, tuple(said["labels"]), said["task"], said["metadata"])

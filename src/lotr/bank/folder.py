@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import nn
 
-from ..checkpoint import BASIS_WEIGHTS, CONFIG, read_adapter
+from ..checkpoint import BASIS_WEIGHTS, CONFIG, fingerprint, read_adapter
 from ..errors import CheckpointError, ConfigError
 from ..files import read_json, whole_folder, write_json
 from ..inspection import config_of
 from ..tuner.basis import check_basis, factors_of, hash_of, read_basis
 from ..tuner.config import LotrConfig
 from ..tuner.targets import plan_of
+from . import database
 from .codec import check_dtype, n_bytes
 from .layout import Layout
-from .store import TaskStore
+from .pages import page_size
 
 BANK, TASKS = "bank.json", "tasks.sqlite"
 FORMAT = 1
@@ -58,13 +60,31 @@ class Description:
         version = said.get("format")
         if isinstance(version, int) and version > FORMAT:
             raise CheckpointError(
-                f"The bank in {folder} has format {version}, and this version of lotr reads up to {FORMAT}. Nothing was "
-                "changed; upgrade lotr."
+                f"The bank in {folder} has format {version}, and this version of lotr reads up to {FORMAT}. Nothing "
+                "was changed; upgrade lotr."
             )
         try:
             return Description(**said)
         except TypeError as error:
             raise CheckpointError(f"{folder / BANK} is damaged: {error}. Restore it from a copy.") from None
+
+    def check_base(self, model: nn.Module, modules: list[str], folder: Path) -> None:
+        """Refuse a base model whose adapted weights are others than those that the basis was made for.
+
+        Raises:
+            CheckpointError: The message names both.
+        """
+        try:
+            found = fingerprint(model, modules)
+        except AttributeError as error:
+            raise CheckpointError(
+                f"The bank in {folder} is for {self.base_model!r}, and this model has another structure: {error}."
+            ) from None
+        if self.base_fingerprint and found and self.base_fingerprint != found:
+            raise CheckpointError(
+                f"The weights of this model are not those that the bank in {folder} is for ({self.base_model!r}): "
+                f"fingerprint {found}, not {self.base_fingerprint}. Load the right base model."
+            )
 
 
 def create(path: Path, basis: str | Path, dtype: str) -> None:
@@ -102,7 +122,7 @@ def create(path: Path, basis: str | Path, dtype: str) -> None:
         (made / BASIS_WEIGHTS).chmod(0o644)
         write_json(made / CONFIG, _standing_alone(config))
         write_json(made / BANK, asdict(described))
-        TaskStore.create(made / TASKS, digest, n_bytes(layout, dtype))
+        database.create(made / TASKS, digest, page_size(n_bytes(layout, dtype)))
 
 
 def _standing_alone(config: LotrConfig) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from pathlib import Path
 from ..errors import CheckpointError
 
 _DAMAGED = (
-    "is damaged: it was cut off, or bytes in it changed. Nothing was written. `lotr bank verify` names every task that "
-    "cannot be read; the others can be. Restore the folder from a copy"
+    "is damaged: it was cut off, or bytes in it changed. Nothing was written. Restore the folder from a copy, or save "
+    "every task that can still be read with `lotr bank recover`"
 )
 _SAYS = {
-    sqlite3.SQLITE_FULL: "cannot grow: the disk is full. Nothing was written and nothing is lost; make room and try again",
+    sqlite3.SQLITE_FULL: "cannot grow: the disk is full. Nothing was written and nothing lost; make room and try again",
     sqlite3.SQLITE_IOERR: "cannot be read or written: the disk fails, or is full. Nothing was lost; make room, or move "
     "the folder to another disk",
     sqlite3.SQLITE_BUSY: "is being written by another process, and has been for long. Nothing was written; try again",
@@ -23,7 +23,8 @@ _SAYS = {
     sqlite3.SQLITE_CANTOPEN: "cannot be opened: it, or its folder, may not be read or written here. Give yourself the "
     "right, or copy the folder",
     sqlite3.SQLITE_CORRUPT: _DAMAGED,
-    sqlite3.SQLITE_NOTADB: "is no database, or its first bytes are damaged. Restore the folder from a copy",
+    sqlite3.SQLITE_NOTADB: "is no database, or its first bytes are damaged. Restore the folder from a copy, or save "
+    "what can be read with `lotr bank recover`",
 }
 
 

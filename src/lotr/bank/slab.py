@@ -42,11 +42,12 @@ class Slab:
         dtype: Type of the numbers in memory.
         device: Where they are.
         heads: What is kept beside the numbers of a task.
-        spill: Called with name and slot before a task leaves.
 
     Attributes:
         numbers: Shape `(capacity + 1, size)`.
         slots: Task → its slot, the least recently used first.
+        came: Called with name and slot when a task has been read.
+        leaves: Called with name and slot before a task makes place.
     """
 
     def __init__(
@@ -57,9 +58,10 @@ class Slab:
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
         heads: Heads | None = None,
-        spill: Callable[[str, int], None] | None = None,
     ) -> None:
-        self.source, self.capacity, self.heads, self.spill = source, capacity, heads, spill
+        self.source, self.capacity, self.heads = source, capacity, heads
+        self.came: Callable[[str, int], None] | None = None
+        self.leaves: Callable[[str, int], None] | None = None
         self.numbers = torch.zeros(capacity + 1, size, dtype=dtype, device=device)
         self.slots: OrderedDict[str, int] = OrderedDict()
         self._free = list(range(capacity, 0, -1))
@@ -122,11 +124,13 @@ class Slab:
             if self.heads is not None:
                 self.heads.put(slot, task)
             self.slots[name] = slot
+            if self.came is not None:
+                self.came(name, slot)
 
     def _least_recent(self, wanted: dict[str, None]) -> int:
         name = next(name for name in self.slots if name not in wanted)
-        if self.spill is not None:
-            self.spill(name, self.slots[name])
+        if self.leaves is not None:
+            self.leaves(name, self.slots[name])
         return self.slots.pop(name)
 
 

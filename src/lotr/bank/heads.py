@@ -91,6 +91,29 @@ class Heads:
             found[self.prefix + name] = padded[:rows].clone()
         return found
 
+    def fresh(self, n_labels: int, seed: int) -> dict[str, Tensor]:
+        """Return a new head by its names in an adapter's file: random as transformers begins one, without a bias."""
+        draw = torch.Generator().manual_seed(seed)
+        found = {}
+        for name, shape in self.shapes.items():
+            if self._is_last(name):
+                shape = (n_labels, *shape[1:])
+                bias = len(shape) == 1
+                value = torch.zeros(shape) if bias else 0.02 * torch.randn(shape, generator=draw)
+            else:
+                value = self.tables[name][0].detach().reshape(shape).cpu()
+            found[self.prefix + name] = value
+        return found
+
+    def widen(self, n_labels: int) -> None:
+        """Make place for heads with so many labels."""
+        self.reserve(
+            {
+                name: (n_labels if self._is_last(name) else shape[0], *shape[1:])
+                for name, shape in self.shapes.items()
+            }
+        )
+
     def rows(self, slots: Tensor, places: Sequence[int]) -> HeadRows:  # (rows,)
         """Return the heads of the rows of a batch."""
         parameters = {

@@ -73,7 +73,7 @@ class RowAdam(Optimizer):
         """Return by what each task's gradient is multiplied to keep its norm."""
         squares = grads[0].values().new_zeros(grads[0].shape[0])
         for grad in grads:
-            squares.index_add_(0, grad.indices()[0], grad.values().float().square().sum(1))
+            squares.index_add_(0, grad.indices()[0], grad.values().square().sum(1))
         share: Tensor = (self.defaults["max_norm"] / (squares.sqrt() + 1e-6)).clamp(max=1.0)
         return share
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import console, reports
+from . import bank, console, reports
 from .console import reported
 from .examples import epilog
 from .options import with_train_options
@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(bank.app)
 
 Adapter = Annotated[str, typer.Argument(help="Adapter folder or hub id.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")]

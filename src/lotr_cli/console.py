@@ -12,6 +12,7 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 # reports go to stdout; what happens meanwhile goes to stderr, so that --json can be piped
 out, err = Console(), Console(stderr=True)
@@ -76,10 +77,11 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]
     out.print(table)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any) -> Text:
+    """Return a value as text in which nothing is markup: names are data."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+        return Text(str(value))
+    return Text(f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
 
 
 @contextmanager

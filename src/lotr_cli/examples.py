@@ -31,6 +31,25 @@ EXAMPLES = {
     "merge": ("lotr merge runs/first --output plain-model",),
     "export": ("lotr export runs/first --output plain-lora",),
     "methods": ("lotr methods", "lotr methods --json"),
+    "bank create": (
+        "lotr bank create runs/bank --basis runs/first",
+        "lotr bank create runs/small-bank --basis runs/first --dtype int8",
+    ),
+    "bank add": (
+        "lotr bank add runs/bank runs/first runs/other-task",
+        "lotr bank add runs/bank runs/other-task --task reviews",
+    ),
+    "bank list": ("lotr bank list runs/bank", "lotr bank list runs/bank --after other --limit 10 --json"),
+    "bank show": ("lotr bank show runs/bank reviews",),
+    "bank rename": ("lotr bank rename runs/bank reviews film-reviews",),
+    "bank verify": ("lotr bank verify runs/bank", "lotr bank verify runs/bank --json"),
+    "bank recover": ("lotr bank recover runs/bank --output runs/new-bank",),
+    "bank export": (
+        "lotr bank export runs/bank film-reviews --output film-reviews",
+        "lotr bank export runs/bank film-reviews --output film-reviews-lora --lora",
+    ),
+    "bank stats": ("lotr bank stats runs/bank",),
+    "bank remove": ("lotr bank remove runs/bank film-reviews",),
 }
 
 

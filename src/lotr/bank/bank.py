@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -250,25 +250,23 @@ class CoreBank:
                 worst = max(worst, row.error)
         return worst
 
-    def add_adapter(
-        self,
-        name: str,
-        adapter: str | Path,
-        *,
-        replace: bool = False,
-        metadata: Mapping[str, Any] | None = None,
-    ) -> float:
-        """Add an adapter that was saved on this basis (or is the basis itself); see `add` and `adapters.task_of`."""
-        return self.add(adapters.task_of(self, name, read_adapter(adapter), metadata or {}), replace=replace)
+    def add_adapter(self, name: str, adapter: str | Path, *, replace: bool = False, **metadata: Any) -> float:
+        """Add an adapter that was saved on this basis (or is the basis itself); see `add` and `from_adapter`."""
+        return self.add(self.from_adapter(name, adapter, **metadata), replace=replace)
 
-    def remove(self, name: str) -> None:
-        """Remove a task, damaged or not.
+    def from_adapter(self, name: str, adapter: str | Path, **metadata: Any) -> Task:
+        """Return a saved adapter as a task of this bank, without adding it. See `adapters.task_of`."""
+        return adapters.task_of(self, name, read_adapter(adapter), metadata)
+
+    def remove(self, *names: str) -> None:
+        """Remove tasks, damaged or not: all of those named, or none.
 
         Raises:
-            UnknownTaskError: There is none of this name.
+            UnknownTaskError: There is none of one of the names.
         """
         with self.store.transaction():
-            self.store.remove(name)
+            for name in names:
+                self.store.remove(name)
 
     def rename(self, old: str, new: str) -> None:
         """Give a task another name.

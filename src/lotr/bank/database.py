@@ -17,17 +17,16 @@ from typing import Any
 from ..errors import CheckpointError, ConfigError
 from .refusals import refused
 
-#: The head has a table of its own: rows of numbers are then of one length and fill their pages.
 _SCHEMA = """
 CREATE TABLE bank (basis_hash TEXT NOT NULL);
 CREATE TABLE task (
     id INTEGER PRIMARY KEY, name TEXT NOT NULL, dtype TEXT NOT NULL, created REAL NOT NULL, error REAL NOT NULL,
-    about TEXT NOT NULL, checksum BLOB NOT NULL, numbers BLOB NOT NULL
+    about TEXT NOT NULL, numbers BLOB NOT NULL, head BLOB NOT NULL, checksum BLOB NOT NULL
 );
 CREATE UNIQUE INDEX task_name ON task (name);
-CREATE TABLE head (id INTEGER PRIMARY KEY REFERENCES task, tensors BLOB NOT NULL);
 """
 _WAIT = 60.0  # seconds that a writer waits for another one
+_LOG = 4 << 20  # bytes of the write-ahead log
 
 
 def create(path: Path, basis_hash: str, page_size: int) -> None:
@@ -78,6 +77,10 @@ class Database:
                 self._connection.execute("PRAGMA writable_schema = ON")
             if self.writable:
                 self._connection.execute("PRAGMA synchronous = FULL")
+                # the log goes into the file when it is this long; SQLite counts in pages, and these are large
+                page = self._connection.execute("PRAGMA page_size").fetchone()[0]
+                self._connection.execute(f"PRAGMA wal_autocheckpoint = {_LOG // page}")
+                self._connection.execute(f"PRAGMA journal_size_limit = {_LOG}")
 
     def _mode(self) -> str:
         if self.writable:

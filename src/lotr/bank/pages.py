@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 SIZES = (4096, 8192, 16384, 32768, 65536)
-#: Bytes of a row beside its numbers: name, checksum, times, metadata. Nobody knows them beforehand.
-_BESIDE = range(100, 700, 100)
+#: Bytes of a row beside its numbers: name, checksum, times, a little metadata.
+_BESIDE = 128
+#: The same with a head, whose size nobody knows beforehand.
+_WITH_HEAD = range(512, 8192, 256)
 
 
 def row_bytes(row: int, page: int) -> float:
@@ -31,13 +33,20 @@ def row_bytes(row: int, page: int) -> float:
 
 
 def page_size(numbers: int) -> int:
-    """Return the page size for rows whose numbers take so many bytes: the least space, then the smallest page.
+    """Return the page size at which rows waste least, with and without heads; of equal ones the smallest.
+
+    Args:
+        numbers: Bytes of the numbers of a row.
 
     Example:
         >>> page_size(2 * 3072), page_size(2 * 16384)
         (65536, 4096)
     """
-    return min(
-        SIZES,
-        key=lambda page: round(sum(row_bytes(numbers + beside, page) for beside in _BESIDE) / numbers, 2),
-    )
+
+    def waste(page: int) -> float:
+        alone, *with_head = (
+            row_bytes(row, page) / row for row in (numbers + b for b in (_BESIDE, *_WITH_HEAD))
+        )
+        return round(alone + sum(with_head) / len(with_head), 2)
+
+    return min(SIZES, key=waste)

@@ -31,12 +31,12 @@ def to_row(task: Task, layout: Layout, dtype: str) -> Row:
     try:
         numbers = encode(task.numbers, layout, dtype)
         said = {"task": task.task, "labels": list(task.labels), "metadata": dict(task.metadata)}
-        about = json.dumps(said, ensure_ascii=False)
+        about = json.dumps({key: value for key, value in said.items() if value}, ensure_ascii=False)
     except (ConfigError, TypeError, ValueError) as error:
         raise ConfigError(f"Task {task.name!r} cannot be kept: {error}") from None
-    error = rounding_error(task.numbers.detach().float().cpu(), decode([numbers], layout, dtype)[0])
+    lost = rounding_error(task.numbers.detach().float().cpu(), decode([numbers], layout, dtype)[0])
     head = {key: _kept(tensor, head_dtype(dtype)) for key, tensor in task.head.items()}
-    return Row(task.name, dtype, time.time(), error, about, numbers, save(head) if head else b"")
+    return Row(task.name, dtype, time.time(), lost, about, numbers, save(head) if head else b"")
 
 
 def to_tasks(rows: Sequence[Row], layout: Layout) -> tuple[Tensor, list[Task]]:  # (n, size)
@@ -61,7 +61,9 @@ def to_tasks(rows: Sequence[Row], layout: Layout) -> tuple[Tensor, list[Task]]: 
 def _task(row: Row, numbers: Tensor) -> Task:
     said = json.loads(row.about)
     head = {key: _kept(tensor, torch.float32) for key, tensor in (load(row.head) if row.head else {}).items()}
-    return Task(row.name, numbers, head, tuple(said["labels"]), said["task"], said["metadata"])
+    return Task(
+        row.name, numbers, head, tuple(said.get("labels", ())), said.get("task"), said.get("metadata", {})
+    )
 
 
 def _kept(tensor: Tensor, dtype: torch.dtype) -> Tensor:

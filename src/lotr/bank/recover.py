@@ -12,6 +12,7 @@ from ..errors import CheckpointError, ConfigError
 from ..files import whole_folder
 from . import database
 from .folder import BANK, TASKS, Description
+from .row import Row
 from .store import TaskStore
 
 _LEAF = 13  # first byte of a page that holds rows of a table
@@ -58,19 +59,25 @@ def recover(path: Path, output: Path, tick: Callable[[int, int], None] | None = 
 def _copy(
     source: TaskStore, target: TaskStore, places: list[int], tick: Callable[[int, int], None] | None
 ) -> set[str]:
+    """Copy the rows that are whole; returns their names."""
     saved: set[str] = set()
     with target.transaction():
         for done, place in enumerate(places, start=1):
-            try:
-                row = source.read_at(place)
-                target.write(row)
+            row = _whole_row(source, place)
+            if row is not None:
+                target.write(row, replace=True)
                 saved.add(row.name)
-            except CheckpointError:
-                pass  # no row, or a damaged one
             if tick is not None:
                 tick(done, len(places))
     target.close()
     return saved
+
+
+def _whole_row(source: TaskStore, place: int) -> Row | None:
+    try:
+        return source.read_at(place)
+    except CheckpointError:  # no row, or a damaged one
+        return None
 
 
 def rows_in(file: Path) -> Iterator[int]:

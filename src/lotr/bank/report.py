@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ def about(bank: CoreBank, name: str) -> dict[str, Any]:
         "name": task.name,
         "task": task.task,
         "labels": list(task.labels),
-        "created": datetime.fromtimestamp(row.created, UTC).isoformat(timespec="seconds"),
+        "created": _time(row.created),
         "dtype": row.dtype,
         "numbers": task.numbers.numel(),
         "bytes": len(row.numbers),
@@ -40,6 +41,27 @@ def about(bank: CoreBank, name: str) -> dict[str, Any]:
         "checksum": row.checksum.hex(),
         "metadata": dict(task.metadata),
     }
+
+
+def overview(bank: CoreBank, after: str = "", limit: int = -1) -> list[dict[str, Any]]:
+    """Return name, kind, number of classes and time of tasks, in the order of their names.
+
+    Args:
+        bank: The bank.
+        after: Begin behind this name.
+        limit: How many tasks at most; all of them by default.
+    """
+    found = []
+    for name in bank.store.names(after, limit):
+        try:
+            row = bank.store.read(name)
+        except CheckpointError:
+            found.append({"name": name, "kind": "damaged", "classes": "", "created": ""})
+            continue
+        said = json.loads(row.about)
+        kind, classes = said.get("task", ""), len(said.get("labels", ())) or ""
+        found.append({"name": name, "kind": kind, "classes": classes, "created": _time(row.created)})
+    return found
 
 
 def stats(bank: CoreBank) -> dict[str, Any]:
@@ -80,7 +102,11 @@ def verify(bank: CoreBank, tick: Tick | None = None) -> dict[str, Any]:
     except CheckpointError as error:
         found["basis"] = str(error)
     found["file"] = bank.store.complaints()
-    places = bank.store.places()
+    try:
+        places = bank.store.places()
+    except CheckpointError as error:
+        found["file"].append(f"The names of the tasks cannot be read. {error}")
+        places = []
     found["tasks"] = len(places)
     for done, (place, name) in enumerate(places, start=1):
         try:
@@ -91,3 +117,7 @@ def verify(bank: CoreBank, tick: Tick | None = None) -> dict[str, Any]:
             tick(done, len(places))
     found["ok"] = not (found["basis"] or found["file"] or found["damaged"])
     return found
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,9 @@ from ..errors import CheckpointError, ConfigError, UnknownTaskError, near
 from .database import Database
 from .row import Row
 
-_SELECT = """
-SELECT task.name, dtype, created, error, about, numbers, coalesce(tensors, x''), checksum
-FROM task LEFT JOIN head ON head.id = task.id
-"""
-_COLUMNS = "dtype, created, error, about, checksum, numbers"
+_NAME = "CAST(name AS TEXT)"  # one changed byte makes it anything else
+#: In the order of `Row`.
+_COLUMNS = "name, dtype, created, error, about, numbers, head, checksum"
 
 
 class TaskStore:
@@ -63,16 +62,16 @@ class TaskStore:
         return int(self._file.one("SELECT count(*) FROM task")[0])
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self._place(name) is not None
+        return self._place(name) is not None
 
     def names(self, after: str = "", limit: int = -1) -> list[str]:
         """Return names in the order of their characters, from the one behind `after` on; they are in the index."""
-        sql = "SELECT name FROM task WHERE name > ? ORDER BY name LIMIT ?"
+        sql = f"SELECT {_NAME} FROM task WHERE name > ? ORDER BY name LIMIT ?"
         return [name for (name,) in self._file.all(sql, (after, limit))]
 
     def places(self) -> list[tuple[int, str]]:
         """Return place and name of every task, in the order of their places; only the index is read."""
-        return sorted(self._file.all("SELECT id, name FROM task INDEXED BY task_name ORDER BY name"))
+        return sorted(self._file.all(f"SELECT id, {_NAME} FROM task INDEXED BY task_name ORDER BY name"))
 
     def read(self, name: str) -> Row:
         """Return a task.
@@ -81,7 +80,11 @@ class TaskStore:
             UnknownTaskError: There is none of this name.
             CheckpointError: Its row is damaged.
         """
-        found = self._file.one(f"{_SELECT} WHERE task.name = ?", (name,), task=name)
+        found = (
+            self._file.one(f"SELECT {_COLUMNS} FROM task WHERE name = ?", (name,), task=name)
+            if _is_text(name)
+            else None
+        )
         if found is None:
             raise self._unknown(name)
         return self._whole(Row(*found), name)
@@ -92,7 +95,7 @@ class TaskStore:
         Raises:
             CheckpointError: Its row is damaged, or is that of another name.
         """
-        found = self._file.one(f"{_SELECT} WHERE task.id = ?", (place,), task=name)
+        found = self._file.one(f"SELECT {_COLUMNS} FROM task WHERE id = ?", (place,), task=name)
         if found is None:
             raise CheckpointError(f"Task {name!r} in {self.path} is gone: its name has no row.")
         return self._whole(Row(*found), name)
@@ -108,7 +111,10 @@ class TaskStore:
 
     def complaints(self) -> list[str]:
         """Return what SQLite finds wrong with the file itself, having read every page."""
-        found = [str(said) for (said,) in self._file.all("PRAGMA integrity_check")]
+        try:
+            found = [str(said) for (said,) in self._file.all("PRAGMA integrity_check")]
+        except CheckpointError as error:  # damaged so badly that it cannot be looked at
+            found = [str(error)]
         return [] if found == ["ok"] else found
 
     def summary(self) -> tuple[int, dict[str, int], float]:
@@ -126,23 +132,12 @@ class TaskStore:
         Raises:
             ConfigError: The name is taken, and `replace` is not set.
         """
-        row = row.sealed()
-        values = (row.dtype, row.created, row.error, row.about, row.checksum, row.numbers)
         place = self._place(row.name)
-        if place is None:
-            self._file.one(
-                f"INSERT INTO task (name, {_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)", (row.name, *values)
-            )
-            place = self._place(row.name)
-        elif replace:
-            self._file.one(
-                f"UPDATE task SET ({_COLUMNS}) = (?, ?, ?, ?, ?, ?) WHERE id = ?", (*values, place)
-            )
-            self._file.one("DELETE FROM head WHERE id = ?", (place,))
-        else:
+        if place is not None and not replace:
             raise self._taken(row.name, "replace it with replace=True (--replace)")
-        if row.head:
-            self._file.one("INSERT INTO head VALUES (?, ?)", (place, row.head))
+        # at its old place, where there is one
+        sql = f"INSERT OR REPLACE INTO task (id, {_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        self._file.one(sql, (place, *astuple(row.sealed())))
 
     def remove(self, name: str) -> None:
         """Remove a task, damaged or not.
@@ -153,7 +148,6 @@ class TaskStore:
         place = self._place(name)
         if place is None:
             raise self._unknown(name)
-        self._file.one("DELETE FROM head WHERE id = ?", (place,))
         self._file.one("DELETE FROM task WHERE id = ?", (place,))
 
     def rename(self, old: str, new: str) -> None:
@@ -170,8 +164,8 @@ class TaskStore:
         checksum = row.sealed(new).checksum
         self._file.one("UPDATE task SET name = ?, checksum = ? WHERE name = ?", (new, checksum, old))
 
-    def _place(self, name: str) -> int | None:
-        found = self._file.one("SELECT id FROM task WHERE name = ?", (name,))
+    def _place(self, name: object) -> int | None:
+        found = self._file.one("SELECT id FROM task WHERE name = ?", (name,)) if _is_text(name) else None
         return None if found is None else int(found[0])
 
     def _taken(self, name: str, way_out: str) -> ConfigError:
@@ -180,9 +174,15 @@ class TaskStore:
         )
 
     def _unknown(self, name: str) -> UnknownTaskError:
-        before = "SELECT name FROM task WHERE name < ? ORDER BY name DESC LIMIT 20"
-        around = [found for (found,) in self._file.all(before, (name,))] + self.names(name, 20)
-        hint = near(name, around)
+        at = str(name).encode(errors="replace").decode()
+        before = f"SELECT {_NAME} FROM task WHERE name < ? ORDER BY name DESC LIMIT 20"
+        around = [found for (found,) in self._file.all(before, (at,))] + self.names(at, 20)
+        hint = near(at, around)
         if hint.startswith("Known") and len(around) >= 20:  # not all of them
             hint = "`lotr bank list` shows its tasks."
         return UnknownTaskError(f"The bank in {self.path.parent} has no task {name!r}. {hint}")
+
+
+def _is_text(name: object) -> bool:
+    """Whether a name could be in the file; half a character could not."""
+    return isinstance(name, str) and not any("\ud800" <= character <= "\udfff" for character in name)

@@ -1,0 +1,45 @@
+"""Small banks and adapters on their bases, for the tests of banks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+
+from conftest import bert
+from lotr import CoreBank, LotrConfig, Task
+
+
+def stirred(config: LotrConfig, seed: int = 0) -> PeftModel:
+    """An adapter on the pico encoder whose trained numbers are not where they started."""
+    model = get_peft_model(bert(), config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def basis(folder: Path, **fields: Any) -> Path:
+    """A saved adapter with a head, of rank 4 on query and value unless said otherwise."""
+    asked = {"r": 4, "target_modules": ["query", "value"], "task_type": "SEQ_CLS", **fields}
+    stirred(LotrConfig(**asked)).save_pretrained(folder)
+    return folder
+
+
+def bank(folder: Path, dtype: str = "float32", tasks: int = 0, **fields: Any) -> CoreBank:
+    """A bank in `folder/bank` with tasks named `task-0` and so on."""
+    made = CoreBank.create(folder / "bank", basis(folder / "basis", **fields), dtype=dtype)
+    made.add_many(task(made, f"task-{n}", seed=n) for n in range(tasks))
+    return made
+
+
+def task(of: CoreBank, name: str, seed: int = 0, **fields: Any) -> Task:
+    """A task with numbers of its own and a head of three classes."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randn(of.layout.size, generator=generator)
+    head = {"base_model.model.classifier.weight": torch.randn(3, 32, generator=generator)}
+    return Task(name, numbers, head, ("a", "b", "c"), "classification", {"seed": seed, **fields})

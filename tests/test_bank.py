@@ -1,0 +1,305 @@
+"""A bank on disk: what goes in comes out, and changes are whole."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+import banks
+from conftest import bert, gpt2, tokens
+from lotr import CheckpointError, ConfigError, CoreBank, LotrConfig, Task, UnknownTaskError
+from lotr.bank.codec import n_bytes
+from lotr.checkpoint import BASIS_WEIGHTS, WEIGHTS
+from tuner_contract import outputs
+
+INPUTS = {"input_ids": tokens()}
+NAMES = [
+    "../../etc/passwd",
+    "a/b\\c",
+    "'; DROP TABLE task; --",
+    "задача",
+    "任务 🙂",
+    "a b",
+    "%",
+    "[red]",
+    "nul",
+    "." * 300,
+]
+
+
+@pytest.fixture(params=["lotr", "metatt_5d", "tenslora_att_qkv"])
+def method(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_a_task_comes_out_as_it_went_in(tmp_path: Path) -> None:
+    bank = banks.bank(tmp_path)
+    given = banks.task(bank, "one", note={"nested": ["α", 1.5, None]})
+    assert bank.add(given) == 0.0
+    found = CoreBank.open(tmp_path / "bank").get("one")
+    assert torch.equal(found.numbers, given.numbers)
+    assert found.head.keys() == given.head.keys()
+    assert all(torch.equal(found.head[key], tensor) for key, tensor in given.head.items())
+    assert (found.labels, found.task, found.metadata) == (given.labels, given.task, given.metadata)
+
+
+@pytest.mark.parametrize("dtype, most", [("bfloat16", 2**-8), ("float16", 2**-11), ("int8", 0.02)])
+def test_the_error_of_rounding_is_told_and_true(tmp_path: Path, dtype: str, most: float) -> None:
+    bank = banks.bank(tmp_path, dtype=dtype)
+    given = banks.task(bank, "one")
+    error = bank.add(given)
+    kept = bank.get("one").numbers
+    assert 0 < error < most
+    assert error == pytest.approx(float((kept - given.numbers).norm() / given.numbers.norm()), rel=1e-5)
+    assert bank.about("one")["rounding_error"] == bank.stats()["worst_rounding_error"] == error
+
+
+def test_many_are_read_in_the_order_asked_for_with_duplicates(tmp_path: Path) -> None:
+    bank = banks.bank(tmp_path, tasks=5)
+    asked = ["task-3", "task-0", "task-3"]
+    numbers, tasks = bank.read(asked)
+    assert numbers.shape == (3, bank.layout.size) and [task.name for task in tasks] == asked
+    for row, name in zip(numbers, asked, strict=True):
+        assert torch.equal(row, bank.get(name).numbers)
+    assert bank.read([])[0].shape == (0, bank.layout.size)
+
+
+def test_names_are_data(tmp_path: Path) -> None:
+    bank = banks.bank(tmp_path)
+    bank.add_many(banks.task(bank, name, seed) for seed, name in enumerate(NAMES))
+    assert list(bank.names()) == sorted(NAMES) and len(bank) == len(NAMES)
+    for seed, name in enumerate(NAMES):
+        assert name in bank and bank.get(name).metadata["seed"] == seed
+        bank.export(name, tmp_path / f"out-{seed}")
+    assert {p.name for p in tmp_path.iterdir()} == {"bank", "basis", *(f"out-{n}" for n in range(len(NAMES)))}
+
+
+@pytest.mark.parametrize("name", ["", "  ", "a\nb", "a\x00b", "\x1b[31m", "\ud800", 3, None])
+def test_a_name_that_no_table_can_show_is_refused(tmp_path: Path, name: object) -> None:
+    bank = banks.bank(tmp_path, tasks=1)
+    with pytest.raises(ConfigError, match="cannot be called"):
+        banks.task(bank, name)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="cannot be called"):
+        bank.rename("task-0", name)  # type: ignore[arg-type]
+    with pytest.raises(UnknownTaskError, match="no task"):
+        bank.get(name)  # type: ignore[arg-type]
+    assert name not in bank and list(bank.names()) == ["task-0"]
+
+
+def test_more_names_than_a_page_are_all_listed(tmp_path: Path) -> None:
+    bank = banks.bank(tmp_path)
+    one = banks.task(bank, "x")
+    bank.add_many(replace(one, name=f"{n:04d}", head={}) for n in range(2100))
+    assert list(bank.names()) == [f"{n:04d}" for n in range(2100)] and len(bank) == 2100
+
+
+def test_what_is_taken_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    bank = banks.bank(tmp_path, tasks=2)
+    with pytest.raises(ConfigError, match=r"has a task 'task-1' already.*replace"):
+        bank.add(banks.task(bank, "task-1", seed=7))
+    assert bank.get("task-1").metadata["seed"] == 1
+    bank.add(replace(banks.task(bank, "task-1", seed=7), head={}), replace=True)
+    found = bank.get("task-1")
+    assert found.metadata["seed"] == 7 and not found.head and len(bank) == 2
+
+
+def test_of_many_all_are_added_or_none(tmp_path: Path) -> None:
+    bank = banks.bank(tmp_path, tasks=2)
+    with pytest.raises(ConfigError, match="task-1"):
+        bank.add_many(banks.task(bank, name) for name in ("new", "task-1"))
+    with pytest.raises(ZeroDivisionError):
+        bank.add_many(banks.task(bank, f"new-{1 // (2 - n)}") for n in range(3))
+    assert list(bank.names()) == ["task-0", "task-1"]
+
+
+def test_tasks_are_renamed_and_removed(tmp_path: Path) -> None:
+    bank = banks.bank(tmp_path, tasks=3)
+    bank.rename("task-1", "другая")
+    assert bank.get("другая").metadata["seed"] == 1 and "task-1" not in bank
+    with pytest.raises(ConfigError, match="'task-2' already"):
+        bank.rename("task-0", "task-2")
+    with pytest.raises(UnknownTaskError, match="no task 'nothing'"):
+        bank.remove("task-0", "nothing")
+    bank.remove("task-0", "другая")
+    assert list(bank.names()) == ["task-2"] and bank.verify()["ok"]
+    banks.task(bank, "x")
+    assert bank.stats()["tasks"] == 1
+
+
+def test_an_unknown_name_shows_near_ones(tmp_path: Path) -> None:
+    bank = banks.bank(tmp_path, tasks=40)
+    with pytest.raises(UnknownTaskError, match=r"no task 'task-400'. Near matches: .*task-4"):
+        bank.get("task-400")
+    with pytest.raises(LookupError, match="`lotr bank list` shows"):
+        bank.get("zzz")
+
+
+def test_a_bank_opened_for_reading_is_not_written(tmp_path: Path) -> None:
+    banks.bank(tmp_path, tasks=1).close()
+    bank = CoreBank.open(tmp_path / "bank")
+    for write in (lambda: bank.remove("task-0"), lambda: bank.add(banks.task(bank, "x"))):
+        with pytest.raises(ConfigError, match=r"opened for reading. Open it with writable=True"):
+            write()
+
+
+def test_a_bank_travels_to_another_process(tmp_path: Path) -> None:
+    bank = banks.bank(tmp_path, tasks=1)
+    assert torch.equal(pickle.loads(pickle.dumps(bank)).get("task-0").numbers, bank.get("task-0").numbers)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_tasks_take_little_more_than_their_numbers(tmp_path: Path, dtype: str) -> None:
+    bank = banks.bank(tmp_path, dtype=dtype, r=16)
+    bank.add_many(Task(f"task-{n}", torch.randn(bank.layout.size)) for n in range(2000))
+    bank.close()
+    found = CoreBank.open(tmp_path / "bank").stats()
+    assert found["bytes_of_numbers"] == 2000 * n_bytes(bank.layout, dtype)
+    assert found["bytes_of_tasks"] == (tmp_path / "bank" / "tasks.sqlite").stat().st_size
+    assert 1 < found["over_the_numbers"] < 1.15
+
+
+# ---- adapters in and out
+
+
+def test_an_adapter_trained_on_the_bank_comes_back_the_same(tmp_path: Path, method: str) -> None:
+    bank = banks.bank(tmp_path, method=method)
+    model = banks.stirred(bank.config, seed=1)
+    model.save_pretrained(tmp_path / "task")
+    bank.add_adapter("task", tmp_path / "task")
+    for words in ({}, {"refer": True}, {"as_lora": True}):
+        output = tmp_path / f"out-{len(words)}-{words.get('refer', False)}"
+        bank.export("task", output, **words)
+        loaded = PeftModel.from_pretrained(bert(), output).eval()
+        tolerance = {"rtol": 1e-4, "atol": 1e-5} if words.get("as_lora") else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(outputs(loaded, INPUTS), outputs(model, INPUTS), **tolerance)
+
+
+def test_an_adapter_that_refers_holds_cores_alone(tmp_path: Path) -> None:
+    bank = banks.bank(tmp_path, tasks=1)
+    whole = bank.export("task-0", tmp_path / "whole")
+    refers = bank.export("task-0", tmp_path / "refers", refer=True)
+    assert whole["numbers"] - refers["numbers"] == bank.plan.n_factors
+    assert refers["numbers"] == bank.layout.size
+    assert not [key for key in load_file(tmp_path / "refers" / WEIGHTS) if "lotr_U" in key]
+    with pytest.raises(ConfigError, match="stands alone"):
+        bank.export("task-0", tmp_path / "x", refer=True, as_lora=True)
+    with pytest.raises(ConfigError, match="not empty"):
+        bank.export("task-0", tmp_path / "whole")
+
+
+def test_the_basis_itself_is_a_task_too(tmp_path: Path) -> None:
+    bank = banks.bank(tmp_path)
+    bank.add_adapter("basis", tmp_path / "basis", note="the first")
+    bank.export("basis", tmp_path / "out")
+    before, after = (load_file(tmp_path / name / WEIGHTS) for name in ("basis", "out"))
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert bank.get("basis").metadata == {"note": "the first"}
+
+
+def test_a_bank_can_be_named_as_a_basis(tmp_path: Path) -> None:
+    bank = banks.bank(tmp_path, tasks=1)
+    fields = {"r": 4, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
+    banks.stirred(LotrConfig(basis=str(tmp_path / "bank"), **fields), seed=3).save_pretrained(
+        tmp_path / "task"
+    )
+    bank.add_adapter("task", tmp_path / "task")
+    other = CoreBank.create(tmp_path / "other", tmp_path / "bank")
+    assert other.description.basis_hash == bank.description.basis_hash and len(other) == 0
+
+
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        ({"method": "lotr"}, r"factors with hash \w{16}, and those of the bank"),
+        ({"scaling": 2.0}, "scaling=2.0, and the bank in .* has scaling=1.0"),
+        ({"core": "tucker"}, "core='tucker', and the bank"),
+    ],
+    ids=str,
+)
+def test_an_adapter_on_other_factors_is_refused(tmp_path: Path, fields: dict, says: str) -> None:
+    bank = banks.bank(tmp_path, tasks=1)
+    torch.manual_seed(5)
+    banks.basis(tmp_path / "other", seed=5, **fields)
+    with pytest.raises(CheckpointError, match=says):
+        bank.add_adapter("other", tmp_path / "other")
+    assert list(bank.names()) == ["task-0"]
+
+
+def test_a_task_of_another_size_is_refused(tmp_path: Path) -> None:
+    bank = banks.bank(tmp_path, tasks=1)
+    with pytest.raises(
+        ConfigError, match=r"'wrong' has numbers of shape \(54,\), and a task of this bank has \(96,\)"
+    ):
+        bank.add(replace(banks.task(bank, "wrong"), numbers=torch.zeros(6 * 9)))
+    with pytest.raises(ConfigError, match=r"'wrong' cannot be kept: .*JSON"):
+        bank.add(banks.task(bank, "wrong", note=object()))
+    assert list(bank.names()) == ["task-0"]
+
+
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        ({"method": "lora"}, "without cores"),
+        ({"magnitude": "per_output"}, "magnitude='per_output'"),
+        ({"bias": "all"}, "bias='all'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_a_basis_leaves_no_folder(tmp_path: Path, fields: dict, says: str) -> None:
+    banks.basis(tmp_path / "basis", **fields)
+    with pytest.raises(ConfigError, match=says):
+        CoreBank.create(tmp_path / "bank", tmp_path / "basis")
+    with pytest.raises(ConfigError, match=r"dtype='int4'.*int8"):
+        CoreBank.create(tmp_path / "bank", tmp_path / "basis", dtype="int4")
+    assert [p.name for p in tmp_path.iterdir()] == ["basis"]
+
+
+def test_a_folder_that_is_not_free_is_kept(tmp_path: Path) -> None:
+    banks.bank(tmp_path, tasks=1).close()
+    with pytest.raises(ConfigError, match="is a bank already"):
+        CoreBank.create(tmp_path / "bank", tmp_path / "basis")
+    with pytest.raises(ConfigError, match="not an empty folder"):
+        CoreBank.create(tmp_path / "basis", tmp_path / "basis")
+    assert list(CoreBank.open(tmp_path / "bank").names()) == ["task-0"]
+
+
+# ---- the base model
+
+
+def test_another_base_model_is_refused(tmp_path: Path) -> None:
+    from lotr.checkpoint import fingerprint, read_adapter, write_task
+
+    folder = banks.basis(tmp_path / "basis")
+    paths = [target["path"] for target in read_adapter(folder).config["targets"]]
+    write_task(folder, {"base_model": "pico", "base_fingerprint": fingerprint(bert(), paths)})
+    bank = CoreBank.create(tmp_path / "bank", folder)
+    bank.check_base(bert())
+    other = bert()
+    with torch.no_grad():
+        other.get_submodule(paths[0]).weight[0, 0] += 1
+    with pytest.raises(CheckpointError, match=r"is for \('pico'\): fingerprint \w{16}, not \w{16}"):
+        bank.check_base(other)
+    with pytest.raises(CheckpointError, match="another structure"):
+        bank.check_base(gpt2())
+    task = banks.stirred(bank.config)
+    task.save_pretrained(tmp_path / "task")
+    write_task(tmp_path / "task", {"base_model": "other", "base_fingerprint": "0" * 16})
+    with pytest.raises(CheckpointError, match=r"another base model.*'other'"):
+        bank.add_adapter("task", tmp_path / "task")
+
+
+def test_a_new_task_trains_cores_on_the_factors_of_the_bank(tmp_path: Path) -> None:
+    bank = banks.bank(tmp_path)
+    model = get_peft_model(bert(), bank.config)
+    factors = {key: tensor for key, tensor in bank.basis_tensors().items() if "lotr_U" in key}
+    mine = {name.replace(".default", ""): p for name, p in model.named_parameters()}
+    assert factors and all(torch.equal(mine[key], tensor) for key, tensor in factors.items())
+    trained = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and ".lotr_" in n)
+    assert trained == bank.layout.size
+    assert load_file(tmp_path / "bank" / BASIS_WEIGHTS).keys() == bank.basis_tensors().keys()

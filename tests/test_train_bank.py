@@ -36,7 +36,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saved_models.save_bert(folder / "bert")
     torch.manual_seed(0)
     base = AutoModelForSequenceClassification.from_pretrained(folder / "bert", num_labels=2)
-    adapted = get_peft_model(base, LotrConfig(r=16, target_modules="all-linear", exclude_modules=["classifier"]))
+    adapted = get_peft_model(
+        base, LotrConfig(r=16, target_modules="all-linear", exclude_modules=["classifier"])
+    )
     adapted.save_pretrained(folder / "basis")
     for n, (name, labels) in enumerate(PAIRS.items()):
         saved_models.write_colours(folder / f"{name}.csv", rows=60, seed=n, labels=labels)
@@ -47,7 +49,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(home: Path, output: Path, **more: Any) -> BankSettings:
     tasks = [task.to_dict() for task in read_tasks(home / "tasks.yaml")]
-    common = {"basis": str(home / "basis"), "tasks": tasks, "max_steps": 20, "max_length": 16, "keep": "float32"}
+    common = {
+        "basis": str(home / "basis"),
+        "tasks": tasks,
+        "max_steps": 20,
+        "max_length": 16,
+        "keep": "float32",
+    }
     return BankSettings(output=str(output), **{**common, **more})
 
 
@@ -60,7 +68,7 @@ def test_all_tasks_are_learned_at_once_and_kept_with_their_labels(home: Path, tm
         task = bank.get(name)
         assert task.labels == tuple(sorted(labels)) and task.task == "classification"
         assert task.numbers.any() and task.metadata["scores"]["accuracy"] == 1.0
-        assert {tuple(value.shape)[0] for value in task.head.values()} == {len(labels)}
+        assert {len(value) for value in task.head.values()} == {len(labels)}
 
     rows = [("a red thing is", "first"), ("a blue thing is", "third"), ("blue very", "second")]
     mixed = tmp_path / "mixed.csv"
@@ -121,7 +129,9 @@ def test_language_models_and_numbers_are_tasks_too(home: Path, tmp_path: Path) -
         for name in "pqp":
             turns = [{"role": "user", "content": "what"}]
             file.write(json.dumps({"messages": turns, "task": name}) + "\n")
-    made = predict(load_served(tmp_path / "bank"), str(tmp_path / "ask.jsonl"), task_column="task", max_new_tokens=1)
+    made = predict(
+        load_served(tmp_path / "bank"), str(tmp_path / "ask.jsonl"), task_column="task", max_new_tokens=1
+    )
     assert [row["prediction"].strip() for row in made] == ["red", "blue", "red"]
 
 

@@ -29,9 +29,7 @@ class TrainSettings:
         "or `docstrings` (built in).",
         "required",
     )
-    eval: str | None = setting(
-        None, _DATA, "Evaluation data.", "default: its own split, or a tenth held out"
-    )
+    eval: str | None = setting(None, _DATA, "Evaluation data.", "default: its own split, or a tenth held out")
     output: str | None = setting(None, _DATA, "Folder for the adapter and its reports.", "required")
     text: str = setting("text", _DATA, "Column with the text.")
     text2: str = setting("text2", _DATA, "Column with the second text of a pair, if there is one.")

@@ -151,7 +151,9 @@ class Heads:
         self.reserve({name: tuple(value.shape) for name, value in own.items()})
         for name, value in own.items():
             shape = self.shapes[name]
-            self.tables[name][slot] = F.pad(value.to(self.tables[name]), _padding(value.shape, shape)).flatten()
+            self.tables[name][slot] = F.pad(
+                value.to(self.tables[name]), _padding(value.shape, shape)
+            ).flatten()
             if self._is_last(name):
                 self.n_labels[slot] = len(value)
         self.regression[slot] = regression

@@ -169,7 +169,9 @@ def scores_of_tasks(
         else:
             seen[name].append((logits, labels))
     if served.kind == "causal-lm":
-        return {name: {"rows": len(values), "loss": float(np.mean(values))} for name, values in losses.items()}
+        return {
+            name: {"rows": len(values), "loss": float(np.mean(values))} for name, values in losses.items()
+        }
     return {name: _scores(served.bank.get(name), pairs) for name, pairs in seen.items()}
 
 
@@ -211,11 +213,15 @@ def predict(
         DataError: The data does not fit a task.
     """
     if (task is None) == (task_column is None):
-        raise ConfigError("Which task answers? Give one of --task (for all rows) and --task-column (row by row).")
+        raise ConfigError(
+            "Which task answers? Give one of --task (for all rows) and --task-column (row by row)."
+        )
     data = read(source, "test" if source == BUILT_IN else None, EVERY)
     clash = {"prediction", "confidence"} & set(data.column_names)
     if clash:
-        raise DataError(f'{source} has a column "{min(clash)}" already. Rename it, so that nothing is overwritten.')
+        raise DataError(
+            f'{source} has a column "{min(clash)}" already. Rename it, so that nothing is overwritten.'
+        )
     names = [str(task)] * len(data) if task_column is None else _named(data, task_column, source)
     tasks = {name: served.bank.get(name) for name in dict.fromkeys(names)}
     plain = [dict(row) for row in cast("Any", data)]
@@ -240,7 +246,9 @@ def _named(data: Dataset, column: str, source: str) -> list[str]:
     values = data[column][:]
     empty = [n for n, value in enumerate(values, 1) if value is None or str(value) == ""]
     if empty:
-        raise DataError(f'Row {empty[0]} of {source} names no task in column "{column}" ({len(empty)} do not).')
+        raise DataError(
+            f'Row {empty[0]} of {source} names no task in column "{column}" ({len(empty)} do not).'
+        )
     return [str(value) for value in values]
 
 

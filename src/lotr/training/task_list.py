@@ -66,7 +66,7 @@ class Prepared:
 
 
 def read_tasks(path: Path) -> list[TaskSource]:
-    """Read a list of tasks from YAML: `name: file`, or `name: {train: file, eval: …, text: …, label: …, task: …}`.
+    r"""Read a list of tasks from YAML: `name: file`, or `name: {train: file, eval: …, text: …, label: …, task: …}`.
 
     Paths are relative to the list's folder.
 
@@ -76,7 +76,7 @@ def read_tasks(path: Path) -> list[TaskSource]:
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "tasks.yaml"
-        >>> _ = path.write_text("mail: mail.csv\\nnews: {train: news.csv, label: topic}\\n")
+        >>> _ = path.write_text("mail: mail.csv\nnews: {train: news.csv, label: topic}\n")
         >>> [(task.name, task.label) for task in read_tasks(path)]
         [('mail', 'label'), ('news', 'topic')]
     """
@@ -97,10 +97,14 @@ def _source(path: Path, name: str, said: Any) -> TaskSource:
     values = {"train": said} if isinstance(said, str) else said
     known = [field.name for field in fields(TaskSource)][1:]
     if not isinstance(values, dict) or "train" not in values:
-        raise ConfigError(f"--tasks {path}: task {name!r} names no data. Write `{name}: file`, or train: inside it.")
+        raise ConfigError(
+            f"--tasks {path}: task {name!r} names no data. Write `{name}: file`, or train: inside it."
+        )
     for key in values:
         if key not in known:
-            raise ConfigError(f"--tasks {path}: task {name!r} has {key!r}, which is not known. {near(str(key), known)}")
+            raise ConfigError(
+                f"--tasks {path}: task {name!r} has {key!r}, which is not known. {near(str(key), known)}"
+            )
     near_by = {
         key: str(path.parent / values[key])
         for key in ("train", "eval")

@@ -39,7 +39,13 @@ class TaskTrainer(AdapterTrainer):
     """
 
     def __init__(
-        self, *args: Any, bank: CoreBank, window: Window, names: Sequence[str], sampler: TaskSampler, **kwargs: Any
+        self,
+        *args: Any,
+        bank: CoreBank,
+        window: Window,
+        names: Sequence[str],
+        sampler: TaskSampler,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.bank, self.window, self.names, self.sampler = bank, window, names, sampler
@@ -66,24 +72,38 @@ class TaskTrainer(AdapterTrainer):
         tasks = self.accelerator.unwrap_model(model).base_model.tasks
         with tasks.select(names):
             logits = model(**inputs).logits
-            losses = row_losses(logits[:, :-1], labels[:, 1:]) if labels.dim() == 2 else tasks.losses(logits, labels)
-        bad = sorted({name for name, loss in zip(names, losses.tolist(), strict=True) if not abs(loss) < torch.inf})
+            losses = (
+                row_losses(logits[:, :-1], labels[:, 1:])
+                if labels.dim() == 2
+                else tasks.losses(logits, labels)
+            )
+        bad = sorted(
+            {name for name, loss in zip(names, losses.tolist(), strict=True) if not abs(loss) < torch.inf}
+        )
         if bad:
             step = self.state.global_step + 1
-            raise TrainingError(self._diverged(f"The loss of task {', '.join(map(repr, bad[:5]))} is not finite", step))
+            raise TrainingError(
+                self._diverged(f"The loss of task {', '.join(map(repr, bad[:5]))} is not finite", step)
+            )
         rows = Counter(names)
         self._in_batch = len(rows)
         return (losses / torch.tensor([rows[name] for name in names], device=losses.device)).sum()
 
     def _diverged(self, what: str, step: int) -> str:
         saved = self.window.last()
-        kept = f"The bank has the tasks as of step {saved[0]['step']}." if saved else "No checkpoint was written before."
+        kept = (
+            f"The bank has the tasks as of step {saved[0]['step']}."
+            if saved
+            else "No checkpoint was written before."
+        )
         return f"{what} at step {step}. {kept} Lower the learning rates, or look for bad rows in the data."
 
     # ------------------------------------------------------------------ checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        scheduler = {k: v for k, v in self.lr_scheduler.state_dict().items() if isinstance(v, int | float | list)}
+        scheduler = {
+            k: v for k, v in self.lr_scheduler.state_dict().items() if isinstance(v, int | float | list)
+        }
         content = {
             "step": self.state.global_step,
             "trainer": asdict(self.state),

@@ -77,7 +77,9 @@ def train_bank(
         shutil.rmtree(path / RUN, ignore_errors=True)
     served = load_served(bank, name, prepared[0].data.task, settings.capacity, settings.dtype)
     rows = sum(len(p.train) for p in prepared)
-    say(f"Tasks: {len(prepared)}, with {rows} rows to train on; {bank.layout.size:,} numbers each, beside a head.")
+    say(
+        f"Tasks: {len(prepared)}, with {rows} rows to train on; {bank.layout.size:,} numbers each, beside a head."
+    )
     folder = bank.path / RUN
     folder.mkdir(exist_ok=True)
     write_json(folder / SETTINGS, settings.record())
@@ -92,7 +94,9 @@ def train_bank(
         seconds = time.perf_counter() - started
         step, steps = trainer.state.global_step, trainer.state.max_steps
         if stop.requested and step < steps:
-            raise Interrupted(f"Stopped at step {step} of {steps}. Go on with: lotr bank train --resume --output {bank.path}")
+            raise Interrupted(
+                f"Stopped at step {step} of {steps}. Go on with: lotr bank train --resume --output {bank.path}"
+            )
     finally:
         window.close()
     return _finish(settings, served, prepared, seconds, step)
@@ -102,7 +106,9 @@ def _check(settings: BankSettings) -> None:
     if settings.output is None:
         raise ConfigError("--output is missing. `lotr bank train --help` shows examples.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("Tasks of a bank train in one process. Start it without torchrun or accelerate launch.")
+        raise ConfigError(
+            "Tasks of a bank train in one process. Start it without torchrun or accelerate launch."
+        )
     for name in ("epochs", "batch_size", "max_length", "max_steps", "save_steps", "core_lr", "head_lr"):
         value = getattr(settings, name)
         if value is not None and not value > 0:
@@ -132,14 +138,18 @@ def _bank(settings: BankSettings, path: Path) -> CoreBank | None:
         raise ConfigError("There are no tasks to train. Name them with --tasks.")
     if not path.is_dir() or not any(path.iterdir()):
         if settings.basis is None:
-            raise ConfigError(f"{path} holds no bank yet. Name the adapter that gives its factors with --basis.")
+            raise ConfigError(
+                f"{path} holds no bank yet. Name the adapter that gives its factors with --basis."
+            )
         return None
     bank = CoreBank.open(path, writable=True)
     if settings.basis is not None:
         raise ConfigError(f"{path} is a bank and has its basis. Leave out --basis={settings.basis}.")
     taken = [said["name"] for said in settings.tasks if said["name"] in bank]
     if taken and not settings.replace:
-        raise ConfigError(f"The bank in {path} has a task {taken[0]!r} already. Choose another name, or use --replace.")
+        raise ConfigError(
+            f"The bank in {path} has a task {taken[0]!r} already. Choose another name, or use --replace."
+        )
     return bank
 
 
@@ -152,9 +162,7 @@ def _base_of_basis(settings: BankSettings) -> str:
     return str(name)
 
 
-def _beginner(
-    served: Served, prepared: Sequence[Prepared], settings: BankSettings
-) -> Callable[[str], Task]:
+def _beginner(served: Served, prepared: Sequence[Prepared], settings: BankSettings) -> Callable[[str], Task]:
     """Return what makes the task of a name as it is before its first step."""
     by_name = {p.source.name: p for p in prepared}
     numbers, heads = served.fresh_numbers(), served.rows.slab.heads
@@ -222,7 +230,9 @@ def _trainer(
         disable_tqdm=True,
     )
     temperature = temperature_of(settings.sampling, settings.temperature)
-    sampler = TaskSampler([len(p.train) for p in prepared], steps * settings.batch_size, temperature, settings.seed)
+    sampler = TaskSampler(
+        [len(p.train) for p in prepared], steps * settings.batch_size, temperature, settings.seed
+    )
     trainer = TaskTrainer(
         model=served.model,
         args=args,
@@ -258,7 +268,10 @@ def _finish(
     return {
         "bank": str(served.bank.path),
         "model": model,
-        "tasks": {p.source.name: {"task": p.data.task, "labels": len(p.data.labels), **scores[p.source.name]} for p in prepared},
+        "tasks": {
+            p.source.name: {"task": p.data.task, "labels": len(p.data.labels), **scores[p.source.name]}
+            for p in prepared
+        },
         "numbers_a_task": served.bank.layout.size,
         "bytes_a_task": served.bank.task_bytes,
         "steps": steps,

@@ -44,7 +44,7 @@ def call(line: str, code: int = 0) -> str:
 def test_a_bank_is_trained_grown_and_asked(home: Path) -> None:
     trained = call("bank train --basis basis --tasks tasks.yaml --output bank --max-steps 3 --json")
     report = json.loads(trained[trained.index("{") :])
-    assert report["steps"] == 3 and report["tasks"]["b"]["rows"] == 10
+    assert report["steps"] == 3 and report["tasks"]["b"]["rows"]["eval"] == 10
     assert "1 tasks trained" in call("bank add bank --task late --train b.csv --max-steps 2")
     assert sorted(CoreBank.open(home / "bank").names()) == ["a", "b", "late"]
 

@@ -269,7 +269,12 @@ def _finish(
         "bank": str(served.bank.path),
         "model": model,
         "tasks": {
-            p.source.name: {"task": p.data.task, "labels": len(p.data.labels), **scores[p.source.name]}
+            p.source.name: {
+                "task": p.data.task,
+                "labels": len(p.data.labels),
+                **scores[p.source.name],
+                "rows": {"train": len(p.train), "eval": len(p.eval)},
+            }
             for p in prepared
         },
         "numbers_a_task": served.bank.layout.size,

@@ -119,7 +119,7 @@ def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left:
         if before is not None and before[0] != row[0]:
             table.add_section()
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def rounded(spread: Spread | None) -> dict[str, float] | None:

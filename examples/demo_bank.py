@@ -209,7 +209,14 @@ def show(report: dict, loras: dict, times: dict[str, float], seconds: dict[str, 
     """Print the table and what it cost."""
     console = Console()
     table = Table(title="Accuracy on rows that were held out", title_justify="left")
-    for name in ("task", "classes", "trained on", "measured on", "bank", *(f"LoRA, {kind}" for kind in loras)):
+    for name in (
+        "task",
+        "classes",
+        "trained on",
+        "measured on",
+        "bank",
+        *(f"LoRA, {kind}" for kind in loras),
+    ):
         table.add_column(name, justify="left" if name == "task" else "right")
     scores: dict[str, list[float]] = {"bank": [], **{kind: [] for kind in loras}}
     for name, found in report["tasks"].items():
@@ -227,8 +234,22 @@ def show(report: dict, loras: dict, times: dict[str, float], seconds: dict[str, 
         kind: [statistics.mean(d[key] for d in done.values()) for key in ("numbers", "bytes")]
         for kind, done in loras.items()
     }
-    table.add_row("numbers a task", "", "", "", f"{report['numbers_a_task']:,}", *(f"{n:,.0f}" for n, _ in sizes.values()))
-    table.add_row("bytes a task, head included", "", "", "", f"{report['bytes_with_head']:,.0f}", *(f"{b:,.0f}" for _, b in sizes.values()))
+    table.add_row(
+        "numbers a task",
+        "",
+        "",
+        "",
+        f"{report['numbers_a_task']:,}",
+        *(f"{n:,.0f}" for n, _ in sizes.values()),
+    )
+    table.add_row(
+        "bytes a task, head included",
+        "",
+        "",
+        "",
+        f"{report['bytes_with_head']:,.0f}",
+        *(f"{b:,.0f}" for _, b in sizes.values()),
+    )
     console.print(table)
     for name, value in times.items():
         console.print(f"A batch of 64 rows, {name}: {1000 * value:.1f} ms", highlight=False)

@@ -107,7 +107,13 @@ def _train(tasks: list[dict[str, Any]], given: dict[str, Any], json: bool) -> No
     if json:
         return print_json(report)
     rows = [
-        (name, found["task"], found["rows"]["train"], next(iter(_score(found).items()))[0], *_score(found).values())
+        (
+            name,
+            found["task"],
+            found["rows"]["train"],
+            next(iter(_score(found).items()))[0],
+            *_score(found).values(),
+        )
         for name, found in report["tasks"].items()
     ]
     print_table(report["bank"], ("task", "kind", "rows", "measured", "score"), rows)

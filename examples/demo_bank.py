@@ -123,7 +123,7 @@ def separate(source: TaskSource, lora: dict[str, object], options: argparse.Name
         }
 
 
-def batch_times(bank: Path, rows: int = 64, rounds: int = 15) -> dict[str, float]:
+def batch_times(bank: Path, rows: int = 64, rounds: int = 9) -> dict[str, float]:
     """Return seconds of a batch whose rows have one task, many tasks, and none, measured in turns."""
     served = load_served(bank)
     names = list(served.bank.names())

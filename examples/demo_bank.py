@@ -208,6 +208,7 @@ def main() -> None:
 def show(report: dict, loras: dict, times: dict[str, float], seconds: dict[str, float]) -> None:
     """Print the table and what it cost."""
     console = Console()
+    console = console if console.is_terminal else Console(width=120)
     table = Table(title="Accuracy on rows that were held out", title_justify="left")
     for name in (
         "task",

@@ -64,7 +64,9 @@ def bank_of(folder: Path, tasks: int, targets: list[str] | str, rank: int) -> Co
 
 def loras(names: list[str], targets: list[str] | str, rank: int) -> nn.Module:
     """Return a model with that many LoRA adapters of PEFT, with random numbers."""
-    config = LoraConfig(r=rank, target_modules=targets, exclude_modules=["classifier"], init_lora_weights=False)
+    config = LoraConfig(
+        r=rank, target_modules=targets, exclude_modules=["classifier"], init_lora_weights=False
+    )
     model = get_peft_model(base(), config, adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, config)
@@ -120,26 +122,36 @@ def quartiles(values: list[float]) -> list[float]:
 
 def main() -> None:
     """Print the tables and write them as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--rows", type=int, default=64, help="rows of a batch, each with a task of its own")
     parser.add_argument("--length", type=int, default=32, help="tokens a row")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--large", type=int, default=100_000, help="tasks of the large bank (query, value); 0: none")
+    parser.add_argument(
+        "--large", type=int, default=100_000, help="tasks of the large bank (query, value); 0: none"
+    )
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     console, reports = Console(), []
     for where, targets in TARGETS.items():
-        with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True), transient=True) as bar:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Progress(console=Console(stderr=True), transient=True) as bar,
+        ):
             task = bar.add_task(f"Making banks: {where}", total=None)
             timed = runs(Path(folder), targets, options, options.large if where == "query, value" else 0)
             bar.update(task, description=where, total=(options.rounds + 1) * len(timed))
             seconds = measured(timed, options.rounds, lambda bar=bar, task=task: bar.advance(task))
         times = {name: quartiles([1000 * s for s in values]) for name, values in seconds.items()}
         ratios = {
-            name: {"quartiles": quartiles([x / y for x, y in zip(seconds[a], seconds[b], strict=True)]), "asked": asked}
+            name: {
+                "quartiles": quartiles([x / y for x, y in zip(seconds[a], seconds[b], strict=True)]),
+                "asked": asked,
+            }
             for name, (a, b, asked) in RATIOS.items()
             if a in seconds
         }
@@ -156,7 +168,9 @@ def main() -> None:
         console.print(table)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"options": vars(options), "reports": reports}, indent=2, default=str) + "\n")
+        options.json.write_text(
+            json.dumps({"options": vars(options), "reports": reports}, indent=2, default=str) + "\n"
+        )
 
 
 if __name__ == "__main__":

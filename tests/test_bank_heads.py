@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers as tf
+from peft import get_peft_model
 from torch import Tensor, nn
 
 from conftest import ARCHITECTURES, VOCABULARY
-from lotr import CoreBank, Task
+from lotr import CoreBank, LotrConfig, Task
 from lotr.bank.heads import row_losses
 from lotr.errors import CheckpointError
-from test_bank_rows import alone, logits, make_bank, numbers_of
+from test_bank_rows import alone, logits, numbers_of
 
 LABELS = {"two": 2, "five": 5, "number": 1}
 MASKED = torch.finfo(torch.float32).min
@@ -33,8 +33,11 @@ def head_of(module: nn.Module, path: str, n: int, seed: int) -> dict[str, Tensor
     return found
 
 
-def with_heads(folder: Path, model: str, base: nn.Module, path: str, **config: Any) -> CoreBank:
-    bank = make_bank(folder, model, names=[], **config)
+def with_heads(folder: Path, base: nn.Module, path: str) -> CoreBank:
+    """A bank on a model with a head, and tasks with heads of two, five and one outputs."""
+    targets = ["q_proj", "v_proj"] if path == "score" else ["query", "value"]
+    get_peft_model(base, LotrConfig(r=4, target_modules=targets)).save_pretrained(folder / "basis")
+    bank = CoreBank.create(folder / "bank", basis=folder / "basis", dtype="float32")
     for seed, (name, n) in enumerate(LABELS.items()):
         kind = "regression" if n == 1 else "classification"
         head = head_of(getattr(base, path), path, n, seed)
@@ -75,22 +78,16 @@ def llama() -> nn.Module:
 
 
 MODELS = {
-    "bert": (ARCHITECTURES["bert"].make, "classifier", "bert"),
-    "roberta": (roberta, "classifier", "bert"),
-    "llama": (llama, "score", "llama"),
+    "bert": (ARCHITECTURES["bert"].make, "classifier"),
+    "roberta": (roberta, "classifier"),
+    "llama": (llama, "score"),
 }
 
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_each_row_goes_through_the_head_of_its_task(name: str, tmp_path: Path) -> None:
-    make, path, like = MODELS[name]
-    if name == "roberta":
-        pytest.importorskip("transformers")
-    bank = (
-        with_heads(tmp_path, like, make(), path)
-        if name != "roberta"
-        else _roberta_bank(tmp_path, make(), path)
-    )
+    make, path = MODELS[name]
+    bank = with_heads(tmp_path, make(), path)
     inputs = ARCHITECTURES["bert"].inputs()
     model = bank.wrap(make())
     ids = ["five", "two", None, "number"]
@@ -106,22 +103,9 @@ def test_each_row_goes_through_the_head_of_its_task(name: str, tmp_path: Path) -
     assert torch.equal(logits(model, inputs), logits(make(), inputs))
 
 
-def _roberta_bank(folder: Path, base: nn.Module, path: str) -> CoreBank:
-    from peft import get_peft_model
-
-    from lotr import LotrConfig
-
-    get_peft_model(roberta(), LotrConfig(r=4, target_modules=["query"])).save_pretrained(folder / "basis")
-    bank = CoreBank.create(folder / "bank", basis=folder / "basis", dtype="float32")
-    for seed, (name, n) in enumerate(LABELS.items()):
-        kind = "regression" if n == 1 else "classification"
-        bank.add(Task(name, numbers_of(bank, seed), head_of(getattr(base, path), path, n, seed), (), kind))
-    return bank
-
-
 def test_the_loss_is_the_mean_over_rows_of_each_tasks_own(tmp_path: Path) -> None:
-    make, path, _ = MODELS["bert"]
-    bank, inputs = with_heads(tmp_path, "bert", make(), path), ARCHITECTURES["bert"].inputs()
+    make, path = MODELS["bert"]
+    bank, inputs = with_heads(tmp_path, make(), path), ARCHITECTURES["bert"].inputs()
     labels, ids = torch.tensor([4.0, 1.0, 0.0, 2.5]), ["five", "two", "two", "number"]
     output = bank.wrap(make())(**inputs, labels=labels, task_ids=ids)
     expected = []
@@ -134,8 +118,8 @@ def test_the_loss_is_the_mean_over_rows_of_each_tasks_own(tmp_path: Path) -> Non
 
 
 def test_gradients_reach_the_own_head_alone(tmp_path: Path) -> None:
-    make, path, _ = MODELS["bert"]
-    bank, inputs = with_heads(tmp_path, "bert", make(), path), ARCHITECTURES["bert"].inputs()
+    make, path = MODELS["bert"]
+    bank, inputs = with_heads(tmp_path, make(), path), ARCHITECTURES["bert"].inputs()
     model = bank.wrap(make())
     slab = model.base_model.tasks.slab
     slab.slots_of(list(LABELS))  # all in memory, so that the tables have their size
@@ -153,8 +137,8 @@ def test_gradients_reach_the_own_head_alone(tmp_path: Path) -> None:
 
 
 def test_the_head_of_another_kind_of_model_is_refused(tmp_path: Path) -> None:
-    make, path, _ = MODELS["bert"]
-    bank = with_heads(tmp_path, "bert", make(), path)
+    make, path = MODELS["bert"]
+    bank = with_heads(tmp_path, make(), path)
     odd = {"base_model.model.score.weight": torch.randn(2, 32)}
     bank.add(Task("odd", numbers_of(bank, 1), odd, ("a", "b"), "classification"))
     model, inputs = bank.wrap(make()), ARCHITECTURES["bert"].inputs()
@@ -164,8 +148,8 @@ def test_the_head_of_another_kind_of_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_heads_leave_the_slab_as_they_came(tmp_path: Path) -> None:
-    make, path, _ = MODELS["bert"]
-    bank = with_heads(tmp_path, "bert", make(), path)
+    make, path = MODELS["bert"]
+    bank = with_heads(tmp_path, make(), path)
     slab = bank.wrap(make(), capacity=3).base_model.tasks.slab
     slots = slab.slots_of(["two", "five", "number"])
     for slot, name in zip(slots, ["two", "five", "number"], strict=True):

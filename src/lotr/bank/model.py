@@ -50,6 +50,12 @@ class TaskRows:
         """
         if not names:
             raise ConfigError("No rows are named. Name one task a row, None for the base model.")
+        group = self.groups[0]
+        if group.merged_adapters or ADAPTER not in group.active_adapters:
+            raise ConfigError(
+                f"Rows cannot have tasks while adapters are merged, or while {ADAPTER!r} is not the active one. "
+                f"Call unmerge_adapter(), or set_adapter({ADAPTER!r})."
+            )
         before = self._rows, self._head_rows
         self._set(*self._gather(names))
         try:

@@ -75,7 +75,19 @@ def train_bank(
         bank = CoreBank.create(path, str(settings.basis), dtype=settings.keep)
     if not settings.resume:
         shutil.rmtree(path / RUN, ignore_errors=True)
-    served = load_served(bank, name, prepared[0].data.task, settings.capacity, settings.dtype)
+    with bank:
+        return _run(settings, bank, name, prepared, say, callbacks)
+
+
+def _run(
+    settings: BankSettings,
+    bank: CoreBank,
+    base: str,
+    prepared: Sequence[Prepared],
+    say: Callable[[str], None],
+    callbacks: Sequence[TrainerCallback],
+) -> dict[str, Any]:
+    served = load_served(bank, base, prepared[0].data.task, settings.capacity, settings.dtype)
     rows = sum(len(p.train) for p in prepared)
     say(
         f"Tasks: {len(prepared)}, with {rows} rows to train on; {bank.layout.size:,} numbers each, beside a head."
@@ -83,15 +95,12 @@ def train_bank(
     folder = bank.path / RUN
     folder.mkdir(exist_ok=True)
     write_json(folder / SETTINGS, settings.record())
-    window = Window(folder / STATE, _beginner(served, prepared, settings))
+    window, stop = Window(folder / STATE, _beginner(served, prepared, settings)), StopOnRequest()
+    started = time.perf_counter()
     try:
-        trainer = _trainer(settings, served, prepared, window, callbacks)
-        started = time.perf_counter()
-        stop = StopOnRequest()
-        trainer.add_callback(stop)
+        trainer = _trainer(settings, served, prepared, window, [*callbacks, stop])
         with finish_on_interrupt(stop, say):
             trainer.train(resume_from_checkpoint=trainer.resume())
-        seconds = time.perf_counter() - started
         step, steps = trainer.state.global_step, trainer.state.max_steps
         if stop.requested and step < steps:
             raise Interrupted(
@@ -99,7 +108,7 @@ def train_bank(
             )
     finally:
         window.close()
-    return _finish(settings, served, prepared, seconds, step)
+    return _finish(settings, served, prepared, time.perf_counter() - started, step)
 
 
 def _check(settings: BankSettings) -> None:

@@ -235,7 +235,9 @@ def test_a_row_that_was_zero_and_is_updated_trains() -> None:
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_scaling_a_sum_is_the_formula_and_can_be_differentiated_twice(with_bias: bool) -> None:
     torch.manual_seed(0)
-    y = torch.randn(3, 70, 5, dtype=torch.float64, requires_grad=True)  # more tokens than are summed at a time
+    y = torch.randn(
+        3, 70, 5, dtype=torch.float64, requires_grad=True
+    )  # more tokens than are summed at a time
     gain = torch.rand(5, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(5, dtype=torch.float64, requires_grad=True) if with_bias else None
     leaves = [tensor for tensor in (y, gain, bias) if tensor is not None]

@@ -77,7 +77,7 @@ def test_output_and_gradients_are_those_of_plain_operations(seed: int, order: Or
     wanted = plain(x, W, bias, parts)
     found, products = adapted_linear(x, W, bias, parts, order)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-    assert [tuple(h.shape) for h in products] == [
+    assert [tuple(h.shape) for h in products if h is not None] == [
         (x.numel() // x.shape[-1], part.C.shape[1]) for part in parts
     ]
     weights = torch.randn(wanted.shape, dtype=torch.float64)
@@ -166,6 +166,17 @@ def test_many_tokens_are_merged_and_few_are_not() -> None:
         1024, 4096, 512, torch.float32
     )  # a wide output: the forward order decides by the input
     assert wide == Order(merge_forward=True, merge_backward=False)
+
+
+def test_without_gradients_fewer_tokens_are_merged_and_nothing_is_left_over() -> None:
+    tokens = 700
+    assert choose_order(tokens, 512, 512, torch.float32) == Order()
+    assert choose_order(tokens, 512, 512, torch.float32, gradients=False) == Order(merge_forward=True)
+    x, W, bias, parts = random_case(0)
+    with torch.no_grad():
+        found, products = adapted_linear(x, W, bias, parts, Order(merge_forward=True))
+    torch.testing.assert_close(found, plain(x, W, bias, parts).detach(), rtol=1e-12, atol=1e-12)
+    assert products == [None] * len(parts)
 
 
 def test_half_precision_is_never_merged() -> None:

@@ -22,7 +22,7 @@ from torch.autograd import Function
 from .delta import Factored, Grid
 from .orders import Order
 
-# on CPUs products with few columns are slow, with few rows they are not: gradients of factors are taken rank first
+# on CPUs products with fewer columns than this are slow, with fewer rows they are not
 _NARROW = 16
 
 
@@ -66,8 +66,8 @@ def adapted_linear(
     bias: Tensor | None,  # (out,)
     parts: Sequence[PartOfLinear],
     order: Order,
-) -> tuple[Tensor, list[Tensor]]:  # (*n, out), (n, b·r) each
-    """Return `x Wᵀ + bias` plus the updates of all parts, and `x V` of every part.
+) -> tuple[Tensor, list[Tensor | None]]:  # (*n, out), (n, b·r) each
+    """Return `x Wᵀ + bias` plus the updates of all parts, and `x V` of every part that was computed.
 
     Args:
         x: Input of the module.
@@ -77,7 +77,8 @@ def adapted_linear(
         order: Which way the products are taken; see `orders.choose_order`. The result is the same to rounding.
 
     Returns:
-        The output, and `h` of each part for others that share its `V` and its input.
+        The output, and `h` of each part for others that share its `V` and its input; `None` where the update is merged
+        and no gradient will need it.
 
     Example:
         >>> import torch
@@ -87,6 +88,8 @@ def adapted_linear(
         >>> y.shape
         torch.Size([4, 6])
     """
+    if order.merge_forward and not torch.is_grad_enabled():
+        return F.linear(x, _merged(W, parts), bias), [None for _ in parts]
     places = tuple(part.place for part in parts)
     numbers = [tensor for part in parts for tensor in (part.Vt, part.C, part.U, part.h)]
     y, *new = _AdaptedLinear.apply(x, W, bias, places, order, *numbers)  # type: ignore[no-untyped-call]
@@ -147,7 +150,7 @@ class _AdaptedLinear(Function):
                 p = _narrow(D, U).reshape(len(dY), -1)  # (n, a·k)
                 q = p @ C
                 dC = p.T @ h[0] if needs_C else None
-                dU = ((h[0] @ C.T).reshape(len(D), -1).T @ D).T if needs_U else None
+                dU = _narrow(D.T, (h[0] @ C.T).reshape(len(D), -1)) if needs_U else None
             if ctx.given[n]:
                 gradients += [None, dC, dU, q if needs_h else None]
                 continue

@@ -9,7 +9,8 @@ back. Merged: the base's own product takes `W + L Vᵀ`, which is built for it a
 | forward  | `tokens · out` numbers read and written, `r` multiplications each | `out · in`, likewise |
 | backward | `tokens · in` | `out · in` |
 
-The rank is in both, so the rule has none: merge where the weight is smaller than the activation by `_MARGIN`.
+The rank is in both, so the rule has none: merge where the weight is smaller than the activation by `_MARGIN`. Without
+gradients `h` is of no use once the update is merged, and the plain order pays for it: `tokens · in` more.
 """
 
 from __future__ import annotations
@@ -70,7 +71,12 @@ ORDERS = ("auto", *_NAMED, AUTOGRAD)
 
 
 def choose_order(
-    tokens: int, out_features: int, in_features: int, dtype: torch.dtype, asked: str = "auto"
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+    asked: str = "auto",
+    gradients: bool = True,
 ) -> Order:
     """Return the order that costs least.
 
@@ -80,6 +86,7 @@ def choose_order(
         in_features: Columns of the weight.
         dtype: Of the weight. Below float32 the sum of weight and update would round the update away.
         asked: One of `ORDERS`; a name overrules the costs, not the rounding.
+        gradients: Whether gradients will be taken.
 
     Example:
         >>> str(choose_order(4096, 768, 768, torch.float32)), str(choose_order(1024, 3072, 768, torch.float32))
@@ -89,4 +96,8 @@ def choose_order(
         return Order()
     if asked in _NAMED:
         return _NAMED[asked]
+    if not gradients:
+        return Order(
+            merge_forward=tokens * (out_features + in_features) > _MARGIN * out_features * in_features
+        )
     return Order(tokens > _MARGIN * in_features, tokens > _MARGIN * out_features)

@@ -87,7 +87,8 @@ def output(adapted: Adapted, x: Tensor) -> Tensor:  # (*n, in) -> (*n, out)
     W, bias = layer.base_layer.weight, layer.base_layer.bias
     W = W.T if layer.fan_in_fan_out else W
     dtype = _autocast(x) or W.dtype
-    order = choose_order(x.numel() // x.shape[-1], *W.shape, dtype, state.order)
+    tokens, gradients = x.numel() // x.shape[-1], torch.is_grad_enabled()
+    order = choose_order(tokens, *W.shape, dtype, state.order, gradients)
     parts, keys = [], []
     for member in state.members:
         part, group = member.part, member.group
@@ -103,7 +104,7 @@ def output(adapted: Adapted, x: Tensor) -> Tensor:  # (*n, in) -> (*n, out)
         x.to(dtype), W.to(dtype), None if bias is None else bias.to(dtype), parts, order
     )
     for member, key, h in zip(state.members, keys, products, strict=True):
-        if key is not None:
+        if key is not None and h is not None:
             member.group.products.keep(key, x, h)
     return y
 

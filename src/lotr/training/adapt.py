@@ -9,6 +9,7 @@ from ..cores import CORES
 from ..errors import ConfigError, near
 from ..methods import METHODS
 from ..sites import check_modes
+from .budget import AUTO, check_budget_is_meant
 from .optimizer import Rates, default_rates
 from .parsing import read_core_ranks, read_modes, read_rank, target_modules
 
@@ -66,7 +67,7 @@ def adapter_config(settings: TrainSettings, task: str) -> PeftConfig:
             "`lotr methods` describes them."
         )
     return LotrConfig(
-        r=read_rank(settings.rank),
+        r=1 if settings.rank == AUTO else read_rank(settings.rank),  # the model decides: `budget.fit`
         method=settings.method,
         modes=read_modes(settings.modes),
         core=settings.core,
@@ -83,11 +84,12 @@ def adapter_config(settings: TrainSettings, task: str) -> PeftConfig:
 
 
 #: Settings of this library's methods, which PEFT's own do not know.
-_OURS = ("modes", "core", "core_ranks", "blocks", "magnitude", "trainable", "start", "basis")
+_OURS = ("modes", "core", "core_ranks", "blocks", "magnitude", "trainable", "start", "basis", "budget")
 
 
 def _check_meaning(settings: TrainSettings, task: str) -> None:
     """Refuse settings that would be passed over."""
+    check_budget_is_meant(settings)
     if settings.method in PEERS:
         given = [name for name in _OURS if getattr(settings, name) is not None]
         if given:

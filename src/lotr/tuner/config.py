@@ -19,7 +19,7 @@ from ..methods import method
 from ..orders import ORDERS
 from ..sites import check_modes
 from ..starts import DATA_STARTS, STARTS, WEIGHT_STARTS
-from .meaning import check_meaning, pair
+from .meaning import check_meaning, pair, plain
 
 
 def _help(text: str) -> Any:
@@ -274,7 +274,7 @@ def _plain(name: str, r: Any) -> int | tuple[int, int]:
     good = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in numbers)
     if not good or len(numbers) not in (1, 2):
         raise ConfigError(f"{name}={r!r} is not a rank. Use a positive integer, or a pair (k, r) of them.")
-    return numbers[0] if len(set(numbers)) == 1 else (numbers[0], numbers[1])
+    return plain((numbers[0], numbers[-1]))
 
 
 def _one_of(name: str, value: str, known: Iterable[str]) -> str:

@@ -68,3 +68,13 @@ def pair(r: int | tuple[int, int]) -> tuple[int, int]:
         ((8, 8), (4, 8))
     """
     return (r, r) if isinstance(r, int) else (r[0], r[1])
+
+
+def plain(rank: tuple[int, int]) -> int | tuple[int, int]:
+    """Return `(k, r)` as a configuration says it.
+
+    Example:
+        >>> plain((8, 8)), plain((4, 8))
+        (8, (4, 8))
+    """
+    return rank[0] if rank[0] == rank[1] else rank

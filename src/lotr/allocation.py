@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from heapq import heapify, heappop, heappush
 
 from torch import Tensor
 
@@ -39,17 +40,26 @@ def allocate(
     ranks = [(1, 1) for _ in kept]
     left = budget - sum(cost(1, 1) for cost in costs)
     rounding = _ROUNDING * sum(rows[-1][-1] for rows in kept) / budget
-    while True:
-        best, chosen = rounding, None
-        for n, (k, r) in enumerate(ranks):
-            for k_next, r_next in ((k + 1, r), (k, r + 1), (k + 1, r + 1)):
-                if k_next > len(kept[n]) or r_next > len(kept[n][0]):
-                    continue
-                price = costs[n](k_next, r_next) - costs[n](k, r)
-                gain = (kept[n][k_next - 1][r_next - 1] - kept[n][k - 1][r - 1]) / price
-                if price <= left and gain > best:
-                    best, chosen = gain, (n, (k_next, r_next), price)
-        if chosen is None:
-            return ranks
-        n, ranks[n], price = chosen
-        left -= price
+
+    def step_of(n: int) -> tuple[float, int, Rank]:  # gain of a number, price, ranks
+        """Return the best step of a group that fits; the gain of none is zero."""
+        (k, r), best = ranks[n], (0.0, 0, ranks[n])
+        for after in ((k + 1, r), (k, r + 1), (k + 1, r + 1)):
+            if after[0] <= len(kept[n]) and after[1] <= len(kept[n][0]):
+                price = costs[n](*after) - costs[n](k, r)
+                gain = (kept[n][after[0] - 1][after[1] - 1] - kept[n][k - 1][r - 1]) / price
+                if price <= left and gain > max(best[0], rounding):
+                    best = gain, price, after
+        return best
+
+    waiting = [(-step_of(n)[0], n) for n in range(len(ranks))]
+    heapify(waiting)
+    while waiting:
+        said, n = heappop(waiting)
+        gain, price, after = step_of(n)
+        if gain == -said:  # else its step does not fit any more, and it waits with a smaller one
+            ranks[n], left = after, left - price
+            gain = step_of(n)[0]
+        if gain > 0:
+            heappush(waiting, (-gain, n))
+    return ranks

@@ -55,15 +55,12 @@ def largest_rank(model: nn.Module, config: LotrConfig, budget: int) -> int:
             "all. Leave one of them out."
         )
 
-    def planned(rank: int) -> Plan:
-        tried = copy.copy(config)
-        tried.r = rank
-        return plan(model, tried)
-
-    smallest = planned(1)
+    config = copy.copy(config)
+    config.r = 1
+    smallest = plan(model, config)
     check_budget(smallest, budget)
     ranks = range(1, smallest.widest_rank + 1)
-    return bisect_right(ranks, budget, key=lambda rank: planned(rank).n_parameters)
+    return bisect_right(ranks, budget, key=lambda r: at_rank(smallest, config, (r, r)).n_parameters)
 
 
 def check_budget(smallest: Plan, budget: int) -> None:

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test setup check bench bench-performance bench-methods docs clean
+.PHONY: demo demo-bank test setup check bench bench-performance bench-methods bench-bank docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -20,6 +20,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)  ## fine-tune a real model on real text, beside LoRA and a bare head
 	$(BIN)/python examples/demo.py --output out/demo
+
+demo-bank: $(READY)  ## twenty tasks trained at once on one basis, beside a LoRA of its own for each
+	$(BIN)/python examples/demo_bank.py --output out/demo-bank
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -44,6 +47,9 @@ bench-performance: $(READY)  ## the same over all sizes, ranks and models (an ho
 
 bench-methods: $(READY)  ## every row of the table of methods on real text (half an hour); writes the table in the docs
 	$(BIN)/python benchmarks/bench_methods.py --json docs/data/methods.json --picture docs/images/methods.png
+
+bench-bank: $(READY)  ## batches of 64 rows with 64 tasks, beside one task and beside PEFT
+	$(BIN)/python benchmarks/bench_bank.py --json out/bench_bank.json
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

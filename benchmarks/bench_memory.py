@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from multiprocessing import get_context
 from typing import Any
 
 import memory
 import torch
-from grids import Setting, grid, one
+from grids import Setting, memory_grid, one
 from peers import FLOOR, label
 from pictures import panels
 from records import Row, begin, case_options, parser, progress, show, size, write
@@ -84,12 +85,13 @@ def main() -> None:
     options = made.parse_args()
     begin(options)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler of each child writes to the terminal
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["memory"])
+    # the server of children imports once for all of them; it looks for modules where its environment says
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    get_context("forkserver").set_forkserver_preload(["memory"])
 
     rows: list[Row] = []
     cuda = torch.cuda.is_available()
-    for setting in grid(options.short, cuda) if options.shape is None else [one(options)]:
+    for setting in memory_grid(options.short, cuda) if options.shape is None else [one(options)]:
         rows += measure(setting, options)
         write(options.json, "memory", rows)
     show(

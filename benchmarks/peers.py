@@ -36,7 +36,8 @@ ADAPTERS: dict[str, Callable[[int, list[str]], PeftConfig]] = {
 }
 
 FLOOR, TIGHT, FULL, BASE = "floor", "floor_tight", "full", "base"
-MERGED = "_merged"  # behind the name of a method: its update is in the weights
+# behind the name of a method: its update is in the weights; torch.compile has made one graph of the model
+MERGED, COMPILED = "_merged", "_compiled"
 TEXT = {
     FLOOR: "frozen model, gradients flow through every layer, no adapter",
     TIGHT: "the same, without the gradient of the first layer's input, which no adapter needs",
@@ -58,13 +59,20 @@ def label(method: str, rank: int | None) -> str:
     return method if rank is None else f"{method} r={rank}"
 
 
+def plain(method: str) -> str:
+    """Return the name of a method without what stands behind it."""
+    return method.removesuffix(MERGED).removesuffix(COMPILED)
+
+
 def make(method: str, rank: int | None, shape: str, base: PreTrainedModel) -> nn.Module:
     """Return a model for a method. It shares the frozen weights of `base`, which stays as it is."""
     if method == FULL:
         return copy.deepcopy(base).requires_grad_(True)
+    if method.endswith(COMPILED):
+        return torch.compile(make(plain(method), rank, shape, base), fullgraph=True)  # type: ignore[return-value]
     if method.endswith(MERGED):
         own = copy.deepcopy(base)
-        return _adapted(method.removesuffix(MERGED), rank, shape, own).merge_and_unload()
+        return _adapted(plain(method), rank, shape, own).merge_and_unload()
     model = copy.deepcopy(base, {id(p): p for p in base.parameters()})
     if method == BASE:
         return model

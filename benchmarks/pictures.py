@@ -48,7 +48,9 @@ def panels(rows: Sequence[Row], value: str, axis: str, path: Path, level: float 
         grid[0][column].set_title(f"{shape}, {first[0]} × {first[1]} tokens", fontsize=10)
         grid[0][column].set_xlabel("rank")
         if sweeps:
-            swept = [row for row in mine if (row["batch"], row["length"]) != first]
+            others = [row for row in mine if (row["batch"], row["length"]) != first and row["rank"]]
+            alike = {(row["method"], row["rank"], row["length"]) for row in others}
+            swept = [row for row in mine if (row["method"], row["rank"], row["length"]) in alike]
             _draw(grid[1][column], swept, lambda row: row["batch"] * row["length"], value, level)
             grid[1][column].set_xlabel(f"tokens, rank {swept[0]['rank']}" if swept else "tokens")
     for line in grid:

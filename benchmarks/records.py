@@ -17,7 +17,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from peers import ADAPTERS, TEXT
+from peers import ADAPTERS, COMPILED, TEXT
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -36,7 +36,9 @@ def parser(what: str, picture: str) -> argparse.ArgumentParser:
     made.add_argument("--short", action="store_true", help="fewer sizes and rounds, for `make bench`")
     made.add_argument("--rounds", type=int, help="measurements of everything; default 9, short 5")
     made.add_argument(
-        "--patience", type=float, default=60, help="seconds for waiting until other programs rest; default 60"
+        "--patience",
+        type=float,
+        help="seconds a setting for waiting until other programs rest; default 300, short 20",
     )
     made.add_argument("--threads", type=int, default=os.cpu_count(), help="of the processor; default: all")
     made.add_argument("--json", type=Path, default=Path("out") / f"{picture}.json")
@@ -49,13 +51,17 @@ def case_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--shape", choices=SHAPES, help="one model instead of the grid")
     made.add_argument("--batch", type=int, default=8)
     made.add_argument("--length", type=int, default=128, help="tokens of a row")
-    made.add_argument("--methods", nargs="+", choices=[*TEXT][1:], default=[*ADAPTERS])
+    names = [*TEXT, *(method + COMPILED for method in ADAPTERS)]
+    made.add_argument(
+        "--methods", nargs="+", choices=names, default=[*ADAPTERS], metavar="METHOD", help=", ".join(names)
+    )
     made.add_argument("--ranks", nargs="+", type=int, default=[16])
 
 
 def begin(options: argparse.Namespace) -> torch.device:
     """Set the threads and return where to compute."""
     options.rounds = options.rounds or (5 if options.short else 9)
+    options.patience = (20 if options.short else 300) if options.patience is None else options.patience
     torch.set_num_threads(options.threads)
     calm()
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -113,7 +119,7 @@ def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left:
         if before is not None and before[0] != row[0]:
             table.add_section()
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def rounded(spread: Spread | None) -> dict[str, float] | None:

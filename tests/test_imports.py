@@ -55,12 +55,14 @@ def test_mathematics_imports_torch_and_the_standard_library_only(path: Path) -> 
 def test_only_the_tuner_and_what_uses_it_import_peft() -> None:
     # the two files outside the tuner read and write PEFT's own formats
     allowed = {"tuner", "training", "__main__.py", "checkpoint.py", "export.py"}
+    # of a bank, only what puts it on a model; its files know no model
+    wraps = {Path("bank/model.py"), Path("bank/bank.py")}
     offenders = [
         path.relative_to(SOURCE)
         for path in SOURCE.rglob("*.py")
         if "peft" in _imported(path) and path.relative_to(SOURCE).parts[0] not in allowed
     ]
-    assert not offenders
+    assert set(offenders) <= wraps
 
 
 def test_only_the_command_line_imports_its_library() -> None:

@@ -230,3 +230,32 @@ def test_a_row_that_was_zero_and_is_updated_trains() -> None:
     rule.gains({"m": m}, base, parts).weight(W, dense(parts))[5].sum().backward()
     row = dense(parts)[5].detach()
     torch.testing.assert_close(m.grad[5], (row / row.norm()).sum())
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_scaling_a_sum_is_the_formula_and_can_be_differentiated_twice(with_bias: bool) -> None:
+    torch.manual_seed(0)
+    y = torch.randn(3, 70, 5, dtype=torch.float64, requires_grad=True)  # more tokens than are summed at a time
+    gain = torch.rand(5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(5, dtype=torch.float64, requires_grad=True) if with_bias else None
+    leaves = [tensor for tensor in (y, gain, bias) if tensor is not None]
+    gains = Gains(gain, gain)
+    found = gains.of_sum(y, bias)
+    wanted = gains.output(y, bias, torch.zeros_like(y))
+    torch.testing.assert_close(found, wanted)
+    weights = torch.randn_like(y)
+    for one, other in zip(
+        torch.autograd.grad((found * weights).sum(), leaves),
+        torch.autograd.grad((wanted * weights).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+    small = y.detach()[:1, :3].requires_grad_(True)
+    assert torch.autograd.gradgradcheck(
+        lambda y, gain, bias: Gains(gain, gain).of_sum(y, bias), (small, gain, bias)
+    )
+
+
+def test_gains_of_one_leave_every_bit_of_a_sum() -> None:
+    y, one = torch.randn(7, 9), torch.ones(9)
+    assert torch.equal(Gains(one, one).of_sum(y, torch.randn(9)), y)

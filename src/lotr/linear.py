@@ -22,7 +22,8 @@ from torch.autograd import Function
 from .delta import Factored, Grid
 from .orders import Order
 
-_NARROW = 16  # matrix products with fewer columns than this are slow on CPUs, with fewer rows they are not
+# on CPUs products with few columns are slow, with few rows they are not: gradients of factors are taken rank first
+_NARROW = 16
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class _AdaptedLinear(Function):
                 p = _narrow(D, U).reshape(len(dY), -1)  # (n, a·k)
                 q = p @ C
                 dC = p.T @ h[0] if needs_C else None
-                dU = _narrow(D.T, (h[0] @ C.T).reshape(len(D), -1)) if needs_U else None
+                dU = ((h[0] @ C.T).reshape(len(D), -1).T @ D).T if needs_U else None
             if ctx.given[n]:
                 gradients += [None, dC, dU, q if needs_h else None]
                 continue

@@ -9,14 +9,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from .cores import Numbers, Shapes
 from .norms import BaseWeight, Placed, column_energy, row_energy, update_energy
 
+_ROWS = 128  # of an activation whose products are summed at a time
 _TINY = 1e-30  # of a squared norm: a row of zeros has no direction, and must not be divided by
 
 
@@ -58,7 +60,35 @@ class Gains:
         bias: Tensor | None,  # (out,)
     ) -> Tensor:  # (*n, out)
         """Return the adapted output where the gains are alike. Gains of exactly one give `y` bit for bit."""
-        return y * self.base if bias is None else torch.addcmul((1 - self.base) * bias, y, self.base)
+        if torch.compiler.is_compiling():  # which makes passes of its own
+            return y * self.base if bias is None else torch.addcmul((1 - self.base) * bias, y, self.base)
+        scaled: Tensor = _Scaled.apply(y, self.base, bias)  # type: ignore[no-untyped-call]
+        return scaled
+
+
+class _Scaled(Function):
+    """`gain ⊙ (y - bias) + bias`, in one pass forward and two back; sums over tokens stay in the processor's cache."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, gain, bias)
+        ctx.dtype = y.dtype
+        return y * gain if bias is None else torch.addcmul((1 - gain) * bias, y, gain)
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        y, gain, bias = ctx.saved_tensors
+        needs_y, needs_gain, needs_bias = ctx.needs_input_grad
+        dgain = dbias = None
+        if needs_gain or needs_bias:
+            total = dz.flatten(0, -2).sum(0)
+            dbias = total * (1 - gain) if needs_bias else None
+        if needs_gain:
+            rows = zip(dz.flatten(0, -2).split(_ROWS), y.flatten(0, -2).split(_ROWS), strict=True)
+            dgain = sum((one * other).sum(0) for one, other in rows)
+            dgain = dgain if bias is None else dgain - bias * total
+            dgain = dgain.sum_to_size(gain.shape).to(gain.dtype)
+        return (dz * gain).to(ctx.dtype) if needs_y else None, dgain, dbias
 
 
 class Magnitude(ABC):

@@ -124,9 +124,13 @@ def evaluate(
 
 @app.command(epilog=epilog("predict"))
 def predict(
-    adapter: Adapter,
+    adapter: Annotated[str, typer.Argument(help="Adapter folder, hub id, or bank.", show_default=False)],
     data: Data,
     output: Annotated[Path, typer.Option(help="File to write: .csv or .jsonl.")],
+    task: Annotated[str | None, typer.Option(help="Of a bank: the task that answers all rows.")] = None,
+    task_column: Annotated[
+        str | None, typer.Option(help="Of a bank: column with the task that answers each row.")
+    ] = None,
     model: Base = None,
     batch_size: BatchSize = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of a language model.")] = 64,
@@ -138,16 +142,39 @@ def predict(
 
     with reported(), console.stopwatch("Loading"):
         writing.check_output(output, overwrite)
-        from lotr.training.trained import load_trained
-        from lotr.training.trained import predict as answer
-
-        trained = load_trained(adapter, model)
-        with console.counting("Predicting") as tick:
-            rows = answer(trained, data, batch_size, max_new_tokens, tick)
+        rows = _predicted(adapter, data, model, task, task_column, batch_size, max_new_tokens)
         writing.write_rows(rows, output)
     reports.said(
         {"rows": len(rows), "output": str(output)}, f"{len(rows)} predictions are in {output}.", json
     )
+
+
+def _predicted(
+    place: str,
+    data: str,
+    model: str | None,
+    task: str | None,
+    task_column: str | None,
+    batch_size: int,
+    max_new_tokens: int,
+) -> list[dict[str, Any]]:
+    from lotr.bank.folder import BANK
+
+    if (Path(place) / BANK).is_file():
+        from lotr.training import served
+
+        bank = served.load_served(place, model)
+        with console.counting("Predicting") as tick:
+            return served.predict(bank, data, task, task_column, batch_size, max_new_tokens, tick)
+    if task is not None or task_column is not None:
+        raise console.usage_error(
+            f"{place} is no bank, so it has no tasks. Leave out --task and --task-column."
+        )
+    from lotr.training import trained
+
+    adapter = trained.load_trained(place, model)
+    with console.counting("Predicting") as tick:
+        return trained.predict(adapter, data, batch_size, max_new_tokens, tick)
 
 
 @app.command(epilog=epilog("plan"))

@@ -8,8 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from . import console
+from .bank_settings import BankSettings
 from .console import out, print_json, print_table, reported
 from .examples import epilog
+from .options import with_train_options
 
 app = typer.Typer(
     name="bank",
@@ -73,43 +75,119 @@ def create(
     )
 
 
+@app.command(epilog=epilog("bank train"))
+@with_train_options(of=BankSettings)
+def train(
+    tasks: Annotated[
+        Path | None,
+        typer.Option(help="YAML list of tasks: `name: file`, or `name: {train:, eval:, text:, label:}`."),
+    ] = None,
+    json: Json = False,
+    **given: Any,
+) -> None:
+    """Train many tasks at once, in mixed batches, and keep them in a bank."""
+    with reported(), console.stopwatch("Starting"):
+        from lotr.training.task_list import read_tasks
+
+        listed = [] if tasks is None else [task.to_dict() for task in read_tasks(tasks)]
+        _train(listed, given, json)
+
+
+def _train(tasks: list[dict[str, Any]], given: dict[str, Any], json: bool) -> None:
+    from lotr.training.train_bank import train_bank
+
+    from .progress import TrainingProgress
+
+    named = {name: value for name, value in given.items() if value is not None}
+    bar = TrainingProgress()
+    try:
+        report = train_bank(BankSettings(**named, tasks=tasks), console.say, [bar])
+    finally:
+        bar.close()
+    if json:
+        return print_json(report)
+    rows = [
+        (
+            name,
+            found["task"],
+            found["rows"]["train"],
+            next(iter(_score(found).items()))[0],
+            *_score(found).values(),
+        )
+        for name, found in report["tasks"].items()
+    ]
+    print_table(report["bank"], ("task", "kind", "rows", "measured", "score"), rows)
+    return _said(
+        {},
+        f"{len(rows):,} tasks trained in {report['seconds']:.0f} s; each has {report['numbers_a_task']:,} numbers, "
+        f"{report['bytes_a_task']:,} bytes beside its head.",
+        as_json=False,
+    )
+
+
+def _score(found: dict[str, Any]) -> dict[str, float]:
+    name = next(name for name in ("accuracy", "pearson", "loss") if name in found)
+    return {name: found[name]}
+
+
 @app.command(epilog=epilog("bank add"))
+@with_train_options("Training", of=BankSettings)
 def add(
     bank: Bank,
     adapters: Annotated[
-        list[str], typer.Argument(help="Adapters saved on the bank's basis.", show_default=False)
-    ],
+        list[str] | None, typer.Argument(help="Adapters saved on the bank's basis.", show_default=False)
+    ] = None,
     task: Annotated[
         str | None, typer.Option(help="Name of the task.", show_default="the name of the adapter's folder")
     ] = None,
+    train: Annotated[
+        str | None, typer.Option(help="Data to train a new task on, instead of adapters.")
+    ] = None,
+    eval: Annotated[str | None, typer.Option(help="Data to measure the new task on.")] = None,
+    text: Annotated[str, typer.Option(help="Column with the text.")] = "text",
+    text2: Annotated[str, typer.Option(help="Column with the second text of a pair.")] = "text2",
+    label: Annotated[str, typer.Option(help="Column with the label.")] = "label",
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace a task that has the name already.")
     ] = False,
     json: Json = False,
+    **given: Any,
 ) -> None:
-    """Add saved adapters as tasks: all of them, or none."""
-    with reported():
+    """Add tasks: adapters saved on the basis (all of them, or none), or one that is trained on data."""
+    with reported(), console.stopwatch("Adding"):
+        if train is not None:
+            if adapters or task is None:
+                raise console.usage_error(
+                    "--train trains one task: name it with --task, and name no adapters."
+                )
+            source = {
+                "name": task,
+                "train": train,
+                "eval": eval,
+                "text": text,
+                "text2": text2,
+                "label": label,
+            }
+            return _train([source], {**given, "output": str(bank), "replace": replace}, json)
+        if not adapters:
+            raise console.usage_error(
+                "There is nothing to add. Name adapters, or data with --task and --train."
+            )
         if task is not None and len(adapters) > 1:
             raise console.usage_error(
                 f"--task {task} names one task, and there are {len(adapters)} adapters."
             )
-        with console.stopwatch("Adding"):
-            from lotr.bank import CoreBank
+        from lotr.bank import CoreBank
 
-            names = [task or Path(adapter).resolve().name for adapter in adapters]
-            with CoreBank.open(bank, writable=True) as opened:
-                tasks = (
-                    opened.from_adapter(name, adapter) for name, adapter in zip(names, adapters, strict=True)
-                )
-                error = opened.add_many(tasks, replace=replace)
-                report = {
-                    "added": names,
-                    "dtype": opened.dtype,
-                    "rounding_error": error,
-                    "tasks": len(opened),
-                }
+        names = [task or Path(adapter).resolve().name for adapter in adapters]
+        with CoreBank.open(bank, writable=True) as opened:
+            tasks = (
+                opened.from_adapter(name, adapter) for name, adapter in zip(names, adapters, strict=True)
+            )
+            error = opened.add_many(tasks, replace=replace)
+            report = {"added": names, "dtype": opened.dtype, "rounding_error": error, "tasks": len(opened)}
     line = f"Added {', '.join(names)}. Rounding to {report['dtype']} cost at most {error:.2g} of the cores' norm."
-    _said(report, f"{line} The bank has {report['tasks']:,} tasks.", json)
+    return _said(report, f"{line} The bank has {report['tasks']:,} tasks.", json)
 
 
 @app.command("list", epilog=epilog("bank list"))

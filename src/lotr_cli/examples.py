@@ -21,6 +21,8 @@ EXAMPLES = {
     "predict": (
         "lotr predict runs/first --data docstrings --output predictions.csv",
         "lotr predict runs/first --data docstrings --output predictions.jsonl --batch-size 128",
+        "lotr predict runs/bank --data tickets.csv --output answers.csv --task tickets",
+        "lotr predict runs/bank --data mixed.csv --output mixed-answers.csv --task-column queue",
     ),
     "plan": (
         "lotr plan minilm",
@@ -41,6 +43,12 @@ EXAMPLES = {
     "bank add": (
         "lotr bank add runs/bank runs/first runs/other-task",
         "lotr bank add runs/bank runs/other-task --task reviews",
+        "lotr bank add runs/bank --task tickets --train tickets.csv --epochs 5",
+    ),
+    "bank train": (
+        "lotr bank train --basis runs/first --tasks tasks.yaml --output runs/bank",
+        "lotr bank train --tasks more-tasks.yaml --output runs/bank --sampling temperature --temperature 3",
+        "lotr bank train --resume --output runs/bank  # after ctrl-C",
     ),
     "bank list": ("lotr bank list runs/bank", "lotr bank list runs/bank --after other --limit 10 --json"),
     "bank show": ("lotr bank show runs/bank reviews",),

@@ -1,9 +1,9 @@
-"""Options of `lotr train` and `lotr plan`, made from the fields of `TrainSettings`."""
+"""Options of commands, made from the fields of their settings."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, get_type_hints
 
@@ -14,12 +14,15 @@ from .settings import TrainSettings
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 
 
-def with_train_options(*panels: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one option for each setting of some panels (default: of all).
+def with_train_options(
+    *panels: str, of: type = TrainSettings, leave_out: Sequence[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option for each setting of some panels (default: of all), without those left out.
 
     Every option is optional here, because a config file may hold it.
     """
-    made = [_parameter(f) for f in fields(TrainSettings) if not panels or f.metadata["panel"] in panels]
+    wanted = [f for f in fields(of) if f.metadata["panel"] and f.name not in leave_out]
+    made = [_parameter(f) for f in wanted if not panels or f.metadata["panel"] in panels]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(command, include_extras=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-def _setting(default: Any, panel: str, text: str, shown: str | None = None) -> Any:
+def setting(default: Any, panel: str, text: str, shown: str | None = None) -> Any:
     """Return a field with its help; `shown` describes a default that depends on other settings."""
     return field(default=default, metadata={"panel": panel, "help": text, "shown": shown})
 
@@ -19,115 +19,113 @@ _DATA, _ADAPTER, _TRAINING, _RUN = "Model and data", "Adapter", "Training", "Run
 class TrainSettings:
     """What `lotr train` is told. Fields left at `None` are decided by the run, which says how."""
 
-    model: str | None = _setting(
+    model: str | None = setting(
         None, _DATA, "Local folder, hub id, or `minilm` (packaged all-MiniLM-L6-v2).", "required"
     )
-    train: str | None = _setting(
+    train: str | None = setting(
         None,
         _DATA,
         "Training data: .csv, .tsv, .jsonl or .parquet file, saved datasets folder, hub data set (`glue/sst2`), "
         "or `docstrings` (built in).",
         "required",
     )
-    eval: str | None = _setting(
-        None, _DATA, "Evaluation data.", "default: its own split, or a tenth held out"
-    )
-    output: str | None = _setting(None, _DATA, "Folder for the adapter and its reports.", "required")
-    text: str = _setting("text", _DATA, "Column with the text.")
-    text2: str = _setting("text2", _DATA, "Column with the second text of a pair, if there is one.")
-    label: str = _setting("label", _DATA, "Column with the label.")
-    task: str | None = _setting(
+    eval: str | None = setting(None, _DATA, "Evaluation data.", "default: its own split, or a tenth held out")
+    output: str | None = setting(None, _DATA, "Folder for the adapter and its reports.", "required")
+    text: str = setting("text", _DATA, "Column with the text.")
+    text2: str = setting("text2", _DATA, "Column with the second text of a pair, if there is one.")
+    label: str = setting("label", _DATA, "Column with the label.")
+    task: str | None = setting(
         None, _DATA, "classification, regression or causal-lm.", "default: guessed from the label"
     )
-    max_length: int = _setting(128, _DATA, "Longest text, in tokens.")
+    max_length: int = setting(128, _DATA, "Longest text, in tokens.")
 
-    method: str = _setting(
+    method: str = setting(
         "lotr",
         _ADAPTER,
         "Row of `lotr methods`; or for comparison `peft_lora`, `peft_dora` (PEFT's own) and `head`.",
     )
-    rank: str = _setting(
+    rank: str = setting(
         "16", _ADAPTER, "Rank of the shared factors: one number, `k,r`, or `auto` with a budget."
     )
-    budget: int | None = _setting(
+    budget: int | None = setting(
         None,
         _ADAPTER,
         "Numbers that `--rank auto` may train; a start that looks at data shares them out among the groups.",
         "default: none",
     )
-    target: str | None = _setting(
+    target: str | None = setting(
         None,
         _ADAPTER,
         "Modules to adapt: names with commas, a regex, or `all-linear`.",
         "default: by architecture",
     )
-    modes: str | None = _setting(
+    modes: str | None = setting(
         None,
         _ADAPTER,
         "What shares factors: any of `layer,projection,head`; `site`; or `none`.",
         "default: by method",
     )
-    core: str | None = _setting(
+    core: str | None = setting(
         None, _ADAPTER, "Structure of the cores: free, identity, tucker, cp, tt.", "default: by method"
     )
-    core_ranks: str | None = _setting(
+    core_ranks: str | None = setting(
         None,
         _ADAPTER,
         "Tucker cores: rank of every mode (`4`), or of each (`layer=8,head=4`).",
         "default: the rank, at most the mode's extent",
     )
-    blocks: str | None = _setting(
+    blocks: str | None = setting(
         None, _ADAPTER, "How weights are cut: none, head, square.", "default: by method"
     )
-    magnitude: str | None = _setting(
+    magnitude: str | None = setting(
         None,
         _ADAPTER,
         "Rule on the whole weight: none, per_output, per_output_and_input, base_and_update.",
         "default: by method",
     )
-    trainable: str | None = _setting(
+    trainable: str | None = setting(
         None, _ADAPTER, "What trains: all, or cores (the factors stay as they start).", "default: by method"
     )
-    basis: str | None = _setting(
+    basis: str | None = setting(
         None,
         _ADAPTER,
         "Adapter whose factors are kept: its structure is taken, and only cores and a head train.",
         "default: none",
     )
-    scaling: float = _setting(1.0, _ADAPTER, "σ: multiplies the update; not divided by the rank.")
-    start: str | None = _setting(
+    scaling: float = setting(1.0, _ADAPTER, "σ: multiplies the update; not divided by the rank.")
+    start: str | None = setting(
         None,
         _ADAPTER,
         "How the factors start: orthonormal, gaussian, kaiming, weight; from the first batches: gradient, activation.",
         "default: by method",
     )
-    start_batches: int = _setting(8, _ADAPTER, "Batches that a start from gradients or activations looks at.")
-    dropout: float = _setting(0.0, _ADAPTER, "Dropout on the input of the update.")
+    start_batches: int = setting(8, _ADAPTER, "Batches that a start from gradients or activations looks at.")
+    dropout: float = setting(0.0, _ADAPTER, "Dropout on the input of the update.")
 
-    lr: float | None = _setting(None, _TRAINING, "Learning rate of the factors.", "default: by method")
-    core_lr: float | None = _setting(None, _TRAINING, "Learning rate of the cores.", "default: by method")
-    magnitude_lr: float | None = _setting(
+    lr: float | None = setting(None, _TRAINING, "Learning rate of the factors.", "default: by method")
+    core_lr: float | None = setting(None, _TRAINING, "Learning rate of the cores.", "default: by method")
+    magnitude_lr: float | None = setting(
         None, _TRAINING, "Learning rate of the magnitudes.", "default: by method"
     )
-    head_lr: float | None = _setting(None, _TRAINING, "Learning rate of a new head.", "default: by method")
-    head_warmup: int = _setting(
+    head_lr: float | None = setting(None, _TRAINING, "Learning rate of a new head.", "default: by method")
+    head_warmup: int = setting(
         0, _TRAINING, "Steps in which a new head trains alone, before the adapter starts."
     )
-    epochs: float = _setting(3.0, _TRAINING, "Passes over the training data.")
-    max_steps: int | None = _setting(None, _TRAINING, "Steps, instead of epochs.", "default: by epochs")
-    batch_size: int = _setting(32, _TRAINING, "Rows a step and device.")
-    warmup: float = _setting(0.06, _TRAINING, "Share of the steps in which the rates rise.")
-    weight_decay: float = _setting(0.0, _TRAINING, "Weight decay of AdamW.")
-    gradient_checkpointing: bool = _setting(False, _TRAINING, "Recompute activations to save memory.")
-    dtype: str = _setting("float32", _TRAINING, "Type of the base model: float32, bfloat16, float16.")
-    seed: int = _setting(0, _TRAINING, "Seed of everything random.")
+    epochs: float = setting(3.0, _TRAINING, "Passes over the training data.")
+    max_steps: int | None = setting(None, _TRAINING, "Steps, instead of epochs.", "default: by epochs")
+    batch_size: int = setting(32, _TRAINING, "Rows a step and device.")
+    warmup: float = setting(0.06, _TRAINING, "Share of the steps in which the rates rise.")
+    weight_decay: float = setting(0.0, _TRAINING, "Weight decay of AdamW.")
+    gradient_checkpointing: bool = setting(False, _TRAINING, "Recompute activations to save memory.")
+    dtype: str = setting("float32", _TRAINING, "Type of the base model: float32, bfloat16, float16.")
+    seed: int = setting(0, _TRAINING, "Seed of everything random.")
 
-    eval_steps: int | None = _setting(
+    eval_steps: int | None = setting(
         None, _RUN, "Steps between evaluations and checkpoints.", "default: five a run"
     )
-    resume: bool = _setting(False, _RUN, "Go on from the last checkpoint in OUTPUT.")
-    overwrite: bool = _setting(False, _RUN, "Replace an output folder that is not empty.")
-    report_to: str = _setting("none", _RUN, "Where transformers logs to: none, tensorboard, wandb, …")
+    resume: bool = setting(False, _RUN, "Go on from the last checkpoint in OUTPUT.")
+    overwrite: bool = setting(False, _RUN, "Replace an output folder that is not empty.")
+    report_to: str = setting("none", _RUN, "Where transformers logs to: none, tensorboard, wandb, …")
 
     def record(self) -> dict[str, Any]:
         """Return the settings of the run as plain values; how it was called is not one of them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -22,6 +22,9 @@ from .layout import Layout
 from .record import to_row, to_tasks
 from .store import TaskStore
 from .task import Task, check_name
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class CoreBank:
@@ -142,6 +145,12 @@ class CoreBank:
             CheckpointError: Its adapted weights are others than those that the basis was made for.
         """
         self.description.check_base(model, [target.path for target in self.plan.targets], self.path)
+
+    def wrap(self, base: nn.Module, capacity: int | str = 1024) -> PeftModel:
+        """Put the bank on its base model: every row of a batch uses a task of its own; see `lotr.bank.model.wrap`."""
+        from .model import wrap
+
+        return wrap(self, base, capacity)
 
     # ------------------------------------------------------------------ reading
 

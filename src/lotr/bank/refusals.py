@@ -41,8 +41,10 @@ def refused(path: Path, task: str | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        # a changed byte in the schema is met as a name that is no text
+        damaged = sqlite3.SQLITE_CORRUPT if isinstance(error, UnicodeDecodeError) else sqlite3.SQLITE_ERROR
+        code = getattr(error, "sqlite_errorcode", damaged) & 0xFF
         says = _SAYS.get(code, "cannot be used")
         who = f"Task {task!r} cannot be read: {path}" if task is not None else str(path)
         raise CheckpointError(f"{who} {says} ({error}).") from error

@@ -11,7 +11,7 @@ from ..errors import CheckpointError, ConfigError, UnknownTaskError, near
 from .database import Database
 from .row import Row
 
-_NAME = "CAST(name AS TEXT)"  # one changed byte makes it anything else
+_NAME = "coalesce(CAST(name AS TEXT), '')"  # one changed byte makes it anything else
 #: In the order of `Row`.
 _COLUMNS = "name, dtype, created, error, about, numbers, head, checksum"
 
@@ -120,7 +120,10 @@ class TaskStore:
     def summary(self) -> tuple[int, dict[str, int], float]:
         """Return how many tasks there are, how many of each kind, and the largest error of rounding."""
         kind = "CASE WHEN json_valid(about) THEN json_extract(about, '$.task') END"
-        found = self._file.all(f"SELECT {kind}, count(*), max(error) FROM task GROUP BY 1")
+        error = (
+            "CASE WHEN typeof(error) = 'real' THEN error ELSE 0.0 END"  # of a damaged row it can be anything
+        )
+        found = self._file.all(f"SELECT {kind}, count(*), max({error}) FROM task GROUP BY 1")
         kinds = {str(name or "unknown"): count for name, count, _ in found}
         return sum(kinds.values()), kinds, max((error for *_, error in found), default=0.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -28,11 +29,13 @@ def classification(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     predicted = scores.argmax(-1)
-    return {
-        "accuracy": float(accuracy_score(labels, predicted)),
-        "f1_macro": float(f1_score(labels, predicted, average="macro", zero_division=0)),
-        "mcc": float(matthews_corrcoef(labels, predicted)),
-    }
+    with warnings.catch_warnings():  # few rows may all have one label, of which the coefficient is zero
+        warnings.filterwarnings("ignore", "A single label was found", UserWarning)
+        return {
+            "accuracy": float(accuracy_score(labels, predicted)),
+            "f1_macro": float(f1_score(labels, predicted, average="macro", zero_division=0)),
+            "mcc": float(matthews_corrcoef(labels, predicted)),
+        }
 
 
 def regression(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -123,6 +123,9 @@ class Adapted:
 
     def _core_map(self, member: Member) -> LinearMap:
         core = member.part.group.core
+        rows = member.group.rows.get(self.adapter)
+        if rows is not None:
+            return rows.core(member.part)
         if core.is_identity:
             return _unchanged
         if core.by_site and not member.part.name:

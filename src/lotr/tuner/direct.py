@@ -69,7 +69,7 @@ def fits(adapted: Adapted, x: Tensor) -> bool:
         return False
     for member in state.members:
         part, group = member.part, member.group
-        if part.grid[1] > 1 and part.columns[1] != layer.in_features:
+        if adapted.adapter in group.rows or (part.grid[1] > 1 and part.columns[1] != layer.in_features):
             return False
         factors = [group.lotr_U[adapted.adapter], group.lotr_V[adapted.adapter]]
         if part.group.core.by_site and not part.name:

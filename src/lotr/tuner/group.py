@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import align_module_device
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from ..blocks import Shape
 from .direct import InputProducts
+
+if TYPE_CHECKING:
+    from .rows import Rows
 
 
 class NamedNumbers(nn.Module):
@@ -83,6 +86,8 @@ class LotrGroup(nn.Module, LotrLayer):
         self.products = products  # one for the whole model
         self.merged_adapters: list[str] = []
         self._home: torch.device | None = None
+        # adapter → cores of each row of the batch that runs, see `rows.Rows`
+        self.rows: dict[str, Rows] = {}
 
     def add(self, adapter: str, U: Tensor, V: Tensor, core: Mapping[str, Tensor], frozen: bool) -> None:
         """Add the numbers of an adapter: `U` `(o, k)`, `V` `(i, r)`, the shared ones of the core."""

@@ -200,9 +200,11 @@ class LotrLinear(nn.Module, LotrLayer):
         """
         adapted = self.adapted(adapter)
         parts = [adapted.placed(member) for member in adapted.members]
-        dW = parts[0].update.U.new_zeros(self.out_features, self.in_features)
-        for part in parts:
-            dW[part.rows, part.columns] = part.update.dense()
+        dW = parts[0].update.dense()
+        if dW.shape != (self.out_features, self.in_features):
+            dW = dW.new_zeros(self.out_features, self.in_features)
+            for part in parts:
+                dW[part.rows, part.columns] = part.update.dense()
         if not adapted.magnitude.additive:
             W = self._untouched().to(dW)
             dW = adapted.gains().weight(W, dW) - W

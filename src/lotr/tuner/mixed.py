@@ -34,6 +34,10 @@ def forward_hooks(
     if adapter_names is None:
         yield
         return
+    if tuner.tasks is not None:  # names of a bank's tasks, in training too
+        with tuner.tasks.select(adapter_names):
+            yield
+        return
     if tuner.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
     layers = [m for m in tuner.modules() if isinstance(m, LotrLinear | AuxiliaryTrainingWrapper)]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -14,6 +14,7 @@ from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from .. import delta
+from ..errors import ConfigError
 from ..paths import normalise
 from ..sites import Group, Plan
 from . import combine, mixed, state
@@ -34,6 +35,9 @@ from .targets import (
     plan_of,
     resolve_targets,
 )
+
+if TYPE_CHECKING:
+    from ..bank.model import TaskRows
 
 
 @dataclass
@@ -58,6 +62,7 @@ class LotrModel(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = LotrLayer
     target_module_mapping = DEFAULT_TARGETS
+    tasks: TaskRows | None = None  # of a bank, see `bank.model.wrap`
     _inner_names: frozenset[str] = frozenset()  # of the numbers inside the adapters of this model
 
     # ------------------------------------------------------------------ injection: plan, then apply
@@ -208,6 +213,19 @@ class LotrModel(BaseTuner):
         names, beams = kwargs.get("adapter_names"), kwargs.get("num_beams")
         with self._products.one_pass(), mixed.forward_hooks(self, names, beams):
             yield
+
+    def select(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
+        """Use a task of a bank in each row of the batches that run inside; see `CoreBank.wrap`.
+
+        Raises:
+            ConfigError: There is no bank on the model, or the tasks do not fit into its memory.
+            CheckpointError: A task does not exist or is damaged.
+        """
+        if self.tasks is None:
+            raise ConfigError(
+                "This model has adapters and no bank. Put a bank on its base model with bank.wrap."
+            )
+        return self.tasks.select(names)
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"

@@ -1,0 +1,163 @@
+"""Time of a mixed batch: 64 rows with 64 tasks beside one task, a large bank beside a small one, PEFT beside both.
+
+    python benchmarks/bench_bank.py --json out/bench_bank.json
+
+Everything runs in one process, on the packaged MiniLM, in turns whose order is drawn anew each round; a ratio is the
+median over rounds of the ratio within a round. All tasks are in memory, as they are once they have been used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import nn
+from transformers.utils import logging
+
+from lotr import CoreBank, LotrConfig, Task
+from lotr.training.models import load_model
+
+TARGETS = {"query, value": ["query", "value"], "all linears": "all-linear"}
+#: What is compared with what, and the ratio that is asked for.
+RATIOS = {
+    "64 tasks / one task": ("bank, 64 tasks", "bank, one task", 1.05),
+    "large bank / small bank": ("large bank, 64 tasks", "bank, 64 tasks", 1.02),
+    "one task / ordinary adapter": ("bank, one task", "ordinary adapter", None),
+    "64 tasks / base model": ("bank, 64 tasks", "base model", None),
+    "PEFT: 64 adapters / one": ("PEFT, 64 adapters", "PEFT, one adapter", None),
+    "PEFT: 64 adapters / base model": ("PEFT, 64 adapters", "base model", None),
+}
+
+Run = Callable[[], object]
+
+
+def base() -> nn.Module:
+    return load_model("minilm", "classification", ("a", "b"))
+
+
+def bank_of(folder: Path, tasks: int, targets: list[str] | str, rank: int) -> CoreBank:
+    """Make a bank with tasks of random numbers."""
+    config = LotrConfig(r=rank, target_modules=targets, exclude_modules=["classifier"])
+    get_peft_model(base(), config).save_pretrained(folder / "basis")
+    bank = CoreBank.create(folder / "bank", folder / "basis")
+    generator = torch.Generator().manual_seed(0)
+    size = bank.layout.size
+
+    def made() -> Iterator[Task]:
+        for n in range(tasks):
+            yield Task(f"task {n}", torch.randn(size, generator=generator) / 16)
+
+    bank.add_many(made())
+    return bank
+
+
+def loras(names: list[str], targets: list[str] | str, rank: int) -> nn.Module:
+    """Return a model with that many LoRA adapters of PEFT, with random numbers."""
+    config = LoraConfig(r=rank, target_modules=targets, exclude_modules=["classifier"], init_lora_weights=False)
+    model = get_peft_model(base(), config, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    return model.eval()
+
+
+def runs(folder: Path, targets: list[str] | str, options: argparse.Namespace, large: int) -> dict[str, Run]:
+    """Return what is timed, by name."""
+    rows = options.rows
+    generator = torch.Generator().manual_seed(0)
+    shape = (rows, options.length)
+    batch = {
+        "input_ids": torch.randint(1000, 20000, shape, generator=generator),
+        "attention_mask": torch.ones(shape, dtype=torch.long),
+    }
+    names = [f"task {n}" for n in range(rows)]
+    bank = bank_of(folder / "small", 100, targets, options.rank)
+    model = bank.wrap(base(), capacity=rows)
+    lora = loras([f"lora {n}" for n in range(rows)], targets, options.rank)
+    one, plain = get_peft_model(base(), bank.config).eval(), base()
+    found: dict[str, Run] = {
+        "base model": lambda: plain(**batch),
+        "ordinary adapter": lambda: one(**batch),
+        "bank, one task": lambda: model(**batch, task_ids=names[:1] * rows),
+        "bank, 64 tasks": lambda: model(**batch, task_ids=names),
+        "PEFT, one adapter": lambda: lora(**batch, adapter_names=["lora 0"] * rows),
+        "PEFT, 64 adapters": lambda: lora(**batch, adapter_names=[f"lora {n}" for n in range(rows)]),
+    }
+    if large:
+        big = bank_of(folder / "large", large, targets, options.rank).wrap(base(), capacity=rows)
+        spread = [f"task {n * (large // rows)}" for n in range(rows)]
+        found["large bank, 64 tasks"] = lambda: big(**batch, task_ids=spread)
+    return found
+
+
+def measured(timed: dict[str, Run], rounds: int, tick: Callable[[], object]) -> dict[str, list[float]]:
+    """Return the seconds of every run, round by round."""
+    draw, seconds = random.Random(0), {name: [] for name in timed}
+    with torch.inference_mode():
+        for n in range(rounds + 1):
+            for name in draw.sample(list(timed), len(timed)):
+                started = time.perf_counter()
+                timed[name]()
+                if n:  # the first round reads tasks and warms up
+                    seconds[name].append(time.perf_counter() - started)
+                tick()
+    return seconds
+
+
+def quartiles(values: list[float]) -> list[float]:
+    return [round(value, 4) for value in statistics.quantiles(values, n=4, method="inclusive")]
+
+
+def main() -> None:
+    """Print the tables and write them as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--rows", type=int, default=64, help="rows of a batch, each with a task of its own")
+    parser.add_argument("--length", type=int, default=32, help="tokens a row")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--large", type=int, default=100_000, help="tasks of the large bank (query, value); 0: none")
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    console, reports = Console(), []
+    for where, targets in TARGETS.items():
+        with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(f"Making banks: {where}", total=None)
+            timed = runs(Path(folder), targets, options, options.large if where == "query, value" else 0)
+            bar.update(task, description=where, total=(options.rounds + 1) * len(timed))
+            seconds = measured(timed, options.rounds, lambda bar=bar, task=task: bar.advance(task))
+        times = {name: quartiles([1000 * s for s in values]) for name, values in seconds.items()}
+        ratios = {
+            name: {"quartiles": quartiles([x / y for x, y in zip(seconds[a], seconds[b], strict=True)]), "asked": asked}
+            for name, (a, b, asked) in RATIOS.items()
+            if a in seconds
+        }
+        reports.append({"modules": where, "milliseconds": times, "ratios": ratios})
+        table = Table(title=f"{where}: {options.rows} rows of {options.length} tokens", title_justify="left")
+        for column in ("", "median", "quartiles", "asked"):
+            table.add_column(column, justify="left" if not column else "right")
+        for name, (low, middle, high) in times.items():
+            table.add_row(f"{name}, ms", f"{middle:.1f}", f"{low:.1f} … {high:.1f}", "")
+        table.add_section()
+        for name, said in ratios.items():
+            low, middle, high = said["quartiles"]
+            table.add_row(name, f"{middle:.3f}", f"{low:.3f} … {high:.3f}", f"{said['asked'] or ''}")
+        console.print(table)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"options": vars(options), "reports": reports}, indent=2, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Every setting of a run that trains many tasks at once, described once."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .settings import setting
+
+_DATA, _TRAINING, _RUN = "Model and data", "Training", "Run"
+
+
+@dataclass
+class BankSettings:
+    """What `lotr bank train` and `lotr bank add --train` are told."""
+
+    output: str | None = setting(None, _DATA, "Folder of the bank; made when it is not there.", "required")
+    basis: str | None = setting(
+        None, _DATA, "Adapter whose factors a new bank gets.", "required for a new bank"
+    )
+    model: str | None = setting(None, _DATA, "Base model.", "default: the one of the basis")
+    max_length: int = setting(128, _DATA, "Longest text, in tokens.")
+    keep: str = setting(
+        "bfloat16", _DATA, "Type in which a new bank keeps its tasks: float32, bfloat16, float16 or int8."
+    )
+
+    epochs: float = setting(3.0, _TRAINING, "Passes over the rows of all tasks.")
+    max_steps: int | None = setting(None, _TRAINING, "Steps, instead of epochs.", "default: by epochs")
+    batch_size: int = setting(32, _TRAINING, "Rows a step, of any tasks.")
+    sampling: str = setting(
+        "proportional", _TRAINING, "Share of a task in the batches: proportional, uniform or temperature."
+    )
+    temperature: float = setting(2.0, _TRAINING, "With temperature: a task takes size^(1/temperature).")
+    core_lr: float | None = setting(None, _TRAINING, "Learning rate of the cores.", "default: by core")
+    head_lr: float | None = setting(None, _TRAINING, "Learning rate of new heads.", "default: by core")
+    warmup: float = setting(0.06, _TRAINING, "Share of the steps in which the rates rise.")
+    weight_decay: float = setting(0.0, _TRAINING, "Weight decay of AdamW.")
+    dtype: str = setting("float32", _TRAINING, "Type of the base model: float32, bfloat16, float16.")
+    seed: int = setting(0, _TRAINING, "Seed of everything random.")
+
+    capacity: str = setting(
+        "1024", _RUN, "Tasks in memory: a number or bytes (`256MB`); the others wait on disk."
+    )
+    save_steps: int | None = setting(None, _RUN, "Steps between checkpoints.", "default: five a run")
+    resume: bool = setting(False, _RUN, "Go on from the last checkpoint of the run in OUTPUT.")
+    replace: bool = setting(False, _RUN, "Train tasks anew that the bank has, and drop an unfinished run.")
+
+    #: The tasks, as plain values; see `lotr.training.task_list.TaskSource`.
+    tasks: list[dict[str, Any]] = field(default_factory=list, metadata={"panel": ""})
+
+    def record(self) -> dict[str, Any]:
+        """Return the settings as plain values; how the run was called is not one of them."""
+        return {name: value for name, value in asdict(self).items() if name not in ("resume", "replace")}

@@ -1,0 +1,181 @@
+"""Heads of tasks: each row has logits of its own task's labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor, nn
+
+from conftest import ARCHITECTURES, VOCABULARY
+from lotr import CoreBank, Task
+from lotr.bank.heads import row_losses
+from lotr.errors import CheckpointError
+from test_bank_rows import alone, logits, make_bank, numbers_of
+
+LABELS = {"two": 2, "five": 5, "number": 1}
+MASKED = torch.finfo(torch.float32).min
+
+
+def head_of(module: nn.Module, path: str, n: int, seed: int) -> dict[str, Tensor]:
+    """Random numbers for a head with `n` outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    last = [name for name, _ in module.named_parameters()][-1].rpartition(".")[0]
+    found = {}
+    for name, parameter in module.named_parameters():
+        shape = list(parameter.shape)
+        if name.rpartition(".")[0] == last:
+            shape[0] = n
+        found[f"base_model.model.{path}.{name}"] = torch.randn(shape, generator=generator) / 4
+    return found
+
+
+def with_heads(folder: Path, model: str, base: nn.Module, path: str, **config: Any) -> CoreBank:
+    bank = make_bank(folder, model, names=[], **config)
+    for seed, (name, n) in enumerate(LABELS.items()):
+        kind = "regression" if n == 1 else "classification"
+        head = head_of(getattr(base, path), path, n, seed)
+        bank.add(Task(name, numbers_of(bank, seed), head, tuple(map(str, range(n))), kind))
+    return bank
+
+
+def own_head(bank: CoreBank, base: nn.Module, path: str, name: str) -> nn.Module:
+    """The base model with one task, cores and head, as an ordinary model."""
+    module = getattr(base, path)
+    own = {key.removeprefix(f"base_model.model.{path}."): v for key, v in bank.get(name).head.items()}
+    for key, value in own.items():
+        parent = module.get_submodule(key.rpartition(".")[0])
+        setattr(parent, key.rpartition(".")[2], nn.Parameter(value))
+    base.config.num_labels = base.num_labels = LABELS[name]
+    return alone(bank, base, name)
+
+
+def roberta() -> nn.Module:
+    config = tf.RobertaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        num_labels=3,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    return tf.RobertaForSequenceClassification(config).eval()
+
+
+def llama() -> nn.Module:
+    config = ARCHITECTURES["llama"].make().config
+    config.num_labels = 3
+    torch.manual_seed(0)
+    return tf.LlamaForSequenceClassification(config).eval()
+
+
+MODELS = {
+    "bert": (ARCHITECTURES["bert"].make, "classifier", "bert"),
+    "roberta": (roberta, "classifier", "bert"),
+    "llama": (llama, "score", "llama"),
+}
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_each_row_goes_through_the_head_of_its_task(name: str, tmp_path: Path) -> None:
+    make, path, like = MODELS[name]
+    if name == "roberta":
+        pytest.importorskip("transformers")
+    bank = (
+        with_heads(tmp_path, like, make(), path)
+        if name != "roberta"
+        else _roberta_bank(tmp_path, make(), path)
+    )
+    inputs = ARCHITECTURES["bert"].inputs()
+    model = bank.wrap(make())
+    ids = ["five", "two", None, "number"]
+    mixed = logits(model, inputs, task_ids=ids)
+    assert mixed.shape == (4, 5)
+    for row, task in enumerate(ids):
+        single = make() if task is None else own_head(bank, make(), path, task)
+        expected = logits(single, inputs)[row]
+        assert torch.allclose(mixed[row, : len(expected)], expected, atol=1e-5)
+        assert (mixed[row, len(expected) :] == MASKED).all()
+    assert torch.softmax(mixed[1], -1)[2:].eq(0).all()
+    assert logits(model, inputs, task_ids=["two"] * 4).shape == (4, 2)
+    assert torch.equal(logits(model, inputs), logits(make(), inputs))
+
+
+def _roberta_bank(folder: Path, base: nn.Module, path: str) -> CoreBank:
+    from peft import get_peft_model
+
+    from lotr import LotrConfig
+
+    get_peft_model(roberta(), LotrConfig(r=4, target_modules=["query"])).save_pretrained(folder / "basis")
+    bank = CoreBank.create(folder / "bank", basis=folder / "basis", dtype="float32")
+    for seed, (name, n) in enumerate(LABELS.items()):
+        kind = "regression" if n == 1 else "classification"
+        bank.add(Task(name, numbers_of(bank, seed), head_of(getattr(base, path), path, n, seed), (), kind))
+    return bank
+
+
+def test_the_loss_is_the_mean_over_rows_of_each_tasks_own(tmp_path: Path) -> None:
+    make, path, _ = MODELS["bert"]
+    bank, inputs = with_heads(tmp_path, "bert", make(), path), ARCHITECTURES["bert"].inputs()
+    labels, ids = torch.tensor([4.0, 1.0, 0.0, 2.5]), ["five", "two", "two", "number"]
+    output = bank.wrap(make())(**inputs, labels=labels, task_ids=ids)
+    expected = []
+    for row, task in enumerate(ids):
+        target = labels[row : row + 1] if task == "number" else labels[row : row + 1].long()
+        own = {key: value[row : row + 1] for key, value in inputs.items()}
+        expected.append(own_head(bank, make(), path, task)(**own, labels=target).loss)
+    assert torch.allclose(output.loss, torch.stack(expected).mean(), atol=1e-5)
+    assert output.to_tuple()[0] is output.loss
+
+
+def test_gradients_reach_the_own_head_alone(tmp_path: Path) -> None:
+    make, path, _ = MODELS["bert"]
+    bank, inputs = with_heads(tmp_path, "bert", make(), path), ARCHITECTURES["bert"].inputs()
+    model = bank.wrap(make())
+    slab = model.base_model.tasks.slab
+    slab.slots_of(list(LABELS))  # all in memory, so that the tables have their size
+    for table in slab.heads.tables.values():
+        table.requires_grad_()
+    labels = torch.tensor([1, 0, 0, 1])
+    loss = model(**inputs, labels=labels, task_ids=["two", None, "two", "two"]).loss
+    loss.backward()
+    grads = slab.heads.tables["weight"].grad.to_dense()
+    touched = {name: bool(grads[slot].any()) for name, slot in slab.slots.items()}
+    assert touched == {"two": True, "five": False, "number": False}
+    assert not grads[0].any()
+    padded = grads[slab.slots["two"]].reshape(5, -1)
+    assert padded[:2].abs().sum() > 0 and not padded[2:].any()
+
+
+def test_the_head_of_another_kind_of_model_is_refused(tmp_path: Path) -> None:
+    make, path, _ = MODELS["bert"]
+    bank = with_heads(tmp_path, "bert", make(), path)
+    odd = {"base_model.model.score.weight": torch.randn(2, 32)}
+    bank.add(Task("odd", numbers_of(bank, 1), odd, ("a", "b"), "classification"))
+    model, inputs = bank.wrap(make()), ARCHITECTURES["bert"].inputs()
+    with pytest.raises(CheckpointError, match="head of task 'odd' is not that of this base model"):
+        logits(model, inputs, task_ids=["two", "odd", None, "two"])
+    assert torch.isfinite(logits(model, inputs, task_ids=["two", None, None, "two"])[:, :2]).all()
+
+
+def test_heads_leave_the_slab_as_they_came(tmp_path: Path) -> None:
+    make, path, _ = MODELS["bert"]
+    bank = with_heads(tmp_path, "bert", make(), path)
+    slab = bank.wrap(make(), capacity=3).base_model.tasks.slab
+    slots = slab.slots_of(["two", "five", "number"])
+    for slot, name in zip(slots, ["two", "five", "number"], strict=True):
+        head = slab.heads.get(slot)
+        assert head.keys() == bank.get(name).head.keys()
+        assert all(torch.equal(head[key], value) for key, value in bank.get(name).head.items())
+
+
+def test_row_losses_are_torchs_losses_row_by_row() -> None:
+    scores, labels = torch.randn(3, 5, 7), torch.randint(0, 7, (3, 5))
+    labels[1, 2:] = -100
+    expected = [nn.functional.cross_entropy(s, y) for s, y in zip(scores, labels, strict=True)]
+    assert torch.allclose(row_losses(scores, labels), torch.stack(expected))

@@ -1,0 +1,299 @@
+"""Mixed batches: each row uses its own task, and is what it would be alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from conftest import ARCHITECTURES, tokens
+from lotr import CoreBank, LotrConfig, Task
+from lotr.errors import ConfigError, UnknownTaskError
+
+CORES = {
+    "free": {},
+    "tucker": {"method": "lotr_joint", "core": "tucker", "core_ranks": 2},
+    "cp": {"core": "cp", "modes": ("layer", "projection"), "r": 4},
+    "tt": {"core": "tt", "modes": ("layer", "projection"), "r": 4},
+    "heads": {"blocks": "head", "modes": ("layer", "head"), "r": 4},
+    "square": {"blocks": "square", "r": 4},
+}
+NAMES = ["a", "b", "c", "d"]
+
+
+def numbers_of(bank: CoreBank, seed: int) -> Tensor:
+    return 2 * torch.randn(bank.layout.size, generator=torch.Generator().manual_seed(seed))
+
+
+def make_bank(
+    folder: Path, model: str, names: list[str] = NAMES, head: bool = False, **config: Any
+) -> CoreBank:
+    """A bank in float32 whose basis belongs to a pico model, with tasks of random numbers."""
+    architecture = ARCHITECTURES[model]
+    targets = config.pop("target_modules", architecture.targets)
+    settings = {"r": (3, 4), "target_modules": targets, **config}
+    adapted = get_peft_model(architecture.make(), LotrConfig(**settings))
+    adapted.save_pretrained(folder / "basis")
+    bank = CoreBank.create(folder / "bank", basis=folder / "basis", dtype="float32")
+    bank.add_many(Task(name, numbers_of(bank, n)) for n, name in enumerate(names))
+    return bank
+
+
+def alone(bank: CoreBank, base: nn.Module, name: str) -> PeftModel:
+    """The base model with one task as an ordinary adapter."""
+    model = get_peft_model(base, bank.config)
+    tensors = bank.layout.unflatten(bank.get(name).numbers)
+    for path, parameter in model.named_parameters():
+        key = path.replace(".default", "")
+        if key in tensors:
+            parameter.data = tensors.pop(key).clone()
+    assert not tensors
+    return model.eval()
+
+
+def logits(model: nn.Module, inputs: dict[str, Tensor], **kwargs: Any) -> Tensor:
+    output: Tensor = model(**inputs, **kwargs).logits
+    return output
+
+
+@pytest.fixture(params=list(CORES))
+def core(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return dict(CORES[request.param])
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5", "vit"])
+def test_a_mixed_batch_equals_each_row_alone_with_its_task(name: str, tmp_path: Path) -> None:
+    bank = make_bank(tmp_path, name)
+    architecture = ARCHITECTURES[name]
+    inputs = architecture.inputs()
+    model = bank.wrap(architecture.make())
+    truth = {task: logits(alone(bank, architecture.make(), task), inputs) for task in NAMES}
+    truth |= {None: logits(architecture.make(), inputs)}
+    for ids in (["a", "b", "c", "d"], ["d", None, "a", "d"], ["b"] * 4, [None, "c", None, "a"]):
+        mixed = logits(model, inputs, task_ids=ids)
+        for row, task in enumerate(ids):
+            assert torch.allclose(mixed[row], truth[task][row], atol=1e-5)
+        assert all(
+            (mixed[a] - mixed[b]).abs().max() > 1e-4 for a, b in itertools.combinations(range(4), 2)
+        ), "tasks and texts that differ must be seen to differ"
+
+
+def test_every_core_with_numbers_has_rows_of_its_own(core: dict[str, Any], tmp_path: Path) -> None:
+    targets = ["query", "value", "intermediate.dense"] if "blocks" not in core else ["query", "value"]
+    bank = make_bank(tmp_path, "bert", target_modules=targets, **core)
+    inputs = ARCHITECTURES["bert"].inputs()
+    mixed = logits(bank.wrap(ARCHITECTURES["bert"].make()), inputs, task_ids=["b", None, "a", "b"])
+    base = logits(ARCHITECTURES["bert"].make(), inputs)
+    assert torch.allclose(mixed[1], base[1], atol=1e-6)
+    for row, task in ((0, "b"), (2, "a"), (3, "b")):
+        assert torch.allclose(
+            mixed[row], logits(alone(bank, ARCHITECTURES["bert"].make(), task), inputs)[row], atol=1e-5
+        )
+        assert (mixed[row] - base[row]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("blocks", ["none", "head"])
+def test_fused_projections_have_rows_of_their_own(blocks: str, tmp_path: Path) -> None:
+    bank = make_bank(
+        tmp_path, "gpt2", target_modules=["c_attn"], blocks=blocks, r=4, modes=("layer", "projection")
+    )
+    inputs = ARCHITECTURES["gpt2"].inputs()
+    mixed = logits(bank.wrap(ARCHITECTURES["gpt2"].make()), inputs, task_ids=["b", "d", "a", None])
+    for row, task in enumerate(("b", "d", "a")):
+        expected = logits(alone(bank, ARCHITECTURES["gpt2"].make(), task), inputs)[row]
+        assert torch.allclose(mixed[row], expected, atol=1e-5)
+
+
+def test_without_a_selection_and_with_none_the_model_is_the_base_model_bit_for_bit(tmp_path: Path) -> None:
+    bank, inputs = make_bank(tmp_path, "bert"), ARCHITECTURES["bert"].inputs()
+    model, base = bank.wrap(ARCHITECTURES["bert"].make()), ARCHITECTURES["bert"].make()
+    assert torch.equal(logits(model, inputs), logits(base, inputs))
+    assert torch.equal(logits(model, inputs, task_ids=[None] * 4), logits(base, inputs))
+    assert torch.equal(logits(model, inputs, task_ids=["__base__"] * 4), logits(base, inputs))
+
+
+def test_pefts_adapter_names_and_select_choose_tasks_too(tmp_path: Path) -> None:
+    bank, inputs = make_bank(tmp_path, "bert"), ARCHITECTURES["bert"].inputs()
+    model = bank.wrap(ARCHITECTURES["bert"].make())
+    ids = ["c", None, "a", "c"]
+    wanted = logits(model, inputs, task_ids=ids)
+    assert torch.equal(logits(model, inputs, adapter_names=["c", "__base__", "a", "c"]), wanted)
+    with model.select(ids):
+        assert torch.equal(logits(model, inputs), wanted)
+        with model.select(["b"] * 4):
+            assert not torch.equal(logits(model, inputs), wanted)
+        assert torch.equal(logits(model, inputs), wanted)
+    assert torch.equal(logits(model, inputs), logits(ARCHITECTURES["bert"].make(), inputs))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_changes_no_row(side: str, tmp_path: Path) -> None:
+    bank = make_bank(tmp_path, "llama")
+    model = bank.wrap(ARCHITECTURES["llama"].make())
+    short, ids = tokens(rows=4, length=5), ["a", None, "c", "a"]
+    padding = torch.zeros(4, 3, dtype=torch.long)
+    parts = (padding, short) if side == "left" else (short, padding)
+    padded = {"input_ids": torch.cat(parts, 1), "attention_mask": (torch.cat(parts, 1) != 0).long()}
+    real = slice(3, None) if side == "left" else slice(0, 5)
+    with_padding = logits(model, padded, task_ids=ids)[:, real]
+    assert torch.allclose(with_padding, logits(model, {"input_ids": short}, task_ids=ids), atol=1e-5)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
+def test_generation_gives_each_row_the_text_of_its_task(name: str, beams: int, tmp_path: Path) -> None:
+    bank, make = make_bank(tmp_path, name), ARCHITECTURES[name].make
+    model, ids = bank.wrap(make()), ["d", None, "a", "d"]
+    settings = {"max_new_tokens": 6, "num_beams": beams, "do_sample": False, "pad_token_id": 0}
+    inputs = {"input_ids": tokens(), "attention_mask": torch.ones(4, 7, dtype=torch.long)}
+    with model.select(ids):
+        selected = model.generate(**inputs, **settings)
+    named = model.generate(**inputs, **settings, adapter_names=[name or "__base__" for name in ids])
+    assert torch.equal(selected, named)
+    expected = [
+        (make() if task is None else alone(bank, make(), task)).generate(
+            **{key: value[row : row + 1] for key, value in inputs.items()}, **settings
+        )[0]
+        for row, task in enumerate(ids)
+    ]
+    for row, wanted in enumerate(expected):
+        assert torch.equal(selected[row, : len(wanted)], wanted)
+    assert not torch.equal(expected[0], make().generate(**inputs, **settings)[0, : len(expected[0])])
+
+
+# ---------------------------------------------------------------------- no row influences another
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Iterator[tuple[CoreBank, PeftModel]]:
+    bank = make_bank(tmp_path, "bert")
+    model = bank.wrap(ARCHITECTURES["bert"].make())
+    model.base_model.tasks.slab.numbers.requires_grad_()
+    yield bank, model
+
+
+def gradient(model: PeftModel, name: str) -> Tensor:
+    slab = model.base_model.tasks.slab
+    whole = slab.numbers.grad.to_dense()
+    return whole[slab.slots[name]]
+
+
+def test_each_rows_gradient_is_that_of_its_task_alone(trained: tuple[CoreBank, PeftModel]) -> None:
+    bank, model = trained
+    inputs, ids = ARCHITECTURES["bert"].inputs(), ["c", "a", None, "c"]
+    logits(model, inputs, task_ids=ids).mul(30).square().sum().backward()
+    for task in ("a", "c"):
+        rows = torch.tensor([row for row, name in enumerate(ids) if name == task])
+        single = alone(bank, ARCHITECTURES["bert"].make(), task)
+        logits(single, {key: value[rows] for key, value in inputs.items()}).mul(30).square().sum().backward()
+        grads = {
+            n.replace(".default", ""): p.grad for n, p in single.named_parameters() if p.grad is not None
+        }
+        expected = bank.layout.flatten(grads)
+        assert torch.allclose(gradient(model, task), expected, atol=1e-5 * float(expected.abs().max()))
+        assert expected.abs().max() > 1e-4
+
+
+def test_the_loss_of_one_task_has_no_gradient_in_another(trained: tuple[CoreBank, PeftModel]) -> None:
+    _, model = trained
+    out = logits(model, ARCHITECTURES["bert"].inputs(), task_ids=["a", "b", "b", None])
+    out[0].square().sum().backward()
+    assert gradient(model, "a").abs().min() >= 0 and gradient(model, "a").abs().max() > 0
+    assert torch.count_nonzero(gradient(model, "b")) == 0
+    assert torch.count_nonzero(model.base_model.tasks.slab.numbers.grad.to_dense()[0]) == 0
+
+
+def test_nan_in_one_task_leaves_the_other_rows_as_they_are(trained: tuple[CoreBank, PeftModel]) -> None:
+    _, model = trained
+    inputs, slab = ARCHITECTURES["bert"].inputs(), model.base_model.tasks.slab
+    good = logits(model, inputs, task_ids=["a", "d", "b", None])
+    with torch.no_grad():
+        slab.numbers[slab.slots["d"]] = torch.nan
+    bad = logits(model, inputs, task_ids=["a", "d", "b", None])
+    assert torch.isnan(bad[1]).all()
+    for row in (0, 2, 3):
+        assert torch.equal(bad[row], good[row])
+    bad[[0, 2, 3]].square().sum().backward()
+    assert all(torch.isfinite(gradient(model, task)).all() for task in ("a", "b"))
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def test_the_least_recently_used_task_makes_place(tmp_path: Path) -> None:
+    bank = make_bank(tmp_path, "bert")
+    model = bank.wrap(ARCHITECTURES["bert"].make(), capacity=3)
+    inputs, slab = {"input_ids": tokens(rows=2)}, model.base_model.tasks.slab
+    first = logits(model, inputs, task_ids=["a", "b"])
+    logits(model, inputs, task_ids=["c", "a"])
+    assert list(slab.slots) == ["b", "c", "a"]
+    logits(model, inputs, task_ids=["d", "c"])
+    assert list(slab.slots) == ["a", "d", "c"] or list(slab.slots) == ["a", "c", "d"]
+    assert len(slab.numbers) == 4
+    assert torch.equal(logits(model, inputs, task_ids=["a", "b"]), first)
+
+
+def test_capacity_in_bytes_bounds_the_numbers_in_memory(tmp_path: Path) -> None:
+    bank = make_bank(tmp_path, "llama")
+    width = 4 * bank.layout.size
+    model = bank.wrap(ARCHITECTURES["llama"].make(), capacity=f"{2 * width + 1}B")
+    assert model.base_model.tasks.slab.capacity == 2
+    with pytest.raises(ConfigError, match="holds no task"):
+        bank.wrap(ARCHITECTURES["llama"].make(), capacity="1B")
+    with pytest.raises(ConfigError, match="not understood"):
+        bank.wrap(ARCHITECTURES["llama"].make(), capacity="much")
+
+
+def test_a_batch_with_more_tasks_than_the_capacity_says_so(tmp_path: Path) -> None:
+    model = make_bank(tmp_path, "bert").wrap(ARCHITECTURES["bert"].make(), capacity=2)
+    with pytest.raises(ConfigError, match="3 tasks does not fit: capacity=2"):
+        logits(model, ARCHITECTURES["bert"].inputs(), task_ids=["a", "b", "c", "a"])
+
+
+def test_unknown_tasks_and_wrong_counts_change_nothing(tmp_path: Path) -> None:
+    model, inputs = (
+        make_bank(tmp_path, "bert").wrap(ARCHITECTURES["bert"].make()),
+        ARCHITECTURES["bert"].inputs(),
+    )
+    with pytest.raises(UnknownTaskError, match="'e'"):
+        logits(model, inputs, task_ids=["a", "e", "b", "c"])
+    with pytest.raises(ConfigError, match="selected for 3 rows, and the batch has 4"):
+        logits(model, inputs, task_ids=["a", "b", "c"])
+    assert torch.equal(logits(model, inputs), logits(ARCHITECTURES["bert"].make(), inputs))
+
+
+def test_a_task_that_changed_is_read_again_when_forgotten(tmp_path: Path) -> None:
+    bank, inputs = make_bank(tmp_path, "bert"), ARCHITECTURES["bert"].inputs()
+    model = bank.wrap(ARCHITECTURES["bert"].make())
+    before = logits(model, inputs, task_ids=["a"] * 4)
+    bank.add(Task("a", numbers_of(bank, 9)), replace=True)
+    assert torch.equal(logits(model, inputs, task_ids=["a"] * 4), before)
+    model.base_model.tasks.slab.forget(["a"])
+    assert not torch.equal(logits(model, inputs, task_ids=["a"] * 4), before)
+
+
+def test_gradient_checkpointing_needs_the_context_manager(trained: tuple[CoreBank, PeftModel]) -> None:
+    _, model = trained
+    inputs, ids = ARCHITECTURES["bert"].inputs(), ["a", "b", None, "a"]
+    with model.select(ids):
+        logits(model, inputs).square().sum().backward()
+    wanted = {task: gradient(model, task) for task in ("a", "b")}
+    model.base_model.tasks.slab.numbers.grad = None
+    model.train()
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    model.get_base_model().config.hidden_dropout_prob = 0.0
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    with pytest.raises(ConfigError, match=r"with model\.select"):
+        logits(model, inputs, task_ids=ids)
+    with model.select(ids):
+        logits(model, inputs).square().sum().backward()
+    for task, expected in wanted.items():
+        assert torch.allclose(gradient(model, task), expected, atol=1e-5 * float(expected.abs().max()))

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from conftest import bert, gpt2, tokens
-from lotr import CheckpointError, LotrConfig, PlanError
+from lotr import CheckpointError, ConfigError, LotrConfig, PlanError
 from lotr.checkpoint import CONFIG, WEIGHTS, read_adapter
 from lotr.export import to_lora
 from lotr.inspection import inspect
@@ -143,23 +143,85 @@ def test_a_basis_that_is_gone_is_named(task, basis: Path) -> None:
 @pytest.mark.parametrize(
     "fields, says",
     [
-        ({"r": 3}, r"rank \(4, 4\), and the adapter asks for .*Use r=4"),
-        ({"target_modules": ["key"]}, "no factors for group 'key"),
-        ({"modes": ("layer", "projection")}, "no factors for group 'joint"),
+        ({"r": 3}, "r=3 contradicts basis=.*which has r=4"),
+        ({"r": (4, 8)}, r"r=\(4, 8\) contradicts"),
+        ({"r": "4"}, "r='4' is not a rank"),
+        ({"rank_pattern": {"query": 2}}, "rank_pattern={'query': 2} contradicts"),
+        ({"method": "lotr_joint"}, "method='lotr_joint' contradicts"),
+        (
+            {"modes": ("layer", "projection")},
+            r"modes=\('layer', 'projection'\) contradicts .* modes=\('layer',\)",
+        ),
+        ({"core": "tucker"}, "core='tucker' contradicts"),
+        ({"blocks": "head"}, "blocks='head' contradicts"),
+        ({"scaling": 2.0}, r"scaling=2\.0 contradicts"),
+        ({"start": "gradient"}, "start='gradient' contradicts"),
     ],
     ids=str,
 )
-def test_a_basis_that_does_not_fit_is_refused(tmp_path: Path, fields: dict[str, Any], says: str) -> None:
+def test_a_field_that_contradicts_the_basis_is_refused(
+    tmp_path: Path, fields: dict[str, Any], says: str
+) -> None:
     _stirred(_config()).save_pretrained(tmp_path / "basis")
+    with pytest.raises(ConfigError, match=says):
+        LotrConfig(basis=str(tmp_path / "basis"), **fields)
+
+
+def test_the_structure_is_that_of_the_basis_where_nothing_is_said(tmp_path: Path) -> None:
+    structure = {
+        "method": "metatt_5d",
+        "r": 3,
+        "scaling": 0.5,
+        "magnitude": "per_output",
+        "layers_to_transform": [0, 2],
+        "target_modules": ["query", "value"],
+        "rank_pattern": {},
+    }
+    _stirred(LotrConfig(**structure)).save_pretrained(tmp_path / "basis")
+    config = LotrConfig(basis=str(tmp_path / "basis"))
+    for name, value in structure.items():
+        found = getattr(config, name)
+        assert (sorted(found) if name == "target_modules" else found) == value, name
+    assert (config.modes, config.core, config.train) == (("layer", "projection", "head"), "tt", "cores")
+    assert LotrConfig(**config.to_dict()) == config  # what was filled in is no contradiction
+    model = get_peft_model(bert(), config)
+    assert not [n for n, p in model.named_parameters() if p.requires_grad and ("_U" in n or "_V" in n)]
+    assert LotrConfig(basis=str(tmp_path / "basis"), magnitude="none").magnitude == "none"
+
+
+def test_ranks_of_single_modules_are_those_of_the_basis(tmp_path: Path) -> None:
+    _stirred(_config(rank_pattern={"query": (2, 3)})).save_pretrained(tmp_path / "basis")
+    model = get_peft_model(bert(), LotrConfig(basis=str(tmp_path / "basis")))
+    model.save_pretrained(tmp_path / "task")
+    assert len(load_file(tmp_path / "task" / WEIGHTS)) == 6
+    ranks = {group["group"]: group["rank"] for group in inspect(read_adapter(tmp_path / "task")).groups}
+    assert ranks == {"query_32x32": (2, 3), "value_32x32": (4, 4)}
+
+
+def test_some_modules_of_the_basis_can_be_adapted_and_no_others(tmp_path: Path) -> None:
+    _stirred(_config()).save_pretrained(tmp_path / "basis")
+    some = get_peft_model(bert(), LotrConfig(basis=str(tmp_path / "basis"), target_modules=["value"]))
+    assert some.get_nb_trainable_parameters()[0] == 3 * 4 * 4
     model = bert()
     modules = [type(module) for module in model.modules()]
-    with pytest.raises(PlanError, match=says):
-        get_peft_model(model, _config(basis=str(tmp_path / "basis"), **fields))
+    with pytest.raises(PlanError, match="no factors for group 'key"):
+        get_peft_model(model, LotrConfig(basis=str(tmp_path / "basis"), target_modules=["key"]))
     assert [type(module) for module in model.modules()] == modules
 
 
+def test_an_adapter_without_cores_or_of_another_method_is_no_basis(tmp_path: Path) -> None:
+    _stirred(_config(method="lora")).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ConfigError, match="it cannot be a basis"):
+        LotrConfig(basis=str(tmp_path / "lora"))
+    get_peft_model(bert(), LoraConfig(target_modules=TARGETS)).save_pretrained(tmp_path / "peft")
+    with pytest.raises(CheckpointError, match="of the method LORA"):
+        LotrConfig(basis=str(tmp_path / "peft"))
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*nowhere does not exist"):
+        LotrConfig(basis=str(tmp_path / "nowhere"))
+
+
 def test_a_basis_of_another_model_or_of_references_is_refused(task, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="no factors for group"):
-        get_peft_model(gpt2(), LotrConfig(r=4, basis=str(tmp_path / "basis")))
+    with pytest.raises(ValueError, match="not found in the base model"):
+        get_peft_model(gpt2(), LotrConfig(basis=str(tmp_path / "basis")))
     with pytest.raises(CheckpointError, match="holds no factors"):
         get_peft_model(bert(), _config(basis=str(task[1])))

@@ -97,8 +97,11 @@ def test_the_model_of_the_basis_is_taken_when_none_is_named(started: dict, place
     "words, says",
     [
         (("--method", "dora"), "method='dora' contradicts basis"),
-        (("--rank", "8"), "rank='8' contradicts basis"),
-        (("--modes", "layer,projection"), "modes='layer,projection' contradicts basis"),
+        (("--rank", "8"), "r=8 contradicts basis"),
+        (("--modes", "layer,projection"), "modes=('layer', 'projection') contradicts basis"),
+        (("--start", "gradient"), "start='gradient' contradicts basis"),
+        (("--scaling", "2"), "scaling=2.0 contradicts basis"),
+        (("--target", "key"), "no factors for group 'key"),
         (("--trainable", "all"), "trainable='all' contradicts basis"),
         (("--magnitude", "per_ouput"), "Near matches: per_output"),
     ],

@@ -11,7 +11,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "lotr"
 MATHEMATICS = ["errors", "delta", "paths", "blocks", "sites", "grouping", "parts"]
-MATHEMATICS += ["cores", "norms", "magnitudes", "methods", "starts", "subspaces"]
+MATHEMATICS += ["cores", "norms", "magnitudes", "methods", "starts", "subspaces", "allocation"]
 HOSTS = {"peft", "transformers", "accelerate", "datasets", "typer", "rich", "safetensors", "matplotlib"}
 
 LOAD_ALONE = """

@@ -26,6 +26,7 @@ from .training.optimizer import parameter_groups  # noqa: E402
 from .tuner.config import LotrConfig  # noqa: E402
 from .tuner.data_start import start  # noqa: E402
 from .tuner.model import LotrModel  # noqa: E402
+from .tuner.ranks import largest_rank  # noqa: E402
 from .tuner.register import register  # noqa: E402
 from .tuner.targets import plan  # noqa: E402
 from .tuner.truncate import truncate  # noqa: E402
@@ -52,6 +53,7 @@ __all__ = [
     "TrainingError",
     "UnknownTaskError",
     "__version__",
+    "largest_rank",
     "parameter_groups",
     "plan",
     "start",

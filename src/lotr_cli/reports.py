@@ -68,13 +68,18 @@ def planned(model: str, report: dict[str, Any], as_json: bool) -> None:
         parts.insert(0, f"{report['factor_numbers']:,} in factors")
     if report["magnitude_numbers"]:
         parts.append(f"{report['magnitude_numbers']:,} in magnitudes")
-    lines = (
+    lines = [
         f"Trained numbers: {report['trained_numbers']:,} for {report['sites']} sites in {report['modules']} modules: "
         f"{', '.join(parts)}.",
         f"LoRA with as many numbers: rank {rank:.3g}{smaller}. "
         f"LoRA at the same rank: {report['lora_same_rank']:,} numbers.",
         f"On disk: {report['bytes']:,} bytes without a head.",
-    )
+    ]
+    if "budget" in report:
+        lines.append(
+            f"Rank {report['rank']} is the largest that trains at most {report['budget']:,} numbers; `lotr train "
+            "--start gradient` shares them out among the groups by their gradients."
+        )
     for line in lines:
         out.print(line, highlight=False, soft_wrap=True)
     if "orders" in report:

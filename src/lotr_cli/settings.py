@@ -44,7 +44,15 @@ class TrainSettings:
         _ADAPTER,
         "Row of `lotr methods`; or for comparison `peft_lora`, `peft_dora` (PEFT's own) and `head`.",
     )
-    rank: str = setting("16", _ADAPTER, "Rank of the shared factors: one number, or `k,r`.")
+    rank: str = setting(
+        "16", _ADAPTER, "Rank of the shared factors: one number, `k,r`, or `auto` with a budget."
+    )
+    budget: int | None = setting(
+        None,
+        _ADAPTER,
+        "Numbers that `--rank auto` may train; a start that looks at data shares them out among the groups.",
+        "default: none",
+    )
     target: str | None = setting(
         None,
         _ADAPTER,

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..cores import CORES
 from ..errors import ConfigError, near
 from ..methods import METHODS
-from ..sites import check_modes
+from .budget import AUTO, check_budget_is_meant
 from .optimizer import Rates, default_rates
 from .parsing import read_core_ranks, read_modes, read_rank, target_modules
 
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lotr_cli.settings import TrainSettings
-
-    from ..tuner.config import LotrConfig
 
 #: Methods that are not rows of the table: PEFT's own for comparison, and a new head alone.
 PEERS = ("peft_lora", "peft_dora", "head")
@@ -58,36 +55,53 @@ def adapter_config(settings: TrainSettings, task: str) -> PeftConfig:
             use_dora=settings.method == "peft_dora",
             **common,
         )
-    if settings.basis is not None:
-        return _on_basis(settings, TASK_TYPES[task])
     if settings.method not in METHODS:
         raise ConfigError(
             f"method={settings.method!r} is not known. {near(settings.method, [*METHODS, *PEERS])} "
             "`lotr methods` describes them."
         )
-    return LotrConfig(
-        r=read_rank(settings.rank),
-        method=settings.method,
+    fields = {
+        "r": 1 if settings.rank == AUTO else read_rank(settings.rank),  # the model decides: `budget.fit`
+        "method": settings.method,
+        "scaling": settings.scaling,
+    }
+    if settings.basis is not None:  # what was left at its default is as in the basis
+        fields = {name: fields[name] for name in _given(settings)}
+    config = LotrConfig(
+        basis=settings.basis,
         modes=read_modes(settings.modes),
         core=settings.core,
         core_ranks=read_core_ranks(settings.core_ranks),
         blocks=settings.blocks,
         magnitude=settings.magnitude,
         train=settings.trainable,
-        scaling=settings.scaling,
         start=settings.start,
         dropout=settings.dropout,
         seed=settings.seed,
+        **fields,
         **common,
     )
+    if settings.basis is not None:  # what the report says is what was trained
+        settings.method, settings.scaling = config.method, config.scaling
+        settings.rank = ",".join(map(str, dict.fromkeys(config.rank)))
+    return config
+
+
+def _given(settings: TrainSettings) -> list[str]:
+    """Return which fields of a configuration, of those that settings always have, were set to something else."""
+    names = {"r": "rank", "method": "method", "scaling": "scaling"}
+    return [
+        field for field, name in names.items() if getattr(settings, name) != getattr(type(settings), name)
+    ]
 
 
 #: Settings of this library's methods, which PEFT's own do not know.
-_OURS = ("modes", "core", "core_ranks", "blocks", "magnitude", "trainable", "start", "basis")
+_OURS = ("modes", "core", "core_ranks", "blocks", "magnitude", "trainable", "start", "basis", "budget")
 
 
 def _check_meaning(settings: TrainSettings, task: str) -> None:
     """Refuse settings that would be passed over."""
+    check_budget_is_meant(settings)
     if settings.method in PEERS:
         given = [name for name in _OURS if getattr(settings, name) is not None]
         if given:
@@ -95,77 +109,17 @@ def _check_meaning(settings: TrainSettings, task: str) -> None:
                 f"{given[0]}={getattr(settings, given[0])!r} has no meaning with method={settings.method!r}, which is "
                 "not a row of the table. Leave it out, or name a row (`lotr methods`)."
             )
+    moves = {"trainable": settings.trainable == "all", "start": settings.start is not None}
+    if settings.basis is not None and any(moves.values()):
+        name = next(name for name, asked in moves.items() if asked)
+        raise ConfigError(
+            f"{name}={getattr(settings, name)!r} contradicts basis={settings.basis!r}, whose factors are kept. Leave "
+            "one of them out."
+        )
     if settings.head_warmup and task == "causal-lm":
         raise ConfigError(
             f"head_warmup={settings.head_warmup} has no meaning for causal-lm, where no head is new. Leave it out."
         )
-
-
-def _on_basis(settings: TrainSettings, task_type: str) -> PeftConfig:
-    """Return a configuration with the structure of an adapter, whose factors are kept."""
-    from ..tuner.config import LotrConfig
-
-    of = _basis(settings)
-    _check_basis(settings, of)
-    same = (
-        "r",
-        "method",
-        "modes",
-        "core",
-        "core_ranks",
-        "blocks",
-        "scaling",
-        "target_modules",
-        "exclude_modules",
-    )
-    same = (*same, "layers_to_transform", "layers_pattern", "rank_pattern")
-    return LotrConfig(
-        basis=settings.basis,
-        task_type=task_type,
-        magnitude=settings.magnitude or of.magnitude,
-        dropout=settings.dropout,
-        seed=settings.seed,
-        **{name: getattr(of, name) for name in same},
-    )
-
-
-def _check_basis(settings: TrainSettings, of: LotrConfig) -> None:
-    """Refuse settings that contradict a basis, and record what is taken from it.
-
-    Raises:
-        ConfigError: The basis has no cores, or a setting asks for another structure.
-    """
-    if CORES[str(of.core)].is_identity:
-        raise ConfigError(
-            f"basis={settings.basis!r} has core={of.core!r}, which has no cores to train, so it cannot be a basis. "
-            "Name an adapter with cores, for example of method lotr."
-        )
-    asked = {
-        "method": None if settings.method == type(settings).method else settings.method,
-        "rank": None if settings.rank == type(settings).rank else read_rank(settings.rank),
-        "modes": None if settings.modes is None else check_modes(read_modes(settings.modes) or ()),
-        "core": settings.core,
-        "blocks": settings.blocks,
-    }
-    has = {"method": of.method, "rank": of.rank, "modes": of.modes, "core": of.core, "blocks": of.blocks}
-    for name, value in asked.items():
-        if value is not None and value != has[name]:
-            raise ConfigError(
-                f"{name}={getattr(settings, name)!r} contradicts basis={settings.basis!r}, which has "
-                f"{name}={has[name]!r}. An adapter has the structure of its basis; leave it out."
-            )
-    if settings.trainable == "all":
-        raise ConfigError("trainable='all' contradicts basis, whose factors are kept. Leave one of them out.")
-    settings.method = of.method  # what the report says is what was trained
-    settings.rank = ",".join(map(str, dict.fromkeys(of.rank)))
-
-
-def _basis(settings: TrainSettings) -> LotrConfig:
-    """Return the configuration of the adapter whose factors are kept."""
-    from ..checkpoint import read_adapter
-    from ..inspection import config_of
-
-    return config_of(read_adapter(str(settings.basis)))
 
 
 def add_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
@@ -236,8 +190,10 @@ def _structure(settings: TrainSettings) -> tuple[str, str, str]:
         return "identity", "per_output" if settings.method == "peft_dora" else "none", "all"
     row = METHODS.get(settings.method)
     if settings.basis is not None:
-        of = _basis(settings)
-        return str(of.core), str(settings.magnitude or of.magnitude), "cores"
+        from ..tuner.config import LotrConfig
+
+        config = LotrConfig(basis=settings.basis, magnitude=settings.magnitude)
+        return str(config.core), str(config.magnitude), "cores"
     if row is None:  # refused with its name when the configuration is made
         return "free", "none", "all"
     return (

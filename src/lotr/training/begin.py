@@ -10,6 +10,7 @@ import torch
 
 from ..errors import TrainingError
 from ..starts import DATA_STARTS
+from .budget import is_shared_out, said_ranks
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,12 +29,12 @@ def begin(
     head_lr: float,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Warm up a new head and start the factors, as the settings ask.
+    """Warm up a new head, start the factors and choose the ranks of the groups, as the settings ask.
 
     Every process sees the same batches, so all do the same.
 
     Args:
-        settings: `head_warmup`, `start`, `start_batches`, `batch_size` and `seed` are read.
+        settings: `head_warmup`, `start`, `start_batches`, `budget`, `batch_size` and `seed` are read.
         model: A model with a fresh adapter, on its device.
         rows: Encoded training rows.
         collate: Rows to a batch.
@@ -53,11 +54,14 @@ def begin(
         from ..tuner.data_start import start
 
         seen = [next(batches) for _ in range(settings.start_batches)]
-        sites = start(model, seen, kind=settings.start, seed=settings.seed)
+        budget = settings.budget if is_shared_out(settings, model.active_peft_config) else None
+        sites = start(model, seen, kind=settings.start, seed=settings.seed, budget=budget)
         share = sum(site.kept for site in sites) / len(sites)
         say(
             f"Start: {settings.start}, from {len(seen)} batches; the factors keep {share:.0%} of a site's gradient."
         )
+        if budget is not None:
+            say(said_ranks(model.active_peft_config))
         done |= {"start_batches": len(seen), "kept": share, "sites": [asdict(site) for site in sites]}
     return done
 

@@ -49,7 +49,9 @@ def read_rank(text: str) -> tuple[int, int]:
     """
     parts = str(text).split(",")
     if len(parts) > 2 or not all(re.fullmatch(r"\s*[1-9]\d*\s*", part) for part in parts):
-        raise ConfigError(f"rank={text!r} is not a rank. Use a positive integer, or a pair `k,r` of them.")
+        raise ConfigError(
+            f"rank={text!r} is not a rank. Use a positive integer, a pair `k,r` of them, or `auto`."
+        )
     numbers = [int(part) for part in parts]
     return numbers[0], numbers[-1]
 

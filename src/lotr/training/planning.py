@@ -9,9 +9,11 @@ from ..errors import ConfigError, near
 from ..files import file_bytes
 from ..methods import METHODS
 from ..orders import choose_order, extra_work
+from ..tuner.ranks import largest_rank
 from ..tuner.state import file_shapes
 from ..tuner.targets import plan
 from .adapt import adapter_config, check_targets
+from .budget import AUTO
 from .models import DTYPES, skeleton
 
 if TYPE_CHECKING:
@@ -45,6 +47,8 @@ def plan_model(settings: TrainSettings, dtype: str = "float32", tokens: int | No
     model, task = skeleton(str(settings.model))
     config = adapter_config(settings, task)
     check_targets(model, config)
+    if settings.budget is not None:
+        config.r = largest_rank(model, config, settings.budget)  # type: ignore[arg-type, attr-defined]
     made = plan(model, config)  # type: ignore[arg-type]
     groups = [
         {
@@ -62,7 +66,8 @@ def plan_model(settings: TrainSettings, dtype: str = "float32", tokens: int | No
     ]
     return {
         "method": settings.method,
-        "rank": settings.rank,
+        "rank": str(config.r) if settings.rank == AUTO else settings.rank,  # type: ignore[attr-defined]
+        **({} if settings.budget is None else {"budget": settings.budget}),
         "groups": groups,
         "sites": made.n_sites,
         "trained_numbers": made.n_parameters,

@@ -19,6 +19,7 @@ from ..errors import TrainingError
 from ..files import move_into, whole_folder, write_json
 from ..magnitudes import MAGNITUDES
 from . import adapt, metrics
+from .budget import ranks_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -75,6 +76,7 @@ def summarise(run: Run, trainer: Trainer, scores: dict[str, float], seconds: flo
         "settings": run.settings.record(),
         "rates": vars(adapt.rates(run.settings)),
         "begun": run.begun,
+        **({} if run.settings.budget is None else {"ranks": ranks_of(run.model.active_peft_config)}),
         "trained_numbers": {"adapter": trained - head, "head": head, "total": trained},
         "steps": trainer.state.global_step,
         "rows": {"train": len(run.data.train), "eval": len(run.data.eval)},

@@ -15,7 +15,7 @@ import torch
 from ..checkpoint import fingerprint, read_adapter
 from ..errors import ConfigError, Interrupted
 from ..files import check_free, write_json
-from . import adapt, metrics, resume
+from . import adapt, budget, metrics, resume
 from .begin import begin
 from .data import Columns, load_task
 from .encode import collator, encode
@@ -60,8 +60,8 @@ def train(
     if not is_main_process():
         say = _nothing
     folder = _claim(settings)
-    run = _prepare(settings, folder, say, config)
     checkpoint = resume.checkpoint(folder) if settings.resume else None
+    run = _prepare(settings, folder, say, config, checkpoint)
     rows = _encoded(run)
     if checkpoint is None:
         run.model.to(device())
@@ -125,7 +125,11 @@ def _claim(settings: TrainSettings) -> Path:
 
 
 def _prepare(
-    settings: TrainSettings, folder: Path, say: Callable[[str], None], config: PeftConfig | None
+    settings: TrainSettings,
+    folder: Path,
+    say: Callable[[str], None],
+    config: PeftConfig | None,
+    checkpoint: Path | None,
 ) -> Run:
     from transformers import set_seed
     from transformers.utils import logging
@@ -133,6 +137,11 @@ def _prepare(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     adapt.rates(settings)
+    if config is not None and settings.budget is not None:
+        raise ConfigError(
+            f"budget={settings.budget} chooses the ranks of the adapter that the settings describe, and config "
+            "describes another. Leave the budget out; lotr.largest_rank finds a rank for a configuration."
+        )
     if config is None:  # before any data is read; again below, once the task is known
         adapt.adapter_config(settings, settings.task or "classification")
     columns = Columns(settings.text, settings.text2, settings.label)
@@ -146,6 +155,8 @@ def _prepare(
 
     set_seed(settings.seed)
     base = load_model(str(settings.model), data.task, data.labels, settings.dtype, tokenizer)
+    if settings.budget is not None:
+        say(budget.fit(settings, config, base, checkpoint))  # type: ignore[arg-type]
     model = adapt.add_adapter(base, config)
     if settings.gradient_checkpointing:
         base.enable_input_require_grads()
@@ -163,9 +174,10 @@ def _prepare(
         "base_fingerprint": fingerprint(base, sorted(model.base_model.targeted_module_names)),
     }
     trained, total = model.get_nb_trainable_parameters()
-    say(
-        f"Method: {settings.method}, {trained:,} trained numbers ({100 * trained / total:.2f} % of the model)."
-    )
+    if settings.budget is None:
+        say(
+            f"Method: {settings.method}, {trained:,} trained numbers ({100 * trained / total:.2f} % of the model)."
+        )
     if is_main_process():
         if not settings.resume:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)

@@ -1,17 +1,81 @@
-"""The basis of an adapter that keeps another one's factors: where they come from, and that they are the right ones."""
+"""The basis of an adapter that keeps another one's factors: its structure, its numbers, and that they are right."""
 
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checkpoint import read_adapter
-from ..errors import CheckpointError, PlanError, near
-from ..sites import Group, Plan
+from ..checkpoint import AdapterFolder, read_adapter
+from ..cores import CORES
+from ..errors import CheckpointError, ConfigError, PlanError, near
+from ..sites import Group, Plan, check_modes
 from .config import LotrConfig
+from .meaning import checked_rank
 from .state import FACTORS, group_keys
+
+#: Fields in which an adapter is as its basis. The factors are kept, so how they started is one of them.
+_STRUCTURE = ("method", "r", "modes", "core", "core_ranks", "blocks", "scaling", "rank_pattern", "start")
+#: Fields that name modules; they belong together. Another choice has to fit the groups of the basis: `check_basis`.
+_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+def take_structure(config: LotrConfig) -> None:
+    """Fill in the structure of the basis where a configuration says nothing.
+
+    Args:
+        config: Names a basis; its fields are as the user gave them.
+
+    Raises:
+        CheckpointError: There is no such adapter, or it is of another method.
+        ConfigError: A field contradicts the basis, or the basis has no cores to train.
+    """
+    from ..inspection import config_of  # which reads adapters on a basis, too
+
+    assert config.basis is not None
+    of = config_of(_folder(config.basis))
+    if CORES[str(of.core)].is_identity:
+        raise ConfigError(
+            f"basis={config.basis!r} has core={of.core!r}, which has no cores to train, so it cannot be a basis. Name "
+            "an adapter with cores, for example of method lotr."
+        )
+    for name in _STRUCTURE:
+        asked, has = _plain(name, getattr(config, name)), _plain(name, getattr(of, name))
+        if asked is None or asked == {}:
+            setattr(config, name, has)
+        elif asked != has:
+            raise ConfigError(
+                f"{name}={asked!r} contradicts basis={config.basis!r}, which has {name}={has!r}. An adapter has the "
+                "structure of its basis; leave it out."
+            )
+    config.magnitude = config.magnitude or of.magnitude
+    if all(getattr(config, name) is None for name in _TARGETS):
+        for name in _TARGETS:
+            setattr(config, name, getattr(of, name))
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Return a field as it compares, whichever way it was written."""
+    if value is None:
+        return None
+    if name == "modes":
+        return check_modes(value)
+    if name == "rank_pattern":
+        return {path: checked_rank(path, r) for path, r in value.items()}
+    return checked_rank(name, value) if name == "r" else value
+
+
+def _folder(basis: str) -> AdapterFolder:
+    """Return the folder of a basis."""
+    try:
+        return read_adapter(basis)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"The basis of the adapter cannot be read: {error} Put its folder where it was or beside the adapter's "
+            "own, or name its place in the field basis of adapter_config.json."
+        ) from error
 
 
 def read_basis(config: LotrConfig) -> dict[str, Tensor]:
@@ -27,14 +91,7 @@ def read_basis(config: LotrConfig) -> dict[str, Tensor]:
         CheckpointError: There is no such adapter, it has no factors, or they are others than those trained on.
     """
     assert config.basis is not None
-    try:
-        adapter = read_adapter(config.basis)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"The basis of the adapter cannot be read: {error} Put its folder where it was or beside the adapter's "
-            "own, or name its place in the field basis of adapter_config.json."
-        ) from error
-    tensors = factors_of(adapter.tensors())
+    tensors = factors_of(_folder(config.basis).tensors())
     if not tensors:
         raise CheckpointError(
             f"basis={config.basis!r} holds no factors: it is of another method, or refers to a basis itself. Name the "

@@ -19,7 +19,10 @@ from ..methods import method
 from ..orders import ORDERS
 from ..sites import check_modes
 from ..starts import DATA_STARTS, STARTS, WEIGHT_STARTS
-from .meaning import check_meaning, pair
+from .meaning import check_meaning, checked_rank, pair
+
+#: Default of a field that is filled in afterwards: from the basis, or with what its help tells.
+_UNSAID: Any = None
 
 
 def _help(text: str) -> Any:
@@ -30,11 +33,12 @@ def _help(text: str) -> Any:
 class LotrConfig(PeftConfig):
     """Configuration of a LoTR adapter: `ΔW_s = σ · U · C_s · Vᵀ`.
 
-    Names follow PEFT where PEFT has one. Fields left at `None` are filled from the row of `method`.
-    `LotrConfig(r=16)` alone is a good LoTR.
+    Names follow PEFT where PEFT has one. Fields left at `None` are filled from the row of `method`, or from the `basis`
+    where one is named; then a field that says otherwise is refused. `LotrConfig(r=16)` alone is a good LoTR.
 
     Raises:
-        ConfigError: A field has no meaning; the message names it.
+        ConfigError: A field has no meaning, or contradicts the basis; the message names it.
+        CheckpointError: The basis cannot be read.
 
     Source: https://arxiv.org/abs/2402.01376
 
@@ -45,10 +49,14 @@ class LotrConfig(PeftConfig):
     """
 
     r: int | tuple[int, int] = field(
-        default=16, metadata=_help("Rank of the shared factors: one number, or (k, r) for output and input.")
+        default=_UNSAID,
+        metadata=_help(
+            "Rank of the shared factors: one number, or (k, r) for output and input. Default: 16."
+        ),
     )
     method: str = field(
-        default="lotr", metadata=_help("Row of the table of methods; fields set explicitly override it.")
+        default=_UNSAID,
+        metadata=_help("Row of the table of methods; fields set explicitly override it. Default: lotr."),
     )
     modes: tuple[str, ...] | None = field(
         default=None,
@@ -80,7 +88,8 @@ class LotrConfig(PeftConfig):
         ),
     )
     scaling: float = field(
-        default=1.0, metadata=_help("σ: multiplies the update. It is not divided by the rank.")
+        default=_UNSAID,
+        metadata=_help("σ: multiplies the update. It is not divided by the rank. Default: 1."),
     )
     start: str | None = field(
         default=None,
@@ -131,8 +140,8 @@ class LotrConfig(PeftConfig):
     basis: str | None = field(
         default=None,
         metadata=_help(
-            "Path or hub id of an adapter whose factors are kept; only cores (and magnitudes, and a head) then train, "
-            "and the file refers to the basis."
+            "Path or hub id of an adapter whose factors are kept, and whose structure is taken; only cores (and "
+            "magnitudes, and a head) then train, and the file refers to the basis."
         ),
     )
     basis_copy: bool = field(
@@ -162,6 +171,15 @@ class LotrConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LOTR
+        if (
+            self.basis is not None and self.basis_hash is None
+        ):  # what is read from a file has its structure already
+            from .basis import take_structure  # there configurations are read
+
+            take_structure(self)
+        self.r = 16 if self.r is None else self.r
+        self.method = self.method or "lotr"
+        self.scaling = 1.0 if self.scaling is None else self.scaling
         row = method(self.method)
         self.modes = check_modes(row.modes if self.modes is None else self.modes)
         self.core = _one_of("core", self.core or row.core, CORES)
@@ -176,9 +194,9 @@ class LotrConfig(PeftConfig):
             )  # it is read again from wherever the adapter is loaded
         self.bias = _one_of("bias", self.bias, ("none", "all", "lotr_only"))  # type: ignore[assignment]
         self.order = _one_of("order", self.order, ORDERS)
-        self.r = _plain("r", self.r)
+        self.r = checked_rank("r", self.r)
         self.rank_pattern = {
-            name: _plain(f"rank_pattern[{name!r}]", r) for name, r in (self.rank_pattern or {}).items()
+            name: checked_rank(f"rank_pattern[{name!r}]", r) for name, r in (self.rank_pattern or {}).items()
         }
         check_meaning(self)
         if not 0.0 <= self.dropout < 1.0:
@@ -267,14 +285,6 @@ class LotrConfig(PeftConfig):
     def alpha_pattern(self) -> dict[str, float]:
         """Always empty: one scaling an adapter."""
         return {}
-
-
-def _plain(name: str, r: Any) -> int | tuple[int, int]:
-    numbers = [r] if isinstance(r, int) else list(r) if isinstance(r, list | tuple) else []
-    good = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in numbers)
-    if not good or len(numbers) not in (1, 2):
-        raise ConfigError(f"{name}={r!r} is not a rank. Use a positive integer, or a pair (k, r) of them.")
-    return numbers[0] if len(set(numbers)) == 1 else (numbers[0], numbers[1])
 
 
 def _one_of(name: str, value: str, known: Iterable[str]) -> str:

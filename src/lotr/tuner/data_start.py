@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..cores import CORES
 from ..errors import ConfigError
 from ..starts import DATA_STARTS, generator_for
 from ..subspaces import Subspaces
-from .adapted import Adapted
-from .group import LotrGroup
+from .adapted import Adapted, Member
+from .config import LotrConfig
 from .layer import LotrLinear
+from .ranks import Numbers, at_rank, check_budget, members_of, set_ranks, share_out
 from .statistics import Energies, Loss, Products, SiteStart, look_through
+from .targets import plan_of
 
 
 def start(
@@ -26,6 +29,7 @@ def start(
     normalise: bool = True,
     loss: Loss | None = None,
     seed: int = 0,
+    budget: int | None = None,
     tick: Callable[[], None] | None = None,
 ) -> list[SiteStart]:
     """Turn the shared factors of a fresh adapter towards data, without changing what the model computes.
@@ -44,13 +48,17 @@ def start(
         normalise: Weigh every site by one over its norm; gradients of values are often ten times those of queries.
         loss: Returns the loss of a batch; default: the model's own.
         seed: Of the random first round.
+        budget: Trained numbers that the adapter may keep, without a head. The groups are then cut down to ranks
+            `(k, r)` of their own: greedily those that keep the most gradient for each number. Make the adapter wider
+            than `lotr.largest_rank` allows, for example twice. Cores must be free.
         tick: Called after every pass over a batch.
 
     Returns:
         For each site how much of its gradient the factors keep.
 
     Raises:
-        ConfigError: The kind is unknown, the update is not zero, or there are no batches.
+        ConfigError: The kind is unknown, the update is not zero, the factors are those of a basis, there are no
+            batches, or the budget cannot be met.
 
     Source: HOSVD and HOOI (De Lathauwer et al., 2000) of the gradients at `ΔW = 0`, where `∂L/∂C = σ Uᵀ G V`.
     """
@@ -60,31 +68,45 @@ def start(
     if not held:
         raise ConfigError("There are no batches to look at. Give at least one.")
     found = _adapted(model, adapter)
-    _check_zero(found)
+    name = found[0].adapter
+    config: LotrConfig | None = getattr(model, "peft_config", {}).get(name)
+    _check_free(found, config)
+    if budget is not None:
+        _check_cut(config, budget)
     measure = loss or _own_loss
-    spaces: dict[LotrGroup, Subspaces] = {}
-    for adapted in found:
-        for member in adapted.members:
-            group = member.part.group
-            if member.group not in spaces:
-                generator = generator_for(seed, adapted.adapter, group.name, "start")
-                spaces[member.group] = Subspaces(group.shape, group.rank, generator, normalise)
+    members = members_of(model, name)
+    group_of = {shared: parts[0][1].part.group for shared, parts in members.items()}
+    spaces = {
+        shared: Subspaces(group.shape, group.rank, generator_for(seed, name, group.name, "start"), normalise)
+        for shared, group in group_of.items()
+    }
     for _ in range(rounds):
         products = Products(kind, spaces)
         look_through(model, found, held, measure, products.see, tick)
         products.turn()
-    name = found[0].adapter
-    for group, space in spaces.items():
+    for shared, space in spaces.items():
         U, V = space.factors()
         with torch.no_grad():
-            if not _starts_at_zero_factor(found, group):
-                group.lotr_U[name].weight.copy_(U)
-            group.lotr_V[name].weight.copy_(V.T)
-    if name in getattr(model, "peft_config", {}):
-        model.peft_config[name].start = kind
+            if not group_of[shared].core.is_identity:  # there `U` holds the update at zero (LoRA)
+                shared.lotr_U[name].weight.copy_(U)
+            shared.lotr_V[name].weight.copy_(V.T)
     energies = Energies()
     look_through(model, found, held, measure, energies.see, tick)
+    energies.gather()
+    if config is not None:
+        config.start = kind
+        if budget is not None:
+            plan = plan_of(config.made_for, config)
+            ranks = share_out(plan, energies.of_groups(found, normalise), budget)
+            set_ranks(config, members, ranks, lambda group, rank: _leading(name, members[group], *rank))
     return energies.report(found)
+
+
+def _leading(adapter: str, parts: list[tuple[Adapted, Member]], k: int, r: int) -> Numbers:
+    """Return the first columns of a group's factors, and cores at zero."""
+    group = parts[0][1].group
+    U, V = group.lotr_U[adapter].weight[:, :k], group.lotr_V[adapter].weight.T[:, :r]
+    return U, [U.new_zeros(len(member.part.sites), k, r) for _, member in parts], V
 
 
 def _adapted(model: nn.Module, adapter: str | None) -> list[Adapted]:
@@ -104,7 +126,13 @@ def _adapted(model: nn.Module, adapter: str | None) -> list[Adapted]:
     return found
 
 
-def _check_zero(found: list[Adapted]) -> None:
+def _check_free(found: list[Adapted], config: LotrConfig | None) -> None:
+    """Refuse factors that may not turn."""
+    if config is not None and config.refers_to_basis:
+        raise ConfigError(
+            f"The factors are those of basis={config.basis!r}, to which the cores will refer, so they stay. "
+            "Leave the start out, or the basis."
+        )
     for adapted in found:
         if any(adapted.placed(member).update.left().any() for member in adapted.members):
             raise ConfigError(
@@ -113,10 +141,15 @@ def _check_zero(found: list[Adapted]) -> None:
             )
 
 
-def _starts_at_zero_factor(found: list[Adapted], group: LotrGroup) -> bool:
-    """Whether `U` is what holds the update of a group at zero (LoRA); then only `V` has a start."""
-    members = (member for adapted in found for member in adapted.members if member.group is group)
-    return next(members).part.group.core.is_identity
+def _check_cut(config: LotrConfig | None, budget: int) -> None:
+    """Refuse a budget that cannot be shared out."""
+    core = None if config is None else config.core
+    if config is None or not CORES[str(core)].by_site:
+        raise ConfigError(
+            f"budget={budget:,} gives every group ranks of its own, and that needs a PEFT model with free cores; here "
+            f"core={core!r}, which has no cut. lotr.largest_rank finds one rank for all groups."
+        )
+    check_budget(at_rank(plan_of(config.made_for, config), config, (1, 1)), budget)
 
 
 def _own_loss(model: nn.Module, batch: Any) -> Tensor:

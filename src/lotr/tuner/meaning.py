@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..cores import CORES
 from ..errors import ConfigError
@@ -68,3 +68,30 @@ def pair(r: int | tuple[int, int]) -> tuple[int, int]:
         ((8, 8), (4, 8))
     """
     return (r, r) if isinstance(r, int) else (r[0], r[1])
+
+
+def plain(rank: tuple[int, int]) -> int | tuple[int, int]:
+    """Return `(k, r)` as a configuration says it.
+
+    Example:
+        >>> plain((8, 8)), plain((4, 8))
+        (8, (4, 8))
+    """
+    return rank[0] if rank[0] == rank[1] else rank
+
+
+def checked_rank(name: str, r: Any) -> int | tuple[int, int]:
+    """Return a rank as a configuration says it.
+
+    Args:
+        name: Field that the rank is of.
+        r: What was given: a number, or a pair of them.
+
+    Raises:
+        ConfigError: It is no rank.
+    """
+    numbers = [r] if isinstance(r, int) else list(r) if isinstance(r, list | tuple) else []
+    good = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in numbers)
+    if not good or len(numbers) not in (1, 2):
+        raise ConfigError(f"{name}={r!r} is not a rank. Use a positive integer, or a pair (k, r) of them.")
+    return plain((numbers[0], numbers[-1]))

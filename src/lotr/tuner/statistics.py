@@ -124,10 +124,11 @@ class Products:
 
 
 class Energies:
-    """Sums over the batches of `‖G‖²` and `‖Uᵀ G V‖²` of every site."""
+    """Sums over the batches of `‖G‖²` and, column by column, of the squares of `Uᵀ G V` of every site."""
 
     def __init__(self) -> None:
-        self.sums: dict[tuple[LotrLinear, str], Tensor] = {}  # (2, a, b)
+        # `‖G‖²` (a, b) and squares (a, b, k, r), of the sites of each part
+        self.sums: dict[tuple[LotrLinear, str], tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def see(self, adapted: Adapted, x: Tensor, gradient: Tensor) -> None:
@@ -136,27 +137,53 @@ class Energies:
             inputs, outputs = _blocks(member, x, gradient)
             U = member.group.lotr_U[adapted.adapter].weight.to(inputs)
             V = member.group.lotr_V[adapted.adapter].weight.T.to(inputs)
-            if member.part.group.core.is_identity:
-                U = torch.eye(U.shape[0]).to(inputs)
-            inside = torch.einsum("nak,nbr->abkr", outputs @ U, inputs @ V).square().sum((-2, -1))
-            whole = torch.empty_like(inside)
+            identity = member.part.group.core.is_identity
+            left = outputs if identity else outputs @ U
+            inside = torch.einsum("nak,nbr->abkr", left, inputs @ V).square()
+            if identity:  # the whole output side is kept
+                inside = inside.sum(-2, keepdim=True)
+            whole = inside.new_empty(inside.shape[:2])
             for at, g in enumerate(outputs.unbind(1)):
                 for of, h in enumerate(inputs.unbind(1)):
                     whole[at, of] = (g.T @ h).square().sum()
             key = (adapted.layer, member.part.name)
-            self.sums[key] = self.sums.get(key, 0) + torch.stack([whole, inside])
+            before = self.sums.get(key)
+            self.sums[key] = (whole, inside) if before is None else (before[0] + whole, before[1] + inside)
+
+    def gather(self) -> None:
+        """Add what other processes saw."""
+        self.sums = {
+            key: (_over_processes(whole), _over_processes(inside))
+            for key, (whole, inside) in self.sums.items()
+        }
+
+    def of_groups(self, found: list[Adapted], normalise: bool) -> dict[str, Tensor]:
+        """Return for every group what each pair of columns keeps, `(k, r)`, added over its sites.
+
+        Args:
+            found: The adapted modules.
+            normalise: Add shares of each site's `‖G‖²`.
+        """
+        groups: dict[str, Tensor] = {}
+        for adapted in found:
+            for member in adapted.members:
+                whole, inside = (t.cpu().double() for t in self.sums[adapted.layer, member.part.name])
+                kept = inside / whole.clamp_min(1e-300)[..., None, None] if normalise else inside
+                name = member.part.group.name
+                groups[name] = groups.get(name, 0) + kept.sum((0, 1))
+        return groups
 
     def report(self, found: list[Adapted]) -> list[SiteStart]:
-        """Return one entry a site, in model order."""
+        """Return one entry a site, in model order, at the ranks that the groups have now."""
         reports = []
         for adapted in found:
             for member in adapted.members:
-                key = (adapted.layer, member.part.name)
-                whole, inside = (_over_processes(self.sums[key]).flatten(1)).cpu().double()
-                for site, energy, kept in zip(
-                    member.part.sites, whole.tolist(), inside.tolist(), strict=True
-                ):
-                    share = kept / energy if energy > 0 else 0.0
+                k, r = member.part.group.rank
+                whole, inside = self.sums[adapted.layer, member.part.name]
+                energies = whole.flatten().cpu().double().tolist()
+                kept = inside[..., :k, :r].sum((-2, -1)).flatten().cpu().double().tolist()
+                for site, energy, part in zip(member.part.sites, energies, kept, strict=True):
+                    share = part / energy if energy > 0 else 0.0
                     reports.append(
                         SiteStart(site.module, site.layer, site.projection, site.head, energy**0.5, share)
                     )

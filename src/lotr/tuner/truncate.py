@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..delta import one_by_one, side_by_side
+from ..allocation import Rank
+from ..delta import one_by_one
 from ..errors import ConfigError, near
 from ..sites import Group, Plan
 from .adapted import Adapted, Member
 from .config import LotrConfig
-from .group import LotrGroup, NamedNumbers, linear_from
-from .layer import LotrLinear
+from .group import LotrGroup
 from .meaning import pair
+from .ranks import Numbers, members_of, set_ranks, tied
 from .targets import plan_of
 
 
@@ -69,12 +69,7 @@ def truncate(
         raise ConfigError(f"Adapter {name!r} does not exist. {near(name, model.peft_config)}")
     config: LotrConfig = model.peft_config[name]
     _check(config, rank, energy)
-    plan = plan_of(config.made_for, config)
-    members: dict[LotrGroup, list[tuple[Adapted, Member]]] = {}
-    for layer in (module for module in model.modules() if isinstance(module, LotrLinear)):
-        if name in layer.lotr_site:
-            for member in layer.adapted(name).members:
-                members.setdefault(member.group, []).append((layer.adapted(name), member))
+    members = members_of(model, name)
     spectra = {group: _Spectrum(group, name, found) for group, found in members.items()}
     ranks = {
         spectrum.group.name: spectrum.ranks(energy)
@@ -82,20 +77,8 @@ def truncate(
         else _least(spectrum.group.rank, pair(rank))
         for spectrum in spectra.values()
     }
-    ranks = _equal_in_modules(plan, ranks)
-    targets = [replace(t, rank=ranks[plan.parts[t.path][0].group.name]) for t in plan.targets]
-    _record(config, targets)
-    parts = plan_of(targets, config).parts
-    for group, found in members.items():
-        spectrum = spectra[group]
-        U, cores, V = spectrum.cut(*ranks[spectrum.group.name])
-        _write(group, name, U, V)
-        for (adapted, member), C in zip(found, cores, strict=True):
-            _write_core(adapted, member, C)
-    for layer in (module for module in model.modules() if isinstance(module, LotrLinear)):
-        if name in layer.lotr_site:
-            for n, member in enumerate(layer.adapted(name).members):
-                member.part = parts[member.part.sites[0].module][n]
+    ranks = _equal_where_tied(plan_of(config.made_for, config), ranks)
+    set_ranks(config, members, ranks, lambda group, rank: spectra[group].cut(*rank))
     return [
         Truncated(s.group.name, s.group.rank, ranks[s.group.name], s.kept(*ranks[s.group.name]))
         for s in spectra.values()
@@ -119,7 +102,7 @@ class _Spectrum:
         self.left, self.sigma_U, _ = torch.linalg.svd(stacked.movedim(1, 0).flatten(1), full_matrices=False)
         self.right, self.sigma_V, _ = torch.linalg.svd(stacked.movedim(2, 0).flatten(1), full_matrices=False)
 
-    def ranks(self, energy: float | None) -> tuple[int, int]:
+    def ranks(self, energy: float | None) -> Rank:
         """Return the smallest ranks of which each keeps a share of the energy."""
         assert energy is not None
         k, r = (self._enough(sigma, energy) for sigma in (self.sigma_U, self.sigma_V))
@@ -129,7 +112,7 @@ class _Spectrum:
         share = sigma.square().cumsum(0) / sigma.square().sum().clamp_min(1e-300)
         return min(len(sigma), int((share < energy - 1e-12).sum()) + 1)
 
-    def cut(self, k: int, r: int) -> tuple[Tensor, list[Tensor], Tensor]:
+    def cut(self, k: int, r: int) -> Numbers:
         """Return `U` `(o, k)`, the cores `(sites, k, r)` of each part, and `V` `(i, r)`."""
         P, Q = self.left[:, :k], self.right[:, :r]
         return self.Q_U @ P, [P.T @ cores @ Q for cores in self.cores], self.Q_V @ Q
@@ -154,44 +137,14 @@ def _check(config: Any, rank: int | tuple[int, int] | None, energy: float | None
         )
 
 
-def _least(have: tuple[int, int], asked: tuple[int, int]) -> tuple[int, int]:
+def _least(have: Rank, asked: Rank) -> Rank:
     return min(have[0], asked[0]), min(have[1], asked[1])
 
 
-def _equal_in_modules(plan: Plan, ranks: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """Return ranks of which all groups that meet in one module have the largest: a module has one rank."""
-    changed = True
-    while changed:
-        changed = False
-        for parts in plan.parts.values():
-            names = [part.group.name for part in parts]
-            most = (max(ranks[n][0] for n in names), max(ranks[n][1] for n in names))
-            changed |= any(ranks[n] != most for n in names)
-            ranks = ranks | dict.fromkeys(names, most)
-    return ranks
-
-
-def _record(config: LotrConfig, targets: list[Any]) -> None:
-    """Write the new ranks into the configuration, so that the adapter loads with them."""
-    (common, _), *_ = Counter(target.rank for target in targets).most_common(1)
-    config.r = common[0] if common[0] == common[1] else common
-    config.rank_pattern = {target.path: target.rank for target in targets if target.rank != common}
-    config.targets = [target.to_dict() for target in targets]
-
-
-def _write(group: LotrGroup, adapter: str, U: Tensor, V: Tensor) -> None:
-    for factors, weight in ((group.lotr_U, U), (group.lotr_V, V.T)):
-        before = factors[adapter].weight
-        factors[adapter] = linear_from(weight.to(before))
-        factors[adapter].weight.requires_grad_(before.requires_grad)
-
-
-def _write_core(adapted: Adapted, member: Member, cores: Tensor) -> None:
-    held, name = adapted.layer.lotr_C[adapted.adapter], member.part.name
-    before = adapted.site_core(member.part)
-    C = side_by_side(cores, member.part.grid).to(before)
-    if isinstance(held, NamedNumbers):
-        held.register_parameter(name, nn.Parameter(C.contiguous(), requires_grad=before.requires_grad))
-    else:
-        adapted.layer.lotr_C[adapted.adapter] = linear_from(C)
-        adapted.layer.lotr_C[adapted.adapter].weight.requires_grad_(before.requires_grad)
+def _equal_where_tied(plan: Plan, ranks: dict[str, Rank]) -> dict[str, Rank]:
+    """Return ranks of which all groups that meet in modules have the largest."""
+    equal: dict[str, Rank] = {}
+    for names in tied(plan):
+        k, r = (max(ranks[name][side] for name in names) for side in (0, 1))
+        equal |= dict.fromkeys(names, (k, r))
+    return equal

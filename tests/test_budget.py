@@ -1,0 +1,124 @@
+"""`--rank auto --budget N`: ranks from a budget, for one run or a plan, and for a run that goes on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import saved_models
+from lotr import LotrConfig
+from lotr.errors import ConfigError, Interrupted
+from lotr.training.adapt import adapter_config
+from lotr.training.resume import restore
+from lotr.training.run import train
+from lotr_cli.settings import TrainSettings
+from test_cli import lotr, report
+from test_training import CtrlC, quiet
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("budget")
+    saved_models.save_bert(folder / "bert")
+    saved_models.write_colours(folder / "train.csv", rows=96, seed=0)
+    saved_models.write_colours(folder / "dev.csv", rows=48, seed=1)
+    return folder
+
+
+def _settings(place: Path, output: str, **more: object) -> TrainSettings:
+    data = {name: str(place / f"{name}.csv") for name in ("train", "dev")}
+    given = {"rank": "auto", "budget": 700, "batch_size": 8, "max_steps": 10, "eval_steps": 3, **more}
+    return TrainSettings(
+        model=str(place / "bert"), train=data["train"], eval=data["dev"], output=str(place / output), **given
+    )
+
+
+def test_a_start_from_gradients_shares_the_budget_out(place: Path) -> None:
+    lines: list[str] = []
+    more = {"start": "gradient", "start_batches": 3, "head_warmup": 5, "max_steps": 60}
+    rates = {"lr": 3e-2, "core_lr": 3e-2, "head_lr": 3e-2}
+    result = train(_settings(place, "shared-out", **more, **rates), say=lines.append)
+    assert 600 < result["trained_numbers"]["adapter"] <= 700
+    assert len({tuple(rank) for rank in result["ranks"].values()} | {(4, 4)}) > 1
+    assert any(line.startswith("Ranks (k, r): query") for line in lines)
+    assert result["settings"]["budget"] == 700 and result["accuracy"] > 0.9
+    again = report("evaluate", place / "shared-out", "--data", place / "dev.csv")
+    assert again["accuracy"] == pytest.approx(result["accuracy"])
+    inspected = report("inspect", place / "shared-out")
+    assert inspected["numbers"] == result["trained_numbers"]["adapter"]
+    assert {g["group"]: tuple(g["rank"]) for g in inspected["groups"]} == result["ranks"]
+
+
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        ({}, "no start looks at data"),
+        ({"start": "gradient", "method": "metatt_4d"}, "cores of core='tt' have no cut"),
+    ],
+    ids=str,
+)
+def test_without_data_or_a_cut_all_groups_get_one_rank(place: Path, more: dict[str, str], says: str) -> None:
+    lines: list[str] = []
+    result = train(_settings(place, f"uniform-{len(more)}", max_steps=1, **more), say=lines.append)
+    assert len(set(result["ranks"].values())) == 1
+    assert any(says in line for line in lines)
+    planned = report("plan", place / "bert", *_words(more), "--rank", "auto", "--budget", "700")
+    assert planned["trained_numbers"] == result["trained_numbers"]["adapter"] <= 700
+    assert all(rank == (int(planned["rank"]),) * 2 for rank in result["ranks"].values())
+
+
+def _words(settings: dict[str, str]) -> list[str]:
+    return [word for name, value in settings.items() for word in (f"--{name}", value)]
+
+
+def test_a_run_that_goes_on_has_the_ranks_that_were_chosen(place: Path) -> None:
+    settings = _settings(place, "straight", start="gradient", start_batches=2)
+    straight = train(settings, say=quiet)
+    stopped = replace(settings, output=str(place / "stopped"))
+    with pytest.raises(Interrupted, match="--resume"):
+        train(stopped, say=quiet, callbacks=[CtrlC(4)])
+    resumed = restore(TrainSettings(output=stopped.output, resume=True), given={"output", "resume"})
+    assert train(resumed, say=quiet)["ranks"] == straight["ranks"]
+    one, two = (load_file(place / name / WEIGHTS) for name in ("straight", "stopped"))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    saved = json.loads((place / "stopped" / "adapter_config.json").read_text())
+    assert saved["rank_pattern"] or saved["r"] != 4
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (("--rank", "auto"), "rank='auto' needs a budget"),
+        (("--budget", "700"), "budget=700 chooses the rank, and rank='16' sets it"),
+        (("--rank", "auto", "--budget", "0"), "budget=0 trains nothing"),
+        (("--rank", "auto", "--budget", "100"), "less than rank 1 trains: 132 numbers"),
+        (
+            ("--rank", "auto", "--budget", "700", "--method", "peft_lora"),
+            "has no meaning with method='peft_lora'",
+        ),
+    ],
+    ids=str,
+)
+def test_what_a_budget_cannot_mean_is_refused(place: Path, words: tuple[str, ...], says: str) -> None:
+    data = ("--model", place / "bert", "--train", place / "train.csv", "--output", place / "refused")
+    result = lotr("train", *data, *words)
+    assert result.exit_code != 0 and says in " ".join(result.stderr.split())
+    assert not (place / "refused" / WEIGHTS).exists()
+
+
+def test_the_ranks_of_a_basis_are_kept() -> None:
+    settings = TrainSettings(rank="auto", budget=700, basis="runs/first")
+    with pytest.raises(ConfigError, match="those of basis='runs/first' are kept"):
+        adapter_config(settings, "classification")
+
+
+def test_a_budget_beside_a_configuration_of_ones_own_is_refused(place: Path) -> None:
+    with pytest.raises(ConfigError, match="config describes another"):
+        train(_settings(place, "refused"), say=quiet, config=LotrConfig(task_type="SEQ_CLS"))

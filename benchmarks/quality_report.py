@@ -14,9 +14,11 @@ from rich.table import Table
 Run = dict[str, Any]
 
 
-def read(lines: Path) -> list[Run]:
-    """Return all runs of a file."""
-    return [json.loads(line) for line in lines.read_text().splitlines()] if lines.is_file() else []
+def read(folder: Path) -> list[Run]:
+    """Return all runs of a folder."""
+    return [
+        json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()
+    ]
 
 
 def tuned(runs: list[Run]) -> dict[tuple[str, str, str], list[Run]]:

@@ -29,8 +29,9 @@ check: $(READY)  ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## sizes and step times beside PEFT's LoRA, in one process
+bench: $(READY)  ## sizes, step times and a few scores beside PEFT's LoRA
 	$(BIN)/python benchmarks/bench_size.py --json out/bench_size.json
+	$(BIN)/python benchmarks/quality.py --grid benchmarks/quality_short.yaml --lines out/quality_short --json out/quality_short.json
 
 bench-methods: $(READY)  ## every row of the table of methods on real text (half an hour); writes the table in the docs
 	$(BIN)/python benchmarks/bench_methods.py --json docs/data/methods.json --picture docs/images/methods.png

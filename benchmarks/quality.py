@@ -65,11 +65,15 @@ def main() -> None:
     parser.add_argument(
         "--lines", type=Path, default=HERE / "results", help="folder where runs are kept, one line each"
     )
-    parser.add_argument("--share", default="0/1", help="which part of the runs this process does: INDEX/COUNT")
+    parser.add_argument(
+        "--share", default="0/1", help="which part of the runs this process does: INDEX/COUNT"
+    )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so long")
     parser.add_argument("--report", action="store_true", help="only report what is there")
     parser.add_argument("--json", type=Path, help="write the table here too")
-    parser.add_argument("--page", type=Path, help="write the page of the docs here, its pictures into images/ beside")
+    parser.add_argument(
+        "--page", type=Path, help="write the page of the docs here, its pictures into images/ beside"
+    )
     asked = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()

@@ -46,16 +46,20 @@ def runs_of(grid: dict[str, Any], done: Done) -> Iterator[Run | None]:
 
 
 def sweep_of(grid: dict[str, Any], target: str, method: str) -> list[Run]:
-    """Return the trials of the rates of a method."""
+    """Return the trials of the rates of a method; of one rate there is nothing to try."""
+    rates = grid["methods"][method]["rates"]
     return [
-        {"task": task, "target": target, "method": method, "seed": grid["sweep"]["seed"], "rates": rates}
+        {"task": task, "target": target, "method": method, "seed": grid["sweep"]["seed"], "rates": tried}
         for task in grid["sweep"]["tasks"]
-        for rates in grid["methods"][method]["rates"]
+        for tried in (rates if len(rates) > 1 else ())
     ]
 
 
 def best_rates(grid: dict[str, Any], done: Done, target: str, method: str) -> dict[str, float] | None:
     """Return the rates with the best mean dev score over the sweep's tasks, or `None` while trials are missing."""
+    if len(grid["methods"][method]["rates"]) == 1:
+        only: dict[str, float] = grid["methods"][method]["rates"][0]
+        return only
     scores: dict[str, list[float]] = {}
     for trial in sweep_of(grid, target, method):
         found = done.get(key_of(trial))

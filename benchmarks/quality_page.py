@@ -34,21 +34,22 @@ def write(results: Results, page: Path) -> None:
 def _method(results: Results) -> list[str]:
     grid = results.grid
     settings, sweep = grid["settings"], grid["sweep"]
+    passes = settings["start_rounds"] + 1
     lines = [
         "Written by `python benchmarks/quality.py --report --page docs/quality.md` from "
         f"{results.n_runs} runs, which are kept in `benchmarks/results`. What we lose stands beside what we win.",
         "",
         "**How it is measured.** The packaged MiniLM (6 layers, 384 wide), frozen in float32 on a CPU. A new head "
         f"is trained alone for {settings['head_warmup']} steps, then with the adapter; both are the same for every "
-        "method, as are the order of the batches, AdamW, the schedule and the clipping. Runs are short, so the table says what "
-        "a method learns quickly; with more steps methods come closer. "
+        "method, as are the order of the batches, AdamW, the schedule and the clipping. Runs are short, so the table "
+        "says what a method learns quickly. "
         f"Every method tries {max(len(m['rates']) for m in grid['methods'].values())} rates, each on "
         f"{' and '.join(sweep['tasks'])} with seed {sweep['seed']}; the best mean score on dev decides for all tasks "
         "and seeds. Test is only looked at with the rates chosen. "
         "Trained numbers are without the head. Scores are accuracies; ± is the standard error over the seeds.",
         "",
-        f"A start from gradients looks at {settings['start_batches']} batches {settings['start_rounds'] + 1} times "
-        f"before the first step: as much computing as {settings['start_batches'] * (settings['start_rounds'] + 1)} steps.",
+        f"A start from gradients looks at {settings['start_batches']} batches {passes} times before the first step: "
+        f"as much computing as {settings['start_batches'] * passes} steps.",
         "",
         "| task | steps | rows a step | longest text, tokens | rows of test |",
         "|---|---:|---:|---:|---:|",
@@ -81,10 +82,9 @@ def _section(results: Results, target: str, rows: Sequence[Row], page: Path) -> 
         "|---|---|---:|" + "---:|" * (len(tasks) + 2),
     ]
     for row in rows:
-        cells = [_score(row["tasks"].get(task)) for task in (*tasks,)] + [_score(row["test"])]
-        lines.append(
-            f"| {row['method']} | {_FAMILIES[row['family']]} | {row['numbers']:,} | {' | '.join(cells)} | {row['seeds']} |"
-        )
+        scores = [_score(row["tasks"].get(task)) for task in tasks]
+        cells = [row["method"], _FAMILIES[row["family"]], f"{row['numbers']:,}", *scores, _score(row["test"])]
+        lines.append(f"| {' | '.join(cells)} | {row['seeds']} |")
     return lines
 
 
@@ -119,9 +119,7 @@ def _steps(results: Results) -> list[str]:
     for method in compare["methods"]:
         found = results.steps(compare["target"], method, compare["peer"])
         if found:
-            rows.append(
-                f"| {method} | " + " | ".join(f"{m:.0f} ± {e:.0f}" for m, e in found.values()) + " |"
-            )
+            rows.append(f"| {method} | " + " | ".join(f"{m:.0f} ± {e:.0f}" for m, e in found.values()) + " |")
             tasks = list(found)
     if not rows:
         return []

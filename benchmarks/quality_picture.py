@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
 _COLOURS = {"lotr": "#3b6fb6", "table": "#4f9d69", "peft": "#d9822b"}
@@ -30,7 +31,9 @@ def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         if mine:
             sizes, scores = [row["numbers"] for row in mine], [row["test"][0] for row in mine]
             errors = [0.0 if math.isnan(row["test"][1]) else row["test"][1] for row in mine]
-            axis.errorbar(sizes, scores, errors, fmt="o", ms=5, color=colour, elinewidth=1, label=_NAMES[kind])
+            axis.errorbar(
+                sizes, scores, errors, fmt="o", ms=5, color=colour, elinewidth=1, label=_NAMES[kind]
+            )
     most = max(row["numbers"] for row in rows)
     for kind in ("peft", "lotr"):
         steps = list(frontier([row for row in rows if row["family"] == kind]))
@@ -41,7 +44,9 @@ def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
             )
     axis.set_xlim(min(row["numbers"] for row in rows) / 1.6, most * 2.2)
     axis.margins(y=0.12)
-    axis.set(xlabel="trained numbers, without the head", ylabel="test accuracy, mean over the tasks", title=title)
+    axis.set(
+        xlabel="trained numbers, without the head", ylabel="test accuracy, mean over the tasks", title=title
+    )
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(loc="lower right", frameon=False)
@@ -62,8 +67,14 @@ def _label(figure: Figure, axis: Any, rows: Sequence[dict[str, Any]]) -> None:
     """Write the methods' names where nothing else is, as near to their points as that allows."""
     figure.draw_without_rendering()
     points = [axis.transData.transform((row["numbers"], row["test"][0])) for row in rows]
-    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in points]
-    taken.append(axis.get_legend().get_window_extent())
+    taken = [axis.get_legend().get_window_extent()]
+    for row, (x, y) in zip(rows, points, strict=True):
+        error = 0.0 if math.isnan(row["test"][1]) else row["test"][1]
+        top = axis.transData.transform((row["numbers"], row["test"][0] + error))[1]
+        taken += [
+            Bbox.from_bounds(x - 5, y - 5, 10, 10),
+            Bbox.from_bounds(x - 2, 2 * y - top, 4, 2 * (top - y)),
+        ]
     for row, (x, y) in sorted(zip(rows, points, strict=True), key=lambda pair: -pair[1][1]):
         text = axis.annotate(
             row["method"],
@@ -74,12 +85,15 @@ def _label(figure: Figure, axis: Any, rows: Sequence[dict[str, Any]]) -> None:
             color=_COLOURS[row["family"]],
             ha="center",
             va="center",
+            path_effects=[withStroke(linewidth=3, foreground="white")],
             arrowprops={"arrowstyle": "-", "color": "#8a8f98", "lw": 0.5, "shrinkA": 0, "shrinkB": 4},
         )
         size = text.get_window_extent()
         for dx, dy in _around(size.width, size.height):
             box = Bbox.from_bounds(x + dx - size.width / 2, y + dy - size.height / 2, size.width, size.height)
-            inside = axis.bbox.x0 < box.x0 and box.x1 < axis.bbox.x1 + 40 and axis.bbox.y0 < box.y0 < axis.bbox.y1
+            inside = (
+                axis.bbox.x0 < box.x0 and box.x1 < axis.bbox.x1 + 40 and axis.bbox.y0 < box.y0 < axis.bbox.y1
+            )
             if inside and not any(box.overlaps(other) for other in taken):
                 break
         taken.append(box)
@@ -89,7 +103,7 @@ def _label(figure: Figure, axis: Any, rows: Sequence[dict[str, Any]]) -> None:
 def _around(width: float, height: float) -> Iterator[tuple[float, float]]:
     """Yield shifts of a label's centre, in pixels, the nearest first."""
     for ring in range(1, 24):
-        for turn in (0.0, 0.5, -0.5, 0.25, -0.25, 1.0, 0.75, -0.75):  # in half turns, beside before above
+        for turn in (0.25, -0.25, 0.75, -0.75, 0.0, 1.0, 0.5, -0.5):  # in half turns, beside the lines first
             reach = 6 + 7 * (ring - 1)
             yield (
                 math.cos(turn * math.pi) * (width / 2 + reach),

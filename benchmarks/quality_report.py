@@ -26,7 +26,8 @@ class Results:
         self.grid, self.n_runs = grid, len(done)
         self.cells: dict[tuple[str, str], dict[str, dict[int, Run]]] = {}
         best = {
-            cell: best_rates(grid, done, *cell) for cell in {(r["target"], r["method"]) for r in done.values()}
+            cell: best_rates(grid, done, *cell)
+            for cell in {(r["target"], r["method"]) for r in done.values()}
         }
         for run in done.values():
             cell = run["target"], run["method"]
@@ -67,7 +68,9 @@ class Results:
         for task in self.grid["tasks"]:
             seeds = mine.get(task, {}).keys() & theirs.get(task, {}).keys()
             if seeds:
-                found[task] = estimate([mine[task][s]["test"] - theirs[task][s]["test"] for s in sorted(seeds)])
+                found[task] = estimate(
+                    [mine[task][s]["test"] - theirs[task][s]["test"] for s in sorted(seeds)]
+                )
         return {**found, "all": over_tasks(list(found.values()))} if found else {}
 
     def steps(self, target: str, method: str, peer: str, share: float = 0.95) -> dict[str, Estimate]:
@@ -93,7 +96,9 @@ def family(method: dict[str, Any]) -> str:
     """Return whose a method is: `lotr`, `table` (others' methods as rows of this library), or `peft`."""
     if "peft" in method:
         return "peft"
-    ours = method["fields"]["method"] in ("lotr", "lotr_joint") and method["fields"].get("start") != "gaussian"
+    ours = (
+        method["fields"]["method"] in ("lotr", "lotr_joint") and method["fields"].get("start") != "gaussian"
+    )
     return "lotr" if ours else "table"
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import math
 import random
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.lora import eva, loraga
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import set_seed
 
@@ -108,6 +111,8 @@ class Bench:
         self.task = functools.cache(lambda name: Task(grid["tasks"][name], grid["model"], data))
         self._base = functools.cache(self._load_base)
         self._warmed = functools.cache(self._warm)
+        self._sources = functools.cache(self._train_source)
+        self._folder = tempfile.TemporaryDirectory()
         self._started: tuple[Any, dict[str, Tensor], float] | None = None
 
     def measure(self, run: dict[str, Any], adapter: Path | None = None) -> dict[str, Any]:
@@ -170,13 +175,11 @@ class Bench:
         task, settings = self.task(name), self.grid["settings"]
         set_seed(seed)
         base = copy.deepcopy(self._base(task.labels, task.kind))
-        nn.init.normal_(base.classifier.weight, std=0.02)  # type: ignore[union-attr, arg-type]
-        nn.init.zeros_(base.classifier.bias)  # type: ignore[union-attr, arg-type]
-        model = peft.get_peft_model(
-            base, lotr.LotrConfig(task_type="SEQ_CLS", target_modules=["query"], r=1)
-        )
+        nn.init.normal_(base.classifier.weight, std=0.02)
+        nn.init.zeros_(base.classifier.bias)
+        model = peft.get_peft_model(base, lotr.LotrConfig(task_type="SEQ_CLS", target_modules=["query"], r=1))
         warm_head(model, task.batches(seed), settings["head_warmup"], settings["head_lr"])
-        head: nn.Module = model.base_model.model.classifier.modules_to_save["default"]  # type: ignore[union-attr, index, assignment]
+        head: nn.Module = model.base_model.model.classifier.modules_to_save["default"]
         return copy.deepcopy(head.state_dict())
 
     def _model(
@@ -184,26 +187,43 @@ class Bench:
     ) -> tuple[nn.Module, float | None]:
         task = self.task(run["task"])
         base = copy.deepcopy(self._base(task.labels, task.kind))
-        base.classifier.load_state_dict(self._warmed(run["task"], run["seed"]))  # type: ignore[union-attr, operator]
+        base.classifier.load_state_dict(self._warmed(run["task"], run["seed"]))
         set_seed(run["seed"])
         modules = self.grid["targets"][run["target"]]
         fields = {"task_type": "SEQ_CLS", "target_modules": list(modules), **method["fields"]}
+        source = None
+        if "source" in method:
+            source = self._sources(json.dumps(method["source"]), run["target"], run["seed"])
+            if "peft" not in method:
+                fields["basis"] = str(source)
         batches = task.batches(run["seed"])
         seen = [next(batches) for _ in range(settings["start_batches"])]
         if "peft" not in method:
             model = add_adapter(base, lotr.LotrConfig(seed=run["seed"], **fields))
+            if method.get("continues"):
+                _go_on_from(model, source)
             if fields.get("start") not in ("gradient", "activation"):
                 return model, None
             return model, self._start(model, fields["start"], seen, run)
         config = getattr(peft, method["peft"])(**fields)
         if fields.get("init_lora_weights") == "lora_ga":
             config.lora_ga_config = peft.LoraGAConfig()
-            loraga.preprocess_loraga(base, config, lambda: [base(**batch).loss.backward() for batch in seen])  # type: ignore[arg-type, return-value]
-        model = add_adapter(base, config)
+            loraga.preprocess_loraga(base, config, lambda: [base(**batch).loss.backward() for batch in seen])
         if fields.get("init_lora_weights") == "eva":
-            eva.initialize_lora_eva_weights(model, seen, show_progress_bar=False)
+            config.eva_config = peft.EvaConfig(rho=1.0)  # ranks stay as they are, so sizes are equal
+        model = add_adapter(base, config)
+        if method.get("continues"):
+            _go_on_from(model, source)
+        if fields.get("init_lora_weights") == "eva":
+            texts = [{name: t for name, t in batch.items() if name != "labels"} for batch in seen]
+            eva.initialize_lora_eva_weights(model, texts, show_progress_bar=False)
         return model, None
 
+    def _train_source(self, source: str, target: str, seed: int) -> Path:
+        """Train the adapter that a transfer starts from; return its folder."""
+        folder = Path(self._folder.name) / str(len(list(Path(self._folder.name).iterdir())))
+        self.measure({**json.loads(source), "target": target, "seed": seed}, folder)
+        return folder
 
     def _start(self, model: nn.Module, kind: str, seen: list[Batch], run: dict[str, Any]) -> float:
         """Start from data; other rates of the same run start from the same factors, which are found once."""
@@ -219,6 +239,13 @@ class Bench:
             for name, parameter in factors.items():
                 parameter.copy_(found[name])
         return kept
+
+
+def _go_on_from(model: nn.Module, folder: Path) -> None:
+    """Copy the numbers of a saved adapter, its head left out."""
+    saved = load_file(folder / "adapter_model.safetensors")
+    head = {name: t for name, t in peft.get_peft_model_state_dict(model).items() if ".classifier." in name}
+    peft.set_peft_model_state_dict(model, saved | head)
 
 
 def _numbers(model: nn.Module) -> int:

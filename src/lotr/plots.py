@@ -96,7 +96,11 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], ti
 
 
 def by_place(
-    places: Sequence[tuple[str, str]], values: Sequence[float], title: str, path: Path, together: Any = np.mean
+    places: Sequence[tuple[str, str]],
+    values: Sequence[float],
+    title: str,
+    path: Path,
+    together: Any = np.mean,
 ) -> None:
     """Draw a heat map of one number a site.
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -21,20 +22,21 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is packaged
 
-import quality_page
-import quality_report
 import yaml
-from quality_grid import key_of, read, runs_of, share_of
-from quality_run import Bench
 from rich.console import Console
 from transformers.utils import logging
+
+import quality_page
+import quality_report
+from quality_grid import key_of, read, runs_of, share_of
+from quality_run import Bench
 
 HERE = Path(__file__).parent
 
 
-def work(grid: dict[str, Any], asked: argparse.Namespace) -> None:
+def work(grid: dict[str, Any], asked: argparse.Namespace, folder: Path) -> None:
     """Run what is missing of this process's share, one after the other, and append each to its file."""
-    bench, console = Bench(grid, asked.data), Console(stderr=True)
+    bench, console = Bench(grid, asked.data, folder), Console(stderr=True)
     share, shares = (int(part) for part in asked.share.split("/"))
     mine = asked.lines / f"{asked.grid.stem}.{share}.jsonl"
     asked.lines.mkdir(parents=True, exist_ok=True)
@@ -80,7 +82,8 @@ def main() -> None:
     logging.disable_progress_bar()
     grid = yaml.safe_load(asked.grid.read_text())
     if not asked.report:
-        work(grid, asked)
+        with tempfile.TemporaryDirectory() as folder:
+            work(grid, asked, Path(folder))
     results = quality_report.Results(grid, read(asked.lines))
     quality_report.show(results)
     if asked.json is not None:

@@ -6,9 +6,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from quality_grid import Done, Run, best_rates
 from rich.console import Console
 from rich.table import Table
+
+from quality_grid import Done, Run, best_rates
 
 Row = dict[str, Any]
 Estimate = tuple[float, float]  # a mean and its standard error

@@ -12,7 +12,6 @@ import functools
 import json
 import math
 import random
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,15 +103,20 @@ def _load(task: dict[str, Any], data: Path, held_out: str = "dev") -> TaskData:
 
 
 class Bench:
-    """Trains and measures; keeps what runs have in common."""
+    """Trains and measures; keeps what runs have in common.
 
-    def __init__(self, grid: dict[str, Any], data: Path) -> None:
-        self.grid, self.data = grid, data
+    Args:
+        grid: The grid.
+        data: Folder with the tasks' files.
+        folder: Where adapters that a transfer starts from are kept.
+    """
+
+    def __init__(self, grid: dict[str, Any], data: Path, folder: Path) -> None:
+        self.grid, self.folder = grid, folder
         self.task = functools.cache(lambda name: Task(grid["tasks"][name], grid["model"], data))
         self._base = functools.cache(self._load_base)
         self._warmed = functools.cache(self._warm)
         self._sources = functools.cache(self._train_source)
-        self._folder = tempfile.TemporaryDirectory()
         self._started: tuple[Any, dict[str, Tensor], float] | None = None
 
     def measure(self, run: dict[str, Any], adapter: Path | None = None) -> dict[str, Any]:
@@ -221,7 +225,7 @@ class Bench:
 
     def _train_source(self, source: str, target: str, seed: int) -> Path:
         """Train the adapter that a transfer starts from; return its folder."""
-        folder = Path(self._folder.name) / str(len(list(Path(self._folder.name).iterdir())))
+        folder = self.folder / str(len(list(self.folder.iterdir())))
         self.measure({**json.loads(source), "target": target, "seed": seed}, folder)
         return folder
 

@@ -111,7 +111,7 @@ def test_a_run_is_the_same_again_and_a_basis_carries_over(tmp_path: Path) -> Non
     for seed, name in enumerate(("train", "dev", "test")):
         saved_models.write_colours(tmp_path / f"{name}.csv", rows=48, seed=seed)
     files = {name: f"{name}.csv" for name in ("train", "dev", "test")}
-    task = {**files, "max_length": 8, "batch_size": 8, "steps": 40, "evaluations": 2, "test_rows": 40}
+    task = {**files, "max_length": 8, "batch_size": 8, "steps": 30, "evaluations": 2, "test_rows": 40}
     settings = {"head_warmup": 3, "head_lr": 0.03, "warmup": 0.1, "start_batches": 2, "start_rounds": 1}
     methods = {
         "whole": {"fields": {"method": "lotr", "r": 4, "start": "gradient"}},
@@ -131,6 +131,6 @@ def test_a_run_is_the_same_again_and_a_basis_carries_over(tmp_path: Path) -> Non
         for method in ("whole", "whole", "cores", "lora")
     )
     assert (whole["test"], whole["history"]) == (again["test"], again["history"])
-    assert [step for step, _ in whole["history"]] == [20, 40] and 0 < whole["kept"] <= 1
+    assert [step for step, _ in whole["history"]] == [15, 30] and 0 < whole["kept"] <= 1
     assert cores["numbers"] == 4 * 4 * 4 < whole["numbers"] and lora["numbers"] == 4 * 2 * 32
-    assert min(found["dev"] for found in (whole, cores, lora)) > 0.5
+    assert min(found["dev"] for found in (whole, cores, lora)) > 0.4  # a guess has a third

@@ -11,9 +11,7 @@ import copy
 import functools
 import json
 import math
-import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,79 +25,9 @@ from transformers import set_seed
 import lotr
 from lotr.training.adapt import add_adapter
 from lotr.training.begin import warm_head
-from lotr.training.data import Columns, TaskData, load_task
-from lotr.training.encode import collator, encode
-from lotr.training.models import load_model, load_tokenizer
+from lotr.training.models import load_model
 from lotr.training.optimizer import parameter_groups
-
-COLUMNS = Columns("text", "text2", "label")
-Rows = list[dict[str, Any]]
-Batch = dict[str, Tensor]
-
-
-class Task:
-    """A task of the grid, encoded."""
-
-    def __init__(self, task: dict[str, Any], model: str, data: Path) -> None:
-        loaded = _load(task, data)
-        self.kind, self.labels, self.batch_size, self.steps = (
-            loaded.task,
-            loaded.labels,
-            task["batch_size"],
-            task["steps"],
-        )
-        self.tokenizer = load_tokenizer(model)
-        self.collate = collator(self.tokenizer, self.kind)
-        if "dev" in task:
-            parts = {"train": loaded.train, "dev": loaded.eval, "test": _load(task, data, "test").eval}
-        else:  # a built-in set: a fifth of its training rows is dev, its own evaluation rows are test
-            halves = loaded.train.train_test_split(test_size=0.2, seed=0)
-            parts = {"train": halves["train"], "dev": halves["test"], "test": loaded.eval}
-        self.train, self.dev, self.test = (
-            list(
-                encode(
-                    rows.shuffle(seed=0).select(range(min(len(rows), task.get(f"{name}_rows", len(rows))))),
-                    self.tokenizer,
-                    self.kind,
-                    COLUMNS,
-                    self.labels,
-                    task["max_length"],
-                )
-            )
-            for name, rows in parts.items()
-        )
-
-    def batches(self, seed: int) -> Iterator[Batch]:
-        """Yield batches of rows of like length without end, in an order that depends on the seed alone."""
-        order = random.Random(seed)
-        while True:
-            rows = order.sample(self.train, len(self.train))
-            many = 16 * self.batch_size
-            chunks = []
-            for at in range(0, len(rows), many):
-                alike = sorted(rows[at : at + many], key=lambda row: row["length"])
-                chunks += [alike[i : i + self.batch_size] for i in range(0, len(alike), self.batch_size)]
-            order.shuffle(chunks)
-            yield from (self.collate(chunk) for chunk in chunks)
-
-    def accuracy(self, model: nn.Module, rows: Rows) -> float:
-        """Return the share of rows whose class is predicted."""
-        model.eval()
-        right = 0
-        rows = sorted(rows, key=lambda row: row["length"])
-        with torch.inference_mode():
-            for at in range(0, len(rows), 64):
-                batch = self.collate(rows[at : at + 64])
-                labels = batch.pop("labels")
-                right += int((model(**batch).logits.argmax(-1) == labels).sum())
-        model.train()
-        return right / len(rows)
-
-
-def _load(task: dict[str, Any], data: Path, held_out: str = "dev") -> TaskData:
-    if "dev" not in task:
-        return load_task(task["train"], None, COLUMNS, None, seed=0)
-    return load_task(str(data / task["train"]), str(data / task[held_out]), COLUMNS, None, seed=0)
+from quality_task import Batch, Task
 
 
 class Bench:
@@ -128,7 +56,7 @@ class Bench:
         """
         started = time.perf_counter()
         task, method, seed = self.task(run["task"]), self.grid["methods"][run["method"]], run["seed"]
-        settings = self.grid["settings"]
+        settings = self.grid["settings"] | method.get("settings", {})
         model, kept = self._model(run, method, settings)
         begun = time.perf_counter() - started
         steps = task.steps
@@ -174,15 +102,15 @@ class Bench:
     def _load_base(self, labels: tuple[str, ...], kind: str) -> nn.Module:
         return load_model(self.grid["model"], kind, labels)
 
-    def _warm(self, name: str, seed: int) -> dict[str, Tensor]:
+    def _warm(self, name: str, seed: int, steps: int, lr: float) -> dict[str, Tensor]:
         """Return the head of a task after its warm-up, which is the same for all methods."""
-        task, settings = self.task(name), self.grid["settings"]
+        task = self.task(name)
         set_seed(seed)
         base = copy.deepcopy(self._base(task.labels, task.kind))
         nn.init.normal_(base.classifier.weight, std=0.02)
         nn.init.zeros_(base.classifier.bias)
         model = peft.get_peft_model(base, lotr.LotrConfig(task_type="SEQ_CLS", target_modules=["query"], r=1))
-        warm_head(model, task.batches(seed), settings["head_warmup"], settings["head_lr"])
+        warm_head(model, task.batches(seed), steps, lr)
         head: nn.Module = model.base_model.model.classifier.modules_to_save["default"]
         return copy.deepcopy(head.state_dict())
 
@@ -191,7 +119,8 @@ class Bench:
     ) -> tuple[nn.Module, float | None]:
         task = self.task(run["task"])
         base = copy.deepcopy(self._base(task.labels, task.kind))
-        base.classifier.load_state_dict(self._warmed(run["task"], run["seed"]))
+        head = self._warmed(run["task"], run["seed"], settings["head_warmup"], settings["head_lr"])
+        base.classifier.load_state_dict(head)
         set_seed(run["seed"])
         modules = self.grid["targets"][run["target"]]
         fields = {"task_type": "SEQ_CLS", "target_modules": list(modules), **method["fields"]}

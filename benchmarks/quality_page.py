@@ -9,7 +9,7 @@ from pathlib import Path
 import quality_picture
 from quality_report import Estimate, Results, Row
 
-_FAMILIES = {"lotr": "**LoTR**", "table": "in the table", "peft": "PEFT"}
+_FAMILIES = {"head": "", "lotr": "**LoTR**", "table": "in the table", "peft": "PEFT"}
 _TARGETS = {"qv": "Query and value", "all": "All linear layers"}
 
 

@@ -19,10 +19,13 @@ def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     """Draw one point a method with the standard error of its score, and the frontiers of LoTR and of PEFT.
 
     Args:
-        rows: Entries with `method`, `family`, `numbers` and `test`, a score and its error.
+        rows: Entries with `method`, `family`, `numbers` and `test`, a score and its error. One without numbers is
+            drawn as a line through all.
         title: Title of the picture.
         path: PNG file.
     """
+    bare = [row for row in rows if not row["numbers"]]
+    rows = [row for row in rows if row["numbers"]]
     figure = Figure(figsize=(9.6, 5.8), dpi=130, layout="constrained")
     axis = figure.subplots()
     axis.set_xscale("log")
@@ -42,6 +45,8 @@ def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
             axis.plot(
                 sizes, scores, drawstyle="steps-post", color=_COLOURS[kind], lw=1.6, alpha=0.55, zorder=1
             )
+    for row in bare:
+        axis.axhline(row["test"][0], color="#8a8f98", linestyle="--", lw=1, label=row["method"])
     axis.set_xlim(min(row["numbers"] for row in rows) / 1.6, most * 2.2)
     axis.margins(y=0.12)
     axis.set(

@@ -94,9 +94,11 @@ class Results:
 
 
 def family(method: dict[str, Any]) -> str:
-    """Return whose a method is: `lotr`, `table` (others' methods as rows of this library), or `peft`."""
+    """Return whose a method is: `lotr`, `table` (others', as rows of this library), `peft`; or `head`, without any."""
     if "peft" in method:
         return "peft"
+    if "target_modules" in method["fields"]:
+        return "head"
     ours = (
         method["fields"]["method"] in ("lotr", "lotr_joint") and method["fields"].get("start") != "gaussian"
     )

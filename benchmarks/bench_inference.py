@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 
 import torch
+
 from grids import Setting, forward, grid, one
 from peers import BASE, inference_step, label, make
 from pictures import panels

@@ -16,8 +16,9 @@ import sys
 from multiprocessing import get_context
 from typing import Any
 
-import memory
 import torch
+
+import memory
 from grids import Setting, memory_grid, one
 from peers import FLOOR, label
 from pictures import panels

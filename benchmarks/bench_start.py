@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import ADAPTERS
 from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from peers import ADAPTERS
 from pictures import bars
 from records import Row, begin, parser, progress, ratio, rounded, show, write
 from shapes import SHAPES, build
 from timing import Samples, Spread, interleaved
-from transformers import PreTrainedModel
 
 METHODS = ("peft_lora", "peft_dora", "lotr", "lotr_cores", "lotr_per_output")
 RANK = 16

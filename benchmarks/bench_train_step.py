@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 
 import torch
+
 from grids import Setting, grid, one
 from peers import FLOOR, label, make, trained, training_step
 from pictures import panels

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import ADAPTERS, make, trained, training_step
 from peft import get_peft_model
-from records import calm
-from shapes import Batch, batch_for, build
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
+
+from peers import ADAPTERS, make, trained, training_step
+from records import calm
+from shapes import Batch, batch_for, build
 
 _HIGH_WATER = "VmHWM:"  # of resident memory, in kB
 

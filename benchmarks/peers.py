@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
-from shapes import SHAPES, Batch
 from torch import nn
 from transformers import PreTrainedModel
 
 from lotr import LotrConfig
+from shapes import SHAPES, Batch
 
 
 def _lora(r: int, linears: list[str], **more: Any) -> PeftConfig:

@@ -1,71 +1,134 @@
-"""Tables and the picture of `quality.py`, from its lines alone."""
+"""What the runs of `quality.py` say: means with errors, paired differences, steps; and the table."""
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections import defaultdict
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-Run = dict[str, Any]
+from quality_grid import Done, Run, best_rates
+
+Row = dict[str, Any]
+Estimate = tuple[float, float]  # a mean and its standard error
 
 
-def read(lines: Path) -> list[Run]:
-    """Return all runs of a file."""
-    return [json.loads(line) for line in lines.read_text().splitlines()] if lines.is_file() else []
+class Results:
+    """The runs with the rates that each method has earned.
+
+    Args:
+        grid: The grid.
+        done: The runs that are there.
+    """
+
+    def __init__(self, grid: dict[str, Any], done: Done) -> None:
+        self.grid, self.n_runs = grid, len(done)
+        self.cells: dict[tuple[str, str], dict[str, dict[int, Run]]] = {}
+        best = {
+            cell: best_rates(grid, done, *cell)
+            for cell in {(r["target"], r["method"]) for r in done.values()}
+        }
+        for run in done.values():
+            cell = run["target"], run["method"]
+            if run["rates"] == best[cell]:
+                self.cells.setdefault(cell, {}).setdefault(run["task"], {})[run["seed"]] = run
+
+    def rows(self) -> list[Row]:
+        """Return one entry a target and method, the smallest first."""
+        order = list(self.grid["targets"])
+        rows = [self._row(*cell) for cell in self.cells]
+        return sorted(rows, key=lambda row: (order.index(row["target"]), row["numbers"], row["method"]))
+
+    def _row(self, target: str, method: str) -> Row:
+        tasks = self.cells[target, method]
+        scores = {
+            task: estimate([run["test"] for run in tasks[task].values()])
+            for task in self.grid["tasks"]
+            if task in tasks
+        }
+        frontier = self.grid["frontier"]
+        whole = all(task in scores for task in frontier)
+        some = next(iter(tasks.values()))
+        return {
+            "target": target,
+            "method": method,
+            "family": family(self.grid["methods"][method]),
+            "numbers": next(iter(some.values()))["numbers"],
+            "rates": next(iter(some.values()))["rates"],
+            "seeds": min(len(runs) for runs in tasks.values()),
+            "tasks": scores,
+            "test": over_tasks([scores[task] for task in frontier]) if whole else None,
+        }
+
+    def against(self, target: str, method: str, peer: str) -> dict[str, Estimate]:
+        """Return by how much a method is above a peer: task by task, and `all`, from runs of the same seed."""
+        mine, theirs = self.cells.get((target, method), {}), self.cells.get((target, peer), {})
+        found = {}
+        for task in self.grid["tasks"]:
+            seeds = mine.get(task, {}).keys() & theirs.get(task, {}).keys()
+            if seeds:
+                found[task] = estimate(
+                    [mine[task][s]["test"] - theirs[task][s]["test"] for s in sorted(seeds)]
+                )
+        return {**found, "all": over_tasks(list(found.values()))} if found else {}
+
+    def steps(self, target: str, method: str, peer: str, share: float = 0.95) -> dict[str, Estimate]:
+        """Return how many steps a method needs to reach a share of the peer's last dev score, task by task.
+
+        A run that never does counts with all its steps.
+        """
+        mine, theirs = self.cells.get((target, method), {}), self.cells.get((target, peer), {})
+        found = {}
+        for task in self.grid["tasks"]:
+            needed = []
+            for seed in sorted(mine.get(task, {}).keys() & theirs.get(task, {}).keys()):
+                history = mine[task][seed].get("history", ())
+                if len(history) > 1:
+                    goal = share * theirs[task][seed]["dev"]
+                    needed.append(next((step for step, dev in history if dev >= goal), history[-1][0]))
+            if needed:
+                found[task] = estimate(needed)
+        return found
 
 
-def tuned(runs: list[Run]) -> dict[tuple[str, str, str], list[Run]]:
-    """Return for each (target, method, task) the runs with the rates whose mean dev score is the highest."""
-    cells: dict[tuple[str, str, str], dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
-    for run in runs:
-        cells[run["target"], run["method"], run["task"]][json.dumps(run["rates"])].append(run)
-    return {
-        cell: max(by_rates.values(), key=lambda some: statistics.mean(run["dev"] for run in some))
-        for cell, by_rates in cells.items()
-    }
+def family(method: dict[str, Any]) -> str:
+    """Return whose a method is: `lotr`, `table` (others', as rows of this library), `peft`; or `head`, without any."""
+    if "peft" in method:
+        return "peft"
+    if "target_modules" in method["fields"]:
+        return "head"
+    ours = (
+        method["fields"]["method"] in ("lotr", "lotr_joint") and method["fields"].get("start") != "gaussian"
+    )
+    return "lotr" if ours else "table"
 
 
-def summary(runs: list[Run]) -> list[Run]:
-    """Return one entry a target and method: numbers, test score of each task, and over all tasks with its error."""
-    best = tuned(runs)
-    entries = []
-    for target, method in dict.fromkeys((target, method) for target, method, _ in best):
-        tasks = {task: some for (t, m, task), some in best.items() if (t, m) == (target, method)}
-        # the error of a mean over tasks: of each task's mean over seeds, added in quadrature
-        means = {task: statistics.mean(run["test"] for run in some) for task, some in tasks.items()}
-        errors = [_error([run["test"] for run in some]) for some in tasks.values()]
-        entries.append(
-            {
-                "target": target,
-                "method": method,
-                "numbers": next(iter(tasks.values()))[0]["numbers"],
-                "seeds": min(len(some) for some in tasks.values()),
-                "tasks": means,
-                "test": statistics.mean(means.values()),
-                "error": sum(error**2 for error in errors) ** 0.5 / len(errors),
-            }
-        )
-    return sorted(entries, key=lambda entry: (entry["target"], entry["numbers"]))
+def estimate(values: Sequence[float]) -> Estimate:
+    """Return the mean and its standard error, which one value alone does not have."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return statistics.mean(values), error
 
 
-def _error(scores: list[float]) -> float:
-    return statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else float("nan")
+def over_tasks(estimates: Sequence[Estimate]) -> Estimate:
+    """Return the mean over tasks; its error is that of the tasks' means, added in quadrature."""
+    errors = sum(error**2 for _, error in estimates) ** 0.5
+    return statistics.mean(mean for mean, _ in estimates), errors / len(estimates)
 
 
-def show(runs: list[Run]) -> None:
+def show(results: Results) -> None:
     """Print the table."""
-    entries = summary(runs)
-    tasks = list(dict.fromkeys(task for entry in entries for task in entry["tasks"]))
-    table = Table(title=f"Test accuracy, rates chosen on dev; {len(runs)} runs", title_justify="left")
+    tasks = list(results.grid["tasks"])
+    table = Table(
+        title=f"Test accuracy, rates chosen on dev; {results.n_runs} runs. "
+        f"Mean: of {', '.join(results.grid['frontier'])}.",
+        title_justify="left",
+    )
     for name in ("target", "method", "numbers", "seeds", *tasks, "mean", "± error"):
         table.add_column(name, justify="left" if name in ("target", "method") else "right")
-    for entry in entries:
-        scores = [f"{entry['tasks'][task]:.4f}" if task in entry["tasks"] else "" for task in tasks]
-        row = (entry["target"], entry["method"], f"{entry['numbers']:,}", str(entry["seeds"]), *scores)
-        table.add_row(*row, f"{entry['test']:.4f}", f"{entry['error']:.4f}")
-    Console(width=140).print(table)
+    for row in results.rows():
+        scores = [f"{row['tasks'][task][0]:.4f}" if task in row["tasks"] else "" for task in tasks]
+        mean = [f"{value:.4f}" for value in row["test"] or ()] or ["", ""]
+        table.add_row(row["target"], row["method"], f"{row['numbers']:,}", str(row["seeds"]), *scores, *mean)
+    Console(width=160).print(table)

@@ -17,15 +17,15 @@ from typing import Any
 import peft
 import torch
 import transformers
-from peers import ADAPTERS, COMPILED, TEXT
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from shapes import SHAPES
-from timing import Spread
 
 import lotr
 from lotr.files import write_json
+from peers import ADAPTERS, COMPILED, TEXT
+from shapes import SHAPES
+from timing import Spread
 
 Row = dict[str, Any]
 

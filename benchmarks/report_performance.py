@@ -14,9 +14,8 @@ import bench_inference
 import bench_memory
 import bench_start
 import bench_train_step
-from peers import TEXT
-
 from lotr.files import read_json
+from peers import TEXT
 
 Record = dict[str, Any]
 

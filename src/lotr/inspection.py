@@ -194,14 +194,6 @@ def draw(found: Inspection, path: Path) -> None:
         found: See `inspect`.
         path: PNG file.
     """
-    layers = sorted({site.layer for site in found.sites}, key=_natural)
-    projections = list(dict.fromkeys(site.projection for site in found.sites))
-    norms = np.full((len(layers), len(projections)), np.nan)
-    for site in found.sites:  # heads of one projection together
-        place = layers.index(site.layer), projections.index(site.projection)
-        norms[place] = np.hypot(np.nan_to_num(norms[place]), site.norm)
-    plots.heat_map(norms, layers, projections, "norm of the update, ‖ΔW‖", path)
-
-
-def _natural(path: str) -> list[tuple[int, int, str]]:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.split(".")]
+    places = [(site.layer, site.projection) for site in found.sites]
+    norms = [site.norm for site in found.sites]
+    plots.by_place(places, norms, "norm of the update, ‖ΔW‖", path, together=np.linalg.norm)

@@ -95,6 +95,35 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], ti
     _save(figure, path)
 
 
+def by_place(
+    places: Sequence[tuple[str, str]],
+    values: Sequence[float],
+    title: str,
+    path: Path,
+    together: Any = np.mean,
+) -> None:
+    """Draw a heat map of one number a site.
+
+    Args:
+        places: Layer and projection of each site.
+        values: One number a site.
+        title: What the numbers are.
+        path: PNG file.
+        together: Joins the numbers of sites of one place, as heads are.
+    """
+    layers = sorted({layer for layer, _ in places}, key=_natural)
+    projections = list(dict.fromkeys(projection for _, projection in places))
+    grid = np.full((len(layers), len(projections)), np.nan)
+    for layer, projection in set(places):
+        here = [value for place, value in zip(places, values, strict=True) if place == (layer, projection)]
+        grid[layers.index(layer), projections.index(projection)] = together(here)
+    heat_map(grid, layers, projections, title, path)
+
+
+def _natural(path: str) -> list[tuple[int, int, str]]:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.split(".")]
+
+
 def score_against_size(
     names: Sequence[str], sizes: Sequence[float], scores: Sequence[float], axes: tuple[str, str], path: Path
 ) -> None:

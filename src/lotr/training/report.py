@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
     from .data import TaskData
 
-SETTINGS, METRICS, CURVE, CHECKPOINTS = "settings.json", "metrics.json", "curve.png", "checkpoints"
+SETTINGS, METRICS, CURVE, START = "settings.json", "metrics.json", "curve.png", "start.png"
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass
@@ -93,6 +94,10 @@ def write(run: Run, report: dict[str, Any], history: list[dict[str, Any]]) -> No
         write_adapter(run.model, made, task=run.task_record, base=run.task_record["base_model"])
         report["adapter_bytes"] = (made / WEIGHTS).stat().st_size
         plots.curve(history, report["metric"], f"{run.settings.method} on {run.settings.train}", made / CURVE)
+        if sites := report["begun"].get("sites"):
+            places = [(site["layer"], site["projection"]) for site in sites]
+            kept = [site["kept"] for site in sites]
+            plots.by_place(places, kept, "share of the gradient that the factors keep", made / START)
         config = run.model.active_peft_config
         additive = MAGNITUDES[getattr(config, "magnitude", "none")].additive
         text = card.for_run(report, config.task_type, additive)

@@ -1,0 +1,75 @@
+"""Which runs the grid of `quality.py` asks for, and which rates a method has earned."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+_KEY = ("task", "target", "method", "seed", "rates")
+Run = dict[str, Any]
+Done = dict[str, Run]
+
+
+def read(folder: Path) -> Done:
+    """Return the runs in all files of a folder, by their keys."""
+    lines = (line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines())
+    return by_key(json.loads(line) for line in lines)
+
+
+def by_key(runs: Iterable[Run]) -> Done:
+    """Return runs by what tells them from others."""
+    return {key_of(run): run for run in runs}
+
+
+def key_of(run: Run) -> str:
+    """Return what tells a run from others."""
+    return json.dumps({name: run[name] for name in _KEY}, sort_keys=True)
+
+
+def runs_of(grid: dict[str, Any], done: Done) -> Iterator[Run | None]:
+    """Yield the runs of a grid, in its order; `None` for one whose rates are not known yet."""
+    for wave in grid["waves"]:
+        cells = list(itertools.product(wave["targets"], wave["methods"]))
+        for target, method in cells:
+            yield from sweep_of(grid, target, method)
+        for seed, task, (target, method) in itertools.product(wave["seeds"], wave["tasks"], cells):
+            rates = best_rates(grid, done, target, method)
+            if rates is None:
+                yield None
+            else:
+                yield {"task": task, "target": target, "method": method, "seed": seed, "rates": rates}
+
+
+def sweep_of(grid: dict[str, Any], target: str, method: str) -> list[Run]:
+    """Return the trials of the rates of a method; of one rate there is nothing to try."""
+    rates = grid["methods"][method]["rates"]
+    return [
+        {"task": task, "target": target, "method": method, "seed": grid["sweep"]["seed"], "rates": tried}
+        for task in grid["sweep"]["tasks"]
+        for tried in (rates if len(rates) > 1 else ())
+    ]
+
+
+def best_rates(grid: dict[str, Any], done: Done, target: str, method: str) -> dict[str, float] | None:
+    """Return the rates with the best mean dev score over the sweep's tasks, or `None` while trials are missing."""
+    if len(grid["methods"][method]["rates"]) == 1:
+        only: dict[str, float] = grid["methods"][method]["rates"][0]
+        return only
+    scores: dict[str, list[float]] = {}
+    for trial in sweep_of(grid, target, method):
+        found = done.get(key_of(trial))
+        if found is None:
+            return None
+        scores.setdefault(json.dumps(trial["rates"]), []).append(found["dev"])
+    best: dict[str, float] = json.loads(max(scores, key=lambda rates: statistics.mean(scores[rates])))
+    return best
+
+
+def share_of(run: Run, shares: int) -> int:
+    """Return which process does a run: all rates of one start fall to the same one."""
+    return zlib.crc32(f"{run['task']}/{run['target']}/{run['method']}/{run['seed']}".encode()) % shares

@@ -1,0 +1,151 @@
+"""The page of the docs that `quality.py` writes: everything on it comes from the runs and the grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import quality_picture
+from quality_report import Estimate, Results, Row
+
+_FAMILIES = {"head": "", "lotr": "**LoTR**", "table": "in the table", "peft": "PEFT"}
+_TARGETS = {"qv": "Query and value", "all": "All linear layers"}
+
+
+def write(results: Results, page: Path) -> None:
+    """Write the page, and its pictures beside it.
+
+    Args:
+        results: See `Results`.
+        page: Markdown file; pictures go into `images/`.
+    """
+    (page.parent / "images").mkdir(parents=True, exist_ok=True)
+    lines = ["# What each number buys", "", *_method(results)]
+    rows = results.rows()
+    for target in results.grid["targets"]:
+        mine = [row for row in rows if row["target"] == target]
+        if mine:
+            lines += _section(results, target, mine, page)
+    lines += [*_claims(results), *_steps(results), *_rates(rows)]
+    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _method(results: Results) -> list[str]:
+    grid = results.grid
+    settings, sweep = grid["settings"], grid["sweep"]
+    passes = settings["start_rounds"] + 1
+    lines = [
+        "Written by `python benchmarks/quality.py --report --page docs/quality.md` from "
+        f"{results.n_runs} runs, which are kept in `benchmarks/results`. What we lose stands beside what we win.",
+        "",
+        "**How it is measured.** The packaged MiniLM (6 layers, 384 wide), frozen in float32 on a CPU. A new head "
+        f"is trained alone for {settings['head_warmup']} steps, then with the adapter; both are the same for every "
+        "method, as are the order of the batches, AdamW, the schedule and the clipping. Runs are short, so the table "
+        "says what a method learns quickly. "
+        f"Every method tries {max(len(m['rates']) for m in grid['methods'].values())} rates, each on "
+        f"{' and '.join(sweep['tasks'])} with seed {sweep['seed']}; the best mean score on dev decides for all tasks "
+        "and seeds. Test is only looked at with the rates chosen. "
+        "Trained numbers are without the head. Scores are accuracies; ± is the standard error over the seeds.",
+        "",
+        f"A start from gradients looks at {settings['start_batches']} batches {passes} times before the first step: "
+        f"as much computing as {settings['start_batches'] * passes} steps.",
+        "",
+        "| task | steps | rows a step | longest text, tokens | rows of test |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, task in grid["tasks"].items():
+        lines.append(
+            f"| {name} | {task['steps']} | {task['batch_size']} | {task['max_length']} | {task['test_rows']:,} |"
+        )
+    return lines
+
+
+def _section(results: Results, target: str, rows: Sequence[Row], page: Path) -> list[str]:
+    title = _TARGETS.get(target, target)
+    frontier = results.grid["frontier"]
+    tasks = [task for task in results.grid["tasks"] if any(task in row["tasks"] for row in rows)]
+    lines = ["", f"## {title}", ""]
+    drawn = [row for row in rows if row["test"]]
+    if drawn:
+        picture = page.parent / "images" / f"quality_{target}.png"
+        quality_picture.draw(drawn, f"{title}: mean of {', '.join(frontier)}", picture)
+        lines += [
+            f"![test accuracy against trained numbers](images/{picture.name})",
+            "",
+            "The lines are the frontiers of LoTR and of PEFT: the best score with at most so many numbers. "
+            "*In the table*: a method of others that is a row of this library.",
+            "",
+        ]
+    lines += [
+        f"| method | whose | numbers | {' | '.join(tasks)} | mean of {len(frontier)} | seeds |",
+        "|---|---|---:|" + "---:|" * (len(tasks) + 2),
+    ]
+    for row in rows:
+        scores = [_score(row["tasks"].get(task)) for task in tasks]
+        cells = [row["method"], _FAMILIES[row["family"]], f"{row['numbers']:,}", *scores, _score(row["test"])]
+        lines.append(f"| {' | '.join(cells)} | {row['seeds']} |")
+    return lines
+
+
+def _claims(results: Results) -> list[str]:
+    lines = [
+        "",
+        "## Against each other",
+        "",
+        "Differences of test accuracy in points between runs of the same task and seed, which see the same batches. "
+        "*Above* and *below*: by more than twice the standard error; else *level*.",
+        "",
+        "| what | against | on | points | verdict | task by task |",
+        "|---|---|---|---:|---|---|",
+    ]
+    for claim in results.grid["compare"]:
+        found = results.against(claim["target"], claim["method"], claim["peer"])
+        if not found:
+            continue
+        mean, error = found.pop("all")
+        verdict = "above" if mean > 2 * error else "below" if mean < -2 * error else "level"
+        verdict = "one seed" if math.isnan(error) else verdict
+        by_task = ", ".join(f"{task} {100 * d:+.1f}" for task, (d, _) in found.items())
+        lines.append(
+            f"| {claim['method']} | {claim['peer']} | {_TARGETS.get(claim['target'], claim['target']).lower()} | "
+            f"{100 * mean:+.1f} ± {100 * error:.1f} | {verdict} | {by_task} |"
+        )
+    return lines
+
+
+def _steps(results: Results) -> list[str]:
+    compare, rows = results.grid["steps"], []
+    for method in compare["methods"]:
+        found = results.steps(compare["target"], method, compare["peer"])
+        if found:
+            rows.append(f"| {method} | " + " | ".join(f"{m:.0f} ± {e:.0f}" for m, e in found.values()) + " |")
+            tasks = list(found)
+    if not rows:
+        return []
+    return [
+        "",
+        "## Steps to 95 % of LoRA's last dev score",
+        "",
+        f"{_TARGETS[compare['target']]}; dev is measured five times a run, so a step is known to a fifth of the run. "
+        "A run that does not get there counts with all its steps. The passes of a start from gradients come on top.",
+        "",
+        f"| method | {' | '.join(tasks)} |",
+        "|---|" + "---:|" * len(tasks),
+        *rows,
+    ]
+
+
+def _rates(rows: Sequence[Row]) -> list[str]:
+    lines = ["", "## Rates", "", "What the sweep chose.", "", "| method | on | rates |", "|---|---|---|"]
+    for row in rows:
+        rates = ", ".join(f"`{name}` {rate:g}" for name, rate in row["rates"].items())
+        lines.append(f"| {row['method']} | {_TARGETS.get(row['target'], row['target']).lower()} | {rates} |")
+    return lines
+
+
+def _score(score: Estimate | None) -> str:
+    if score is None:
+        return ""
+    mean, error = score
+    return f"{100 * mean:.1f}" + ("" if math.isnan(error) else f" ± {100 * error:.1f}")

@@ -1,0 +1,188 @@
+"""One run of `quality.py`: a fresh adapter on the packaged model, trained for a few steps, measured on dev and test.
+
+The same for every method: head warm-up, batches in an order that depends on the seed alone, AdamW, a rate that rises
+for 6 % of the steps and falls to zero, clipping of the gradient's norm to one, dropout of the base model. Texts are
+encoded and the model is loaded once a process.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.lora import eva, loraga
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import set_seed
+
+import lotr
+from lotr.training.adapt import add_adapter
+from lotr.training.begin import warm_head
+from lotr.training.models import load_model
+from lotr.training.optimizer import parameter_groups
+from quality_task import Batch, Task
+
+
+class Bench:
+    """Trains and measures; keeps what runs have in common.
+
+    Args:
+        grid: The grid.
+        data: Folder with the tasks' files.
+        folder: Where adapters that a transfer starts from are kept.
+    """
+
+    def __init__(self, grid: dict[str, Any], data: Path, folder: Path) -> None:
+        self.grid, self.folder = grid, folder
+        self.task = functools.cache(lambda name: Task(grid["tasks"][name], grid["model"], data))
+        self._base = functools.cache(self._load_base)
+        self._warmed = functools.cache(self._warm)
+        self._sources = functools.cache(self._train_source)
+        self._started: tuple[Any, dict[str, Tensor], float] | None = None
+
+    def measure(self, run: dict[str, Any], adapter: Path | None = None) -> dict[str, Any]:
+        """Return a run with its scores on dev and test.
+
+        Args:
+            run: `task`, `target`, `method`, `seed`, `rates`.
+            adapter: Where the trained adapter is kept, if it is.
+        """
+        started = time.perf_counter()
+        task, method, seed = self.task(run["task"]), self.grid["methods"][run["method"]], run["seed"]
+        settings = self.grid["settings"] | method.get("settings", {})
+        model, kept = self._model(run, method, settings)
+        begun = time.perf_counter() - started
+        steps = task.steps
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, **{"lr": 1e-3, "head_lr": settings["head_lr"]} | run["rates"]),
+            weight_decay=0.0,
+        )
+        rise = math.ceil(settings["warmup"] * steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / (rise + 1), (steps - step) / max(1, steps - rise))
+        )
+        set_seed(seed)
+        batches = task.batches(seed)
+        sweeps = seed == self.grid["sweep"]["seed"]  # trials of rates are only measured at their end
+        every = steps if sweeps else steps // self.grid["tasks"][run["task"]].get("evaluations", 1)
+        history: list[tuple[int, float]] = []
+        model.train()
+        for step in range(1, steps + 1):
+            loss = model(**next(batches)).loss
+            if not math.isfinite(float(loss.detach())):  # a rate that is far too high: a score of zero
+                return {**run, "numbers": _numbers(model), "dev": 0.0, "test": 0.0, "diverged": step}
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            if step == steps or step % every == 0:
+                history.append((step, task.accuracy(model, task.dev)))
+        if adapter is not None:
+            model.save_pretrained(str(adapter))
+        return {
+            **run,
+            "numbers": _numbers(model),
+            "dev": history[-1][1],
+            "test": task.accuracy(model, task.test),
+            "history": history,
+            "kept": kept,
+            "seconds": round(time.perf_counter() - started, 1),
+            "start_seconds": round(begun, 1),
+        }
+
+    def _load_base(self, labels: tuple[str, ...], kind: str) -> nn.Module:
+        return load_model(self.grid["model"], kind, labels)
+
+    def _warm(self, name: str, seed: int, steps: int, lr: float) -> dict[str, Tensor]:
+        """Return the head of a task after its warm-up, which is the same for all methods."""
+        task = self.task(name)
+        set_seed(seed)
+        base = copy.deepcopy(self._base(task.labels, task.kind))
+        nn.init.normal_(base.classifier.weight, std=0.02)
+        nn.init.zeros_(base.classifier.bias)
+        model = peft.get_peft_model(base, lotr.LotrConfig(task_type="SEQ_CLS", target_modules=["query"], r=1))
+        warm_head(model, task.batches(seed), steps, lr)
+        head: nn.Module = model.base_model.model.classifier.modules_to_save["default"]
+        return copy.deepcopy(head.state_dict())
+
+    def _model(
+        self, run: dict[str, Any], method: dict[str, Any], settings: dict[str, Any]
+    ) -> tuple[nn.Module, float | None]:
+        task = self.task(run["task"])
+        base = copy.deepcopy(self._base(task.labels, task.kind))
+        head = self._warmed(run["task"], run["seed"], settings["head_warmup"], settings["head_lr"])
+        base.classifier.load_state_dict(head)
+        set_seed(run["seed"])
+        modules = self.grid["targets"][run["target"]]
+        fields = {"task_type": "SEQ_CLS", "target_modules": list(modules), **method["fields"]}
+        source = None
+        if "source" in method:
+            source = self._sources(json.dumps(method["source"]), run["target"], run["seed"])
+            if "peft" not in method:
+                fields["basis"] = str(source)
+        batches = task.batches(run["seed"])
+        seen = [next(batches) for _ in range(settings["start_batches"])]
+        if "peft" not in method:
+            model = add_adapter(base, lotr.LotrConfig(seed=run["seed"], **fields))
+            if method.get("continues"):
+                _go_on_from(model, source)
+            if fields.get("start") not in ("gradient", "activation"):
+                return model, None
+            return model, self._start(model, fields["start"], seen, run)
+        config = getattr(peft, method["peft"])(**fields)
+        if fields.get("init_lora_weights") == "lora_ga":
+            config.lora_ga_config = peft.LoraGAConfig()
+            loraga.preprocess_loraga(base, config, lambda: [base(**batch).loss.backward() for batch in seen])
+        if fields.get("init_lora_weights") == "eva":
+            config.eva_config = peft.EvaConfig(rho=1.0)  # ranks stay as they are, so sizes are equal
+        model = add_adapter(base, config)
+        if method.get("continues"):
+            _go_on_from(model, source)
+        if fields.get("init_lora_weights") == "eva":
+            texts = [{name: t for name, t in batch.items() if name != "labels"} for batch in seen]
+            eva.initialize_lora_eva_weights(model, texts, show_progress_bar=False)
+        return model, None
+
+    def _train_source(self, source: str, target: str, seed: int) -> Path:
+        """Train the adapter that a transfer starts from; return its folder."""
+        folder = self.folder / str(len(list(self.folder.iterdir())))
+        self.measure({**json.loads(source), "target": target, "seed": seed}, folder)
+        return folder
+
+    def _start(self, model: nn.Module, kind: str, seen: list[Batch], run: dict[str, Any]) -> float:
+        """Start from data; other rates of the same run start from the same factors, which are found once."""
+        key = (run["task"], run["target"], run["method"], run["seed"])
+        factors = {n: p for n, p in model.named_parameters() if ".lotr_U." in n or ".lotr_V." in n}
+        if self._started is None or self._started[0] != key:
+            rounds = self.grid["settings"]["start_rounds"]
+            sites = lotr.start(model, seen, kind=kind, rounds=rounds, seed=run["seed"])
+            kept = sum(site.kept for site in sites) / len(sites)
+            self._started = key, {n: p.detach().clone() for n, p in factors.items()}, kept
+        _, found, kept = self._started
+        with torch.no_grad():
+            for name, parameter in factors.items():
+                parameter.copy_(found[name])
+        return kept
+
+
+def _go_on_from(model: nn.Module, folder: Path) -> None:
+    """Copy the numbers of a saved adapter, its head left out."""
+    saved = load_file(folder / "adapter_model.safetensors")
+    head = {name: t for name, t in peft.get_peft_model_state_dict(model).items() if ".classifier." in name}
+    peft.set_peft_model_state_dict(model, saved | head)
+
+
+def _numbers(model: nn.Module) -> int:
+    """Return how many numbers of the adapter are trained, the head left out: it is the same for all."""
+    return sum(
+        p.numel() for n, p in model.named_parameters() if p.requires_grad and ".modules_to_save." not in n
+    )

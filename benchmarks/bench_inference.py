@@ -16,7 +16,7 @@ import torch
 from grids import Setting, forward, grid, one
 from peers import BASE, inference_step, label, make
 from pictures import panels
-from records import Row, begin, case_options, parser, progress, ratio, rounded, show, size, write
+from records import Row, begin, case_options, keep_memory, parser, progress, ratio, rounded, show, size, write
 from shapes import batch_for, build
 from timing import interleaved
 
@@ -70,6 +70,7 @@ def main() -> None:
     made = parser(__doc__, "inference")
     case_options(made)
     options = made.parse_args()
+    keep_memory()
     device = begin(options)
 
     rows: list[Row] = []

@@ -17,7 +17,7 @@ import torch
 from grids import Setting, grid, one
 from peers import FLOOR, label, make, trained, training_step
 from pictures import panels
-from records import Row, begin, case_options, parser, progress, ratio, rounded, show, size, write
+from records import Row, begin, case_options, keep_memory, parser, progress, ratio, rounded, show, size, write
 from shapes import batch_for, build
 from timing import Samples, interleaved
 
@@ -78,6 +78,7 @@ def main() -> None:
     made = parser(__doc__, "train_step")
     case_options(made)
     options = made.parse_args()
+    keep_memory()
     device = begin(options)
 
     rows: list[Row] = []

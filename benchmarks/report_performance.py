@@ -101,7 +101,9 @@ def said_of(record: Record, disturbed: int) -> str:
     )
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     noise = f" Up to {disturbed} measurements of a setting were disturbed." if disturbed else ""
-    return f"{record['date']}, {where}, {machine['numbers']}; {versions}. `{record['command']}`{noise}"
+    allocator = machine.get("allocator", "as it is")
+    kept = "" if allocator == "as it is" else f"; the allocator {allocator}, for all methods alike"
+    return f"{record['date']}, {where}, {machine['numbers']}{kept}; {versions}. `{record['command']}`{noise}"
 
 
 def main() -> None:

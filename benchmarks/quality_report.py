@@ -62,17 +62,19 @@ class Results:
             "test": over_tasks([scores[task] for task in frontier]) if whole else None,
         }
 
-    def against(self, target: str, method: str, peer: str) -> dict[str, Estimate]:
-        """Return by how much a method is above a peer: task by task, and `all`, from runs of the same seed."""
+    def against(self, target: str, method: str, peer: str) -> tuple[dict[str, Estimate], int]:
+        """Return by how much a method is above a peer: task by task, and `all`, from runs of the same seed.
+
+        Beside it how many seeds the tasks have at least; an error from two is a guess.
+        """
         mine, theirs = self.cells.get((target, method), {}), self.cells.get((target, peer), {})
-        found = {}
+        found, fewest = {}, 0
         for task in self.grid["tasks"]:
-            seeds = mine.get(task, {}).keys() & theirs.get(task, {}).keys()
+            seeds = sorted(mine.get(task, {}).keys() & theirs.get(task, {}).keys())
             if seeds:
-                found[task] = estimate(
-                    [mine[task][s]["test"] - theirs[task][s]["test"] for s in sorted(seeds)]
-                )
-        return {**found, "all": over_tasks(list(found.values()))} if found else {}
+                found[task] = estimate([mine[task][s]["test"] - theirs[task][s]["test"] for s in seeds])
+                fewest = min(fewest or len(seeds), len(seeds))
+        return ({**found, "all": over_tasks(list(found.values()))} if found else {}), fewest
 
     def steps(self, target: str, method: str, peer: str, share: float = 0.95) -> dict[str, Estimate]:
         """Return how many steps a method needs to reach a share of the peer's last dev score, task by task.

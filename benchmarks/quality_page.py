@@ -148,11 +148,15 @@ def _rates(results: Results, rows: Sequence[Row]) -> list[str]:
         "|---|---|---|---|",
     ]
     for row in rows:
-        tried = results.grid["methods"][row["method"]]["rates"]
-        where = f"{len(tried)}, edge" if row["rates"] in (tried[0], tried[-1]) else str(len(tried))
+        planned = results.grid["methods"][row["method"]]["rates"]
+        tried = [rates for rates in planned if rates in results.tried[row["target"], row["method"]]]
+        edge = ", edge" if row["rates"] in (tried[0], tried[-1]) else ""
+        count = str(len(tried)) if len(tried) == len(planned) else f"{len(tried)} of {len(planned)}"
         rates = ", ".join(f"`{name}` {rate:g}" for name, rate in row["rates"].items())
         on = _TARGETS.get(row["target"], row["target"]).lower()
-        lines.append(f"| {row['method']} | {on} | {rates} | {where if len(tried) > 1 else 'given'} |")
+        lines.append(
+            f"| {row['method']} | {on} | {rates} | {count + edge if len(planned) > 1 else 'given'} |"
+        )
     return lines
 
 

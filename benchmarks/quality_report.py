@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from quality_grid import Done, Run, best_rates
+from quality_grid import Done, Rates, Run, tried_rates
 
 Row = dict[str, Any]
 Estimate = tuple[float, float]  # a mean and its standard error
@@ -26,13 +26,13 @@ class Results:
     def __init__(self, grid: dict[str, Any], done: Done) -> None:
         self.grid, self.n_runs = grid, len(done)
         self.cells: dict[tuple[str, str], dict[str, dict[int, Run]]] = {}
-        best = {
-            cell: best_rates(grid, done, *cell)
-            for cell in {(r["target"], r["method"]) for r in done.values()}
-        }
+        #: Of each target and method the rates that were tried, the best first.
+        self.tried: dict[tuple[str, str], list[Rates]] = {}
         for run in done.values():
             cell = run["target"], run["method"]
-            if run["rates"] == best[cell]:
+            if cell not in self.tried:
+                self.tried[cell] = [rates for rates, _ in tried_rates(grid, done, *cell)]
+            if run["rates"] == next(iter(self.tried[cell]), None):
                 self.cells.setdefault(cell, {}).setdefault(run["task"], {})[run["seed"]] = run
 
     def rows(self) -> list[Row]:

@@ -54,7 +54,8 @@ def _method(results: Results) -> list[str]:
         "| task | steps | rows a step | longest text, tokens | rows of test |",
         "|---|---:|---:|---:|---:|",
     ]
-    for name, task in grid["tasks"].items():
+    for name in results.tasks:
+        task = grid["tasks"][name]
         lines.append(
             f"| {name} | {task['steps']} | {task['batch_size']} | {task['max_length']} | {task['test_rows']:,} |"
         )

@@ -35,6 +35,12 @@ class Results:
             if run["rates"] == next(iter(self.tried[cell]), None):
                 self.cells.setdefault(cell, {}).setdefault(run["task"], {})[run["seed"]] = run
 
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that have results, in the grid's order."""
+        found = {task for tasks in self.cells.values() for task in tasks}
+        return [task for task in self.grid["tasks"] if task in found]
+
     def rows(self) -> list[Row]:
         """Return one entry a target and method, the smallest first."""
         order = list(self.grid["targets"])
@@ -121,7 +127,7 @@ def over_tasks(estimates: Sequence[Estimate]) -> Estimate:
 
 def show(results: Results) -> None:
     """Print the table."""
-    tasks = list(results.grid["tasks"])
+    tasks = results.tasks
     table = Table(
         title=f"Test accuracy, rates chosen on dev; {results.n_runs} runs. "
         f"Mean: of {', '.join(results.grid['frontier'])}.",

@@ -13,6 +13,7 @@ from typing import Any
 _KEY = ("task", "target", "method", "seed", "rates")
 Run = dict[str, Any]
 Done = dict[str, Run]
+Rates = dict[str, float]
 
 
 def read(folder: Path) -> Done:
@@ -55,19 +56,27 @@ def sweep_of(grid: dict[str, Any], target: str, method: str) -> list[Run]:
     ]
 
 
-def best_rates(grid: dict[str, Any], done: Done, target: str, method: str) -> dict[str, float] | None:
+def tried_rates(grid: dict[str, Any], done: Done, target: str, method: str) -> list[tuple[Rates, float]]:
+    """Return the rates that were tried on all of the sweep's tasks, with their mean dev score, the best first.
+
+    A method with one rate has that one, untried.
+    """
+    rates = grid["methods"][method]["rates"]
+    if len(rates) == 1:
+        return [(rates[0], 0.0)]
+    trials = sweep_of(grid, target, method)
+    tried = []
+    for some in rates:
+        mine = [done.get(key_of(trial)) for trial in trials if trial["rates"] == some]
+        if None not in mine:
+            tried.append((some, statistics.mean(run["dev"] for run in mine if run)))
+    return sorted(tried, key=lambda pair: -pair[1])
+
+
+def best_rates(grid: dict[str, Any], done: Done, target: str, method: str) -> Rates | None:
     """Return the rates with the best mean dev score over the sweep's tasks, or `None` while trials are missing."""
-    if len(grid["methods"][method]["rates"]) == 1:
-        only: dict[str, float] = grid["methods"][method]["rates"][0]
-        return only
-    scores: dict[str, list[float]] = {}
-    for trial in sweep_of(grid, target, method):
-        found = done.get(key_of(trial))
-        if found is None:
-            return None
-        scores.setdefault(json.dumps(trial["rates"]), []).append(found["dev"])
-    best: dict[str, float] = json.loads(max(scores, key=lambda rates: statistics.mean(scores[rates])))
-    return best
+    tried = tried_rates(grid, done, target, method)
+    return tried[0][0] if len(tried) == len(grid["methods"][method]["rates"]) else None
 
 
 def share_of(run: Run, shares: int) -> int:

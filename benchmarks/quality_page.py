@@ -27,7 +27,7 @@ def write(results: Results, page: Path) -> None:
         mine = [row for row in rows if row["target"] == target]
         if mine:
             lines += _section(results, target, mine, page)
-    lines += [*_claims(results), *_steps(results), *_rates(rows)]
+    lines += [*_claims(results), *_steps(results), *_rates(results, rows)]
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -54,7 +54,8 @@ def _method(results: Results) -> list[str]:
         "| task | steps | rows a step | longest text, tokens | rows of test |",
         "|---|---:|---:|---:|---:|",
     ]
-    for name, task in grid["tasks"].items():
+    for name in results.tasks:
+        task = grid["tasks"][name]
         lines.append(
             f"| {name} | {task['steps']} | {task['batch_size']} | {task['max_length']} | {task['test_rows']:,} |"
         )
@@ -94,22 +95,23 @@ def _claims(results: Results) -> list[str]:
         "## Against each other",
         "",
         "Differences of test accuracy in points between runs of the same task and seed, which see the same batches. "
-        "*Above* and *below*: by more than twice the standard error; else *level*.",
+        "*Above* and *below*: by more than twice the standard error; else *level*. With fewer than three seeds the "
+        "error is itself a guess, and the question stays *open*.",
         "",
         "| what | against | on | points | verdict | task by task |",
         "|---|---|---|---:|---|---|",
     ]
     for claim in results.grid["compare"]:
-        found = results.against(claim["target"], claim["method"], claim["peer"])
+        found, seeds = results.against(claim["target"], claim["method"], claim["peer"])
         if not found:
             continue
         mean, error = found.pop("all")
         verdict = "above" if mean > 2 * error else "below" if mean < -2 * error else "level"
-        verdict = "one seed" if math.isnan(error) else verdict
+        verdict = verdict if seeds > 2 else f"open: {seeds} seed{'s' * (seeds > 1)}"
         by_task = ", ".join(f"{task} {100 * d:+.1f}" for task, (d, _) in found.items())
         lines.append(
             f"| {claim['method']} | {claim['peer']} | {_TARGETS.get(claim['target'], claim['target']).lower()} | "
-            f"{100 * mean:+.1f} ± {100 * error:.1f} | {verdict} | {by_task} |"
+            f"{_points(mean, error)} | {verdict} | {by_task} |"
         )
     return lines
 
@@ -119,7 +121,7 @@ def _steps(results: Results) -> list[str]:
     for method in compare["methods"]:
         found = results.steps(compare["target"], method, compare["peer"])
         if found:
-            rows.append(f"| {method} | " + " | ".join(f"{m:.0f} ± {e:.0f}" for m, e in found.values()) + " |")
+            rows.append(f"| {method} | " + " | ".join(f"{m:.0f}" for m, _ in found.values()) + " |")
             tasks = list(found)
     if not rows:
         return []
@@ -136,12 +138,31 @@ def _steps(results: Results) -> list[str]:
     ]
 
 
-def _rates(rows: Sequence[Row]) -> list[str]:
-    lines = ["", "## Rates", "", "What the sweep chose.", "", "| method | on | rates |", "|---|---|---|"]
+def _rates(results: Results, rows: Sequence[Row]) -> list[str]:
+    lines = [
+        "",
+        "## Rates",
+        "",
+        "What the sweep chose. *Edge*: the lowest or highest rate that was tried won, so a better one may lie beyond.",
+        "",
+        "| method | on | rates | tried |",
+        "|---|---|---|---|",
+    ]
     for row in rows:
+        planned = results.grid["methods"][row["method"]]["rates"]
+        tried = [rates for rates in planned if rates in results.tried[row["target"], row["method"]]]
+        edge = ", edge" if row["rates"] in (tried[0], tried[-1]) else ""
+        count = str(len(tried)) if len(tried) == len(planned) else f"{len(tried)} of {len(planned)}"
         rates = ", ".join(f"`{name}` {rate:g}" for name, rate in row["rates"].items())
-        lines.append(f"| {row['method']} | {_TARGETS.get(row['target'], row['target']).lower()} | {rates} |")
+        on = _TARGETS.get(row["target"], row["target"]).lower()
+        lines.append(
+            f"| {row['method']} | {on} | {rates} | {count + edge if len(planned) > 1 else 'given'} |"
+        )
     return lines
+
+
+def _points(mean: float, error: float) -> str:
+    return f"{100 * mean:+.1f}" + ("" if math.isnan(error) else f" ± {100 * error:.1f}")
 
 
 def _score(score: Estimate | None) -> str:

@@ -54,7 +54,7 @@ def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     )
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(loc="lower right", frameon=False)
+    axis.legend(loc="upper left", frameon=False)
     _label(figure, axis, rows)
     figure.savefig(path, metadata={"Software": None})
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from quality_grid import Done, Run, best_rates
+from quality_grid import Done, Rates, Run, tried_rates
 
 Row = dict[str, Any]
 Estimate = tuple[float, float]  # a mean and its standard error
@@ -26,14 +26,20 @@ class Results:
     def __init__(self, grid: dict[str, Any], done: Done) -> None:
         self.grid, self.n_runs = grid, len(done)
         self.cells: dict[tuple[str, str], dict[str, dict[int, Run]]] = {}
-        best = {
-            cell: best_rates(grid, done, *cell)
-            for cell in {(r["target"], r["method"]) for r in done.values()}
-        }
+        #: Of each target and method the rates that were tried, the best first.
+        self.tried: dict[tuple[str, str], list[Rates]] = {}
         for run in done.values():
             cell = run["target"], run["method"]
-            if run["rates"] == best[cell]:
+            if cell not in self.tried:
+                self.tried[cell] = [rates for rates, _ in tried_rates(grid, done, *cell)]
+            if run["rates"] == next(iter(self.tried[cell]), None):
                 self.cells.setdefault(cell, {}).setdefault(run["task"], {})[run["seed"]] = run
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that have results, in the grid's order."""
+        found = {task for tasks in self.cells.values() for task in tasks}
+        return [task for task in self.grid["tasks"] if task in found]
 
     def rows(self) -> list[Row]:
         """Return one entry a target and method, the smallest first."""
@@ -62,17 +68,19 @@ class Results:
             "test": over_tasks([scores[task] for task in frontier]) if whole else None,
         }
 
-    def against(self, target: str, method: str, peer: str) -> dict[str, Estimate]:
-        """Return by how much a method is above a peer: task by task, and `all`, from runs of the same seed."""
+    def against(self, target: str, method: str, peer: str) -> tuple[dict[str, Estimate], int]:
+        """Return by how much a method is above a peer: task by task, and `all`, from runs of the same seed.
+
+        Beside it how many seeds the tasks have at least; an error from two is a guess.
+        """
         mine, theirs = self.cells.get((target, method), {}), self.cells.get((target, peer), {})
-        found = {}
+        found, fewest = {}, 0
         for task in self.grid["tasks"]:
-            seeds = mine.get(task, {}).keys() & theirs.get(task, {}).keys()
+            seeds = sorted(mine.get(task, {}).keys() & theirs.get(task, {}).keys())
             if seeds:
-                found[task] = estimate(
-                    [mine[task][s]["test"] - theirs[task][s]["test"] for s in sorted(seeds)]
-                )
-        return {**found, "all": over_tasks(list(found.values()))} if found else {}
+                found[task] = estimate([mine[task][s]["test"] - theirs[task][s]["test"] for s in seeds])
+                fewest = min(fewest or len(seeds), len(seeds))
+        return ({**found, "all": over_tasks(list(found.values()))} if found else {}), fewest
 
     def steps(self, target: str, method: str, peer: str, share: float = 0.95) -> dict[str, Estimate]:
         """Return how many steps a method needs to reach a share of the peer's last dev score, task by task.
@@ -119,7 +127,7 @@ def over_tasks(estimates: Sequence[Estimate]) -> Estimate:
 
 def show(results: Results) -> None:
     """Print the table."""
-    tasks = list(results.grid["tasks"])
+    tasks = results.tasks
     table = Table(
         title=f"Test accuracy, rates chosen on dev; {results.n_runs} runs. "
         f"Mean: of {', '.join(results.grid['frontier'])}.",

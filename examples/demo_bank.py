@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -158,6 +159,7 @@ def timed(what: str, work: Callable[[], object], seconds: dict[str, float]) -> o
 
 def main() -> None:
     """Run the comparison and print its table."""
+    warnings.filterwarnings("ignore")  # what the libraries underneath plan to rename is no news here
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("out/demo-bank"))
     parser.add_argument("--epochs", type=float, default=4)

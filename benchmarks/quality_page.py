@@ -43,10 +43,12 @@ def _method(results: Results) -> list[str]:
         f"is trained alone for {settings['head_warmup']} steps, then with the adapter; both are the same for every "
         "method, as are the order of the batches, AdamW, the schedule and the clipping. Runs are short, so the table "
         "says what a method learns quickly. "
-        f"Every method tries {max(len(m['rates']) for m in grid['methods'].values())} rates, each on "
+        f"Every method is to try {max(len(m['rates']) for m in grid['methods'].values())} rates, each on "
         f"{' and '.join(sweep['tasks'])} with seed {sweep['seed']}; the best mean score on dev decides for all tasks "
-        "and seeds. Test is only looked at with the rates chosen. "
-        "Trained numbers are without the head. Scores are accuracies; ± is the standard error over the seeds.",
+        "and seeds, and that seed counts as one of them. Trained numbers are without the head. Scores are accuracies "
+        "on test; ± is the standard error over the seeds.",
+        "",
+        *(f"- {note}" for note in grid.get("notes", ())),
         "",
         f"A start from gradients looks at {settings['start_batches']} batches {passes} times before the first step: "
         f"as much computing as {settings['start_batches'] * passes} steps.",

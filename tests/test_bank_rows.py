@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from conftest import ARCHITECTURES, tokens
 from lotr import CoreBank, LotrConfig, Task
+from lotr.bank.task import check_name
 from lotr.errors import ConfigError, UnknownTaskError
 
 CORES = {
@@ -290,7 +291,7 @@ def test_unknown_tasks_and_wrong_counts_change_nothing(tmp_path: Path) -> None:
     )
     with pytest.raises(UnknownTaskError, match="'e'"):
         logits(model, inputs, task_ids=["a", "e", "b", "c"])
-    with pytest.raises(ConfigError, match="selected for 3 rows, and the batch has 4"):
+    with pytest.raises(ConfigError, match="named for a batch of 4 rows"):
         logits(model, inputs, task_ids=["a", "b", "c"])
     assert torch.equal(logits(model, inputs), logits(ARCHITECTURES["bert"].make(), inputs))
 
@@ -324,3 +325,16 @@ def test_gradient_checkpointing_needs_the_context_manager(trained: tuple[CoreBan
         logits(model, inputs).square().sum().backward()
     for task, expected in wanted.items():
         assert torch.allclose(gradient(model, task), expected, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "b", "a", "b", "a"], [None], "abcd"])
+def test_a_call_names_one_task_a_row(trained: tuple[CoreBank, PeftModel], names: object) -> None:
+    """Rows in a run are for beams inside `select`; a call that names too few is a mistake."""
+    _, model = trained
+    with pytest.raises(ConfigError, match=r"one (task|name) a row"):
+        model(input_ids=torch.ones(4, 6, dtype=torch.long), task_ids=names)
+
+
+def test_no_task_has_the_name_of_rows_without_one() -> None:
+    with pytest.raises(ConfigError, match="without a task"):
+        check_name("__base__")

@@ -48,6 +48,10 @@ class TaskRows:
             ConfigError: More tasks than the capacity.
             CheckpointError: A task does not exist or is damaged.
         """
+        if isinstance(names, str | Tensor):
+            raise ConfigError(
+                f"Tasks are named by {type(names).__name__}. Give a list with one name a row, None for the base model."
+            )
         if not names:
             raise ConfigError("No rows are named. Name one task a row, None for the base model.")
         group = self.groups[0]
@@ -97,6 +101,12 @@ class TaskRows:
         names = [kwargs.pop(key, None) for key in ("task_ids", "adapter_names")]
         names = next((given for given in names if given is not None), None)
         if names is not None:
+            batch = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            if batch is not None and not isinstance(names, str | Tensor) and len(names) != len(batch):
+                raise ConfigError(
+                    f"{len(names)} tasks are named for a batch of {len(batch)} rows. Name one task a row, None for the "
+                    "base model."
+                )
             if torch.is_grad_enabled() and _checkpoints(model):
                 raise ConfigError(
                     "With gradient checkpointing the layers run again in the backward pass, when the tasks of the call "

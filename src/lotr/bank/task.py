@@ -48,7 +48,7 @@ def check_name(name: str) -> str:
     """Return the name of a task. Names are data: separators of paths, quotes and any script are allowed.
 
     Raises:
-        ConfigError: The name is empty, or has control characters or half a character.
+        ConfigError: The name is empty or stands for no task, or has control characters or half a character.
 
     Example:
         >>> check_name("../reviews'; DROP TABLE task")
@@ -56,6 +56,8 @@ def check_name(name: str) -> str:
     """
     if not isinstance(name, str) or not name.strip():
         raise ConfigError(f"A task cannot be called {name!r}: a name is text that is not empty.")
+    if name == "__base__":
+        raise ConfigError("A task cannot be called '__base__': rows of that name are rows without a task.")
     bad = [character for character in name if unicodedata.category(character) in ("Cc", "Cs")]
     if bad:
         raise ConfigError(

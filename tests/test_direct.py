@@ -220,3 +220,21 @@ def test_a_pass_without_gradients_inside_one_with_does_not_cut_the_graph() -> No
             layer(x)
         layer(x).sum().backward()
     assert layer.lotr_site["default"].members[0].group.lotr_V["default"].weight.grad is not None
+
+
+@pytest.mark.parametrize("magnitude", ["none", "per_output"])
+@pytest.mark.parametrize("shape", [(24,), (5, 24), (2, 3, 24)])
+def test_models_may_write_into_the_output(magnitude: str, shape: tuple[int, ...]) -> None:
+    """`hidden += residual` and in-place activations are common, and allowed on the output of a plain linear."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = []
+    for order in (*ORDERS, AUTOGRAD):
+        model = adapted(order, magnitude=magnitude)
+        layer = next(m for m in model.modules() if isinstance(m, LotrLinear))
+        y = layer(x)
+        y += x
+        y.relu_().sum().backward()
+        found.append((y.detach(), layer.lotr_C["default"].weight.grad))
+    for y, gradient in found:
+        torch.testing.assert_close(y, found[-1][0])
+        torch.testing.assert_close(gradient, found[-1][1])

@@ -129,7 +129,8 @@ class _AdaptedLinear(Function):
         ctx.shape, ctx.given, ctx.trains = x.shape, [part.h is not None for part in parts], trains
         ctx.set_materialize_grads(False)
         new = [h for part, h in zip(parts, hs, strict=True) if part.h is None]
-        return Y.view(*x.shape[:-1], len(W)), *new
+        # not a view: models write into the output of a linear, which autograd refuses for a view of a function's own
+        return torch.ops.aten._unsafe_view(Y, (*x.shape[:-1], len(W))), *new
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *dhs: Tensor | None) -> tuple[Tensor | None, ...]:

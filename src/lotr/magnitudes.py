@@ -80,11 +80,12 @@ class _Scaled(Function):
         y, gain, bias = ctx.saved_tensors
         needs_y, needs_gain, needs_bias = ctx.needs_input_grad
         dgain = dbias = None
+        tokens = dz.reshape(-1, dz.shape[-1])
         if needs_gain or needs_bias:
-            total = dz.flatten(0, -2).sum(0)
+            total = tokens.sum(0)
             dbias = total * (1 - gain) if needs_bias else None
         if needs_gain:
-            rows = zip(dz.flatten(0, -2).split(_ROWS), y.flatten(0, -2).split(_ROWS), strict=True)
+            rows = zip(tokens.split(_ROWS), y.reshape(-1, y.shape[-1]).split(_ROWS), strict=True)
             dgain = sum((one * other).sum(0) for one, other in rows)
             dgain = dgain if bias is None else dgain - bias * total
             dgain = dgain.sum_to_size(gain.shape).to(gain.dtype)

@@ -20,9 +20,9 @@ import datasets  # noqa: F401  (everything is imported once, before children are
 import torch
 import transformers
 
-from lotr import CoreBank
+from lotr import CoreBank, Task
 from lotr.errors import LotrError
-from lotr.training import served, train_bank, window
+from lotr.training import train_bank, window
 from lotr_cli.bank_settings import BankSettings
 
 torch.set_num_threads(1)
@@ -44,7 +44,7 @@ def saved_step(bank: Path) -> int:
     file = bank / train_bank.RUN / train_bank.STATE
     if not file.exists():
         return 0
-    opened = window.Window(file, begin=lambda name: served.Task(name, torch.zeros(1)))
+    opened = window.Window(file, begin=lambda name: Task(name, torch.zeros(1)))
     found = opened.last()
     opened.close()
     return int(found[0]["step"]) if found else 0

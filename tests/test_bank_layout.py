@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -112,8 +114,10 @@ def test_numbers_that_a_type_cannot_hold_are_refused() -> None:
     large = torch.full((layout.size,), 1e5)
     with pytest.raises(ConfigError, match=r"1e\+05 is too large for float16.*bfloat16"):
         encode(large, layout, "float16")
-    with pytest.raises(ConfigError, match="no scale"):
-        encode(large * torch.nan, layout, "int8")
+    for dtype, odd in itertools.product(DTYPES, (torch.nan, torch.inf)):
+        large[3] = odd
+        with pytest.raises(ConfigError, match=f"1 of its {layout.size} numbers are not finite"):
+            encode(large, layout, dtype)
 
 
 def test_every_core_is_covered() -> None:

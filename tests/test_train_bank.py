@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import saved_models
 from lotr import CoreBank, LotrConfig
 from lotr.errors import ConfigError, DataError, TrainingError, UnknownTaskError
-from lotr.training.served import load_served, predict
+from lotr.training.served import load_served
+from lotr.training.task_answers import predict
 from lotr.training.task_list import TaskSource, read_tasks
 from lotr.training.train_bank import RUN, train_bank
 from lotr_cli.bank_settings import BankSettings

@@ -161,11 +161,12 @@ def _predicted(
     from lotr.bank.folder import BANK
 
     if (Path(place) / BANK).is_file():
-        from lotr.training import served
+        from lotr.training.served import load_served
+        from lotr.training.task_answers import predict as predict_rows
 
-        bank = served.load_served(place, model)
+        bank = load_served(place, model)
         with console.counting("Predicting") as tick:
-            return served.predict(bank, data, task, task_column, batch_size, max_new_tokens, tick)
+            return predict_rows(bank, data, task, task_column, batch_size, max_new_tokens, tick)
     if task is not None or task_column is not None:
         raise console.usage_error(
             f"{place} is no bank, so it has no tasks. Leave out --task and --task-column."

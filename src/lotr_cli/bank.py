@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from . import console
+from .bank_reports import said, table, trained
 from .bank_settings import BankSettings
-from .console import out, print_json, print_table, reported
+from .console import print_json, print_table, reported
 from .examples import epilog
 from .options import with_train_options
 
@@ -23,31 +24,6 @@ app = typer.Typer(
 Bank = Annotated[Path, typer.Argument(help="Folder of the bank.", show_default=False)]
 Name = Annotated[str, typer.Argument(help="Name of the task.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")]
-
-
-def _said(report: dict[str, Any], line: str, as_json: bool) -> None:
-    if as_json:
-        print_json(report)
-    else:  # names are data: nothing in them is markup
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _table(title: str, report: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print_json(report)
-    else:
-        rows = [
-            (key.replace("_", " "), _plain(value))
-            for key, value in report.items()
-            if value not in (None, {}, [])
-        ]
-        print_table(title, ("", "value"), rows)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return "\n".join(f"{key}: {inner}" for key, inner in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
 @app.command(epilog=epilog("bank create"))
@@ -67,7 +43,7 @@ def create(
 
         with CoreBank.create(bank, basis, dtype=dtype) as made:
             report = {"bank": str(bank), **made.stats()}
-    _said(
+    said(
         report,
         f"An empty bank is in {bank}: {report['numbers_per_task']:,} numbers a task, which take "
         f"{report['bytes_per_task']:,} bytes in {dtype}.",
@@ -104,30 +80,7 @@ def _train(tasks: list[dict[str, Any]], given: dict[str, Any], json: bool) -> No
         report = train_bank(BankSettings(**named, tasks=tasks), console.say, [bar])
     finally:
         bar.close()
-    if json:
-        return print_json(report)
-    rows = [
-        (
-            name,
-            found["task"],
-            found["rows"]["train"],
-            next(iter(_score(found).items()))[0],
-            *_score(found).values(),
-        )
-        for name, found in report["tasks"].items()
-    ]
-    print_table(report["bank"], ("task", "kind", "rows", "measured", "score"), rows)
-    return _said(
-        {},
-        f"{len(rows):,} tasks trained in {report['seconds']:.0f} s; each has {report['numbers_a_task']:,} numbers, "
-        f"{report['bytes_a_task']:,} bytes beside its head.",
-        as_json=False,
-    )
-
-
-def _score(found: dict[str, Any]) -> dict[str, float]:
-    name = next(name for name in ("accuracy", "pearson", "loss") if name in found)
-    return {name: found[name]}
+    trained(report, json)
 
 
 @app.command(epilog=epilog("bank add"))
@@ -187,7 +140,7 @@ def add(
             error = opened.add_many(tasks, replace=replace)
             report = {"added": names, "dtype": opened.dtype, "rounding_error": error, "tasks": len(opened)}
     line = f"Added {', '.join(names)}. Rounding to {report['dtype']} cost at most {error:.2g} of the cores' norm."
-    return _said(report, f"{line} The bank has {report['tasks']:,} tasks.", json)
+    return said(report, f"{line} The bank has {report['tasks']:,} tasks.", json)
 
 
 @app.command("list", epilog=epilog("bank list"))
@@ -208,7 +161,7 @@ def list_tasks(
         return print_json({"bank": str(bank), "tasks": total, "shown": shown})
     print_table(str(bank), ("task", "kind", "classes", "created"), [tuple(row.values()) for row in shown])
     rest = f", {len(shown):,} of them shown; --limit and --after show others" if len(shown) < total else ""
-    return _said({}, f"{total:,} tasks{rest}.", as_json=False)
+    return said({}, f"{total:,} tasks{rest}.", as_json=False)
 
 
 @app.command(epilog=epilog("bank show"))
@@ -219,7 +172,7 @@ def show(bank: Bank, name: Name, json: Json = False) -> None:
 
         with CoreBank.open(bank) as opened:
             report = opened.about(name)
-    _table("", report, json)
+    table("", report, json)
 
 
 @app.command(epilog=epilog("bank remove"))
@@ -235,9 +188,7 @@ def remove(
         with CoreBank.open(bank, writable=True) as opened:
             opened.remove(*names)
             left = len(opened)
-    _said(
-        {"removed": names, "tasks": left}, f"Removed {', '.join(names)}. The bank has {left:,} tasks.", json
-    )
+    said({"removed": names, "tasks": left}, f"Removed {', '.join(names)}. The bank has {left:,} tasks.", json)
 
 
 @app.command(epilog=epilog("bank rename"))
@@ -253,7 +204,7 @@ def rename(
 
         with CoreBank.open(bank, writable=True) as opened:
             opened.rename(old, new)
-    _said({"old": old, "new": new}, f"{old} is now called {new}.", json)
+    said({"old": old, "new": new}, f"{old} is now called {new}.", json)
 
 
 @app.command(epilog=epilog("bank verify"))
@@ -272,7 +223,7 @@ def verify(bank: Bank, json: Json = False) -> None:
     for complaint in ([report["basis"]] if report["basis"] else []) + report["file"]:
         console.say(complaint)
     if not json:
-        _said({}, f"{whole:,} of {report['tasks']:,} tasks are whole.", as_json=False)
+        said({}, f"{whole:,} of {report['tasks']:,} tasks are whole.", as_json=False)
     if not report["ok"]:
         raise typer.Exit(1)
 
@@ -290,7 +241,7 @@ def recover(
         with console.counting("Recovering") as tick:
             report = save(bank, output, tick)
     lost = "how many are lost is not known" if report["lost"] is None else f"{len(report['lost']):,} are lost"
-    _said(report, f"{report['saved']:,} tasks are in {output}; {lost}.", json)
+    said(report, f"{report['saved']:,} tasks are in {output}; {lost}.", json)
 
 
 @app.command(epilog=epilog("bank export"))
@@ -312,9 +263,7 @@ def export(
         with CoreBank.open(bank) as opened:
             report = opened.export(name, output, as_lora=lora, refer=refer, overwrite=overwrite)
     what = "A LoRA" if lora else "An adapter"
-    _said(
-        report, f"{what} of {report['numbers']:,} numbers, {report['bytes']:,} bytes, is in {output}.", json
-    )
+    said(report, f"{what} of {report['numbers']:,} numbers, {report['bytes']:,} bytes, is in {output}.", json)
 
 
 @app.command(epilog=epilog("bank stats"))
@@ -325,4 +274,4 @@ def stats(bank: Bank, json: Json = False) -> None:
 
         with CoreBank.open(bank) as opened:
             report = opened.stats()
-    _table(str(bank), report, json)
+    table(str(bank), report, json)

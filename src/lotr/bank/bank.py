@@ -265,8 +265,9 @@ class CoreBank:
             UnknownTaskError: There is none of one of the names.
         """
         with self.store.transaction():
-            for name in names:
-                self.store.remove(name)
+            places = [self.store.place(name) for name in names]  # before any is gone, for what an error says
+            for place in places:
+                self.store.remove_at(place)
 
     def rename(self, old: str, new: str) -> None:
         """Give a task another name.

@@ -165,6 +165,7 @@ def wrap(bank: CoreBank, base: nn.Module, capacity: int | str = 1024) -> PeftMod
         A PEFT model. It is the base model where nothing is selected.
 
     Raises:
+        ConfigError: The model is not bare.
         CheckpointError: The base model is another one.
         PlanError: The base model has other modules.
 
@@ -175,6 +176,10 @@ def wrap(bank: CoreBank, base: nn.Module, capacity: int | str = 1024) -> PeftMod
     """
     from peft import PeftModel
 
+    if any(isinstance(module, LotrGroup | RowHead) for module in base.modules()):
+        raise ConfigError(
+            "The model has a bank or an adapter on it already. Give the bare base model, loaded anew."
+        )
     bank.check_base(base)
     config = bank.config
     # everything is frozen, and loss and head are the bank's: a task type would make PEFT train a head of its own

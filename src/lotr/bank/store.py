@@ -73,6 +73,17 @@ class TaskStore:
         """Return place and name of every task, in the order of their places; only the index is read."""
         return sorted(self._file.all(f"SELECT id, {_NAME} FROM task INDEXED BY task_name ORDER BY name"))
 
+    def place(self, name: str) -> int:
+        """Return the place of a task.
+
+        Raises:
+            UnknownTaskError: There is none of this name.
+        """
+        found = self._place(name)
+        if found is None:
+            raise self._unknown(name)
+        return found
+
     def read(self, name: str) -> Row:
         """Return a task.
 
@@ -142,15 +153,8 @@ class TaskStore:
         sql = f"INSERT OR REPLACE INTO task (id, {_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
         self._file.one(sql, (place, *astuple(row.sealed())))
 
-    def remove(self, name: str) -> None:
-        """Remove a task, damaged or not.
-
-        Raises:
-            UnknownTaskError: There is none of this name.
-        """
-        place = self._place(name)
-        if place is None:
-            raise self._unknown(name)
+    def remove_at(self, place: int) -> None:
+        """Remove the task at a place, damaged or not."""
         self._file.one("DELETE FROM task WHERE id = ?", (place,))
 
     def rename(self, old: str, new: str) -> None:

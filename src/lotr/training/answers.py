@@ -10,17 +10,20 @@ import torch
 from ..errors import DataError
 
 if TYPE_CHECKING:
-    from .trained import Trained
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
 def answers(
-    trained: Trained,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: Any,
     rows: list[dict[str, Any]],
+    text: str,
     chats: str | None,
     max_new_tokens: int,
     tick: Callable[[int, int], None] | None,
 ) -> Iterator[str]:
-    """Yield the answer to each row: to its text, or to the last question of the conversation in `chats`."""
+    """Yield the answer to each row: to its column `text`, or to the last question of the conversation in `chats`."""
     for n, row in enumerate(rows, 1):
         if chats is not None:
             # Arrow gives every turn every key
@@ -28,18 +31,18 @@ def answers(
             asked = turns[: max((i for i, t in enumerate(turns) if t["role"] != "assistant"), default=-1) + 1]
             if not asked:
                 raise DataError(f"Row {n} holds only answers; there is nothing to answer to. Drop it.")
-            prompt = trained.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-            inputs = trained.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+            prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+            inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
         else:
-            inputs = trained.tokenizer(row[trained.columns.text], return_tensors="pt")
-        inputs = {k: v.to(trained.model.device) for k, v in inputs.items() if k != "token_type_ids"}
+            inputs = tokenizer(row[text], return_tensors="pt")
+        inputs = {k: v.to(model.device) for k, v in inputs.items() if k != "token_type_ids"}
         with torch.inference_mode():
-            made = trained.model.generate(
+            made = model.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                pad_token_id=trained.tokenizer.pad_token_id,
+                pad_token_id=tokenizer.pad_token_id,
             )
-        yield trained.tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        yield tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         if tick is not None:
             tick(n, len(rows))

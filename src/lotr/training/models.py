@@ -50,7 +50,7 @@ def locate(model: str) -> tuple[str, str]:
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a base model.
+    """Load the tokenizer of a base model; one without a token to pad with takes the end of a text.
 
     Raises:
         ConfigError: There is none to be had.
@@ -58,7 +58,12 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     source, _ = locate(model)
-    return _load(AutoTokenizer.from_pretrained, source, f"tokenizer of {model!r}")
+    tokenizer: PreTrainedTokenizerBase = _load(
+        AutoTokenizer.from_pretrained, source, f"tokenizer of {model!r}"
+    )
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def load_model(

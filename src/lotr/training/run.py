@@ -150,8 +150,6 @@ def _prepare(
     say(f"Data: {len(data.train)} rows to train on, {len(data.eval)} to evaluate on.")
     config = config or adapt.adapter_config(settings, data.task)
     tokenizer = load_tokenizer(str(settings.model))
-    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token
 
     set_seed(settings.seed)
     base = load_model(str(settings.model), data.task, data.labels, settings.dtype, tokenizer)

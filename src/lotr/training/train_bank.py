@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,17 +14,15 @@ from zlib import crc32
 import torch
 
 from ..bank import CoreBank, Task
-from ..bank.layout import Layout
-from ..checkpoint import read_adapter
-from ..errors import ConfigError, Interrupted
-from ..files import read_json, write_json
-from ..inspection import config_of
-from ..tuner.targets import plan_of
-from .models import locate
+from ..errors import Interrupted
+from ..files import write_json
+from .bank_to_train import RUN, bank_of, base_of_basis, check, resumed
+from .models import load_tokenizer, locate
 from .optimizer import default_rates
 from .report import SETTINGS, versions
 from .row_adam import RowAdam
-from .served import Served, base_of, load_served, scores_of_tasks, tokenizer_of
+from .served import Served, base_of, load_served
+from .task_answers import scores_of_tasks
 from .task_list import Prepared, TaskSource, prepare, together
 from .task_sampler import TaskSampler, temperature_of
 from .task_trainer import TaskTrainer
@@ -37,8 +34,8 @@ if TYPE_CHECKING:
 
     from lotr_cli.bank_settings import BankSettings
 
-#: Folder of an unfinished run inside a bank, and its file.
-RUN, STATE = "training", "window.sqlite"
+#: The file of an unfinished run, beside its settings.
+STATE = "window.sqlite"
 
 
 def train_bank(
@@ -64,13 +61,13 @@ def train_bank(
         TrainingError: The loss of a task is not finite.
         Interrupted: The user stopped the run.
     """
-    _check(settings)
+    check(settings)
     path = Path(str(settings.output))
-    settings = _resumed(settings, path) if settings.resume else settings
-    bank = _bank(settings, path)
-    name = base_of(bank, settings.model) if bank is not None else _base_of_basis(settings)
+    settings = resumed(settings, path) if settings.resume else settings
+    bank = bank_of(settings, path)
+    name = base_of(bank, settings.model) if bank is not None else base_of_basis(settings)
     sources = [TaskSource(**said) for said in settings.tasks]
-    prepared = prepare(sources, tokenizer_of(name), settings.max_length, settings.seed)
+    prepared = prepare(sources, load_tokenizer(name), settings.max_length, settings.seed)
     if bank is None:  # only now: data that cannot be used leaves no bank behind
         bank = CoreBank.create(path, str(settings.basis), dtype=settings.keep)
     if not settings.resume:
@@ -111,66 +108,6 @@ def _run(
     return _finish(settings, served, prepared, time.perf_counter() - started, step)
 
 
-def _check(settings: BankSettings) -> None:
-    if settings.output is None:
-        raise ConfigError("--output is missing. `lotr bank train --help` shows examples.")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            "Tasks of a bank train in one process. Start it without torchrun or accelerate launch."
-        )
-    for name in ("epochs", "batch_size", "max_length", "max_steps", "save_steps", "core_lr", "head_lr"):
-        value = getattr(settings, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"{name}={value} trains nothing. Use a positive number.")
-    temperature_of(settings.sampling, settings.temperature)
-
-
-def _resumed(settings: BankSettings, path: Path) -> BankSettings:
-    """Return the settings of the run that goes on."""
-    unfinished = path / RUN / SETTINGS
-    if not unfinished.is_file():
-        raise ConfigError(f"There is no unfinished run in {path}; there is nothing to resume.")
-    saved = read_json(unfinished, "the folder of a run that was started")
-    return replace(settings, **{**saved, "output": str(path)})
-
-
-def _bank(settings: BankSettings, path: Path) -> CoreBank | None:
-    """Open the bank, or return nothing where a new one is to be made."""
-    if settings.resume:
-        return CoreBank.open(path, writable=True)
-    if (path / RUN / SETTINGS).is_file() and not settings.replace:
-        raise ConfigError(
-            f"A run in {path} was not finished. Go on with it with --resume, or drop it with --replace; the bank keeps "
-            "its tasks as of the last checkpoint."
-        )
-    if not settings.tasks:
-        raise ConfigError("There are no tasks to train. Name them with --tasks.")
-    if not path.is_dir() or not any(path.iterdir()):
-        if settings.basis is None:
-            raise ConfigError(
-                f"{path} holds no bank yet. Name the adapter that gives its factors with --basis."
-            )
-        return None
-    bank = CoreBank.open(path, writable=True)
-    if settings.basis is not None:
-        raise ConfigError(f"{path} is a bank and has its basis. Leave out --basis={settings.basis}.")
-    taken = [said["name"] for said in settings.tasks if said["name"] in bank]
-    if taken and not settings.replace:
-        raise ConfigError(
-            f"The bank in {path} has a task {taken[0]!r} already. Choose another name, or use --replace."
-        )
-    return bank
-
-
-def _base_of_basis(settings: BankSettings) -> str:
-    adapter = read_adapter(str(settings.basis))
-    Layout.of(plan_of((config := config_of(adapter)).made_for, config))  # refused before any data is read
-    name = settings.model or config.base_model_name_or_path or adapter.task.get("base_model")
-    if name is None:
-        raise ConfigError(f"{settings.basis} does not tell its base model. Name it with --model.")
-    return str(name)
-
-
 def _beginner(served: Served, prepared: Sequence[Prepared], settings: BankSettings) -> Callable[[str], Task]:
     """Return what makes the task of a name as it is before its first step."""
     by_name = {p.source.name: p for p in prepared}
@@ -193,6 +130,24 @@ def _beginner(served: Served, prepared: Sequence[Prepared], settings: BankSettin
     return begin
 
 
+def _optimizer(settings: BankSettings, served: Served, outputs: int) -> RowAdam:
+    """Return what steps the tasks in memory, once their heads have place for so many outputs."""
+    slab = served.rows.slab
+    if slab.heads is not None:
+        slab.heads.widen(outputs)
+    rates = default_rates(str(served.bank.config.core), "none", "cores")
+    heads = [] if slab.heads is None else list(slab.heads.tables.values())
+    groups = [
+        {"params": [table.requires_grad_() for table in tables], "lr": lr, "name": name}
+        for name, tables, lr in (
+            ("cores", [slab.numbers], settings.core_lr or rates.core_lr),
+            ("heads", heads, settings.head_lr or rates.head_lr),
+        )
+        if tables
+    ]
+    return RowAdam(groups, weight_decay=settings.weight_decay)
+
+
 def _trainer(
     settings: BankSettings,
     served: Served,
@@ -206,21 +161,8 @@ def _trainer(
     rows = together(prepared)
     steps = settings.max_steps or math.ceil(len(rows) * settings.epochs / settings.batch_size)
     every = settings.save_steps or max(1, math.ceil(steps / 5))
-    slab = served.rows.slab
-    if slab.heads is not None:
-        slab.heads.widen(max(len(p.data.labels) or 1 for p in prepared))
-    rates = default_rates(str(served.bank.config.core), "none", "cores")
-    heads = [] if slab.heads is None else list(slab.heads.tables.values())
-    groups = [
-        {"params": [table.requires_grad_() for table in tables], "lr": lr, "name": name}
-        for name, tables, lr in (
-            ("cores", [slab.numbers], settings.core_lr or rates.core_lr),
-            ("heads", heads, settings.head_lr or rates.head_lr),
-        )
-        if tables
-    ]
-    optimizer = RowAdam(groups, weight_decay=settings.weight_decay)
-    window.attach(slab, optimizer)
+    optimizer = _optimizer(settings, served, max(len(p.data.labels) or 1 for p in prepared))
+    window.attach(served.rows.slab, optimizer)
     args = TrainingArguments(
         output_dir=str(served.bank.path / RUN),
         max_steps=steps,

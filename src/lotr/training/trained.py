@@ -69,8 +69,6 @@ def load_trained(path: str | Path, model: str | None = None, dtype: str | None =
     task = adapter.task
     base = model or adapter.config.get("base_model_name_or_path") or task["base_model"]
     tokenizer = load_tokenizer(base)
-    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token
     labels = tuple(task["labels"])
     bare = load_model(base, task["task"], labels, dtype or task.get("dtype", "float32"), tokenizer)
     try:
@@ -235,7 +233,9 @@ def predict(
     plain = [dict(row) for row in cast("Any", rows)]
     if trained.task == "causal-lm":
         chats = chat_column(rows, trained.columns)
-        texts = answers(trained, plain, chats, max_new_tokens, tick)
+        texts = answers(
+            trained.model, trained.tokenizer, plain, trained.columns.text, chats, max_new_tokens, tick
+        )
         return [{**row, "prediction": text} for row, text in zip(plain, texts, strict=True)]
     scores, _ = scores_of(trained, rows, batch_size, tick)
     if trained.task == "regression":

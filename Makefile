@@ -49,8 +49,9 @@ bench-performance: $(READY)  ## the same over all sizes, ranks and models (an ho
 bench-methods: $(READY)  ## every row of the table of methods on real text (half an hour); writes the table in the docs
 	$(BIN)/python benchmarks/bench_methods.py --json docs/data/methods.json --picture docs/images/methods.png
 
-bench-bank: $(READY)  ## batches of 64 rows with 64 tasks, beside one task and beside PEFT
+bench-bank: $(READY)  ## batches of 64 rows with 64 tasks and banks of 100,000, beside one task and beside PEFT
 	$(BIN)/python benchmarks/bench_bank.py --json out/bench_bank.json
+	$(BIN)/python benchmarks/bench_bank_store.py --json out/bench_bank_store.json
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

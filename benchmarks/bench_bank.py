@@ -3,18 +3,22 @@
     python benchmarks/bench_bank.py --json out/bench_bank.json
 
 Everything runs in one process, on the packaged MiniLM, in turns whose order is drawn anew each round; a ratio is the
-median over rounds of the ratio within a round. All tasks are in memory, as they are once they have been used.
+median over rounds of the ratio within a round. All tasks are in memory, as they are once they have been used. Then
+tasks of the large bank are used one after the other, with few of them in memory: does the process grow?
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -96,10 +100,38 @@ def runs(folder: Path, targets: list[str] | str, options: argparse.Namespace, la
         "PEFT, 64 adapters": lambda: lora(**batch, adapter_names=[f"lora {n}" for n in range(rows)]),
     }
     if large:
-        big = bank_of(folder / "large", large, targets, options.rank).wrap(base(), capacity=rows)
+        big = large_bank(folder, targets, options, large).wrap(base(), capacity=rows)
         spread = [f"task {n * (large // rows)}" for n in range(rows)]
         found["large bank, 64 tasks"] = lambda: big(**batch, task_ids=spread)
     return found
+
+
+def large_bank(folder: Path, targets: list[str] | str, options: argparse.Namespace, large: int) -> CoreBank:
+    made = folder / "large" / "bank"
+    return CoreBank.open(made) if made.is_dir() else bank_of(made.parent, large, targets, options.rank)
+
+
+def growth(bank: CoreBank, rows: int) -> dict[str, float]:
+    """Return the resident memory in MB after the first and after all of up to 20,000 tasks, four batches in memory."""
+    model = bank.wrap(base(), capacity=4 * rows)
+    names = list(islice(bank.names(), 20_000))
+    batches = [names[at : at + rows] for at in range(0, len(names), rows)]
+    found: dict[str, float] = {
+        "tasks": len(names),
+        "numbers of all, MB": 4e-6 * len(names) * bank.layout.size,
+    }
+    with torch.inference_mode():
+        for n, batch in enumerate(batches, 1):
+            model(input_ids=torch.full((len(batch), 4), 1000), task_ids=batch)
+            if n in (max(1, len(batches) // 10), len(batches)):
+                found[f"resident after {min(n * rows, len(names)):,} tasks, MB"] = resident()
+    return found
+
+
+def resident() -> float:
+    """Return the resident memory of this process in MB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def measured(timed: dict[str, Run], rounds: int, tick: Callable[[], object]) -> dict[str, list[float]]:
@@ -146,6 +178,11 @@ def main() -> None:
             timed = runs(Path(folder), targets, options, options.large if where == "query, value" else 0)
             bar.update(task, description=where, total=(options.rounds + 1) * len(timed))
             seconds = measured(timed, options.rounds, lambda bar=bar, task=task: bar.advance(task))
+            grown = {}
+            if where == "query, value" and options.large and sys.platform == "linux":
+                bank = large_bank(Path(folder), targets, options, options.large)
+                bar.update(task, description="tasks one after the other", total=None)
+                grown = growth(bank, options.rows)
         times = {name: quartiles([1000 * s for s in values]) for name, values in seconds.items()}
         ratios = {
             name: {
@@ -155,7 +192,7 @@ def main() -> None:
             for name, (a, b, asked) in RATIOS.items()
             if a in seconds
         }
-        reports.append({"modules": where, "milliseconds": times, "ratios": ratios})
+        reports.append({"modules": where, "milliseconds": times, "ratios": ratios, "memory": grown})
         table = Table(title=f"{where}: {options.rows} rows of {options.length} tokens", title_justify="left")
         for column in ("", "median", "quartiles", "asked"):
             table.add_column(column, justify="left" if not column else "right")
@@ -165,6 +202,10 @@ def main() -> None:
         for name, said in ratios.items():
             low, middle, high = said["quartiles"]
             table.add_row(name, f"{middle:.3f}", f"{low:.3f} … {high:.3f}", f"{said['asked'] or ''}")
+        if grown:
+            table.add_section()
+        for name, number in grown.items():
+            table.add_row(name, f"{number:,.0f}", "", "")
         console.print(table)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -60,8 +60,8 @@ def case_options(made: argparse.ArgumentParser) -> None:
 
 def begin(options: argparse.Namespace) -> torch.device:
     """Set the threads and return where to compute."""
-    options.rounds = options.rounds or (5 if options.short else 9)
-    options.patience = (20 if options.short else 300) if options.patience is None else options.patience
+    options.rounds = options.rounds or (3 if options.short else 9)
+    options.patience = (5 if options.short else 300) if options.patience is None else options.patience
     torch.set_num_threads(options.threads)
     calm()
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -338,3 +338,12 @@ def test_a_call_names_one_task_a_row(trained: tuple[CoreBank, PeftModel], names:
 def test_no_task_has_the_name_of_rows_without_one() -> None:
     with pytest.raises(ConfigError, match="without a task"):
         check_name("__base__")
+
+
+def test_a_bank_goes_onto_a_bare_model(trained: tuple[CoreBank, PeftModel]) -> None:
+    bank, model = trained
+    before = [name for name, _ in model.named_parameters()]
+    for dressed in (model, model.base_model.model):
+        with pytest.raises(ConfigError, match="bare base model"):
+            bank.wrap(dressed)
+    assert [name for name, _ in model.named_parameters()] == before

@@ -102,11 +102,23 @@ class Bench:
     def _load_base(self, labels: tuple[str, ...], kind: str) -> nn.Module:
         return load_model(self.grid["model"], kind, labels)
 
+    def _fresh_base(self, task: Task) -> nn.Module:
+        """Return a copy of the base model; numbers are float32, and products are taken in bfloat16 (autocast)."""
+        base = copy.deepcopy(self._base(task.labels, task.kind))
+        forward = base.forward
+
+        def in_bfloat16(*args: Any, **kwargs: Any) -> Any:
+            with torch.autocast("cpu", torch.bfloat16):
+                return forward(*args, **kwargs)
+
+        base.forward = in_bfloat16
+        return base
+
     def _warm(self, name: str, seed: int, steps: int, lr: float) -> dict[str, Tensor]:
         """Return the head of a task after its warm-up, which is the same for all methods."""
         task = self.task(name)
         set_seed(seed)
-        base = copy.deepcopy(self._base(task.labels, task.kind))
+        base = self._fresh_base(task)
         nn.init.normal_(base.classifier.weight, std=0.02)
         nn.init.zeros_(base.classifier.bias)
         model = peft.get_peft_model(base, lotr.LotrConfig(task_type="SEQ_CLS", target_modules=["query"], r=1))
@@ -118,7 +130,7 @@ class Bench:
         self, run: dict[str, Any], method: dict[str, Any], settings: dict[str, Any]
     ) -> tuple[nn.Module, float | None]:
         task = self.task(run["task"])
-        base = copy.deepcopy(self._base(task.labels, task.kind))
+        base = self._fresh_base(task)
         head = self._warmed(run["task"], run["seed"], settings["head_warmup"], settings["head_lr"])
         base.classifier.load_state_dict(head)
         set_seed(run["seed"])

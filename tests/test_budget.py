@@ -61,6 +61,7 @@ def test_a_start_from_gradients_shares_the_budget_out(place: Path) -> None:
     [
         ({}, "no start looks at data"),
         ({"start": "gradient", "method": "metatt_4d"}, "cores of core='tt' have no cut"),
+        ({"start": "gradient", "trainable": "cores", "method": "lotr"}, "because the factors stay"),
     ],
     ids=str,
 )

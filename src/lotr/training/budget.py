@@ -51,9 +51,13 @@ def check_budget_is_meant(settings: TrainSettings) -> None:
 
 
 def is_shared_out(settings: TrainSettings, config: LotrConfig) -> bool:
-    """Whether groups get ranks of their own: a start looks at data, and their cores can be cut."""
+    """Whether groups get ranks of their own: a start looks at data, factors train, and their cores can be cut.
+
+    Cores that train alone keep one rank: their factors cost nothing, and ranks shared out scored lower.
+    """
     by_site = CORES[str(config.core)].by_site
-    return settings.budget is not None and settings.start in DATA_STARTS and by_site
+    given = settings.budget is not None and settings.start in DATA_STARTS
+    return given and by_site and config.train == "all"
 
 
 def fit(settings: TrainSettings, config: LotrConfig, model: nn.Module, done: Path | None = None) -> str:
@@ -83,6 +87,8 @@ def fit(settings: TrainSettings, config: LotrConfig, model: nn.Module, done: Pat
         return f"{said}; the start looks at twice as many directions, and shares the budget out among the groups."
     if not CORES[str(config.core)].by_site:
         return f"{said}. It is the same for all groups: cores of core={config.core!r} have no cut."
+    if config.train != "all":
+        return f"{said}. It is the same for all groups, because the factors stay (--trainable {config.train})."
     return f"{said}. It is the same for all groups: no start looks at data (--start gradient)."
 
 

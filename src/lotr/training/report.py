@@ -80,6 +80,7 @@ def summarise(run: Run, trainer: Trainer, scores: dict[str, float], seconds: flo
         **({} if run.settings.budget is None else {"ranks": ranks_of(run.model.active_peft_config)}),
         "trained_numbers": {"adapter": trained - head, "head": head, "total": trained},
         "steps": trainer.state.global_step,
+        "processes": trainer.args.world_size,
         "rows": {"train": len(run.data.train), "eval": len(run.data.eval)},
         "seconds": round(seconds, 2),
         "peak_memory_bytes": _peak_memory(),

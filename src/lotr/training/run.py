@@ -216,6 +216,7 @@ def _trainer(run: Run, rows: list[Dataset], callbacks: list[TrainerCallback]) ->
         save_steps=every,
         save_total_limit=2,
         logging_steps=max(1, steps // 50),
+        use_cpu=device().type == "cpu",  # without it, processes on a CPU do not know of each other
         train_sampling_strategy="group_by_length",
         length_column_name="length",
         remove_unused_columns=False,

@@ -88,7 +88,9 @@ def fit(settings: TrainSettings, config: LotrConfig, model: nn.Module, done: Pat
     if not CORES[str(config.core)].by_site:
         return f"{said}. It is the same for all groups: cores of core={config.core!r} have no cut."
     if config.train != "all":
-        return f"{said}. It is the same for all groups, because the factors stay (--trainable {config.train})."
+        return (
+            f"{said}. It is the same for all groups, because the factors stay (--trainable {config.train})."
+        )
     return f"{said}. It is the same for all groups: no start looks at data (--start gradient)."
 
 

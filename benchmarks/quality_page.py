@@ -39,10 +39,10 @@ def _method(results: Results) -> list[str]:
         "Written by `python benchmarks/quality.py --report --page docs/quality.md` from "
         f"{results.n_runs} runs, which are kept in `benchmarks/results`. What we lose stands beside what we win.",
         "",
-        "**How it is measured.** The packaged MiniLM (6 layers, 384 wide), frozen in float32 on a CPU. A new head "
-        f"is trained alone for {settings['head_warmup']} steps, then with the adapter; both are the same for every "
-        "method, as are the order of the batches, AdamW, the schedule and the clipping. Runs are short, so the table "
-        "says what a method learns quickly. "
+        "**How it is measured.** The packaged MiniLM (6 layers, 384 wide), frozen, on a CPU; numbers are float32, and "
+        f"products are taken in bfloat16 (autocast). A new head is trained alone for {settings['head_warmup']} steps, "
+        "then with the adapter; both are the same for every method, as are the order of the batches, AdamW, the "
+        "schedule and the clipping. Runs are short, so the table says what a method learns quickly. "
         f"Every method is to try {max(len(m['rates']) for m in grid['methods'].values())} rates, each on "
         f"{' and '.join(sweep['tasks'])} with seed {sweep['seed']}; the best mean score on dev decides for all tasks "
         "and seeds, and that seed counts as one of them. Trained numbers are without the head. Scores are accuracies "

@@ -71,8 +71,8 @@ class Bench:
         )
         set_seed(seed)
         batches = task.batches(seed)
-        sweeps = seed == self.grid["sweep"]["seed"]  # trials of rates are only measured at their end
-        every = steps if sweeps else steps // self.grid["tasks"][run["task"]].get("evaluations", 1)
+        traced = run["method"] in self.grid["steps"]["methods"] and seed != self.grid["sweep"]["seed"]
+        every = steps // self.grid["tasks"][run["task"]].get("evaluations", 1) if traced else steps
         history: list[tuple[int, float]] = []
         model.train()
         for step in range(1, steps + 1):

@@ -124,7 +124,7 @@ def test_a_run_is_the_same_again_and_a_basis_carries_over(tmp_path: Path) -> Non
         "lora": {"peft": "LoraConfig", "fields": {"r": 1, "init_lora_weights": "lora_ga"}},
     }
     grid = {**GRID, "model": str(tmp_path / "bert"), "tasks": {"colours": task}}
-    grid |= {"settings": settings, "methods": methods}
+    grid |= {"settings": settings, "methods": methods, "steps": {"methods": ["whole"]}}
     kept = tmp_path / "kept"
     kept.mkdir()
     run = {"task": "colours", "target": "qv", "seed": 1, "rates": {"lr": 0.01}}

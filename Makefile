@@ -32,15 +32,17 @@ check: $(READY)  ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## sizes, step times, memory, inference, start, a few scores beside PEFT's methods: short forms, under ten minutes
+bench: $(READY)  ## sizes, step times and what bounds them, memory, inference, start, a few scores beside PEFT's methods: short forms, under ten minutes
 	$(BIN)/python benchmarks/bench_size.py --json out/bench_size.json
 	$(BIN)/python benchmarks/bench_start.py --short
+	$(BIN)/python benchmarks/bench_products.py --short
 	$(BIN)/python benchmarks/bench_inference.py --short
 	$(BIN)/python benchmarks/bench_memory.py --short
 	$(BIN)/python benchmarks/bench_train_step.py --short
 	$(BIN)/python benchmarks/quality.py --grid benchmarks/quality_short.yaml --lines out/quality_short --json out/quality_short.json
 
 bench-performance: $(READY)  ## the same over all sizes, ranks and models (an hour or two); writes the page in the docs
+	$(BIN)/python benchmarks/bench_products.py --json docs/data/products.json
 	for what in start inference memory train_step; do \
 		$(BIN)/python benchmarks/bench_$$what.py --json docs/data/$$what.json --picture docs/images/$$what.png || exit 1; \
 	done

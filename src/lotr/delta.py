@@ -95,6 +95,11 @@ def one_by_one(
     return C.reshape(a, k, b, r).transpose(1, 2).reshape(a * b, k, r)
 
 
+def scaled(C: Tensor, scaling: float | Tensor) -> Tensor:
+    """Return `σ C`; with `σ = 1`, the default, the cores as they are, without a pass and a step of autograd."""
+    return C if isinstance(scaling, (int, float)) and scaling == 1 else C * scaling
+
+
 @dataclass(frozen=True)
 class Factored:
     """An update in factored form: `ΔW = left · (I_b ⊗ V)ᵀ` with `left = σ (I_a ⊗ U) C`.
@@ -121,7 +126,7 @@ class Factored:
 
     def left(self) -> Tensor:  # (a·o, b·r)
         """Return `σ (I_a ⊗ U) C`."""
-        C = self.C * self.scaling
+        C = scaled(self.C, self.scaling)
         if self.grid[0] == 1:
             return self.U @ C
         blocks = self.U @ C.unflatten(0, (self.grid[0], -1)).transpose(0, 1).flatten(
@@ -144,5 +149,5 @@ class Factored:
         a, b = self.grid
         if self.C.shape[1] <= self.C.shape[0]:
             return torch.block_diag(*[self.V.T] * b), self.left()
-        C = (self.C * self.scaling).unflatten(1, (b, -1))  # (a·k, b, r)
+        C = scaled(self.C, self.scaling).unflatten(1, (b, -1))  # (a·k, b, r)
         return (C @ self.V.T).flatten(1), torch.block_diag(*[self.U] * a)

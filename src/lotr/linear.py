@@ -159,7 +159,8 @@ class _AdaptedLinear(Function):
             dVt = None
             whole = q if dh is None else dh if q is None else q + dh
             if needs_V and whole is not None:
-                dVt = whole.reshape(-1, len(Vt)).T @ _across(x.reshape(-1, W.shape[1]), part)
+                X = x.reshape(-1, W.shape[1])
+                dVt = _narrow(_across(X, part).T, whole.reshape(-1, len(Vt))).T
             gradients += [dVt, dC, dU, None]
             if dY is not None and ctx.order.merge_backward:
                 own.append(part)

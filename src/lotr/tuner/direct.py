@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from transformers.pytorch_utils import Conv1D
 
+from ..delta import scaled
 from ..linear import PartOfLinear, Place, adapted_linear
 from ..orders import AUTOGRAD, choose_order
 
@@ -93,7 +94,7 @@ def output(adapted: Adapted, x: Tensor) -> Tensor:  # (*n, in) -> (*n, out)
     for member in state.members:
         part, group = member.part, member.group
         Vt, U = group.lotr_V[adapted.adapter].weight, group.lotr_U[adapted.adapter].weight
-        C = adapted.core(member) * layer.scaling[adapted.adapter]
+        C = scaled(adapted.core(member), layer.scaling[adapted.adapter])
         place = Place(part.rows[0], part.columns[0], part.grid)
         # other parts of this module, or other modules, may have read this input through the same V
         key = (id(Vt), dtype, part.columns[0], part.grid[1]) if part.group.shares_inputs else None

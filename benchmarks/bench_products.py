@@ -1,0 +1,133 @@
+"""What bounds a training step with an adapter: the thin products of one adapted linear beside its two wide ones.
+
+    python benchmarks/bench_products.py
+
+A frozen linear takes two products a step, `X Wᵀ` and `dY W`. Its adapter takes six of inner or outer width `r`. By
+operation count they are a few hundredths of the wide ones; this tells what they are by time, each measured alone, with
+nothing of Python or autograd around it. Their sum is what no implementation out of these products can undercut.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from records import Row, begin, keep_memory, parser, progress, rounded, show, write
+from timing import Samples, Spread, interleaved
+
+HEADER = ("tokens, in → out", "product", "ms", "GFLOP/s", "of the wide two, by count", "by time")
+SIZES = (
+    (1024, 768, 768),
+    (1024, 768, 3072),
+    (1024, 3072, 768),
+    (2048, 384, 384),
+    (2048, 384, 1536),
+    (2048, 1536, 384),
+)
+RANK = 16
+WIDE, THIN = ("X Wᵀ", "dY W"), "the thin six"
+_COPIES = 4  # of the activations, so that none is in the cache from the call before
+
+
+@dataclass
+class Operands:
+    """What one adapted linear reads and writes, for `n` tokens: `C` is taken as the identity."""
+
+    X: Tensor  # (n, in)
+    dY: Tensor  # (n, out)
+    W: Tensor  # (out, in)
+    U: Tensor  # (out, r)
+    V: Tensor  # (in, r)
+    h: Tensor  # (n, r)
+
+    def products(self) -> dict[str, Callable[[], Tensor]]:
+        """Return the wide products, and the thin ones as `lotr.linear` takes them."""
+        return {
+            WIDE[0]: lambda: self.X @ self.W.T,
+            WIDE[1]: lambda: self.dY @ self.W,
+            "h = X V": lambda: self.X @ self.V,
+            "Y += h Uᵀ": lambda: self.dY.addmm_(self.h, self.U.T, alpha=1e-6),
+            "q = dY U": lambda: self.dY @ self.U,
+            "dU = dYᵀ h": lambda: self.dY.T @ self.h,
+            "dV = Xᵀ q": lambda: self.X.T @ self.h,
+            "dX += q Vᵀ": lambda: self.X.addmm_(self.h, self.V.T, alpha=1e-6),
+        }
+
+
+def operands(tokens: int, i: int, o: int, device: torch.device) -> Operands:
+    """Return random operands of one size."""
+    shapes = ((tokens, i), (tokens, o), (o, i), (o, RANK), (i, RANK), (tokens, RANK))
+    return Operands(*(torch.randn(*shape, device=device) for shape in shapes))
+
+
+def measure(size: tuple[int, int, int], options: argparse.Namespace, device: torch.device) -> list[Row]:
+    """Time the products of one size beside each other."""
+    copies = [operands(*size, device).products() for _ in range(_COPIES)]
+    runs = {name: _in_turn([made[name] for made in copies]) for name in copies[0]}
+    with progress(str(size), len(runs) * (options.rounds + 1)) as bar:
+        tick = lambda: bar.advance(bar.task_ids[0])  # noqa: E731
+        samples = interleaved(runs, options.rounds, device, patience=options.patience, tick=tick)
+    thin = (samples.seconds[name] for name in runs if name not in WIDE)
+    samples.seconds[THIN] = [sum(taken) for taken in zip(*thin, strict=True)]
+    return [row(size, name, samples) for name in samples.seconds]
+
+
+def _in_turn(products: list[Callable[[], Tensor]]) -> Callable[[], None]:
+    def all_once() -> None:
+        for product in products:
+            product()
+
+    return all_once
+
+
+def row(size: tuple[int, int, int], name: str, samples: Samples) -> Row:
+    """Return what is recorded of one product, or of all thin ones together."""
+    tokens, i, o = size
+    width = {WIDE[0]: i * o, WIDE[1]: i * o, THIN: 3 * RANK * (i + o)}.get(
+        name, RANK * (i if "X" in name else o)
+    )
+    wide = [sum(pair) for pair in zip(*(samples.seconds[of] for of in WIDE), strict=True)]
+    seconds = samples.seconds[name]
+    return {
+        "tokens": tokens,
+        "in": i,
+        "out": o,
+        "product": name,
+        "seconds": rounded(Spread.of([taken / _COPIES for taken in seconds])),
+        "flop": 2 * tokens * width,
+        "by_count": width / (2 * i * o),
+        "by_time": rounded(Spread.of([taken / base for taken, base in zip(seconds, wide, strict=True)])),
+        "disturbed": samples.disturbed,
+    }
+
+
+def cells(row: Row) -> list[str]:
+    """Return a row of the table."""
+    seconds = row["seconds"]["median"]
+    shares = (
+        ["", ""]
+        if row["product"] in WIDE
+        else [f"{100 * row['by_count']:.1f} %", f"{100 * row['by_time']['median']:.1f} %"]
+    )
+    size = f"{row['tokens']:,}, {row['in']:,} → {row['out']:,}"
+    return [size, row["product"], f"{1e3 * seconds:.3f}", f"{row['flop'] / seconds / 1e9:.0f}", *shares]
+
+
+def main() -> None:
+    """Measure, print the table, write JSON."""
+    options = parser(__doc__, "products").parse_args()
+    keep_memory()
+    device = begin(options)
+    rows: list[Row] = []
+    for size in SIZES[:3] if options.short else SIZES:
+        rows += measure(size, options, device)
+        write(options.json, "products", rows)
+    show("Products of one adapted linear, rank 16; medians", HEADER, [cells(row) for row in rows], 2)
+
+
+if __name__ == "__main__":
+    main()

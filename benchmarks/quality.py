@@ -4,7 +4,7 @@
     python benchmarks/quality.py --report --page docs/quality.md
 
 A grid (`quality.yaml`) of methods × targets × tasks × seeds, in two stages: the sweep tries every rate of a method on
-some tasks and one seed; the rates with the best mean score on dev are then used for all tasks and seeds. Each run is
+some tasks and seeds; the rates with the best mean score on dev are then used for all tasks and seeds. Each run is
 appended to a file as one line of JSON; runs that are there are not run again, so the grid can be stopped and continued,
 and several processes can share it (`--share 0/2` and `--share 1/2`).
 """

@@ -50,14 +50,14 @@ def sweep_of(grid: dict[str, Any], target: str, method: str) -> list[Run]:
     """Return the trials of the rates of a method; of one rate there is nothing to try."""
     rates = grid["methods"][method]["rates"]
     return [
-        {"task": task, "target": target, "method": method, "seed": grid["sweep"]["seed"], "rates": tried}
-        for task in grid["sweep"]["tasks"]
+        {"task": task, "target": target, "method": method, "seed": seed, "rates": tried}
+        for seed, task in itertools.product(grid["sweep"]["seeds"], grid["sweep"]["tasks"])
         for tried in (rates if len(rates) > 1 else ())
     ]
 
 
 def tried_rates(grid: dict[str, Any], done: Done, target: str, method: str) -> list[tuple[Rates, float]]:
-    """Return the rates that were tried on all of the sweep's tasks, with their mean dev score, the best first.
+    """Return the rates that were tried on all of the sweep's tasks and seeds, with their mean dev score, the best first.
 
     A method with one rate has that one, untried.
     """
@@ -74,7 +74,7 @@ def tried_rates(grid: dict[str, Any], done: Done, target: str, method: str) -> l
 
 
 def best_rates(grid: dict[str, Any], done: Done, target: str, method: str) -> Rates | None:
-    """Return the rates with the best mean dev score over the sweep's tasks, or `None` while trials are missing."""
+    """Return the rates with the best mean dev score over the sweep's tasks and seeds, or `None` while trials are missing."""
     tried = tried_rates(grid, done, target, method)
     return tried[0][0] if len(tried) == len(grid["methods"][method]["rates"]) else None
 

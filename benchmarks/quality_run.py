@@ -71,7 +71,7 @@ class Bench:
         )
         set_seed(seed)
         batches = task.batches(seed)
-        traced = run["method"] in self.grid["steps"]["methods"] and seed != self.grid["sweep"]["seed"]
+        traced = run["method"] in self.grid["steps"]["methods"] and seed not in self.grid["sweep"]["seeds"]
         every = steps // self.grid["tasks"][run["task"]].get("evaluations", 1) if traced else steps
         history: list[tuple[int, float]] = []
         model.train()

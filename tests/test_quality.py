@@ -21,7 +21,7 @@ GRID = {
         for name in ("easy", "hard")
     },
     "targets": {"qv": ["query", "value"]},
-    "sweep": {"tasks": ["easy"], "seed": 0},
+    "sweep": {"tasks": ["easy"], "seeds": [0]},
     "frontier": ["easy", "hard"],
     "compare": [{"target": "qv", "method": "cores", "peer": "lora"}],
     "steps": {"target": "qv", "peer": "lora", "methods": ["cores", "lora"]},

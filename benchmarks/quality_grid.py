@@ -57,7 +57,7 @@ def sweep_of(grid: dict[str, Any], target: str, method: str) -> list[Run]:
 
 
 def tried_rates(grid: dict[str, Any], done: Done, target: str, method: str) -> list[tuple[Rates, float]]:
-    """Return the rates that were tried on all of the sweep's tasks and seeds, with their mean dev score, the best first.
+    """Return the rates that were tried on all tasks and seeds of the sweep, with mean dev scores, the best first.
 
     A method with one rate has that one, untried.
     """
@@ -74,7 +74,7 @@ def tried_rates(grid: dict[str, Any], done: Done, target: str, method: str) -> l
 
 
 def best_rates(grid: dict[str, Any], done: Done, target: str, method: str) -> Rates | None:
-    """Return the rates with the best mean dev score over the sweep's tasks and seeds, or `None` while trials are missing."""
+    """Return the rates with the best mean dev score over the sweep, or `None` while trials are missing."""
     tried = tried_rates(grid, done, target, method)
     return tried[0][0] if len(tried) == len(grid["methods"][method]["rates"]) else None
 

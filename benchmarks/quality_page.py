@@ -44,9 +44,9 @@ def _method(results: Results) -> list[str]:
         "then with the adapter; both are the same for every method, as are the order of the batches, AdamW, the "
         "schedule and the clipping. Runs are short, so the table says what a method learns quickly. "
         f"Every method is to try {max(len(m['rates']) for m in grid['methods'].values())} rates, each on "
-        f"{' and '.join(sweep['tasks'])} with seeds {' and '.join(map(str, sweep['seeds']))}; the best mean score on dev decides "
-        "for all tasks and seeds, and those seeds count among them. Trained numbers are without the head. Scores are accuracies "
-        "on test; ± is the standard error over the seeds.",
+        f"{' and '.join(sweep['tasks'])} with seeds {' and '.join(map(str, sweep['seeds']))}; the best mean score on "
+        "dev decides for all tasks and seeds, and those seeds count among them. Trained numbers are without the head. "
+        "Scores are accuracies on test; ± is the standard error over the seeds.",
         "",
         *(f"- {note}" for note in grid.get("notes", ())),
         "",

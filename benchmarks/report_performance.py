@@ -45,9 +45,9 @@ SECTIONS: dict[str, tuple[str, str, Sequence[str], Callable[[Record], list[str]]
         "What bounds a training step",
         "The products of one adapted linear at rank 16, each alone, without Python or autograd around it. By count of "
         "operations the six thin ones are a few hundredths of the two wide ones of the frozen linear; by time they are "
-        "up to twice that, because a product of inner or outer width 16 runs at about half the speed. In the plain order "
-        "a step cannot be cheaper than their sum. `q`, `k` and `v` share `h`, `dV` and `dX`; with factors "
-        "that stay, `dU` and `dV` are not taken.",
+        "up to twice that, because a product of inner or outer width 16 runs at about half the speed. In the plain "
+        "order a step cannot be cheaper than their sum. `q`, `k` and `v` share `h`, `dV` and `dX`; with factors that "
+        "stay, `dU` and `dV` are not taken.",
         bench_products.HEADER,
         bench_products.cells,
     ),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lotr.delta import Factored, Grid
-from lotr.norms import Placed
+from lotr.norms import Frozen, Placed
 
 OUT, IN = 12, 10
 #: Name → first row, first column, height, width and grid of every part.
@@ -38,7 +38,7 @@ def place(
         U, C, V = (torch.randn(shape, dtype=dtype) for shape in shapes)
         C = torch.zeros_like(C) if zero else C
         update = Factored(U.requires_grad_(), C.requires_grad_(), V.requires_grad_(not frozen), 0.5, (a, b))
-        parts.append(Placed(update, row, column, frozen))
+        parts.append(Placed(update, row, column, Frozen("default", V) if frozen else None))
     return parts
 
 

@@ -122,7 +122,7 @@ def test_with_frozen_factors_the_weight_is_read_once() -> None:
 @every_layout
 def test_what_is_kept_gives_the_value_of_what_is_not(layout: str) -> None:
     W, frozen = _weight(), place(layout, frozen=True)
-    trained = [Placed(part.update, part.row, part.column, frozen=False) for part in frozen]
+    trained = [Placed(part.update, part.row, part.column) for part in frozen]
     base = BaseWeight(lambda: W)
     row_energy(base, frozen)
     torch.testing.assert_close(row_energy(base, frozen), row_energy(BaseWeight(lambda: W), trained))

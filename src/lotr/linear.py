@@ -119,9 +119,10 @@ class _AdaptedLinear(Function):
                 L = _factored(part).left()  # (a·o, b·r)
                 Y.narrow(1, part.place.row, len(L)).addmm_(h, L.T)
         needs = ctx.needs_input_grad
+        # also where `h` was given: a checkpoint computes it again by itself, and has to save the same
         trains_V = any(needs[5 + 4 * n] for n in range(len(parts)))
         trains = any(needs[5:])
-        ctx.places, ctx.order = places, order
+        ctx.places, ctx.order, ctx.device_type = places, order, W.device.type
         saved = [t for part, h in zip(parts, hs, strict=True) for t in (part.Vt, part.C, part.U, h)]
         if not trains:  # the input alone may need a gradient
             saved = [tensor for n, tensor in enumerate(saved) if n % 4 != 3]
@@ -134,6 +135,13 @@ class _AdaptedLinear(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *dhs: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_autocast_enabled(ctx.device_type):  # types were settled on the way forward
+            with torch.autocast(ctx.device_type, enabled=False):
+                return _AdaptedLinear._gradients(ctx, dy, *dhs)
+        return _AdaptedLinear._gradients(ctx, dy, *dhs)
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor | None, *dhs: Tensor | None) -> tuple[Tensor | None, ...]:
         x, W, *saved = ctx.saved_tensors
         each = 4 if ctx.trains else 3
         tensors = [tuple(saved[n : n + each]) for n in range(0, len(saved), each)]
@@ -148,10 +156,10 @@ class _AdaptedLinear(Function):
             part, q, dC, dU = PartOfLinear(place, Vt, C, U), None, None, None
             if dY is not None:
                 D = dY.narrow(1, place.row, place.grid[0] * len(U)).reshape(-1, len(U))  # (n·a, o)
-                p = _narrow(D, U).reshape(len(dY), -1)  # (n, a·k)
+                p = _narrow(D, U).reshape(len(dY), len(C))  # (n, a·k)
                 q = p @ C
                 dC = p.T @ h[0] if needs_C else None
-                dU = _narrow(D.T, (h[0] @ C.T).reshape(len(D), -1)) if needs_U else None
+                dU = _narrow(D.T, (h[0] @ C.T).reshape(len(D), U.shape[1])) if needs_U else None
             if ctx.given[n]:
                 gradients += [None, dC, dU, q if needs_h else None]
                 continue
@@ -203,7 +211,7 @@ def _across(X: Tensor, part: PartOfLinear) -> Tensor:  # (n·b, i)
 
 
 def _into(X: Tensor, part: PartOfLinear) -> Tensor:  # (n, b·r)
-    return _narrow(_across(X, part), part.Vt.T).reshape(len(X), -1)
+    return _narrow(_across(X, part), part.Vt.T).reshape(len(X), part.place.grid[1] * len(part.Vt))
 
 
 def _narrow(A: Tensor, B: Tensor) -> Tensor:  # (n, m), (m, r) -> (n, r)

@@ -11,7 +11,8 @@ Everything is computed in float32 or wider.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,6 +24,25 @@ _CHUNK = 1 << 22  # numbers of a weight that are squared at a time
 
 
 @dataclass(frozen=True)
+class Frozen:
+    """A `V` that stays as it is.
+
+    Args:
+        adapter: Whose it is.
+        V: The tensor itself, so that no other takes its address; None while a graph is compiled.
+        state: What differs once it has been written to.
+    """
+
+    adapter: str
+    V: Tensor | None = None
+    state: Hashable = None
+
+    def is_still(self, other: Frozen | None) -> bool:
+        """Whether another is the same tensor with the same numbers."""
+        return other is not None and self.V is other.V and self.state == other.state
+
+
+@dataclass(frozen=True)
 class Placed:
     """A part of an update, and where in the weight it stands.
 
@@ -30,13 +50,13 @@ class Placed:
         update: The part in factored form.
         row: First output feature.
         column: First input feature.
-        frozen: False while `V` trains. Else something that tells this `V` from any other: `W V` is kept with it.
+        frozen: What tells this `V` from any other, when it stays as it is: `W V` is kept with it.
     """
 
     update: Factored
     row: int
     column: int
-    frozen: Hashable = False
+    frozen: Frozen | None = None
 
     @property
     def rows(self) -> slice:
@@ -49,6 +69,14 @@ class Placed:
         return slice(self.column, self.column + self.update.grid[1] * self.update.V.shape[0])
 
 
+@contextmanager
+def _for_good() -> Iterator[None]:
+    """Compute what outlives the call: a tensor of inference mode could not take part in training later."""
+    inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    with torch.no_grad(), torch.inference_mode(False) if inference else nullcontext():
+        yield
+
+
 def _never_changes() -> object:
     return 0
 
@@ -58,6 +86,7 @@ class Kept:
     """What of a weight never changes, and the version of the weight that it belongs to."""
 
     tensors: dict[Hashable, Tensor] = field(default_factory=dict)
+    of: dict[Hashable, Frozen] = field(default_factory=dict)
     seen: object = None
 
 
@@ -80,7 +109,7 @@ class BaseWeight:
         self._forget_another()
         if "rows" in self.kept.tensors:
             return self.kept.tensors["rows"]
-        with torch.no_grad():
+        with _for_good():
             W = self.weight()
             energy = _squares(W.detach(), 1, torch.ones(W.shape[1], device=W.device))
         if not energy.is_meta:
@@ -90,15 +119,25 @@ class BaseWeight:
     def times(self, part: Placed) -> Tensor:  # (a·o, b·r)
         """Return `W (I_b ⊗ V)` at the place of a part, from memory where `V` is frozen."""
         self._forget_another()
-        key = ("WV", part.row, part.column, part.frozen)
-        if part.frozen and key in self.kept.tensors:
-            return self.kept.tensors[key]
+        if part.frozen is None:
+            return self._product(part)
+        key = ("WV", part.row, part.column, part.frozen.adapter)
+        if key not in self.kept.tensors or not part.frozen.is_still(self.kept.of.get(key)):
+            with _for_good():
+                self.kept.tensors[key] = self._product(part)
+            self.kept.of[key] = part.frozen
+        return self.kept.tensors[key]
+
+    def _product(self, part: Placed) -> Tensor:
         V = _wide(part.update.V)
         W = self.weight().detach()[part.rows, part.columns].to(V)
-        product = (W.unflatten(1, (part.update.grid[1], -1)) @ V).flatten(1)
-        if part.frozen:
-            self.kept.tensors[key] = product.detach()
-        return product
+        return (W.unflatten(1, (part.update.grid[1], -1)) @ V).flatten(1)
+
+    def forget(self, adapter: str) -> None:
+        """Drop what is kept for an adapter."""
+        for key in [key for key, frozen in self.kept.of.items() if frozen.adapter == adapter]:
+            del self.kept.of[key]
+            self.kept.tensors.pop(key, None)
 
     def read_once(self) -> BaseWeight:
         """Return the same weight, for one use: it is read, or dequantised, once at most."""

@@ -6,6 +6,7 @@ There the modules are called one after the other (`layer.py`), and the result is
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -26,41 +27,50 @@ if TYPE_CHECKING:
 class InputProducts:
     """`x V` of the inputs of one forward pass: parts that share `V` and read the same tensor share the product.
 
-    One object for a model. Outside of `one_pass` nothing is kept, so that no activation outlives its pass.
+    One object for a model, with a memory for each thread. Outside of `one_pass` nothing is kept, so that no activation
+    outlives its pass; nor are products of inference mode, where nothing tells that an input has been written to.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[object, tuple[Tensor, int, Tensor]] | None = None
+        self._here = threading.local()
 
     @contextmanager
     def one_pass(self) -> Iterator[None]:
         """Keep products while a forward pass, or a generation, runs."""
-        outer, self._kept = self._kept, {}
+        if torch.compiler.is_compiling():  # the one step is not taken
+            yield
+            return
+        outer = getattr(self._here, "kept", None)
+        self._here.kept = {}
         try:
             yield
         finally:
-            self._kept = outer
+            self._here.kept = outer
 
     def find(self, key: object, x: Tensor) -> Tensor | None:
         """Return the product of this very input, if it is known."""
-        if not self._kept or (kept := self._kept.get((key, torch.is_grad_enabled()))) is None:
+        kept = getattr(self._here, "kept", None)
+        if not kept or x.is_inference():
             return None
-        seen, version, h = kept
-        return h if seen is x and version == _version(x) else None
+        seen, version, h = kept.get(_in_this_mode(key, x), (None, 0, None))
+        return h if seen is x and version == x._version else None
 
     def keep(self, key: object, x: Tensor, h: Tensor) -> None:
         """Keep the product of an input, in place of the one before."""
-        if self._kept is not None:
-            self._kept[key, torch.is_grad_enabled()] = (x, _version(x), h)
+        kept = getattr(self._here, "kept", None)
+        if kept is not None and not x.is_inference():
+            kept[_in_this_mode(key, x)] = (x, x._version, h)
 
-    def __deepcopy__(self, memo: object) -> InputProducts:
-        return InputProducts()
+    def __reduce__(self) -> tuple[type[InputProducts], tuple[()]]:
+        return InputProducts, ()  # a copy, too, starts with nothing
 
 
 def fits(adapted: Adapted, x: Tensor) -> bool:
     """Whether the one step computes what calling the modules would."""
     layer, state = adapted.layer, adapted.state
     base = layer.base_layer
+    if type(x) not in (Tensor, nn.Parameter) or x.is_nested:
+        return False
     if state.order == AUTOGRAD or (state.dropout and layer.training) or _transforms_active():
         return False
     if type(base) not in (nn.Linear, Conv1D) or not _only_multiplies(base):
@@ -110,15 +120,23 @@ def output(adapted: Adapted, x: Tensor) -> Tensor:  # (*n, in) -> (*n, out)
     return y
 
 
+def _in_this_mode(key: object, x: Tensor) -> object:
+    return key, torch.is_grad_enabled(), x.requires_grad
+
+
 def _autocast(x: Tensor) -> torch.dtype | None:
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    applies = torch.is_autocast_enabled(kind) and x.dtype != torch.float64  # which autocast leaves alone
+    return torch.get_autocast_dtype(kind) if applies else None
 
 
 def _transforms_active() -> bool:
-    # a compiler makes one step of its own; transforms need rules that plain operations have
+    # a compiler makes one step of its own; a tracer cannot save ours; transforms, and modes that see every operation
+    # (selective checkpointing), need plain operations
     return (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
@@ -139,7 +157,3 @@ def _at_hand(weight: Tensor, like: Tensor, device: torch.device) -> bool:
     """Whether a weight is a plain tensor: not sharded, not elsewhere, not of another type."""
     plain = type(weight) in (nn.Parameter, Tensor)
     return plain and weight.device == device and weight.dtype == like.dtype and not weight.is_meta
-
-
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..blocks import Shape
+from ..norms import Frozen
 from .direct import InputProducts
 
 if TYPE_CHECKING:
@@ -98,14 +99,14 @@ class LotrGroup(nn.Module, LotrLayer):
         if frozen:  # PEFT thaws what it activates, except what is named here
             self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter: ("lotr_U", "lotr_V")}
 
-    def frozen(self, adapter: str) -> Hashable:
-        """Return False when the factors of an adapter may change, else what tells them from others."""
+    def frozen(self, adapter: str) -> Frozen | None:
+        """Return what tells the `V` of an adapter from others, or None when it may change."""
         V = self.lotr_V[adapter].weight
         if adapter not in self.frozen_peft_weight_names or V.requires_grad:
-            return False
+            return None
         if torch.compiler.is_compiling():  # addresses and versions exist only when run
-            return adapter
-        return adapter, V.data_ptr(), None if V.is_inference() else V._version, V.dtype
+            return Frozen(adapter)
+        return Frozen(adapter, V, (V.data_ptr(), None if V.is_inference() else V._version, V.dtype))
 
     def place(self, adapter: str, device: torch.device | None, dtype: torch.dtype | None) -> None:
         """Move an adapter's numbers to where its first member lives; meta and integer types are left."""

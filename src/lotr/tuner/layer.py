@@ -88,6 +88,11 @@ class LotrLinear(nn.Module, LotrLayer):
         """Return what an adapter has at this module."""
         return Adapted(self, adapter, self.lotr_site[adapter])
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, and what was kept for it."""
+        super().delete_adapter(adapter_name)
+        self.base_weight.forget(adapter_name)
+
     @property
     def base_weight(self) -> BaseWeight:
         """The base weight, and what is kept of it."""

@@ -29,7 +29,6 @@ class Attention(nn.Module):
     def __init__(self, between: Change = _nothing) -> None:
         super().__init__()
         self.between = between
-        torch.manual_seed(0)
         for name in ("query", "key", "output"):
             self.add_module(name, nn.Linear(8, 8))
 
@@ -37,6 +36,19 @@ class Attention(nn.Module):
         q = self.query(x)
         self.between(x)
         return x + self.output((q * self.key(x)).tanh())
+
+
+class Tower(nn.Module):
+    """A layer, named as layers are: its modules share what they read."""
+
+    def __init__(self, between: Change = _nothing) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([Attention(between)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layers[0](x)
+        return result
 
 
 def adapted(
@@ -48,7 +60,7 @@ def adapted(
         "target_modules": ["query", "key", "output"],
         "init_weights": False,
     }
-    return get_peft_model(Attention(between).to(dtype), LotrConfig(**{**given, "order": order, **fields}))
+    return get_peft_model(Tower(between).to(dtype), LotrConfig(**{**given, "order": order, **fields}))
 
 
 def x_of(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -188,8 +200,8 @@ def test_nested_inputs_take_the_steps_of_autograd() -> None:
     texts = [x_of(4, 8), x_of(2, 8)]
     model = adapted("auto")
     nested = torch.nested.nested_tensor(texts, layout=torch.jagged)
-    for found, text in zip(model.base_model.model.query(nested).unbind(), texts, strict=True):
-        torch.testing.assert_close(found, model.base_model.model.query(text))
+    for found, text in zip(model.base_model.model.layers[0].query(nested).unbind(), texts, strict=True):
+        torch.testing.assert_close(found, model.base_model.model.layers[0].query(text))
 
 
 @pytest.mark.parametrize("magnitude", ["per_output", "per_output_and_input"])
@@ -206,12 +218,12 @@ def test_an_adapter_under_the_name_of_a_deleted_one_has_norms_of_its_own(tmp_pat
     fields = {"train": "cores", "magnitude": "per_output"}
     for seed in range(6):
         adapted("auto", seed=seed, **fields).save_pretrained(str(tmp_path / str(seed)))
-    model = PeftModel.from_pretrained(Attention().double(), str(tmp_path / "0"))
+    model = PeftModel.from_pretrained(Tower().double(), str(tmp_path / "0"))
     model(x_of())
     for seed in range(1, 6):
         model.delete_adapter("default")
         assert not any(m.base_weight.kept.of for m in model.modules() if hasattr(m, "base_weight"))
         model.load_adapter(str(tmp_path / str(seed)), "default")
         model.set_adapter("default")
-        alone = PeftModel.from_pretrained(Attention().double(), str(tmp_path / str(seed)))
+        alone = PeftModel.from_pretrained(Tower().double(), str(tmp_path / str(seed)))
         torch.testing.assert_close(model(x_of()), alone(x_of()))

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-_KEY = ("task", "target", "method", "seed", "rates")
+_KEY = ("task", "target", "method", "seed", "rates", "recipe")
 Run = dict[str, Any]
 Done = dict[str, Run]
 Rates = dict[str, float]
@@ -29,7 +29,30 @@ def by_key(runs: Iterable[Run]) -> Done:
 
 def key_of(run: Run) -> str:
     """Return what tells a run from others."""
-    return json.dumps({name: run[name] for name in _KEY}, sort_keys=True)
+    return json.dumps({name: run.get(name) for name in _KEY}, sort_keys=True)
+
+
+def recipe(grid: dict[str, Any], run: Run) -> str | None:
+    """Return what tells the settings behind a run from others; `None` when the grid does not know its method."""
+    method = grid["methods"].get(run["method"])
+    if method is None or run["task"] not in grid["tasks"] or run["target"] not in grid["targets"]:
+        return None
+    said = {name: value for name, value in method.items() if name != "rates"}
+    all_of = [
+        grid.get("model"),
+        grid["settings"],
+        grid["tasks"][run["task"]],
+        grid["targets"][run["target"]],
+        said,
+    ]
+    if "source" in method:
+        source = method["source"]
+        all_of += [grid["methods"][source["method"]]["fields"], grid["tasks"][source["task"]]]
+    return f"{zlib.crc32(json.dumps(all_of, sort_keys=True).encode()):08x}"
+
+
+def _planned(grid: dict[str, Any], run: Run) -> Run:
+    return {**run, "recipe": recipe(grid, run)}
 
 
 def runs_of(grid: dict[str, Any], done: Done) -> Iterator[Run | None]:
@@ -43,14 +66,15 @@ def runs_of(grid: dict[str, Any], done: Done) -> Iterator[Run | None]:
             if rates is None:
                 yield None
             else:
-                yield {"task": task, "target": target, "method": method, "seed": seed, "rates": rates}
+                run = {"task": task, "target": target, "method": method, "seed": seed, "rates": rates}
+                yield _planned(grid, run)
 
 
 def sweep_of(grid: dict[str, Any], target: str, method: str) -> list[Run]:
     """Return the trials of the rates of a method; of one rate there is nothing to try."""
     rates = grid["methods"][method]["rates"]
     return [
-        {"task": task, "target": target, "method": method, "seed": seed, "rates": tried}
+        _planned(grid, {"task": task, "target": target, "method": method, "seed": seed, "rates": tried})
         for seed, task in itertools.product(grid["sweep"]["seeds"], grid["sweep"]["tasks"])
         for tried in (rates if len(rates) > 1 else ())
     ]

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import quality_picture
+import quality_report
 from quality_report import Estimate, Results, Row
 
-_FAMILIES = {"head": "", "lotr": "**LoTR**", "table": "in the table", "peft": "PEFT"}
+_FAMILIES = {"head": "", "lotr": "**LoTR**", "table": "in the table", "lora": "our start", "peft": "PEFT"}
 _TARGETS = {"qv": "Query and value", "all": "All linear layers"}
 
 
@@ -40,9 +41,10 @@ def _method(results: Results) -> list[str]:
         f"{results.n_runs} runs, which are kept in `benchmarks/results`. What we lose stands beside what we win.",
         "",
         "**How it is measured.** The packaged MiniLM (6 layers, 384 wide), frozen, on a CPU; numbers are float32, and "
-        f"products are taken in bfloat16 (autocast). A new head is trained alone for {settings['head_warmup']} steps, "
-        "then with the adapter; both are the same for every method, as are the order of the batches, AdamW, the "
-        "schedule and the clipping. Runs are short, so the table says what a method learns quickly. "
+        f"products are taken in {settings.get('products', 'float32')} (autocast). A new head is trained alone for "
+        f"{settings['head_warmup']} steps, then with the adapter; both are the same for every method, as are the order "
+        "of the batches, AdamW, the schedule and the clipping. Runs are short, so the table says what a method learns "
+        "quickly. "
         f"Every method is to try {max(len(m['rates']) for m in grid['methods'].values())} rates, each on "
         f"{' and '.join(sweep['tasks'])} with seeds {' and '.join(map(str, sweep['seeds']))}; the best mean score on "
         "dev decides for all tasks and seeds, and those seeds count among them. Trained numbers are without the head. "
@@ -76,8 +78,9 @@ def _section(results: Results, target: str, rows: Sequence[Row], page: Path) -> 
         lines += [
             f"![test accuracy against trained numbers](images/{picture.name})",
             "",
-            "The lines are the frontiers of LoTR and of PEFT: the best score with at most so many numbers. "
-            "*In the table*: a method of others that is a row of this library.",
+            "The lines are the frontiers of this library and of PEFT: the best score with at most so many numbers. *In "
+            "the table*: a row of this library's table that is no LoTR, or LoTR as its authors start it. *Our start*: "
+            "LoRA, with this library's start; it is not in the frontier.",
             "",
         ]
     lines += [
@@ -97,18 +100,20 @@ def _claims(results: Results) -> list[str]:
         "## Against each other",
         "",
         "Differences of test accuracy in points between runs of the same task and seed, which see the same batches. "
-        "*Above* and *below*: by more than twice the standard error; else *level*. With fewer than three seeds the "
-        "error is itself a guess, and the question stays *open*.",
+        "*Above* and *below*: outside of the 95 % interval (Student's t, degrees of freedom added over the tasks); "
+        "else *level*, which says that these runs cannot tell them apart. Of twenty "
+        "comparisons one is called by chance. With fewer than three seeds the error is itself a guess, and the question stays *open*.",
         "",
         "| what | against | on | points | verdict | task by task |",
         "|---|---|---|---:|---|---|",
     ]
     for claim in results.grid["compare"]:
-        found, seeds = results.against(claim["target"], claim["method"], claim["peer"])
+        found, seeds, freedom = results.against(claim["target"], claim["method"], claim["peer"])
         if not found:
             continue
         mean, error = found.pop("all")
-        verdict = "above" if mean > 2 * error else "below" if mean < -2 * error else "level"
+        doubt = quality_report.quantile(freedom) * error
+        verdict = "above" if mean > doubt else "below" if mean < -doubt else "level"
         verdict = verdict if seeds > 2 else f"open: {seeds} seed{'s' * (seeds > 1)}"
         by_task = ", ".join(f"{task} {100 * d:+.1f}" for task, (d, _) in found.items())
         lines.append(

@@ -11,12 +11,19 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
-_COLOURS = {"lotr": "#3b6fb6", "table": "#4f9d69", "peft": "#d9822b"}
-_NAMES = {"lotr": "LoTR, this library", "table": "others' methods, this library", "peft": "PEFT"}
+_COLOURS = {"lotr": "#3b6fb6", "table": "#4f9d69", "lora": "#8a6fb0", "peft": "#d9822b"}
+_NAMES = {
+    "lotr": "LoTR",
+    "table": "other rows of this library's table",
+    "lora": "LoRA with this library's start",
+    "peft": "PEFT",
+}
+#: Whose frontiers are drawn, and in the colour of which family.
+_FRONTIERS = {"lotr": ("lotr", "table"), "peft": ("peft",)}
 
 
 def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Draw one point a method with the standard error of its score, and the frontiers of LoTR and of PEFT.
+    """Draw one point a method with the standard error of its score, and the frontiers of the library and of PEFT.
 
     Args:
         rows: Entries with `method`, `family`, `numbers` and `test`, a score and its error. One without numbers is
@@ -38,8 +45,8 @@ def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
                 sizes, scores, errors, fmt="o", ms=5, color=colour, elinewidth=1, label=_NAMES[kind]
             )
     most = max(row["numbers"] for row in rows)
-    for kind in ("peft", "lotr"):
-        steps = list(frontier([row for row in rows if row["family"] == kind]))
+    for kind, families in _FRONTIERS.items():
+        steps = list(frontier([row for row in rows if row["family"] in families]))
         if steps:
             sizes, scores = zip(*steps, (most * 1.3, steps[-1][1]), strict=True)
             axis.plot(

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from quality_grid import Done, Rates, Run, tried_rates
+from quality_grid import Done, Rates, Run, recipe, tried_rates
 
 Row = dict[str, Any]
 Estimate = tuple[float, float]  # a mean and its standard error
@@ -24,11 +24,14 @@ class Results:
     """
 
     def __init__(self, grid: dict[str, Any], done: Done) -> None:
-        self.grid, self.n_runs = grid, len(done)
+        runs = [run for run in done.values() if run.get("recipe") == recipe(grid, run)]
+        self.grid, self.n_runs = grid, len(runs)
+        #: Runs of other settings than the grid's, which are left out.
+        self.n_others = len(done) - len(runs)
         self.cells: dict[tuple[str, str], dict[str, dict[int, Run]]] = {}
         #: Of each target and method the rates that were tried, the best first.
         self.tried: dict[tuple[str, str], list[Rates]] = {}
-        for run in done.values():
+        for run in runs:
             cell = run["target"], run["method"]
             if cell not in self.tried:
                 self.tried[cell] = [rates for rates, _ in tried_rates(grid, done, *cell)]
@@ -68,19 +71,20 @@ class Results:
             "test": over_tasks([scores[task] for task in frontier]) if whole else None,
         }
 
-    def against(self, target: str, method: str, peer: str) -> tuple[dict[str, Estimate], int]:
+    def against(self, target: str, method: str, peer: str) -> tuple[dict[str, Estimate], int, int]:
         """Return by how much a method is above a peer: task by task, and `all`, from runs of the same seed.
 
-        Beside it how many seeds the tasks have at least; an error from two is a guess.
+        Beside it how many seeds the tasks have at least (an error from two is a guess), and the degrees of freedom.
         """
         mine, theirs = self.cells.get((target, method), {}), self.cells.get((target, peer), {})
-        found, fewest = {}, 0
+        found, fewest, freedom = {}, 0, 0
         for task in self.grid["tasks"]:
             seeds = sorted(mine.get(task, {}).keys() & theirs.get(task, {}).keys())
             if seeds:
                 found[task] = estimate([mine[task][s]["test"] - theirs[task][s]["test"] for s in seeds])
                 fewest = min(fewest or len(seeds), len(seeds))
-        return ({**found, "all": over_tasks(list(found.values()))} if found else {}), fewest
+                freedom += len(seeds) - 1
+        return ({**found, "all": over_tasks(list(found.values()))} if found else {}), fewest, freedom
 
     def steps(self, target: str, method: str, peer: str, share: float = 0.95) -> dict[str, Estimate]:
         """Return how many steps a method needs to reach a share of the peer's last dev score, task by task.
@@ -102,15 +106,32 @@ class Results:
 
 
 def family(method: dict[str, Any]) -> str:
-    """Return whose a method is: `lotr`, `table` (others', as rows of this library), `peft`; or `head`, without any."""
+    """Return whose a method is.
+
+    `lotr`; `table`: others', as rows of this library, the authors' LoTR among them; `lora`: LoRA with this library's
+    start; `peft`; or `head`, without any.
+    """
     if "peft" in method:
         return "peft"
-    if "target_modules" in method["fields"]:
+    fields = method["fields"]
+    if "target_modules" in fields:
         return "head"
-    ours = (
-        method["fields"]["method"] in ("lotr", "lotr_joint") and method["fields"].get("start") != "gaussian"
+    if fields["method"] == "lora":
+        return "lora"
+    return (
+        "lotr"
+        if fields["method"] in ("lotr", "lotr_joint") and fields.get("start") != "gaussian"
+        else "table"
     )
-    return "lotr" if ours else "table"
+
+
+#: How many standard errors the 95 % interval has on each side, with 1, 2, … degrees of freedom.
+_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+
+
+def quantile(freedom: int) -> float:
+    """Return the 97.5 % quantile of Student's t."""
+    return _QUANTILES[freedom - 1] if 0 < freedom <= len(_QUANTILES) else 1.96 + 2.6 / max(freedom, 1)
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -139,4 +160,9 @@ def show(results: Results) -> None:
         scores = [f"{row['tasks'][task][0]:.4f}" if task in row["tasks"] else "" for task in tasks]
         mean = [f"{value:.4f}" for value in row["test"] or ()] or ["", ""]
         table.add_row(row["target"], row["method"], f"{row['numbers']:,}", str(row["seeds"]), *scores, *mean)
-    Console(width=160).print(table)
+    console = Console(width=160)
+    console.print(table)
+    if results.n_others:
+        console.print(
+            f"{results.n_others} runs of other settings, or of methods that are gone, are left out."
+        )

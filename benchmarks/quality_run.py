@@ -103,15 +103,15 @@ class Bench:
         return load_model(self.grid["model"], kind, labels)
 
     def _fresh_base(self, task: Task) -> nn.Module:
-        """Return a copy of the base model; numbers are float32, and products are taken in bfloat16 (autocast)."""
+        """Return a copy of the base model; numbers are float32, and autocast takes products as the grid says."""
         base = copy.deepcopy(self._base(task.labels, task.kind))
-        forward = base.forward
+        forward, products = base.forward, getattr(torch, self.grid["settings"].get("products", "float32"))
 
-        def in_bfloat16(*args: Any, **kwargs: Any) -> Any:
-            with torch.autocast("cpu", torch.bfloat16):
+        def cast(*args: Any, **kwargs: Any) -> Any:
+            with torch.autocast("cpu", products, enabled=products != torch.float32):
                 return forward(*args, **kwargs)
 
-        base.forward = in_bfloat16
+        base.forward = cast
         return base
 
     def _warm(self, name: str, seed: int, steps: int, lr: float) -> dict[str, Tensor]:

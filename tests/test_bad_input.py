@@ -160,7 +160,18 @@ def test_output_that_is_not_empty_is_kept_without_overwrite(place: Path, tmp_pat
 
 
 def test_nan_stops_the_run_says_where_and_keeps_the_last_good_checkpoint(place: Path, tmp_path: Path) -> None:
-    rates = ("--lr", "1e30", "--core-lr", "1e30", "--head-lr", "1e30", "--warmup", "0.9")
+    rates = (
+        "--lr",
+        "1e30",
+        "--core-lr",
+        "1e30",
+        "--head-lr",
+        "1e30",
+        "--warmup",
+        "0.9",
+        "--head-warmup",
+        "0",
+    )
     words = (*training(place), *rates, "--max-steps", "20", "--eval-steps", "1", "--rank", "2")
     text = refused(1, *words, "--output", tmp_path / "o")
     assert "at step" in text

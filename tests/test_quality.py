@@ -80,9 +80,9 @@ def test_processes_share_the_runs_without_gap_or_overlap() -> None:
 
 def test_differences_are_taken_within_a_seed_so_what_seeds_share_adds_no_error() -> None:
     results = quality_report.Results(GRID, _all_done())
-    found, seeds = results.against("qv", "cores", "lora")
+    found, seeds, freedom = results.against("qv", "cores", "lora")
     mean, error = found["all"]
-    assert seeds == 3
+    assert (seeds, freedom) == (3, 4)
     assert mean == pytest.approx(-0.3) and error == pytest.approx(0.0, abs=1e-12)
     cores, lora = results.rows()
     assert (cores["method"], cores["seeds"], lora["numbers"]) == ("cores", 3, 1000)

@@ -108,8 +108,11 @@ class TrainSettings:
         None, _TRAINING, "Learning rate of the magnitudes.", "default: by method"
     )
     head_lr: float | None = setting(None, _TRAINING, "Learning rate of a new head.", "default: by method")
-    head_warmup: int = setting(
-        0, _TRAINING, "Steps in which a new head trains alone, before the adapter starts."
+    head_warmup: int | None = setting(
+        None,
+        _TRAINING,
+        "Steps in which a new head trains alone, before the adapter starts.",
+        "default: a fifth of the steps, at most 20, where a head is new",
     )
     epochs: float = setting(3.0, _TRAINING, "Passes over the training data.")
     max_steps: int | None = setting(None, _TRAINING, "Steps, instead of epochs.", "default: by epochs")

@@ -174,9 +174,21 @@ def check_targets(model: nn.Module, config: PeftConfig) -> None:
             raise ConfigError(f"target={name!r} matches no linear module of the model. {near(name, known)}")
 
 
-def rates(settings: TrainSettings) -> Rates:
+def head_warmup(settings: TrainSettings, task: str, steps: int) -> int:
+    """Return for how many steps a new head trains alone: as many as asked, else a fifth of all and at most 20."""
+    if settings.head_warmup is not None:
+        return settings.head_warmup
+    return min(20, steps // 5) if _warms_head(settings, task) else 0
+
+
+def _warms_head(settings: TrainSettings, task: str) -> bool:
+    # a head without an adapter has nothing to go before
+    return settings.head_warmup != 0 and task != "causal-lm" and settings.method != "head"
+
+
+def rates(settings: TrainSettings, task: str) -> Rates:
     """Return the learning rates: those given, else those that worked for the structure."""
-    default = default_rates(*_structure(settings))
+    default = default_rates(*_structure(settings), warm=_warms_head(settings, task))
     given = {name: getattr(settings, name) for name in vars(default)}
     for name, rate in given.items():
         if rate is not None and not rate > 0:

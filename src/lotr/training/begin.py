@@ -26,7 +26,7 @@ def begin(
     model: PeftModel,
     rows: Dataset,
     collate: Callable[[list[Any]], Any],
-    head_lr: float,
+    head: tuple[int, float],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Warm up a new head, start the factors and choose the ranks of the groups, as the settings ask.
@@ -34,22 +34,23 @@ def begin(
     Every process sees the same batches, so all do the same.
 
     Args:
-        settings: `head_warmup`, `start`, `start_batches`, `budget`, `batch_size` and `seed` are read.
+        settings: `start`, `start_batches`, `budget`, `batch_size` and `seed` are read.
         model: A model with a fresh adapter, on its device.
         rows: Encoded training rows.
         collate: Rows to a batch.
-        head_lr: Learning rate of the head.
+        head: Steps in which a new head trains alone, and its learning rate.
         say: Called with lines for the user.
 
     Returns:
         What was done, for the report of the run.
 
     """
-    done: dict[str, Any] = {"head_warmup": settings.head_warmup}
+    steps, rate = head
+    done: dict[str, Any] = {"head_warmup": steps}
     batches = _batches(rows, collate, settings.batch_size, settings.seed, model.device)
-    if settings.head_warmup:
-        warm_head(model, batches, settings.head_warmup, head_lr)
-        say(f"Head: warmed up for {settings.head_warmup} steps.")
+    if steps:
+        warm_head(model, batches, steps, rate)
+        say(f"Head: warmed up for {steps} steps.")
     if settings.start in DATA_STARTS:
         from ..tuner.data_start import start
 

@@ -66,7 +66,7 @@ def train(
     if checkpoint is None:
         run.model.to(device())
         collate = collator(run.tokenizer, run.data.task)
-        run.begun = begin(settings, run.model, rows[0], collate, adapt.rates(settings).head_lr, say)
+        run.begun = begin(settings, run.model, rows[0], collate, _head_warmup(run, rows), say)
     stop = StopOnRequest()
     trainer = _trainer(run, rows, [*callbacks, stop])
     started = time.perf_counter()
@@ -114,7 +114,7 @@ def _claim(settings: TrainSettings) -> Path:
         ("seed", 2**32 - 1),
         ("head_warmup", math.inf),
     ):
-        if not 0 <= getattr(settings, name) <= most:
+        if getattr(settings, name) is not None and not 0 <= getattr(settings, name) <= most:
             raise ConfigError(
                 f"{name}={getattr(settings, name)} is out of range. Use a number from 0 to {most}."
             )
@@ -136,7 +136,7 @@ def _prepare(
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    adapt.rates(settings)
+    adapt.rates(settings, settings.task or "classification")
     if config is not None and settings.budget is not None:
         raise ConfigError(
             f"budget={settings.budget} chooses the ranks of the adapter that the settings describe, and config "
@@ -195,14 +195,25 @@ def _encoded(run: Run) -> list[Dataset]:
     ]
 
 
+def _steps(settings: TrainSettings, rows: list[Dataset]) -> int:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    an_epoch = math.ceil(len(rows[0]) / (settings.batch_size * world))
+    return settings.max_steps or math.ceil(an_epoch * settings.epochs)
+
+
+def _head_warmup(run: Run, rows: list[Dataset]) -> tuple[int, float]:
+    """Return for how many steps a new head trains alone, and its rate."""
+    settings, task = run.settings, run.data.task
+    return adapt.head_warmup(settings, task, _steps(settings, rows)), adapt.rates(settings, task).head_lr
+
+
 def _trainer(run: Run, rows: list[Dataset], callbacks: list[TrainerCallback]) -> AdapterTrainer:
     from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
     s, data = run.settings, run.data
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    steps = s.max_steps or math.ceil(math.ceil(len(rows[0]) / (s.batch_size * world)) * s.epochs)
+    steps = _steps(s, rows)
     every = s.eval_steps or max(1, math.ceil(steps / 5))
-    rates = adapt.rates(s)
+    rates = adapt.rates(s, data.task)
     args = TrainingArguments(
         output_dir=str(run.folder / CHECKPOINTS),
         max_steps=steps,

@@ -101,8 +101,8 @@ def _claims(results: Results) -> list[str]:
         "",
         "Differences of test accuracy in points between runs of the same task and seed, which see the same batches. "
         "*Above* and *below*: outside of the 95 % interval (Student's t, degrees of freedom added over the tasks); "
-        "else *level*, which says that these runs cannot tell them apart. Of twenty "
-        "comparisons one is called by chance. With fewer than three seeds the error is itself a guess, and the question stays *open*.",
+        "else *level*, which says that these runs cannot tell them apart. Of twenty comparisons one is called by "
+        "chance. With fewer than three seeds the error is itself a guess, and the question stays *open*.",
         "",
         "| what | against | on | points | verdict | task by task |",
         "|---|---|---|---:|---|---|",

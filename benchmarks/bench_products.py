@@ -2,8 +2,8 @@
 
     python benchmarks/bench_products.py
 
-A frozen linear takes two products a step, `X Wᵀ` and `dY W`. Its adapter takes six of inner or outer width `r`. By
-operation count they are a few hundredths of the wide ones; this tells what they are by time, each measured alone, with
+A frozen linear takes two products a step, `X Wᵀ` and `dY W`. Its adapter takes six of inner or outer width `r`. This
+tells what they are beside the wide ones by count of operations and by time, each measured alone, with
 nothing of Python or autograd around it. Their sum is what no implementation out of these products can undercut.
 """
 
@@ -101,6 +101,7 @@ def row(size: tuple[int, int, int], name: str, samples: Samples) -> Row:
         "flop": 2 * tokens * width,
         "by_count": width / (2 * i * o),
         "by_time": rounded(Spread.of([taken / base for taken, base in zip(seconds, wide, strict=True)])),
+        "rounds": [float(f"{taken / _COPIES:.4g}") for taken in seconds],
         "disturbed": samples.disturbed,
     }
 

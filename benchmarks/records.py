@@ -28,17 +28,24 @@ from shapes import SHAPES
 from timing import Spread
 
 Row = dict[str, Any]
+#: Measurements, and seconds of waiting for other programs: of a whole run, and of a short one.
+ROUNDS, PATIENCE = {False: 9, True: 3}, {False: 300, True: 5}
 
 
 def parser(what: str, picture: str) -> argparse.ArgumentParser:
     """Return a parser with the options that all benchmarks have."""
     made = argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--short", action="store_true", help="fewer sizes and rounds, for `make bench`")
-    made.add_argument("--rounds", type=int, help="measurements of everything; default 9, short 5")
+    made.add_argument(
+        "--rounds",
+        type=int,
+        help=f"measurements of everything; default {ROUNDS[False]}, short {ROUNDS[True]}",
+    )
     made.add_argument(
         "--patience",
         type=float,
-        help="seconds a setting for waiting until other programs rest; default 300, short 20",
+        help="seconds a setting for waiting until other programs rest; "
+        f"default {PATIENCE[False]}, short {PATIENCE[True]}",
     )
     made.add_argument("--threads", type=int, default=os.cpu_count(), help="of the processor; default: all")
     made.add_argument("--json", type=Path, default=Path("out") / f"{picture}.json")
@@ -60,8 +67,8 @@ def case_options(made: argparse.ArgumentParser) -> None:
 
 def begin(options: argparse.Namespace) -> torch.device:
     """Set the threads and return where to compute."""
-    options.rounds = options.rounds or (3 if options.short else 9)
-    options.patience = (5 if options.short else 300) if options.patience is None else options.patience
+    options.rounds = options.rounds or ROUNDS[options.short]
+    options.patience = PATIENCE[options.short] if options.patience is None else options.patience
     torch.set_num_threads(options.threads)
     calm()
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

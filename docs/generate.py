@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -13,10 +14,33 @@ from mkdocs.structure.files import File, Files
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages of the command line and of the methods."""
-    for name, content in {"command_line.md": command_line(), "methods.md": methods()}.items():
+    """Add the pages of the command line, of the methods and of the configuration."""
+    pages = {"command_line.md": command_line(), "methods.md": methods(), "configuration.md": configuration()}
+    for name, content in pages.items():
         files.append(File.generated(config, name, content=content))
     return files
+
+
+def configuration() -> str:
+    """Return the fields of `LotrConfig`, with what each says of itself."""
+    from lotr import LotrConfig
+
+    lines = [
+        "# Configuration",
+        "",
+        "The fields of `LotrConfig`, beside those that every configuration of PEFT has (`task_type` and others).",
+        "Those without a default are filled from the row of `method`, or from the `basis`.",
+        "",
+        "| field | default | meaning |",
+        "|---|---|---|",
+    ]
+    for field in dataclasses.fields(LotrConfig):
+        if "help" in field.metadata and field.name in vars(LotrConfig)["__annotations__"]:
+            given = field.default is not dataclasses.MISSING and field.default is not None
+            lines.append(
+                f"| `{field.name}` | {f'`{field.default}`' if given else ''} | {field.metadata['help']} |"
+            )
+    return "\n".join(lines) + "\n"
 
 
 def command_line() -> str:
@@ -63,7 +87,7 @@ def results() -> list[str]:
         "## On real text",
         "",
         "The packaged MiniLM on `docstrings`, 16 classes, query and value, rank 16, one epoch, default settings of "
-        f"every row. Measured by `make bench-methods` on {found['date']}, {found['threads']} cores, "
+        f"every row, a cold head. Measured by `make bench-methods` on {found['date']}, {found['threads']} cores, "
         f"{len({run['seed'] for run in runs})} seed(s); 756 rows to evaluate on, so one score has a standard error of "
         "about 1.7 points. Trained numbers are without the head (6,160 more for each).",
         "",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import pydoc
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,3 +70,11 @@ def test_only_the_tuner_and_what_uses_it_import_peft() -> None:
 def test_only_the_command_line_imports_its_library() -> None:
     offenders = [path for path in SOURCE.rglob("*.py") if {"typer", "rich"} & _imported(path)]
     assert not offenders
+
+
+def test_every_name_in_the_reference_exists() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "api.md").read_text(encoding="utf-8")
+    names = re.findall(r"^::: (\S+)$", page, re.MULTILINE)
+    assert len(names) > 20
+    for name in names:
+        assert pydoc.locate(name) is not None, f"docs/api.md names {name}, which does not exist"

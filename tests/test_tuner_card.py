@@ -30,3 +30,18 @@ def test_disabling_a_merged_adapter_leaves_a_regular_status() -> None:
 
 def test_a_vision_transformer_has_default_targets() -> None:
     assert set(plan(vit(), LotrConfig(r=2)).groups[0].projections) <= {"q_proj", "v_proj"}
+
+
+def test_the_card_of_cores_names_their_basis_and_no_folder_of_this_machine(tmp_path: Path) -> None:
+    fields = {"r": 2, "target_modules": ["query", "value"]}
+    get_peft_model(bert(), LotrConfig(**fields)).save_pretrained(tmp_path / "first")
+    for copied in (False, True):
+        config = LotrConfig(
+            basis=str(tmp_path / "first"), basis_copy=copied, target_modules=["query", "value"]
+        )
+        model = get_peft_model(bert(), config)
+        model.save_pretrained(tmp_path / f"copied-{copied}")
+        card = (tmp_path / f"copied-{copied}" / "README.md").read_text()
+        assert ("adapter `first`, hash" in card) != copied
+        assert (str(model.peft_config["default"].basis_hash) in card) != copied
+        assert str(tmp_path) not in card

@@ -1,4 +1,4 @@
-"""`python -m lotr`, and so `torchrun -m lotr train …`."""
+"""`python -m lotr`, and so `torchrun --nproc-per-node 2 -m -- lotr train …`."""
 
 from __future__ import annotations
 

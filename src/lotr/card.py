@@ -37,13 +37,26 @@ _EXITS = {
 }
 
 
-def usage(task_type: str | None, additive: bool = True, n_labels: int = 0) -> str:
+_ON_BASIS = """
+The file holds cores alone. Their factors are those of the adapter `{name}`, hash `{hash}`: it has to lie where
+`adapter_config.json` says, or in a folder of that name beside this one. `LotrConfig(basis_copy=True)` makes files that
+stand alone.
+"""
+
+
+def usage(
+    task_type: str | None,
+    additive: bool = True,
+    n_labels: int = 0,
+    basis: tuple[str, str | None] | None = None,
+) -> str:
     """Return the section that says how an adapter is loaded.
 
     Args:
         task_type: PEFT's task type, which names the class to load with.
         additive: Whether the adapter only adds to the weight, so that a LoRA can hold it.
         n_labels: Size of a new head, which the base model is loaded with.
+        basis: Path or hub id, and hash, of the adapter that the file refers to.
 
     Returns:
         Markdown.
@@ -54,26 +67,39 @@ def usage(task_type: str | None, additive: bool = True, n_labels: int = 0) -> st
     """
     more = f", num_labels={n_labels}" if n_labels else ""
     text = USAGE.replace("{auto}", _AUTO.get(str(task_type), ""))
-    return text.replace("{exit}", _EXITS[additive]).replace("{more}", more)
+    text = text.replace("{exit}", _EXITS[additive]).replace("{more}", more)
+    if basis is None:
+        return text
+    name, found = basis
+    shown = Path(name).name if Path(name).is_dir() else name  # no folder of the machine it was made on
+    return text + _ON_BASIS.format(name=shown, hash=found)
 
 
-def add_usage(folder: Path, task_type: str | None, additive: bool = True) -> None:
+def add_usage(
+    folder: Path, task_type: str | None, additive: bool = True, basis: tuple[str, str | None] | None = None
+) -> None:
     """Add that section to the card which PEFT wrote into a folder, once; without a card nothing is done."""
     card = folder / "README.md"
     if not card.is_file():
         return
     text = card.read_text(encoding="utf-8")
     if _HEADING not in text:
-        card.write_text(f"{text.rstrip()}\n\n{usage(task_type, additive)}", encoding="utf-8")
+        card.write_text(f"{text.rstrip()}\n\n{usage(task_type, additive, basis=basis)}", encoding="utf-8")
 
 
-def for_run(report: dict[str, Any], task_type: str | None, additive: bool = True) -> str:
+def for_run(
+    report: dict[str, Any],
+    task_type: str | None,
+    additive: bool = True,
+    basis: tuple[str, str | None] | None = None,
+) -> str:
     """Return the card of an adapter that `lotr train` made; equal runs give equal cards.
 
     Args:
         report: Content of `metrics.json`.
         task_type: PEFT's task type.
         additive: Whether the adapter only adds to the weight.
+        basis: Path or hub id, and hash, of the adapter that the file refers to.
 
     Returns:
         Markdown with the front matter that the hub reads.
@@ -82,7 +108,7 @@ def for_run(report: dict[str, Any], task_type: str | None, additive: bool = True
     scores = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(report["eval"].items()))
     labels = f"Labels: {', '.join(task['labels'])}.\n\n" if task["labels"] else ""
     how = (
-        usage(task_type, additive, len(task["labels"]))
+        usage(task_type, additive, len(task["labels"]), basis)
         if settings["method"] not in ("peft_lora", "peft_dora")
         else ""
     )

@@ -101,7 +101,7 @@ def write(run: Run, report: dict[str, Any], history: list[dict[str, Any]]) -> No
             plots.by_place(places, kept, "share of the gradient that the factors keep", made / START)
         config = run.model.active_peft_config
         additive = MAGNITUDES[getattr(config, "magnitude", "none")].additive
-        text = card.for_run(report, config.task_type, additive)
+        text = card.for_run(report, config.task_type, additive, getattr(config, "reference", None))
         (made / "README.md").write_text(text, encoding="utf-8")
         write_json(made / SETTINGS, run.settings.record())
         write_json(made / METRICS, {**report, "history": history})

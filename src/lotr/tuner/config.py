@@ -229,7 +229,8 @@ class LotrConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the configuration, and add how to use it to the model card beside it."""
         super().save_pretrained(save_directory, **kwargs)
-        add_usage(Path(save_directory), self.task_type, MAGNITUDES[str(self.magnitude)].additive)
+        additive = MAGNITUDES[str(self.magnitude)].additive
+        add_usage(Path(save_directory), self.task_type, additive, basis=self.reference)
 
     @property
     def starts_at_zero(self) -> bool:
@@ -255,6 +256,11 @@ class LotrConfig(PeftConfig):
     def refers_to_basis(self) -> bool:
         """Whether the adapter's file holds no factors, because they are those of a basis."""
         return self.basis is not None and self.train == "cores" and not self.basis_copy
+
+    @property
+    def reference(self) -> tuple[str, str | None] | None:
+        """Path or hub id of the basis that the adapter's file refers to, and its hash."""
+        return (str(self.basis), self.basis_hash) if self.refers_to_basis else None
 
     @property
     def made_for(self) -> list[Target]:

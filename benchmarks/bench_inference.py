@@ -78,8 +78,8 @@ def main() -> None:
     for setting in grid(options.short, cuda) if options.shape is None else [one(options)]:
         rows += measure(forward(setting), options, device)
         write(options.json, "inference", rows)
+        panels(rows, "of_base", "forward pass, ratio to the base", options.picture)
     show("Forward pass; median and quartiles of ratios within a round", HEADER, [cells(r) for r in rows], 2)
-    panels(rows, "of_base", "forward pass, ratio to the base", options.picture)
 
 
 if __name__ == "__main__":

@@ -95,13 +95,13 @@ def main() -> None:
     for setting in memory_grid(options.short, cuda) if options.shape is None else [one(options)]:
         rows += measure(setting, options)
         write(options.json, "memory", rows)
+        panels(rows, "of_floor", "saved by autograd, ratio to the floor", options.picture)
     show(
         "Memory of a training step in MB, above the floor, and that as a share of LoRA's at the same rank",
         HEADER,
         [cells(r) for r in rows],
         2,
     )
-    panels(rows, "of_floor", "saved by autograd, ratio to the floor", options.picture)
 
 
 if __name__ == "__main__":

@@ -85,8 +85,8 @@ def main() -> None:
     for setting in grid(options.short, device.type == "cuda") if options.shape is None else [one(options)]:
         rows += measure(setting, options, device)
         write(options.json, "train_step", rows)
+        panels(rows, "of_floor", "step, ratio to the floor", options.picture)
     show("Training step; median and quartiles of ratios within a round", HEADER, [cells(r) for r in rows], 2)
-    panels(rows, "of_floor", "step, ratio to the floor", options.picture)
 
 
 if __name__ == "__main__":

@@ -233,6 +233,9 @@ def _trainer(run: Run, rows: list[Dataset], callbacks: list[TrainerCallback]) ->
         remove_unused_columns=False,
         label_names=["labels"],
         prediction_loss_only=data.task == "causal-lm",
+        # a mean over tokens needs the tokens of all processes; a mean over rows is a mean already, and would be
+        # multiplied by the number of processes
+        average_tokens_across_devices=data.task == "causal-lm",
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to=s.report_to,
         seed=s.seed,

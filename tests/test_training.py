@@ -134,6 +134,16 @@ def test_two_processes_train_one_adapter(place: Path, tmp_path: Path) -> None:
     assert report["eval"]["loss"] == pytest.approx(loss, abs=1e-4)  # 21 rows fill no batches of two processes
 
 
+def test_what_two_processes_refuse_is_said_once(tmp_path: Path) -> None:
+    asked = ("train", "--model", "x", "--train", "x.csv", "--output", tmp_path / "o", "--trainable", "core")
+    for process, says in ((0, "trainable='core' is not known"), (1, "")):
+        environment = {**os.environ, "RANK": str(process), "WORLD_SIZE": "2"}
+        command = [sys.executable, "-m", "lotr", *map(str, asked)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        assert done.returncode == 2
+        assert says in done.stderr if says else "Error" not in done.stderr
+
+
 @pytest.mark.parametrize("task", ["classification", "causal-lm"])
 def test_two_processes_step_like_one_with_twice_the_rows(tmp_path: Path, task: str) -> None:
     saved_models.save_llama(tmp_path / "m") if task == "causal-lm" else saved_models.save_bert(tmp_path / "m")

@@ -126,10 +126,9 @@ def _claim(settings: TrainSettings, config: PeftConfig | None) -> Path:
     for name in ("model", "train", "output"):
         if getattr(settings, name) is None:
             raise ConfigError(f"--{name} is missing. `lotr train --help` shows examples.")
-    for name in ("epochs", "batch_size", "max_length", "max_steps", "eval_steps", "start_batches"):
-        value = getattr(settings, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"{name}={value} trains nothing. Use a positive number.")
+    adapt.check_positive(
+        settings, "epochs", "batch_size", "max_length", "max_steps", "eval_steps", "start_batches"
+    )
     for name, most in (
         ("warmup", 1.0),
         ("weight_decay", math.inf),

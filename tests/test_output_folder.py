@@ -89,6 +89,26 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing_that_blocks
     train(settings(place, tmp_path / "o", max_steps=1), say=quiet)
 
 
+def test_what_a_killed_run_left_before_its_first_checkpoint_blocks_nothing(
+    place: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "o" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "o" / "checkpoints" / "settings.json").write_text("{}")
+    train(settings(place, tmp_path / "o", max_steps=1), say=quiet)
+    with pytest.raises(ConfigError, match="not empty"):
+        train(settings(place, tmp_path / "o"), say=quiet)
+
+
+def test_an_adapter_does_not_go_into_the_folder_of_a_bank(place: Path, tmp_path: Path) -> None:
+    from lotr import CoreBank
+
+    CoreBank.create(tmp_path / "bank", str(place / "first")).close()
+    before = _files(tmp_path)
+    with pytest.raises(ConfigError, match="is a bank"):
+        train(settings(place, tmp_path / "bank", overwrite=True), say=quiet)
+    assert _files(tmp_path) == before
+
+
 def test_a_run_that_goes_on_knows_how_it_began_and_how_long_it_took(place: Path, tmp_path: Path) -> None:
     begins = {"start": "gradient", "start_batches": 2, "head_warmup": 1}
     with pytest.raises(Interrupted):

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint import BASIS_WEIGHTS
 from ..errors import ConfigError
-from ..files import write_json
+from ..files import check_free, write_json
 from .report import CHECKPOINTS, SETTINGS, STAGED
 from .state import last_whole
 
@@ -17,6 +18,21 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
     from lotr_cli.settings import TrainSettings
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Refuse an output folder that holds something; what a killed run left before its first checkpoint is nothing.
+
+    Raises:
+        ConfigError: The folder is not free, or is a bank, whose factors would be read in place of the new weights.
+    """
+    if (folder / BASIS_WEIGHTS).is_file():
+        raise ConfigError(
+            f"{folder} is a bank, and an adapter cannot replace it. Choose another output folder."
+        )
+    holds = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if holds != {CHECKPOINTS} or last_whole(folder / CHECKPOINTS) is not None:
+        check_free(folder, overwrite)
 
 
 def check_apart(folder: Path, settings: TrainSettings, config: PeftConfig | None = None) -> None:

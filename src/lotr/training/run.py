@@ -14,14 +14,13 @@ import torch
 
 from ..checkpoint import fingerprint, read_adapter
 from ..errors import ConfigError, Interrupted
-from ..files import check_free
 from . import adapt, budget, metrics, resume
 from .begin import begin
 from .data import Columns, load_task
 from .encode import collator, encode
 from .models import load_model, load_tokenizer, locate
 from .optimizer import parameter_groups
-from .output_folder import begun_folder, check_apart
+from .output_folder import begun_folder, check_apart, check_output
 from .report import CHECKPOINTS, Run, summarise, write
 from .trained import device
 from .trainer import AdapterTrainer, StopOnRequest, finish_on_interrupt, is_main_process
@@ -142,7 +141,7 @@ def _claim(settings: TrainSettings, config: PeftConfig | None) -> Path:
     folder = Path(str(settings.output))
     check_apart(folder, settings, config)
     if not settings.resume and is_main_process():  # the others would find what the main process made
-        check_free(folder, settings.overwrite)
+        check_output(folder, settings.overwrite)
     return folder
 
 

@@ -122,7 +122,7 @@ def test_the_model_of_the_basis_is_taken_when_none_is_named(started: dict, place
     "words, says",
     [
         (("--method", "dora"), "method='dora' contradicts basis"),
-        (("--rank", "8"), "r=8 contradicts basis"),
+        (("--rank", "8"), "rank=8 contradicts basis"),
         (("--modes", "layer,projection"), "modes=('layer', 'projection') contradicts basis"),
         (("--start", "gradient"), "start='gradient' contradicts basis"),
         (("--scaling", "2"), "scaling=2.0 contradicts basis"),
@@ -148,6 +148,31 @@ def test_an_adapter_without_cores_is_no_basis(place: Path) -> None:
     assert result.exit_code != 0 and "it cannot be a basis" in " ".join(result.stderr.split())
 
 
+def test_a_plan_refuses_what_training_refuses(started: dict, place: Path) -> None:
+    basis = ("--basis", place / "started")
+    for words, says in (
+        ((*basis, "--target", "query,value,key"), "has no factors for group"),
+        (("--start-batches", "0"), "start_batches=0 trains nothing"),
+    ):
+        data = ("--train", place / "train.csv", "--output", place / "refused", "--model", place / "bert")
+        for result in (lotr("plan", place / "bert", *words), lotr("train", *data, *words)):
+            assert result.exit_code == 2 and says in " ".join(result.stderr.split())
+    assert report("plan", place / "bert", *basis)["trained_numbers"] == 4 * 4 * 4
+
+
+def test_a_basis_on_a_basis_is_refused_with_the_name_of_the_one_with_factors(
+    started: dict, place: Path
+) -> None:
+    _train(place, "on-basis", "--basis", place / "started", "--max-steps", "1")
+    for command in (("plan", place / "bert"), ("train", "--train", "x.csv", "--output", place / "refused")):
+        result = lotr(*command, "--basis", place / "on-basis")
+        said = " ".join(result.stderr.split())
+        assert (
+            result.exit_code != 0
+            and f"keeps those of basis={str(place / 'started')!r}. Name that one" in said
+        )
+
+
 @pytest.mark.parametrize(
     "words, says",
     [
@@ -155,7 +180,11 @@ def test_an_adapter_without_cores_is_no_basis(place: Path) -> None:
             ("--method", "peft_lora", "--start", "gradient"),
             "start='gradient' has no meaning with method='peft_lora'",
         ),
-        (("--basis", "nowhere/at/all"), "nowhere/at/all does not exist"),
+        (
+            ("--basis", "nowhere/at/all"),
+            "basis='nowhere/at/all' cannot be read: Adapter folder nowhere/at/all does not exist",
+        ),
+        (("--trainable", "core"), "trainable='core' is not known. Near matches: cores"),
         (("--start-batches", "0"), "start_batches=0"),
         (("--head-warmup", "-1"), "head_warmup=-1"),
     ],

@@ -73,6 +73,9 @@ def test_without_data_or_a_cut_all_groups_get_one_rank(place: Path, more: dict[s
     planned = report("plan", place / "bert", *_words(more), "--rank", "auto", "--budget", "700")
     assert planned["trained_numbers"] == result["trained_numbers"]["adapter"] <= 700
     assert all(rank == (int(planned["rank"]),) * 2 for rank in result["ranks"].values())
+    assert planned["said"] in lines
+    shown = lotr("plan", place / "bert", *_words(more), "--rank", "auto", "--budget", "700").stdout
+    assert says in shown and "shares" not in shown
 
 
 def _words(settings: dict[str, str]) -> list[str]:
@@ -97,7 +100,8 @@ def test_a_run_that_goes_on_has_the_ranks_that_were_chosen(place: Path) -> None:
     "words, says",
     [
         (("--rank", "auto"), "rank='auto' needs a budget"),
-        (("--budget", "700"), "budget=700 chooses the rank, and rank='16' sets it"),
+        (("--budget", "700"), "rank is 16 by default. Add --rank auto"),
+        (("--budget", "700", "--rank", "8"), "budget=700 chooses the rank, and rank='8' sets it"),
         (("--rank", "auto", "--budget", "0"), "budget=0 trains nothing"),
         (("--rank", "auto", "--budget", "100"), "less than rank 1 trains: 132 numbers"),
         (

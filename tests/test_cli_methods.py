@@ -77,7 +77,7 @@ def test_a_combination_without_a_row_is_said_with_fields(place: Path) -> None:
         (("--core-ranks", "4"), "core_ranks=4 has no meaning with core='free'"),
         (("--core", "tucker", "--core-ranks", "layer=x"), "core_ranks='layer=x' holds no ranks"),
         (("--modes", "head"), 'blocks="head"'),
-        (("--method", "lora", "--trainable", "cores"), "train='cores'"),
+        (("--method", "lora", "--trainable", "cores"), "trainable='cores'"),
         (("--method", "lorta", "--rank", "2,4"), "core='cp' needs one rank"),
         (("--magnitude", "per_ouput"), "Near matches: per_output"),
     ],

@@ -20,7 +20,7 @@ import saved_models
 from lotr import LotrConfig
 from lotr.errors import CheckpointError, ConfigError, DataError, Interrupted
 from lotr.files import file_bytes, whole_folder
-from lotr.training.data import load_task, read
+from lotr.training.data import load_rows, load_task, read
 from lotr.training.models import MINILM, locate
 from lotr.training.optimizer import parameter_groups
 from lotr.training.resume import restore
@@ -100,36 +100,72 @@ def test_ctrl_c_in_a_real_process_ends_with_130_and_the_way_on(place: Path, tmp_
     assert int(checkpoint.name.rpartition("-")[2]) == step
 
 
+def _two_processes(*words: object) -> subprocess.CompletedProcess[str]:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lotr"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launch, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+
+
+QUICK = ("--max-steps", "4", "--eval-steps", "2", "--rank", "2")
+
+
 def test_two_processes_train_one_adapter(place: Path, tmp_path: Path) -> None:
-    words = [
-        "train",
+    saved_models.write_colours(tmp_path / "dev.csv", rows=21, seed=1)
+    words = (
         "--model",
         place / "bert",
         "--train",
         place / "train.csv",
-        "--output",
-        tmp_path / "o",
-        "--json",
-    ]
-    words += ["--max-steps", "4", "--eval-steps", "2", "--rank", "2", "--batch-size", "4"]
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "lotr",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, *map(str, words)], capture_output=True, text=True, env=environment, timeout=240
+        "--eval",
+        tmp_path / "dev.csv",
+        *QUICK,
     )
+    done = _two_processes("train", *words, "--output", tmp_path / "o", "--batch-size", "4", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)  # one report, from the main process
     assert (report["steps"], report["processes"]) == (4, 2)
     assert (tmp_path / "o" / WEIGHTS).is_file()
+
+    trained = load_trained(tmp_path / "o")
+    rows = load_rows(str(tmp_path / "dev.csv"), trained.columns, trained.task, trained.labels, True, None)
+    scores, labels = (torch.from_numpy(part) for part in scores_of(trained, rows, with_labels=True))
+    loss = torch.nn.functional.cross_entropy(scores, labels.long()).item()
+    assert report["eval"]["loss"] == pytest.approx(loss, abs=1e-4)  # 21 rows fill no batches of two processes
+
+
+def test_what_two_processes_refuse_is_said_once(tmp_path: Path) -> None:
+    asked = ("train", "--model", "x", "--train", "x.csv", "--output", tmp_path / "o", "--trainable", "core")
+    for process, says in ((0, "trainable='core' is not known"), (1, "")):
+        environment = {**os.environ, "RANK": str(process), "WORLD_SIZE": "2"}
+        command = [sys.executable, "-m", "lotr", *map(str, asked)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        assert done.returncode == 2
+        assert says in done.stderr if says else "Error" not in done.stderr
+
+
+@pytest.mark.parametrize("task", ["classification", "causal-lm"])
+def test_two_processes_step_like_one_with_twice_the_rows(tmp_path: Path, task: str) -> None:
+    saved_models.save_llama(tmp_path / "m") if task == "causal-lm" else saved_models.save_bert(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    still = {name: 0.0 for name in config if "dropout" in name}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | still))
+    saved_models.write_colours(tmp_path / "rows.csv", rows=8)  # one step takes them all, in any order
+    data = {
+        "model": str(tmp_path / "m"),
+        "train": str(tmp_path / "rows.csv"),
+        "eval": str(tmp_path / "rows.csv"),
+    }
+    more = {"task": task, "rank": "2", "max_steps": 1}
+    train(TrainSettings(**data, **more, batch_size=8, output=str(tmp_path / "one")), say=quiet)
+    words = [w for name, value in (data | more).items() for w in (f"--{name.replace('_', '-')}", value)]
+    done = _two_processes("train", *words, "--batch-size", "4", "--output", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    one, two = (
+        json.loads((tmp_path / name / "metrics.json").read_text())["history"][0] for name in ("one", "two")
+    )
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
 
 
 def test_checkpoints_hold_no_pickle(place: Path, tmp_path: Path) -> None:

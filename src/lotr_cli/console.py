@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -31,27 +32,36 @@ def reported() -> Iterator[None]:
     except (typer.Exit, typer.Abort):
         raise
     except KeyboardInterrupt:
-        err.print("Stopped.", style="yellow")
+        if _speaks():
+            err.print("Stopped.", style="yellow")
         raise typer.Exit(130) from None
     except Exception as error:
-        from lotr.errors import ConfigError, Interrupted, LotrError, PlanError
+        from lotr.errors import ConfigError, Interrupted, LotrError, PlanError, TrainingError
 
         if debug:
             traceback.print_exc()
         known = isinstance(error, LotrError)
         name = "Error" if known else f"Unexpected {type(error).__name__}"
         hint = "" if known or debug else "\nRun again as `lotr --debug …` to see where."
-        err.print(f"[bold red]{name}:[/] ", end="")
-        err.print(f"{error}{hint}", markup=False, highlight=False, soft_wrap=True)
+        # each process has rows and a device of its own, so those errors may be of one process alone
+        if _speaks() or not known or isinstance(error, TrainingError):
+            err.print(f"[bold red]{name}:[/] ", end="")
+            err.print(f"{error}{hint}", markup=False, highlight=False, soft_wrap=True)
         if isinstance(error, Interrupted):
             raise typer.Exit(130) from None
         raise typer.Exit(2 if isinstance(error, ConfigError | PlanError) else 1) from None
 
 
+def _speaks() -> bool:
+    """Whether this is the process, of those that a launcher started, that says what all of them would."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def usage_error(message: str) -> typer.Exit:
     """Print a message about how a command was called, and return the exit that ends it."""
-    err.print("[bold red]Error:[/] ", end="")
-    err.print(message, markup=False, highlight=False, soft_wrap=True)
+    if _speaks():
+        err.print("[bold red]Error:[/] ", end="")
+        err.print(message, markup=False, highlight=False, soft_wrap=True)
     return typer.Exit(2)
 
 

@@ -76,10 +76,7 @@ def planned(model: str, report: dict[str, Any], as_json: bool) -> None:
         f"On disk: {report['bytes']:,} bytes without a head.",
     ]
     if "budget" in report:
-        lines.append(
-            f"Rank {report['rank']} is the largest that trains at most {report['budget']:,} numbers; `lotr train "
-            "--start gradient` shares them out among the groups by their gradients."
-        )
+        lines.append(report["said"])
     for line in lines:
         out.print(line, highlight=False, soft_wrap=True)
     if "orders" in report:

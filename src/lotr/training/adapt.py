@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -67,20 +70,21 @@ def adapter_config(settings: TrainSettings, task: str) -> PeftConfig:
     }
     if settings.basis is not None:  # what was left at its default is as in the basis
         fields = {name: fields[name] for name in _given(settings)}
-    config = LotrConfig(
-        basis=settings.basis,
-        modes=read_modes(settings.modes),
-        core=settings.core,
-        core_ranks=read_core_ranks(settings.core_ranks),
-        blocks=settings.blocks,
-        magnitude=settings.magnitude,
-        train=settings.trainable,
-        start=settings.start,
-        dropout=settings.dropout,
-        seed=settings.seed,
-        **fields,
-        **common,
-    )
+    with _called_as_in_settings():
+        config = LotrConfig(
+            basis=settings.basis,
+            modes=read_modes(settings.modes),
+            core=settings.core,
+            core_ranks=read_core_ranks(settings.core_ranks),
+            blocks=settings.blocks,
+            magnitude=settings.magnitude,
+            train=settings.trainable,
+            start=settings.start,
+            dropout=settings.dropout,
+            seed=settings.seed,
+            **fields,
+            **common,
+        )
     if settings.basis is not None:  # what the report says is what was trained
         settings.method, settings.scaling = config.method, config.scaling
         settings.rank = ",".join(map(str, dict.fromkeys(config.rank)))
@@ -101,6 +105,7 @@ _OURS = ("modes", "core", "core_ranks", "blocks", "magnitude", "trainable", "sta
 
 def _check_meaning(settings: TrainSettings, task: str) -> None:
     """Refuse settings that would be passed over."""
+    check_positive(settings, "start_batches")
     check_budget_is_meant(settings)
     if settings.method in PEERS:
         given = [name for name in _OURS if getattr(settings, name) is not None]
@@ -120,6 +125,32 @@ def _check_meaning(settings: TrainSettings, task: str) -> None:
         raise ConfigError(
             f"head_warmup={settings.head_warmup} has no meaning for causal-lm, where no head is new. Leave it out."
         )
+
+
+def check_positive(settings: TrainSettings, *names: str) -> None:
+    """Refuse numbers that are not positive.
+
+    Raises:
+        ConfigError: The message names the first of them.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name}={value} trains nothing. Use a positive number.")
+
+
+#: What a configuration calls otherwise than the settings, in which `train` is the data.
+_CALLED = {"train": "trainable", "r": "rank", "target_modules": "target"}
+
+
+@contextmanager
+def _called_as_in_settings() -> Iterator[None]:
+    """Let what refuses a field of a configuration name the setting that it came from."""
+    try:
+        yield
+    except ConfigError as error:
+        said = re.sub(r"\b(train|r|target_modules)=", lambda m: f"{_CALLED[m[1]]}=", str(error))
+        raise ConfigError(said) from error
 
 
 def add_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:

@@ -36,6 +36,11 @@ def check_budget_is_meant(settings: TrainSettings) -> None:
         )
     if settings.budget is None:
         return
+    if settings.rank == type(settings).rank:
+        raise ConfigError(
+            f"budget={settings.budget} chooses the rank where rank='auto' asks for that, and rank is {settings.rank} "
+            "by default. Add --rank auto, or leave the budget out."
+        )
     if settings.rank != AUTO:
         raise ConfigError(
             f"budget={settings.budget} chooses the rank, and rank={settings.rank!r} sets it. Use rank='auto', or leave "
@@ -81,9 +86,15 @@ def fit(settings: TrainSettings, config: LotrConfig, model: nn.Module, done: Pat
         config.r, config.rank_pattern = saved.r, saved.rank_pattern
         return "Rank: as the run began."
     rank = config.r = largest_rank(model, config, settings.budget)
-    said = f"Rank: {rank} is the largest that trains at most {settings.budget:,} numbers"
     if is_shared_out(settings, config):
         config.r = min(_WIDER * rank, plan(model, config).widest_rank)
+    return said_rank(settings, config, rank)
+
+
+def said_rank(settings: TrainSettings, config: LotrConfig, rank: int) -> str:
+    """Return a line with the rank of a budget, and whether the groups get others or why they do not."""
+    said = f"Rank: {rank} is the largest that trains at most {settings.budget:,} numbers"
+    if is_shared_out(settings, config):
         return f"{said}; the start looks at twice as many directions, and shares the budget out among the groups."
     if not CORES[str(config.core)].by_site:
         return f"{said}. It is the same for all groups: cores of core={config.core!r} have no cut."

@@ -69,6 +69,29 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def for_trainer(task: str) -> Callable[[Any], dict[str, float]] | None:
-    """Return the function that transformers' Trainer calls, or `None` where the loss says it all."""
-    score = {"classification": classification, "regression": regression}.get(task)
-    return None if score is None else lambda output: score(output.predictions, output.label_ids)
+    """Return the function that transformers' Trainer calls, or `None` where the loss says it all.
+
+    It measures the loss too, in place of the Trainer's own: that one is a mean over processes, of which the last may
+    have seen rows twice to fill its batch.
+    """
+    found = {"classification": (classification, _cross_entropy), "regression": (regression, _squared)}.get(
+        task
+    )
+    if found is None:
+        return None
+    score, loss = found
+    return lambda output: {
+        **score(output.predictions, output.label_ids),
+        "loss": loss(output.predictions, output.label_ids),
+    }
+
+
+def _cross_entropy(scores: np.ndarray, labels: np.ndarray) -> float:
+    from scipy.special import log_softmax
+
+    rows = log_softmax(scores.astype(float), axis=-1)
+    return float(-np.take_along_axis(rows, labels.reshape(-1, 1).astype(int), axis=-1).mean())
+
+
+def _squared(scores: np.ndarray, labels: np.ndarray) -> float:
+    return float(np.mean((scores.reshape(-1).astype(float) - labels.reshape(-1).astype(float)) ** 2))

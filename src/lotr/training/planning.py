@@ -9,11 +9,12 @@ from ..errors import ConfigError, near
 from ..files import file_bytes
 from ..methods import METHODS
 from ..orders import choose_order, extra_work
+from ..tuner.basis import check_basis, read_basis
 from ..tuner.ranks import largest_rank
 from ..tuner.state import file_shapes
 from ..tuner.targets import plan
 from .adapt import adapter_config, check_targets
-from .budget import AUTO
+from .budget import AUTO, said_rank
 from .models import DTYPES, skeleton
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def plan_model(settings: TrainSettings, dtype: str = "float32", tokens: int | No
 
     Raises:
         ConfigError: A setting has no meaning.
-        PlanError: Sites cannot share what was asked for.
+        PlanError: Sites cannot share what was asked for, or the basis lacks a group.
+        CheckpointError: The basis cannot be read.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not known. {near(dtype, DTYPES)}")
@@ -47,9 +49,13 @@ def plan_model(settings: TrainSettings, dtype: str = "float32", tokens: int | No
     model, task = skeleton(str(settings.model))
     config = adapter_config(settings, task)
     check_targets(model, config)
+    chosen = {}
     if settings.budget is not None:
-        config.r = largest_rank(model, config, settings.budget)  # type: ignore[arg-type, attr-defined]
+        rank = config.r = largest_rank(model, config, settings.budget)  # type: ignore[arg-type, attr-defined]
+        chosen = {"budget": settings.budget, "said": said_rank(settings, config, rank)}  # type: ignore[arg-type]
     made = plan(model, config)  # type: ignore[arg-type]
+    if config.basis is not None:  # type: ignore[attr-defined]
+        check_basis(made, read_basis(config), config.basis)  # type: ignore[arg-type, attr-defined]
     groups = [
         {
             "group": group.name,
@@ -67,7 +73,7 @@ def plan_model(settings: TrainSettings, dtype: str = "float32", tokens: int | No
     return {
         "method": settings.method,
         "rank": str(config.r) if settings.rank == AUTO else settings.rank,  # type: ignore[attr-defined]
-        **({} if settings.budget is None else {"budget": settings.budget}),
+        **chosen,
         "groups": groups,
         "sites": made.n_sites,
         "trained_numbers": made.n_parameters,

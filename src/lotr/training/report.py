@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 SETTINGS, METRICS, CURVE, START = "settings.json", "metrics.json", "curve.png", "start.png"
 CHECKPOINTS = "checkpoints"
+#: Where the results are put together before they replace those of an earlier run.
+STAGED = ".new"
+#: Pictures of an adapter that a run does not always draw, and those that `lotr inspect` and `lotr evaluate` draw later.
+PICTURES = (START, "cores.png", "confusion.png")
 
 
 @dataclass
@@ -44,6 +48,7 @@ class Run:
     tokenizer: Any
     task_record: dict[str, Any]
     begun: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 def summarise(run: Run, trainer: Trainer, scores: dict[str, float], seconds: float) -> dict[str, Any]:
@@ -90,8 +95,9 @@ def summarise(run: Run, trainer: Trainer, scores: dict[str, float], seconds: flo
 
 
 def write(run: Run, report: dict[str, Any], history: list[dict[str, Any]]) -> None:
-    """Write the results; an older adapter in the folder stays until the new one is whole."""
-    with whole_folder(run.folder / ".new", overwrite=True) as made:
+    """Write the results; an older adapter in the folder, with its pictures, stays until the new one is whole."""
+    shutil.rmtree(run.folder / STAGED, ignore_errors=True)  # of a run that was killed here
+    with whole_folder(run.folder / STAGED) as made:
         write_adapter(run.model, made, task=run.task_record, base=run.task_record["base_model"])
         report["adapter_bytes"] = (made / WEIGHTS).stat().st_size
         plots.curve(history, report["metric"], f"{run.settings.method} on {run.settings.train}", made / CURVE)
@@ -105,7 +111,9 @@ def write(run: Run, report: dict[str, Any], history: list[dict[str, Any]]) -> No
         (made / "README.md").write_text(text, encoding="utf-8")
         write_json(made / SETTINGS, run.settings.record())
         write_json(made / METRICS, {**report, "history": history})
-    move_into(run.folder / ".new", run.folder, last=METRICS)
+    for name in PICTURES:  # they show the earlier adapter
+        (run.folder / name).unlink(missing_ok=True)
+    move_into(run.folder / STAGED, run.folder, last=METRICS)
     shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from ..files import read_json
 from .report import CHECKPOINTS, METRICS, SETTINGS
-from .state import last_whole
+from .state import PROGRESS, last_whole
 
 if TYPE_CHECKING:
     from lotr_cli.settings import TrainSettings
@@ -59,3 +59,11 @@ def checkpoint(folder: Path) -> Path:
     if found is None:
         raise ConfigError(f"{folder} holds no whole checkpoint to resume from. Start again with --overwrite.")
     return found
+
+
+def progress(checkpoint: Path) -> tuple[dict[str, Any], float]:
+    """Return how the run of a checkpoint began, and its seconds so far; nothing where an older version wrote it."""
+    if not (checkpoint / PROGRESS).is_file():
+        return {}, 0.0
+    said = read_json(checkpoint / PROGRESS, "a checkpoint of a run")
+    return dict(said.get("begun", {})), float(said.get("seconds", 0.0))

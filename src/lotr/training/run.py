@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +14,14 @@ import torch
 
 from ..checkpoint import fingerprint, read_adapter
 from ..errors import ConfigError, Interrupted
-from ..files import check_free, write_json
 from . import adapt, budget, metrics, resume
 from .begin import begin
 from .data import Columns, load_task
 from .encode import collator, encode
 from .models import load_model, load_tokenizer, locate
 from .optimizer import parameter_groups
-from .report import CHECKPOINTS, SETTINGS, Run, summarise, write
+from .output_folder import begun_folder, check_apart, check_output
+from .report import CHECKPOINTS, Run, summarise, write
 from .trained import device
 from .trainer import AdapterTrainer, StopOnRequest, finish_on_interrupt, is_main_process
 
@@ -59,26 +59,47 @@ def train(
     """
     if not is_main_process():
         say = _nothing
-    folder = _claim(settings)
+    folder = _claim(settings, config)
     checkpoint = resume.checkpoint(folder) if settings.resume else None
     run = _prepare(settings, folder, say, config, checkpoint)
     rows = _encoded(run)
+    main = is_main_process()
+    with begun_folder(folder, settings.record(), settings.resume, say) if main else nullcontext():
+        return _trained(run, rows, callbacks, say, checkpoint)
+
+
+def _trained(
+    run: Run,
+    rows: list[Dataset],
+    callbacks: Sequence[TrainerCallback],
+    say: Callable[[str], None],
+    checkpoint: Path | None,
+) -> dict[str, Any]:
+    """Begin or go on, train to the end, measure, and write what the run leaves behind."""
     if checkpoint is None:
         run.model.to(device())
         collate = collator(run.tokenizer, run.data.task)
-        run.begun = begin(settings, run.model, rows[0], collate, _head_warmup(run, rows), say)
+        run.begun = begin(run.settings, run.model, rows[0], collate, _head_warmup(run, rows), say)
+    else:
+        run.begun, run.seconds = resume.progress(checkpoint)
     stop = StopOnRequest()
     trainer = _trainer(run, rows, [*callbacks, stop])
-    started = time.perf_counter()
+    started, before = time.perf_counter(), run.seconds
+
+    def progress() -> dict[str, Any]:
+        run.seconds = before + time.perf_counter() - started
+        return {"begun": run.begun, "seconds": run.seconds}
+
+    trainer.progress = progress
     with finish_on_interrupt(stop, say):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if stop.requested and trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(
                 f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}. Go on with: "
-                f"lotr train --resume --output {folder}"
+                f"lotr train --resume --output {run.folder}"
             )
         scores = _measured(trainer) or trainer.evaluate()
-    report = summarise(run, trainer, scores, time.perf_counter() - started)
+    report = summarise(run, trainer, scores, progress()["seconds"])
     if is_main_process():
         write(run, report, trainer.state.log_history)
     return report
@@ -97,17 +118,16 @@ def _nothing(line: str) -> None:
     """Say nothing."""
 
 
-def _claim(settings: TrainSettings) -> Path:
+def _claim(settings: TrainSettings, config: PeftConfig | None) -> Path:
     """Check what costs nothing to check, and return the output folder."""
     if settings.model is None and settings.basis is not None:
         settings.model = read_adapter(settings.basis).config.get("base_model_name_or_path")
     for name in ("model", "train", "output"):
         if getattr(settings, name) is None:
             raise ConfigError(f"--{name} is missing. `lotr train --help` shows examples.")
-    for name in ("epochs", "batch_size", "max_length", "max_steps", "eval_steps", "start_batches"):
-        value = getattr(settings, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"{name}={value} trains nothing. Use a positive number.")
+    adapt.check_positive(
+        settings, "epochs", "batch_size", "max_length", "max_steps", "eval_steps", "start_batches"
+    )
     for name, most in (
         ("warmup", 1.0),
         ("weight_decay", math.inf),
@@ -119,8 +139,9 @@ def _claim(settings: TrainSettings) -> Path:
                 f"{name}={getattr(settings, name)} is out of range. Use a number from 0 to {most}."
             )
     folder = Path(str(settings.output))
+    check_apart(folder, settings, config)
     if not settings.resume and is_main_process():  # the others would find what the main process made
-        check_free(folder, settings.overwrite)
+        check_output(folder, settings.overwrite)
     return folder
 
 
@@ -176,12 +197,6 @@ def _prepare(
         say(
             f"Method: {settings.method}, {trained:,} trained numbers ({100 * trained / total:.2f} % of the model)."
         )
-    if is_main_process():
-        if not settings.resume:
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        # beside the checkpoints: the settings of an older, finished run in the folder stay with its adapter
-        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        write_json(folder / CHECKPOINTS / SETTINGS, settings.record())
     return Run(settings, folder, data, model, tokenizer, record)
 
 
@@ -233,6 +248,9 @@ def _trainer(run: Run, rows: list[Dataset], callbacks: list[TrainerCallback]) ->
         remove_unused_columns=False,
         label_names=["labels"],
         prediction_loss_only=data.task == "causal-lm",
+        # a mean over tokens needs the tokens of all processes; a mean over rows is a mean already, and would be
+        # multiplied by the number of processes
+        average_tokens_across_devices=data.task == "causal-lm",
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to=s.report_to,
         seed=s.seed,

@@ -16,6 +16,8 @@ from ..errors import CheckpointError
 from ..files import read_json, write_json
 
 TENSORS, STATE, TRAINER_STATE = "training_state.safetensors", "training_state.json", "trainer_state.json"
+#: What a report tells of the run so far and no other file knows.
+PROGRESS = "progress.json"
 
 
 def write_state(folder: Path, optimizer: Any, scheduler: Any, process: int = 0) -> None:

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checkpoint import write_adapter
 from ..errors import TrainingError
-from ..files import whole_folder
+from ..files import whole_folder, write_json
 from . import state as disk
 
 
@@ -29,6 +29,9 @@ class AdapterTrainer(Trainer):
     A checkpoint holds the adapter and the state of the run in safetensors and JSON, and is renamed into
     place when it is whole.
     """
+
+    #: Gives what a checkpoint shall hold beside that, to go on with the record of the run.
+    progress: Callable[[], dict[str, Any]] | None = None
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Take one step.
@@ -57,6 +60,8 @@ class AdapterTrainer(Trainer):
                 write_adapter(unwrapped, made)
                 disk.write_state(made, self.optimizer, self.lr_scheduler)
                 self.state.save_to_json(str(made / disk.TRAINER_STATE))
+                if self.progress is not None:
+                    write_json(made / disk.PROGRESS, self.progress())
             self._forget_old(folder.parent)
         self.accelerator.wait_for_everyone()
         if self.args.process_index:

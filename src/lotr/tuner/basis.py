@@ -35,11 +35,21 @@ def take_structure(config: LotrConfig) -> None:
     from ..inspection import config_of  # which reads adapters on a basis, too
 
     assert config.basis is not None
-    of = config_of(_folder(config.basis))
+    try:
+        folder = read_adapter(config.basis)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"basis={config.basis!r} cannot be read: {error} Name the folder or hub id of an adapter with factors."
+        ) from error
+    of = config_of(folder)
     if CORES[str(of.core)].is_identity:
         raise ConfigError(
             f"basis={config.basis!r} has core={of.core!r}, which has no cores to train, so it cannot be a basis. Name "
             "an adapter with cores, for example of method lotr."
+        )
+    if of.refers_to_basis and not any(map(_is_factor, folder.shapes())):
+        raise CheckpointError(
+            f"basis={config.basis!r} holds no factors: it keeps those of basis={of.basis!r}. Name that one."
         )
     for name in _STRUCTURE:
         asked, has = _plain(name, getattr(config, name)), _plain(name, getattr(of, name))
@@ -94,8 +104,8 @@ def read_basis(config: LotrConfig) -> dict[str, Tensor]:
     tensors = factors_of(_folder(config.basis).tensors())
     if not tensors:
         raise CheckpointError(
-            f"basis={config.basis!r} holds no factors: it is of another method, or refers to a basis itself. Name the "
-            "adapter whose factors are to be kept."
+            f"basis={config.basis!r} holds no factors: it adapts no module, or keeps the factors of another adapter. "
+            "Name the adapter whose factors are to be kept."
         )
     found = hash_of(tensors)
     if config.basis_hash is not None and found != config.basis_hash:
@@ -108,7 +118,11 @@ def read_basis(config: LotrConfig) -> dict[str, Tensor]:
 
 def factors_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return those of an adapter's tensors that are shared factors."""
-    return {key: tensor for key, tensor in tensors.items() if any(f".{name}." in key for name in FACTORS)}
+    return {key: tensor for key, tensor in tensors.items() if _is_factor(key)}
+
+
+def _is_factor(key: str) -> bool:
+    return any(f".{name}." in key for name in FACTORS)
 
 
 def hash_of(tensors: dict[str, Tensor]) -> str:

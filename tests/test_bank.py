@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import banks
+import lotr
 from conftest import bert, gpt2, tokens
 from lotr import CheckpointError, ConfigError, CoreBank, LotrConfig, Task, UnknownTaskError
 from lotr.bank.codec import n_bytes
@@ -229,6 +230,20 @@ def test_an_adapter_on_other_factors_is_refused(tmp_path: Path, fields: dict, sa
     with pytest.raises(CheckpointError, match=says):
         bank.add_adapter("other", tmp_path / "other")
     assert list(bank.names()) == ["task-0"]
+
+
+def test_a_copy_of_the_basis_whose_factors_turned_is_refused(tmp_path: Path) -> None:
+    bank = banks.bank(tmp_path, tasks=1)
+    config = bank.config
+    config.basis_copy = True
+    model = banks.stirred(config, seed=1)
+    model.save_pretrained(tmp_path / "copy")
+    bank.add_adapter("copy", tmp_path / "copy")
+    lotr.truncate(model, rank=4)
+    model.save_pretrained(tmp_path / "turned")
+    with pytest.raises(CheckpointError, match="factors with hash"):
+        bank.add_adapter("turned", tmp_path / "turned")
+    assert set(bank.names()) == {"task-0", "copy"}
 
 
 def test_a_task_of_another_size_is_refused(tmp_path: Path) -> None:

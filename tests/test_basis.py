@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+import lotr
 from conftest import bert, gpt2, tokens
 from lotr import CheckpointError, ConfigError, LotrConfig, PlanError
 from lotr.checkpoint import CONFIG, WEIGHTS, read_adapter
@@ -120,7 +121,29 @@ def test_a_basis_can_be_where_all_training_starts(basis: Path, method: str, tmp_
     assert torch.equal(outputs(loaded, INPUTS), outputs(model, INPUTS))
 
 
+def test_a_copy_of_the_basis_can_be_truncated(tmp_path: Path) -> None:
+    basis = tmp_path / "basis"
+    _stirred(_config(r=8)).save_pretrained(basis)
+    model = _stirred(LotrConfig(basis=str(basis), basis_copy=True), seed=1)
+    lotr.truncate(model, rank=3)
+    model.save_pretrained(tmp_path / "task")
+    assert json.loads((tmp_path / "task" / CONFIG).read_text())["basis_hash"] is None
+    loaded = PeftModel.from_pretrained(bert(), tmp_path / "task")
+    assert torch.equal(outputs(loaded, INPUTS), outputs(model, INPUTS))
+
+
 # ---- refusals
+
+
+@pytest.mark.parametrize("rank", [2, 4])
+def test_factors_to_which_the_file_refers_are_not_truncated(basis: Path, rank: int) -> None:
+    """At the full rank too: they would be turned, and the file would still name those of the basis."""
+    model = _stirred(LotrConfig(basis=str(basis)), seed=1)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    free = model.peft_config["default"].core == "free"
+    with pytest.raises(ConfigError, match=r"basis_copy=True" if free else "Only free cores"):
+        lotr.truncate(model, rank=rank)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
 def test_a_basis_with_other_numbers_is_refused(task, basis: Path) -> None:

@@ -214,6 +214,20 @@ def test_a_bank_can_be_named_as_a_basis(tmp_path: Path) -> None:
     assert other.description.basis_hash == bank.description.basis_hash and len(other) == 0
 
 
+def test_a_bank_of_an_adapter_on_some_modules_of_its_basis_gives_and_takes_adapters(tmp_path: Path) -> None:
+    banks.basis(tmp_path / "basis")
+    config = LotrConfig(basis=str(tmp_path / "basis"), target_modules=["query"], task_type="SEQ_CLS")
+    model = banks.stirred(config, seed=1)
+    model.save_pretrained(tmp_path / "some")
+    bank = CoreBank.create(tmp_path / "bank", tmp_path / "some", dtype="float32")
+    bank.add_adapter("refers", tmp_path / "some")
+    bank.export("refers", tmp_path / "alone")
+    loaded = PeftModel.from_pretrained(bert(), tmp_path / "alone").eval()
+    assert torch.equal(outputs(loaded, INPUTS), outputs(model, INPUTS))
+    bank.add_adapter("alone", tmp_path / "alone")
+    assert torch.equal(bank.get("alone").numbers, bank.get("refers").numbers)
+
+
 @pytest.mark.parametrize(
     "fields, says",
     [

@@ -232,6 +232,34 @@ def test_some_modules_of_the_basis_can_be_adapted_and_no_others(tmp_path: Path) 
     assert [type(module) for module in model.modules()] == modules
 
 
+@pytest.mark.parametrize("target", ["query", "value"])
+def test_an_adapter_on_some_modules_of_its_basis_loads(target: str, tmp_path: Path) -> None:
+    _stirred(_config()).save_pretrained(tmp_path / "basis")
+    model = _stirred(LotrConfig(basis=str(tmp_path / "basis"), target_modules=[target]), seed=1)
+    model.save_pretrained(tmp_path / "some")
+    for low in (False, True):
+        loaded = PeftModel.from_pretrained(bert(), tmp_path / "some", low_cpu_mem_usage=low)
+        assert torch.equal(outputs(loaded, INPUTS), outputs(model, INPUTS))
+    assert [group["group"] for group in inspect(read_adapter(tmp_path / "some")).groups] == [
+        f"{target}_32x32"
+    ]
+    to_lora(read_adapter(tmp_path / "some"), tmp_path / "lora")
+    lora = PeftModel.from_pretrained(bert(), tmp_path / "lora")
+    torch.testing.assert_close(outputs(lora, INPUTS), outputs(model, INPUTS), atol=2e-6, rtol=1e-5)
+
+
+def test_the_hash_checks_what_an_adapter_on_some_modules_does_not_use(tmp_path: Path) -> None:
+    basis = tmp_path / "basis"
+    _stirred(_config()).save_pretrained(basis)
+    some = LotrConfig(basis=str(basis), target_modules=["query"])
+    get_peft_model(bert(), some).save_pretrained(tmp_path / "some")
+    tensors = load_file(basis / WEIGHTS)
+    key = next(key for key in tensors if "value_32x32.lotr_V" in key)
+    save_file({**tensors, key: tensors[key] + 1}, basis / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="hash"):
+        PeftModel.from_pretrained(bert(), tmp_path / "some")
+
+
 def test_an_adapter_without_cores_or_of_another_method_is_no_basis(tmp_path: Path) -> None:
     _stirred(_config(method="lora")).save_pretrained(tmp_path / "lora")
     with pytest.raises(ConfigError, match="it cannot be a basis"):

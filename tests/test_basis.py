@@ -132,6 +132,19 @@ def test_a_copy_of_the_basis_can_be_truncated(tmp_path: Path) -> None:
     assert torch.equal(outputs(loaded, INPUTS), outputs(model, INPUTS))
 
 
+@pytest.mark.parametrize("basis_copy", [False, True])
+def test_factors_that_looked_at_data_can_be_kept_below_any_magnitude(
+    basis_copy: bool, tmp_path: Path
+) -> None:
+    """Such a magnitude has no start of that kind, but these factors have had theirs."""
+    _stirred(_config(start="gradient")).save_pretrained(tmp_path / "basis")
+    fields = {"magnitude": "base_and_update", "basis_copy": basis_copy}
+    model = _stirred(LotrConfig(basis=str(tmp_path / "basis"), **fields), seed=1)
+    model.save_pretrained(tmp_path / "task")
+    loaded = PeftModel.from_pretrained(bert(), tmp_path / "task")
+    assert torch.equal(outputs(loaded, INPUTS), outputs(model, INPUTS))
+
+
 # ---- refusals
 
 

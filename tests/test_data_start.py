@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -223,6 +224,12 @@ def test_a_model_without_gradients_is_refused_with_the_way_out() -> None:
 def test_there_is_at_least_one_round(rounds: Any) -> None:
     model = _adapted("bert")
     _as_it_was(model, lambda: lotr.start(model, _batches("bert"), rounds=rounds), ConfigError, "rounds=")
+
+
+def test_a_magnitude_that_divides_by_the_update_is_refused_by_name() -> None:
+    model = _adapted("bert", magnitude="base_and_update")
+    call = partial(lotr.start, model, _batches("bert"))
+    _as_it_was(model, call, ConfigError, "magnitude='base_and_update', .*another magnitude")
 
 
 def test_what_cannot_start_is_refused_by_name() -> None:

@@ -57,9 +57,9 @@ def start(
         For each site how much of its gradient the factors keep.
 
     Raises:
-        ConfigError: The kind is unknown, there are no rounds or no batches, the update is not zero, the factors are
-            those of a basis, the adapter takes no part (disabled, merged, frozen, or under `torch.no_grad()`), or the
-            budget cannot be met.
+        ConfigError: The kind is unknown, there are no rounds or no batches, the update is not zero (with some
+            magnitudes it never is), the factors are those of a basis, the adapter takes no part (disabled, merged,
+            frozen, or under `torch.no_grad()`), or the budget cannot be met.
         TrainingError: The loss of a batch is NaN or infinite. The factors are as they were.
 
     Source: HOSVD and HOOI (De Lathauwer et al., 2000) of the gradients at `ΔW = 0`, where `∂L/∂C = σ Uᵀ G V`.
@@ -165,6 +165,13 @@ def _check_free(found: list[Adapted], config: LotrConfig | None) -> None:
             "Leave the start out, or the basis."
         )
     for adapted in found:
+        if adapted.magnitude.divides_by_update:
+            magnitude = None if config is None else config.magnitude
+            raise ConfigError(
+                f"Adapter {adapted.adapter!r} has magnitude={magnitude!r}, which divides by the norm of the update, so "
+                "the update never is zero and other factors would change the model. Leave the start out, or make the "
+                "adapter with another magnitude."
+            )
         if any(adapted.placed(member).update.left().any() for member in adapted.members):
             raise ConfigError(
                 f"The update of adapter {adapted.adapter!r} is not zero, so other factors would change the model. "

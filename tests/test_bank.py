@@ -228,6 +228,23 @@ def test_a_bank_of_an_adapter_on_some_modules_of_its_basis_gives_and_takes_adapt
     assert torch.equal(bank.get("alone").numbers, bank.get("refers").numbers)
 
 
+def test_a_weighted_sum_of_tasks_is_a_task(tmp_path: Path) -> None:
+    bank = banks.bank(tmp_path)
+    model = get_peft_model(bert(), bank.config, adapter_name="a")
+    model.add_adapter("b", bank.config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lotr_C" in name:
+                parameter += torch.randn_like(parameter)
+    model.base_model.add_weighted_adapter(["a", "b"], [0.7, -2.0], "sum")
+    model.save_pretrained(tmp_path)
+    for name in ("a", "b", "sum"):
+        bank.add_adapter(name, tmp_path / name)
+    a, b, both = (bank.get(name).numbers for name in ("a", "b", "sum"))
+    torch.testing.assert_close(both, 0.7 * a - 2.0 * b)
+
+
 @pytest.mark.parametrize(
     "fields, says",
     [

@@ -18,7 +18,7 @@ from lotr import CheckpointError, ConfigError, LotrConfig, PlanError
 from lotr.checkpoint import CONFIG, WEIGHTS, read_adapter
 from lotr.export import to_lora
 from lotr.inspection import inspect
-from tuner_contract import outputs
+from tuner_contract import linears, outputs
 
 INPUTS = {"input_ids": tokens()}
 TARGETS = ["query", "value"]
@@ -143,6 +143,77 @@ def test_factors_that_looked_at_data_can_be_kept_below_any_magnitude(
     model.save_pretrained(tmp_path / "task")
     loaded = PeftModel.from_pretrained(bert(), tmp_path / "task")
     assert torch.equal(outputs(loaded, INPUTS), outputs(model, INPUTS))
+
+
+# ---- sums
+
+
+def _two(basis: Path, *fields: dict[str, Any]) -> PeftModel:
+    """Two adapters with random cores on one model, each on the basis unless its fields say otherwise."""
+    model = get_peft_model(bert(), LotrConfig(basis=str(basis), **fields[0]), adapter_name="a")
+    model.add_adapter("b", LotrConfig(**{"basis": str(basis), **fields[1]}))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lotr_C" in name or "lotr_core" in name:
+                parameter += 0.3 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def _check_sum(model: PeftModel, folder: Path) -> PeftModel:
+    """Check that `sum` is `0.7 a - 2 b`, in the model and where it is loaded."""
+    for layer in linears(model):
+        expected = 0.7 * layer.get_delta_weight("a") - 2.0 * layer.get_delta_weight("b")
+        assert expected.any()
+        torch.testing.assert_close(layer.get_delta_weight("sum"), expected, atol=1e-6, rtol=1e-5)
+    model.set_adapter("sum")
+    model.save_pretrained(folder, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(bert(), folder / "sum")
+    assert torch.equal(outputs(loaded, INPUTS), outputs(model.eval(), INPUTS))
+    return loaded
+
+
+@pytest.mark.parametrize("combination", ["cat", "linear"])
+@pytest.mark.parametrize("scaling", [1.0, 0.5])
+def test_a_sum_on_one_basis_adds_cores_and_refers_to_it(
+    method: str, combination: str, scaling: float, tmp_path: Path
+) -> None:
+    basis = tmp_path / "basis"
+    _stirred(_config(method=method, scaling=scaling, r=20 if method == "lotr" else 4)).save_pretrained(basis)
+    model = _two(basis, {}, {})
+    model.base_model.add_weighted_adapter(["a", "b"], [0.7, -2.0], "sum", combination)
+    loaded = _check_sum(model, tmp_path / "out")
+    config = loaded.peft_config["default"]
+    assert Path(config.basis) == basis and config.basis_hash == model.peft_config["a"].basis_hash
+    assert config.r == model.peft_config["a"].r and config.scaling == scaling
+    assert not [key for key in load_file(tmp_path / "out" / "sum" / WEIGHTS) if "lotr_U" in key]
+    assert not [n for n, p in model.named_parameters() if ".sum" in n and "lotr_U" in n and p.requires_grad]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ({}, {"basis": None, "r": 3, "target_modules": TARGETS, "seed": 5}),
+        ({}, {"basis_copy": True}),
+        ({"basis_copy": True}, {"basis_copy": True}),
+        ({"train": "all"}, {}),
+    ],
+    ids=["and no basis", "and a copy", "copies", "all"],
+)
+def test_any_other_sum_stands_alone(basis: Path, method: str, fields: Any, tmp_path: Path) -> None:
+    mine, other = fields
+    model = _two(basis, mine, {**other, "method": method})
+    model.base_model.add_weighted_adapter(["a", "b"], [0.7, -2.0], "sum")
+    shutil.rmtree(basis)
+    assert _check_sum(model, tmp_path / "out").peft_config["default"].basis is None
+
+
+def test_a_sum_of_copies_whose_factors_were_truncated_stands_alone(tmp_path: Path) -> None:
+    _stirred(_config()).save_pretrained(tmp_path / "basis")
+    model = _two(tmp_path / "basis", {"basis_copy": True}, {})
+    lotr.truncate(model, rank=2, adapter="a")
+    model.base_model.add_weighted_adapter(["a", "b"], [0.7, -2.0], "sum")
+    assert _check_sum(model, tmp_path / "out").peft_config["default"].r == 6
 
 
 # ---- refusals

@@ -161,6 +161,11 @@ def test_without_a_seed_torchs_own_decides() -> None:
         ({"modes": ("layer", "head")}, r"modes=.*\"head\", but blocks='none'"),
         ({"method": "lora", "train": "cores"}, r"train='cores' with core='identity'"),
         ({"magnitude": "base_and_update", "init_weights": True}, r"init_weights=True .*base_and_update"),
+        (
+            {"start": "gradient", "magnitude": "base_and_update"},
+            r"start='gradient' .*base_and_update.*orthonormal",
+        ),
+        ({"start": "activation", "method": "map"}, r"start='activation' .*base_and_update"),
         ({"modes": ("site", "layer")}, r"modes=.*\"site\""),
         ({"modes": ("depth",)}, r"modes=.*'depth'"),
         ({"core": "tuker"}, r"core='tuker' .*tucker"),

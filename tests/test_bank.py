@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import banks
+import lotr
 from conftest import bert, gpt2, tokens
 from lotr import CheckpointError, ConfigError, CoreBank, LotrConfig, Task, UnknownTaskError
 from lotr.bank.codec import n_bytes
@@ -213,6 +214,37 @@ def test_a_bank_can_be_named_as_a_basis(tmp_path: Path) -> None:
     assert other.description.basis_hash == bank.description.basis_hash and len(other) == 0
 
 
+def test_a_bank_of_an_adapter_on_some_modules_of_its_basis_gives_and_takes_adapters(tmp_path: Path) -> None:
+    banks.basis(tmp_path / "basis")
+    config = LotrConfig(basis=str(tmp_path / "basis"), target_modules=["query"], task_type="SEQ_CLS")
+    model = banks.stirred(config, seed=1)
+    model.save_pretrained(tmp_path / "some")
+    bank = CoreBank.create(tmp_path / "bank", tmp_path / "some", dtype="float32")
+    bank.add_adapter("refers", tmp_path / "some")
+    bank.export("refers", tmp_path / "alone")
+    loaded = PeftModel.from_pretrained(bert(), tmp_path / "alone").eval()
+    assert torch.equal(outputs(loaded, INPUTS), outputs(model, INPUTS))
+    bank.add_adapter("alone", tmp_path / "alone")
+    assert torch.equal(bank.get("alone").numbers, bank.get("refers").numbers)
+
+
+def test_a_weighted_sum_of_tasks_is_a_task(tmp_path: Path) -> None:
+    bank = banks.bank(tmp_path)
+    model = get_peft_model(bert(), bank.config, adapter_name="a")
+    model.add_adapter("b", bank.config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lotr_C" in name:
+                parameter += torch.randn_like(parameter)
+    model.base_model.add_weighted_adapter(["a", "b"], [0.7, -2.0], "sum")
+    model.save_pretrained(tmp_path)
+    for name in ("a", "b", "sum"):
+        bank.add_adapter(name, tmp_path / name)
+    a, b, both = (bank.get(name).numbers for name in ("a", "b", "sum"))
+    torch.testing.assert_close(both, 0.7 * a - 2.0 * b)
+
+
 @pytest.mark.parametrize(
     "fields, says",
     [
@@ -229,6 +261,20 @@ def test_an_adapter_on_other_factors_is_refused(tmp_path: Path, fields: dict, sa
     with pytest.raises(CheckpointError, match=says):
         bank.add_adapter("other", tmp_path / "other")
     assert list(bank.names()) == ["task-0"]
+
+
+def test_a_copy_of_the_basis_whose_factors_turned_is_refused(tmp_path: Path) -> None:
+    bank = banks.bank(tmp_path, tasks=1)
+    config = bank.config
+    config.basis_copy = True
+    model = banks.stirred(config, seed=1)
+    model.save_pretrained(tmp_path / "copy")
+    bank.add_adapter("copy", tmp_path / "copy")
+    lotr.truncate(model, rank=4)
+    model.save_pretrained(tmp_path / "turned")
+    with pytest.raises(CheckpointError, match="factors with hash"):
+        bank.add_adapter("turned", tmp_path / "turned")
+    assert set(bank.names()) == {"task-0", "copy"}
 
 
 def test_a_task_of_another_size_is_refused(tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+import lotr
 from conftest import bert, gpt2, tokens
 from lotr import CheckpointError, ConfigError, LotrConfig, PlanError
 from lotr.checkpoint import CONFIG, WEIGHTS, read_adapter
 from lotr.export import to_lora
 from lotr.inspection import inspect
-from tuner_contract import outputs
+from tuner_contract import linears, outputs
 
 INPUTS = {"input_ids": tokens()}
 TARGETS = ["query", "value"]
@@ -120,7 +121,113 @@ def test_a_basis_can_be_where_all_training_starts(basis: Path, method: str, tmp_
     assert torch.equal(outputs(loaded, INPUTS), outputs(model, INPUTS))
 
 
+def test_a_copy_of_the_basis_can_be_truncated(tmp_path: Path) -> None:
+    basis = tmp_path / "basis"
+    _stirred(_config(r=8)).save_pretrained(basis)
+    model = _stirred(LotrConfig(basis=str(basis), basis_copy=True), seed=1)
+    lotr.truncate(model, rank=3)
+    model.save_pretrained(tmp_path / "task")
+    assert json.loads((tmp_path / "task" / CONFIG).read_text())["basis_hash"] is None
+    loaded = PeftModel.from_pretrained(bert(), tmp_path / "task")
+    assert torch.equal(outputs(loaded, INPUTS), outputs(model, INPUTS))
+
+
+@pytest.mark.parametrize("basis_copy", [False, True])
+def test_factors_that_looked_at_data_can_be_kept_below_any_magnitude(
+    basis_copy: bool, tmp_path: Path
+) -> None:
+    """Such a magnitude has no start of that kind, but these factors have had theirs."""
+    _stirred(_config(start="gradient")).save_pretrained(tmp_path / "basis")
+    fields = {"magnitude": "base_and_update", "basis_copy": basis_copy}
+    model = _stirred(LotrConfig(basis=str(tmp_path / "basis"), **fields), seed=1)
+    model.save_pretrained(tmp_path / "task")
+    loaded = PeftModel.from_pretrained(bert(), tmp_path / "task")
+    assert torch.equal(outputs(loaded, INPUTS), outputs(model, INPUTS))
+
+
+# ---- sums
+
+
+def _two(basis: Path, *fields: dict[str, Any]) -> PeftModel:
+    """Two adapters with random cores on one model, each on the basis unless its fields say otherwise."""
+    model = get_peft_model(bert(), LotrConfig(basis=str(basis), **fields[0]), adapter_name="a")
+    model.add_adapter("b", LotrConfig(**{"basis": str(basis), **fields[1]}))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lotr_C" in name or "lotr_core" in name:
+                parameter += 0.3 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def _check_sum(model: PeftModel, folder: Path) -> PeftModel:
+    """Check that `sum` is `0.7 a - 2 b`, in the model and where it is loaded."""
+    for layer in linears(model):
+        expected = 0.7 * layer.get_delta_weight("a") - 2.0 * layer.get_delta_weight("b")
+        assert expected.any()
+        torch.testing.assert_close(layer.get_delta_weight("sum"), expected, atol=1e-6, rtol=1e-5)
+    model.set_adapter("sum")
+    model.save_pretrained(folder, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(bert(), folder / "sum")
+    assert torch.equal(outputs(loaded, INPUTS), outputs(model.eval(), INPUTS))
+    return loaded
+
+
+@pytest.mark.parametrize("combination", ["cat", "linear"])
+@pytest.mark.parametrize("scaling", [1.0, 0.5])
+def test_a_sum_on_one_basis_adds_cores_and_refers_to_it(
+    method: str, combination: str, scaling: float, tmp_path: Path
+) -> None:
+    basis = tmp_path / "basis"
+    _stirred(_config(method=method, scaling=scaling, r=20 if method == "lotr" else 4)).save_pretrained(basis)
+    model = _two(basis, {}, {})
+    model.base_model.add_weighted_adapter(["a", "b"], [0.7, -2.0], "sum", combination)
+    loaded = _check_sum(model, tmp_path / "out")
+    config = loaded.peft_config["default"]
+    assert Path(config.basis) == basis and config.basis_hash == model.peft_config["a"].basis_hash
+    assert config.r == model.peft_config["a"].r and config.scaling == scaling
+    assert not [key for key in load_file(tmp_path / "out" / "sum" / WEIGHTS) if "lotr_U" in key]
+    assert not [n for n, p in model.named_parameters() if ".sum" in n and "lotr_U" in n and p.requires_grad]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ({}, {"basis": None, "r": 3, "target_modules": TARGETS, "seed": 5}),
+        ({}, {"basis_copy": True}),
+        ({"basis_copy": True}, {"basis_copy": True}),
+        ({"train": "all"}, {}),
+    ],
+    ids=["and no basis", "and a copy", "copies", "all"],
+)
+def test_any_other_sum_stands_alone(basis: Path, method: str, fields: Any, tmp_path: Path) -> None:
+    mine, other = fields
+    model = _two(basis, mine, {**other, "method": method})
+    model.base_model.add_weighted_adapter(["a", "b"], [0.7, -2.0], "sum")
+    shutil.rmtree(basis)
+    assert _check_sum(model, tmp_path / "out").peft_config["default"].basis is None
+
+
+def test_a_sum_of_copies_whose_factors_were_truncated_stands_alone(tmp_path: Path) -> None:
+    _stirred(_config()).save_pretrained(tmp_path / "basis")
+    model = _two(tmp_path / "basis", {"basis_copy": True}, {})
+    lotr.truncate(model, rank=2, adapter="a")
+    model.base_model.add_weighted_adapter(["a", "b"], [0.7, -2.0], "sum")
+    assert _check_sum(model, tmp_path / "out").peft_config["default"].r == 6
+
+
 # ---- refusals
+
+
+@pytest.mark.parametrize("rank", [2, 4])
+def test_factors_to_which_the_file_refers_are_not_truncated(basis: Path, rank: int) -> None:
+    """At the full rank too: they would be turned, and the file would still name those of the basis."""
+    model = _stirred(LotrConfig(basis=str(basis)), seed=1)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    free = model.peft_config["default"].core == "free"
+    with pytest.raises(ConfigError, match=r"basis_copy=True" if free else "Only free cores"):
+        lotr.truncate(model, rank=rank)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
 def test_a_basis_with_other_numbers_is_refused(task, basis: Path) -> None:
@@ -207,6 +314,34 @@ def test_some_modules_of_the_basis_can_be_adapted_and_no_others(tmp_path: Path) 
     with pytest.raises(PlanError, match="no factors for group 'key"):
         get_peft_model(model, LotrConfig(basis=str(tmp_path / "basis"), target_modules=["key"]))
     assert [type(module) for module in model.modules()] == modules
+
+
+@pytest.mark.parametrize("target", ["query", "value"])
+def test_an_adapter_on_some_modules_of_its_basis_loads(target: str, tmp_path: Path) -> None:
+    _stirred(_config()).save_pretrained(tmp_path / "basis")
+    model = _stirred(LotrConfig(basis=str(tmp_path / "basis"), target_modules=[target]), seed=1)
+    model.save_pretrained(tmp_path / "some")
+    for low in (False, True):
+        loaded = PeftModel.from_pretrained(bert(), tmp_path / "some", low_cpu_mem_usage=low)
+        assert torch.equal(outputs(loaded, INPUTS), outputs(model, INPUTS))
+    assert [group["group"] for group in inspect(read_adapter(tmp_path / "some")).groups] == [
+        f"{target}_32x32"
+    ]
+    to_lora(read_adapter(tmp_path / "some"), tmp_path / "lora")
+    lora = PeftModel.from_pretrained(bert(), tmp_path / "lora")
+    torch.testing.assert_close(outputs(lora, INPUTS), outputs(model, INPUTS), atol=2e-6, rtol=1e-5)
+
+
+def test_the_hash_checks_what_an_adapter_on_some_modules_does_not_use(tmp_path: Path) -> None:
+    basis = tmp_path / "basis"
+    _stirred(_config()).save_pretrained(basis)
+    some = LotrConfig(basis=str(basis), target_modules=["query"])
+    get_peft_model(bert(), some).save_pretrained(tmp_path / "some")
+    tensors = load_file(basis / WEIGHTS)
+    key = next(key for key in tensors if "value_32x32.lotr_V" in key)
+    save_file({**tensors, key: tensors[key] + 1}, basis / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="hash"):
+        PeftModel.from_pretrained(bert(), tmp_path / "some")
 
 
 def test_an_adapter_without_cores_or_of_another_method_is_no_basis(tmp_path: Path) -> None:

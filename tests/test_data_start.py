@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import lotr
 from conftest import bert, gpt2, llama, tokens
-from lotr import ConfigError, LotrConfig
+from lotr import ConfigError, LotrConfig, TrainingError
 from lotr.tuner.group import LotrGroup
 from lotr.tuner.layer import LotrLinear
 
@@ -145,6 +146,90 @@ def test_a_start_with_lora_turns_the_input_factor_alone() -> None:
     for group in groups:
         Vt = group.lotr_V["default"].weight
         torch.testing.assert_close(Vt @ Vt.T, torch.eye(4), atol=1e-5, rtol=0)
+
+
+def _hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+def _as_it_was(model: nn.Module, call: Callable[[], Any], error: type[Exception], says: str) -> None:
+    """Check that a call is refused, and leaves factors, gradients, hooks and the mode of a model."""
+    factors, hooks, training = _factors(model), _hooks(model), model.training
+    start = model.peft_config["default"].start
+    with pytest.raises(error, match=says):
+        call()
+    assert all(torch.equal(a, b) for a, b in zip(factors, _factors(model), strict=True))
+    assert all(p.grad is None for p in model.parameters()) and _hooks(model) == hooks
+    assert model.training == training and model.peft_config["default"].start == start
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("passes", [1, 4], ids=["first", "last"])
+def test_a_loss_that_is_not_finite_is_named_and_leaves_the_factors(value: float, passes: int) -> None:
+    """Also in the last pass, which measures what the new factors keep."""
+    model, batches, calls = _adapted("bert"), _batches("bert"), []
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        calls.append(batch)
+        found: Tensor = model(**batch).loss
+        return found * value if len(calls) == 2 * passes else found
+
+    def call() -> None:
+        lotr.start(model, batches, loss=loss)
+
+    _as_it_was(model, call, TrainingError, f"loss of batch 2 of 2 is {value}")
+
+
+def test_gradients_that_are_not_finite_are_named() -> None:
+    model = _adapted("bert")
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        logits: Tensor = model(**batch).logits
+        return (logits - logits.detach()).sqrt().sum()  # zero, with an infinite slope
+
+    def call() -> None:
+        lotr.start(model, _batches("bert"), loss=loss)
+
+    _as_it_was(model, call, TrainingError, r"gradient at 'bert\.encoder.*' is not finite")
+
+
+def test_a_model_without_gradients_is_refused_with_the_way_out() -> None:
+    model, batches = _adapted("bert"), _batches("bert")
+
+    def call(**fields: Any) -> Callable[[], Any]:
+        return lambda: lotr.start(model, batches, **fields)
+
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            _as_it_was(model, call(), ConfigError, r"torch\.no_grad")
+    with model.disable_adapter():
+        _as_it_was(model, call(), ConfigError, "'default' is disabled")
+    model.merge_adapter()
+    _as_it_was(model, call(), ConfigError, "unmerge_adapter")
+    model.unmerge_adapter()
+    detached = {"loss": lambda model, batch: model(**batch).loss.detach()}
+    _as_it_was(model, call(**detached), ConfigError, "batch 1 of 2 depends on no trained number")
+    many = {"loss": lambda model, batch: model(**batch).logits}
+    _as_it_was(model, call(**many), ConfigError, r"Tensor of shape \(8, 3\)")
+    number = {"loss": lambda model, batch: 0.5}
+    _as_it_was(model, call(**number), ConfigError, r"float 0\.5")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    _as_it_was(model, call(), ConfigError, "is_trainable=True")
+    model.base_model.model.classifier.weight.requires_grad_(True)
+    _as_it_was(model, call(), ConfigError, "No gradient reaches 'bert.encoder.layer.0")
+
+
+@pytest.mark.parametrize("rounds", [0, -1, 1.5, True, "3"])
+def test_there_is_at_least_one_round(rounds: Any) -> None:
+    model = _adapted("bert")
+    _as_it_was(model, lambda: lotr.start(model, _batches("bert"), rounds=rounds), ConfigError, "rounds=")
+
+
+def test_a_magnitude_that_divides_by_the_update_is_refused_by_name() -> None:
+    model = _adapted("bert", magnitude="base_and_update")
+    call = partial(lotr.start, model, _batches("bert"))
+    _as_it_was(model, call, ConfigError, "magnitude='base_and_update', .*another magnitude")
 
 
 def test_what_cannot_start_is_refused_by_name() -> None:

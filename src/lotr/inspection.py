@@ -16,7 +16,7 @@ from .delta import Factored, one_by_one, side_by_side
 from .errors import CheckpointError
 from .parts import Part
 from .sites import Plan
-from .tuner.basis import read_basis
+from .tuner.basis import read_basis, used_by
 from .tuner.config import LotrConfig
 from .tuner.state import core_key, file_shapes, group_keys
 from .tuner.targets import plan_of
@@ -102,7 +102,7 @@ def take_apart(adapter: AdapterFolder) -> Taken:
     plan = plan_of(targets, config)
     tensors = adapter.tensors()
     if config.refers_to_basis:
-        tensors |= read_basis(config)
+        tensors |= used_by(plan, read_basis(config))
     known = file_shapes(plan)
     for key, shape in known.items():
         if key not in tensors:

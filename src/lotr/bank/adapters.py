@@ -12,7 +12,7 @@ from ..errors import CheckpointError, ConfigError
 from ..export import to_lora
 from ..files import check_free, whole_folder, write_json
 from ..inspection import config_of
-from ..tuner.basis import factors_of, hash_of
+from ..tuner.basis import factors_of, hash_of, used_by
 from ..tuner.config import LotrConfig
 from .task import Task
 
@@ -41,7 +41,12 @@ def task_of(bank: CoreBank, name: str, adapter: AdapterFolder, metadata: Mapping
     _check_same_update(bank, adapter, config)
     factors = factors_of(tensors)
     found = config.basis_hash if config.refers_to_basis else hash_of(factors)
-    if found != bank.description.basis_hash:
+    known = {bank.description.basis_hash}
+    if (
+        not config.refers_to_basis and found not in known
+    ):  # a file that stands alone has the bank's groups alone
+        known.add(hash_of(used_by(bank.plan, bank.basis_tensors())))
+    if found not in known:
         raise CheckpointError(
             f"{adapter.path} was trained on factors with hash {found}, and those of the bank in {bank.path} have "
             f"{bank.description.basis_hash}. Cores mean nothing beside other factors; train the task with "
@@ -119,7 +124,7 @@ def export(
 
 def _write(bank: CoreBank, task: Task, folder: Path, refer: bool) -> int:
     """Write the files of an adapter; returns how many numbers of the method it has."""
-    factors = bank.basis_tensors()
+    factors = used_by(bank.plan, bank.basis_tensors())
     ours = {**bank.layout.unflatten(task.numbers), **({} if refer else factors)}
     save_tensors({key: tensor.clone() for key, tensor in {**ours, **task.head}.items()}, folder)
     write_json(folder / CONFIG, _config(bank, task, refer))

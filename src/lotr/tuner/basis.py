@@ -15,6 +15,7 @@ from ..sites import Group, Plan, check_modes
 from .config import LotrConfig
 from .meaning import checked_rank
 from .state import FACTORS, group_keys
+from .targets import plan_of
 
 #: Fields in which an adapter is as its basis. The factors are kept, so how they started is one of them.
 _STRUCTURE = ("method", "r", "modes", "core", "core_ranks", "blocks", "scaling", "rank_pattern", "start")
@@ -123,6 +124,27 @@ def factors_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _is_factor(key: str) -> bool:
     return any(f".{name}." in key for name in FACTORS)
+
+
+def factors_for(config: LotrConfig) -> dict[str, Tensor]:
+    """Return those of the factors that a configuration refers to which its adapter uses, under their names in a file.
+
+    Args:
+        config: Of an adapter that was made; the hash is that of the whole basis.
+
+    Returns:
+        `U` `(o, k)` and `V` (transposed, `(r, i)`) of every group of the adapter, by key.
+
+    Raises:
+        CheckpointError: See `read_basis`.
+    """
+    return used_by(plan_of(config.made_for, config), read_basis(config))
+
+
+def used_by(plan: Plan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return those of a basis's factors that belong to groups of a plan: it may adapt some of the modules alone."""
+    mine = {key for group in plan.groups for key in group_keys(group).values()}
+    return {key: tensor for key, tensor in tensors.items() if key in mine}
 
 
 def hash_of(tensors: dict[str, Tensor]) -> str:

@@ -17,6 +17,7 @@ from .group import LotrGroup
 from .layer import LotrLinear
 
 if TYPE_CHECKING:
+    from .config import LotrConfig
     from .model import LotrModel
 
 
@@ -27,6 +28,9 @@ def add_weighted(
 
     `cat`: factors side by side, cores as blocks on the diagonal; the ranks add up.
     `linear`: cores added; exact only where the adapters have the same factors, and refused elsewhere.
+
+    Adapters that refer to one basis have its factors, so their cores are added either way, and the new adapter refers
+    to that basis too: `Σ_a weight_a · σ_a · U C_a Vᵀ = U (Σ_a weight_a · σ_a · C_a) Vᵀ`. Any other sum stands alone.
 
     The new adapter has free cores whatever those of the adapters are: they hold every sum exactly.
 
@@ -39,12 +43,19 @@ def add_weighted(
 
     Raises:
         ConfigError: An adapter is unknown, the adapters do not fit each other, or the sum is not exact.
+        CheckpointError: The basis of the adapters cannot be read any more.
+        PlanError: The ranks add up to more than a block allows.
     """
     _check(tuner, adapters, weights, name, combination_type)
     config = copy.deepcopy(tuner.peft_config[adapters[0]])
-    config.scaling, config.core, config.core_ranks, config.train = 1.0, "free", None, "all"
-    config.start, config.init_weights = "orthonormal", True  # what is not zero is written below
-    if combination_type == "cat":
+    config.core, config.core_ranks = "free", None
+    config.init_weights = True  # what is not zero is written below
+    refers = _one_basis([tuner.peft_config[adapter] for adapter in adapters])
+    if not refers:
+        config.scaling, config.train, config.start = 1.0, "all", "orthonormal"
+        config.basis = config.basis_hash = None
+    concatenated = combination_type == "cat" and not refers
+    if concatenated:
         config.r = _sum([tuner.peft_config[adapter].rank for adapter in adapters])
         config.rank_pattern = {
             normalise(path): rank
@@ -59,7 +70,7 @@ def add_weighted(
         del tuner.peft_config[name]
         raise
 
-    join = _joined if combination_type == "cat" else _same_factor
+    join = _joined if concatenated else _same_factor
     with torch.no_grad():
         for module in tuner.model.modules():
             if isinstance(module, LotrGroup) and name in module.lotr_U:
@@ -70,14 +81,17 @@ def add_weighted(
             elif isinstance(module, LotrLinear) and name in module.lotr_site:
                 for n, member in enumerate(module.lotr_site[name].members):
                     cores = [
-                        w * module.scaling[a] * _cores(module, a, n)
+                        w * module.scaling[a] / config.scaling * _cores(module, a, n)
                         for a, w in zip(adapters, weights, strict=True)
                     ]
-                    summed = (
-                        _on_the_diagonal(cores) if combination_type == "cat" else torch.stack(cores).sum(0)
-                    )
+                    summed = _on_the_diagonal(cores) if concatenated else torch.stack(cores).sum(0)
                     C = side_by_side(summed, member.part.grid)
                     module.adapted(name).site_core(member.part).copy_(C)
+
+
+def _one_basis(configs: list[LotrConfig]) -> bool:
+    """Whether adapters have the factors of one basis, to which their files refer."""
+    return all(c.refers_to_basis for c in configs) and len({c.basis_hash for c in configs}) == 1
 
 
 def _rank(module: LotrLinear, adapter: str) -> tuple[int, int]:

@@ -57,19 +57,26 @@ def start(
         For each site how much of its gradient the factors keep.
 
     Raises:
-        ConfigError: The kind is unknown, the update is not zero, the factors are those of a basis, there are no
-            batches, or the budget cannot be met.
+        ConfigError: The kind is unknown, there are no rounds or no batches, the update is not zero (with some
+            magnitudes it never is), the factors are those of a basis, the adapter takes no part (disabled, merged,
+            frozen, or under `torch.no_grad()`), or the budget cannot be met.
+        TrainingError: The loss of a batch is NaN or infinite. The factors are as they were.
 
     Source: HOSVD and HOOI (De Lathauwer et al., 2000) of the gradients at `ΔW = 0`, where `∂L/∂C = σ Uᵀ G V`.
     """
     if kind not in DATA_STARTS:
         raise ConfigError(f"kind={kind!r} is no start that looks at data. Known: {', '.join(DATA_STARTS)}.")
+    if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
+        raise ConfigError(
+            f"rounds={rounds!r} leaves the factors as they are. Use a positive integer, for example 3."
+        )
     held = list(batches)
     if not held:
         raise ConfigError("There are no batches to look at. Give at least one.")
     found = _adapted(model, adapter)
     name = found[0].adapter
     config: LotrConfig | None = getattr(model, "peft_config", {}).get(name)
+    _check_runs(found)
     _check_free(found, config)
     if budget is not None:
         _check_cut(config, budget)
@@ -83,21 +90,24 @@ def start(
     for _ in range(rounds):
         products = Products(kind, spaces)
         look_through(model, found, held, measure, products.see, tick)
-        products.turn()
-    for shared, space in spaces.items():
-        U, V = space.factors()
+        products.turn(found)
+    factors = {shared: space.factors() for shared, space in spaces.items()}
+    energies = Energies(factors)
+    look_through(model, found, held, measure, energies.see, tick)
+    energies.gather(found)
+    ranks = None
+    if config is not None and budget is not None:
+        shares = energies.of_groups(found, normalise)
+        ranks = share_out(plan_of(config.made_for, config), shares, budget)
+    # nothing can fail from here on
+    for shared, (U, V) in factors.items():
         with torch.no_grad():
             if not group_of[shared].core.is_identity:  # there `U` holds the update at zero (LoRA)
                 shared.lotr_U[name].weight.copy_(U)
             shared.lotr_V[name].weight.copy_(V.T)
-    energies = Energies()
-    look_through(model, found, held, measure, energies.see, tick)
-    energies.gather()
     if config is not None:
         config.start = kind
-        if budget is not None:
-            plan = plan_of(config.made_for, config)
-            ranks = share_out(plan, energies.of_groups(found, normalise), budget)
+        if ranks is not None:
             set_ranks(config, members, ranks, lambda group, rank: _leading(name, members[group], *rank))
     return energies.report(found)
 
@@ -126,6 +136,27 @@ def _adapted(model: nn.Module, adapter: str | None) -> list[Adapted]:
     return found
 
 
+def _check_runs(found: list[Adapted]) -> None:
+    """Refuse a model through which no gradient of the adapter would flow."""
+    name, layers = found[0].adapter, [adapted.layer for adapted in found]
+    if not torch.is_grad_enabled():
+        raise ConfigError(
+            "A start looks at gradients, and under torch.no_grad() or torch.inference_mode() there are none. Call it "
+            "outside."
+        )
+    if any(layer.disable_adapters for layer in layers):
+        raise ConfigError(
+            f"Adapter {name!r} is disabled, so no gradient reaches it. Leave the disable_adapter() block, or call "
+            "enable_adapter_layers(), first."
+        )
+    if any(layer.merged for layer in layers):
+        merged = sorted({adapter for layer in layers for adapter in layer.merged_adapters})
+        raise ConfigError(
+            f"Adapters {', '.join(merged)} are merged into the weights, so no gradient reaches {name!r}. Call "
+            "unmerge_adapter() first."
+        )
+
+
 def _check_free(found: list[Adapted], config: LotrConfig | None) -> None:
     """Refuse factors that may not turn."""
     if config is not None and config.refers_to_basis:
@@ -134,6 +165,13 @@ def _check_free(found: list[Adapted], config: LotrConfig | None) -> None:
             "Leave the start out, or the basis."
         )
     for adapted in found:
+        if adapted.magnitude.divides_by_update:
+            magnitude = None if config is None else config.magnitude
+            raise ConfigError(
+                f"Adapter {adapted.adapter!r} has magnitude={magnitude!r}, which divides by the norm of the update, so "
+                "the update never is zero and other factors would change the model. Leave the start out, or make the "
+                "adapter with another magnitude."
+            )
         if any(adapted.placed(member).update.left().any() for member in adapted.members):
             raise ConfigError(
                 f"The update of adapter {adapted.adapter!r} is not zero, so other factors would change the model. "

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ..cores import CORES
 from ..errors import ConfigError
 from ..magnitudes import MAGNITUDES
+from ..starts import DATA_STARTS
 
 if TYPE_CHECKING:
     from .config import LotrConfig
@@ -38,6 +39,12 @@ def check_meaning(config: LotrConfig) -> None:
         raise ConfigError(
             f"init_weights=True starts the update at zero, and magnitude={config.magnitude!r} divides by its norm. "
             "Leave init_weights out; step 0 is the base model all the same."
+        )
+    fresh = config.basis is None and config.targets is None  # factors that were kept, or read, need no start
+    if never_zero and config.start in DATA_STARTS and fresh:
+        raise ConfigError(
+            f"start={config.start!r} looks at gradients where the update is zero, and magnitude={config.magnitude!r} "
+            'divides by its norm, so it never is. Use start="orthonormal" or "weight", or another magnitude.'
         )
     if config.norm_gradient and MAGNITUDES[config.magnitude].additive:
         raise ConfigError(

@@ -19,7 +19,7 @@ from ..paths import normalise
 from ..sites import Group, Plan
 from . import combine, mixed, state
 from .adapted import Member
-from .basis import check_basis, factors_in, hash_of, read_basis
+from .basis import check_basis, factors_for, factors_in, hash_of, read_basis
 from .config import LotrConfig
 from .direct import InputProducts
 from .group import LotrGroup, LotrLayer
@@ -257,7 +257,7 @@ class LotrModel(BaseTuner):
         cls, model: nn.Module, config: LotrConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         if config.refers_to_basis:
-            state_dict = state_dict | read_basis(config)
+            state_dict = state_dict | factors_for(config)
         state_dict = state.match_groups(model, adapter_name, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         state.check_complete(model, adapter_name, remapped)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ConfigError, TrainingError
 from ..subspaces import Subspaces
 from .adapted import Adapted, Member
 from .group import LotrGroup
@@ -42,7 +43,14 @@ def look_through(
     see: Seen,
     tick: Callable[[], None] | None,
 ) -> None:
-    """Run the batches forward and backward, and show input and output gradient of every adapted module."""
+    """Run the batches forward and backward, and show input and output gradient of every adapted module.
+
+    Gradients of parameters, the mode of the model and its hooks are as before, whatever happens.
+
+    Raises:
+        ConfigError: What `loss` returns is not one number that depends on trained ones.
+        TrainingError: A loss is NaN or infinite.
+    """
     kept = {parameter: parameter.grad for parameter in model.parameters()}
     training = model.training
     model.train(
@@ -50,14 +58,54 @@ def look_through(
     )  # without dropout, unless memory asks for it
     try:
         with _watching(found, see):
-            for batch in batches:
-                loss(model, batch).backward()
+            for n, batch in enumerate(batches, 1):
+                result = loss(model, batch)
+                _check_loss(result, f"batch {n} of {len(batches)}")
+                result.backward()
                 if tick is not None:
                     tick()
     finally:
         model.train(training)
         for parameter, gradient in kept.items():
             parameter.grad = gradient
+
+
+def _check_loss(loss: Any, batch: str) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r}"
+        raise ConfigError(
+            f"The loss of {batch} is a {type(loss).__name__} {shape}, and gradients are those of one number. Return a "
+            "tensor of one element."
+        )
+    if not loss.requires_grad:
+        raise ConfigError(
+            f"The loss of {batch} depends on no trained number: the adapter is frozen, or the loss was cut off from "
+            "the model's output. Load the adapter with is_trainable=True, and let loss return a number with a gradient."
+        )
+    if not loss.isfinite():
+        raise TrainingError(
+            f"The loss of {batch} is {loss.item()}, so its gradients tell nothing; the factors are as they were. Look "
+            "at that batch, or compute in a wider type than that of the base model."
+        )
+
+
+def _check_products(products: Iterable[Tensor], module: str) -> None:
+    if not all(bool(product.isfinite().all()) for product in products):
+        raise TrainingError(
+            f"The gradient at {module!r} is not finite, although every loss is; the factors are as they were. Compute "
+            "in a wider type than that of the base model, or leave out batches."
+        )
+
+
+def _check_reached(found: list[Adapted], seen: Container[tuple[LotrLinear, str]]) -> None:
+    for adapted in found:
+        for member in adapted.members:
+            if (adapted.layer, member.part.name) not in seen:
+                raise ConfigError(
+                    f"No gradient reaches {member.part.sites[0].module!r}: adapter {adapted.adapter!r} is frozen, or "
+                    "no batch goes through the module. Load the adapter with is_trainable=True, give other batches, or "
+                    "leave the module out with exclude_modules."
+                )
 
 
 @contextmanager
@@ -112,21 +160,34 @@ class Products:
             before = sums.get(key)
             sums[key] = (left, right) if before is None else (before[0] + left, before[1] + right)
 
-    def turn(self) -> None:
-        """Turn the factors of every group; processes that saw other batches add theirs."""
+    def turn(self, found: list[Adapted]) -> None:
+        """Turn the factors of every group; processes that saw other batches add theirs.
+
+        Raises:
+            ConfigError: A module had no gradient.
+            TrainingError: A gradient was not finite.
+        """
+        _check_reached(found, {key for sums in self.sums.values() for key in sums})
+        paths = {(a.layer, m.part.name): m.part.sites[0].module for a in found for m in a.members}
         for group, sums in self.sums.items():
             left, right = [], []
-            for pair in sums.values():
-                for found, product in zip((left, right), pair, strict=True):
-                    summed = _over_processes(product)
-                    found += summed.reshape(-1, *summed.shape[-2:]).cpu().unbind(0)
+            for key, pair in sums.items():
+                pair = tuple(_over_processes(product) for product in pair)
+                _check_products(pair, paths[key])
+                for products, summed in zip((left, right), pair, strict=True):
+                    products += summed.reshape(-1, *summed.shape[-2:]).cpu().unbind(0)
             self.spaces[group].turn(left, right)
 
 
 class Energies:
-    """Sums over the batches of `‖G‖²` and, column by column, of the squares of `Uᵀ G V` of every site."""
+    """Sums over the batches of `‖G‖²` and, column by column, of the squares of `Uᵀ G V` of every site.
 
-    def __init__(self) -> None:
+    Args:
+        factors: `U` `(o, k)` and `V` `(i, r)` of every group.
+    """
+
+    def __init__(self, factors: Mapping[LotrGroup, tuple[Tensor, Tensor]]) -> None:
+        self.factors = factors
         # `‖G‖²` (a, b) and squares (a, b, k, r), of the sites of each part
         self.sums: dict[tuple[LotrLinear, str], tuple[Tensor, Tensor]] = {}
 
@@ -135,8 +196,7 @@ class Energies:
         """Add one batch at one module; one site's gradient is built at a time."""
         for member in adapted.members:
             inputs, outputs = _blocks(member, x, gradient)
-            U = member.group.lotr_U[adapted.adapter].weight.to(inputs)
-            V = member.group.lotr_V[adapted.adapter].weight.T.to(inputs)
+            U, V = (factor.to(inputs) for factor in self.factors[member.group])
             identity = member.part.group.core.is_identity
             left = outputs if identity else outputs @ U
             inside = torch.einsum("nak,nbr->abkr", left, inputs @ V).square()
@@ -150,12 +210,21 @@ class Energies:
             before = self.sums.get(key)
             self.sums[key] = (whole, inside) if before is None else (before[0] + whole, before[1] + inside)
 
-    def gather(self) -> None:
-        """Add what other processes saw."""
+    def gather(self, found: list[Adapted]) -> None:
+        """Add what other processes saw.
+
+        Raises:
+            ConfigError: A module had no gradient.
+            TrainingError: A gradient was not finite.
+        """
+        _check_reached(found, self.sums)
         self.sums = {
             key: (_over_processes(whole), _over_processes(inside))
             for key, (whole, inside) in self.sums.items()
         }
+        for adapted in found:
+            for member in adapted.members:
+                _check_products(self.sums[adapted.layer, member.part.name], member.part.sites[0].module)
 
     def of_groups(self, found: list[Adapted], normalise: bool) -> dict[str, Tensor]:
         """Return for every group what each pair of columns keeps, `(k, r)`, added over its sites.

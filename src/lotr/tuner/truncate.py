@@ -52,7 +52,8 @@ def truncate(
         One entry a group.
 
     Raises:
-        ConfigError: Neither or both of rank and energy are given, or the adapter's cores are not free.
+        ConfigError: Neither or both of rank and energy are given, the adapter's cores are not free, or its factors are
+            those of a basis that it refers to.
 
     Source: higher-order SVD (De Lathauwer et al., 2000).
 
@@ -79,6 +80,7 @@ def truncate(
     }
     ranks = _equal_where_tied(plan_of(config.made_for, config), ranks)
     set_ranks(config, members, ranks, lambda group, rank: spectra[group].cut(*rank))
+    config.basis = config.basis_hash = None  # a copy of a basis has factors of its own from here on
     return [
         Truncated(s.group.name, s.group.rank, ranks[s.group.name], s.kept(*ranks[s.group.name]))
         for s in spectra.values()
@@ -134,6 +136,11 @@ def _check(config: Any, rank: int | tuple[int, int] | None, energy: float | None
         raise ConfigError(
             f"Only free cores can be cut down group by group, and the adapter has core={core!r}. Train it with a "
             "smaller rank."
+        )
+    if config.refers_to_basis:
+        raise ConfigError(
+            f"Cutting ranks down turns the factors, and here they are those of basis={config.basis!r}, to which the "
+            "cores refer, so they stay. Make the adapter with basis_copy=True; then its file holds factors of its own."
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tensorly as tl
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tensorly.decomposition import partial_tucker
 from torch import Tensor
 
@@ -96,3 +96,46 @@ def test_what_cannot_be_truncated_is_refused_by_name() -> None:
         lotr.truncate(_model(method="metatt_4d"), rank=2)
     with pytest.raises(ConfigError, match="'other' does not exist"):
         lotr.truncate(_model(), rank=2, adapter="other")
+
+
+@pytest.mark.parametrize(
+    "how, says",
+    [
+        ({"rank": 2.5}, r"rank=2\.5 is not a rank"),
+        ({"rank": "4"}, "rank='4' is not a rank"),
+        ({"rank": 0}, "rank=0 is not a rank"),
+        ({"rank": True}, "rank=True is not a rank"),
+        ({"rank": (2, 3, 4)}, r"rank=\(2, 3, 4\) is not a rank"),
+        ({"energy": "0.9"}, "energy='0.9' is not a share"),
+        ({"energy": True}, "energy=True is not a share"),
+        ({"energy": float("nan")}, "energy=nan is not a share"),
+    ],
+    ids=str,
+)
+def test_what_is_no_rank_and_no_share_is_refused(how: dict[str, Any], says: str) -> None:
+    model = _model()
+    before = _deltas(model)
+    with pytest.raises(ConfigError, match=says):
+        lotr.truncate(model, **how)
+    assert torch.equal(_deltas(model), before)
+
+
+def test_a_model_without_one_adapter_to_cut_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"\(BertForSequenceClassification\) has no adapter.*get_peft_model"
+    ):
+        lotr.truncate(bert(), rank=2)
+    with pytest.raises(ConfigError, match="Give the PEFT model"):
+        lotr.truncate(get_peft_model(bert(), LoraConfig(target_modules=["query"])), rank=2)
+    model = _model()
+    model.add_adapter("other", LotrConfig(r=4, target_modules=["query", "value"]))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ConfigError, match=r"\['default', 'other'\] are active"):
+        lotr.truncate(model, rank=2)
+    assert {g.after for g in lotr.truncate(model, rank=2, adapter="other")} == {(2, 2)}
+
+
+def test_an_adapter_that_transformers_added_is_truncated_too() -> None:
+    model = bert()
+    model.add_adapter(LotrConfig(r=4, target_modules=["query", "value"], init_weights=False), "a")
+    assert {group.after for group in lotr.truncate(model, rank=2)} == {(2, 2)}

@@ -95,7 +95,7 @@ class LotrConfig(PeftConfig):
         default=None,
         metadata=_help(
             "How the shared factors start: orthonormal, gaussian, kaiming, weight (singular directions); gradient and "
-            "activation begin orthonormal until lotr.start(model, batches) turns them."
+            "activation begin orthonormal until lotr.start(model, batches) turns them. The name is saved either way."
         ),
     )
     train: str | None = field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from ..errors import ConfigError, near
 from ..sites import Group, Plan
 from .adapted import Adapted, Member
 from .config import LotrConfig
-from .group import LotrGroup
-from .meaning import pair
+from .group import LotrGroup, LotrLayer
+from .meaning import checked_rank, pair
 from .ranks import Numbers, members_of, set_ranks, tied
 from .targets import plan_of
 
@@ -52,8 +53,9 @@ def truncate(
         One entry a group.
 
     Raises:
-        ConfigError: Neither or both of rank and energy are given, the adapter's cores are not free, or its factors are
-            those of a basis that it refers to.
+        ConfigError: Neither or both of rank and energy are given, or they are no rank and no share; the model has no
+            adapter of that name, or several active ones; its cores are not free, or its factors are those of a basis
+            that it refers to.
 
     Source: higher-order SVD (De Lathauwer et al., 2000).
 
@@ -65,17 +67,13 @@ def truncate(
         >>> [group.after for group in truncate(model, rank=2)]
         [(2, 2)]
     """
-    name = adapter or model.active_adapter
-    if name not in model.peft_config:
-        raise ConfigError(f"Adapter {name!r} does not exist. {near(name, model.peft_config)}")
-    config: LotrConfig = model.peft_config[name]
-    _check(config, rank, energy)
+    asked = _asked(rank, energy)
+    name, config = _named(model, adapter)
+    _check(config)
     members = members_of(model, name)
     spectra = {group: _Spectrum(group, name, found) for group, found in members.items()}
     ranks = {
-        spectrum.group.name: spectrum.ranks(energy)
-        if rank is None
-        else _least(spectrum.group.rank, pair(rank))
+        spectrum.group.name: spectrum.ranks(energy) if asked is None else _least(spectrum.group.rank, asked)
         for spectrum in spectra.values()
     }
     ranks = _equal_where_tied(plan_of(config.made_for, config), ranks)
@@ -126,11 +124,40 @@ class _Spectrum:
         return left / whole if whole > 0 else 1.0
 
 
-def _check(config: Any, rank: int | tuple[int, int] | None, energy: float | None) -> None:
+def _asked(rank: Any, energy: Any) -> Rank | None:
+    """Return the ranks that were asked for, or nothing where an energy was."""
     if (rank is None) == (energy is None):
         raise ConfigError(f"rank={rank} and energy={energy}: give one of the two.")
-    if energy is not None and not 0 < energy <= 1:
-        raise ConfigError(f"energy={energy} is not a share. Use a number above 0 and at most 1.")
+    if rank is not None:
+        return pair(checked_rank("rank", rank))
+    if not isinstance(energy, Real) or isinstance(energy, bool) or not 0 < energy <= 1:
+        raise ConfigError(f"energy={energy!r} is not a share. Use a number above 0 and at most 1.")
+    return None
+
+
+def _named(model: nn.Module, adapter: str | None) -> tuple[str, LotrConfig]:
+    """Return the name of the adapter to cut down, and its configuration in the model."""
+    configs = getattr(model, "peft_config", {})
+    layers = [module for module in model.modules() if isinstance(module, LotrLayer)]
+    if not configs or not layers:
+        raise ConfigError(
+            f"The model ({type(model).__name__}) has no adapter of this library to cut down. Give the PEFT model: what "
+            "get_peft_model(model, LotrConfig()) or PeftModel.from_pretrained returned."
+        )
+    names = {name for layer in layers for name in layer.active_adapters} if adapter is None else {adapter}
+    if adapter is not None and adapter not in configs:
+        raise ConfigError(f"Adapter {adapter!r} does not exist. {near(adapter, configs)}")
+    if len(names) != 1:
+        raise ConfigError(
+            f"Adapters {sorted(names)} are active, and one is cut down at a time. Name one of {sorted(configs)} as "
+            "adapter."
+        )
+    (name,) = names
+    return name, configs[name]
+
+
+def _check(config: Any) -> None:
+    """Refuse an adapter that has no cut."""
     if not isinstance(config, LotrConfig) or config.core != "free":
         core = getattr(config, "core", None)
         raise ConfigError(

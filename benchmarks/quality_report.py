@@ -16,7 +16,7 @@ Estimate = tuple[float, float]  # a mean and its standard error
 
 
 class Results:
-    """The runs with the rates that each method has earned.
+    """The runs with the rates that each method has earned; a method whose sweep is unfinished is left out.
 
     Args:
         grid: The grid.
@@ -35,7 +35,8 @@ class Results:
             cell = run["target"], run["method"]
             if cell not in self.tried:
                 self.tried[cell] = [rates for rates, _ in tried_rates(grid, done, *cell)]
-            if run["rates"] == next(iter(self.tried[cell]), None):
+            swept = len(self.tried[cell]) == len(grid["methods"][run["method"]]["rates"])
+            if swept and run["rates"] == self.tried[cell][0]:  # with rates untried, a score would be unfair
                 self.cells.setdefault(cell, {}).setdefault(run["task"], {})[run["seed"]] = run
 
     @property

@@ -62,7 +62,7 @@ def measure(method: str, seed: int, epochs: float) -> dict[str, Any]:
             batch_size=16,
             max_length=64,
             eval_steps=10**6,
-            head_warmup=0,  # rates are those of a cold start then, the same for every factor
+            head_warmup=0,  # a cold head, for every method alike
             seed=seed,
             overwrite=True,
         )

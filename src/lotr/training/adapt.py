@@ -217,9 +217,9 @@ def _warms_head(settings: TrainSettings, task: str) -> bool:
     return settings.head_warmup != 0 and task != "causal-lm" and settings.method != "head"
 
 
-def rates(settings: TrainSettings, task: str) -> Rates:
+def rates(settings: TrainSettings) -> Rates:
     """Return the learning rates: those given, else those that worked for the structure."""
-    default = default_rates(*_structure(settings), warm=_warms_head(settings, task))
+    default = default_rates(*_structure(settings))
     given = {name: getattr(settings, name) for name in vars(default)}
     for name, rate in given.items():
         if rate is not None and not rate > 0:

@@ -80,7 +80,7 @@ def summarise(run: Run, trainer: Trainer, scores: dict[str, float], seconds: flo
         "eval_source": run.data.eval_source,
         "task": run.task_record,
         "settings": run.settings.record(),
-        "rates": vars(adapt.rates(run.settings, task)),
+        "rates": vars(adapt.rates(run.settings)),
         "begun": run.begun,
         **({} if run.settings.budget is None else {"ranks": ranks_of(run.model.active_peft_config)}),
         "trained_numbers": {"adapter": trained - head, "head": head, "total": trained},

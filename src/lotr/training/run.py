@@ -157,7 +157,7 @@ def _prepare(
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    adapt.rates(settings, settings.task or "classification")
+    adapt.rates(settings)
     if config is not None and settings.budget is not None:
         raise ConfigError(
             f"budget={settings.budget} chooses the ranks of the adapter that the settings describe, and config "
@@ -219,7 +219,7 @@ def _steps(settings: TrainSettings, rows: list[Dataset]) -> int:
 def _head_warmup(run: Run, rows: list[Dataset]) -> tuple[int, float]:
     """Return for how many steps a new head trains alone, and its rate."""
     settings, task = run.settings, run.data.task
-    return adapt.head_warmup(settings, task, _steps(settings, rows)), adapt.rates(settings, task).head_lr
+    return adapt.head_warmup(settings, task, _steps(settings, rows)), adapt.rates(settings).head_lr
 
 
 def _trainer(run: Run, rows: list[Dataset], callbacks: list[TrainerCallback]) -> AdapterTrainer:
@@ -228,7 +228,7 @@ def _trainer(run: Run, rows: list[Dataset], callbacks: list[TrainerCallback]) ->
     s, data = run.settings, run.data
     steps = _steps(s, rows)
     every = s.eval_steps or max(1, math.ceil(steps / 5))
-    rates = adapt.rates(s, data.task)
+    rates = adapt.rates(s)
     args = TrainingArguments(
         output_dir=str(run.folder / CHECKPOINTS),
         max_steps=steps,

@@ -42,9 +42,8 @@ def task_of(bank: CoreBank, name: str, adapter: AdapterFolder, metadata: Mapping
     factors = factors_of(tensors)
     found = config.basis_hash if config.refers_to_basis else hash_of(factors)
     known = {bank.description.basis_hash}
-    if (
-        not config.refers_to_basis and found not in known
-    ):  # a file that stands alone has the bank's groups alone
+    if not config.refers_to_basis and found not in known:
+        # a file that stands alone has the factors of the bank's groups, and of no others
         known.add(hash_of(used_by(bank.plan, bank.basis_tensors())))
     if found not in known:
         raise CheckpointError(

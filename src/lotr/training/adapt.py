@@ -12,7 +12,7 @@ from ..errors import ConfigError, near
 from ..methods import METHODS
 from .budget import AUTO, check_budget_is_meant
 from .optimizer import Rates, default_rates
-from .parsing import read_core_ranks, read_modes, read_rank, target_modules
+from .parsing import check_positive, read_core_ranks, read_modes, read_rank, target_modules
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -127,18 +127,6 @@ def _check_meaning(settings: TrainSettings, task: str) -> None:
         )
 
 
-def check_positive(settings: TrainSettings, *names: str) -> None:
-    """Refuse numbers that are not positive.
-
-    Raises:
-        ConfigError: The message names the first of them.
-    """
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"{name}={value} trains nothing. Use a positive number.")
-
-
 #: What a configuration calls otherwise than the settings, in which `train` is the data.
 _CALLED = {"train": "trainable", "r": "rank", "target_modules": "target"}
 
@@ -221,9 +209,7 @@ def rates(settings: TrainSettings) -> Rates:
     """Return the learning rates: those given, else those that worked for the structure."""
     default = default_rates(*_structure(settings))
     given = {name: getattr(settings, name) for name in vars(default)}
-    for name, rate in given.items():
-        if rate is not None and not rate > 0:
-            raise ConfigError(f"{name}={rate} trains nothing. Use a positive number.")
+    check_positive(settings, *given)
     return replace(default, **{name: rate for name, rate in given.items() if rate is not None})
 
 

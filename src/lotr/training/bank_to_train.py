@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..files import read_json
 from ..inspection import config_of
 from ..tuner.targets import plan_of
+from .parsing import check_positive
 from .report import SETTINGS
 from .task_sampler import temperature_of
 
@@ -32,10 +33,8 @@ def check(settings: BankSettings) -> None:
         raise ConfigError(
             "Tasks of a bank train in one process. Start it without torchrun or accelerate launch."
         )
-    for name in ("epochs", "batch_size", "max_length", "max_steps", "save_steps", "core_lr", "head_lr"):
-        value = getattr(settings, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"{name}={value} trains nothing. Use a positive number.")
+    numbers = ("epochs", "batch_size", "max_length", "max_steps", "save_steps", "core_lr", "head_lr")
+    check_positive(settings, *numbers)
     temperature_of(settings.sampling, settings.temperature)
 
 

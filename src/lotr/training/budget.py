@@ -58,7 +58,7 @@ def check_budget_is_meant(settings: TrainSettings) -> None:
 def is_shared_out(settings: TrainSettings, config: LotrConfig) -> bool:
     """Whether groups get ranks of their own: a start looks at data, factors train, and their cores can be cut.
 
-    Cores that train alone keep one rank: their factors cost nothing, and ranks shared out scored lower.
+    Cores that train alone keep one rank: their factors cost nothing, so no group grows at the cost of another's.
     """
     by_site = CORES[str(config.core)].by_site
     given = settings.budget is not None and settings.start in DATA_STARTS

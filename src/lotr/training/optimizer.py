@@ -33,7 +33,7 @@ def default_rates(core: str, magnitude: str, train: str = "all") -> Rates:
     # a product of several trained matrices moves faster than one; cores alone have the way to themselves;
     # two numbers that are as large as whole norms have further to go than norms of single features
     return Rates(
-        lr=3e-3,  # at 1e-2 some runs gain a point, and now and then one loses ten
+        lr=3e-3,  # at 1e-2 some runs gain a point, and now and then one loses its way
         core_lr=3e-3 if core == "tt" else 2e-2 if train == "cores" else 1e-2,
         magnitude_lr=1e-1 if magnitude == "base_and_update" else 3e-3,
         head_lr=3e-2,

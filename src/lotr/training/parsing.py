@@ -1,4 +1,4 @@
-"""How settings that are written as text are read."""
+"""How settings that are written as text are read, and numbers checked."""
 
 from __future__ import annotations
 
@@ -74,3 +74,15 @@ def target_modules(text: str | None) -> list[str] | str | None:
     if text is None or text == "all-linear":
         return text
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def check_positive(settings: object, *names: str) -> None:
+    """Refuse numbers that are not positive.
+
+    Raises:
+        ConfigError: The message names the first of them.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name}={value} trains nothing. Use a positive number.")

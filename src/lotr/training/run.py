@@ -21,6 +21,7 @@ from .encode import collator, encode
 from .models import load_model, load_tokenizer, locate
 from .optimizer import parameter_groups
 from .output_folder import begun_folder, check_apart, check_output
+from .parsing import check_positive
 from .report import CHECKPOINTS, Run, summarise, write
 from .trained import device
 from .trainer import AdapterTrainer, StopOnRequest, finish_on_interrupt, is_main_process
@@ -125,9 +126,7 @@ def _claim(settings: TrainSettings, config: PeftConfig | None) -> Path:
     for name in ("model", "train", "output"):
         if getattr(settings, name) is None:
             raise ConfigError(f"--{name} is missing. `lotr train --help` shows examples.")
-    adapt.check_positive(
-        settings, "epochs", "batch_size", "max_length", "max_steps", "eval_steps", "start_batches"
-    )
+    check_positive(settings, "epochs", "batch_size", "max_length", "max_steps", "eval_steps", "start_batches")
     for name, most in (
         ("warmup", 1.0),
         ("weight_decay", math.inf),

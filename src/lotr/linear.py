@@ -111,13 +111,13 @@ class _AdaptedLinear(Function):
         *numbers: Tensor | None,
     ) -> tuple[Tensor, ...]:
         parts = _parts(places, numbers)
-        X = x.reshape(-1, W.shape[1])
+        X = _rows_of(x, W.shape[1])
         hs = [_into(X, part) if part.h is None else part.h for part in parts]
         Y = F.linear(X, _merged(W, parts) if order.merge_forward else W, bias)
         if not order.merge_forward:
             for part, h in zip(parts, hs, strict=True):
                 L = _factored(part).left()  # (a·o, b·r)
-                Y.narrow(1, part.place.row, len(L)).addmm_(h, L.T)
+                _columns(Y, part.place.row, L.shape[0]).addmm_(h, L.T)
         needs = ctx.needs_input_grad
         # also where `h` was given: a checkpoint computes it again by itself, and has to save the same
         trains_V = any(needs[5 + 4 * n] for n in range(len(parts)))
@@ -131,7 +131,7 @@ class _AdaptedLinear(Function):
         ctx.set_materialize_grads(False)
         new = [h for part, h in zip(parts, hs, strict=True) if part.h is None]
         # not a view: models write into the output of a linear, which autograd refuses for a view of a function's own
-        return torch.ops.aten._unsafe_view(Y, (*x.shape[:-1], len(W))), *new
+        return torch.ops.aten._unsafe_view(Y, (*x.shape[:-1], W.shape[0])), *new
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *dhs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -146,7 +146,7 @@ class _AdaptedLinear(Function):
         each = 4 if ctx.trains else 3
         tensors = [tuple(saved[n : n + each]) for n in range(0, len(saved), each)]
         needs = ctx.needs_input_grad
-        dY = None if dy is None else dy.reshape(-1, len(W))
+        dY = None if dy is None else _rows_of(dy, W.shape[0])
         rest: list[tuple[Place, Tensor, Tensor]] = []  # what of dX is not in the product with the base
         own: list[PartOfLinear] = []  # what of dX can be, when the update is merged into it
         gradients: list[Tensor | None] = []
@@ -155,11 +155,12 @@ class _AdaptedLinear(Function):
             needs_V, needs_C, needs_U, needs_h = needs[5 + 4 * n : 9 + 4 * n]
             part, q, dC, dU = PartOfLinear(place, Vt, C, U), None, None, None
             if dY is not None:
-                D = dY.narrow(1, place.row, place.grid[0] * len(U)).reshape(-1, len(U))  # (n·a, o)
-                p = _narrow(D, U).reshape(len(dY), len(C))  # (n, a·k)
+                o, k = U.shape
+                D = _rows_of(_columns(dY, place.row, place.grid[0] * o), o)  # (n·a, o)
+                p = _rows_of(_narrow(D, U), C.shape[0])  # (n, a·k)
                 q = p @ C
                 dC = p.T @ h[0] if needs_C else None
-                dU = _narrow(D.T, (h[0] @ C.T).reshape(len(D), U.shape[1])) if needs_U else None
+                dU = _narrow(D.T, _rows_of(h[0] @ C.T, k)) if needs_U else None
             if ctx.given[n]:
                 gradients += [None, dC, dU, q if needs_h else None]
                 continue
@@ -167,8 +168,8 @@ class _AdaptedLinear(Function):
             dVt = None
             whole = q if dh is None else dh if q is None else q + dh
             if needs_V and whole is not None:
-                X = x.reshape(-1, W.shape[1])
-                dVt = _narrow(_across(X, part).T, whole.reshape(-1, len(Vt))).T
+                X = _across(_rows_of(x, W.shape[1]), part)
+                dVt = _narrow(X.T, _rows_of(whole, Vt.shape[0])).T
             gradients += [dVt, dC, dU, None]
             if dY is not None and ctx.order.merge_backward:
                 own.append(part)
@@ -190,9 +191,9 @@ def _dX(
         _, Vt, q = rest[0]
         dX = q.new_zeros(len(q), W.shape[1])
     for place, Vt, q in rest:
-        b = place.grid[1]
-        block = dX.narrow(1, place.column, Vt.shape[1]) if b == 1 else dX.view(-1, Vt.shape[1])
-        block.addmm_(q.reshape(-1, len(Vt)), Vt)
+        r, i = Vt.shape
+        block = _columns(dX, place.column, i) if place.grid[1] == 1 else dX.view(-1, i)
+        block.addmm_(_rows_of(q, r), Vt)
     return dX
 
 
@@ -207,11 +208,20 @@ def _factored(part: PartOfLinear) -> Factored:
 def _across(X: Tensor, part: PartOfLinear) -> Tensor:  # (n·b, i)
     """Return what a part reads of the input, block by block."""
     b, i = part.place.grid[1], part.Vt.shape[1]
-    return X.narrow(1, part.place.column, i) if b == 1 else X.reshape(-1, i)
+    return _columns(X, part.place.column, i) if b == 1 else _rows_of(X, i)
 
 
 def _into(X: Tensor, part: PartOfLinear) -> Tensor:  # (n, b·r)
-    return _narrow(_across(X, part), part.Vt.T).reshape(len(X), part.place.grid[1] * len(part.Vt))
+    return _rows_of(_narrow(_across(X, part), part.Vt.T), part.place.grid[1] * part.Vt.shape[0])
+
+
+# most parts cover their weight: a view that changes nothing costs as much as a small product
+def _columns(X: Tensor, first: int, count: int) -> Tensor:
+    return X if X.shape[1] == count else X.narrow(1, first, count)
+
+
+def _rows_of(X: Tensor, width: int) -> Tensor:  # (*n, m) -> (n', width)
+    return X if X.dim() == 2 and X.shape[1] == width else X.reshape(-1, width)
 
 
 def _narrow(A: Tensor, B: Tensor) -> Tensor:  # (n, m), (m, r) -> (n, r)

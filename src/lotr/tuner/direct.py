@@ -71,7 +71,7 @@ def fits(adapted: Adapted, x: Tensor) -> bool:
     base = layer.base_layer
     if type(x) not in (Tensor, nn.Parameter) or x.is_nested:
         return False
-    if state.order == AUTOGRAD or (state.dropout and layer.training) or _transforms_active():
+    if state.order == AUTOGRAD or (state.dropout and layer.training) or _something_listens():
         return False
     if type(base) not in (nn.Linear, Conv1D) or not _only_multiplies(base):
         return False
@@ -85,10 +85,11 @@ def fits(adapted: Adapted, x: Tensor) -> bool:
         factors = [group.lotr_U[adapted.adapter], group.lotr_V[adapted.adapter]]
         if part.group.core.by_site and not part.name:
             factors.append(layer.lotr_C[adapted.adapter])
-        if not all(
-            type(f) is nn.Linear and _only_multiplies(f) and _at_hand(f.weight, W, x.device) for f in factors
-        ):
-            return False
+        for factor in factors:
+            if type(factor) is not nn.Linear or not _only_multiplies(factor):
+                return False
+            if not _at_hand(factor.weight, W, x.device):
+                return False
     return True
 
 
@@ -130,11 +131,12 @@ def _autocast(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if applies else None
 
 
-def _transforms_active() -> bool:
+def _something_listens() -> bool:
     # a compiler makes one step of its own; a tracer cannot save ours; transforms, and modes that see every operation
-    # (selective checkpointing), need plain operations
+    # (selective checkpointing), need plain operations; global hooks, calls of modules
     return (
         torch.compiler.is_compiling()
+        or hooks._has_any_global_hook()
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
@@ -149,7 +151,6 @@ def _only_multiplies(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or hooks._has_any_global_hook()
     )
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import saved_models
 from lotr.errors import ConfigError, Interrupted
@@ -13,6 +14,7 @@ from lotr.training import begin as beginning
 from lotr.training.report import CURVE, METRICS, PICTURES, START
 from lotr.training.resume import restore
 from lotr.training.run import train
+from lotr_cli.app import app
 from lotr_cli.settings import TrainSettings
 from test_training import CtrlC, quiet
 
@@ -45,7 +47,7 @@ def test_a_run_does_not_overwrite_what_it_is_trained_on(place: Path, where: str)
         (place / "link").symlink_to(place / "first")
     before = _files(place)
     asked = settings(place, place / where, overwrite=True, rank="16", basis=str(place / "first"))
-    with pytest.raises(ConfigError, match="overwrite what it is trained on"):
+    with pytest.raises(ConfigError, match="would be overwritten"):
         train(asked, say=quiet)
     assert _files(place) == before
 
@@ -56,11 +58,24 @@ def test_a_basis_among_the_checkpoints_that_a_run_removes_is_refused(place: Path
     (place / "first").rename(kept)
     try:
         asked = settings(place, tmp_path / "o", overwrite=True, rank="16", basis=str(kept))
-        with pytest.raises(ConfigError, match="overwrite what it is trained on"):
+        with pytest.raises(ConfigError, match="would be overwritten"):
             train(asked, say=quiet)
         assert (kept / WEIGHTS).is_file()
     finally:
         kept.rename(place / "first")
+
+
+@pytest.mark.parametrize("command", ["export", "merge"])
+@pytest.mark.parametrize("where", ["first", "second", "bert"])
+def test_a_way_out_does_not_overwrite_what_it_reads(place: Path, command: str, where: str) -> None:
+    if not (place / "second").exists():
+        train(settings(place, place / "second", basis=str(place / "first"), max_steps=1), say=quiet)
+    before = _files(place)
+    words = [command, str(place / "second"), "--output", str(place / where), "--overwrite"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    assert "would be overwritten" in " ".join(result.stderr.split())
+    assert _files(place) == before
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

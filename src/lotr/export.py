@@ -12,8 +12,8 @@ from torch import Tensor
 from .blocks import Target
 from .checkpoint import CONFIG, WEIGHTS, AdapterFolder, save_tensors, write_task
 from .delta import Factored
-from .errors import CheckpointError, ConfigError
-from .files import whole_folder, write_json
+from .errors import CheckpointError
+from .files import check_apart, check_free, whole_folder, write_json
 from .inspection import config_of, take_apart
 from .magnitudes import MAGNITUDES
 from .parts import Part
@@ -43,11 +43,13 @@ def to_lora(adapter: AdapterFolder, output: Path, overwrite: bool = False) -> di
         Counts: modules, rank, numbers and bytes before and after.
 
     Raises:
-        CheckpointError: The adapter is of another method, has no LoRA form, or `output` is not free.
+        CheckpointError: The adapter is of another method, or has no LoRA form.
+        ConfigError: `output` is not free, or is what the adapter is read from.
     """
-    if output.resolve() == adapter.path.resolve():
-        raise ConfigError(f"--output {output} is the adapter itself. Name another folder.")
     config = config_of(adapter)
+    check_apart(output, "adapter", adapter.path)
+    check_apart(output, "basis", config.basis)
+    check_apart(output, "base model", config.base_model_name_or_path)
     assert config.magnitude is not None
     if not MAGNITUDES[config.magnitude].additive:
         raise CheckpointError(
@@ -137,8 +139,13 @@ def merged(model: Any, tokenizer: Any, output: Path, overwrite: bool = False) ->
         overwrite: Replace the folder when it is not empty.
 
     Raises:
-        CheckpointError: `output` is not free, or the merged weights are not finite.
+        CheckpointError: The merged weights are not finite.
+        ConfigError: `output` is not free, or is where the base model or the basis lies.
     """
+    check_free(output, overwrite)
+    for config in model.peft_config.values():
+        check_apart(output, "base model", config.base_model_name_or_path)
+        check_apart(output, "basis", getattr(config, "basis", None))
     try:
         plain = model.merge_and_unload(safe_merge=True)
     except ValueError as error:

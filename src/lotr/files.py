@@ -58,6 +58,28 @@ def check_free(folder: Path, overwrite: bool = False) -> None:
         )
 
 
+def check_apart(output: Path, what: str, place: object, *beside: Path) -> None:
+    """Refuse an output folder where something lies that is read.
+
+    Args:
+        output: The output folder.
+        what: What is read, for the message.
+        place: Where it is read from; `None` and hub ids are never in the way.
+        beside: Further folders that are written; nothing that is read may lie inside of them.
+
+    Raises:
+        ConfigError: Writing would destroy what is read.
+    """
+    if not isinstance(place, (str, Path)) or not Path(place).exists():
+        return
+    read = Path(place).resolve()
+    if read == output.resolve() or any(read.is_relative_to(folder.resolve()) for folder in beside):
+        raise ConfigError(
+            f"--output {output} is where the {what} {place} lies: it would be overwritten, and everything else that "
+            "refers to it would break. Choose another output folder."
+        )
+
+
 def move_into(made: Path, folder: Path, last: str = "") -> None:
     """Move the files of one folder over those of another, one by one, and remove the first.
 

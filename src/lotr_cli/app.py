@@ -233,9 +233,11 @@ def merge(
 ) -> None:
     """Write a plain transformers model with the adapter merged into its weights."""
     with reported(), console.stopwatch("Merging"):
-        from lotr.files import check_free
+        from lotr.files import check_apart, check_free
 
         check_free(output, overwrite)
+        check_apart(output, "adapter", adapter)
+        check_apart(output, "base model", model)
         from lotr.export import merged
         from lotr.training.trained import load_trained
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import files
 from ..checkpoint import BASIS_WEIGHTS
 from ..errors import ConfigError
 from ..files import check_free, write_json
@@ -46,20 +47,12 @@ def check_apart(folder: Path, settings: TrainSettings, config: PeftConfig | None
     Raises:
         ConfigError: The basis or the base model is in a place that the run overwrites.
     """
-    for name, place in (
+    for what, place in (
         ("basis", settings.basis),
         ("basis", getattr(config, "basis", None)),
-        ("model", settings.model),
+        ("base model", settings.model),
     ):
-        if place is None or not Path(place).exists():  # a hub id, or refused where it is read
-            continue
-        read, output = Path(place).resolve(), folder.resolve()
-        inside = [output / part for part in (CHECKPOINTS, STAGED)]
-        if read == output or any(read.is_relative_to(part) for part in inside):
-            raise ConfigError(
-                f"--output {folder} is where --{name} {place} lies: the new adapter would overwrite what it is "
-                "trained on, and everything else that refers to it. Choose another output folder."
-            )
+        files.check_apart(folder, what, place, folder / CHECKPOINTS, folder / STAGED)
 
 
 @contextmanager

@@ -120,7 +120,7 @@ def cells(row: Row) -> list[str]:
 
 def main() -> None:
     """Measure, print the table, write JSON."""
-    options = parser(__doc__, "products").parse_args()
+    options = parser(__doc__, "products", pictured=False).parse_args()
     keep_memory()
     device = begin(options)
     rows: list[Row] = []

@@ -32,7 +32,7 @@ Row = dict[str, Any]
 ROUNDS, PATIENCE = {False: 9, True: 3}, {False: 300, True: 5}
 
 
-def parser(what: str, picture: str) -> argparse.ArgumentParser:
+def parser(what: str, name: str, pictured: bool = True) -> argparse.ArgumentParser:
     """Return a parser with the options that all benchmarks have."""
     made = argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--short", action="store_true", help="fewer sizes and rounds, for `make bench`")
@@ -48,8 +48,9 @@ def parser(what: str, picture: str) -> argparse.ArgumentParser:
         f"default {PATIENCE[False]}, short {PATIENCE[True]}",
     )
     made.add_argument("--threads", type=int, default=os.cpu_count(), help="of the processor; default: all")
-    made.add_argument("--json", type=Path, default=Path("out") / f"{picture}.json")
-    made.add_argument("--picture", type=Path, default=Path("out") / f"{picture}.png")
+    made.add_argument("--json", type=Path, default=Path("out") / f"{name}.json")
+    if pictured:
+        made.add_argument("--picture", type=Path, default=Path("out") / f"{name}.png")
     return made
 
 

@@ -34,14 +34,16 @@ def measure(name: str, config: PeftConfig, folder: Path) -> dict[str, object]:
     tensors = load_file(file)
     size = file.stat().st_size
     held = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    allowed = 4096 + 100 * len(tensors)
     assert held == 4 * trained, "a number is missing from the file, or is there twice"
+    assert size - held <= allowed, "the file is larger than its numbers and a header"
     return {
         "method": name,
         "numbers": trained,
         "bytes": size,
         "100 tasks, MB": round(100 * size / 1e6, 2),
         "beyond the numbers": size - held,
-        "allowed": 4096 + 100 * len(tensors),
+        "allowed": allowed,
     }
 
 

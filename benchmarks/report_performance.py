@@ -30,7 +30,7 @@ Every model is randomly initialised from its configuration, without a head. All 
 adapted, dropout is off, attention is torch's `scaled_dot_product_attention` for all. Runs are interleaved in one
 process and drawn into a new order each round; a ratio is taken within a round, and the tables show the median over
 the rounds with the quartiles. A measurement in which other programs had more than 5 % of the machine is repeated, as
-long as there is patience left; how many stayed disturbed stands above each table.
+long as there is patience left; where any stayed disturbed, the line above the table says how many.
 """
 
 SECTIONS: dict[str, tuple[str, str, Sequence[str], Callable[[Record], list[str]]]] = {
@@ -46,9 +46,9 @@ SECTIONS: dict[str, tuple[str, str, Sequence[str], Callable[[Record], list[str]]
         "What bounds a training step",
         "The products of one adapted linear at rank 16, each alone, without Python or autograd around it. By time the "
         "six thin ones are a larger share of the two wide ones of the frozen linear than by count of operations: "
-        "a product of inner or outer width 16 runs at half the speed of a wide one, or less. In the plain order a step "
-        "cannot be cheaper than their sum. Where a group spans projections (`lotr_joint`), `q`, `k` and `v` share `h`, "
-        "`dV` and `dX`; with factors that stay, `dU` and `dV` are not taken.",
+        "products of inner or outer width 16 run at a third to the full speed of wide ones, mostly at two thirds. In "
+        "the plain order a step cannot be cheaper than their sum. Where a group spans projections (`lotr_joint`), "
+        "`q`, `k` and `v` share `h`, `dV` and `dX`; with factors that stay, `dU` and `dV` are not taken.",
         bench_products.HEADER,
         bench_products.cells,
     ),
@@ -56,8 +56,8 @@ SECTIONS: dict[str, tuple[str, str, Sequence[str], Callable[[Record], list[str]]
         "Memory of a training step",
         "In MB; each case in a process of its own. *saved*: storages that autograd keeps between forward and backward, "
         "parameters aside. *allocated*: the peak of torch's allocator, parameters included. *resident*: the peak of "
-        "the process, which also has what the C library keeps for later. Behind each: the same above the floor's, and "
-        "that as a share of LoRA's at the same rank.",
+        "the process, which also has what the C library keeps for later. Beside each: what of it is above the floor's, "
+        "and that as a share of LoRA's at the same rank.",
         bench_memory.HEADER,
         bench_memory.cells,
     ),

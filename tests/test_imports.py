@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "lotr"
-MATHEMATICS = ["errors", "delta", "paths", "blocks", "sites", "grouping", "parts"]
+MATHEMATICS = ["errors", "delta", "linear", "orders", "paths", "blocks", "sites", "grouping", "parts"]
 MATHEMATICS += ["cores", "norms", "magnitudes", "methods", "starts", "subspaces", "allocation"]
 HOSTS = {"peft", "transformers", "accelerate", "datasets", "typer", "rich", "safetensors", "matplotlib"}
 

@@ -1,7 +1,10 @@
 """What each trained number buys: methods of this library beside PEFT's, on real data, every method tuned alike.
 
-    python benchmarks/quality.py --data ../shared/data --share 0/1
+    python benchmarks/quality.py --data DATA --share 0/1
     python benchmarks/quality.py --report --page docs/quality.md
+
+DATA has a folder a task with train.csv, dev.csv and test.csv (columns text, maybe text2, label): SST-2 and MRPC of
+GLUE, and the books, dvd and kitchen reviews of Blitzer et al. (2007). The task docstrings needs no files.
 
 A grid (`quality.yaml`) of methods × targets × tasks × seeds, in two stages: the sweep tries every rate of a method on
 some tasks and seeds; the rates with the best mean score on dev are then used for all tasks and seeds. Each run is
@@ -62,7 +65,7 @@ def main() -> None:
     )
     parser.add_argument("--grid", type=Path, default=HERE / "quality.yaml")
     parser.add_argument(
-        "--data", type=Path, default=Path("../shared/data"), help="folder with the tasks' files"
+        "--data", type=Path, default=Path("data"), help="folder with the tasks' files, as the grid names them"
     )
     parser.add_argument(
         "--lines", type=Path, default=HERE / "results", help="folder where runs are kept, one line each"

@@ -45,9 +45,10 @@ def _method(results: Results) -> list[str]:
         f"{settings['head_warmup']} steps, then with the adapter; both are the same for every method, as are the order "
         "of the batches, AdamW, the schedule and the clipping. Runs are short, so the table says what a method learns "
         "quickly. "
-        f"Every method is to try {max(len(m['rates']) for m in grid['methods'].values())} rates, each on "
+        f"A method has {max(len(m['rates']) for m in grid['methods'].values())} rates, all tried on "
         f"{' and '.join(sweep['tasks'])} with seeds {' and '.join(map(str, sweep['seeds']))}; the best mean score on "
-        "dev decides for all tasks and seeds, and those seeds count among them. Trained numbers are without the head. "
+        "dev decides for all tasks and seeds, and those seeds count among them. The last table says which rates won, "
+        "and which methods (transfers, defaults) have one given rate. Trained numbers are without the head. "
         "Scores are accuracies on test; ± is the standard error over the seeds.",
         "",
         *(f"- {note}" for note in grid.get("notes", ())),

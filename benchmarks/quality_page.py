@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import quality_fit
 import quality_picture
 import quality_report
 from quality_report import Estimate, Results, Row
@@ -28,7 +30,7 @@ def write(results: Results, page: Path) -> None:
         mine = [row for row in rows if row["target"] == target]
         if mine:
             lines += _section(results, target, mine, page)
-    lines += [*_claims(results), *_steps(results), *_rates(results, rows)]
+    lines += [*_claims(results), *_steps(results), *_fits(page), *_rates(results, rows)]
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -36,6 +38,7 @@ def _method(results: Results) -> list[str]:
     grid = results.grid
     settings, sweep = grid["settings"], grid["sweep"]
     passes = settings["start_rounds"] + 1
+    counts = sorted({len(method["rates"]) for method in grid["methods"].values()} - {1})
     lines = [
         "Written by `python benchmarks/quality.py --report --page docs/quality.md` from "
         f"{results.n_runs} runs, which are kept in `benchmarks/results`. What we lose stands beside what we win.",
@@ -45,7 +48,7 @@ def _method(results: Results) -> list[str]:
         f"{settings['head_warmup']} steps, then with the adapter; both are the same for every method, as are the order "
         "of the batches, AdamW, the schedule and the clipping. Runs are short, so the table says what a method learns "
         "quickly. "
-        f"A method has {max(len(m['rates']) for m in grid['methods'].values())} rates, all tried on "
+        f"A method has {' or '.join(map(str, counts))} rates, all tried on "
         f"{' and '.join(sweep['tasks'])} with seeds {' and '.join(map(str, sweep['seeds']))}; the best mean score on "
         "dev decides for all tasks and seeds, and those seeds count among them. The last table says which rates won, "
         "and which methods (transfers, defaults) have one given rate. Trained numbers are without the head. "
@@ -143,6 +146,27 @@ def _steps(results: Results) -> list[str]:
         f"| method | {' | '.join(tasks)} |",
         "|---|" + "---:|" * len(tasks),
         *rows,
+    ]
+
+
+def _fits(page: Path) -> list[str]:
+    record = page.parent / "data" / "quality_fit.json"
+    if not record.is_file():
+        return []
+    rows = json.loads(record.read_text(encoding="utf-8"))
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    return [
+        "",
+        "## What limits",
+        "",
+        "Query and value trained in full, and their change replaced by its best fit in a structure; nothing is trained "
+        "again. A structure whose best fit scores well can express what is to be learnt: what it lacks above, it lacks "
+        f"by its start or its optimisation. Accuracy on test, mean of {len({row['seed'] for row in rows})} seeds; "
+        "`python benchmarks/quality_fit.py`.",
+        "",
+        f"| fit of the trained update | numbers | of its energy | {' | '.join(tasks)} |",
+        "|---|---:|---:|" + "---:|" * len(tasks),
+        *(f"| {' | '.join(cells)} |" for cells in quality_fit.summary(rows)),
     ]
 
 

@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,35 +58,21 @@ class Bench:
         started = time.perf_counter()
         task, method, seed = self.task(run["task"]), self.grid["methods"][run["method"]], run["seed"]
         settings = self.grid["settings"] | method.get("settings", {})
-        model, kept = self._model(run, method, settings)
+        model, kept = self.started(run, method, settings)
         begun = time.perf_counter() - started
         steps = task.steps
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, **{"lr": 1e-3, "head_lr": settings["head_lr"]} | run["rates"]),
-            weight_decay=0.0,
-        )
-        rise = math.ceil(settings["warmup"] * steps)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / (rise + 1), (steps - step) / max(1, steps - rise))
-        )
-        set_seed(seed)
-        batches = task.batches(seed)
+        groups = parameter_groups(model, **{"lr": 1e-3, "head_lr": settings["head_lr"]} | run["rates"])
         traced = run["method"] in self.grid["steps"]["methods"] and seed not in self.grid["sweep"]["seeds"]
         every = steps // self.grid["tasks"][run["task"]].get("evaluations", 1) if traced else steps
         history: list[tuple[int, float]] = []
-        model.train()
-        for step in range(1, steps + 1):
-            loss = model(**next(batches)).loss
-            if not math.isfinite(float(loss.detach())):  # a rate that is far too high: a score of zero
-                return {**run, "numbers": _numbers(model), "dev": 0.0, "test": 0.0, "diverged": step}
-            loss.backward()
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
+
+        def look(step: int) -> None:
             if step == steps or step % every == 0:
                 history.append((step, task.accuracy(model, task.dev)))
+
+        diverged = train(model, groups, task, seed, settings["warmup"], look)
+        if diverged:  # a rate that is far too high: a score of zero
+            return {**run, "numbers": _numbers(model), "dev": 0.0, "test": 0.0, "diverged": diverged}
         if adapter is not None:
             model.save_pretrained(str(adapter))
         return {
@@ -126,13 +113,19 @@ class Bench:
         head: nn.Module = model.base_model.model.classifier.modules_to_save["default"]
         return copy.deepcopy(head.state_dict())
 
-    def _model(
-        self, run: dict[str, Any], method: dict[str, Any], settings: dict[str, Any]
-    ) -> tuple[nn.Module, float | None]:
-        task = self.task(run["task"])
-        base = self._fresh_base(task)
+    def fresh(self, run: dict[str, Any], settings: dict[str, Any]) -> nn.Module:
+        """Return the base model with a warmed-up head."""
+        base = self._fresh_base(self.task(run["task"]))
         head = self._warmed(run["task"], run["seed"], settings["head_warmup"], settings["head_lr"])
         base.classifier.load_state_dict(head)
+        return base
+
+    def started(
+        self, run: dict[str, Any], method: dict[str, Any], settings: dict[str, Any]
+    ) -> tuple[nn.Module, float | None]:
+        """Return the base model with a fresh adapter, and the share of the gradients that its start keeps."""
+        task = self.task(run["task"])
+        base = self.fresh(run, settings)
         set_seed(run["seed"])
         modules = self.grid["targets"][run["target"]]
         fields = {"task_type": "SEQ_CLS", "target_modules": list(modules), **method["fields"]}
@@ -149,7 +142,7 @@ class Bench:
                 _go_on_from(model, source)
             if fields.get("start") not in ("gradient", "activation"):
                 return model, None
-            return model, self._start(model, fields["start"], seen, run)
+            return model, self._start(model, fields, seen, run)
         config = getattr(peft, method["peft"])(**fields)
         if fields.get("init_lora_weights") == "lora_ga":
             config.lora_ga_config = peft.LoraGAConfig()
@@ -170,13 +163,15 @@ class Bench:
         self.measure({**json.loads(source), "target": target, "seed": seed}, folder)
         return folder
 
-    def _start(self, model: nn.Module, kind: str, seen: list[Batch], run: dict[str, Any]) -> float:
+    def _start(
+        self, model: nn.Module, fields: dict[str, Any], seen: list[Batch], run: dict[str, Any]
+    ) -> float:
         """Start from data; other rates of the same run start from the same factors, which are found once."""
-        key = (run["task"], run["target"], run["method"], run["seed"])
+        key = (run["task"], run["seed"], json.dumps(fields, sort_keys=True))
         factors = {n: p for n, p in model.named_parameters() if ".lotr_U." in n or ".lotr_V." in n}
         if self._started is None or self._started[0] != key:
             rounds = self.grid["settings"]["start_rounds"]
-            sites = lotr.start(model, seen, kind=kind, rounds=rounds, seed=run["seed"])
+            sites = lotr.start(model, seen, kind=fields["start"], rounds=rounds, seed=run["seed"])
             kept = sum(site.kept for site in sites) / len(sites)
             self._started = key, {n: p.detach().clone() for n, p in factors.items()}, kept
         _, found, kept = self._started
@@ -184,6 +179,49 @@ class Bench:
             for name, parameter in factors.items():
                 parameter.copy_(found[name])
         return kept
+
+
+def train(
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    task: Task,
+    seed: int,
+    warmup: float,
+    look: Callable[[int], None] = lambda step: None,
+) -> int:
+    """Train for as many steps as the task has.
+
+    Args:
+        model: In any mode; it is in training mode afterwards.
+        groups: Parameter groups with their rates.
+        task: Gives the batches.
+        seed: Decides their order, and dropout.
+        warmup: Share of the steps in which the rates rise.
+        look: Called after every step.
+
+    Returns:
+        The step at which the loss was no longer finite, where training stopped; else 0.
+    """
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    steps, rise = task.steps, math.ceil(warmup * task.steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / (rise + 1), (steps - step) / max(1, steps - rise))
+    )
+    set_seed(seed)
+    batches = task.batches(seed)
+    model.train()
+    for step in range(1, steps + 1):
+        loss = model(**next(batches)).loss
+        if not math.isfinite(float(loss.detach())):
+            return step
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        look(step)
+    return 0
 
 
 def _go_on_from(model: nn.Module, folder: Path) -> None:

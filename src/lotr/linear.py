@@ -20,11 +20,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .delta import Factored, Grid
+from .kernels import product
 from .orders import Order
-
-# on CPUs products with fewer columns than this are slow, with fewer rows they are not
-_NARROW = 16
-
 
 @dataclass(frozen=True)
 class Place:
@@ -157,10 +154,10 @@ class _AdaptedLinear(Function):
             if dY is not None:
                 o, k = U.shape
                 D = _rows_of(_columns(dY, place.row, place.grid[0] * o), o)  # (n·a, o)
-                p = _rows_of(_narrow(D, U), C.shape[0])  # (n, a·k)
+                p = _rows_of(product(D, U), C.shape[0])  # (n, a·k)
                 q = p @ C
                 dC = p.T @ h[0] if needs_C else None
-                dU = _narrow(D.T, _rows_of(h[0] @ C.T, k)) if needs_U else None
+                dU = product(D.T, _rows_of(h[0] @ C.T, k)) if needs_U else None
             if ctx.given[n]:
                 gradients += [None, dC, dU, q if needs_h else None]
                 continue
@@ -169,7 +166,7 @@ class _AdaptedLinear(Function):
             whole = q if dh is None else dh if q is None else q + dh
             if needs_V and whole is not None:
                 X = _across(_rows_of(x, W.shape[1]), part)
-                dVt = _narrow(X.T, _rows_of(whole, Vt.shape[0])).T
+                dVt = product(X.T, _rows_of(whole, Vt.shape[0])).T
             gradients += [dVt, dC, dU, None]
             if dY is not None and ctx.order.merge_backward:
                 own.append(part)
@@ -186,7 +183,7 @@ def _dX(
 ) -> Tensor:  # (n, in)
     """Return the gradient of the input: with the base and what is merged into it, and the rest added to that."""
     if dY is not None:
-        dX = dY @ _merged(W, merged)
+        dX = product(dY, _merged(W, merged)).contiguous()
     else:
         _, Vt, q = rest[0]
         dX = q.new_zeros(len(q), W.shape[1])
@@ -212,7 +209,7 @@ def _across(X: Tensor, part: PartOfLinear) -> Tensor:  # (n·b, i)
 
 
 def _into(X: Tensor, part: PartOfLinear) -> Tensor:  # (n, b·r)
-    return _rows_of(_narrow(_across(X, part), part.Vt.T), part.place.grid[1] * part.Vt.shape[0])
+    return _rows_of(product(_across(X, part), part.Vt.T), part.place.grid[1] * part.Vt.shape[0])
 
 
 # most parts cover their weight: a view that changes nothing costs as much as a small product
@@ -222,13 +219,6 @@ def _columns(X: Tensor, first: int, count: int) -> Tensor:
 
 def _rows_of(X: Tensor, width: int) -> Tensor:  # (*n, m) -> (n', width)
     return X if X.dim() == 2 and X.shape[1] == width else X.reshape(-1, width)
-
-
-def _narrow(A: Tensor, B: Tensor) -> Tensor:  # (n, m), (m, r) -> (n, r)
-    """Return `A B`, taken from the other side where `B` has few columns and the processor is slow at that."""
-    if B.shape[1] < _NARROW and A.device.type == "cpu":
-        return (B.T @ A.T).T
-    return A @ B
 
 
 def _merged(W: Tensor, parts: Sequence[PartOfLinear]) -> Tensor:  # (out, in)

@@ -85,8 +85,10 @@ def adapted_linear(
         >>> y.shape
         torch.Size([4, 6])
     """
-    if order.merge_forward and not torch.is_grad_enabled():
-        return F.linear(x, _merged(W, parts), bias), [None for _ in parts]
+    if not torch.is_grad_enabled():  # a step of autograd costs as much as a small product
+        X = _rows_of(x, W.shape[1])
+        hs = [None if order.merge_forward else _h(X, part) for part in parts]
+        return _output(X, W, bias, parts, hs, order).view(*x.shape[:-1], W.shape[0]), hs
     places = tuple(part.place for part in parts)
     numbers = [tensor for part in parts for tensor in (part.Vt, part.C, part.U, part.h)]
     y, *new = _AdaptedLinear.apply(x, W, bias, places, order, *numbers)  # type: ignore[no-untyped-call]
@@ -109,12 +111,8 @@ class _AdaptedLinear(Function):
     ) -> tuple[Tensor, ...]:
         parts = _parts(places, numbers)
         X = _rows_of(x, W.shape[1])
-        hs = [_into(X, part) if part.h is None else part.h for part in parts]
-        Y = F.linear(X, _merged(W, parts) if order.merge_forward else W, bias)
-        if not order.merge_forward:
-            for part, h in zip(parts, hs, strict=True):
-                L = _factored(part).left()  # (a·o, b·r)
-                _columns(Y, part.place.row, L.shape[0]).addmm_(h, L.T)
+        hs = [_h(X, part) for part in parts]
+        Y = _output(X, W, bias, parts, hs, order)
         needs = ctx.needs_input_grad
         # also where `h` was given: a checkpoint computes it again by itself, and has to save the same
         trains_V = any(needs[5 + 4 * n] for n in range(len(parts)))
@@ -178,6 +176,29 @@ class _AdaptedLinear(Function):
         return dX, None, dbias, None, None, *gradients
 
 
+def _output(
+    X: Tensor,  # (n, in)
+    W: Tensor,
+    bias: Tensor | None,
+    parts: Sequence[PartOfLinear],
+    hs: Sequence[Tensor | None],  # (n, b·r) each; nothing where the update is merged
+    order: Order,
+) -> Tensor:  # (n, out)
+    """Return the output: by the base weight and what is merged into it, or with the updates added to that."""
+    if order.merge_forward:
+        return F.linear(X, _merged(W, parts), bias)
+    Y = F.linear(X, W, bias)
+    for part, h in zip(parts, hs, strict=True):
+        assert h is not None
+        o, a = len(part.U), part.place.grid[0]
+        block = _columns(Y, part.place.row, a * o)
+        if a == 1 and len(h) < o:  # fewer tokens than features: the core goes to them
+            block.addmm_(h @ part.C.T, part.U.T)
+        else:
+            block.addmm_(h, _factored(part).left().T)
+    return Y
+
+
 def _dX(
     dY: Tensor | None, W: Tensor, merged: list[PartOfLinear], rest: list[tuple[Place, Tensor, Tensor]]
 ) -> Tensor:  # (n, in)
@@ -208,7 +229,9 @@ def _across(X: Tensor, part: PartOfLinear) -> Tensor:  # (n·b, i)
     return _columns(X, part.place.column, i) if b == 1 else _rows_of(X, i)
 
 
-def _into(X: Tensor, part: PartOfLinear) -> Tensor:  # (n, b·r)
+def _h(X: Tensor, part: PartOfLinear) -> Tensor:  # (n, b·r)
+    if part.h is not None:
+        return part.h
     return _rows_of(product(_across(X, part), part.Vt.T), part.place.grid[1] * part.Vt.shape[0])
 
 

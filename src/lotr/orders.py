@@ -1,6 +1,6 @@
 """In which order the products of an adapted linear are taken, and what that costs.
 
-Plain: the update passes through the rank, `y += h Lᵀ` with `L = U C` of shape `(out, r)`, and `dX += q Vᵀ` on the way
+Plain: the update passes through the rank, `y += h Lᵀ` with `L = U C` of shape `(out, r)` or `y += (h Cᵀ) Uᵀ`, and `dX += q Vᵀ` on the way
 back. Merged: the base's own product takes `W + L Vᵀ`, which is built for it and dropped. Both need `h = x V` and
 `p = dY U` for the gradients of cores and factors, so what differs is
 
@@ -57,7 +57,8 @@ def extra_work(
         0.063
     """
     (o, i), (k, r) = shape, rank
-    forward = tokens * i * r + o * k * r + (o * i * r if order.merge_forward else tokens * o * r)
+    into_out = o * k * r + o * i * r if order.merge_forward else min(tokens, o) * k * r + tokens * o * r
+    forward = tokens * i * r + into_out
     backward = tokens * (o * k + 2 * k * r) + (o * i * r if order.merge_backward else tokens * i * r)
     gradients = tokens * (o * k + k * r + i * r) if factors else 0
     return (forward + backward + gradients) / (2 * tokens * o * i)

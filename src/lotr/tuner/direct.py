@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from transformers.pytorch_utils import Conv1D
 
+from .. import kernels
 from ..delta import scaled
 from ..linear import PartOfLinear, Place, adapted_linear
 from ..orders import AUTOGRAD, choose_order
 
 if TYPE_CHECKING:
     from .adapted import Adapted
+    from .layer import LotrLinear
 
 
 class InputProducts:
@@ -119,6 +121,14 @@ def output(adapted: Adapted, x: Tensor) -> Tensor:  # (*n, in) -> (*n, out)
         if key is not None and h is not None:
             member.group.products.keep(key, x, h)
     return y
+
+
+def in_graph(layer: LotrLinear, x: Tensor) -> Tensor | None:
+    """Return the output of the base layer in a graph that is being compiled, where that has a way of its own."""
+    base = layer.base_layer
+    if not torch.compiler.is_compiling() or type(base) not in (nn.Linear, Conv1D) or not _only_multiplies(base):
+        return None
+    return kernels.in_graph(x, base.weight.T if layer.fan_in_fan_out else base.weight, base.bias)
 
 
 def _in_this_mode(key: object, x: Tensor) -> object:

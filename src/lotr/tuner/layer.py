@@ -167,6 +167,8 @@ class LotrLinear(nn.Module, LotrLayer):
             y = direct.output(adapted, x)
             return y if gains is None else gains.of_sum(y, bias).to(y.dtype)
         if base is None:
+            base = direct.in_graph(self, x) if not args and not kwargs else None
+        if base is None:
             base = self.base_layer(x, *args, **kwargs)
         update = adapted.update(x)
         if gains is None:

@@ -15,7 +15,7 @@ import argparse
 import torch
 
 from grids import Setting, grid, one
-from peers import FLOOR, label, make, trained, training_step
+from peers import FLOOR, MKL, label, make, mkl_alone, trained, training_step
 from pictures import panels
 from records import Row, begin, case_options, keep_memory, parser, progress, ratio, rounded, show, size, write
 from shapes import batch_for, build
@@ -30,6 +30,7 @@ def measure(setting: Setting, options: argparse.Namespace, device: torch.device)
     batch = batch_for(base, setting.batch, setting.length)
     models = {label(*case): make(*case, setting.shape, base) for case in setting.cases}
     steps = {name: training_step(model, batch) for name, model in models.items()}
+    steps |= {name: mkl_alone(steps[name]) for name in steps if MKL in name}
     with progress(str(setting), len(steps) * (options.rounds + 1)) as bar:
         samples = interleaved(
             steps,

@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from peers import ADAPTERS, BASE, COMPILED, FLOOR, FULL, MERGED, TIGHT, plain
+from peers import ADAPTERS, BASE, COMPILED, FLOOR, FULL, MERGED, MKL, TIGHT, plain
 
 Case = tuple[str, int | None]  # method, rank
 
@@ -17,6 +17,8 @@ RANKS = (4, 8, 16, 32, 64, 128)
 #: batches of 128 tokens of the comparison by tokens: 128 … 4096, and eight times as many on an accelerator
 BATCHES = (1, 4, 16, 32)
 MAIN = ("peft_lora", "lotr", "lotr_cores")
+#: what the same takes where oneDNN has no part in it
+ALONE = ("lotr" + MKL, "lotr_cores" + MKL)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def one(options: Namespace) -> Setting:
 
 def forward(setting: Setting) -> Setting:
     """Return what is measured of a setting without gradients: the base, adapters, and some of them merged."""
-    adapters = tuple((method, r) for method, r in setting.cases if plain(method) in ADAPTERS)
+    adapters = tuple((method, r) for method, r in setting.cases if method in ADAPTERS)
     merged = tuple(
         (method + MERGED, r) for method, r in adapters if r == 16 and method in ("peft_lora", "lotr")
     )
@@ -68,7 +70,7 @@ def memory_grid(short: bool, cuda: bool) -> list[Setting]:
 
 
 def _short(sizes: dict[str, tuple[int, int]]) -> list[Setting]:
-    few: tuple[Case, ...] = ((FLOOR, None), *ranked(MAIN, (16,)))
+    few: tuple[Case, ...] = ((FLOOR, None), *ranked((*MAIN, *ALONE), (16,)))
     magnitudes = ranked(("peft_dora", "lotr_per_output", "lotr_per_output_cores"), (16,))
     more: dict[str, tuple[Case, ...]] = {
         "minilm": (("peft_lora", 8), ("lotr", 8), *magnitudes, ("peft_vera", 16), (FULL, None)),
@@ -79,7 +81,7 @@ def _short(sizes: dict[str, tuple[int, int]]) -> list[Setting]:
 
 def _by_rank(sizes: dict[str, tuple[int, int]]) -> list[Setting]:
     others = ranked((name for name in ADAPTERS if name not in MAIN), (16,))
-    cases = ((FLOOR, None), (TIGHT, None), (FULL, None), *ranked(MAIN, RANKS), *others)
+    cases = ((FLOOR, None), (TIGHT, None), (FULL, None), *ranked(MAIN, RANKS), *others, *ranked(ALONE, (16,)))
     compiled = ranked((method + COMPILED for method in MAIN), (16,))
     return [
         Setting(shape, *size, (*cases, *compiled) if shape == "minilm" else cases)

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from lotr import LotrConfig
+from lotr import LotrConfig, kernels
 from shapes import SHAPES, Batch
 
 
@@ -37,7 +37,8 @@ ADAPTERS: dict[str, Callable[[int, list[str]], PeftConfig]] = {
 
 FLOOR, TIGHT, FULL, BASE = "floor", "floor_tight", "full", "base"
 # behind the name of a method: its update is in the weights; torch.compile has made one graph of the model
-MERGED, COMPILED = "_merged", "_compiled"
+# all products are taken by MKL, as PyTorch takes those of the frozen model
+MERGED, COMPILED, MKL = "_merged", "_compiled", "_mkl"
 TEXT = {
     FLOOR: "frozen model, gradients flow through every layer, no adapter",
     TIGHT: "the same, without the gradient of the first layer's input, which no adapter needs",
@@ -51,6 +52,8 @@ TEXT = {
     "lotr_per_output_cores": "the same, cores and norms trained",
     "lotr_per_output_and_input": "LoTR with norms for every output and input",
     "lotr_base_and_update": "LoTR with a size of the base and of the update",
+    "…" + COMPILED: "the method in front, by `torch.compile(fullgraph=True)`",
+    "…" + MKL: "the method in front, with all products by MKL, as PyTorch has them",
 }
 
 
@@ -61,7 +64,7 @@ def label(method: str, rank: int | None) -> str:
 
 def plain(method: str) -> str:
     """Return the name of a method without what stands behind it."""
-    return method.removesuffix(MERGED).removesuffix(COMPILED)
+    return method.removesuffix(MERGED).removesuffix(COMPILED).removesuffix(MKL)
 
 
 def make(method: str, rank: int | None, shape: str, base: PreTrainedModel) -> nn.Module:
@@ -85,7 +88,7 @@ def make(method: str, rank: int | None, shape: str, base: PreTrainedModel) -> nn
             if path.rpartition(".")[2] in SHAPES[shape].linears:
                 module.register_forward_hook(_output_requires_grad)
         return model
-    return _adapted(method, rank, shape, model)
+    return _adapted(plain(method), rank, shape, model)
 
 
 def _adapted(method: str, rank: int | None, shape: str, model: PreTrainedModel) -> PeftModel:
@@ -126,6 +129,19 @@ def training_step(model: nn.Module, batch: Batch) -> Callable[[], None]:
             optimizer.step()
 
     return step
+
+
+def mkl_alone(run: Callable[[], None]) -> Callable[[], None]:
+    """Return a run in which the library takes no product with oneDNN."""
+
+    def alone() -> None:
+        faster, kernels.ONEDNN_IS_FASTER = kernels.ONEDNN_IS_FASTER, False
+        try:
+            run()
+        finally:
+            kernels.ONEDNN_IS_FASTER = faster
+
+    return alone
 
 
 def inference_step(model: nn.Module, batch: Batch) -> Callable[[], None]:

@@ -23,7 +23,7 @@ from rich.table import Table
 
 import lotr
 from lotr.files import write_json
-from peers import ADAPTERS, COMPILED, TEXT
+from peers import ADAPTERS, COMPILED, MKL, TEXT
 from shapes import SHAPES
 from timing import Spread
 
@@ -59,7 +59,8 @@ def case_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--shape", choices=SHAPES, help="one model instead of the grid")
     made.add_argument("--batch", type=int, default=8)
     made.add_argument("--length", type=int, default=128, help="tokens of a row")
-    names = [*TEXT, *(method + COMPILED for method in ADAPTERS)]
+    names = [name for name in TEXT if "…" not in name]
+    names += [method + how for how in (COMPILED, MKL) for method in ADAPTERS]
     made.add_argument(
         "--methods", nargs="+", choices=names, default=[*ADAPTERS], metavar="METHOD", help=", ".join(names)
     )

@@ -57,7 +57,7 @@ def _onednn_takes(A: Tensor, B: Tensor) -> bool:
         ONEDNN_IS_FASTER
         and A.dtype == B.dtype == torch.float32
         and A.numel() * B.shape[1] >= _WORTH
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and not torch.is_grad_enabled()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
@@ -87,17 +87,17 @@ _OPERATIONS = torch.library.Library("lotr", "DEF")
 _OPERATIONS.define("product(Tensor A, Tensor B) -> Tensor")
 
 
-@torch.library.impl(_OPERATIONS, "product", "CPU")
 def _computed(A: Tensor, B: Tensor) -> Tensor:
     with torch.no_grad():
         return product(A, B).contiguous()
 
 
-@torch.library.register_fake("lotr::product", lib=_OPERATIONS)
 def _alike(A: Tensor, B: Tensor) -> Tensor:
     return A.new_empty(A.shape[0], B.shape[1])
 
 
+_OPERATIONS.impl("product", _computed, "CPU")
+torch.library.register_fake("lotr::product", _alike, lib=_OPERATIONS)
 _product = torch.ops.lotr.product
 
 

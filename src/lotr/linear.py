@@ -23,6 +23,7 @@ from .delta import Factored, Grid
 from .kernels import product
 from .orders import Order
 
+
 @dataclass(frozen=True)
 class Place:
     """Where a part of the update stands in the weight.

@@ -1,8 +1,9 @@
 """In which order the products of an adapted linear are taken, and what that costs.
 
-Plain: the update passes through the rank, `y += h Lᵀ` with `L = U C` of shape `(out, r)` or `y += (h Cᵀ) Uᵀ`, and `dX += q Vᵀ` on the way
-back. Merged: the base's own product takes `W + L Vᵀ`, which is built for it and dropped. Both need `h = x V` and
-`p = dY U` for the gradients of cores and factors, so what differs is
+Plain: the update passes through the rank, `y += h Lᵀ` with `L = U C` of shape `(out, r)`, or `y += (h Cᵀ) Uᵀ` where
+tokens are fewer than outputs, and `dX += q Vᵀ` on the way back. Merged: the base's own product takes `W + L Vᵀ`,
+which is built for it and dropped. Both need `h = x V` and `p = dY U` for the gradients of cores and factors, so what
+differs is
 
 | | plain | merged |
 |---|---|---|

@@ -126,7 +126,11 @@ def output(adapted: Adapted, x: Tensor) -> Tensor:  # (*n, in) -> (*n, out)
 def in_graph(layer: LotrLinear, x: Tensor) -> Tensor | None:
     """Return the output of the base layer in a graph that is being compiled, where that has a way of its own."""
     base = layer.base_layer
-    if not torch.compiler.is_compiling() or type(base) not in (nn.Linear, Conv1D) or not _only_multiplies(base):
+    if (
+        not torch.compiler.is_compiling()
+        or type(base) not in (nn.Linear, Conv1D)
+        or not _only_multiplies(base)
+    ):
         return None
     return kernels.in_graph(x, base.weight.T if layer.fan_in_fan_out else base.weight, base.bias)
 

@@ -50,7 +50,7 @@ def _factors(model: nn.Module) -> list[Tensor]:
     return [f["default"].weight.detach().clone() for g in groups for f in (g.lotr_U, g.lotr_V)]
 
 
-@pytest.mark.parametrize("kind", ["gradient", "activation"])
+@pytest.mark.parametrize("kind", ["gradient", "activation", "update"])
 @pytest.mark.parametrize("method", ["lotr", "lotr_joint", "metatt_5d", "fact_tk", "lora"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_start_changes_the_factors_and_not_the_model(name: str, method: str, kind: str) -> None:

@@ -135,7 +135,7 @@ STARTS: dict[str, Start] = {"orthonormal": orthonormal, "gaussian": gaussian, "k
 #: Starts that look at the weights of the group's sites.
 WEIGHT_STARTS: dict[str, WeightStart] = {"weight": weight}
 #: Starts that look at data; until `lotr.start` has seen some, the factors are orthonormal.
-DATA_STARTS = ("gradient", "activation")
+DATA_STARTS = ("gradient", "activation", "update")
 
 
 def generator_for(seed: int, *names: str) -> Generator:

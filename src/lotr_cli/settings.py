@@ -96,10 +96,13 @@ class TrainSettings:
     start: str | None = setting(
         None,
         _ADAPTER,
-        "How the factors start: orthonormal, gaussian, kaiming, weight; from the first batches: gradient, activation.",
+        "How the factors start: orthonormal, gaussian, kaiming, weight; from the first batches: gradient, activation, "
+        "update (a short training that is thrown away).",
         "default: by method",
     )
-    start_batches: int = setting(8, _ADAPTER, "Batches that a start from gradients or activations looks at.")
+    start_batches: int | None = setting(
+        None, _ADAPTER, "Batches that a start from data looks at.", "default: 8; for update, 50: its steps"
+    )
     dropout: float = setting(0.0, _ADAPTER, "Dropout on the input of the update.")
 
     lr: float | None = setting(None, _TRAINING, "Learning rate of the factors.", "default: by method")

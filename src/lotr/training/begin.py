@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from lotr_cli.settings import TrainSettings
 
 _HEAD = ".modules_to_save."
+#: What a start looks at: batches, and the steps of a short training, one a batch.
+_BATCHES, _STEPS = 8, 50
 
 
 def begin(
@@ -54,12 +56,14 @@ def begin(
     if settings.start in DATA_STARTS:
         from ..tuner.data_start import start
 
-        seen = [next(batches) for _ in range(settings.start_batches)]
+        count = settings.start_batches or (_STEPS if settings.start == "update" else _BATCHES)
+        seen = [next(batches) for _ in range(count)]
         budget = settings.budget if is_shared_out(settings, model.active_peft_config) else None
         sites = start(model, seen, kind=settings.start, seed=settings.seed, budget=budget)
         share = sum(site.kept for site in sites) / len(sites)
         say(
-            f"Start: {settings.start}, from {len(seen)} batches; the factors keep {share:.0%} of a site's gradient."
+            f"Start: {settings.start}, from {len(seen)} batches; the factors keep {share:.0%} of a site's "
+            f"{'update' if settings.start == 'update' else 'gradient'}."
         )
         if budget is not None:
             say(said_ranks(model.active_peft_config))

@@ -94,8 +94,9 @@ class LotrConfig(PeftConfig):
     start: str | None = field(
         default=None,
         metadata=_help(
-            "How the shared factors start: orthonormal, gaussian, kaiming, weight (singular directions); gradient and "
-            "activation begin orthonormal until lotr.start(model, batches) turns them. The name is saved either way."
+            "How the shared factors start: orthonormal, gaussian, kaiming, weight (singular directions); gradient, "
+            "activation and update begin orthonormal until lotr.start(model, batches, kind=…) turns them. The name is "
+            "saved either way."
         ),
     )
     train: str | None = field(

@@ -1,8 +1,10 @@
-"""Starts that look at data: the factors turn towards the gradients or the activations of the first batches."""
+"""Starts that look at data: the factors turn towards gradients, activations or the updates of a short training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,10 +16,16 @@ from ..starts import DATA_STARTS, generator_for
 from ..subspaces import Subspaces
 from .adapted import Adapted, Member
 from .config import LotrConfig
+from .group import LotrGroup
 from .layer import LotrLinear
 from .ranks import Numbers, at_rank, check_budget, members_of, set_ranks, share_out
-from .statistics import Energies, Loss, Products, SiteStart, look_through
+from .statistics import Energies, Loss, Products, Seen, SiteStart, look_through
 from .targets import plan_of
+from .trial import Trial
+
+Tick = Callable[[], None]
+Look = Callable[[Seen, Tick | None], None]
+_TRIAL_RANK = 8  # of a trial, at least
 
 
 def start(
@@ -25,51 +33,61 @@ def start(
     batches: Iterable[Any],
     kind: str = "gradient",
     adapter: str | None = None,
-    rounds: int = 3,
+    rounds: int | None = None,
     normalise: bool = True,
     loss: Loss | None = None,
     seed: int = 0,
     budget: int | None = None,
-    tick: Callable[[], None] | None = None,
+    lr: float = 1e-2,
+    tick: Tick | None = None,
 ) -> list[SiteStart]:
     """Turn the shared factors of a fresh adapter towards data, without changing what the model computes.
 
     The cores are at zero, so any factors leave the model as it is. Whatever `start` the configuration names is
-    replaced. Every round is one forward and backward pass over the batches; only products with thin matrices are kept,
-    never a gradient of a weight.
+    replaced. Every round is one forward and backward pass over the batches; only thin matrices are kept, never a
+    gradient of a weight.
 
     Args:
         model: A model with an adapter whose update is zero.
-        batches: A few batches, each as `model(**batch)` takes it; gone through `rounds + 1` times.
+        batches: Each as `model(**batch)` takes it: a few, gone through `rounds + 1` times; for `"update"` some fifty,
+            gone through `rounds` times.
         kind: `"gradient"`: Tucker-2 of the stacked gradients of the adapted weights. `"activation"`: principal
-            directions of the pooled inputs for `V`, of the pooled output gradients for `U`.
+            directions of the pooled inputs for `V`, of the pooled output gradients for `U`. `"update"`: Tucker-2 of the
+            stacked updates of a short training, one step a batch, of a LoRA beside every module, which is then
+            dropped; the model stays as it is, its head too. It costs what those steps cost, and holds more of what
+            training will do.
         adapter: Name of the adapter; default: the active one.
-        rounds: Passes over the batches that turn the factors: a random one, then refinements.
+        rounds: Passes over the batches; default 3, a random one and refinements, and 1 for `"update"`.
         normalise: Weigh every site by one over its norm; gradients of values are often ten times those of queries.
         loss: Returns the loss of a batch; default: the model's own.
         seed: Of the random first round.
         budget: Trained numbers that the adapter may keep, without a head. The groups are then cut down to ranks
             `(k, r)` of their own: greedily those that keep the most gradient for each number. Make the adapter wider
             than `lotr.largest_rank` allows, for example twice. Cores must be free.
+        lr: Learning rate of the short training of `"update"`; nothing else uses it.
         tick: Called after every pass over a batch.
 
     Returns:
-        For each site how much of its gradient the factors keep.
+        For each site how much of its gradient, or of its update, the factors keep.
 
     Raises:
-        ConfigError: The kind is unknown, there are no rounds or no batches, the update is not zero (with some
-            magnitudes it never is), the factors are those of a basis, the adapter takes no part (disabled, merged,
-            frozen, or under `torch.no_grad()`), or the budget cannot be met.
+        ConfigError: The kind is unknown, there are no rounds or no batches, the rate is not positive, the update is not
+            zero (with some magnitudes it never is), the factors are those of a basis, the adapter takes no part
+            (disabled, merged, frozen, or under `torch.no_grad()`), or the budget cannot be met.
         TrainingError: The loss of a batch is NaN or infinite. The factors are as they were.
 
     Source: HOSVD and HOOI (De Lathauwer et al., 2000) of the gradients at `ΔW = 0`, where `∂L/∂C = σ Uᵀ G V`.
     """
     if kind not in DATA_STARTS:
         raise ConfigError(f"kind={kind!r} is no start that looks at data. Known: {', '.join(DATA_STARTS)}.")
+    if rounds is None:
+        rounds = 1 if kind == "update" else 3
     if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
         raise ConfigError(
             f"rounds={rounds!r} leaves the factors as they are. Use a positive integer, for example 3."
         )
+    if not isinstance(lr, Real) or not 0 < lr < float("inf"):
+        raise ConfigError(f"lr={lr!r} is no learning rate. Use a positive number, for example 1e-2.")
     held = list(batches)
     if not held:
         raise ConfigError("There are no batches to look at. Give at least one.")
@@ -80,27 +98,25 @@ def start(
     _check_free(found, config)
     if budget is not None:
         _check_cut(config, budget)
-    measure = loss or _own_loss
     members = members_of(model, name)
     group_of = {shared: parts[0][1].part.group for shared, parts in members.items()}
     spaces = {
         shared: Subspaces(group.shape, group.rank, generator_for(seed, name, group.name, "start"), normalise)
         for shared, group in group_of.items()
     }
-    for _ in range(rounds):
-        products = Products(kind, spaces)
-        look_through(model, found, held, measure, products.see, tick)
-        products.turn(found)
-    factors = {shared: space.factors() for shared, space in spaces.items()}
-    energies = Energies(factors)
-    look_through(model, found, held, measure, energies.see, tick)
-    energies.gather(found)
+    look = partial(look_through, model, found, held, loss or _own_loss)
+    if kind == "update":
+        rank = max(_TRIAL_RANK, *(max(group.rank) for group in group_of.values()))
+        trial = Trial(found, rank, lr, rounds * len(held), seed)
+        energies = _after_trial(look, trial, spaces, rounds, tick)
+    else:
+        energies = _after_passes(look, kind, found, spaces, rounds, tick)
     ranks = None
     if config is not None and budget is not None:
         shares = energies.of_groups(found, normalise)
         ranks = share_out(plan_of(config.made_for, config), shares, budget)
     # nothing can fail from here on
-    for shared, (U, V) in factors.items():
+    for shared, (U, V) in energies.factors.items():
         with torch.no_grad():
             if not group_of[shared].core.is_identity:  # there `U` holds the update at zero (LoRA)
                 shared.lotr_U[name].weight.copy_(U)
@@ -110,6 +126,44 @@ def start(
         if ranks is not None:
             set_ranks(config, members, ranks, lambda group, rank: _leading(name, members[group], *rank))
     return energies.report(found)
+
+
+def _after_passes(
+    look: Look,
+    kind: str,
+    found: list[Adapted],
+    spaces: dict[LotrGroup, Subspaces],
+    rounds: int,
+    tick: Tick | None,
+) -> Energies:
+    """Turn the factors by what passes over the batches show; return what they keep, by one more."""
+    for _ in range(rounds):
+        products = Products(kind, spaces)
+        look(products.see, tick)
+        products.turn(found)
+    energies = Energies({shared: space.factors() for shared, space in spaces.items()})
+    look(energies.see, tick)
+    energies.gather(found)
+    return energies
+
+
+def _after_trial(
+    look: Look, trial: Trial, spaces: dict[LotrGroup, Subspaces], rounds: int, tick: Tick | None
+) -> Energies:
+    """Turn the factors by the updates of a short training; return what they keep of those."""
+
+    def step() -> None:
+        trial.step()
+        if tick is not None:
+            tick()
+
+    with trial.beside():
+        for _ in range(rounds):
+            look(lambda *_: None, step)
+    trial.turn(spaces)
+    energies = Energies({shared: space.factors() for shared, space in spaces.items()})
+    trial.energies(energies)
+    return energies
 
 
 def _leading(adapter: str, parts: list[tuple[Adapted, Member]], k: int, r: int) -> Numbers:

@@ -22,9 +22,9 @@ Seen = Callable[[Adapted, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class SiteStart:
-    """How much of one site's gradient the factors hold when training starts.
+    """How much of one site's gradient the factors hold when training starts, or of its update in a trial.
 
-    `kept` is `Σ ‖Uᵀ G V‖² / Σ ‖G‖²` over the batches, `norm` the root of the sum below.
+    `kept` is `Σ ‖Uᵀ G V‖² / Σ ‖G‖²` over the batches, `norm` the root of the sum below; after a trial `G` is `ΔW`.
     """
 
     module: str
@@ -89,7 +89,8 @@ def _check_loss(loss: Any, batch: str) -> None:
         )
 
 
-def _check_products(products: Iterable[Tensor], module: str) -> None:
+def check_products(products: Iterable[Tensor], module: str) -> None:
+    """Refuse numbers that are not finite."""
     if not all(bool(product.isfinite().all()) for product in products):
         raise TrainingError(
             f"The gradient at {module!r} is not finite, although every loss is; the factors are as they were. Compute "
@@ -97,7 +98,8 @@ def _check_products(products: Iterable[Tensor], module: str) -> None:
         )
 
 
-def _check_reached(found: list[Adapted], seen: Container[tuple[LotrLinear, str]]) -> None:
+def check_reached(found: list[Adapted], seen: Container[tuple[LotrLinear, str]]) -> None:
+    """Refuse modules of which nothing was seen."""
     for adapted in found:
         for member in adapted.members:
             if (adapted.layer, member.part.name) not in seen:
@@ -167,13 +169,13 @@ class Products:
             ConfigError: A module had no gradient.
             TrainingError: A gradient was not finite.
         """
-        _check_reached(found, {key for sums in self.sums.values() for key in sums})
+        check_reached(found, {key for sums in self.sums.values() for key in sums})
         paths = {(a.layer, m.part.name): m.part.sites[0].module for a in found for m in a.members}
         for group, sums in self.sums.items():
             left, right = [], []
             for key, pair in sums.items():
-                pair = tuple(_over_processes(product) for product in pair)
-                _check_products(pair, paths[key])
+                pair = tuple(over_processes(product) for product in pair)
+                check_products(pair, paths[key])
                 for products, summed in zip((left, right), pair, strict=True):
                     products += summed.reshape(-1, *summed.shape[-2:]).cpu().unbind(0)
             self.spaces[group].turn(left, right)
@@ -217,14 +219,13 @@ class Energies:
             ConfigError: A module had no gradient.
             TrainingError: A gradient was not finite.
         """
-        _check_reached(found, self.sums)
+        check_reached(found, self.sums)
         self.sums = {
-            key: (_over_processes(whole), _over_processes(inside))
-            for key, (whole, inside) in self.sums.items()
+            key: (over_processes(whole), over_processes(inside)) for key, (whole, inside) in self.sums.items()
         }
         for adapted in found:
             for member in adapted.members:
-                _check_products(self.sums[adapted.layer, member.part.name], member.part.sites[0].module)
+                check_products(self.sums[adapted.layer, member.part.name], member.part.sites[0].module)
 
     def of_groups(self, found: list[Adapted], normalise: bool) -> dict[str, Tensor]:
         """Return for every group what each pair of columns keeps, `(k, r)`, added over its sites.
@@ -259,7 +260,9 @@ class Energies:
         return reports
 
 
-def _over_processes(tensor: Tensor) -> Tensor:
+def over_processes(tensor: Tensor, mean: bool = False) -> Tensor:
+    """Return the sum, or the mean, of what all processes have; each gets it."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(tensor)
+        return tensor / torch.distributed.get_world_size() if mean else tensor
     return tensor

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 import lotr
+from lotr.starts import DATA_STARTS
 from lotr.training.adapt import add_adapter
 from lotr.training.begin import warm_head
 from lotr.training.models import load_model
@@ -60,7 +61,7 @@ class Bench:
         settings = self.grid["settings"] | method.get("settings", {})
         model, kept = self.started(run, method, settings)
         begun = time.perf_counter() - started
-        steps = task.steps
+        steps = settings.get("steps", task.steps)
         groups = parameter_groups(model, **{"lr": 1e-3, "head_lr": settings["head_lr"]} | run["rates"])
         traced = run["method"] in self.grid["steps"]["methods"] and seed not in self.grid["sweep"]["seeds"]
         every = steps // self.grid["tasks"][run["task"]].get("evaluations", 1) if traced else steps
@@ -70,7 +71,7 @@ class Bench:
             if step == steps or step % every == 0:
                 history.append((step, task.accuracy(model, task.dev)))
 
-        diverged = train(model, groups, task, seed, settings["warmup"], look)
+        diverged = train(model, groups, task, seed, settings["warmup"], look, steps)
         if diverged:  # a rate that is far too high: a score of zero
             return {**run, "numbers": _numbers(model), "dev": 0.0, "test": 0.0, "diverged": diverged}
         if adapter is not None:
@@ -134,13 +135,14 @@ class Bench:
             source = self._sources(json.dumps(method["source"]), run["target"], run["seed"])
             if "peft" not in method:
                 fields["basis"] = str(source)
-        batches = task.batches(run["seed"])
+        # the steps of a trial go through the rows in an order of their own, as in `lotr train`
+        batches = task.batches(run["seed"] + (1000 if fields.get("start") == "update" else 0))
         seen = [next(batches) for _ in range(settings["start_batches"])]
         if "peft" not in method:
             model = add_adapter(base, lotr.LotrConfig(seed=run["seed"], **fields))
             if method.get("continues"):
                 _go_on_from(model, source)
-            if fields.get("start") not in ("gradient", "activation"):
+            if fields.get("start") not in DATA_STARTS:
                 return model, None
             return model, self._start(model, fields, seen, run)
         config = getattr(peft, method["peft"])(**fields)
@@ -170,7 +172,7 @@ class Bench:
         key = (run["task"], run["seed"], json.dumps(fields, sort_keys=True))
         factors = {n: p for n, p in model.named_parameters() if ".lotr_U." in n or ".lotr_V." in n}
         if self._started is None or self._started[0] != key:
-            rounds = self.grid["settings"]["start_rounds"]
+            rounds = None if fields["start"] == "update" else self.grid["settings"]["start_rounds"]
             sites = lotr.start(model, seen, kind=fields["start"], rounds=rounds, seed=run["seed"])
             kept = sum(site.kept for site in sites) / len(sites)
             self._started = key, {n: p.detach().clone() for n, p in factors.items()}, kept
@@ -188,8 +190,9 @@ def train(
     seed: int,
     warmup: float,
     look: Callable[[int], None] = lambda step: None,
+    steps: int | None = None,
 ) -> int:
-    """Train for as many steps as the task has.
+    """Train for some steps.
 
     Args:
         model: In any mode; it is in training mode afterwards.
@@ -198,13 +201,15 @@ def train(
         seed: Decides their order, and dropout.
         warmup: Share of the steps in which the rates rise.
         look: Called after every step.
+        steps: Default: as many as the task has.
 
     Returns:
         The step at which the loss was no longer finite, where training stopped; else 0.
     """
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    steps, rise = task.steps, math.ceil(warmup * task.steps)
+    steps = steps or task.steps
+    rise = math.ceil(warmup * steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (rise + 1), (steps - step) / max(1, steps - rise))
     )

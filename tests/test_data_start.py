@@ -16,6 +16,7 @@ from conftest import bert, gpt2, llama, tokens
 from lotr import ConfigError, LotrConfig, TrainingError
 from lotr.tuner.group import LotrGroup
 from lotr.tuner.layer import LotrLinear
+from lotr.tuner.trial import Trial
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "bert": (bert, ["query", "value", "dense"]),
@@ -107,7 +108,7 @@ def test_the_report_is_the_share_of_each_batch_of_gradients() -> None:
     path = "bert.encoder.layer.0.attention.self.value"
     G = bare.get_submodule(path).weight.grad
     group = model.get_base_model().get_submodule(path).lotr_site["default"].members[0].group
-    U, Vt = group.lotr_U["default"].weight, group.lotr_V["default"].weight
+    U, Vt = (f["default"].weight.detach() for f in (group.lotr_U, group.lotr_V))
     assert report[path].norm == pytest.approx(G.norm().item(), rel=1e-4)
     assert report[path].kept == pytest.approx(((U.T @ G @ Vt.T).norm() / G.norm()).item() ** 2, rel=1e-3)
 
@@ -248,3 +249,85 @@ def test_what_cannot_start_is_refused_by_name() -> None:
         lotr.start(model, _batches("bert"), adapter="other")
     with pytest.raises(ConfigError, match=r"'default' is not zero"):
         lotr.start(_adapted("bert", init_weights=False), _batches("bert"))
+
+
+def test_a_trial_of_one_site_is_spanned_by_its_factors() -> None:
+    """A LoRA of rank 8 has an update of rank 8, so eight columns a side hold it all."""
+    config = LotrConfig(r=8, modes=(), target_modules=MODELS["bert"][1][:2], seed=0)
+    for site in lotr.start(get_peft_model(bert(), config), _batches("bert") * 4, kind="update"):
+        assert site.norm > 0 and site.kept == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lotr", "lotr_joint", "metatt_5d", "fact_tk", "lora"])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_kept_of_a_trial_is_that_of_its_dense_updates(
+    name: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials: list[Trial] = []
+    turn = Trial.turn
+    monkeypatch.setattr(Trial, "turn", lambda trial, spaces: trials.append(trial) or turn(trial, spaces))
+    model = _adapted(name, method)
+    report = iter(lotr.start(model, _batches(name) * 3, kind="update"))
+    (trial,) = trials
+    for adapted in trial.found:
+        pair = trial.pairs[adapted.layer]
+        dense = (pair.B @ pair.A).detach() / len(pair.A) ** 0.5
+        for member in adapted.members:
+            part, U = member.part, member.group.lotr_U["default"].weight.detach()
+            Vt = member.group.lotr_V["default"].weight.detach()
+            (row, rows), (column, columns), (a, b) = part.rows, part.columns, part.grid
+            block = dense[row : row + rows, column : column + columns]
+            for across in block.chunk(a, 0):
+                for D in across.chunk(b, 1):
+                    inside = (D if method == "lora" else U.T @ D) @ Vt.T
+                    site = next(report)
+                    assert site.norm == pytest.approx(float(D.norm()), rel=1e-4)
+                    assert site.kept == pytest.approx(float(inside.norm() / D.norm()) ** 2, rel=1e-3)
+
+
+def test_a_trial_lowers_the_loss_and_its_factors_hold_more_of_training_than_gradients_do() -> None:
+    """Against the change of the weights themselves, trained in full on the same batches."""
+    batches = _batches("bert")
+    bare = bert()
+    paths = [path for path, m in bare.named_modules() if path.endswith(("query", "value"))]
+    weights = {path: bare.get_submodule(path).weight for path in paths}
+    before = {path: W.detach().clone() for path, W in weights.items()}
+    optimizer = torch.optim.Adam(weights.values(), lr=1e-3)
+    for n in range(40):
+        optimizer.zero_grad()
+        bare(**batches[n % 2]).loss.backward()
+        optimizer.step()
+    change = {path: W.detach() - before[path] for path, W in weights.items()}
+
+    def held(kind: str) -> float:
+        model = get_peft_model(bert(), LotrConfig(r=4, target_modules=["query", "value"], seed=0)).eval()
+        lotr.start(model, batches * (20 if kind == "update" else 1), kind=kind)
+        shares = []
+        for path, D in change.items():
+            group = model.get_base_model().get_submodule(path).lotr_site["default"].members[0].group
+            U, Vt = (f["default"].weight.detach() for f in (group.lotr_U, group.lotr_V))
+            shares.append(float((U.T @ D @ Vt.T).norm() / D.norm()) ** 2)
+        return sum(shares) / len(shares)
+
+    assert held("update") > held("gradient") > 0
+
+
+def test_a_trial_that_breaks_off_leaves_nothing() -> None:
+    model, calls = _adapted("bert"), []
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        calls.append(batch)
+        found: Tensor = model(**batch).loss
+        return found * float("nan") if len(calls) == 3 else found
+
+    def call() -> None:
+        lotr.start(model, _batches("bert") * 2, kind="update", loss=loss)
+
+    _as_it_was(model, call, TrainingError, "loss of batch 3 of 4 is nan")
+
+
+@pytest.mark.parametrize("lr", [0, -1e-3, float("inf"), float("nan"), "1e-2"])
+def test_the_rate_of_a_trial_is_a_positive_number(lr: Any) -> None:
+    model = _adapted("bert")
+    call = partial(lotr.start, model, _batches("bert"), kind="update", lr=lr)
+    _as_it_was(model, call, ConfigError, "lr=")

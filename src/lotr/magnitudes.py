@@ -80,14 +80,15 @@ class _Scaled(Function):
         needs_y, needs_gain, needs_bias = ctx.needs_input_grad
         dgain = dbias = None
         tokens = dz.reshape(-1, dz.shape[-1])
-        if needs_gain or needs_bias:
-            total = tokens.sum(0)
-            dbias = total * (1 - gain) if needs_bias else None
         if needs_gain:
             rows = zip(tokens.split(_ROWS), y.reshape(-1, y.shape[-1]).split(_ROWS), strict=True)
-            dgain = sum((one * other).sum(0) for one, other in rows)
+            sums = [(dz_rows.sum(0), (dz_rows * y_rows).sum(0)) for dz_rows, y_rows in rows]
+            total, dgain = (sum(parts) for parts in zip(*sums, strict=True))
             dgain = dgain if bias is None else dgain - bias * total
             dgain = dgain.sum_to_size(gain.shape).to(gain.dtype)
+            dbias = total * (1 - gain) if needs_bias else None
+        elif needs_bias:
+            dbias = tokens.sum(0) * (1 - gain)
         return (dz * gain).to(ctx.dtype) if needs_y else None, dgain, dbias
 
 

@@ -57,7 +57,8 @@ def _method(results: Results) -> list[str]:
         *(f"- {note}" for note in grid.get("notes", ())),
         "",
         f"A start from gradients looks at {settings['start_batches']} batches {passes} times before the first step: "
-        f"as much computing as {settings['start_batches'] * passes} steps.",
+        f"as much computing as {settings['start_batches'] * passes} steps. A start from updates trains a LoRA for as "
+        "many steps as the table of results says, and throws it away.",
         "",
         "| task | steps | rows a step | longest text, tokens | rows of test |",
         "|---|---:|---:|---:|---:|",
@@ -84,7 +85,8 @@ def _section(results: Results, target: str, rows: Sequence[Row], page: Path) -> 
             "",
             "The lines are the frontiers of this library and of PEFT: the best score with at most so many numbers. *In "
             "the table*: a row of this library's table that is no LoTR, or LoTR as its authors start it. *Our start*: "
-            "LoRA, with this library's start; it is not in the frontier.",
+            "LoRA, with this library's start; it is not in the frontier. *+50 steps*: so many more than the others, in "
+            "the start or after it; not in the frontier either.",
             "",
         ]
     lines += [
@@ -93,7 +95,8 @@ def _section(results: Results, target: str, rows: Sequence[Row], page: Path) -> 
     ]
     for row in rows:
         scores = [_score(row["tasks"].get(task)) for task in tasks]
-        cells = [row["method"], _FAMILIES[row["family"]], f"{row['numbers']:,}", *scores, _score(row["test"])]
+        whose = _FAMILIES[row["family"]] + (f", {row['more']:+} steps" if row["more"] else "")
+        cells = [row["method"], whose, f"{row['numbers']:,}", *scores, _score(row["test"])]
         lines.append(f"| {' | '.join(cells)} | {row['seeds']} |")
     return lines
 

@@ -26,8 +26,9 @@ def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     """Draw one point a method with the standard error of its score, and the frontiers of the library and of PEFT.
 
     Args:
-        rows: Entries with `method`, `family`, `numbers` and `test`, a score and its error. One without numbers is
-            drawn as a line through all.
+        rows: Entries with `method`, `family`, `numbers`, `more` (steps beyond those of the others: such a point is
+            hollow and in no frontier) and `test`, a score and its error. One without numbers is drawn as a line
+            through all.
         title: Title of the picture.
         path: PNG file.
     """
@@ -38,15 +39,19 @@ def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     axis.set_xscale("log")
     for kind, colour in _COLOURS.items():
         mine = [row for row in rows if row["family"] == kind]
-        if mine:
-            sizes, scores = [row["numbers"] for row in mine], [row["test"][0] for row in mine]
-            errors = [0.0 if math.isnan(row["test"][1]) else row["test"][1] for row in mine]
-            axis.errorbar(
-                sizes, scores, errors, fmt="o", ms=5, color=colour, elinewidth=1, label=_NAMES[kind]
-            )
+        for more in (False, True):
+            some = [row for row in mine if bool(row["more"]) == more]
+            if some:
+                sizes, scores = [row["numbers"] for row in some], [row["test"][0] for row in some]
+                errors = [0.0 if math.isnan(row["test"][1]) else row["test"][1] for row in some]
+                label = f"{_NAMES[kind]}, with more steps" if more else _NAMES[kind]
+                face = {"mfc": "white"} if more else {}
+                axis.errorbar(
+                    sizes, scores, errors, fmt="o", ms=5, color=colour, elinewidth=1, label=label, **face
+                )
     most = max(row["numbers"] for row in rows)
     for kind, families in _FRONTIERS.items():
-        steps = list(frontier([row for row in rows if row["family"] in families]))
+        steps = list(frontier([row for row in rows if row["family"] in families and not row["more"]]))
         if steps:
             sizes, scores = zip(*steps, (most * 1.3, steps[-1][1]), strict=True)
             axis.plot(

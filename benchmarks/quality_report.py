@@ -65,6 +65,7 @@ class Results:
             "target": target,
             "method": method,
             "family": family(self.grid["methods"][method]),
+            "more": more_steps(self.grid, method, next(iter(scores))),
             "numbers": next(iter(some.values()))["numbers"],
             "rates": next(iter(some.values()))["rates"],
             "seeds": min(len(runs) for runs in tasks.values()),
@@ -104,6 +105,15 @@ class Results:
             if needed:
                 found[task] = estimate(needed)
         return found
+
+
+def more_steps(grid: dict[str, Any], name: str, task: str) -> int:
+    """Return how many steps more than a task has a method takes, those of a trial in its start among them."""
+    method, has = grid["methods"][name], grid["tasks"][task]["steps"]
+    settings = method.get("settings", {})
+    trial = settings["start_batches"] if method["fields"].get("start") == "update" else 0
+    taken: int = settings.get("steps", has) + trial - has
+    return taken
 
 
 def family(method: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import saved_models
+from lotr.kernels import ONEDNN_IS_FASTER
 from lotr.training.report import METRICS
 from lotr_cli.app import app
 
@@ -178,6 +179,8 @@ def test_plan_explains_in_which_order_products_are_taken(place: Path) -> None:
     assert (few["weight"], few["order"], many["order"]) == ("32×32", "plain", "merged")
     assert many["extra_work"] < few["extra_work"]
     assert "merged" in lotr(*words, "--tokens", "4096").stdout
+    assert ("oneDNN" in lotr(*words).stdout) == ONEDNN_IS_FASTER
+    assert "oneDNN" not in lotr(*words, "--dtype", "bfloat16").stdout
     assert "orders" not in report("plan", place / "bert")
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, near
 from ..files import file_bytes
+from ..kernels import ONEDNN_IS_FASTER
 from ..methods import METHODS
 from ..orders import choose_order, extra_work
 from ..tuner.basis import check_basis, read_basis
@@ -32,7 +33,7 @@ def plan_model(settings: TrainSettings, dtype: str = "float32", tokens: int | No
         tokens: Tokens in a batch (rows × length), to tell in which order products would be taken.
 
     Returns:
-        Groups with shapes and counts, totals, the LoRA rank of equal cost, bytes on disk; `orders` with `tokens`.
+        Groups with shapes and counts, totals, the LoRA rank of equal cost, bytes on disk; `orders` and `library` with `tokens`.
 
     Raises:
         ConfigError: A setting has no meaning.
@@ -88,8 +89,15 @@ def plan_model(settings: TrainSettings, dtype: str = "float32", tokens: int | No
             file_shapes(made, factors=not config.refers_to_basis),
             DTYPES[dtype].itemsize,
         ),
-        **({} if tokens is None else {"tokens": tokens, "orders": _orders(made, tokens, dtype)}),
+        **({} if tokens is None else _explained(made, tokens, dtype)),
     }
+
+
+def _explained(made: Plan, tokens: int, dtype: str) -> dict[str, Any]:
+    """Return how the products of a training step would be taken."""
+    onednn = ONEDNN_IS_FASTER and dtype == "float32"
+    library = "oneDNN, where the base layer's output is MKL's" if onednn else "PyTorch's own operators"
+    return {"tokens": tokens, "orders": _orders(made, tokens, dtype), "library": library}
 
 
 def _orders(made: Plan, tokens: int, dtype: str) -> list[dict[str, Any]]:

@@ -33,7 +33,8 @@ def plan_model(settings: TrainSettings, dtype: str = "float32", tokens: int | No
         tokens: Tokens in a batch (rows × length), to tell in which order products would be taken.
 
     Returns:
-        Groups with shapes and counts, totals, the LoRA rank of equal cost, bytes on disk; `orders` and `library` with `tokens`.
+        Groups with shapes and counts, totals, the LoRA rank of equal cost, bytes on disk; with `tokens` also `orders`
+        and `library`.
 
     Raises:
         ConfigError: A setting has no meaning.

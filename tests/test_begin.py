@@ -56,6 +56,22 @@ def test_a_new_head_warms_up_by_default(place: Path) -> None:
     assert warm["begun"]["head_warmup"] == min(20, warm["steps"] // 5) > 0 == cold["begun"]["head_warmup"]
 
 
+def test_cores_alone_start_from_updates_unless_told_otherwise(place: Path) -> None:
+    cores = _train(place, "cores", "--trainable", "cores")
+    assert cores["begun"]["start_batches"] == min(50, cores["steps"] // 2)
+    assert 0 < cores["begun"]["kept"] <= 1
+    assert json.loads((place / "cores" / "adapter_config.json").read_text())["start"] == "update"
+    told = _train(place, "told", "--trainable", "cores", "--start", "orthonormal")
+    assert "kept" not in told["begun"]
+    xs = _train(place, "xs", "--method", "lora_xs")  # has a start of its own
+    assert "kept" not in xs["begun"]
+
+
+def test_the_steps_of_a_trial_are_those_asked_for(place: Path) -> None:
+    begun = _train(place, "trial", "--start", "update", "--start-batches", "7")["begun"]
+    assert begun["start_batches"] == 7 and len(begun["sites"]) == 4
+
+
 def test_the_saved_adapter_says_how_it_started(started: dict, place: Path) -> None:
     assert json.loads((place / "started" / "adapter_config.json").read_text())["start"] == "gradient"
     again = report("evaluate", place / "started", "--data", place / "dev.csv")

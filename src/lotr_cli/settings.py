@@ -98,10 +98,13 @@ class TrainSettings:
         _ADAPTER,
         "How the factors start: orthonormal, gaussian, kaiming, weight; from the first batches: gradient, activation, "
         "update (a short training that is thrown away).",
-        "default: by method",
+        "default: by method; update where cores alone train behind a new head",
     )
     start_batches: int | None = setting(
-        None, _ADAPTER, "Batches that a start from data looks at.", "default: 8; for update, 50: its steps"
+        None,
+        _ADAPTER,
+        "Batches that a start from data looks at.",
+        "default: 8; for update, whose steps they are, 50",
     )
     dropout: float = setting(0.0, _ADAPTER, "Dropout on the input of the update.")
 

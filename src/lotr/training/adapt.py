@@ -91,6 +91,30 @@ def adapter_config(settings: TrainSettings, task: str) -> PeftConfig:
     return config
 
 
+def choose_start(settings: TrainSettings, config: PeftConfig, task: str) -> None:
+    """Start from updates where that was left open and factors would stay as random as they begin.
+
+    It was measured behind a new head (docs/quality.md), so models that write text start as before.
+    """
+    from ..tuner.config import LotrConfig
+
+    left_open = settings.start is None and settings.basis is None and task != "causal-lm"
+    if not (left_open and isinstance(config, LotrConfig) and config.train == "cores"):
+        return
+    if config.start == "orthonormal" and config.starts_at_zero:
+        settings.start = config.start = "update"
+
+
+def start_batches(settings: TrainSettings, steps: int) -> int:
+    """Return how many batches a start from data looks at: as many as asked, else 8.
+
+    For the short training of a start from updates, which takes one a step, half of the run's steps and at most 50.
+    """
+    if settings.start_batches is not None:
+        return settings.start_batches
+    return min(50, max(1, steps // 2)) if settings.start == "update" else 8
+
+
 def _given(settings: TrainSettings) -> list[str]:
     """Return which fields of a configuration, of those that settings always have, were set to something else."""
     names = {"r": "rank", "method": "method", "scaling": "scaling"}

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from lotr_cli.settings import TrainSettings
 
 _HEAD = ".modules_to_save."
-#: What a start looks at: batches, and the steps of a short training, one a batch.
-_BATCHES, _STEPS = 8, 50
 
 
 def begin(
@@ -29,6 +27,7 @@ def begin(
     rows: Dataset,
     collate: Callable[[list[Any]], Any],
     head: tuple[int, float],
+    looks: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Warm up a new head, start the factors and choose the ranks of the groups, as the settings ask.
@@ -36,11 +35,12 @@ def begin(
     Every process sees the same batches, so all do the same.
 
     Args:
-        settings: `start`, `start_batches`, `budget`, `batch_size` and `seed` are read.
+        settings: `start`, `budget`, `batch_size` and `seed` are read.
         model: A model with a fresh adapter, on its device.
         rows: Encoded training rows.
         collate: Rows to a batch.
         head: Steps in which a new head trains alone, and its learning rate.
+        looks: Batches that a start from data looks at.
         say: Called with lines for the user.
 
     Returns:
@@ -56,8 +56,7 @@ def begin(
     if settings.start in DATA_STARTS:
         from ..tuner.data_start import start
 
-        count = settings.start_batches or (_STEPS if settings.start == "update" else _BATCHES)
-        seen = [next(batches) for _ in range(count)]
+        seen = [next(batches) for _ in range(looks)]
         budget = settings.budget if is_shared_out(settings, model.active_peft_config) else None
         sites = start(model, seen, kind=settings.start, seed=settings.seed, budget=budget)
         share = sum(site.kept for site in sites) / len(sites)

@@ -80,7 +80,7 @@ def _trained(
     if checkpoint is None:
         run.model.to(device())
         collate = collator(run.tokenizer, run.data.task)
-        run.begun = begin(run.settings, run.model, rows[0], collate, _head_warmup(run, rows), say)
+        run.begun = _begin(run, rows, collate, say)
     else:
         run.begun, run.seconds = resume.progress(checkpoint)
     stop = StopOnRequest()
@@ -168,7 +168,9 @@ def _prepare(
     data = load_task(str(settings.train), settings.eval, columns, settings.task, seed=settings.seed)  # type: ignore[arg-type]
     say(f"Task: {data.task}. {data.reason}")
     say(f"Data: {len(data.train)} rows to train on, {len(data.eval)} to evaluate on.")
-    config = config or adapt.adapter_config(settings, data.task)
+    if config is None:
+        config = adapt.adapter_config(settings, data.task)
+        adapt.choose_start(settings, config, data.task)
     tokenizer = load_tokenizer(str(settings.model))
 
     set_seed(settings.seed)
@@ -215,10 +217,13 @@ def _steps(settings: TrainSettings, rows: list[Dataset]) -> int:
     return settings.max_steps or math.ceil(an_epoch * settings.epochs)
 
 
-def _head_warmup(run: Run, rows: list[Dataset]) -> tuple[int, float]:
-    """Return for how many steps a new head trains alone, and its rate."""
-    settings, task = run.settings, run.data.task
-    return adapt.head_warmup(settings, task, _steps(settings, rows)), adapt.rates(settings).head_lr
+def _begin(
+    run: Run, rows: list[Dataset], collate: Callable[[list[Any]], Any], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Do what goes before the first step, as far as the length of the run makes it worth."""
+    settings, steps = run.settings, _steps(run.settings, rows)
+    head = adapt.head_warmup(settings, run.data.task, steps), adapt.rates(settings).head_lr
+    return begin(settings, run.model, rows[0], collate, head, adapt.start_batches(settings, steps), say)
 
 
 def _trainer(run: Run, rows: list[Dataset], callbacks: list[TrainerCallback]) -> AdapterTrainer:

@@ -217,6 +217,7 @@ def test_a_model_without_gradients_is_refused_with_the_way_out() -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     _as_it_was(model, call(), ConfigError, "is_trainable=True")
+    _as_it_was(model, call(kind="update"), ConfigError, "is_trainable=True")
     model.base_model.model.classifier.weight.requires_grad_(True)
     _as_it_was(model, call(), ConfigError, "No gradient reaches 'bert.encoder.layer.0")
 
@@ -283,9 +284,10 @@ def test_what_is_kept_of_a_trial_is_that_of_its_dense_updates(
                     site = next(report)
                     assert site.norm == pytest.approx(float(D.norm()), rel=1e-4)
                     assert site.kept == pytest.approx(float(inside.norm() / D.norm()) ** 2, rel=1e-3)
+    assert next(report, None) is None
 
 
-def test_a_trial_lowers_the_loss_and_its_factors_hold_more_of_training_than_gradients_do() -> None:
+def test_factors_from_a_trial_hold_more_of_what_training_changes_than_those_from_gradients() -> None:
     """Against the change of the weights themselves, trained in full on the same batches."""
     batches = _batches("bert")
     bare = bert()
@@ -310,6 +312,17 @@ def test_a_trial_lowers_the_loss_and_its_factors_hold_more_of_training_than_grad
         return sum(shares) / len(shares)
 
     assert held("update") > held("gradient") > 0
+
+
+@pytest.mark.parametrize("kind", ["gradient", "activation", "update"])
+def test_gradients_that_were_there_are_there_afterwards(kind: str) -> None:
+    model = _adapted("bert")
+    model(**_batches("bert")[0]).loss.backward()
+    before = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    lotr.start(model, _batches("bert"), kind=kind)
+    after = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert before and before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_trial_that_breaks_off_leaves_nothing() -> None:

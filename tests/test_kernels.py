@@ -55,10 +55,31 @@ def test_a_product_is_that_of_the_matrices(
     torch.testing.assert_close(found.double(), A.double() @ B.double(), rtol=1e-5, atol=1e-4)
 
 
-def test_pieces_of_wider_matrices_are_taken_too() -> None:
-    A, B = torch.randn(40, 90)[:, 10:70], torch.randn(60, 50)[:, 5:21]
-    with torch.no_grad():
-        torch.testing.assert_close(product(A, B).double(), A.double() @ B.double(), rtol=1e-5, atol=1e-4)
+PIECES = {
+    "piece": (torch.randn(40, 90)[:, 10:70], torch.randn(60, 50)[:, 5:21]),
+    "turned piece": (torch.randn(90, 40)[10:70].T, torch.randn(50, 60)[5:21].T),
+    "every other row": (torch.randn(80, 60)[::2], torch.randn(120, 16)[::2]),
+    "expanded": (torch.ones(()).expand(40, 60), torch.ones(16).expand(60, 16)),
+    "overlapping": (torch.randn(460).unfold(0, 60, 10), torch.randn(16, 60).T),
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_pieces_of_wider_matrices_are_taken_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What oneDNN reads in any order lies densely one way or the other: else it reads number by number."""
+    A, B = PIECES[name]
+    operation, dense = torch.ops.mkldnn._linear_pointwise, []
+
+    def seen(X: Tensor, W: Tensor, *more: object) -> Tensor:
+        dense.append(W.is_contiguous() or W.T.is_contiguous())
+        return operation(X, W, *more)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", seen)
+    for left, right in ((A, B), (B.T, A.T)):
+        with torch.no_grad():
+            found = product(left, right)
+        torch.testing.assert_close(found.double(), left.double() @ right.double(), rtol=1e-5, atol=1e-4)
+    assert dense == [True, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -121,10 +142,11 @@ def test_gradients_can_be_differentiated_again() -> None:
 
 
 def test_an_update_of_zero_leaves_every_bit() -> None:
-    x, W, bias, (Vt, C, U) = case()
+    x, W, bias = torch.randn(50, 768), torch.randn(96, 768), torch.randn(96)  # so wide that libraries differ
+    part = [torch.randn(8, 768), torch.zeros(8, 8), torch.randn(96, 8)]
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
-            y = output(x, W, bias, [Vt, torch.zeros_like(C), U], Order())
+            y = output(x, W, bias, part, Order())
         assert torch.equal(y, nn.functional.linear(x, W, bias))
 
 
@@ -146,4 +168,65 @@ def test_a_compiled_graph_takes_them_and_computes_the_same(
     expected = run(model)
     seen = calls(monkeypatch)
     torch.testing.assert_close(run(torch.compile(model, fullgraph=True, backend="aot_eager")), expected)
-    assert seen
+    rows, width = tokens().numel(), model.config.hidden_size
+    assert {(rows, 4), (rows, width)} <= set(
+        seen
+    )  # through the factors, and the gradient of a base layer's input
+    # the base layers' own, but those without a layer below, and both factors of every module
+    assert seen.count((rows, width)) > 4
+
+
+def small() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 12))
+    config = LotrConfig(r=3, target_modules=["0", "2"], modes=(), init_weights=False, seed=0)
+    return get_peft_model(base, config), torch.randn(6, 12)
+
+
+@pytest.mark.filterwarnings("default")
+def test_transforms_inside_a_compiled_graph_have_the_same_gradients() -> None:
+    torch._dynamo.reset()
+    model, x = small()
+    numbers = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(numbers: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, numbers, (x,)).square().sum()
+
+    wanted = torch.func.grad(loss)(numbers)
+    found = torch.compile(torch.func.grad(loss), backend="eager")(numbers)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.filterwarnings("default")
+def test_gradients_of_a_compiled_graph_can_be_differentiated_again() -> None:
+    torch._dynamo.reset()
+    model, x = small()
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def twice(call: nn.Module) -> tuple[Tensor, ...]:
+        once = torch.autograd.grad(call(x).sin().sum(), trained, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in once), trained)
+
+    torch.testing.assert_close(twice(torch.compile(model, backend="eager")), twice(model))
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, "is_exporting"), reason="this PyTorch does not tell an export"
+)
+def test_an_exported_graph_has_operations_of_pytorch_alone() -> None:
+    torch._dynamo.reset()
+    model, x = small()
+    assert "lotr" not in {
+        str(node.target).split(".")[0] for node in torch.export.export(model, (x,)).graph.nodes
+    }
+
+
+@pytest.mark.filterwarnings("default")
+def test_hooks_on_factors_are_heard_in_a_compiled_graph() -> None:
+    torch._dynamo.reset()
+    model, x = small()
+    groups = [module for module in model.modules() if hasattr(module, "lotr_V")]
+    for group in groups:
+        group.lotr_V["default"].register_forward_hook(lambda module, args, output: 2 * output)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))

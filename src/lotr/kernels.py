@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 # on CPUs products with fewer columns than this are slow in MKL, with fewer rows they are not
 _NARROW = 16
@@ -28,7 +27,7 @@ def product(
     A: Tensor,  # (n, m)
     B: Tensor,  # (m, r)
 ) -> Tensor:  # (n, r)
-    """Return `A B`; one of the two, or the result, may be a transposed view.
+    """Return `A B`; any of the two, and the result, may be a transposed view.
 
     Example:
         >>> product(torch.randn(4, 5), torch.randn(5, 2)).shape
@@ -37,7 +36,7 @@ def product(
     if A.device.type != "cpu":
         return A @ B
     if _onednn_takes(A, B):
-        # the first operand is read row by row, and copied for that where it does not lie so; the second one in any way
+        # the first operand is read row by row, and copied for that where it does not lie so
         if A.is_contiguous() or (not B.T.is_contiguous() and A.numel() < B.numel()):
             return _linear(A, B.T)
         return _linear(B.T, A).T
@@ -47,6 +46,8 @@ def product(
 
 
 def _linear(X: Tensor, W: Tensor) -> Tensor:  # (n, m), (r, m) -> (n, r)
+    if not (W.is_contiguous() or W.T.is_contiguous()):  # pieces of wider matrices are read number by number
+        W = W.contiguous()
     result: Tensor = torch.ops.mkldnn._linear_pointwise(X, W, None, "none", [], "")
     return result
 
@@ -66,10 +67,14 @@ def _onednn_takes(A: Tensor, B: Tensor) -> bool:
 
 def _vendor() -> str:
     """Return the vendor that a processor names, or something else where the system does not tell."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
-        return next((value.strip() for name, _, value in lines if name.strip() == "vendor_id"), "unknown")
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+            for line in lines:
+                name, _, value = line.partition(":")
+                if name.strip() == "vendor_id":
+                    return value.strip()
+    except (OSError, UnicodeDecodeError):
+        pass
     return "GenuineIntel" if "GenuineIntel" in platform.processor() else platform.processor()
 
 
@@ -83,28 +88,11 @@ ONEDNN_IS_FASTER = (
 )
 
 
-_OPERATIONS = torch.library.Library("lotr", "DEF")
-_OPERATIONS.define("product(Tensor A, Tensor B) -> Tensor")
-
-
-def _computed(A: Tensor, B: Tensor) -> Tensor:
-    with torch.no_grad():
-        return product(A, B).contiguous()
-
-
-def _alike(A: Tensor, B: Tensor) -> Tensor:
-    return A.new_empty(A.shape[0], B.shape[1])
-
-
-_OPERATIONS.impl("product", _computed, "CPU")
-torch.library.register_fake("lotr::product", _alike, lib=_OPERATIONS)
-_product = torch.ops.lotr.product
-
-
 def in_graph(x: Tensor, W: Tensor, bias: Tensor | None = None, factor: bool = False) -> Tensor | None:
     """Return `x Wᵀ + bias` as operations of a graph that is being compiled, or nothing where that has no use.
 
     Of a base layer the output is its own, and the gradient of the input a `product`; of a factor everything is.
+    Exported graphs have PyTorch's operations alone, because other processes have to read them.
 
     Args:
         x: Input, `(*n, in)`.
@@ -114,42 +102,64 @@ def in_graph(x: Tensor, W: Tensor, bias: Tensor | None = None, factor: bool = Fa
     """
     if (
         not (ONEDNN_IS_FASTER and torch.compiler.is_compiling() and torch.is_grad_enabled())
+        or getattr(torch.compiler, "is_exporting", bool)()
+        or torch._C._are_functorch_transforms_active()
         or not (x.device.type == W.device.type == "cpu" and x.dtype == W.dtype == torch.float32)
         or torch.is_autocast_enabled("cpu")
         or (not factor and any(t is not None and t.requires_grad for t in (W, bias)))
     ):
         return None
-    result: Tensor = _Factor.apply(x, W) if factor else _Base.apply(x, W, bias)  # type: ignore[no-untyped-call]
-    return result
+    if factor:
+        h: Tensor = torch.ops.lotr.product(x.reshape(-1, x.shape[-1]), W.T)
+        return h.reshape(*x.shape[:-1], W.shape[0])
+    y: Tensor = torch.ops.lotr.base(x, W, bias)
+    return y
 
 
-class _Base(Function):
-    """`x Wᵀ + bias` with a frozen weight."""
+def _product(A: Tensor, B: Tensor) -> Tensor:
+    with torch.no_grad():
+        return product(A, B).contiguous()
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(W)
+
+def _keep_both(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _product_gradients(ctx: Any, dC: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    A, B = ctx.saved_tensors
+    needs_A, needs_B = ctx.needs_input_grad
+    take = torch.ops.lotr.product
+    return take(dC, B.T) if needs_A else None, take(A.T, dC) if needs_B else None
+
+
+def _base(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    with torch.no_grad():
         return F.linear(x, W, bias)
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (W,) = ctx.saved_tensors
-        dX = _product(dy.reshape(-1, dy.shape[-1]), W)
-        return dX.reshape(*dy.shape[:-1], W.shape[1]), None, None
+
+def _keep_weight(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
 
 
-class _Factor(Function):
-    """`x Wᵀ` with a weight that may train."""
+def _base_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    (W,) = ctx.saved_tensors
+    dX = torch.ops.lotr.product(dy.reshape(-1, dy.shape[-1]), W)
+    return dX.reshape(*dy.shape[:-1], W.shape[1]), None, None
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor) -> Tensor:
-        X = x.reshape(-1, x.shape[-1])
-        ctx.save_for_backward(X, W)
-        return _product(X, W.T).reshape(*x.shape[:-1], W.shape[0])
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        X, W = ctx.saved_tensors
-        dY = dy.reshape(-1, dy.shape[-1])
-        dx = _product(dY, W).reshape(*dy.shape[:-1], W.shape[1]) if ctx.needs_input_grad[0] else None
-        return dx, _product(X.T, dY).T if ctx.needs_input_grad[1] else None
+#: `product`, and `x Wᵀ + bias` with a frozen weight, as operations of a graph.
+_OPERATIONS = torch.library.Library("lotr", "DEF")
+_OPERATIONS.define("product(Tensor A, Tensor B) -> Tensor")
+_OPERATIONS.impl("product", _product, "CPU")
+torch.library.register_fake(
+    "lotr::product", lambda A, B: A.new_empty(A.shape[0], B.shape[1]), lib=_OPERATIONS
+)
+torch.library.register_autograd(
+    "lotr::product", _product_gradients, setup_context=_keep_both, lib=_OPERATIONS
+)
+_OPERATIONS.define("base(Tensor x, Tensor W, Tensor? bias) -> Tensor")
+_OPERATIONS.impl("base", _base, "CPU")
+torch.library.register_fake(
+    "lotr::base", lambda x, W, bias: x.new_empty(*x.shape[:-1], W.shape[0]), lib=_OPERATIONS
+)
+torch.library.register_autograd("lotr::base", _base_gradients, setup_context=_keep_weight, lib=_OPERATIONS)

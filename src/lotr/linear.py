@@ -89,7 +89,7 @@ def adapted_linear(
     if not torch.is_grad_enabled():  # a step of autograd costs as much as a small product
         X = _rows_of(x, W.shape[1])
         hs = [None if order.merge_forward else _h(X, part) for part in parts]
-        return _output(X, W, bias, parts, hs, order).view(*x.shape[:-1], W.shape[0]), hs
+        return _shaped(_output(X, W, bias, parts, hs, order), x), hs
     places = tuple(part.place for part in parts)
     numbers = [tensor for part in parts for tensor in (part.Vt, part.C, part.U, part.h)]
     y, *new = _AdaptedLinear.apply(x, W, bias, places, order, *numbers)  # type: ignore[no-untyped-call]
@@ -126,8 +126,7 @@ class _AdaptedLinear(Function):
         ctx.shape, ctx.given, ctx.trains = x.shape, [part.h is not None for part in parts], trains
         ctx.set_materialize_grads(False)
         new = [h for part, h in zip(parts, hs, strict=True) if part.h is None]
-        # not a view: models write into the output of a linear, which autograd refuses for a view of a function's own
-        return torch.ops.aten._unsafe_view(Y, (*x.shape[:-1], W.shape[0])), *new
+        return _shaped(Y, x), *new
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *dhs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -234,6 +233,12 @@ def _h(X: Tensor, part: PartOfLinear) -> Tensor:  # (n, b·r)
     if part.h is not None:
         return part.h
     return _rows_of(product(_across(X, part), part.Vt.T), part.place.grid[1] * part.Vt.shape[0])
+
+
+def _shaped(Y: Tensor, x: Tensor) -> Tensor:  # (n, out) -> (*n, out)
+    # not a view: models write into the output of a linear, which autograd refuses for a view of a function's own
+    result: Tensor = torch.ops.aten._unsafe_view(Y, (*x.shape[:-1], Y.shape[1]))
+    return result
 
 
 # most parts cover their weight: a view that changes nothing costs as much as a small product

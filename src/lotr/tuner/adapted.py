@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import delta, kernels
+from .. import delta
 from ..delta import LinearMap
 from ..magnitudes import Gains, Magnitude
 from ..norms import Placed
 from ..parts import Part
+from . import direct
 from .group import LotrGroup, weight_of
 
 if TYPE_CHECKING:
@@ -138,11 +139,10 @@ class Adapted:
 def _call(factor: nn.Module, x: Tensor) -> Tensor:
     # sharded and offloaded weights exist only while their module runs, so the module is called; a group
     # may span devices, and only then its weight is brought to the activations
+    y = direct.factor_in_graph(factor, x)
+    if y is not None:
+        return y
     weight = factor.weight
-    if torch.compiler.is_compiling() and type(factor) is nn.Linear:
-        y = kernels.in_graph(x, weight, factor=True)
-        if y is not None:
-            return y
     if weight.device == x.device or weight.device.type == "meta" or hasattr(factor, "_hf_hook"):
         return factor(x)
     return F.linear(x, weight.to(x.device))

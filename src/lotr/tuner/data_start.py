@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cores import CORES
-from ..errors import ConfigError
+from ..errors import ConfigError, TrainingError
 from ..starts import DATA_STARTS, generator_for
 from ..subspaces import Subspaces
 from .adapted import Adapted, Member
@@ -19,7 +19,7 @@ from .config import LotrConfig
 from .group import LotrGroup
 from .layer import LotrLinear
 from .ranks import Numbers, at_rank, check_budget, members_of, set_ranks, share_out
-from .statistics import Energies, Loss, Products, Seen, SiteStart, look_through
+from .statistics import Energies, Loss, Products, Seen, SiteStart, look_through, run_through
 from .targets import plan_of
 from .trial import Trial
 
@@ -62,8 +62,8 @@ def start(
         loss: Returns the loss of a batch; default: the model's own.
         seed: Of the random first round.
         budget: Trained numbers that the adapter may keep, without a head. The groups are then cut down to ranks
-            `(k, r)` of their own: greedily those that keep the most gradient for each number. Make the adapter wider
-            than `lotr.largest_rank` allows, for example twice. Cores must be free.
+            `(k, r)` of their own: greedily those that keep the most gradient, or update, for each number. Make the
+            adapter wider than `lotr.largest_rank` allows, for example twice. Cores must be free.
         lr: Learning rate of the short training of `"update"`; nothing else uses it.
         tick: Called after every pass over a batch.
 
@@ -86,7 +86,7 @@ def start(
         raise ConfigError(
             f"rounds={rounds!r} leaves the factors as they are. Use a positive integer, for example 3."
         )
-    if not isinstance(lr, Real) or not 0 < lr < float("inf"):
+    if not isinstance(lr, Real) or isinstance(lr, bool) or not 0 < lr < float("inf"):
         raise ConfigError(f"lr={lr!r} is no learning rate. Use a positive number, for example 1e-2.")
     held = list(batches)
     if not held:
@@ -104,12 +104,14 @@ def start(
         shared: Subspaces(group.shape, group.rank, generator_for(seed, name, group.name, "start"), normalise)
         for shared, group in group_of.items()
     }
-    look = partial(look_through, model, found, held, loss or _own_loss)
+    measure = loss or _own_loss
     if kind == "update":
         rank = max(_TRIAL_RANK, *(max(group.rank) for group in group_of.values()))
         trial = Trial(found, rank, lr, rounds * len(held), seed)
-        energies = _after_trial(look, trial, spaces, rounds, tick)
+        run = partial(run_through, model, held, measure)
+        energies = _after_trial(run, trial, spaces, rounds, tick)
     else:
+        look = partial(look_through, model, found, held, measure)
         energies = _after_passes(look, kind, found, spaces, rounds, tick)
     ranks = None
     if config is not None and budget is not None:
@@ -148,7 +150,11 @@ def _after_passes(
 
 
 def _after_trial(
-    look: Look, trial: Trial, spaces: dict[LotrGroup, Subspaces], rounds: int, tick: Tick | None
+    run: Callable[[Tick], None],
+    trial: Trial,
+    spaces: dict[LotrGroup, Subspaces],
+    rounds: int,
+    tick: Tick | None,
 ) -> Energies:
     """Turn the factors by the updates of a short training; return what they keep of those."""
 
@@ -157,9 +163,15 @@ def _after_trial(
         if tick is not None:
             tick()
 
-    with trial.beside():
-        for _ in range(rounds):
-            look(lambda *_: None, step)
+    try:
+        with trial.beside():
+            for _ in range(rounds):
+                run(step)
+    except TrainingError as error:
+        raise TrainingError(
+            f"{error} Losses that rise before that are those of a rate (lr={trial.lr}) that is too high for the short "
+            "training."
+        ) from None
     trial.turn(spaces)
     energies = Energies({shared: space.factors() for shared, space in spaces.items()})
     trial.energies(energies)

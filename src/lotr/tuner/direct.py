@@ -126,13 +126,26 @@ def output(adapted: Adapted, x: Tensor) -> Tensor:  # (*n, in) -> (*n, out)
 def in_graph(layer: LotrLinear, x: Tensor) -> Tensor | None:
     """Return the output of the base layer in a graph that is being compiled, where that has a way of its own."""
     base = layer.base_layer
-    if (
-        not torch.compiler.is_compiling()
-        or type(base) not in (nn.Linear, Conv1D)
-        or not _only_multiplies(base)
-    ):
+    if type(base) not in (nn.Linear, Conv1D) or not _can_be_taken(base, x):
         return None
     return kernels.in_graph(x, base.weight.T if layer.fan_in_fan_out else base.weight, base.bias)
+
+
+def factor_in_graph(factor: nn.Module, x: Tensor) -> Tensor | None:
+    """Return what a factor makes of an input, likewise."""
+    if type(factor) is not nn.Linear or not _can_be_taken(factor, x):
+        return None
+    return kernels.in_graph(x, factor.weight, factor=True)
+
+
+def _can_be_taken(module: nn.Module, x: Tensor) -> bool:
+    weight = module.weight
+    return (
+        torch.compiler.is_compiling()
+        and _only_multiplies(module)
+        and type(x) in (Tensor, nn.Parameter)
+        and _at_hand(weight, weight, x.device)
+    )
 
 
 def _in_this_mode(key: object, x: Tensor) -> object:

@@ -45,25 +45,45 @@ def look_through(
 ) -> None:
     """Run the batches forward and backward, and show input and output gradient of every adapted module.
 
-    Gradients of parameters, the mode of the model and its hooks are as before, whatever happens.
+    Raises:
+        ConfigError: What `loss` returns is not one number that depends on trained ones.
+        TrainingError: A loss is NaN or infinite.
+    """
+    with _watching(found, see):
+        run_through(model, batches, loss, tick)
+
+
+def run_through(
+    model: nn.Module, batches: list[Any], loss: Loss, after: Callable[[], None] | None = None
+) -> None:
+    """Run the batches forward and backward.
+
+    Gradients of parameters and the mode of the model are as before, whatever happens.
+
+    Args:
+        model: The model.
+        batches: What `loss` takes.
+        loss: Returns the loss of a batch.
+        after: Called after every backward pass.
 
     Raises:
         ConfigError: What `loss` returns is not one number that depends on trained ones.
         TrainingError: A loss is NaN or infinite.
     """
     kept = {parameter: parameter.grad for parameter in model.parameters()}
+    for parameter in kept:
+        parameter.grad = None
     training = model.training
     model.train(
         getattr(model, "is_gradient_checkpointing", False)
     )  # without dropout, unless memory asks for it
     try:
-        with _watching(found, see):
-            for n, batch in enumerate(batches, 1):
-                result = loss(model, batch)
-                _check_loss(result, f"batch {n} of {len(batches)}")
-                result.backward()
-                if tick is not None:
-                    tick()
+        for n, batch in enumerate(batches, 1):
+            result = loss(model, batch)
+            _check_loss(result, f"batch {n} of {len(batches)}")
+            result.backward()
+            if after is not None:
+                after()
     finally:
         model.train(training)
         for parameter, gradient in kept.items():
@@ -90,7 +110,7 @@ def _check_loss(loss: Any, batch: str) -> None:
 
 
 def check_products(products: Iterable[Tensor], module: str) -> None:
-    """Refuse numbers that are not finite."""
+    """Refuse products with gradients that are not finite."""
     if not all(bool(product.isfinite().all()) for product in products):
         raise TrainingError(
             f"The gradient at {module!r} is not finite, although every loss is; the factors are as they were. Compute "
@@ -173,8 +193,8 @@ class Products:
         paths = {(a.layer, m.part.name): m.part.sites[0].module for a in found for m in a.members}
         for group, sums in self.sums.items():
             left, right = [], []
-            for key, pair in sums.items():
-                pair = tuple(over_processes(product) for product in pair)
+            for key in _in_model_order(found, sums):  # the same in all processes
+                pair = tuple(over_processes(product) for product in sums[key])
                 check_products(pair, paths[key])
                 for products, summed in zip((left, right), pair, strict=True):
                     products += summed.reshape(-1, *summed.shape[-2:]).cpu().unbind(0)
@@ -221,7 +241,8 @@ class Energies:
         """
         check_reached(found, self.sums)
         self.sums = {
-            key: (over_processes(whole), over_processes(inside)) for key, (whole, inside) in self.sums.items()
+            key: (over_processes(self.sums[key][0]), over_processes(self.sums[key][1]))
+            for key in _in_model_order(found, self.sums)
         }
         for adapted in found:
             for member in adapted.members:
@@ -260,9 +281,21 @@ class Energies:
         return reports
 
 
-def over_processes(tensor: Tensor, mean: bool = False) -> Tensor:
-    """Return the sum, or the mean, of what all processes have; each gets it."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+def _in_model_order(
+    found: list[Adapted], sums: Container[tuple[LotrLinear, str]]
+) -> list[tuple[LotrLinear, str]]:
+    keys = [(adapted.layer, member.part.name) for adapted in found for member in adapted.members]
+    return [key for key in keys if key in sums]
+
+
+def n_processes() -> int:
+    """Return how many processes work together."""
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if together else 1
+
+
+def over_processes(tensor: Tensor) -> Tensor:
+    """Return the sum of what all processes have; each gets it."""
+    if n_processes() > 1:
         torch.distributed.all_reduce(tensor)
-        return tensor / torch.distributed.get_world_size() if mean else tensor
     return tensor

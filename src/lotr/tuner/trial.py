@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import ConfigError, TrainingError
 from ..starts import generator_for, orthonormal
 from ..subspaces import Subspaces
 from .adapted import Adapted, Member
 from .group import LotrGroup
 from .layer import LotrLinear
-from .statistics import Energies, check_products, check_reached, over_processes
+from .statistics import Energies, check_reached, n_processes, over_processes
 
 _ROUNDS = 5  # of HOOI: they cost no pass over data
 _CLIP = 1.0  # norm of all gradients
@@ -61,24 +62,29 @@ class Trial:
     """
 
     def __init__(self, found: list[Adapted], rank: int, lr: float, steps: int, seed: int) -> None:
-        self.found = found
+        _check_trains(found)
+        _check_equal(steps)
+        self.found, self.lr = found, lr
         self.pairs: dict[LotrLinear, _Pair] = {}
         groups: list[dict[str, Any]] = []
         for adapted in found:
             layer, module = adapted.layer, adapted.members[0].part.sites[0].module
-            device = adapted.members[0].group.lotr_U[adapted.adapter].weight.device
+            home = layer.home
+            if home.type == "meta":  # the base is offloaded; inputs come to where the factors are
+                home = adapted.members[0].group.lotr_U[adapted.adapter].weight.device
             draw = generator_for(seed, adapted.adapter, module, "trial")
             rows = orthonormal(layer.in_features, min(rank, layer.in_features), draw).T.contiguous()
             pair = _Pair(
-                nn.Parameter(rows.to(device)),
-                nn.Parameter(torch.zeros(layer.out_features, len(rows), device=device)),
+                nn.Parameter(rows.to(home)),
+                nn.Parameter(torch.zeros(layer.out_features, len(rows), device=home)),
             )
             self.pairs[layer] = pair
             groups += [
                 {"params": [pair.B], "lr": lr},
                 {"params": [pair.A], "lr": 20 * lr / layer.in_features**0.5},
             ]
-        self.reached: set[LotrLinear] = set()
+        self._reached: set[LotrLinear] = set()
+        self._parameters = [p for pair in self.pairs.values() for p in (pair.A, pair.B)]
         self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda n: max(0.0, 1 - n / steps))
 
@@ -97,13 +103,21 @@ class Trial:
                 handle.remove()
 
     def step(self) -> None:
-        """Take one step after a backward pass; processes take the mean of their gradients."""
-        self.reached |= {layer for layer, pair in self.pairs.items() if pair.B.grad is not None}
-        parameters = [p for pair in self.pairs.values() for p in (pair.A, pair.B)]
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad = over_processes(parameter.grad, mean=True)
-        nn.utils.clip_grad_norm_(parameters, _CLIP)
+        """Take one step after a backward pass; processes take the mean of their gradients.
+
+        Raises:
+            TrainingError: A gradient is not finite.
+        """
+        self._reached |= {layer for layer, pair in self.pairs.items() if pair.B.grad is not None}
+        for parameter in self._parameters:  # a process whose batch missed a module has nothing to add there
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = over_processes(gradient) / n_processes()
+        norm = nn.utils.clip_grad_norm_(self._parameters, _CLIP)
+        if not norm.isfinite():
+            raise TrainingError(
+                f"The gradients of the short training are not finite ({norm.item()}), although the loss is; the "
+                "factors are as they were. Compute in a wider type."
+            )
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._schedule.step()
@@ -112,14 +126,12 @@ class Trial:
         """Turn the factors of every group towards the updates.
 
         Raises:
-            ConfigError: A module had no gradient.
-            TrainingError: An update is not finite.
+            ConfigError: No batch went through a module.
         """
-        reached = {(a.layer, m.part.name) for a in self.found for m in a.members if a.layer in self.reached}
-        check_reached(self.found, reached)
-        for adapted in self.found:
-            pair = self.pairs[adapted.layer]
-            check_products((pair.A.detach(), pair.B.detach()), adapted.members[0].part.sites[0].module)
+        seen = [float(layer in self._reached) for layer in self.pairs]
+        flags = over_processes(torch.tensor(seen, device=self._parameters[0].device))
+        reached = {layer for layer, flag in zip(self.pairs, flags.tolist(), strict=True) if flag}
+        check_reached(self.found, _parts(self.found, lambda adapted, _: adapted.layer in reached))
         for group, space in spaces.items():
             sides = [self.pairs[a.layer].blocks(m) for a in self.found for m in a.members if m.group is group]
             updates = [(B.cpu(), A.cpu()) for left, right in sides for B in left for A in right]
@@ -142,3 +154,31 @@ class Trial:
                 if member.part.group.core.is_identity:
                     inside = inside.sum(-2, keepdim=True)
                 energies.sums[adapted.layer, member.part.name] = whole, inside
+
+
+def _parts(found: list[Adapted], which: Callable[[Adapted, Member], bool]) -> set[tuple[LotrLinear, str]]:
+    return {(a.layer, m.part.name) for a in found for m in a.members if which(a, m)}
+
+
+def _check_trains(found: list[Adapted]) -> None:
+    """Refuse an adapter that is frozen."""
+
+    def trains(adapted: Adapted, member: Member) -> bool:
+        name, group = adapted.adapter, member.group
+        held = (group.lotr_U, group.lotr_V, group.lotr_core, adapted.layer.lotr_C)
+        return any(p.requires_grad for of in held if name in of for p in of[name].parameters())
+
+    check_reached(found, _parts(found, trains))
+
+
+def _check_equal(steps: int) -> None:
+    """Refuse processes with unequal numbers of batches: the ones with more would wait for the others."""
+    if n_processes() == 1:
+        return
+    all_of: list[Any] = [None] * n_processes()
+    torch.distributed.all_gather_object(all_of, steps)
+    if len(set(all_of)) > 1:
+        raise ConfigError(
+            f"Processes take steps of a start from updates together, and theirs are {all_of}. Give every process as "
+            "many batches."
+        )

@@ -10,6 +10,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from conftest import bert, tokens
 from lotr import LotrConfig
 from lotr.methods import METHODS
 from lotr.orders import AUTOGRAD, ORDERS
@@ -137,6 +138,30 @@ def test_autocast_computes_in_its_type_and_sends_gradients_in_theirs(magnitude: 
     for name, gradient in gradients_other.items():
         assert gradients_one[name].dtype == torch.float32
         assert (gradients_one[name] - gradient).norm() <= 0.1 * gradient.norm() + 1e-3, name
+
+
+@pytest.mark.parametrize("order", ["auto", AUTOGRAD])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_row_trains_under_autocast(method: str, order: str) -> None:
+    """Some products of small cores have a type of their own under autocast."""
+    config = LotrConfig(
+        method=method, r=4, target_modules=["query", "value"], init_weights=False, order=order, seed=0
+    )
+    model = get_peft_model(bert(), config).eval()
+
+    def run() -> tuple[Tensor, Tensor]:
+        model.zero_grad()
+        logits = model(input_ids=tokens()).logits
+        logits.square().sum().backward()
+        return logits.detach().float(), torch.cat(
+            [p.grad.flatten() for p in model.parameters() if p.requires_grad]
+        )
+
+    wanted = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run()
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).norm() <= 0.1 * other.norm()
 
 
 def test_what_listens_to_a_module_still_hears_it(steps: list[str]) -> None:

@@ -120,7 +120,10 @@ class Adapted:
         if part.group.core.by_site:
             return self.site_core(part)
         numbers = shared[self.adapter]() if self.adapter in shared else {}
-        return delta.side_by_side(part.group.core.block(numbers, part.region), part.grid)
+        kind = next((t.device.type for t in numbers.values()), "meta")
+        # autocast would turn some of these small products to another type, and not others
+        with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
+            return delta.side_by_side(part.group.core.block(numbers, part.region), part.grid)
 
     def _core_map(self, member: Member) -> LinearMap:
         core = member.part.group.core

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .delta import Factored
+from .kernels import product
 
 _CHUNK = 1 << 22  # numbers of a weight that are squared at a time
 
@@ -131,7 +132,8 @@ class BaseWeight:
     def _product(self, part: Placed) -> Tensor:
         V = _wide(part.update.V)
         W = self.weight().detach()[part.rows, part.columns].to(V)
-        return (W.unflatten(1, (part.update.grid[1], -1)) @ V).flatten(1)
+        b = part.update.grid[1]
+        return product(W, V) if b == 1 else (W.unflatten(1, (b, -1)) @ V).flatten(1)
 
     def forget(self, adapter: str) -> None:
         """Drop what is kept for an adapter."""

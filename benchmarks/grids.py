@@ -50,7 +50,7 @@ def one(options: Namespace) -> Setting:
 
 def forward(setting: Setting) -> Setting:
     """Return what is measured of a setting without gradients: the base, adapters, and some of them merged."""
-    adapters = tuple((method, r) for method, r in setting.cases if method in ADAPTERS)
+    adapters = tuple((method, r) for method, r in setting.cases if plain(method) in ADAPTERS)
     merged = tuple(
         (method + MERGED, r) for method, r in adapters if r == 16 and method in ("peft_lora", "lotr")
     )

@@ -3,8 +3,9 @@
 It gives float32 to MKL, whose kernels for AVX-512 run on Intel's processors; on others MKL falls back to AVX2. oneDNN
 has kernels for AVX-512 wherever there is AVX-512, and takes half the time there (`benchmarks/bench_products.py`).
 
-The two round differently. The output of a base layer has to be the frozen model's bit for bit, so it is never taken
-here; gradients and the thin products of an update are. `torch.backends.mkldnn.flags(enabled=False)` leaves all to MKL.
+The two round differently, and while an update is zero the output has to be the frozen model's bit for bit: then the
+caller asks PyTorch for it, as the frozen model does (`linear._by_weight`). Everything else is taken here.
+`torch.backends.mkldnn.flags(enabled=False)` leaves all to MKL.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def product(
     """
     if A.device.type != "cpu":
         return A @ B
-    if _onednn_takes(A, B):
+    if takes(A, B):
         # the first operand is read row by row, and copied for that where it does not lie so
         if A.is_contiguous() or (not B.T.is_contiguous() and A.numel() < B.numel()):
             return _linear(A, B.T)
@@ -45,17 +46,32 @@ def product(
     return A @ B
 
 
-def _linear(X: Tensor, W: Tensor) -> Tensor:  # (n, m), (r, m) -> (n, r)
+def linear(
+    X: Tensor,  # (n, m)
+    W: Tensor,  # (r, m)
+    bias: Tensor | None = None,  # (r,)
+) -> Tensor:  # (n, r)
+    """Return `X Wᵀ + bias`; the weight may be a transposed view.
+
+    Example:
+        >>> linear(torch.randn(4, 5), torch.randn(2, 5), torch.randn(2)).shape
+        torch.Size([4, 2])
+    """
+    return _linear(X, W, bias) if takes(X, W.T) else F.linear(X, W, bias)
+
+
+def _linear(X: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:  # (n, m), (r, m), (r,) -> (n, r)
     if not (W.is_contiguous() or W.T.is_contiguous()):  # pieces of wider matrices are read number by number
         W = W.contiguous()
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(X, W, None, "none", [], "")
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(X, W, bias, "none", [], "")
     return result
 
 
-def _onednn_takes(A: Tensor, B: Tensor) -> bool:
-    """Whether oneDNN is faster, and nobody has to see or differentiate the operation."""
+def takes(A: Tensor, B: Tensor) -> bool:  # (n, m), (m, r)
+    """Whether the product goes to oneDNN: it is faster, and nobody has to see or differentiate the operation."""
     return (
         ONEDNN_IS_FASTER
+        and A.device.type == B.device.type == "cpu"
         and A.dtype == B.dtype == torch.float32
         and A.numel() * B.shape[1] >= _WORTH
         and bool(torch.backends.mkldnn.enabled)
@@ -91,8 +107,9 @@ ONEDNN_IS_FASTER = (
 def in_graph(x: Tensor, W: Tensor, bias: Tensor | None = None, factor: bool = False) -> Tensor | None:
     """Return `x Wᵀ + bias` as operations of a graph that is being compiled, or nothing where that has no use.
 
-    Of a base layer the output is its own, and the gradient of the input a `product`; of a factor everything is.
-    Exported graphs have PyTorch's operations alone, because other processes have to read them.
+    A graph has one way for every step, and compilers round in ways of their own: there the base's output is taken by
+    the faster library at step 0 too, as is the gradient of its input; of a factor everything is. Exported graphs have
+    PyTorch's operations alone, because other processes have to read them.
 
     Args:
         x: Input, `(*n, in)`.
@@ -101,7 +118,7 @@ def in_graph(x: Tensor, W: Tensor, bias: Tensor | None = None, factor: bool = Fa
         factor: Whether the weight is a factor of an update, not that of a base layer.
     """
     if (
-        not (ONEDNN_IS_FASTER and torch.compiler.is_compiling() and torch.is_grad_enabled())
+        not (ONEDNN_IS_FASTER and torch.compiler.is_compiling())
         or getattr(torch.compiler, "is_exporting", bool)()
         or torch._C._are_functorch_transforms_active()
         or not (x.device.type == W.device.type == "cpu" and x.dtype == W.dtype == torch.float32)
@@ -134,7 +151,8 @@ def _product_gradients(ctx: Any, dC: Tensor) -> tuple[Tensor | None, Tensor | No
 
 def _base(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
     with torch.no_grad():
-        return F.linear(x, W, bias)
+        y = linear(x.reshape(-1, x.shape[-1]), W, bias)
+        return y.reshape(*x.shape[:-1], W.shape[0])
 
 
 def _keep_weight(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:

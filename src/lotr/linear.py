@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .delta import Factored, Grid
-from .kernels import product
+from .kernels import linear, product, takes
 from .orders import Order
 
 
@@ -186,8 +186,8 @@ def _output(
 ) -> Tensor:  # (n, out)
     """Return the output: by the base weight and what is merged into it, or with the updates added to that."""
     if order.merge_forward:
-        return F.linear(X, _merged(W, parts), bias)
-    Y = F.linear(X, W, bias)
+        return _by_weight(X, _merged(W, parts), bias, parts)
+    Y = _by_weight(X, W, bias, parts)
     for part, h in zip(parts, hs, strict=True):
         assert h is not None
         o, a = len(part.U), part.place.grid[0]
@@ -197,6 +197,21 @@ def _output(
         else:
             block.addmm_(h, _factored(part).left().T)
     return Y
+
+
+def _by_weight(
+    X: Tensor, W: Tensor, bias: Tensor | None, parts: Sequence[PartOfLinear]
+) -> Tensor:  # (n, out)
+    """Return `X Wᵀ + bias`, as the frozen model rounds it while the updates are zero."""
+    if takes(X, W.T) and not all(_is_zero(part) for part in parts):
+        return linear(X, W, bias)
+    return F.linear(X, W, bias)
+
+
+def _is_zero(part: PartOfLinear) -> bool:
+    """Whether a part changes nothing: which of its numbers start at zero is up to the method."""
+    # nearly always the first row tells, and the others need not be read
+    return not all(bool(numbers[:1].any() or numbers.any()) for numbers in (part.C, part.U, part.Vt))
 
 
 def _dX(

@@ -67,12 +67,20 @@ def plain(method: str) -> str:
     return method.removesuffix(MERGED).removesuffix(COMPILED).removesuffix(MKL)
 
 
-def make(method: str, rank: int | None, shape: str, base: PreTrainedModel) -> nn.Module:
-    """Return a model for a method. It shares the frozen weights of `base`, which stays as it is."""
+def make(method: str, rank: int | None, shape: str, base: PreTrainedModel, graph: bool = False) -> nn.Module:
+    """Return a model for a method; it shares the frozen weights of `base`, which stays as it is.
+
+    Args:
+        method: Its name.
+        rank: Of an adapter.
+        shape: Name of the architecture.
+        base: The frozen model.
+        graph: Whether the model will be compiled.
+    """
     if method == FULL:
         return copy.deepcopy(base).requires_grad_(True)
     if method.endswith(COMPILED):
-        return torch.compile(make(plain(method), rank, shape, base), fullgraph=True)  # type: ignore[return-value]
+        return torch.compile(make(plain(method), rank, shape, base, True), fullgraph=True)  # type: ignore[return-value]
     if method.endswith(MERGED):
         own = copy.deepcopy(base)
         return _adapted(plain(method), rank, shape, own).merge_and_unload()
@@ -80,6 +88,10 @@ def make(method: str, rank: int | None, shape: str, base: PreTrainedModel) -> nn
     if method == BASE:
         return model
     first = model.get_submodule(SHAPES[shape].blocks)[0]
+    if method == FLOOR and graph:  # which cannot ask for a gradient inside, but can have a number that trains
+        first.register_parameter("start", nn.Parameter(torch.zeros(())))
+        first.register_forward_pre_hook(_input_has_gradient, with_kwargs=True)
+        return model
     if method == FLOOR:
         first.register_forward_pre_hook(_input_requires_grad, with_kwargs=True)
         return model
@@ -101,6 +113,12 @@ def _input_requires_grad(module: nn.Module, args: tuple[Any, ...], kwargs: dict[
     hidden = args[0] if args else kwargs["hidden_states"]
     if torch.is_grad_enabled():
         hidden.requires_grad_()
+
+
+def _input_has_gradient(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if args:
+        return (args[0] + module.start, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": kwargs["hidden_states"] + module.start}
 
 
 def _output_requires_grad(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:

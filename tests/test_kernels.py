@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from conftest import bert, tokens
 from lotr import LotrConfig, kernels
-from lotr.kernels import product
+from lotr.kernels import column_sums, product
 from lotr.linear import PartOfLinear, Place, adapted_linear
 from lotr.methods import METHODS
 from lotr.orders import Order
@@ -192,6 +192,44 @@ def test_pytorchs_own_switch_leaves_the_base_to_pytorch(
         monkeypatch.setattr(kernels, "ONEDNN_IS_FASTER", False)
         assert torch.equal(found, output(x, W, bias, numbers, order))
     assert seen == []
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("train", ["all", "cores"])
+def test_norms_get_their_product_from_that_of_few_tokens_with_the_base(
+    train: str, grad: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(48, 160, bias=bias))
+    config = LotrConfig(r=4, magnitude="per_output", train=train, target_modules=["0"], init_weights=False)
+    model, x = get_peft_model(base, config), torch.randn(2, 20, 48)
+    with torch.no_grad():
+        for number in model.parameters():
+            number += 0.1 * torch.randn(number.shape)
+
+    def run(model: nn.Module, x: Tensor) -> list[Tensor]:
+        leaves = [x.requires_grad_(grad), *(p for p in model.parameters() if p.requires_grad)]
+        with torch.set_grad_enabled(grad):
+            y = model(x)
+        return [y.detach(), *(torch.autograd.grad(y.sin().sum(), leaves) if grad else ())]
+
+    seen = calls(monkeypatch)
+    found = run(model, x)
+    rows = 40 + 4 * (train == "all")  # of frozen factors it is kept
+    assert (rows, 160) in seen and ((160, 4) in seen) == (train == "cores")
+    for one, other in zip(found, run(model.double(), x.detach().double()), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("n", [0, 1, 70, 5000])
+def test_sums_of_columns_are_those_in_double_precision(n: int) -> None:
+    A, B = torch.randn(n, 33), torch.randn(n, 33)
+    with torch.no_grad():
+        found = column_sums(A, B.T.contiguous().T)
+    wanted = A.double().sum(0), (A.double() * B.double()).sum(0)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("method", METHODS)

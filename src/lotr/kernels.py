@@ -4,7 +4,7 @@ It gives float32 to MKL, whose kernels for AVX-512 run on Intel's processors; on
 has kernels for AVX-512 wherever there is AVX-512, and takes half the time there (`benchmarks/bench_products.py`).
 
 The two round differently, and while an update is zero the output has to be the frozen model's bit for bit: then the
-caller asks PyTorch for it, as the frozen model does (`linear._by_weight`). Everything else is taken here.
+caller asks PyTorch for it, as the frozen model does (`base_product`). Everything else is taken here.
 `torch.backends.mkldnn.flags(enabled=False)` leaves all to MKL.
 """
 

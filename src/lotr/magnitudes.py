@@ -96,6 +96,8 @@ class Magnitude(ABC):
     additive: ClassVar[bool] = False
     #: The rule divides by the norm of the update, so the update must not start at zero.
     divides_by_update: ClassVar[bool] = False
+    #: The gains only scale the outputs of `W + ΔW`, and may be found after those.
+    scales_outputs: ClassVar[bool] = False
 
     @abstractmethod
     def shapes(self, out_features: int, in_features: int) -> Shapes:
@@ -142,6 +144,8 @@ class PerOutput(Magnitude):
 
     Source: DoRA, arXiv 2402.09353.
     """
+
+    scales_outputs = True
 
     def shapes(self, out_features: int, in_features: int) -> Shapes:
         return {"m": (out_features,)}

@@ -52,12 +52,14 @@ class Placed:
         row: First output feature.
         column: First input feature.
         frozen: What tells this `V` from any other, when it stays as it is: `W V` is kept with it.
+        WV: `W V` at this place, `(a·o, r)`, where it is known.
     """
 
     update: Factored
     row: int
     column: int
     frozen: Frozen | None = None
+    WV: Tensor | None = None
 
     @property
     def rows(self) -> slice:
@@ -119,6 +121,8 @@ class BaseWeight:
 
     def times(self, part: Placed) -> Tensor:  # (a·o, b·r)
         """Return `W (I_b ⊗ V)` at the place of a part, from memory where `V` is frozen."""
+        if part.WV is not None:
+            return _wide(part.WV)
         self._forget_another()
         if part.frozen is None:
             return self._product(part)

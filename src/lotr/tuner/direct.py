@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -96,13 +97,15 @@ def fits(adapted: Adapted, x: Tensor) -> bool:
 
 
 def output(adapted: Adapted, x: Tensor) -> Tensor:  # (*n, in) -> (*n, out)
-    """Return base output plus update, before the magnitude."""
+    """Return base output plus update, before the magnitude; what norms can use of it is left with the adapter."""
     layer, state = adapted.layer, adapted.state
     W, bias = layer.base_layer.weight, layer.base_layer.bias
     W = W.T if layer.fan_in_fan_out else W
     dtype = _autocast(x) or W.dtype
     tokens, gradients = x.numel() // x.shape[-1], torch.is_grad_enabled()
     order = choose_order(tokens, *W.shape, dtype, state.order, gradients)
+    if _asks_for_products(adapted):
+        order = replace(order, with_norms=True)
     parts, keys = [], []
     for member in state.members:
         part, group = member.part, member.group
@@ -117,10 +120,19 @@ def output(adapted: Adapted, x: Tensor) -> Tensor:  # (*n, in) -> (*n, out)
     y, products = adapted_linear(
         x.to(dtype), W.to(dtype), None if bias is None else bias.to(dtype), parts, order
     )
+    if order.with_norms:
+        adapted.WV = products.pop()
     for member, key, h in zip(state.members, keys, products, strict=True):
         if key is not None and h is not None:
             member.group.products.keep(key, x, h)
     return y
+
+
+def _asks_for_products(adapted: Adapted) -> bool:
+    """Whether norms will take `W V` without a way back, of a `V` for which it is not kept."""
+    state = adapted.state
+    frozen = state.members[0].group.frozen(adapted.adapter)
+    return state.magnitude.scales_outputs and not state.norm_gradient and frozen is None
 
 
 def in_graph(layer: LotrLinear, x: Tensor) -> Tensor | None:

@@ -52,7 +52,8 @@ TEXT = {
     "lotr_per_output_cores": "the same, cores and norms trained",
     "lotr_per_output_and_input": "LoTR with norms for every output and input",
     "lotr_base_and_update": "LoTR with a size of the base and of the update",
-    "…" + COMPILED: "the method in front, by `torch.compile(fullgraph=True)`",
+    "…"
+    + COMPILED: "the method in front, by `torch.compile(fullgraph=True)`; the floor then trains one number",
     "…" + MKL: "the method in front, with all products by MKL, as PyTorch has them",
 }
 

@@ -265,6 +265,23 @@ def test_a_compiled_graph_takes_them_and_computes_the_same(
     assert seen.count((rows, width)) > 4
 
 
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("method", ["lotr", "lora", "dora", "lora_xs", "metatt_5d", "lotr_joint", "map"])
+def test_a_compiled_graph_without_gradients_has_one_operation_a_module(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    config = LotrConfig(method=method, r=4, target_modules=["query", "value", "dense"], init_weights=False)
+    model = get_peft_model(bert(), config).eval()
+    for rows in (4, 2):  # other sizes, other orders
+        with torch.no_grad():
+            wanted = model(input_ids=tokens()[:rows]).logits
+            seen = calls(monkeypatch)
+            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(compiled(input_ids=tokens()[:rows]).logits, wanted)
+        assert seen
+
+
 def small() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 12))

@@ -158,20 +158,27 @@ def in_graph(x: Tensor, W: Tensor, bias: Tensor | None = None, factor: bool = Fa
         bias: Bias, `(out,)`.
         factor: Whether the weight is a factor of an update, not that of a base layer.
     """
-    if (
-        not (ONEDNN_IS_FASTER and torch.compiler.is_compiling())
-        or getattr(torch.compiler, "is_exporting", bool)()
-        or torch._C._are_functorch_transforms_active()
-        or not (x.device.type == W.device.type == "cpu" and x.dtype == W.dtype == torch.float32)
-        or torch.is_autocast_enabled("cpu")
-        or (not factor and any(t is not None and t.requires_grad for t in (W, bias)))
-    ):
+    frozen = factor or not any(t is not None and t.requires_grad for t in (W, bias))
+    if not (frozen and taken_in_graph(x, W)):
         return None
     if factor:
         h: Tensor = torch.ops.lotr.product(x.reshape(-1, x.shape[-1]), W.T)
         return h.reshape(*x.shape[:-1], W.shape[0])
     y: Tensor = torch.ops.lotr.base(x, W, bias)
     return y
+
+
+def taken_in_graph(x: Tensor, W: Tensor) -> bool:
+    """Whether a graph that is being compiled has products as operations of its own."""
+    return (
+        ONEDNN_IS_FASTER
+        and torch.compiler.is_compiling()
+        and not getattr(torch.compiler, "is_exporting", bool)()
+        and not torch._C._are_functorch_transforms_active()
+        and x.device.type == W.device.type == "cpu"
+        and x.dtype == W.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def _product(A: Tensor, B: Tensor) -> Tensor:
@@ -206,19 +213,15 @@ def _base_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
     return dX.reshape(*dy.shape[:-1], W.shape[1]), None, None
 
 
-#: `product`, and `x Wᵀ + bias` with a frozen weight, as operations of a graph.
-_OPERATIONS = torch.library.Library("lotr", "DEF")
-_OPERATIONS.define("product(Tensor A, Tensor B) -> Tensor")
-_OPERATIONS.impl("product", _product, "CPU")
+#: `product` and `x Wᵀ + bias` with a frozen weight, as operations of a graph.
+OPERATIONS = torch.library.Library("lotr", "DEF")
+OPERATIONS.define("product(Tensor A, Tensor B) -> Tensor")
+OPERATIONS.impl("product", _product, "CPU")
+torch.library.register_fake("lotr::product", lambda A, B: A.new_empty(A.shape[0], B.shape[1]), lib=OPERATIONS)
+torch.library.register_autograd("lotr::product", _product_gradients, setup_context=_keep_both, lib=OPERATIONS)
+OPERATIONS.define("base(Tensor x, Tensor W, Tensor? bias) -> Tensor")
+OPERATIONS.impl("base", _base, "CPU")
 torch.library.register_fake(
-    "lotr::product", lambda A, B: A.new_empty(A.shape[0], B.shape[1]), lib=_OPERATIONS
+    "lotr::base", lambda x, W, bias: x.new_empty(*x.shape[:-1], W.shape[0]), lib=OPERATIONS
 )
-torch.library.register_autograd(
-    "lotr::product", _product_gradients, setup_context=_keep_both, lib=_OPERATIONS
-)
-_OPERATIONS.define("base(Tensor x, Tensor W, Tensor? bias) -> Tensor")
-_OPERATIONS.impl("base", _base, "CPU")
-torch.library.register_fake(
-    "lotr::base", lambda x, W, bias: x.new_empty(*x.shape[:-1], W.shape[0]), lib=_OPERATIONS
-)
-torch.library.register_autograd("lotr::base", _base_gradients, setup_context=_keep_weight, lib=_OPERATIONS)
+torch.library.register_autograd("lotr::base", _base_gradients, setup_context=_keep_weight, lib=OPERATIONS)

@@ -166,8 +166,10 @@ class LotrLinear(nn.Module, LotrLayer):
         gains = None if adapted.magnitude.additive else adapted.gains()
         if gains is not None and gains.input is not None:
             x, base = (x * gains.input).to(x.dtype), None
-        if alone and (gains is None or gains.alike) and direct.fits(adapted, x):
-            y = direct.output(adapted, x)
+        y = None
+        if alone and (gains is None or gains.alike):
+            y = direct.output(adapted, x) if direct.fits(adapted, x) else direct.output_in_graph(adapted, x)
+        if y is not None:
             return y if gains is None else gains.of_sum(y, bias).to(y.dtype)
         if base is None:
             base = direct.in_graph(self, x) if not args and not kwargs else None

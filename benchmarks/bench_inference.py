@@ -14,7 +14,7 @@ import argparse
 import torch
 
 from grids import Setting, forward, grid, one
-from peers import BASE, inference_step, label, make
+from peers import BASE, MKL, inference_step, label, make, mkl_alone
 from pictures import panels
 from records import Row, begin, case_options, keep_memory, parser, progress, ratio, rounded, show, size, write
 from shapes import batch_for, build
@@ -29,6 +29,7 @@ def measure(setting: Setting, options: argparse.Namespace, device: torch.device)
     batch = batch_for(base, setting.batch, setting.length)
     models = {label(*case): make(*case, setting.shape, base) for case in setting.cases}
     runs = {name: inference_step(model, batch) for name, model in models.items()}
+    runs |= {name: mkl_alone(runs[name]) for name in runs if MKL in name}
     with progress(str(setting), len(runs) * (options.rounds + 1)) as bar:
         samples = interleaved(
             runs,

@@ -59,10 +59,10 @@ class Operands:
     def products(self, of: Product) -> dict[str, Callable[[], Tensor]]:
         """Return the wide products, and the thin ones as `lotr.linear` takes them.
 
-        The base's output, and what is added in place, is PyTorch's own everywhere.
+        What is added in place is PyTorch's own everywhere.
         """
         return {
-            WIDE[0]: lambda: self.X @ self.W.T,
+            WIDE[0]: lambda: of(self.X, self.W.T),
             WIDE[1]: lambda: of(self.dY, self.W),
             "h = X V": lambda: of(self.X, self.V),
             "Y += h Uᵀ": lambda: self.dY.addmm_(self.h, self.U.T, alpha=1e-6),

@@ -50,11 +50,13 @@ def one(options: Namespace) -> Setting:
 
 def forward(setting: Setting) -> Setting:
     """Return what is measured of a setting without gradients: the base, adapters, and some of them merged."""
-    adapters = tuple((method, r) for method, r in setting.cases if method in ADAPTERS)
+    adapters = tuple((method, r) for method, r in setting.cases if plain(method) in ADAPTERS)
     merged = tuple(
         (method + MERGED, r) for method, r in adapters if r == 16 and method in ("peft_lora", "lotr")
     )
-    return replace(setting, cases=((BASE, None), *adapters, *merged))
+    graphs = any(method.endswith(COMPILED) for method, _ in adapters)
+    bases = ((BASE, None), (BASE + COMPILED, None)) if graphs else ((BASE, None),)
+    return replace(setting, cases=(*bases, *adapters, *merged))
 
 
 def grid(short: bool, cuda: bool) -> list[Setting]:
@@ -82,7 +84,7 @@ def _short(sizes: dict[str, tuple[int, int]]) -> list[Setting]:
 def _by_rank(sizes: dict[str, tuple[int, int]]) -> list[Setting]:
     others = ranked((name for name in ADAPTERS if name not in MAIN), (16,))
     cases = ((FLOOR, None), (TIGHT, None), (FULL, None), *ranked(MAIN, RANKS), *others, *ranked(ALONE, (16,)))
-    compiled = ranked((method + COMPILED for method in MAIN), (16,))
+    compiled = ((FLOOR + COMPILED, None), *ranked((method + COMPILED for method in MAIN), (16,)))
     return [
         Setting(shape, *size, (*cases, *compiled) if shape == "minilm" else cases)
         for shape, size in sizes.items()

@@ -52,7 +52,8 @@ TEXT = {
     "lotr_per_output_cores": "the same, cores and norms trained",
     "lotr_per_output_and_input": "LoTR with norms for every output and input",
     "lotr_base_and_update": "LoTR with a size of the base and of the update",
-    "…" + COMPILED: "the method in front, by `torch.compile(fullgraph=True)`",
+    "…"
+    + COMPILED: "the method in front, by `torch.compile(fullgraph=True)`; the floor then trains one number",
     "…" + MKL: "the method in front, with all products by MKL, as PyTorch has them",
 }
 
@@ -67,12 +68,20 @@ def plain(method: str) -> str:
     return method.removesuffix(MERGED).removesuffix(COMPILED).removesuffix(MKL)
 
 
-def make(method: str, rank: int | None, shape: str, base: PreTrainedModel) -> nn.Module:
-    """Return a model for a method. It shares the frozen weights of `base`, which stays as it is."""
+def make(method: str, rank: int | None, shape: str, base: PreTrainedModel, graph: bool = False) -> nn.Module:
+    """Return a model for a method; it shares the frozen weights of `base`, which stays as it is.
+
+    Args:
+        method: Its name.
+        rank: Of an adapter.
+        shape: Name of the architecture.
+        base: The frozen model.
+        graph: Whether the model will be compiled.
+    """
     if method == FULL:
         return copy.deepcopy(base).requires_grad_(True)
     if method.endswith(COMPILED):
-        return torch.compile(make(plain(method), rank, shape, base), fullgraph=True)  # type: ignore[return-value]
+        return torch.compile(make(plain(method), rank, shape, base, True), fullgraph=True)  # type: ignore[return-value]
     if method.endswith(MERGED):
         own = copy.deepcopy(base)
         return _adapted(plain(method), rank, shape, own).merge_and_unload()
@@ -80,6 +89,10 @@ def make(method: str, rank: int | None, shape: str, base: PreTrainedModel) -> nn
     if method == BASE:
         return model
     first = model.get_submodule(SHAPES[shape].blocks)[0]
+    if method == FLOOR and graph:  # which cannot ask for a gradient inside, but can have a number that trains
+        first.register_parameter("start", nn.Parameter(torch.zeros(())))
+        first.register_forward_pre_hook(_input_has_gradient, with_kwargs=True)
+        return model
     if method == FLOOR:
         first.register_forward_pre_hook(_input_requires_grad, with_kwargs=True)
         return model
@@ -101,6 +114,12 @@ def _input_requires_grad(module: nn.Module, args: tuple[Any, ...], kwargs: dict[
     hidden = args[0] if args else kwargs["hidden_states"]
     if torch.is_grad_enabled():
         hidden.requires_grad_()
+
+
+def _input_has_gradient(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if args:
+        return (args[0] + module.start, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": kwargs["hidden_states"] + module.start}
 
 
 def _output_requires_grad(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -145,8 +164,11 @@ def mkl_alone(run: Callable[[], None]) -> Callable[[], None]:
 
 
 def inference_step(model: nn.Module, batch: Batch) -> Callable[[], None]:
-    """Return one forward pass without gradients."""
+    """Return one forward pass without gradients, of an adapter that has left its start: updates of zero have a path."""
     device = batch.tokens.device.type
+    for number in trained(model):
+        if not number.any():
+            nn.init.normal_(number, std=1e-3)
     model.eval()
 
     @torch.inference_mode()

@@ -23,7 +23,7 @@ from rich.table import Table
 
 import lotr
 from lotr.files import write_json
-from peers import ADAPTERS, COMPILED, MKL, TEXT
+from peers import ADAPTERS, COMPILED, FLOOR, MKL, TEXT
 from shapes import SHAPES
 from timing import Spread
 
@@ -61,6 +61,7 @@ def case_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--length", type=int, default=128, help="tokens of a row")
     names = [name for name in TEXT if "…" not in name]
     names += [method + how for how in (COMPILED, MKL) for method in ADAPTERS]
+    names.append(FLOOR + COMPILED)
     made.add_argument(
         "--methods", nargs="+", choices=names, default=[*ADAPTERS], metavar="METHOD", help=", ".join(names)
     )

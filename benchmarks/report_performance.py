@@ -39,7 +39,7 @@ SECTIONS: dict[str, tuple[str, str, Sequence[str], Callable[[Record], list[str]]
         "Gradients set to none, forward, backward, AdamW over the trained numbers. The floor is the frozen model with "
         "gradients flowing through every layer and no adapter. Adapters do not need the gradient of the first "
         "layer's input, and the floor computes it; `floor_tight` leaves it out. On processors with AVX-512 that are "
-        "not Intel's the library takes gradients with oneDNN, the floor and PEFT with MKL, as PyTorch has them: that "
+        "not Intel's the library takes products with oneDNN, the floor and PEFT with MKL, as PyTorch has them: that "
         "is why a step can take less time than the frozen model's. What it takes without oneDNN is `…_mkl`.",
         bench_train_step.HEADER,
         bench_train_step.cells,
@@ -48,8 +48,8 @@ SECTIONS: dict[str, tuple[str, str, Sequence[str], Callable[[Record], list[str]]
         "What bounds a training step",
         "The products of one adapted linear at rank 16, each alone, without Python or autograd around it, as the "
         "library takes them and as PyTorch's own operator does. PyTorch asks MKL, which has no kernels for AVX-512 on "
-        "processors that are not Intel's; oneDNN has, so there the library takes gradients and thin products with it. "
-        "The base's output `X Wᵀ` stays with MKL, because it has to be the frozen model's bit for bit. The shares are "
+        "processors that are not Intel's; oneDNN has, so there the library takes its products with it. Only while the "
+        "update is zero `X Wᵀ` stays with MKL, because it has to be the frozen model's bit for bit. The shares are "
         "those of the two products of the frozen linear, by PyTorch. Where a group spans projections (`lotr_joint`), "
         "`q`, `k` and `v` share `h`, `dV` and `dX`; with factors that stay, `dU` and `dV` are not taken.",
         bench_products.HEADER,

@@ -1,4 +1,4 @@
-"""Products by oneDNN are those of the matrices, to rounding; the frozen model's own output keeps every bit."""
+"""Products by oneDNN are those of the matrices, to rounding; an update of zero leaves every bit of the frozen model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from conftest import bert, tokens
 from lotr import LotrConfig, kernels
-from lotr.kernels import product
+from lotr.kernels import column_sums, product
 from lotr.linear import PartOfLinear, Place, adapted_linear
+from lotr.methods import METHODS
 from lotr.orders import Order
 
+every_order = pytest.mark.parametrize("order", [Order(), Order(True, True)], ids=str)
 pytestmark = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
     reason="this build of PyTorch has no oneDNN",
@@ -31,8 +33,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     seen: list[tuple[int, ...]] = []
     linear = kernels._linear
 
-    def counted(X: Tensor, W: Tensor) -> Tensor:
-        result = linear(X, W)
+    def counted(X: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
+        result = linear(X, W, bias)
         seen.append(tuple(result.shape))
         return result
 
@@ -113,7 +115,7 @@ def output(x: Tensor, W: Tensor, bias: Tensor, numbers: list[Tensor], order: Ord
     return adapted_linear(x, W, bias, [PartOfLinear(Place(0, 0), *numbers)], order)[0]
 
 
-@pytest.mark.parametrize("order", [Order(), Order(True, True)], ids=str)
+@every_order
 def test_gradients_are_those_in_double_precision(order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = calls(monkeypatch)
 
@@ -141,13 +143,100 @@ def test_gradients_can_be_differentiated_again() -> None:
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
 
 
-def test_an_update_of_zero_leaves_every_bit() -> None:
-    x, W, bias = torch.randn(50, 768), torch.randn(96, 768), torch.randn(96)  # so wide that libraries differ
-    part = [torch.randn(8, 768), torch.zeros(8, 8), torch.randn(96, 8)]
-    for grad in (False, True):
+def wide(zero: str = "") -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Return a case so wide that libraries differ in rounding; some of its numbers may be zero."""
+    torch.manual_seed(0)
+    numbers = {"Vt": torch.randn(8, 768), "C": torch.randn(8, 8), "U": torch.randn(96, 8)}
+    if zero:
+        numbers[zero].zero_()
+    return torch.randn(50, 768), torch.randn(96, 768), torch.randn(96), list(numbers.values())
+
+
+@every_order
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("zero", ["Vt", "C", "U"])
+def test_an_update_of_zero_leaves_every_bit(zero: str, grad: bool, order: Order) -> None:
+    x, W, bias, numbers = wide(zero)
+    with torch.set_grad_enabled(grad):
+        y = output(x, W, bias, numbers, order)
+    assert torch.equal(y, nn.functional.linear(x, W, bias))
+
+
+@every_order
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("turned", [False, True], ids=["Linear", "Conv1D"])
+def test_an_update_that_is_not_zero_takes_the_base_along(
+    turned: bool, grad: bool, order: Order, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = calls(monkeypatch)
+    x, W, bias, numbers = wide()
+    numbers[1] = torch.zeros(8, 8)
+    numbers[1][-1, -1] = 1e-3  # one number will do
+    with torch.set_grad_enabled(grad):
+        found = output(x, W.T.contiguous().T if turned else W, bias, numbers, order)
+    assert (50, 96) in seen
+    Vt, C, U = (number.double() for number in numbers)
+    wanted = x.double() @ (W.double() + U @ C @ Vt).T + bias.double()
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+@every_order
+@pytest.mark.parametrize("grad", [False, True])
+def test_pytorchs_own_switch_leaves_the_base_to_pytorch(
+    grad: bool, order: Order, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = calls(monkeypatch)
+    x, W, bias, numbers = wide()
+    with torch.set_grad_enabled(grad), torch.backends.mkldnn.flags(enabled=False):
+        found = output(x, W, bias, numbers, order)
+        monkeypatch.setattr(kernels, "ONEDNN_IS_FASTER", False)
+        assert torch.equal(found, output(x, W, bias, numbers, order))
+    assert seen == []
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("train", ["all", "cores"])
+def test_norms_get_their_product_from_that_of_few_tokens_with_the_base(
+    train: str, grad: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(48, 160, bias=bias))
+    config = LotrConfig(r=4, magnitude="per_output", train=train, target_modules=["0"], init_weights=False)
+    model, x = get_peft_model(base, config), torch.randn(2, 20, 48)
+    with torch.no_grad():
+        for number in model.parameters():
+            number += 0.1 * torch.randn(number.shape)
+
+    def run(model: nn.Module, x: Tensor) -> list[Tensor]:
+        leaves = [x.requires_grad_(grad), *(p for p in model.parameters() if p.requires_grad)]
         with torch.set_grad_enabled(grad):
-            y = output(x, W, bias, part, Order())
-        assert torch.equal(y, nn.functional.linear(x, W, bias))
+            y = model(x)
+        return [y.detach(), *(torch.autograd.grad(y.sin().sum(), leaves) if grad else ())]
+
+    seen = calls(monkeypatch)
+    found = run(model, x)
+    rows = 40 + 4 * (train == "all")  # of frozen factors it is kept
+    assert (rows, 160) in seen and ((160, 4) in seen) == (train == "cores")
+    for one, other in zip(found, run(model.double(), x.detach().double()), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("n", [0, 1, 70, 5000])
+def test_sums_of_columns_are_those_in_double_precision(n: int) -> None:
+    A, B = torch.randn(n, 33), torch.randn(n, 33)
+    with torch.no_grad():
+        found = column_sums(A, B.T.contiguous().T)
+    wanted = A.double().sum(0), (A.double() * B.double()).sum(0)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_step_0_of_every_row_is_the_base_bit_for_bit(method: str) -> None:
+    model = get_peft_model(bert(), LotrConfig(method=method, r=4, target_modules=["query", "value", "dense"]))
+    logits = model.eval()(input_ids=tokens()).logits
+    assert torch.equal(logits, bert().eval()(input_ids=tokens()).logits)
 
 
 @pytest.mark.filterwarnings("default")
@@ -174,6 +263,23 @@ def test_a_compiled_graph_takes_them_and_computes_the_same(
     )  # through the factors, and the gradient of a base layer's input
     # the base layers' own, but those without a layer below, and both factors of every module
     assert seen.count((rows, width)) > 4
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("method", ["lotr", "lora", "dora", "lora_xs", "metatt_5d", "lotr_joint", "map"])
+def test_a_compiled_graph_without_gradients_has_one_operation_a_module(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    config = LotrConfig(method=method, r=4, target_modules=["query", "value", "dense"], init_weights=False)
+    model = get_peft_model(bert(), config).eval()
+    for rows in (4, 2):  # other sizes, other orders
+        with torch.no_grad():
+            wanted = model(input_ids=tokens()[:rows]).logits
+            seen = calls(monkeypatch)
+            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(compiled(input_ids=tokens()[:rows]).logits, wanted)
+        assert seen
 
 
 def small() -> tuple[nn.Module, Tensor]:

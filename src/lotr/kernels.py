@@ -3,8 +3,9 @@
 It gives float32 to MKL, whose kernels for AVX-512 run on Intel's processors; on others MKL falls back to AVX2. oneDNN
 has kernels for AVX-512 wherever there is AVX-512, and takes half the time there (`benchmarks/bench_products.py`).
 
-The two round differently. The output of a base layer has to be the frozen model's bit for bit, so it is never taken
-here; gradients and the thin products of an update are. `torch.backends.mkldnn.flags(enabled=False)` leaves all to MKL.
+The two round differently, and while an update is zero the output has to be the frozen model's bit for bit: then the
+caller asks PyTorch for it, as the frozen model does (`base_product`). Everything else is taken here.
+`torch.backends.mkldnn.flags(enabled=False)` leaves all to MKL.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch import Tensor
 _NARROW = 16
 # multiplications below which calling oneDNN costs more than it saves
 _WORTH = 1 << 20
+# of activations are summed one number after the other: so many that rounding stays that of a product
+_ROWS = 2048
 
 
 def product(
@@ -35,7 +38,7 @@ def product(
     """
     if A.device.type != "cpu":
         return A @ B
-    if _onednn_takes(A, B):
+    if takes(A, B):
         # the first operand is read row by row, and copied for that where it does not lie so
         if A.is_contiguous() or (not B.T.is_contiguous() and A.numel() < B.numel()):
             return _linear(A, B.T)
@@ -45,21 +48,75 @@ def product(
     return A @ B
 
 
-def _linear(X: Tensor, W: Tensor) -> Tensor:  # (n, m), (r, m) -> (n, r)
+def linear(
+    X: Tensor,  # (n, m)
+    W: Tensor,  # (r, m)
+    bias: Tensor | None = None,  # (r,)
+) -> Tensor:  # (n, r)
+    """Return `X Wᵀ + bias`; the weight may be a transposed view.
+
+    Example:
+        >>> linear(torch.randn(4, 5), torch.randn(2, 5), torch.randn(2)).shape
+        torch.Size([4, 2])
+    """
+    return _linear(X, W, bias) if takes(X, W.T) else F.linear(X, W, bias)
+
+
+def column_sums(
+    A: Tensor,  # (n, m)
+    B: Tensor,  # (n, m)
+) -> tuple[Tensor, Tensor]:  # (m,), (m,)
+    """Return the sums over rows of `A` and of `A ⊙ B`.
+
+    On CPUs one pass reads both: that of a layer norm for its weight and bias, with a mean of zero and a spread of one.
+
+    Example:
+        >>> A, B = torch.randn(4, 3), torch.randn(4, 3)
+        >>> [tuple(total.shape) for total in column_sums(A, B)]
+        [(3,), (3,)]
+    """
+    sums = [_sums_of_both(*rows) for rows in zip(A.split(_ROWS), B.split(_ROWS), strict=True)]
+    first, *others = sums
+    for plain, weighed in others:
+        first = first[0] + plain, first[1] + weighed
+    return first
+
+
+def _sums_of_both(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    if not (A.device.type == B.device.type == "cpu" and A.dtype == B.dtype == torch.float32 and _unseen()):
+        return A.sum(0), (A * B).sum(0)
+    zero, one = A.new_zeros(len(A), 1), A.new_ones(len(A), 1)
+    weight = A.new_empty(A.shape[1])  # which decides whether sums are taken, and is not read for them
+    _, weighed, plain = torch.ops.aten.native_layer_norm_backward(
+        A, B, [A.shape[1]], zero, one, weight, weight, [False, True, True]
+    )
+    return plain, weighed
+
+
+def _linear(X: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:  # (n, m), (r, m), (r,) -> (n, r)
     if not (W.is_contiguous() or W.T.is_contiguous()):  # pieces of wider matrices are read number by number
         W = W.contiguous()
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(X, W, None, "none", [], "")
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(X, W, bias, "none", [], "")
     return result
 
 
-def _onednn_takes(A: Tensor, B: Tensor) -> bool:
-    """Whether oneDNN is faster, and nobody has to see or differentiate the operation."""
+def takes(A: Tensor, B: Tensor) -> bool:  # (n, m), (m, r)
+    """Whether the product goes to oneDNN: it is faster, and nobody has to see or differentiate the operation."""
     return (
         ONEDNN_IS_FASTER
+        and A.device.type == B.device.type == "cpu"
         and A.dtype == B.dtype == torch.float32
         and A.numel() * B.shape[1] >= _WORTH
         and bool(torch.backends.mkldnn.enabled)
-        and not torch.is_grad_enabled()
+        and _unseen()
+    )
+
+
+def _unseen() -> bool:
+    """Whether nobody sees which operations are called, or differentiates them."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
     )
@@ -91,8 +148,9 @@ ONEDNN_IS_FASTER = (
 def in_graph(x: Tensor, W: Tensor, bias: Tensor | None = None, factor: bool = False) -> Tensor | None:
     """Return `x Wᵀ + bias` as operations of a graph that is being compiled, or nothing where that has no use.
 
-    Of a base layer the output is its own, and the gradient of the input a `product`; of a factor everything is.
-    Exported graphs have PyTorch's operations alone, because other processes have to read them.
+    A graph has one way for every step, and compilers round in ways of their own: there the base's output is taken by
+    the faster library at step 0 too, as is the gradient of its input; of a factor everything is. Exported graphs have
+    PyTorch's operations alone, because other processes have to read them.
 
     Args:
         x: Input, `(*n, in)`.
@@ -100,20 +158,27 @@ def in_graph(x: Tensor, W: Tensor, bias: Tensor | None = None, factor: bool = Fa
         bias: Bias, `(out,)`.
         factor: Whether the weight is a factor of an update, not that of a base layer.
     """
-    if (
-        not (ONEDNN_IS_FASTER and torch.compiler.is_compiling() and torch.is_grad_enabled())
-        or getattr(torch.compiler, "is_exporting", bool)()
-        or torch._C._are_functorch_transforms_active()
-        or not (x.device.type == W.device.type == "cpu" and x.dtype == W.dtype == torch.float32)
-        or torch.is_autocast_enabled("cpu")
-        or (not factor and any(t is not None and t.requires_grad for t in (W, bias)))
-    ):
+    frozen = factor or not any(t is not None and t.requires_grad for t in (W, bias))
+    if not (frozen and taken_in_graph(x, W)):
         return None
     if factor:
         h: Tensor = torch.ops.lotr.product(x.reshape(-1, x.shape[-1]), W.T)
         return h.reshape(*x.shape[:-1], W.shape[0])
     y: Tensor = torch.ops.lotr.base(x, W, bias)
     return y
+
+
+def taken_in_graph(x: Tensor, W: Tensor) -> bool:
+    """Whether a graph that is being compiled has products as operations of its own."""
+    return (
+        ONEDNN_IS_FASTER
+        and torch.compiler.is_compiling()
+        and not getattr(torch.compiler, "is_exporting", bool)()
+        and not torch._C._are_functorch_transforms_active()
+        and x.device.type == W.device.type == "cpu"
+        and x.dtype == W.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def _product(A: Tensor, B: Tensor) -> Tensor:
@@ -134,7 +199,8 @@ def _product_gradients(ctx: Any, dC: Tensor) -> tuple[Tensor | None, Tensor | No
 
 def _base(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
     with torch.no_grad():
-        return F.linear(x, W, bias)
+        y = linear(x.reshape(-1, x.shape[-1]), W, bias)
+        return y.reshape(*x.shape[:-1], W.shape[0])
 
 
 def _keep_weight(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -147,19 +213,15 @@ def _base_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
     return dX.reshape(*dy.shape[:-1], W.shape[1]), None, None
 
 
-#: `product`, and `x Wᵀ + bias` with a frozen weight, as operations of a graph.
-_OPERATIONS = torch.library.Library("lotr", "DEF")
-_OPERATIONS.define("product(Tensor A, Tensor B) -> Tensor")
-_OPERATIONS.impl("product", _product, "CPU")
+#: `product` and `x Wᵀ + bias` with a frozen weight, as operations of a graph.
+OPERATIONS = torch.library.Library("lotr", "DEF")
+OPERATIONS.define("product(Tensor A, Tensor B) -> Tensor")
+OPERATIONS.impl("product", _product, "CPU")
+torch.library.register_fake("lotr::product", lambda A, B: A.new_empty(A.shape[0], B.shape[1]), lib=OPERATIONS)
+torch.library.register_autograd("lotr::product", _product_gradients, setup_context=_keep_both, lib=OPERATIONS)
+OPERATIONS.define("base(Tensor x, Tensor W, Tensor? bias) -> Tensor")
+OPERATIONS.impl("base", _base, "CPU")
 torch.library.register_fake(
-    "lotr::product", lambda A, B: A.new_empty(A.shape[0], B.shape[1]), lib=_OPERATIONS
+    "lotr::base", lambda x, W, bias: x.new_empty(*x.shape[:-1], W.shape[0]), lib=OPERATIONS
 )
-torch.library.register_autograd(
-    "lotr::product", _product_gradients, setup_context=_keep_both, lib=_OPERATIONS
-)
-_OPERATIONS.define("base(Tensor x, Tensor W, Tensor? bias) -> Tensor")
-_OPERATIONS.impl("base", _base, "CPU")
-torch.library.register_fake(
-    "lotr::base", lambda x, W, bias: x.new_empty(*x.shape[:-1], W.shape[0]), lib=_OPERATIONS
-)
-torch.library.register_autograd("lotr::base", _base_gradients, setup_context=_keep_weight, lib=_OPERATIONS)
+torch.library.register_autograd("lotr::base", _base_gradients, setup_context=_keep_weight, lib=OPERATIONS)

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from .base_product import and_times_V, base_output, gives_times_V
 from .delta import Factored, Grid
 from .kernels import product
 from .orders import Order
@@ -65,7 +65,7 @@ def adapted_linear(
     parts: Sequence[PartOfLinear],
     order: Order,
 ) -> tuple[Tensor, list[Tensor | None]]:  # (*n, out), (n, b·r) each
-    """Return `x Wᵀ + bias` plus the updates of all parts, and `x V` of every part that was computed.
+    """Return `x Wᵀ + bias` plus the updates of all parts, and products that others can use.
 
     Args:
         x: Input of the module.
@@ -76,7 +76,8 @@ def adapted_linear(
 
     Returns:
         The output, and `h` of each part for others that share its `V` and its input; `None` where the update is merged
-        and no gradient will need it.
+        and no gradient will need it. With `order.with_norms` one more, without a way back: `W V`, `(out, r)`, or `None`
+        where it would have been a product of its own.
 
     Example:
         >>> import torch
@@ -89,12 +90,14 @@ def adapted_linear(
     if not torch.is_grad_enabled():  # a step of autograd costs as much as a small product
         X = _rows_of(x, W.shape[1])
         hs = [None if order.merge_forward else _h(X, part) for part in parts]
-        return _shaped(_output(X, W, bias, parts, hs, order), x), hs
+        Y, WV = _output(X, W, bias, parts, hs, order)
+        return _shaped(Y, x), [*hs, WV] if order.with_norms else hs
     places = tuple(part.place for part in parts)
     numbers = [tensor for part in parts for tensor in (part.Vt, part.C, part.U, part.h)]
     y, *new = _AdaptedLinear.apply(x, W, bias, places, order, *numbers)  # type: ignore[no-untyped-call]
     found = iter(new)
-    return y, [next(found) if part.h is None else part.h for part in parts]
+    hs = [next(found) if part.h is None else part.h for part in parts]
+    return y, [*hs, next(found)] if order.with_norms else hs
 
 
 class _AdaptedLinear(Function):
@@ -109,11 +112,11 @@ class _AdaptedLinear(Function):
         places: tuple[Place, ...],
         order: Order,
         *numbers: Tensor | None,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         parts = _parts(places, numbers)
         X = _rows_of(x, W.shape[1])
         hs = [_h(X, part) for part in parts]
-        Y = _output(X, W, bias, parts, hs, order)
+        Y, WV = _output(X, W, bias, parts, hs, order)
         needs = ctx.needs_input_grad
         # also where `h` was given: a checkpoint computes it again by itself, and has to save the same
         trains_V = any(needs[5 + 4 * n] for n in range(len(parts)))
@@ -125,7 +128,10 @@ class _AdaptedLinear(Function):
         ctx.save_for_backward(x if trains_V else None, W, *saved)
         ctx.shape, ctx.given, ctx.trains = x.shape, [part.h is not None for part in parts], trains
         ctx.set_materialize_grads(False)
-        new = [h for part, h in zip(parts, hs, strict=True) if part.h is None]
+        new: list[Tensor | None] = [h for part, h in zip(parts, hs, strict=True) if part.h is None]
+        if order.with_norms:
+            ctx.mark_non_differentiable(*([] if WV is None else [WV]))
+            new.append(WV)
         return _shaped(Y, x), *new
 
     @staticmethod
@@ -183,11 +189,17 @@ def _output(
     parts: Sequence[PartOfLinear],
     hs: Sequence[Tensor | None],  # (n, b·r) each; nothing where the update is merged
     order: Order,
-) -> Tensor:  # (n, out)
-    """Return the output: by the base weight and what is merged into it, or with the updates added to that."""
+) -> tuple[Tensor, Tensor | None]:  # (n, out), (out, r)
+    """Return the output: by the base weight and what is merged into it, or with the updates added to that.
+
+    The second is `W V`, where it was asked for and came along.
+    """
     if order.merge_forward:
-        return F.linear(X, _merged(W, parts), bias)
-    Y = F.linear(X, W, bias)
+        return base_output(X, _merged(W, parts), bias, parts), None
+    if order.with_norms and gives_times_V(X, W, parts):
+        Y, WV = and_times_V(X, W, bias, parts[0].Vt)
+    else:
+        Y, WV = base_output(X, W, bias, parts), None
     for part, h in zip(parts, hs, strict=True):
         assert h is not None
         o, a = len(part.U), part.place.grid[0]
@@ -196,7 +208,7 @@ def _output(
             block.addmm_(h @ part.C.T, part.U.T)
         else:
             block.addmm_(h, _factored(part).left().T)
-    return Y
+    return Y, WV
 
 
 def _dX(

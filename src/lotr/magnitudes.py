@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .cores import Numbers, Shapes
+from .kernels import column_sums
 from .norms import BaseWeight, Placed, column_energy, row_energy, update_energy
 
-_ROWS = 512  # of an activation whose products are summed at a time
 _TINY = 1e-30  # of a squared norm: a row of zeros has no direction, and must not be divided by
 
 
@@ -65,14 +65,13 @@ class Gains:
 
 
 class _Scaled(Function):
-    """`gain ⊙ (y - bias) + bias`; sums over tokens stay in the processor's cache."""
+    """`gain ⊙ (y - bias) + bias`, in one pass each way over what is as large as an activation, and one for sums."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, gain, bias)
         ctx.dtype = y.dtype
-        z = y * gain
-        return z if bias is None else z.add_((1 - gain) * bias)  # quicker than one pass that broadcasts twice
+        return y * gain if bias is None else torch.addcmul((1 - gain) * bias, y, gain)
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
@@ -81,9 +80,7 @@ class _Scaled(Function):
         dgain = dbias = None
         tokens = dz.reshape(-1, dz.shape[-1])
         if needs_gain:
-            rows = zip(tokens.split(_ROWS), y.reshape(-1, y.shape[-1]).split(_ROWS), strict=True)
-            sums = [(dz_rows.sum(0), (dz_rows * y_rows).sum(0)) for dz_rows, y_rows in rows]
-            total, dgain = (sum(parts) for parts in zip(*sums, strict=True))
+            total, dgain = column_sums(tokens, y.reshape(-1, y.shape[-1]))
             dgain = dgain if bias is None else dgain - bias * total
             dgain = dgain.sum_to_size(gain.shape).to(gain.dtype)
             dbias = total * (1 - gain) if needs_bias else None
@@ -99,6 +96,8 @@ class Magnitude(ABC):
     additive: ClassVar[bool] = False
     #: The rule divides by the norm of the update, so the update must not start at zero.
     divides_by_update: ClassVar[bool] = False
+    #: The gains only scale the outputs of `W + ΔW`, and may be found after those.
+    scales_outputs: ClassVar[bool] = False
 
     @abstractmethod
     def shapes(self, out_features: int, in_features: int) -> Shapes:
@@ -145,6 +144,8 @@ class PerOutput(Magnitude):
 
     Source: DoRA, arXiv 2402.09353.
     """
+
+    scales_outputs = True
 
     def shapes(self, out_features: int, in_features: int) -> Shapes:
         return {"m": (out_features,)}

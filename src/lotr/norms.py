@@ -2,7 +2,7 @@
 
 With `L = σ (I_a ⊗ U) C` of shape `(a·o, b·r)`, an update is `ΔW = L (I_b ⊗ V)ᵀ`, so that
 
-    ‖row‖²    = ‖W‖²_row + 2 rowsum((W V) ∘ L) + rowsum((L VᵀV) ∘ L)
+    ‖row‖²    = ‖W‖²_row + rowsum((2 W V + L VᵀV) ∘ L)
     ‖column‖² = ‖W‖²_column + 2 rowsum((Wᵀ L) ∘ V) + rowsum((V LᵀL) ∘ V)
     ‖ΔW‖²     = sum((L VᵀV) ∘ L)
 
@@ -52,12 +52,14 @@ class Placed:
         row: First output feature.
         column: First input feature.
         frozen: What tells this `V` from any other, when it stays as it is: `W V` is kept with it.
+        WV: `W V` at this place, `(a·o, r)`, where it is known.
     """
 
     update: Factored
     row: int
     column: int
     frozen: Frozen | None = None
+    WV: Tensor | None = None
 
     @property
     def rows(self) -> slice:
@@ -119,6 +121,8 @@ class BaseWeight:
 
     def times(self, part: Placed) -> Tensor:  # (a·o, b·r)
         """Return `W (I_b ⊗ V)` at the place of a part, from memory where `V` is frozen."""
+        if part.WV is not None:
+            return _wide(part.WV)
         self._forget_another()
         if part.frozen is None:
             return self._product(part)
@@ -178,7 +182,10 @@ def row_energy(base: BaseWeight, update: Sequence[Placed]) -> Tensor:  # (out,)
     energy = base.row_energy()
     for part in update:
         L = _wide(part.update.left())
-        here = 2 * (base.times(part) * L).sum(1) + _inner(L, part).sum(1)
+        V = _wide(part.update.V)
+        blocks = L.reshape(-1, V.shape[1])  # (a·o·b, r)
+        cross = base.times(part).reshape(blocks.shape)
+        here = torch.addmm(cross, blocks, V.T @ V, beta=2).mul(blocks).reshape(L.shape).sum(1)
         energy = energy + _within(here, part.row, len(energy))
     return energy
 
@@ -212,6 +219,8 @@ def _inner(L: Tensor, part: Placed) -> Tensor:  # (a·o, b·r) -> (a·o, b·r)
 
 
 def _within(values: Tensor, start: int, size: int) -> Tensor:  # (size,)
+    if len(values) == size:
+        return values
     return torch.nn.functional.pad(values, (start, size - start - len(values)))
 
 

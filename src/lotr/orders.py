@@ -31,10 +31,12 @@ class Order:
     Args:
         merge_forward: On the way forward.
         merge_backward: For the gradient of the input.
+        with_norms: Norms of the adapted weight will be asked for, and `W V` for them may come with the base's product.
     """
 
     merge_forward: bool = False
     merge_backward: bool = False
+    with_norms: bool = False
 
     def __str__(self) -> str:
         forward, backward = ("merged" if m else "plain" for m in (self.merge_forward, self.merge_backward))

@@ -52,6 +52,8 @@ class Adapted:
     layer: LotrLinear
     adapter: str
     state: SiteState
+    #: `W V` of the one part of the module, `(out, r)`, where the output gave it.
+    WV: Tensor | None = None
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -109,7 +111,7 @@ class Adapted:
         wide = torch.float64 if U.dtype == torch.float64 else torch.float32
         U, C, V = (tensor.to(home, wide) for tensor in (U, self.core(member), Vt.T))
         update = delta.Factored(U, C, V, self.layer.scaling[self.adapter], part.grid)
-        return Placed(update, part.rows[0], part.columns[0], group.frozen(self.adapter))
+        return Placed(update, part.rows[0], part.columns[0], group.frozen(self.adapter), self.WV)
 
     def core(self, member: Member) -> Tensor:  # (a·k, b·r)
         """Return the cores of a part, side by side."""

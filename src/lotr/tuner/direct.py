@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from transformers.pytorch_utils import Conv1D
 
-from .. import kernels
+from .. import kernels, linear_in_graph
 from ..delta import scaled
 from ..linear import PartOfLinear, Place, adapted_linear
 from ..orders import AUTOGRAD, choose_order
@@ -69,11 +70,15 @@ class InputProducts:
 
 def fits(adapted: Adapted, x: Tensor) -> bool:
     """Whether the one step computes what calling the modules would."""
+    return not _something_listens() and _numbers_are_at_hand(adapted, x)
+
+
+def _numbers_are_at_hand(adapted: Adapted, x: Tensor) -> bool:
     layer, state = adapted.layer, adapted.state
     base = layer.base_layer
     if type(x) not in (Tensor, nn.Parameter) or x.is_nested:
         return False
-    if state.order == AUTOGRAD or (state.dropout and layer.training) or _something_listens():
+    if state.order == AUTOGRAD or (state.dropout and layer.training):
         return False
     if type(base) not in (nn.Linear, Conv1D) or not _only_multiplies(base):
         return False
@@ -96,13 +101,15 @@ def fits(adapted: Adapted, x: Tensor) -> bool:
 
 
 def output(adapted: Adapted, x: Tensor) -> Tensor:  # (*n, in) -> (*n, out)
-    """Return base output plus update, before the magnitude."""
+    """Return base output plus update, before the magnitude; what norms can use of it is left with the adapter."""
     layer, state = adapted.layer, adapted.state
     W, bias = layer.base_layer.weight, layer.base_layer.bias
     W = W.T if layer.fan_in_fan_out else W
     dtype = _autocast(x) or W.dtype
     tokens, gradients = x.numel() // x.shape[-1], torch.is_grad_enabled()
     order = choose_order(tokens, *W.shape, dtype, state.order, gradients)
+    if _asks_for_products(adapted):
+        order = replace(order, with_norms=True)
     parts, keys = [], []
     for member in state.members:
         part, group = member.part, member.group
@@ -117,10 +124,39 @@ def output(adapted: Adapted, x: Tensor) -> Tensor:  # (*n, in) -> (*n, out)
     y, products = adapted_linear(
         x.to(dtype), W.to(dtype), None if bias is None else bias.to(dtype), parts, order
     )
+    if order.with_norms:
+        adapted.WV = products.pop()
     for member, key, h in zip(state.members, keys, products, strict=True):
         if key is not None and h is not None:
             member.group.products.keep(key, x, h)
     return y
+
+
+def _asks_for_products(adapted: Adapted) -> bool:
+    """Whether norms will take `W V` without a way back, of a `V` for which it is not kept."""
+    state = adapted.state
+    frozen = state.members[0].group.frozen(adapted.adapter)
+    return state.magnitude.scales_outputs and not state.norm_gradient and frozen is None
+
+
+def output_in_graph(adapted: Adapted, x: Tensor) -> Tensor | None:
+    """Return base output plus update as one operation of a graph without gradients, where graphs have that."""
+    layer, state = adapted.layer, adapted.state
+    if (
+        not torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or not _numbers_are_at_hand(adapted, x)
+        or not kernels.taken_in_graph(x, layer.base_layer.weight)
+    ):
+        return None
+    W, numbers, places = layer.base_layer.weight, [], []
+    for member in state.members:
+        part, group = member.part, member.group
+        C = scaled(adapted.core(member), layer.scaling[adapted.adapter])
+        numbers += [group.lotr_V[adapted.adapter].weight, C, group.lotr_U[adapted.adapter].weight]
+        places += [part.rows[0], part.columns[0], *part.grid]
+    W = W.T if layer.fan_in_fan_out else W
+    return linear_in_graph.take(x, W, layer.base_layer.bias, numbers, places, state.order)
 
 
 def in_graph(layer: LotrLinear, x: Tensor) -> Tensor | None:

@@ -158,13 +158,18 @@ class LotrLinear(nn.Module, LotrLayer):
     ) -> Tensor:
         """Return the output with one adapter alone; `base` is that of the base layer where it is known."""
         adapted = self.adapted(adapter)
+        bias = getattr(self.get_base_layer(), "bias", None)
+        alone = base is None and not args and not kwargs
+        if alone and adapted.magnitude.scales_outputs and direct.fits(adapted, x):
+            y = direct.output(adapted, x)  # before the gains, whose norms may use its products
+            return adapted.gains().of_sum(y, bias).to(y.dtype)
         gains = None if adapted.magnitude.additive else adapted.gains()
         if gains is not None and gains.input is not None:
             x, base = (x * gains.input).to(x.dtype), None
-        bias = getattr(self.get_base_layer(), "bias", None)
-        alone = base is None and not args and not kwargs and (gains is None or gains.alike)
-        if alone and direct.fits(adapted, x):
-            y = direct.output(adapted, x)
+        y = None
+        if alone and (gains is None or gains.alike):
+            y = direct.output(adapted, x) if direct.fits(adapted, x) else direct.output_in_graph(adapted, x)
+        if y is not None:
             return y if gains is None else gains.of_sum(y, bias).to(y.dtype)
         if base is None:
             base = direct.in_graph(self, x) if not args and not kwargs else None

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import linear, takes
+from .kernels import linear, takes_rows
 
 if TYPE_CHECKING:
     from .linear import PartOfLinear
@@ -22,7 +22,7 @@ def base_output(
     parts: Sequence[PartOfLinear],
 ) -> Tensor:  # (n, out)
     """Return `X Wᵀ + bias`, as the frozen model rounds it while the updates are zero."""
-    if takes(X, W.T) and not _all_zero(parts):
+    if takes_rows(X, W) and not _all_zero(parts):
         return linear(X, W, bias)
     return F.linear(X, W, bias)
 
@@ -39,7 +39,7 @@ def gives_times_V(X: Tensor, W: Tensor, parts: Sequence[PartOfLinear]) -> bool:
         and len(part.U) * part.place.grid[0] == len(W)
         and part.Vt.dtype == X.dtype
         and 2 * len(X) <= len(W)
-        and takes(X, W.T)
+        and takes_rows(X, W)
         and not _all_zero(parts)
     )
 

@@ -22,6 +22,8 @@ from torch import Tensor
 _NARROW = 16
 # multiplications below which calling oneDNN costs more than it saves
 _WORTH = 1 << 20
+# rows below which a wide weight costs more to lay out anew than its product does
+_FEW = 4
 # of activations are summed one number after the other: so many that rounding stays that of a product
 _ROWS = 2048
 
@@ -59,7 +61,7 @@ def linear(
         >>> linear(torch.randn(4, 5), torch.randn(2, 5), torch.randn(2)).shape
         torch.Size([4, 2])
     """
-    return _linear(X, W, bias) if takes(X, W.T) else F.linear(X, W, bias)
+    return _linear(X, W, bias) if takes_rows(X, W) else F.linear(X, W, bias)
 
 
 def column_sums(
@@ -112,6 +114,11 @@ def takes(A: Tensor, B: Tensor) -> bool:  # (n, m), (m, r)
     )
 
 
+def takes_rows(X: Tensor, W: Tensor) -> bool:  # (n, m), (r, m)
+    """Whether `X Wᵀ` with a wide weight goes to oneDNN: not for the few rows of a model that writes word by word."""
+    return len(X) >= _FEW and takes(X, W.T)
+
+
 def _unseen() -> bool:
     """Whether nobody sees which operations are called, or differentiates them."""
     return (
@@ -134,6 +141,8 @@ def _vendor() -> str:
         pass
     return "GenuineIntel" if "GenuineIntel" in platform.processor() else platform.processor()
 
+
+_exports = getattr(torch.compiler, "is_exporting", None)
 
 #: Whether this processor has AVX-512 of which MKL makes no use.
 ONEDNN_IS_FASTER = (
@@ -173,8 +182,9 @@ def taken_in_graph(x: Tensor, W: Tensor) -> bool:
     return (
         ONEDNN_IS_FASTER
         and torch.compiler.is_compiling()
-        and not getattr(torch.compiler, "is_exporting", bool)()
+        and not (_exports is None or _exports())  # where PyTorch does not tell, it may be exporting
         and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
         and x.device.type == W.device.type == "cpu"
         and x.dtype == W.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")

@@ -184,7 +184,7 @@ def row_energy(base: BaseWeight, update: Sequence[Placed]) -> Tensor:  # (out,)
         L = _wide(part.update.left())
         V = _wide(part.update.V)
         blocks = L.reshape(-1, V.shape[1])  # (a·o·b, r)
-        cross = base.times(part).reshape(blocks.shape)
+        cross = base.times(part).to(blocks).reshape(blocks.shape)
         here = torch.addmm(cross, blocks, V.T @ V, beta=2).mul(blocks).reshape(L.shape).sum(1)
         energy = energy + _within(here, part.row, len(energy))
     return energy

@@ -145,18 +145,22 @@ def output_in_graph(adapted: Adapted, x: Tensor) -> Tensor | None:
     if (
         not torch.compiler.is_compiling()
         or torch.is_grad_enabled()
+        or hooks._has_any_global_hook()
         or not _numbers_are_at_hand(adapted, x)
         or not kernels.taken_in_graph(x, layer.base_layer.weight)
     ):
         return None
-    W, numbers, places = layer.base_layer.weight, [], []
+    W, bias = layer.base_layer.weight, layer.base_layer.bias
+    numbers, places = [], []
     for member in state.members:
         part, group = member.part, member.group
         C = scaled(adapted.core(member), layer.scaling[adapted.adapter])
         numbers += [group.lotr_V[adapted.adapter].weight, C, group.lotr_U[adapted.adapter].weight]
         places += [part.rows[0], part.columns[0], *part.grid]
     W = W.T if layer.fan_in_fan_out else W
-    return linear_in_graph.take(x, W, layer.base_layer.bias, numbers, places, state.order)
+    if any(number.dtype != W.dtype for number in (*numbers, bias) if number is not None):
+        return None  # the modules, called one by one, say what they think of that
+    return linear_in_graph.take(x, W, bias, numbers, places, state.order)
 
 
 def in_graph(layer: LotrLinear, x: Tensor) -> Tensor | None:
@@ -178,6 +182,7 @@ def _can_be_taken(module: nn.Module, x: Tensor) -> bool:
     weight = module.weight
     return (
         torch.compiler.is_compiling()
+        and not hooks._has_any_global_hook()
         and _only_multiplies(module)
         and type(x) in (Tensor, nn.Parameter)
         and _at_hand(weight, weight, x.device)

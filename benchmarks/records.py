@@ -111,10 +111,14 @@ def machine() -> dict[str, Any]:
 
 
 def _processor() -> str:
+    """Return name, family and model: virtual machines hide the generation from the name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in told:
+        return platform.processor() or platform.machine()
+    numbers = [f"{key.removeprefix('cpu ')} {told[key]}" for key in ("cpu family", "model") if key in told]
+    return f"{told['model name']} ({', '.join(numbers)})" if numbers else told["model name"]
 
 
 def command() -> str:

@@ -67,7 +67,12 @@ def grid(short: bool, cuda: bool) -> list[Setting]:
 
 def memory_grid(short: bool, cuda: bool) -> list[Setting]:
     """Return the sizes at which memory is measured: in the short form a quarter of the tokens."""
-    settings = grid(short, cuda)
+    settings = [
+        replace(
+            s, cases=tuple(case for case in s.cases if not case[0].endswith(MKL))
+        )  # the library decides no sizes
+        for s in grid(short, cuda)
+    ]
     return [replace(s, batch=max(1, s.batch // 4)) for s in settings] if short else settings
 
 

@@ -247,7 +247,7 @@ def test_sums_of_columns_are_those_in_double_precision(n: int) -> None:
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-3)
 
 
-def test_sums_of_columns_read_their_operands_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_of_columns_read_their_operands_once() -> None:
     A, B = torch.randn(70, 33), torch.randn(70, 33)
     with torch.no_grad(), torch.profiler.profile() as profile:
         column_sums(A, B)

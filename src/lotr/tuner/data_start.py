@@ -18,8 +18,9 @@ from .adapted import Adapted, Member
 from .config import LotrConfig
 from .group import LotrGroup
 from .layer import LotrLinear
+from .passes import Loss, Seen, look_through, run_through
 from .ranks import Numbers, at_rank, check_budget, members_of, set_ranks, share_out
-from .statistics import Energies, Loss, Products, Seen, SiteStart, look_through, run_through
+from .statistics import Energies, Products, SiteStart
 from .targets import plan_of
 from .trial import Trial
 

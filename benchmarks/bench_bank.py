@@ -91,6 +91,9 @@ def runs(folder: Path, targets: list[str] | str, options: argparse.Namespace, la
     model = bank.wrap(base(), capacity=rows)
     lora = loras([f"lora {n}" for n in range(rows)], targets, options.rank)
     one, plain = get_peft_model(base(), bank.config).eval(), base()
+    for number in one.parameters():  # an update of zero takes a way of its own
+        if number.requires_grad and not number.any():
+            nn.init.normal_(number, std=1 / 16)
     found: dict[str, Run] = {
         "base model": lambda: plain(**batch),
         "ordinary adapter": lambda: one(**batch),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
 from torch.nn.modules import module as hooks
 
@@ -321,6 +325,69 @@ def test_a_compiled_graph_without_gradients_has_one_operation_a_module(method: s
         )
         modules = sum(isinstance(module, LotrLinear) for module in model.modules())
         assert found == (0 if method == "map" else modules)  # MAP has gains of base and update
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    ("method", "train"), [("lotr", "all"), ("lotr", "cores"), ("lotr_joint", "all"), ("dora", "all")]
+)
+def test_a_compiled_graph_with_gradients_has_two_operations_a_module(method: str, train: str) -> None:
+    graphs: list[list[str]] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    config = LotrConfig(
+        method=method, r=4, train=train, target_modules=["query", "value", "dense"], init_weights=False
+    )
+    model = get_peft_model(bert(), config).train()
+    backend = aot_autograd(
+        fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition
+    )
+    torch.compile(model, fullgraph=True, backend=backend)(input_ids=tokens()).logits.sum().backward()
+    modules = sum(isinstance(module, LotrLinear) for module in model.modules())
+    forward, backward = graphs
+    assert forward.count("lotr.adapted.default") == modules
+    assert backward.count("lotr.adapted_gradients.default") == modules
+    # one for query and value, which read the same tensor through the same V, one for the attention's output
+    products = (
+        2 * model.config.num_hidden_layers + 1 if method == "lotr_joint" else 0
+    )  # and one for the pooler
+    assert forward.count("lotr.product.default") == products
+
+
+@pytest.mark.parametrize("asked", ["plain", "merged"])
+@pytest.mark.parametrize("trains", ["all", "cores"])
+def test_the_operation_of_a_graph_is_registered_as_it_computes(asked: str, trains: str) -> None:
+    torch.manual_seed(0)
+    x, W, bias = torch.randn(2, 5, 12, requires_grad=True), torch.randn(8, 12), torch.randn(8)
+
+    def number(*shape: int, kind: str) -> Tensor:
+        return torch.randn(*shape, requires_grad=trains == "all" or kind == "core")
+
+    numbers = [
+        *(number(3, 12, kind="factor"), number(2, 3, kind="core"), number(8, 2, kind="factor")),
+        *(number(4, 6, kind="factor"), number(4, 8, kind="core"), number(4, 2, kind="factor")),
+    ]
+    places = [
+        0,
+        0,
+        1,
+        1,
+        1,
+        0,
+        0,
+        2,
+        2,
+        0,
+    ]  # the whole weight, by a product that is given; blocks, two by two
+    products = [number(10, 3, kind="core")]
+    for of_gradients in (True, False):
+        said = (x, W, bias, numbers, products, places, asked, of_gradients)
+        with torch.set_grad_enabled(of_gradients):
+            torch.library.opcheck(torch.ops.lotr.adapted.default, said, raise_exception=True)
 
 
 @pytest.mark.filterwarnings("default")

@@ -89,7 +89,7 @@ def adapted_linear(
     """
     if not torch.is_grad_enabled():  # a step of autograd costs as much as a small product
         X = _rows_of(x, W.shape[1])
-        hs = [None if order.merge_forward else _h(X, part) for part in parts]
+        hs = [None if order.merge_forward else times_V(X, part) for part in parts]
         Y, WV = _output(X, W, bias, parts, hs, order)
         return _shaped(Y, x), [*hs, WV] if order.with_norms else hs
     places = tuple(part.place for part in parts)
@@ -115,7 +115,7 @@ class _AdaptedLinear(Function):
     ) -> tuple[Tensor | None, ...]:
         parts = _parts(places, numbers)
         X = _rows_of(x, W.shape[1])
-        hs = [_h(X, part) for part in parts]
+        hs = [times_V(X, part) for part in parts]
         Y, WV = _output(X, W, bias, parts, hs, order)
         needs = ctx.needs_input_grad
         # also where `h` was given: a checkpoint computes it again by itself, and has to save the same
@@ -145,41 +145,67 @@ class _AdaptedLinear(Function):
     def _gradients(ctx: Any, dy: Tensor | None, *dhs: Tensor | None) -> tuple[Tensor | None, ...]:
         x, W, *saved = ctx.saved_tensors
         each = 4 if ctx.trains else 3
-        tensors = [tuple(saved[n : n + each]) for n in range(0, len(saved), each)]
-        needs = ctx.needs_input_grad
+        parts = [PartOfLinear(place, *saved[each * n : each * (n + 1)]) for n, place in enumerate(ctx.places)]
+        needs_x, _, needs_bias, _, _, *needs = ctx.needs_input_grad
         dY = None if dy is None else _rows_of(dy, W.shape[0])
-        rest: list[tuple[Place, Tensor, Tensor]] = []  # what of dX is not in the product with the base
-        own: list[PartOfLinear] = []  # what of dX can be, when the update is merged into it
-        gradients: list[Tensor | None] = []
+        X = None if x is None else _rows_of(x, W.shape[1])
         from_others = iter(dhs)
-        for n, (place, (Vt, C, U, *h)) in enumerate(zip(ctx.places, tensors, strict=True)):
-            needs_V, needs_C, needs_U, needs_h = needs[5 + 4 * n : 9 + 4 * n]
-            part, q, dC, dU = PartOfLinear(place, Vt, C, U), None, None, None
-            if dY is not None:
-                o, k = U.shape
-                D = _rows_of(_columns(dY, place.row, place.grid[0] * o), o)  # (n·a, o)
-                p = _rows_of(product(D, U), C.shape[0])  # (n, a·k)
-                q = p @ C
-                dC = p.T @ h[0] if needs_C else None
-                dU = product(D.T, _rows_of(h[0] @ C.T, k)) if needs_U else None
-            if ctx.given[n]:
-                gradients += [None, dC, dU, q if needs_h else None]
-                continue
-            dh = next(from_others)
-            dVt = None
-            whole = q if dh is None else dh if q is None else q + dh
-            if needs_V and whole is not None:
-                X = _across(_rows_of(x, W.shape[1]), part)
-                dVt = product(X.T, _rows_of(whole, Vt.shape[0])).T
-            gradients += [dVt, dC, dU, None]
-            if dY is not None and ctx.order.merge_backward:
-                own.append(part)
-                whole = dh
-            if whole is not None:
-                rest.append((place, Vt, whole))
-        dX = _dX(dY, W, own, rest).view(ctx.shape) if needs[0] and (dY is not None or rest) else None
-        dbias = dY.sum(0) if dY is not None and needs[2] else None
-        return dX, None, dbias, None, None, *gradients
+        others = [None if given else next(from_others) for given in ctx.given]
+        dX, numbers = gradients(dY, others, X, W, parts, ctx.given, ctx.order, [needs_x, *needs])
+        dbias = dY.sum(0) if dY is not None and needs_bias else None
+        return None if dX is None else dX.view(ctx.shape), None, dbias, None, None, *numbers
+
+
+def gradients(
+    dY: Tensor | None,  # (n, out)
+    dhs: Sequence[Tensor | None],  # (n, b·r) each, from others that took the product
+    X: Tensor | None,  # (n, in), where a V trains
+    W: Tensor,  # (out, in)
+    parts: Sequence[PartOfLinear],
+    given: Sequence[bool],
+    order: Order,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Return the gradient of the input, and those of `Vᵀ`, `C`, `U` and `h` of each part.
+
+    Args:
+        dY: Gradient of the output.
+        dhs: Gradients of the products `h` that others took.
+        X: Input.
+        W: Frozen weight.
+        parts: The updates, with their `h` where a number trains.
+        given: Whether the `h` of a part came from another, to which its gradient goes back.
+        order: Which way the products are taken.
+        needs: Whether a gradient is needed: of the input, and four for each part.
+    """
+    rest: list[tuple[Place, Tensor, Tensor]] = []  # what of dX is not in the product with the base
+    own: list[PartOfLinear] = []  # what of dX can be, when the update is merged into it
+    found: list[Tensor | None] = []
+    for n, (part, dh) in enumerate(zip(parts, dhs, strict=True)):
+        needs_V, needs_C, needs_U, needs_h = needs[1 + 4 * n : 5 + 4 * n]
+        Vt, C, U, q, dC, dU = part.Vt, part.C, part.U, None, None, None
+        if dY is not None:
+            o, k = U.shape
+            D = _rows_of(_columns(dY, part.place.row, part.place.grid[0] * o), o)  # (n·a, o)
+            p = _rows_of(product(D, U), C.shape[0])  # (n, a·k)
+            q = p @ C
+            dC = p.T @ _known(part.h) if needs_C else None
+            dU = product(D.T, _rows_of(_known(part.h) @ C.T, k)) if needs_U else None
+        if given[n]:
+            found += [None, dC, dU, q if needs_h else None]
+            continue
+        dVt = None
+        whole = q if dh is None else dh if q is None else q + dh
+        if needs_V and whole is not None:
+            dVt = product(_across(_known(X), part).T, _rows_of(whole, Vt.shape[0])).T
+        found += [dVt, dC, dU, None]
+        if dY is not None and order.merge_backward:
+            own.append(part)
+            whole = dh
+        if whole is not None:
+            rest.append((part.place, Vt, whole))
+    dX = _dX(dY, W, own, rest) if needs[0] and (dY is not None or rest) else None
+    return dX, found
 
 
 def _output(
@@ -200,9 +226,8 @@ def _output(
         Y, WV = and_times_V(X, W, bias, parts[0].Vt)
     else:
         Y, WV = base_output(X, W, bias, parts), None
-    for part, h in zip(parts, hs, strict=True):
-        assert h is not None
-        o, a = len(part.U), part.place.grid[0]
+    for part, product_of_input in zip(parts, hs, strict=True):
+        h, o, a = _known(product_of_input), len(part.U), part.place.grid[0]
         block = _columns(Y, part.place.row, a * o)
         if a == 1 and len(h) < o:  # fewer tokens than features: the core goes to them
             block.addmm_(h @ part.C.T, part.U.T)
@@ -227,6 +252,11 @@ def _dX(
     return dX
 
 
+def _known(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
+
+
 def _parts(places: tuple[Place, ...], numbers: Sequence[Tensor | None]) -> list[PartOfLinear]:
     return [PartOfLinear(place, *numbers[4 * n : 4 * n + 4]) for n, place in enumerate(places)]  # type: ignore[arg-type]
 
@@ -241,7 +271,8 @@ def _across(X: Tensor, part: PartOfLinear) -> Tensor:  # (n·b, i)
     return _columns(X, part.place.column, i) if b == 1 else _rows_of(X, i)
 
 
-def _h(X: Tensor, part: PartOfLinear) -> Tensor:  # (n, b·r)
+def times_V(X: Tensor, part: PartOfLinear) -> Tensor:  # (n, in) -> (n, b·r)
+    """Return `h = X V` of a part, which may be known."""
     if part.h is not None:
         return part.h
     return _rows_of(product(_across(X, part), part.Vt.T), part.place.grid[1] * part.Vt.shape[0])

@@ -64,6 +64,7 @@ class Group:
         sites: The members, in model order.
         core: Structure of the core.
         index: Position of each site along the modes.
+        shares_inputs: Whether a layer has several modules of the group, which may read the same input.
     """
 
     name: str
@@ -71,6 +72,11 @@ class Group:
     sites: tuple[Site, ...]
     core: Core
     index: dict[Site, Index] = field(hash=False)
+    shares_inputs: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        shared = len({site.module for site in self.sites}) > len({site.layer for site in self.sites})
+        object.__setattr__(self, "shares_inputs", shared)  # asked in every pass
 
     @property
     def shape(self) -> Shape:
@@ -86,11 +92,6 @@ class Group:
     def projections(self) -> tuple[str, ...]:
         """Names of the projections in the group, in model order."""
         return tuple(dict.fromkeys(site.projection for site in self.sites))
-
-    @cached_property
-    def shares_inputs(self) -> bool:
-        """Whether a layer has several modules of the group, which may read the same input."""
-        return len({site.module for site in self.sites}) > len({site.layer for site in self.sites})
 
     @property
     def n_factors(self) -> int:

@@ -140,27 +140,30 @@ def _asks_for_products(adapted: Adapted) -> bool:
 
 
 def output_in_graph(adapted: Adapted, x: Tensor) -> Tensor | None:
-    """Return base output plus update as one operation of a graph without gradients, where graphs have that."""
+    """Return base output plus update as one operation of a graph that is being compiled, where graphs have that."""
     layer, state = adapted.layer, adapted.state
     if (
         not torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
         or hooks._has_any_global_hook()
         or not _numbers_are_at_hand(adapted, x)
         or not kernels.taken_in_graph(x, layer.base_layer.weight)
     ):
         return None
     W, bias = layer.base_layer.weight, layer.base_layer.bias
-    numbers, places = [], []
+    parts = []
     for member in state.members:
         part, group = member.part, member.group
+        Vt, U = group.lotr_V[adapted.adapter].weight, group.lotr_U[adapted.adapter].weight
         C = scaled(adapted.core(member), layer.scaling[adapted.adapter])
-        numbers += [group.lotr_V[adapted.adapter].weight, C, group.lotr_U[adapted.adapter].weight]
-        places += [part.rows[0], part.columns[0], *part.grid]
+        shared = part.group.shares_inputs and torch.is_grad_enabled() and Vt.shape[1] == layer.in_features
+        h = kernels.in_graph(x, Vt, factor=True) if shared else None
+        h = None if h is None else h.reshape(-1, len(Vt))
+        parts.append(PartOfLinear(Place(part.rows[0], part.columns[0], part.grid), Vt, C, U, h))
     W = W.T if layer.fan_in_fan_out else W
+    numbers = [number for part in parts for number in (part.Vt, part.C, part.U)]
     if any(number.dtype != W.dtype for number in (*numbers, bias) if number is not None):
         return None  # the modules, called one by one, say what they think of that
-    return linear_in_graph.take(x, W, bias, numbers, places, state.order)
+    return linear_in_graph.take(x, W, bias, parts, state.order)
 
 
 def in_graph(layer: LotrLinear, x: Tensor) -> Tensor | None:

@@ -36,6 +36,7 @@ bench: $(READY)  ## sizes, step times and what bounds them, memory, inference, s
 	$(BIN)/python benchmarks/bench_size.py --json out/bench_size.json
 	$(BIN)/python benchmarks/bench_start.py --short
 	$(BIN)/python benchmarks/bench_products.py --short
+	$(BIN)/python benchmarks/bench_norms.py --short
 	$(BIN)/python benchmarks/bench_inference.py --short
 	$(BIN)/python benchmarks/bench_memory.py --short
 	$(BIN)/python benchmarks/bench_train_step.py --short
@@ -43,6 +44,7 @@ bench: $(READY)  ## sizes, step times and what bounds them, memory, inference, s
 
 bench-performance: $(READY)  ## the same over all sizes, ranks and models (an hour or two); writes the page in the docs
 	$(BIN)/python benchmarks/bench_products.py --json docs/data/products.json
+	$(BIN)/python benchmarks/bench_norms.py --json docs/data/norms.json
 	for what in start inference memory train_step; do \
 		$(BIN)/python benchmarks/bench_$$what.py --json docs/data/$$what.json --picture docs/images/$$what.png || exit 1; \
 	done

@@ -16,7 +16,21 @@ import torch
 from grids import Setting, forward, grid, one
 from peers import BASE, MKL, inference_step, label, make, mkl_alone
 from pictures import panels
-from records import Row, begin, case_options, keep_memory, parser, progress, ratio, rounded, show, size, write
+from records import (
+    Row,
+    begin,
+    case_options,
+    keep_memory,
+    kept,
+    left,
+    parser,
+    progress,
+    ratio,
+    rounded,
+    show,
+    size,
+    write,
+)
 from shapes import batch_for, build
 from timing import interleaved
 
@@ -74,9 +88,9 @@ def main() -> None:
     keep_memory()
     device = begin(options)
 
-    rows: list[Row] = []
-    cuda = device.type == "cuda"
-    for setting in grid(options.short, cuda) if options.shape is None else [one(options)]:
+    rows = kept(options)
+    settings = grid(options.short, device.type == "cuda") if options.shape is None else [one(options)]
+    for setting in left(settings, rows):
         rows += measure(forward(setting), options, device)
         write(options.json, "inference", rows)
         panels(rows, "of_base", "forward pass, ratio to the base", options.picture)

@@ -17,7 +17,21 @@ import torch
 from grids import Setting, grid, one
 from peers import FLOOR, MKL, label, make, mkl_alone, trained, training_step
 from pictures import panels
-from records import Row, begin, case_options, keep_memory, parser, progress, ratio, rounded, show, size, write
+from records import (
+    Row,
+    begin,
+    case_options,
+    keep_memory,
+    kept,
+    left,
+    parser,
+    progress,
+    ratio,
+    rounded,
+    show,
+    size,
+    write,
+)
 from shapes import batch_for, build
 from timing import Samples, interleaved
 
@@ -82,8 +96,9 @@ def main() -> None:
     keep_memory()
     device = begin(options)
 
-    rows: list[Row] = []
-    for setting in grid(options.short, device.type == "cuda") if options.shape is None else [one(options)]:
+    rows = kept(options)
+    settings = grid(options.short, device.type == "cuda") if options.shape is None else [one(options)]
+    for setting in left(settings, rows):
         rows += measure(setting, options, device)
         write(options.json, "train_step", rows)
         panels(rows, "of_floor", "step, ratio to the floor", options.picture)

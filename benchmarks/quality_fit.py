@@ -5,16 +5,17 @@
 The weights of all adapted modules are trained in full, with a head, as `quality.py` trains adapters. Their change is
 then replaced by its best fit in every structure, nothing is trained again, and accuracy is measured. A structure whose
 best fit scores well is expressive enough: what it lacks when it is trained itself, it lacks through its start or its
-optimisation.
+optimisation. LoTR has the largest ranks with at most LoRA's numbers.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,53 +34,62 @@ from quality_run import Bench, train
 HERE = Path(__file__).parent
 RATES = (1e-4, 3e-4, 1e-3)
 ROUNDS = 5  # of HOOI
-CONFIG = {"method": "lora_xs", "start": "gradient"}
-Fit = Callable[[Tensor], Tensor]  # updates (s, o, i) -> their fits
+Updates = list[Tensor]  # of each site, (o, i)
+Groups = list[list[int]]  # of sites that share factors
 
 
-def low_rank(rank: int) -> Fit:
+def low_rank(D: Updates, rank: int) -> Updates:
     """Return the best fit of rank `rank` of each site: what a LoRA can hold."""
+    fits = []
+    for d in D:
+        U, S, Vt = torch.linalg.svd(d, full_matrices=False)
+        fits.append((U[:, :rank] * S[:rank]) @ Vt[:rank])
+    return fits
 
-    def fit(D: Tensor) -> Tensor:
-        U, S, Vt = torch.linalg.svd(D, full_matrices=False)
-        return (U[..., :rank] * S[..., None, :rank]) @ Vt[..., :rank, :]
 
-    return fit
-
-
-def shared(rank: int, groups: Sequence[Sequence[int]]) -> Fit:
+def shared(D: Updates, groups: Groups, rank: int) -> Updates:
     """Return the best fit with factors shared in groups of sites: what a LoTR can hold."""
-
-    def fit(D: Tensor) -> Tensor:
-        found = torch.empty_like(D)
-        for group in groups:
-            spaces = Subspaces(
-                tuple(D.shape[1:]), (rank, rank), torch.Generator().manual_seed(0), normalise=False
-            )
-            for _ in range(ROUNDS):
-                spaces.turn([d @ spaces.V for d in D[group]], [d.T @ spaces.U for d in D[group]])
-            found[group] = between(D[group], *spaces.factors())
-        return found
-
-    return fit
+    factors: dict[int, tuple[Tensor, Tensor]] = {}
+    for group in groups:
+        spaces = Subspaces(
+            tuple(D[group[0]].shape), (rank, rank), torch.Generator().manual_seed(0), normalise=False
+        )
+        for _ in range(ROUNDS):
+            spaces.turn([D[n] @ spaces.V for n in group], [D[n].T @ spaces.U for n in group])
+        factors |= dict.fromkeys(group, spaces.factors())
+    return [between(d, *factors[n]) for n, d in enumerate(D)]
 
 
-def between(D: Tensor, U: Tensor, V: Tensor) -> Tensor:
-    """Return the part of updates between orthonormal factors: what cores alone can hold."""
-    return U @ (U.mT @ D @ V) @ V.mT
+def between(d: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    """Return the part of an update between orthonormal factors: what cores alone can hold."""
+    return U @ (U.mT @ d @ V) @ V.mT
+
+
+def largest(D: Updates, groups: Groups, numbers: int) -> int:
+    """Return the largest rank at which shared factors and the cores of all sites have at most so many numbers."""
+    rank = 1
+    while size(D, groups, rank + 1) <= numbers:
+        rank += 1
+    return rank
+
+
+def size(D: Updates, groups: Groups, rank: int) -> int:
+    """Return the numbers of shared factors and of the cores of all sites."""
+    return sum(rank * sum(D[group[0]].shape) for group in groups) + len(D) * rank**2
 
 
 def trained_in_full(
     bench: Bench, run: dict[str, Any]
-) -> tuple[nn.Module, list[tuple[str, nn.Linear]], Tensor, float]:
+) -> tuple[nn.Module, list[tuple[str, nn.Linear]], Updates, float]:
     """Return the model whose adapted weights were trained, the modules, the change, and the rate that dev chose."""
     task, found = bench.task(run["task"]), []
     for rate in RATES:
         model = bench.fresh(run, bench.grid["settings"])
         model.requires_grad_(False)
         ends = tuple(bench.grid["targets"][run["target"]])
-        modules = [(name, m) for name, m in model.named_modules() if name.endswith(ends)]
-        before = torch.stack([m.weight.detach().clone() for _, m in modules])
+        blocks = (pair for pair in model.named_modules() if ".layer." in pair[0])
+        modules = [(name, m) for name, m in blocks if name.endswith(ends) and isinstance(m, nn.Linear)]
+        before = [m.weight.detach().clone() for _, m in modules]
         groups = [
             {"params": [m.weight.requires_grad_() for _, m in modules], "lr": rate},
             {
@@ -88,69 +98,69 @@ def trained_in_full(
             },
         ]
         train(model, groups, task, run["seed"], bench.grid["settings"]["warmup"])
-        change = torch.stack([m.weight.detach() for _, m in modules]) - before
+        change = [m.weight.detach() - W for (_, m), W in zip(modules, before, strict=True)]
         found.append((task.accuracy(model, task.dev), model, modules, change, rate))
     return max(found, key=lambda trial: trial[0])[1:]
 
 
-def started_factors(
-    bench: Bench, run: dict[str, Any], names: Sequence[str], fields: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """Return `U` and `V` of every site as a start from gradients makes them."""
+def between_started(
+    bench: Bench, run: dict[str, Any], names: Sequence[str], D: Updates, fields: dict[str, Any]
+) -> Updates:
+    """Return the part of updates between the factors that a start from gradients makes."""
     model, _ = bench.started(run, {"fields": fields}, bench.grid["settings"])
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LotrLinear)}
-    updates = []
-    for name in names:
+    fits = []
+    for name, d in zip(names, D, strict=True):
         adapted = layers[f"base_model.model.{name}"].adapted("default")
-        updates.append(adapted.placed(adapted.members[0]).update)
-    return torch.stack([u.U.detach() for u in updates]), torch.stack([u.V.detach() for u in updates])
+        update = adapted.placed(adapted.members[0]).update
+        fits.append(between(d, update.U.detach(), update.V.detach()))
+    return fits
 
 
 def measure(bench: Bench, run: dict[str, Any]) -> list[dict[str, Any]]:
     """Return, for every structure, the share of the change that it holds and the accuracy with it."""
     task = bench.task(run["task"])
     model, modules, D, rate = trained_in_full(bench, run)
-    names, before = [name for name, _ in modules], torch.stack([m.weight.detach() for _, m in modules]) - D
-    s, o, i = D.shape
-    kinds = sorted({name.rpartition(".")[2] for name in names})
-    groups = [[n for n, name in enumerate(names) if name.endswith(kind)] for kind in kinds]
-    own = {**CONFIG, "r": 16}
+    names = [name for name, _ in modules]
+    before = [m.weight.detach() - d for (_, m), d in zip(modules, D, strict=True)]
+    projections = _alike((name.rpartition(".")[2], d.shape) for name, d in zip(names, D, strict=True))
+    shapes = _alike(d.shape for d in D)
+    own = {"method": "lora_xs", "r": 16, "start": "gradient"}
     together = {"method": "lotr", "r": 16, "start": "gradient", "train": "cores"}
-    fits: dict[str, tuple[int, Tensor]] = {
-        "the trained update": (D.numel(), D),
-        "head alone": (0, 0 * D),
-        "LoRA, rank 1": (s * (o + i), low_rank(1)(D)),
-        "LoRA, rank 4": (4 * s * (o + i), low_rank(4)(D)),
+    cores = len(D) * 16**2
+    fits: dict[str, tuple[int, Updates]] = {
+        "the trained update": (sum(d.numel() for d in D), D),
+        "head alone": (0, [0 * d for d in D]),
     }
-    for rank in (10, 32):
-        fits[f"LoTR, one pair of factors, rank {rank}"] = (
-            rank * (o + i) + s * rank**2,
-            shared(rank, [range(s)])(D),
-        )
-    fits["cores, best factors of a projection, rank 16"] = (s * 256, shared(16, groups)(D))
-    fits["cores, best factors of a site, rank 16"] = (s * 256, low_rank(16)(D))
+    for rank in (1, 2, 4):
+        numbers = rank * sum(sum(d.shape) for d in D)
+        mine = largest(D, shapes, numbers)
+        fits[f"LoRA, rank {rank}"] = numbers, low_rank(D, rank)
+        fits[f"LoTR as large as LoRA of rank {rank}"] = size(D, shapes, mine), shared(D, shapes, mine)
+    fits["cores, best factors of a projection, rank 16"] = cores, shared(D, projections, 16)
+    fits["cores, best factors of a site, rank 16"] = cores, low_rank(D, 16)
     for what, fields in (("projection", together), ("site", own)):
-        fits[f"cores, gradient factors of a {what}, rank 16"] = (
-            s * 256,
-            between(D, *started_factors(bench, run, names, fields)),
-        )
+        started = between_started(bench, run, names, D, fields)
+        fits[f"cores, gradient factors of a {what}, rank 16"] = cores, started
     rows = []
+    energy = sum(float(d.norm()) ** 2 for d in D)
     for name, (numbers, fit) in fits.items():
         with torch.no_grad():
             for (_, module), W, d in zip(modules, before, fit, strict=True):
                 module.weight.copy_(W + d)
-        kept = 1 - float(((D - fit).norm() / D.norm()) ** 2)
+        lost = sum(float((d - f).norm()) ** 2 for d, f in zip(D, fit, strict=True))
+        score = task.accuracy(model, task.test)
         rows.append(
-            {
-                **run,
-                "rate": rate,
-                "fit": name,
-                "numbers": numbers,
-                "kept": kept,
-                "test": task.accuracy(model, task.test),
-            }
+            {**run, "rate": rate, "fit": name, "numbers": numbers, "kept": 1 - lost / energy, "test": score}
         )
     return rows
+
+
+def _alike(kinds: Iterable[object]) -> Groups:
+    groups: dict[object, list[int]] = {}
+    for n, kind in enumerate(kinds):
+        groups.setdefault(kind, []).append(n)
+    return list(groups.values())
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -190,15 +200,17 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(grid, asked.data, Path(folder))
-        for task in grid["frontier"]:
-            for seed in asked.seeds:
-                rows += measure(bench, {"task": task, "target": "qv", "method": "fit", "seed": seed})
+        for target, task, seed in itertools.product(grid["targets"], grid["frontier"], asked.seeds):
+            rows += measure(bench, {"task": task, "target": target, "method": "fit", "seed": seed})
     asked.json.parent.mkdir(parents=True, exist_ok=True)
     write_json(asked.json, rows)
-    table = Table("fit of the trained update", "numbers", "of its energy", *grid["frontier"])
-    for cells in summary(rows):
-        table.add_row(*cells)
-    Console().print(table)
+    for target in grid["targets"]:
+        table = Table(
+            "fit of the trained update", "numbers", "of its energy", *grid["frontier"], title=target
+        )
+        for cells in summary([row for row in rows if row["target"] == target]):
+            table.add_row(*cells)
+        Console().print(table)
 
 
 if __name__ == "__main__":

@@ -158,19 +158,26 @@ def _fits(page: Path) -> list[str]:
         return []
     rows = json.loads(record.read_text(encoding="utf-8"))
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    return [
+    lines = [
         "",
         "## What limits",
         "",
-        "Query and value trained in full, and their change replaced by its best fit in a structure; nothing is trained "
-        "again. A structure whose best fit scores well can express what is to be learnt: what it lacks above, it lacks "
-        f"by its start or its optimisation. Accuracy on test, mean of {len({row['seed'] for row in rows})} seeds; "
-        "`python benchmarks/quality_fit.py`.",
-        "",
-        f"| fit of the trained update | numbers | of its energy | {' | '.join(tasks)} |",
-        "|---|---:|---:|" + "---:|" * len(tasks),
-        *(f"| {' | '.join(cells)} |" for cells in quality_fit.summary(rows)),
+        "The adapted weights trained in full, and their change replaced by its best fit in a structure; nothing is "
+        "trained again. A structure whose best fit scores well can express what is to be learnt: what it lacks above, "
+        "it lacks by its start or its optimisation. LoTR has one pair of factors for all modules of a shape. Accuracy "
+        f"on test, mean of {len({row['seed'] for row in rows})} seeds; `python benchmarks/quality_fit.py`.",
     ]
+    for target in dict.fromkeys(row["target"] for row in rows):
+        lines += [
+            "",
+            f"| {_TARGETS.get(target, target)}: fit | numbers | of the energy | {' | '.join(tasks)} |",
+            "|---|---:|---:|" + "---:|" * len(tasks),
+            *(
+                f"| {' | '.join(c)} |"
+                for c in quality_fit.summary([r for r in rows if r["target"] == target])
+            ),
+        ]
+    return lines
 
 
 def _rates(results: Results, rows: Sequence[Row]) -> list[str]:

@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -22,7 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import lotr
-from lotr.files import write_json
+from grids import Setting
+from lotr.files import read_json, write_json
 from peers import ADAPTERS, COMPILED, FLOOR, MKL, TEXT
 from shapes import SHAPES
 from timing import Spread
@@ -66,6 +67,11 @@ def case_options(made: argparse.ArgumentParser) -> None:
         "--methods", nargs="+", choices=names, default=[*ADAPTERS], metavar="METHOD", help=", ".join(names)
     )
     made.add_argument("--ranks", nargs="+", type=int, default=[16])
+    made.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep what the JSON file has of this machine, and measure the rest",
+    )
 
 
 def begin(options: argparse.Namespace) -> torch.device:
@@ -127,6 +133,27 @@ def command() -> str:
     root = Path(__file__).resolve().parent.parent
     shown = script.relative_to(root) if script.is_relative_to(root) else script
     return shlex.join(["python", str(shown), *sys.argv[1:]])
+
+
+def kept(options: argparse.Namespace) -> list[Row]:
+    """Return the rows that a run goes on from: none, or those of the record that it continues.
+
+    Raises:
+        SystemExit: The record is of another machine, or of other versions.
+    """
+    if not (options.resume and options.json.is_file()):
+        return []
+    record = read_json(options.json, "the record of a benchmark")
+    if record["machine"] != machine():
+        raise SystemExit(f"{options.json} was measured on {record['machine']}; this is {machine()}")
+    rows: list[Row] = record["rows"]
+    return rows
+
+
+def left(settings: Iterable[Setting], rows: Sequence[Row]) -> list[Setting]:
+    """Return the settings of which there are no rows yet."""
+    done = {(row["shape"], row["batch"], row["length"]) for row in rows}
+    return [setting for setting in settings if (setting.shape, setting.batch, setting.length) not in done]
 
 
 def write(path: Path, what: str, rows: Sequence[Row], **more: Any) -> None:

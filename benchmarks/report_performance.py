@@ -12,6 +12,7 @@ from typing import Any
 
 import bench_inference
 import bench_memory
+import bench_norms
 import bench_products
 import bench_start
 import bench_train_step
@@ -54,6 +55,14 @@ SECTIONS: dict[str, tuple[str, str, Sequence[str], Callable[[Record], list[str]]
         "`q`, `k` and `v` share `h`, `dV` and `dX`; with factors that stay, `dU` and `dV` are not taken.",
         bench_products.HEADER,
         bench_products.cells,
+    ),
+    "norms": (
+        "What norms add",
+        "A norm for every output on frozen factors: `lotr_per_output_cores` beside `lotr_cores`, and each pass over the "
+        "outputs of all modules alone; the sums are two in one pass already. What the passes do not explain is what they "
+        "push out of the caches, and two more steps of autograd a module.",
+        bench_norms.HEADER,
+        bench_norms.cells,
     ),
     "memory": (
         "Memory of a training step",

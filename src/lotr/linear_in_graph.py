@@ -40,10 +40,9 @@ def take(
         for part in parts
         for number in (part.place.row, part.place.column, *part.place.grid, int(part.h is not None))
     ]
-    y: Tensor = torch.ops.lotr.adapted(x, W, bias, numbers, products, places, asked, torch.is_grad_enabled())[
-        0
-    ]
-    return y
+    with_gradients = torch.is_grad_enabled()
+    found: list[Tensor] = torch.ops.lotr.adapted(x, W, bias, numbers, products, places, asked, with_gradients)
+    return found[0]
 
 
 def _adapted(
@@ -94,11 +93,8 @@ def _gradients_of_adapted(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Any, 
     needs, own = [needs_x, needs_bias], iter(of_own)
     for n, is_given in enumerate(given):
         needs_V, *others = needs_numbers[3 * n : 3 * n + 3]
-        needs += [
-            needs_V and not is_given,
-            *others,
-            is_given and next(of_products),
-        ]  # through `h`, where it is given
+        # to V where it was multiplied here, or to `h` where that was given
+        needs += [needs_V and not is_given, *others, is_given and next(of_products)]
     dhs = [None if is_given else next(own) for is_given in given]
     said = (x if any(needs[2::4]) else None, W, numbers, hs, ctx.places, ctx.asked, needs)
     # gradients that are differentiated, or differentiate gradients, are steps of their own

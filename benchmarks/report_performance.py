@@ -58,9 +58,9 @@ SECTIONS: dict[str, tuple[str, str, Sequence[str], Callable[[Record], list[str]]
     ),
     "norms": (
         "What norms add",
-        "A norm for every output on frozen factors: `lotr_per_output_cores` beside `lotr_cores`, and each pass over the "
-        "outputs of all modules alone; the sums are two in one pass already. What the passes do not explain is what they "
-        "push out of the caches, and two more steps of autograd a module.",
+        "A norm for every output on frozen factors: `lotr_per_output_cores` beside `lotr_cores`, and each pass over "
+        "the outputs of all modules alone; the sums are two in one pass already. What the passes do not explain is "
+        "what they push out of the caches, and two more steps of autograd a module.",
         bench_norms.HEADER,
         bench_norms.cells,
     ),

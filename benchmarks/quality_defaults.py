@@ -29,6 +29,7 @@ from lotr.training.data import load_task
 from lotr.training.run import train
 from lotr_cli.settings import TrainSettings
 
+HEADER = ("task", "larger class", "accuracy on dev, a seed each")
 TASKS = ("docstrings", "mrpc", "sst2", "reviews_kitchen", "reviews_dvd", "reviews_books")
 
 
@@ -53,6 +54,16 @@ def measure(task: str, seed: int, data: Path) -> dict[str, Any]:
     }
 
 
+def summary(runs: list[dict[str, Any]]) -> list[list[str]]:
+    """Return the cells of the table: a task a row, its accuracies in the order of the seeds."""
+    cells = []
+    for task in dict.fromkeys(run["task"] for run in runs):
+        mine = sorted((run for run in runs if run["task"] == task), key=lambda run: run["seed"])
+        scores = ", ".join(f"{100 * run['accuracy']:.1f}" for run in mine)
+        cells.append([task, f"{100 * mine[0]['larger_class']:.1f}", scores])
+    return cells
+
+
 def main() -> None:
     """Run what is missing, print the table, write JSON."""
     parser = argparse.ArgumentParser(
@@ -74,11 +85,9 @@ def main() -> None:
             runs.append(measure(task, seed, asked.data))
             asked.json.parent.mkdir(parents=True, exist_ok=True)
             write_json(asked.json, runs)
-    table = Table("task", "larger class", "accuracy of every seed", title="lotr train without options")
-    for task in dict.fromkeys(run["task"] for run in runs):
-        mine = [run for run in runs if run["task"] == task]
-        scores = " ".join(f"{100 * run['accuracy']:.1f}" for run in sorted(mine, key=lambda run: run["seed"]))
-        table.add_row(task, f"{100 * mine[0]['larger_class']:.1f}", scores)
+    table = Table(*HEADER, title="lotr train without options")
+    for cells in summary(runs):
+        table.add_row(*cells)
     Console().print(table)
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import quality_defaults
 import quality_fit
 import quality_picture
 import quality_report
@@ -30,7 +31,7 @@ def write(results: Results, page: Path) -> None:
         mine = [row for row in rows if row["target"] == target]
         if mine:
             lines += _section(results, target, mine, page)
-    lines += [*_claims(results), *_steps(results), *_fits(page), *_rates(results, rows)]
+    lines += [*_claims(results), *_steps(results), *_fits(page), *_defaults(page), *_rates(results, rows)]
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -178,6 +179,24 @@ def _fits(page: Path) -> list[str]:
             ),
         ]
     return lines
+
+
+def _defaults(page: Path) -> list[str]:
+    record = page.parent / "data" / "defaults.json"
+    if not record.is_file():
+        return []
+    runs = json.loads(record.read_text(encoding="utf-8"))
+    return [
+        "",
+        "## `lotr train` without options",
+        "",
+        f"The command itself, three epochs in float32; {len(runs)} runs so far. "
+        "`python benchmarks/quality_defaults.py`.",
+        "",
+        f"| {' | '.join(quality_defaults.HEADER)} |",
+        "|---|---:|---|",
+        *(f"| {' | '.join(cells)} |" for cells in quality_defaults.summary(runs)),
+    ]
 
 
 def _rates(results: Results, rows: Sequence[Row]) -> list[str]:

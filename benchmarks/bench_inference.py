@@ -21,11 +21,10 @@ from records import (
     begin,
     case_options,
     keep_memory,
-    kept,
-    left,
     parser,
     progress,
     ratio,
+    resumed,
     rounded,
     show,
     size,
@@ -88,9 +87,9 @@ def main() -> None:
     keep_memory()
     device = begin(options)
 
-    rows = kept(options)
     settings = grid(options.short, device.type == "cuda") if options.shape is None else [one(options)]
-    for setting in left(settings, rows):
+    rows, missing = resumed(options, settings)
+    for setting in missing:
         rows += measure(forward(setting), options, device)
         write(options.json, "inference", rows)
         panels(rows, "of_base", "forward pass, ratio to the base", options.picture)

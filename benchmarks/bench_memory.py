@@ -22,7 +22,7 @@ import memory
 from grids import Setting, memory_grid, one
 from peers import FLOOR, label
 from pictures import panels
-from records import Row, begin, case_options, kept, left, parser, progress, show, size, write
+from records import Row, begin, case_options, parser, progress, resumed, show, size, write
 
 MEASURES = ("saved", "allocated", "resident")
 HEADER = (
@@ -90,9 +90,10 @@ def main() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     get_context("forkserver").set_forkserver_preload(["memory"])
 
-    rows, cuda = kept(options), torch.cuda.is_available()
+    cuda = torch.cuda.is_available()
     settings = memory_grid(options.short, cuda) if options.shape is None else [one(options)]
-    for setting in left(settings, rows):
+    rows, missing = resumed(options, settings)
+    for setting in missing:
         rows += measure(setting, options)
         write(options.json, "memory", rows)
         panels(rows, "of_floor", "saved by autograd, ratio to the floor", options.picture)

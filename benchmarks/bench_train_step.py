@@ -22,11 +22,10 @@ from records import (
     begin,
     case_options,
     keep_memory,
-    kept,
-    left,
     parser,
     progress,
     ratio,
+    resumed,
     rounded,
     show,
     size,
@@ -96,9 +95,9 @@ def main() -> None:
     keep_memory()
     device = begin(options)
 
-    rows = kept(options)
     settings = grid(options.short, device.type == "cuda") if options.shape is None else [one(options)]
-    for setting in left(settings, rows):
+    rows, missing = resumed(options, settings)
+    for setting in missing:
         rows += measure(setting, options, device)
         write(options.json, "train_step", rows)
         panels(rows, "of_floor", "step, ratio to the floor", options.picture)

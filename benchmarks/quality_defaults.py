@@ -2,8 +2,8 @@
 
     python benchmarks/quality_defaults.py --data DATA --json docs/data/defaults.json
 
-What runs is `lotr train --model minilm --train TASK --output FOLDER --seed SEED` and nothing else: three epochs, in
-float32, of texts as long as they come. Runs that the JSON file holds already are not run again.
+What runs is `lotr train --model minilm --train TRAIN --eval DEV --output FOLDER --seed SEED` and nothing else: three
+epochs, in float32. Runs that the JSON file holds already are not run again.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -135,25 +135,20 @@ def command() -> str:
     return shlex.join(["python", str(shown), *sys.argv[1:]])
 
 
-def kept(options: argparse.Namespace) -> list[Row]:
-    """Return the rows that a run goes on from: none, or those of the record that it continues.
+def resumed(options: argparse.Namespace, settings: Sequence[Setting]) -> tuple[list[Row], list[Setting]]:
+    """Return the rows that a run goes on from, and the settings of which there are none yet.
 
     Raises:
-        SystemExit: The record is of another machine, or of other versions.
+        SystemExit: The record to go on from is of another machine, or of other versions.
     """
     if not (options.resume and options.json.is_file()):
-        return []
+        return [], list(settings)
     record = read_json(options.json, "the record of a benchmark")
     if record["machine"] != machine():
         raise SystemExit(f"{options.json} was measured on {record['machine']}; this is {machine()}")
     rows: list[Row] = record["rows"]
-    return rows
-
-
-def left(settings: Iterable[Setting], rows: Sequence[Row]) -> list[Setting]:
-    """Return the settings of which there are no rows yet."""
     done = {(row["shape"], row["batch"], row["length"]) for row in rows}
-    return [setting for setting in settings if (setting.shape, setting.batch, setting.length) not in done]
+    return rows, [one for one in settings if (one.shape, one.batch, one.length) not in done]
 
 
 def write(path: Path, what: str, rows: Sequence[Row], **more: Any) -> None:

@@ -16,7 +16,8 @@ from torch.nn.modules import module as hooks
 from conftest import bert, tokens
 from lotr import LotrConfig, kernels
 from lotr.kernels import column_sums, product
-from lotr.linear import PartOfLinear, Place, adapted_linear
+from lotr.linear import adapted_linear
+from lotr.linear_products import PartOfLinear, Place
 from lotr.methods import METHODS
 from lotr.orders import Order
 from lotr.tuner.layer import LotrLinear
@@ -346,48 +347,70 @@ def test_a_compiled_graph_with_gradients_has_two_operations_a_module(method: str
     backend = aot_autograd(
         fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition
     )
-    torch.compile(model, fullgraph=True, backend=backend)(input_ids=tokens()).logits.sum().backward()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+    def run(call: nn.Module) -> dict[str, Tensor]:
+        model.zero_grad()
+        call(input_ids=tokens()).logits.square().sum().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    torch.testing.assert_close(run(torch.compile(model, fullgraph=True, backend=backend)), run(model))
     modules = sum(isinstance(module, LotrLinear) for module in model.modules())
     forward, backward = graphs
     assert forward.count("lotr.adapted.default") == modules
     assert backward.count("lotr.adapted_gradients.default") == modules
-    # one for query and value, which read the same tensor through the same V, one for the attention's output
-    products = (
-        2 * model.config.num_hidden_layers + 1 if method == "lotr_joint" else 0
-    )  # and one for the pooler
+    # one for query and value, which read the same tensor through the same V, one for the attention's output; the pooler
+    shared = 2 * model.config.num_hidden_layers + 1
+    products = shared if method == "lotr_joint" else 0
     assert forward.count("lotr.product.default") == products
+
+
+# first row, first column, blocks down and across, whether `x V` is given: the whole weight; two by two blocks
+WHOLE, BLOCKS = [0, 0, 1, 1, 1], [0, 0, 2, 2, 0]
+
+
+def said_to_the_operation(trains: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Return input, weight, bias, numbers and given products of two parts that stand at `WHOLE` and `BLOCKS`."""
+    torch.manual_seed(0)
+
+    def number(*shape: int, trains_alone: bool = False) -> Tensor:
+        return torch.randn(*shape, dtype=dtype, requires_grad=trains == "all" or trains_alone)
+
+    x, W, bias = number(2, 5, 12, trains_alone=True), torch.randn(8, 12, dtype=dtype), number(8)
+    whole = number(3, 12), number(2, 3, trains_alone=True), number(8, 2)
+    blocks = number(4, 6), number(4, 8, trains_alone=True), number(4, 2)
+    return x, W, bias, [*whole, *blocks], [number(10, 3, trains_alone=True)]
 
 
 @pytest.mark.parametrize("asked", ["plain", "merged"])
 @pytest.mark.parametrize("trains", ["all", "cores"])
 def test_the_operation_of_a_graph_is_registered_as_it_computes(asked: str, trains: str) -> None:
-    torch.manual_seed(0)
-    x, W, bias = torch.randn(2, 5, 12, requires_grad=True), torch.randn(8, 12), torch.randn(8)
-
-    def number(*shape: int, kind: str) -> Tensor:
-        return torch.randn(*shape, requires_grad=trains == "all" or kind == "core")
-
-    numbers = [
-        *(number(3, 12, kind="factor"), number(2, 3, kind="core"), number(8, 2, kind="factor")),
-        *(number(4, 6, kind="factor"), number(4, 8, kind="core"), number(4, 2, kind="factor")),
-    ]
-    places = [
-        0,
-        0,
-        1,
-        1,
-        1,
-        0,
-        0,
-        2,
-        2,
-        0,
-    ]  # the whole weight, by a product that is given; blocks, two by two
-    products = [number(10, 3, kind="core")]
+    said = said_to_the_operation(trains, torch.float32)
     for of_gradients in (True, False):
-        said = (x, W, bias, numbers, products, places, asked, of_gradients)
         with torch.set_grad_enabled(of_gradients):
-            torch.library.opcheck(torch.ops.lotr.adapted.default, said, raise_exception=True)
+            torch.library.opcheck(
+                torch.ops.lotr.adapted.default,
+                (*said, WHOLE + BLOCKS, asked, of_gradients),
+                raise_exception=True,
+            )
+
+
+@pytest.mark.parametrize("asked", ["plain", "merged"])
+@pytest.mark.parametrize("trains", ["all", "cores"])
+def test_the_operation_of_a_graph_has_the_gradients_of_its_output(asked: str, trains: str) -> None:
+    x, W, bias, numbers, _ = said_to_the_operation(trains, torch.float64)
+    leaves = [x, bias, *numbers]
+
+    def output(x: Tensor, bias: Tensor, *numbers: Tensor) -> Tensor:
+        products = [x.flatten(0, 1) @ numbers[0].T]
+        places = WHOLE + BLOCKS
+        found: list[Tensor] = torch.ops.lotr.adapted(x, W, bias, [*numbers], products, places, asked, True)
+        return found[0]
+
+    assert torch.autograd.gradcheck(output, leaves)
+    assert torch.autograd.gradgradcheck(output, leaves)
 
 
 @pytest.mark.filterwarnings("default")

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from lotr import delta
-from lotr.linear import PartOfLinear, Place, adapted_linear
+from lotr.linear import adapted_linear
+from lotr.linear_products import PartOfLinear, Place
 from lotr.orders import ORDERS, Order, choose_order, extra_work
 
 EVERY_ORDER = [Order(*merged) for merged in itertools.product((False, True), repeat=2)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from .kernels import linear, takes_rows
 
 if TYPE_CHECKING:
-    from .linear import PartOfLinear
+    from .linear_products import PartOfLinear
 
 
 def base_output(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import compress
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .kernels import OPERATIONS
-from .linear import PartOfLinear, Place, adapted_linear, gradients, times_V
+from .linear_products import PartOfLinear, Place, gradients, output, times_V
 from .orders import Order, choose_order
 
 _PLACE = 5  # numbers that say where a part stands
@@ -62,11 +61,10 @@ def _adapted(
     X = x.reshape(-1, W.shape[1])
     order = choose_order(len(X), len(W), W.shape[1], W.dtype, asked, with_gradients)
     with torch.no_grad():
-        if with_gradients:
-            parts = [replace(part, h=times_V(X, part)) for part in parts]
-        y, _ = adapted_linear(x, W, bias, parts, order)
-    own = compress(parts, (not is_given for is_given in given))
-    return [y, *(part.h for part in own if part.h is not None)]
+        hs = [times_V(X, part) if with_gradients or not order.merge_forward else None for part in parts]
+        Y, _ = output(X, W, bias, parts, hs, order)
+    own = compress(hs, (with_gradients and not is_given for is_given in given))
+    return [Y.view(*x.shape[:-1], len(W)), *(h for h in own if h is not None)]
 
 
 def _like_adapted(x: Tensor, W: Tensor, bias: Any, numbers: list[Tensor], *rest: Any) -> list[Tensor]:

@@ -19,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import kernels, linear_in_graph
 from ..delta import scaled
-from ..linear import PartOfLinear, Place, adapted_linear
+from ..linear import adapted_linear
+from ..linear_products import PartOfLinear, Place
 from ..orders import AUTOGRAD, choose_order
 
 if TYPE_CHECKING:

@@ -62,13 +62,14 @@ class CtrlC(TrainerCallback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.parametrize("step", [4, 8])  # in the first epoch of five steps and in the second
 def test_ctrl_c_leaves_a_whole_checkpoint_and_resume_ends_as_if_nothing_happened(
-    place: Path, tmp_path: Path
+    step: int, place: Path, tmp_path: Path
 ) -> None:
     train(settings(place, tmp_path / "straight"), say=quiet)
     with pytest.raises(Interrupted, match="--resume"):
-        train(settings(place, tmp_path / "stopped"), say=quiet, callbacks=[CtrlC(4)])
-    assert last_whole(tmp_path / "stopped" / "checkpoints").name == "checkpoint-5"
+        train(settings(place, tmp_path / "stopped"), say=quiet, callbacks=[CtrlC(step)])
+    assert last_whole(tmp_path / "stopped" / "checkpoints").name == f"checkpoint-{step + 1}"
     assert not (tmp_path / "stopped" / WEIGHTS).exists()
 
     resumed = restore(

@@ -14,13 +14,38 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checkpoint import write_adapter
 from ..errors import TrainingError
 from ..files import whole_folder, write_json
 from . import state as disk
+
+
+class EpochSampler(Sampler[int]):
+    """Rows of about the same length together, in an order drawn from the seed and the number of the epoch alone.
+
+    transformers draws it from the process's random numbers. Then a run that goes on inside an epoch would see other
+    rows than one that never stopped, and processes whose dropout differs would see rows twice.
+
+    Args:
+        grouped: What transformers would have used.
+        seed: Seed of the order.
+        epoch: Tells the number of the epoch that begins.
+    """
+
+    def __init__(self, grouped: LengthGroupedSampler, seed: int, epoch: Callable[[], int]) -> None:
+        self.grouped, self.seed, self.epoch = grouped, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.grouped)
+
+    def __iter__(self) -> Iterator[int]:
+        drawn = torch.Generator().manual_seed(self.seed + self.epoch())
+        return iter(get_length_grouped_indices(self.grouped.lengths, self.grouped.batch_size, generator=drawn))
 
 
 class AdapterTrainer(Trainer):
@@ -32,6 +57,12 @@ class AdapterTrainer(Trainer):
 
     #: Gives what a checkpoint shall hold beside that, to go on with the record of the run.
     progress: Callable[[], dict[str, Any]] | None = None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        return EpochSampler(sampler, self.args.seed, lambda: int(self.state.epoch or 0))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Take one step.

@@ -45,7 +45,9 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         drawn = torch.Generator().manual_seed(self.seed + self.epoch())
-        return iter(get_length_grouped_indices(self.grouped.lengths, self.grouped.batch_size, generator=drawn))
+        return iter(
+            get_length_grouped_indices(self.grouped.lengths, self.grouped.batch_size, generator=drawn)
+        )
 
 
 class AdapterTrainer(Trainer):

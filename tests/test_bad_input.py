@@ -9,25 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 import saved_models
-from lotr_cli.app import app
+from commands import lotr, refused
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-def lotr(*words: str | Path):
-    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
-
-
-def refused(code: int, *words: str | Path) -> str:
-    """Run a command that must fail, and return its message."""
-    result = lotr(*words)
-    assert result.exit_code == code, (result.exit_code, result.stdout, result.stderr)
-    assert "Traceback" not in result.stderr
-    assert "Unexpected" not in result.stderr, result.stderr
-    return " ".join(result.stderr.split())
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +91,10 @@ def test_unknown_hub_model_says_what_can_be_named(place: Path, tmp_path: Path, m
         ("--target", "[query", "regex"),
         ("--start", "orthonormall", "orthonormal"),
         ("--dtype", "floatt32", "float32"),
+        ("--task", "clasification", "classification"),
+        ("--report-to", "tensorbord", "none"),
+        ("--target", "x.*y", "encoder.layer.0"),
+        ("--max-length", "65", "64 tokens"),
     ],
 )
 def test_unknown_names_show_near_matches(
@@ -125,6 +115,7 @@ def test_rank_above_the_block_says_what_fits(place: Path, tmp_path: Path) -> Non
     text = refused(2, *training(place), "--rank", "40", "--output", tmp_path / "o")
     assert "(32, 32)" in text
     assert "at most 32" in text
+    assert "--rank 32,32" in text
 
 
 def test_sharing_that_cannot_be_names_blocks_and_the_way_out(tmp_path: Path) -> None:

@@ -17,21 +17,16 @@ import torch
 import typer
 import typer.core
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 import saved_models
+from commands import app, lotr
 from lotr.kernels import ONEDNN_IS_FASTER
 from lotr.training.report import METRICS
-from lotr_cli.app import app
 
 QUICK = (
     *("--epochs", "10", "--batch-size", "8", "--rank", "4"),
     *("--lr", "3e-2", "--core-lr", "3e-2", "--head-lr", "3e-2"),
 )
-
-
-def lotr(*words: str | Path):
-    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
 
 
 def report(*words: str | Path) -> dict:

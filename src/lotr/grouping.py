@@ -121,8 +121,8 @@ def _check_rank(name: str, sites: list[Site]) -> None:
     if k > o or r > i:
         raise PlanError(
             f'Rank (k, r) = ({k}, {r}) does not fit group "{name}": its blocks are ({o}, {i}), so k can be '
-            f"at most {o} and r at most {i}. Use r=({min(k, o)}, {min(r, i)}), a smaller rank for "
-            f'"{sites[0].projection}" in rank_pattern, or leave it out with exclude_modules.'
+            f"at most {o} and r at most {i}. Use r=({min(k, o)}, {min(r, i)}) (--rank {min(k, o)},{min(r, i)}); in "
+            f'Python also a smaller rank for "{sites[0].projection}" in rank_pattern, or exclude_modules.'
         )
 
 

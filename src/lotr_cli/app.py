@@ -31,6 +31,12 @@ Base = Annotated[
     str | None, typer.Option("--model", help="Base model.", show_default="the one recorded in the adapter")
 ]
 Data = Annotated[str, typer.Option("--data", help="Data: a file, folder, hub data set or `docstrings`.")]
+Text = Annotated[
+    str | None, typer.Option("--text", help="Column with the text.", show_default="as in training")
+]
+Text2 = Annotated[
+    str | None, typer.Option("--text2", help="Column with the second text.", show_default="as in training")
+]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows at a time.")]
 
 
@@ -94,6 +100,11 @@ def train(
 def evaluate(
     adapter: Adapter,
     data: Data,
+    text: Text = None,
+    text2: Text2 = None,
+    label: Annotated[
+        str | None, typer.Option(help="Column with the label.", show_default="as in training")
+    ] = None,
     model: Base = None,
     batch_size: BatchSize = 64,
     picture: Annotated[
@@ -111,6 +122,7 @@ def evaluate(
         if picture is not None and not picture.parent.is_dir():
             raise console.usage_error(f"--picture {picture}: the folder {picture.parent} does not exist.")
         trained = load_trained(adapter, model)
+        trained.columns = trained.columns.named(text=text, text2=text2, label=label)
         with console.counting("Evaluating") as tick:
             scores = measure(trained, data, batch_size, tick)
         drawn = None
@@ -131,6 +143,8 @@ def predict(
     task_column: Annotated[
         str | None, typer.Option(help="Of a bank: column with the task that answers each row.")
     ] = None,
+    text: Text = None,
+    text2: Text2 = None,
     model: Base = None,
     batch_size: BatchSize = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of a language model.")] = 64,
@@ -141,8 +155,9 @@ def predict(
     from . import output as writing
 
     with reported(), console.stopwatch("Loading"):
-        writing.check_output(output, overwrite)
-        rows = _predicted(adapter, data, model, task, task_column, batch_size, max_new_tokens)
+        writing.check_output(output, overwrite, data)
+        columns = {"text": text, "text2": text2}
+        rows = _predicted(adapter, data, columns, model, task, task_column, batch_size, max_new_tokens)
         writing.write_rows(rows, output)
     reports.said(
         {"rows": len(rows), "output": str(output)}, f"{len(rows)} predictions are in {output}.", json
@@ -152,6 +167,7 @@ def predict(
 def _predicted(
     place: str,
     data: str,
+    columns: dict[str, str | None],
     model: str | None,
     task: str | None,
     task_column: str | None,
@@ -166,7 +182,7 @@ def _predicted(
 
         bank = load_served(place, model)
         with console.counting("Predicting") as tick:
-            return predict_rows(bank, data, task, task_column, batch_size, max_new_tokens, tick)
+            return predict_rows(bank, data, task, task_column, columns, batch_size, max_new_tokens, tick)
     if task is not None or task_column is not None:
         raise console.usage_error(
             f"{place} is no bank, so it has no tasks. Leave out --task and --task-column."
@@ -174,6 +190,7 @@ def _predicted(
     from lotr.training import trained
 
     adapter = trained.load_trained(place, model)
+    adapter.columns = adapter.columns.named(**columns)
     with console.counting("Predicting") as tick:
         return trained.predict(adapter, data, batch_size, max_new_tokens, tick)
 

@@ -19,7 +19,9 @@ class BankSettings:
         None, _DATA, "Adapter whose factors a new bank gets.", "required for a new bank"
     )
     model: str | None = setting(None, _DATA, "Base model.", "default: the one of the basis")
-    max_length: int = setting(128, _DATA, "Longest text, in tokens.")
+    max_length: int | None = setting(
+        None, _DATA, "Longest text, in tokens.", "default: 128, or as many as the model takes"
+    )
     keep: str = setting(
         "bfloat16", _DATA, "Type in which a new bank keeps its tasks: float32, bfloat16, float16 or int8."
     )

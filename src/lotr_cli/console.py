@@ -36,10 +36,14 @@ def reported() -> Iterator[None]:
             err.print("Stopped.", style="yellow")
         raise typer.Exit(130) from None
     except Exception as error:
-        from lotr.errors import ConfigError, Interrupted, LotrError, PlanError, TrainingError
+        from lotr.errors import CheckpointError, ConfigError, Interrupted, LotrError, PlanError, TrainingError
 
         if debug:
             traceback.print_exc()
+        if isinstance(error, OSError) and error.filename is not None:  # a place that the user named
+            error = CheckpointError(
+                f"{error.filename}: {error.strerror}. Check the path, and the rights on it."
+            )
         known = isinstance(error, LotrError)
         name = "Error" if known else f"Unexpected {type(error).__name__}"
         hint = "" if known or debug else "\nRun again as `lotr --debug …` to see where."

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 
-def check_output(path: Path, overwrite: bool) -> None:
+def check_output(path: Path, overwrite: bool, data: str) -> None:
     """Refuse a file that cannot be written, before any work is done.
 
     Raises:
-        ConfigError: The type is not known, the file exists, or its folder does not.
+        ConfigError: The type is not known, the file exists or is the data, or its folder does not exist.
     """
     from lotr.errors import ConfigError
 
     if path.suffix not in (".csv", ".jsonl"):
         raise ConfigError(f"--output {path} has no known type. Name a .csv or .jsonl file.")
+    if path.exists() and Path(data).exists() and path.samefile(data):
+        raise ConfigError(f"--output {path} is the data. Choose another name.")
     if path.exists() and not overwrite:
         raise ConfigError(f"--output {path} exists. Choose another name, or replace it with --overwrite.")
     if not path.parent.is_dir():

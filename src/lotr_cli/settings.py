@@ -37,7 +37,9 @@ class TrainSettings:
     task: str | None = setting(
         None, _DATA, "classification, regression or causal-lm.", "default: guessed from the label"
     )
-    max_length: int = setting(128, _DATA, "Longest text, in tokens.")
+    max_length: int | None = setting(
+        None, _DATA, "Longest text, in tokens.", "default: 128, or as many as the model takes"
+    )
 
     method: str = setting(
         "lotr",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError, near
 from ..methods import METHODS
 from .budget import AUTO, check_budget_is_meant
+from .columns import check_task
 from .optimizer import Rates, default_rates
 from .parsing import check_positive, read_core_ranks, read_modes, read_rank, target_modules
 
@@ -129,6 +130,7 @@ _OURS = ("modes", "core", "core_ranks", "blocks", "magnitude", "trainable", "sta
 
 def _check_meaning(settings: TrainSettings, task: str) -> None:
     """Refuse settings that would be passed over."""
+    check_task(task)
     check_positive(settings, "start_batches")
     check_budget_is_meant(settings)
     if settings.method in PEERS:
@@ -204,17 +206,24 @@ def full_precision_head(model: PeftModel) -> PeftModel:
 
 
 def check_targets(model: nn.Module, config: PeftConfig) -> None:
-    """Refuse names in `target_modules` that match no module; PEFT passes over them in silence."""
-    from ..tuner.targets import linear_paths
+    """Refuse names in `target_modules` that match no module, which PEFT passes over in silence, and such a regex.
 
-    names = getattr(config, "target_modules", None)
-    if not isinstance(names, set | list | tuple):
-        return
+    Raises:
+        ConfigError: The message says what would match.
+    """
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    from ..tuner.targets import linear_paths, match_nothing
+
+    asked = getattr(config, "target_modules", None)
     paths = linear_paths(model)
-    for name in sorted(names):
-        if not any(path == name or path.endswith(f".{name}") for path in paths):
-            known = {path.rpartition(".")[2] for path in paths}
-            raise ConfigError(f"target={name!r} matches no linear module of the model. {near(name, known)}")
+    if isinstance(asked, str) and asked != "all-linear" and asked != DUMMY_TARGET_MODULES:
+        if not any(re.fullmatch(asked, path) for path, _ in model.named_modules()):
+            raise ConfigError(f"target={asked!r} {match_nothing(model, asked)}")
+    elif isinstance(asked, set | list | tuple):
+        for name in sorted(asked):
+            if not any(path == name or path.endswith(f".{name}") for path in paths):
+                raise ConfigError(f"target={name!r} {match_nothing(model, [name])}")
 
 
 def head_warmup(settings: TrainSettings, task: str, steps: int) -> int:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from ..errors import DataError, near
+from ..errors import ConfigError, DataError, near
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,6 +35,16 @@ class Columns:
     text: str = "text"
     text2: str = "text2"
     label: str = "label"
+
+    def named(self, **names: str | None) -> Columns:
+        """Return these columns with other names, where one is given."""
+        return replace(self, **{column: name for column, name in names.items() if name is not None})
+
+
+def check_task(task: str) -> None:
+    """Raise ConfigError if there is no such task."""
+    if task not in get_args(Task):
+        raise ConfigError(f"task={task!r} is not known. {near(task, get_args(Task))}")
 
 
 def chat_column(dataset: Dataset, columns: Columns) -> str | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
-from ..errors import ConfigError, DataError, near
+from ..errors import ConfigError, DataError
 from .columns import (
     Columns,
     Task,
@@ -15,6 +15,7 @@ from .columns import (
     check_classes,
     check_columns,
     check_numbers,
+    check_task,
     guess_task,
     label_names,
     label_values,
@@ -103,8 +104,8 @@ def load_task(
         ('classification', 16)
     """
     columns = columns or Columns()
-    if task is not None and task not in get_args(Task):
-        raise ConfigError(f'There is no task "{task}". {near(task, get_args(Task))}')
+    if task is not None:
+        check_task(task)
     if not 0 < holdout < 1:
         raise ConfigError(f"holdout={holdout} is no part of the rows: give a number between 0 and 1.")
     splits = read_splits(train, (columns.text, columns.text2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+TEXT_LENGTH = 128
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -90,8 +92,7 @@ def load_model(
     """
     import transformers
 
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is not known. {near(dtype, DTYPES)}")
+    check_dtype(dtype)
     source, _ = locate(model)
     options: dict[str, Any] = {"dtype": DTYPES[dtype]}
     kind = transformers.AutoModelForCausalLM
@@ -107,10 +108,63 @@ def load_model(
     elif task == "regression":
         kind = transformers.AutoModelForSequenceClassification
         options |= {"num_labels": 1, "problem_type": "regression"}
-    loaded = _load(kind.from_pretrained, source, f"model {model!r}", ignore_mismatched_sizes=True, **options)
+    loaded, found = _load(
+        kind.from_pretrained,
+        source,
+        f"model {model!r}",
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **options,
+    )
+    if task == "causal-lm":
+        _check_writes(model, loaded.config, sorted(found["missing_keys"]))
     if tokenizer is not None and loaded.config.pad_token_id is None:
         loaded.config.pad_token_id = tokenizer.pad_token_id
     return loaded.eval()
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise ConfigError if a base model cannot be loaded in this type."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not known. {near(dtype, DTYPES)}")
+
+
+def text_length(model: nn.Module, name: str, asked: int | None) -> int:
+    """Return the longest text in tokens: what was asked for, else 128, or less where a model takes less.
+
+    Args:
+        model: The base model; on the meta device too. One with a table of positions takes as many tokens as that has.
+        name: What to call it in a message.
+        asked: Longest text, in tokens.
+
+    Raises:
+        ConfigError: More was asked for than the model takes.
+    """
+    limits = [
+        table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+        for path, table in model.named_modules()
+        if isinstance(table, torch.nn.Embedding) and re.search(r"(?<!relative_)position|wpe", path)
+    ]
+    if limits:
+        limits.append(getattr(model.config, "max_position_embeddings", None) or limits[0])
+    if asked is not None and asked > min(limits, default=asked):
+        raise ConfigError(
+            f"max_length={asked} is longer than the {min(limits)} tokens that {name!r} takes. Use at most "
+            f"{min(limits)}."
+        )
+    return asked or min([TEXT_LENGTH, *limits])
+
+
+def _check_writes(model: str, config: Any, missing: list[str]) -> None:
+    """Refuse to train text on a model without a trained head for it: an encoder's would be random and stay so."""
+    masked = any("MaskedLM" in name for name in config.architectures or ())
+    if not missing and (not masked or getattr(config, "is_decoder", False)):
+        return
+    why = f"it has no {missing[0]}" if missing else "it fills gaps, and sees the words that it should write"
+    raise ConfigError(
+        f"Model {model!r} is no causal language model: {why}. Name one that is; or, where the rows have a label, name "
+        "its column with --label."
+    )
 
 
 def skeleton(model: str) -> tuple[nn.Module, str]:

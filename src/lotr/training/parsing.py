@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..errors import ConfigError
+from ..errors import ConfigError, near
 
 _REGEX = r"[*+?()\[\]|\\^$]"  # a character that no module's name has
 
@@ -86,3 +86,16 @@ def check_positive(settings: object, *names: str) -> None:
         value = getattr(settings, name)
         if value is not None and not value > 0:
             raise ConfigError(f"{name}={value} trains nothing. Use a positive number.")
+
+
+def check_logger(report_to: str) -> None:
+    """Refuse a place to log to that transformers does not know, or whose package is missing.
+
+    Raises:
+        ConfigError: The message names those that there are.
+    """
+    from transformers.integrations import get_available_reporting_integrations
+
+    known = ["none", "all", *get_available_reporting_integrations()]
+    if report_to not in known:
+        raise ConfigError(f"report_to={report_to!r} is not known, or not installed. {near(report_to, known)}")

@@ -16,7 +16,7 @@ from ..tuner.state import file_shapes
 from ..tuner.targets import plan
 from .adapt import adapter_config, check_targets
 from .budget import AUTO, said_rank
-from .models import DTYPES, skeleton
+from .models import DTYPES, check_dtype, skeleton
 
 if TYPE_CHECKING:
     from lotr_cli.settings import TrainSettings
@@ -41,8 +41,7 @@ def plan_model(settings: TrainSettings, dtype: str = "float32", tokens: int | No
         PlanError: Sites cannot share what was asked for, or the basis lacks a group.
         CheckpointError: The basis cannot be read.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is not known. {near(dtype, DTYPES)}")
+    check_dtype(dtype)
     if settings.method not in METHODS:
         raise ConfigError(
             f"method={settings.method!r} shares nothing that could be planned: only rows of the table of methods do. "

@@ -32,6 +32,10 @@ def restore(settings: TrainSettings, given: set[str]) -> TrainSettings:
     if settings.output is None:
         raise ConfigError("--resume needs --output, the folder of the run to go on with.")
     folder = Path(settings.output)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder} does not exist, so there is no run to resume. Leave --resume out to start one."
+        )
     # checkpoints are removed last, so where some are left there is a run to go on with, over an older one too
     if (folder / METRICS).is_file() and not (folder / CHECKPOINTS).is_dir():
         raise ConfigError(

@@ -18,10 +18,10 @@ from . import adapt, budget, metrics, resume
 from .begin import begin
 from .data import Columns, load_task
 from .encode import collator, encode
-from .models import load_model, load_tokenizer, locate
+from .models import check_dtype, load_model, load_tokenizer, locate, text_length
 from .optimizer import parameter_groups
 from .output_folder import begun_folder, check_apart, check_output
-from .parsing import check_positive
+from .parsing import check_logger, check_positive
 from .report import CHECKPOINTS, Run, summarise, write
 from .trained import device
 from .trainer import AdapterTrainer, StopOnRequest, finish_on_interrupt, is_main_process
@@ -137,6 +137,8 @@ def _claim(settings: TrainSettings, config: PeftConfig | None) -> Path:
             raise ConfigError(
                 f"{name}={getattr(settings, name)} is out of range. Use a number from 0 to {most}."
             )
+    check_dtype(settings.dtype)
+    check_logger(settings.report_to)
     folder = Path(str(settings.output))
     check_apart(folder, settings, config)
     if not settings.resume and is_main_process():  # the others would find what the main process made
@@ -164,6 +166,7 @@ def _prepare(
         )
     if config is None:  # before any data is read; again below, once the task is known
         adapt.adapter_config(settings, settings.task or "classification")
+    tokenizer = load_tokenizer(str(settings.model))
     columns = Columns(settings.text, settings.text2, settings.label)
     data = load_task(str(settings.train), settings.eval, columns, settings.task, seed=settings.seed)  # type: ignore[arg-type]
     say(f"Task: {data.task}. {data.reason}")
@@ -171,10 +174,9 @@ def _prepare(
     if config is None:
         config = adapt.adapter_config(settings, data.task)
         adapt.choose_start(settings, config, data.task)
-    tokenizer = load_tokenizer(str(settings.model))
-
     set_seed(settings.seed)
     base = load_model(str(settings.model), data.task, data.labels, settings.dtype, tokenizer)
+    settings.max_length = text_length(base, str(settings.model), settings.max_length)
     if settings.budget is not None:
         say(budget.fit(settings, config, base, checkpoint))  # type: ignore[arg-type]
     model = adapt.add_adapter(base, config)
@@ -206,7 +208,7 @@ def _encoded(run: Run) -> list[Dataset]:
     s, data = run.settings, run.data
     columns = Columns(s.text, s.text2, s.label)
     return [
-        encode(part, run.tokenizer, data.task, columns, data.labels, s.max_length)
+        encode(part, run.tokenizer, data.task, columns, data.labels, run.task_record["max_length"])
         for part in (data.train, data.eval)
     ]
 

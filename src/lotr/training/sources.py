@@ -77,7 +77,7 @@ def _missing(path: Path) -> str:
     if not path.parent.is_dir():
         return f"There is no file {path}: its folder {path.parent} does not exist either."
     names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
-    return f"There is no file {path}. In {path.parent.resolve()}: {near(path.name, names)}"
+    return f"There is no file {path}. {near(path.name, names)} (in {path.parent.resolve()})"
 
 
 def _folder(path: Path) -> dict[str, Dataset]:

@@ -85,6 +85,7 @@ def predict(
     source: str,
     task: str | None = None,
     task_column: str | None = None,
+    columns: Mapping[str, str | None] | None = None,
     batch_size: int = 64,
     max_new_tokens: int = 64,
     tick: Tick | None = None,
@@ -96,6 +97,7 @@ def predict(
         source: Data; labels are not needed.
         task: The task of all rows.
         task_column: Column with the name of each row's task, instead.
+        columns: Names of the columns `text` and `text2`, where they are not those of the training.
         batch_size: Rows at a time, of any tasks.
         max_new_tokens: Longest answer of a language model, in tokens.
         tick: Called as rows are done.
@@ -120,13 +122,18 @@ def predict(
         )
     names = [str(task)] * len(data) if task_column is None else _named(data, task_column, source)
     tasks = {name: served.bank.get(name) for name in dict.fromkeys(names)}
+    columns_of = {
+        name: Columns(**found.metadata.get("columns", {})).named(**columns or {})
+        for name, found in tasks.items()
+    }
     plain = [dict(row) for row in cast("Any", data)]
     if served.kind == "causal-lm":
-        return _answered(served, data, plain, names, tasks, max_new_tokens, tick)
+        return _answered(served, data, plain, names, columns_of, max_new_tokens, tick)
     rows: list[tuple[str, dict[str, Any]]] = [("", {})] * len(names)
     for name, found in tasks.items():
         places = [n for n, other in enumerate(names) if other == name]
-        for place, row in zip(places, cast("Any", _encoded(served, data.select(places), found)), strict=True):
+        encoded = _encoded(served, data.select(places), found, columns_of[name])
+        for place, row in zip(places, cast("Any", encoded), strict=True):
             rows[place] = (name, row)
     for place, logits, _ in _logits(served, rows, batch_size, tick):
         plain[place] |= _prediction(tasks[names[place]], logits)
@@ -148,8 +155,7 @@ def _named(data: Dataset, column: str, source: str) -> list[str]:
     return [str(value) for value in values]
 
 
-def _encoded(served: Served, rows: Dataset, task: Task) -> Dataset:
-    columns = Columns(**task.metadata.get("columns", {}))
+def _encoded(served: Served, rows: Dataset, task: Task, columns: Columns) -> Dataset:
     if columns.text2 in rows.column_names and not task.metadata.get("pairs", False):
         rows = rows.remove_columns(columns.text2)
     length = int(task.metadata.get("max_length", 128))
@@ -168,13 +174,13 @@ def _answered(
     data: Dataset,
     plain: list[dict[str, Any]],
     names: Sequence[str],
-    tasks: Mapping[str, Task],
+    columns_of: Mapping[str, Columns],
     max_new_tokens: int,
     tick: Tick | None,
 ) -> list[dict[str, Any]]:
     made = []
     for n, (row, name) in enumerate(zip(plain, names, strict=True), 1):
-        columns = Columns(**tasks[name].metadata.get("columns", {}))
+        columns = columns_of[name]
         with served.model.select([name]):
             chats = chat_column(data, columns)
             (text,) = answers(

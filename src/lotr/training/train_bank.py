@@ -17,7 +17,7 @@ from ..bank import CoreBank, Task
 from ..errors import Interrupted
 from ..files import write_json
 from .bank_to_train import RUN, bank_of, base_of_basis, check, resumed
-from .models import load_tokenizer, locate
+from .models import load_tokenizer, locate, skeleton, text_length
 from .optimizer import default_rates
 from .report import SETTINGS, versions
 from .row_adam import RowAdam
@@ -67,6 +67,7 @@ def train_bank(
     bank = bank_of(settings, path)
     name = base_of(bank, settings.model) if bank is not None else base_of_basis(settings)
     sources = [TaskSource(**said) for said in settings.tasks]
+    settings.max_length = text_length(skeleton(name)[0], name, settings.max_length)
     prepared = prepare(sources, load_tokenizer(name), settings.max_length, settings.seed)
     if bank is None:  # only now: data that cannot be used leaves no bank behind
         bank = CoreBank.create(path, str(settings.basis), dtype=settings.keep)

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from ..checkpoint import AdapterFolder, fingerprint, read_adapter
+from ..bank.folder import BANK
+from ..checkpoint import CONFIG, AdapterFolder, fingerprint, read_adapter
 from ..errors import CheckpointError, DataError
 from . import metrics
 from .adapt import full_precision_head
 from .answers import answers
 from .data import Columns, Task, chat_column, load_rows
 from .encode import collator, encode
-from .models import load_model, load_tokenizer
+from .models import load_model, load_tokenizer, locate
+from .report import CHECKPOINTS
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -60,6 +62,7 @@ def load_trained(path: str | Path, model: str | None = None, dtype: str | None =
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    _check_finished(Path(path))
     adapter = read_adapter(path)
     if not adapter.task:
         raise CheckpointError(
@@ -79,9 +82,15 @@ def load_trained(path: str | Path, model: str | None = None, dtype: str | None =
         reason = next(
             (line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error)
         )
+        other = locate(base)[1] != task["base_model"]
         raise CheckpointError(
             f"The adapter in {adapter.path} does not fit the base model {base!r}: {reason} "
-            f"It was trained on {task['base_model']!r}; name that one with --model."
+            + (
+                f"It was trained on {task['base_model']!r}; name that one with --model."
+                if other
+                else f"It was trained on that model, so {CONFIG} is not the one that was saved with it, or the model "
+                "has changed. Copy the folder again."
+            )
         ) from error
     if full_precision_head(loaded).dtype != torch.float32:
         set_peft_model_state_dict(loaded, adapter.tensors())  # the head again, without rounding
@@ -103,6 +112,23 @@ def load_trained(path: str | Path, model: str | None = None, dtype: str | None =
         bool(task.get("pairs")),
         task["max_length"],
     )
+
+
+def _check_finished(folder: Path) -> None:
+    """Say of a folder that holds something else than an adapter what it holds.
+
+    Raises:
+        CheckpointError: It is a bank, or a run that was stopped.
+    """
+    if (folder / BANK).is_file():
+        raise CheckpointError(
+            f"{folder} is a bank of tasks, not an adapter. `lotr predict {folder} --task NAME` answers with one of "
+            f"them, and `lotr bank export {folder} NAME --output FOLDER` writes it as an adapter."
+        )
+    if (folder / CHECKPOINTS).is_dir() and not (folder / CONFIG).is_file():
+        raise CheckpointError(
+            f"The run in {folder} was stopped before its end. Go on with: lotr train --resume --output {folder}"
+        )
 
 
 def device() -> torch.device:

@@ -29,6 +29,7 @@ from .start import start_group
 from .targets import (
     BASIS,
     DEFAULT_TARGETS,
+    check_found,
     find_targets,
     in_recorded_order,
     is_basis,
@@ -104,6 +105,8 @@ class LotrModel(BaseTuner):
     def _prepare_model(self, peft_config: LotrConfig, model: nn.Module) -> None:
         resolve_targets(peft_config, model)
         targets = in_recorded_order(find_targets(model, peft_config, only=self._injection.paths), peft_config)
+        if self._injection.paths is None:
+            check_found(targets, model, peft_config)
         self._injection.plan = plan_of(targets, peft_config)
         self._inner_names = self._inner_names | state.inner_names(self._injection.plan)
         state.check_names([*self.peft_config, self._injection.adapter], self._inner_names)

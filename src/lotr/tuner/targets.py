@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -63,8 +63,7 @@ def plan(model: nn.Module, config: LotrConfig) -> Plan:
     config = copy.deepcopy(config)
     resolve_targets(config, model)
     targets = find_targets(model, config)
-    if not targets:
-        raise PlanError(missing_targets(model, config))
+    check_found(targets, model, config)
     return plan_of(targets, config)
 
 
@@ -162,12 +161,31 @@ def is_linear(module: nn.Module) -> bool:
     return backend is not None and getattr(backend, "layer_type", None) == "linear"
 
 
-def missing_targets(model: nn.Module, config: LotrConfig) -> str:
-    """Say that nothing matched, and what would."""
-    names = sorted({path.rpartition(".")[2] for path in linear_paths(model)})
+def check_found(targets: list[Target], model: nn.Module, config: LotrConfig) -> None:
+    """Refuse a configuration that matches no module, unless it asks for none.
+
+    Raises:
+        PlanError: The message says what would match.
+    """
+    if targets or config.target_modules == DUMMY_TARGET_MODULES:
+        return
+    if config.exclude_modules or config.layers_to_transform is not None:
+        raise PlanError(
+            f"target_modules={config.target_modules!r} match no module that exclude_modules="
+            f"{config.exclude_modules!r} and layers_to_transform={config.layers_to_transform!r} leave. Leave less out."
+        )
     asked = config.target_modules
-    first = asked if isinstance(asked, str) else next(iter(sorted(asked or [""])), "")
-    return f"Target modules {asked} match no module of the model. {near(first, names)}"
+    raise PlanError(f"target_modules={asked!r} {match_nothing(model, asked)}")
+
+
+def match_nothing(model: nn.Module, asked: Collection[str] | None) -> str:
+    """Return the rest of a sentence: that these names, or this regex, match nothing, and what would."""
+    paths = linear_paths(model)
+    if isinstance(asked, str):
+        example = f" {paths[0]!r}" if paths else ""
+        return f"matches no module of the model. A regex must match a whole path, such as{example}."
+    names = {path.rpartition(".")[2] for path in paths}
+    return f"matches no linear module of the model. {near(min(asked or ['']), names)}"
 
 
 def _target(model: nn.Module, path: str, module: nn.Module, config: LotrConfig) -> Target:

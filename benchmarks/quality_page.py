@@ -87,7 +87,10 @@ def _section(results: Results, target: str, rows: Sequence[Row], page: Path) -> 
             "The lines are the frontiers of this library and of PEFT: the best score with at most so many numbers. *In "
             "the table*: a row of this library's table that is no LoTR, or LoTR as its authors start it. *Our start*: "
             "LoRA, with this library's start; it is not in the frontier. *+50 steps*: so many more than the others, in "
-            "the start or after it; not in the frontier either.",
+            "the start or after it; not in the frontier either. *Slow*: a third of the swept rates. *On books*: cores "
+            "alone, on factors that were trained on another kind of reviews; *from books* goes on from that update. "
+            "*Default*: the settings of `lotr train`; *warm* with the head trained alone first, *cold* without, *fast* "
+            "with higher rates. *Seeds*: of the task with the fewest.",
             "",
         ]
     lines += [
@@ -190,7 +193,7 @@ def _defaults(page: Path) -> list[str]:
         "",
         "## `lotr train` without options",
         "",
-        f"The command itself, three epochs in float32; {len(runs)} runs so far. "
+        f"The command itself, three epochs in float32; {len(runs)} runs. "
         "`python benchmarks/quality_defaults.py`.",
         "",
         f"| {' | '.join(quality_defaults.HEADER)} |",

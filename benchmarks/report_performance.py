@@ -25,7 +25,8 @@ INTRODUCTION = """# Performance
 
 What an adapter costs beside the frozen model, and beside PEFT's own methods. The tables are written by
 `benchmarks/report_performance.py` from what the benchmarks recorded; `make bench` runs a short form of each,
-`make bench-performance` all of it (an hour or two).
+`make bench-performance` all of it (an hour or two). Above each table stands the command that it was measured with;
+`--short` leaves out sizes, ranks and models, `--rounds` sets the number of rounds.
 
 Every model is randomly initialised from its configuration, without a head. All linear modules of its blocks are
 adapted, dropout is off, attention is torch's `scaled_dot_product_attention` for all. Runs are interleaved in one

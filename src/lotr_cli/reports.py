@@ -85,8 +85,8 @@ def planned(model: str, report: dict[str, Any], as_json: bool) -> None:
         print_table(f"Training with {report['tokens']:,} tokens a batch", names, rows)
         out.print(
             "Order: where the update is merged into the weight for a product. Work: multiplications that it adds to "
-            "the base layer's, forward and backward. On this machine's processor gradients and thin products of an "
-            f"update are taken by {report['library']}.",
+            "the base layer's, forward and backward. On this machine's processor products are taken by "
+            f"{report['library']}.",
             highlight=False,
             soft_wrap=True,
         )

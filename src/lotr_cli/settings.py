@@ -25,7 +25,7 @@ class TrainSettings:
     train: str | None = setting(
         None,
         _DATA,
-        "Training data: .csv, .tsv, .jsonl or .parquet file, saved datasets folder, hub data set (`glue/sst2`), "
+        "Training data: .csv, .tsv, .json, .jsonl or .parquet file, saved datasets folder, hub data set (`glue/sst2`), "
         "or `docstrings` (built in).",
         "required",
     )

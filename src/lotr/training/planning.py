@@ -96,7 +96,7 @@ def plan_model(settings: TrainSettings, dtype: str = "float32", tokens: int | No
 def _explained(made: Plan, tokens: int, dtype: str) -> dict[str, Any]:
     """Return how the products of a training step would be taken."""
     onednn = ONEDNN_IS_FASTER and dtype == "float32"
-    library = "oneDNN, where the base layer's output is MKL's" if onednn else "PyTorch's own operators"
+    library = "oneDNN" if onednn else "PyTorch's own operators"
     return {"tokens": tokens, "orders": _orders(made, tokens, dtype), "library": library}
 
 

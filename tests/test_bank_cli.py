@@ -105,8 +105,9 @@ def test_verify_ends_with_one_where_something_is_damaged(bank: Path, tmp_path: P
     assert result.exit_code == 1 and "checksum" in result.stdout and "3 of 4 tasks are whole" in result.stdout
     assert json.loads(lotr("verify", bank, "--json").stdout)["damaged"][0]["task"] == "a"
     assert "damaged" in lotr("list", bank).stdout
-    recovered = report("recover", bank, "--output", tmp_path / "new")
-    assert (recovered["saved"], recovered["lost"]) == (3, ["a"])
+    result = lotr("recover", bank, "--output", tmp_path / "new", "--json")
+    recovered = json.loads(result.stdout)
+    assert (result.exit_code, recovered["saved"], recovered["lost"]) == (1, 3, ["a"])
     assert report("verify", tmp_path / "new")["tasks"] == 3
 
 

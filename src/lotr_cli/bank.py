@@ -234,7 +234,7 @@ def recover(
     output: Annotated[Path, typer.Option(help="Folder for the new bank.")],
     json: Json = False,
 ) -> None:
-    """Save what can still be read of a damaged bank into a new one."""
+    """Save what can still be read of a damaged bank into a new one; ends with 1 when a task is lost."""
     with reported(), console.stopwatch("Reading"):
         from lotr.bank.recover import recover as save
 
@@ -242,6 +242,8 @@ def recover(
             report = save(bank, output, tick)
     lost = "how many are lost is not known" if report["lost"] is None else f"{len(report['lost']):,} are lost"
     said(report, f"{report['saved']:,} tasks are in {output}; {lost}.", json)
+    if report["lost"] != []:
+        raise typer.Exit(1)
 
 
 @app.command(epilog=epilog("bank export"))

@@ -20,13 +20,14 @@ import saved_models
 from lotr import LotrConfig
 from lotr.errors import ConfigError, DataError, Interrupted
 from lotr.files import file_bytes, whole_folder
+from lotr.training.adapter_answers import evaluate, predict, scores_of
 from lotr.training.data import load_rows, load_task, read
 from lotr.training.models import MINILM, locate
 from lotr.training.optimizer import parameter_groups
 from lotr.training.resume import restore
 from lotr.training.run import train
 from lotr.training.state import last_whole
-from lotr.training.trained import evaluate, load_trained, predict, scores_of
+from lotr.training.trained import load_trained
 from lotr_cli.settings import TrainSettings, build
 
 WEIGHTS = "adapter_model.safetensors"

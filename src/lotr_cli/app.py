@@ -116,7 +116,7 @@ def evaluate(
     """Measure an adapter on data; draws the confusion matrix."""
     with reported(), console.stopwatch("Loading"):
         from lotr import plots
-        from lotr.training.trained import evaluate as measure
+        from lotr.training.adapter_answers import evaluate as measure
         from lotr.training.trained import load_trained
 
         if picture is not None and not picture.parent.is_dir():
@@ -187,12 +187,13 @@ def _predicted(
         raise console.usage_error(
             f"{place} is no bank, so it has no tasks. Leave out --task and --task-column."
         )
-    from lotr.training import trained
+    from lotr.training import adapter_answers
+    from lotr.training.trained import load_trained
 
-    adapter = trained.load_trained(place, model)
+    adapter = load_trained(place, model)
     adapter.columns = adapter.columns.named(**columns)
     with console.counting("Predicting") as tick:
-        return trained.predict(adapter, data, batch_size, max_new_tokens, tick)
+        return adapter_answers.predict(adapter, data, batch_size, max_new_tokens, tick)
 
 
 @app.command(epilog=epilog("plan"))

@@ -117,6 +117,7 @@ def _lora_config(adapter: AdapterFolder, ranks: dict[str, int]) -> dict[str, Any
     # anchored at the whole path, so that no rank reaches a module whose name merely ends alike
     other = {f"^{path.replace('.', chr(92) + '.')}": rank for path, rank in ranks.items() if rank != most}
     kept = ("task_type", "base_model_name_or_path", "revision", "modules_to_save", "auto_mapping")
+    copied: dict[str, Any] = {name: adapter.config.get(name) for name in kept}
     config = LoraConfig(
         r=most,
         lora_alpha=most,
@@ -124,7 +125,7 @@ def _lora_config(adapter: AdapterFolder, ranks: dict[str, int]) -> dict[str, Any
         rank_pattern=dict(other),
         alpha_pattern=dict(other),
         inference_mode=True,
-        **{name: adapter.config.get(name) for name in kept},
+        **copied,
     ).to_dict()
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
 

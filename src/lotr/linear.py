@@ -57,7 +57,7 @@ def adapted_linear(
         return _shaped(Y, x), [*hs, WV] if order.with_norms else hs
     places = tuple(part.place for part in parts)
     numbers = [tensor for part in parts for tensor in (part.Vt, part.C, part.U, part.h)]
-    y, *new = _AdaptedLinear.apply(x, W, bias, places, order, *numbers)  # type: ignore[no-untyped-call]
+    y, *new = _AdaptedLinear.apply(x, W, bias, places, order, *numbers)
     found = iter(new)
     hs = [next(found) if part.h is None else part.h for part in parts]
     return y, [*hs, next(found)] if order.with_norms else hs

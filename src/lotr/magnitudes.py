@@ -60,7 +60,7 @@ class Gains:
         bias: Tensor | None,  # (out,)
     ) -> Tensor:  # (*n, out)
         """Return the adapted output where the gains are alike. Gains of exactly one give `y` bit for bit."""
-        scaled: Tensor = _Scaled.apply(y, self.base, bias)  # type: ignore[no-untyped-call]
+        scaled: Tensor = _Scaled.apply(y, self.base, bias)
         return scaled
 
 

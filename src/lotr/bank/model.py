@@ -98,8 +98,8 @@ class TaskRows:
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Select the tasks that a call names, and keep the labels from a loss that knows one head only."""
-        names = [kwargs.pop(key, None) for key in ("task_ids", "adapter_names")]
-        names = next((given for given in names if given is not None), None)
+        given = [kwargs.pop(key, None) for key in ("task_ids", "adapter_names")]
+        names: Any = next((names for names in given if names is not None), None)
         if names is not None:
             batch = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
             if batch is not None and not isinstance(names, str | Tensor) and len(names) != len(batch):
@@ -199,7 +199,7 @@ def wrap(bank: CoreBank, base: nn.Module, capacity: int | str = 1024) -> PeftMod
         setattr(base, path, head)
     slab = Slab(bank, bank.layout.size, tasks_in(capacity, width), factor.dtype, factor.device, heads)
     rows = TaskRows(groups, bank.layout, slab, head)
-    model.base_model.tasks = rows
+    model.base_model.tasks = rows  # type: ignore[assignment]
     model.register_forward_pre_hook(rows.before, with_kwargs=True)
     model.register_forward_hook(rows.after, with_kwargs=True, always_call=True)
     return model.eval()

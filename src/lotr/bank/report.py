@@ -51,7 +51,7 @@ def overview(bank: CoreBank, after: str = "", limit: int = -1) -> list[dict[str,
         after: Begin behind this name.
         limit: How many tasks at most; all of them by default.
     """
-    found = []
+    found: list[dict[str, Any]] = []
     for name in bank.store.names(after, limit):
         try:
             row = bank.store.read(name)

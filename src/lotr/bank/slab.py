@@ -87,7 +87,7 @@ class Slab:
             self._load(missing, wanted)
         for name in wanted:
             self.slots.move_to_end(name)
-        slots = {None: 0, BASE: 0, **{name: self.slots[name] for name in wanted}}
+        slots: dict[str | None, int] = {None: 0, BASE: 0, **{name: self.slots[name] for name in wanted}}
         return [slots[name] for name in names]
 
     def gather(self, slots: Tensor) -> Tensor:  # (rows,) -> (rows, size)

@@ -54,7 +54,7 @@ def adapter_config(settings: TrainSettings, task: str) -> PeftConfig:
             raise ConfigError(f"rank={settings.rank!r} is a pair, and LoRA has one rank. Use one number.")
         return peft.LoraConfig(
             r=r,
-            lora_alpha=settings.scaling * r,
+            lora_alpha=settings.scaling * r,  # type: ignore[arg-type]
             lora_dropout=settings.dropout,
             use_dora=settings.method == "peft_dora",
             **common,
@@ -64,7 +64,7 @@ def adapter_config(settings: TrainSettings, task: str) -> PeftConfig:
             f"method={settings.method!r} is not known. {near(settings.method, [*METHODS, *PEERS])} "
             "`lotr methods` describes them."
         )
-    fields = {
+    fields: dict[str, Any] = {
         "r": 1 if settings.rank == AUTO else read_rank(settings.rank),  # the model decides: `budget.fit`
         "method": settings.method,
         "scaling": settings.scaling,

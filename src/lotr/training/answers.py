@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..errors import DataError
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
-
 
 def answers(
-    model: PreTrainedModel | PeftModel,
+    model: Any,  # a transformers model, bare or in PEFT: what generates is not in the type of either
     tokenizer: Any,
     rows: list[dict[str, Any]],
     text: str,

@@ -95,7 +95,7 @@ def load_model(
     check_dtype(dtype)
     source, _ = locate(model)
     options: dict[str, Any] = {"dtype": DTYPES[dtype]}
-    kind = transformers.AutoModelForCausalLM
+    kind: Any = transformers.AutoModelForCausalLM
     if task == "classification":
         kind = transformers.AutoModelForSequenceClassification
         names = dict(enumerate(labels))

@@ -94,7 +94,7 @@ def check_logger(report_to: str) -> None:
     Raises:
         ConfigError: The message names those that there are.
     """
-    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
 
     known = ["none", "all", *get_available_reporting_integrations()]
     if report_to not in known:

@@ -48,15 +48,15 @@ def plan_model(settings: TrainSettings, dtype: str = "float32", tokens: int | No
             f"{near(settings.method, METHODS)}"
         )
     model, task = skeleton(str(settings.model))
-    config = adapter_config(settings, task)
+    config: Any = adapter_config(settings, task)
     check_targets(model, config)
     chosen = {}
     if settings.budget is not None:
-        rank = config.r = largest_rank(model, config, settings.budget)  # type: ignore[arg-type, attr-defined]
-        chosen = {"budget": settings.budget, "said": said_rank(settings, config, rank)}  # type: ignore[arg-type]
-    made = plan(model, config)  # type: ignore[arg-type]
-    if config.basis is not None:  # type: ignore[attr-defined]
-        check_basis(made, read_basis(config), config.basis)  # type: ignore[arg-type, attr-defined]
+        rank = config.r = largest_rank(model, config, settings.budget)
+        chosen = {"budget": settings.budget, "said": said_rank(settings, config, rank)}
+    made = plan(model, config)
+    if config.basis is not None:
+        check_basis(made, read_basis(config), config.basis)
     groups = [
         {
             "group": group.name,
@@ -73,7 +73,7 @@ def plan_model(settings: TrainSettings, dtype: str = "float32", tokens: int | No
     ]
     return {
         "method": settings.method,
-        "rank": str(config.r) if settings.rank == AUTO else settings.rank,  # type: ignore[attr-defined]
+        "rank": str(config.r) if settings.rank == AUTO else settings.rank,
         **chosen,
         "groups": groups,
         "sites": made.n_sites,
@@ -84,7 +84,7 @@ def plan_model(settings: TrainSettings, dtype: str = "float32", tokens: int | No
         "modules": len(made.targets),
         "trains": made.train,
         "equal_lora_rank": made.equal_lora_rank,
-        "lora_same_rank": made.lora_per_rank * max(config.rank),  # type: ignore[attr-defined]
+        "lora_same_rank": made.lora_per_rank * max(config.rank),
         "bytes": file_bytes(
             file_shapes(made, factors=not config.refers_to_basis),
             DTYPES[dtype].itemsize,

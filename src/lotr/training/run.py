@@ -184,6 +184,7 @@ def _prepare(
         base.enable_input_require_grads()
         base.gradient_checkpointing_enable()
     _, name = locate(str(settings.model))
+    adapted: Any = model.base_model
     record = {
         "task": data.task,
         "labels": list(data.labels),
@@ -193,7 +194,7 @@ def _prepare(
         "method": settings.method,
         "dtype": settings.dtype,
         "base_model": name,
-        "base_fingerprint": fingerprint(base, sorted(model.base_model.targeted_module_names)),
+        "base_fingerprint": fingerprint(base, sorted(adapted.targeted_module_names)),
     }
     trained, total = model.get_nb_trainable_parameters()
     if settings.budget is None:

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..bank import CoreBank
 from ..errors import ConfigError
@@ -34,7 +34,7 @@ class Served:
     @property
     def rows(self) -> TaskRows:
         """Which task each row has."""
-        rows: TaskRows = self.model.base_model.tasks
+        rows: TaskRows = self.model.base_model.tasks  # type: ignore[assignment]
         return rows
 
     def fresh_numbers(self) -> Tensor:  # (size,)
@@ -93,9 +93,9 @@ def load_served(
     kind = "causal-lm" if kind == "causal-lm" else "classification"
     tokenizer = load_tokenizer(name)
     labels = ("0", "1") if kind == "classification" else ()
-    base = load_model(name, kind, labels, dtype, tokenizer).to(device())
+    base: nn.Module = load_model(name, kind, labels, dtype, tokenizer)
     limit = int(capacity) if isinstance(capacity, str) and capacity.isdigit() else capacity
-    return Served(bank, bank.wrap(base, limit), tokenizer, kind)
+    return Served(bank, bank.wrap(base.to(device()), limit), tokenizer, kind)
 
 
 def base_of(bank: CoreBank, model: str | None = None) -> str:

@@ -35,7 +35,8 @@ def write_state(folder: Path, optimizer: Any, scheduler: Any, process: int = 0) 
     tensors["rng.torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    kind, keys, *rest = np.random.get_state()
+    drawn: Any = np.random.get_state()
+    kind, keys, *rest = drawn
     content = {
         "optimizer": {"state": plain, "param_groups": state["param_groups"]},
         "scheduler": {

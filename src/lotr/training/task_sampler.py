@@ -61,7 +61,10 @@ class TaskSampler(Sampler[int]):
         for n in range(-(-self.total // a_round)):
             upto = np.floor(self.shares * a_round * (n + 1) + 1e-9).astype(np.int64)
             rows = np.concatenate(
-                [starts[t] + self._rows(t, drawn[t], upto[t]) for t in np.flatnonzero(upto > drawn)]
+                [
+                    starts[t] + self._rows(t, int(drawn[t]), int(upto[t]))
+                    for t in np.flatnonzero(upto > drawn).tolist()
+                ]
             )
             drawn = upto
             np.random.default_rng([self.seed, n]).shuffle(rows)

@@ -101,6 +101,7 @@ class TaskTrainer(AdapterTrainer):
     # ------------------------------------------------------------------ checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        assert self.lr_scheduler is not None and self.optimizer is not None  # a step was taken
         scheduler = {
             k: v for k, v in self.lr_scheduler.state_dict().items() if isinstance(v, int | float | list)
         }
@@ -120,7 +121,7 @@ class TaskTrainer(AdapterTrainer):
         saved = self.window.last()
         if saved is None:
             return None
-        folder = Path(self.args.output_dir) / CHECKPOINT
+        folder = Path(str(self.args.output_dir)) / CHECKPOINT
         folder.mkdir(exist_ok=True)
         (folder / TRAINER_STATE).write_text(json.dumps(saved[0]["trainer"]), encoding="utf-8")
         return str(folder)
@@ -131,6 +132,7 @@ class TaskTrainer(AdapterTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         saved = self.window.last() if checkpoint else None
         if saved is not None:
+            assert self.lr_scheduler is not None and self.optimizer is not None  # made just before
             self.lr_scheduler.load_state_dict(saved[0]["scheduler"])
             for group, rate in zip(self.optimizer.param_groups, saved[0]["rates"], strict=True):
                 group["lr"] = rate

@@ -86,7 +86,8 @@ def load_trained(path: str | Path, model: str | None = None, dtype: str | None =
         ) from error
     if full_precision_head(loaded).dtype != torch.float32:
         set_peft_model_state_dict(loaded, adapter.tensors())  # the head again, without rounding
-    found = fingerprint(bare, sorted(loaded.base_model.targeted_module_names))
+    adapted: Any = loaded.base_model
+    found = fingerprint(bare, sorted(adapted.targeted_module_names))
     if task.get("base_fingerprint") and found and found != task["base_fingerprint"]:
         raise CheckpointError(
             f"The weights of {base!r} are not those that the adapter in {adapter.path} was trained on "

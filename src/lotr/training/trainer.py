@@ -78,12 +78,12 @@ class AdapterTrainer(Trainer):
         return loss
 
     def _diverged(self, what: str, step: int) -> str:
-        last = disk.last_whole(Path(self.args.output_dir))
+        last = disk.last_whole(Path(str(self.args.output_dir)))
         kept = f"The last good checkpoint is {last}." if last else "No checkpoint was written before."
         return f"{what} at step {step}. {kept} Lower the learning rates, or look for bad rows in the data."
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         unwrapped = self.accelerator.unwrap_model(self.model)
         trained = [p for p in unwrapped.parameters() if p.requires_grad]
         if not all(bool(torch.isfinite(p).all()) for p in trained):

@@ -141,7 +141,7 @@ class Adapted:
         return lambda h: F.linear(h, C.to(h.device))
 
 
-def _call(factor: nn.Module, x: Tensor) -> Tensor:
+def _call(factor: nn.Linear, x: Tensor) -> Tensor:
     # sharded and offloaded weights exist only while their module runs, so the module is called; a group
     # may span devices, and only then its weight is brought to the activations
     y = direct.factor_in_graph(factor, x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -47,16 +47,17 @@ def add_weighted(
         PlanError: The ranks add up to more than a block allows.
     """
     _check(tuner, adapters, weights, name, combination_type)
-    config = copy.deepcopy(tuner.peft_config[adapters[0]])
+    configs = _configs(tuner)
+    config = copy.deepcopy(configs[adapters[0]])
     config.core, config.core_ranks = "free", None
     config.init_weights = True  # what is not zero is written below
-    refers = _one_basis([tuner.peft_config[adapter] for adapter in adapters])
+    refers = _one_basis([configs[adapter] for adapter in adapters])
     if not refers:
         config.scaling, config.train, config.start = 1.0, "all", "orthonormal"
         config.basis = config.basis_hash = None
     concatenated = combination_type == "cat" and not refers
     if concatenated:
-        config.r = _sum([tuner.peft_config[adapter].rank for adapter in adapters])
+        config.r = _sum([configs[adapter].rank for adapter in adapters])
         config.rank_pattern = {
             normalise(path): rank
             for path, module in tuner.model.named_modules()
@@ -122,6 +123,10 @@ def _same_factor(factors: list[Tensor], dim: int) -> Tensor:
     return factors[0]
 
 
+def _configs(tuner: LotrModel) -> dict[str, LotrConfig]:
+    return cast("dict[str, LotrConfig]", tuner.peft_config)
+
+
 def _check(tuner: LotrModel, adapters: list[str], weights: list[float], name: str, combination: str) -> None:
     if combination not in ("cat", "linear"):
         raise ConfigError(
@@ -137,10 +142,11 @@ def _check(tuner: LotrModel, adapters: list[str], weights: list[float], name: st
             raise ConfigError(f"Adapter {adapter!r} does not exist. {near(adapter, tuner.peft_config)}")
     if not adapters or len(adapters) != len(weights):
         raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights. Give one weight an adapter.")
-    scaled = [a for a in adapters if not MAGNITUDES[str(tuner.peft_config[a].magnitude)].additive]
+    rules = {a: str(_configs(tuner)[a].magnitude) for a in adapters}
+    scaled = [a for a in adapters if not MAGNITUDES[rules[a]].additive]
     if scaled:
         raise ConfigError(
-            f"Adapter {scaled[0]!r} has magnitude={tuner.peft_config[scaled[0]].magnitude!r}, which rescales the "
+            f"Adapter {scaled[0]!r} has magnitude={rules[scaled[0]]!r}, which rescales the "
             "weight, so updates do not add up. Merge the adapters one after the other instead."
         )
     have = {adapter: _has(tuner, adapter) for adapter in adapters}

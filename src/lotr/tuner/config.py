@@ -171,7 +171,7 @@ class LotrConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.LOTR
+        self.peft_type = PeftType("LOTR")
         if (
             self.basis is not None and self.basis_hash is None
         ):  # what is read from a file has its structure already
@@ -241,10 +241,12 @@ class LotrConfig(PeftConfig):
         return not MAGNITUDES[str(self.magnitude)].divides_by_update
 
     @classmethod
-    def from_pretrained(cls, path: str, *args: Any, **kwargs: Any) -> LotrConfig:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> LotrConfig:
         """Read the configuration of an adapter; a basis that moved along is found beside the adapter."""
-        config: LotrConfig = super().from_pretrained(path, *args, **kwargs)
-        config.look_for_basis(Path(path))
+        config: LotrConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        config.look_for_basis(Path(pretrained_model_name_or_path))
         return config
 
     def look_for_basis(self, folder: Path) -> None:

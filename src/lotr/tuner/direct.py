@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +108,8 @@ def output(adapted: Adapted, x: Tensor) -> Tensor:  # (*n, in) -> (*n, out)
     W = W.T if layer.fan_in_fan_out else W
     dtype = _autocast(x) or W.dtype
     tokens, gradients = x.numel() // x.shape[-1], torch.is_grad_enabled()
-    order = choose_order(tokens, *W.shape, dtype, state.order, gradients)
+    out_features, in_features = W.shape
+    order = choose_order(tokens, out_features, in_features, dtype, state.order, gradients)
     if _asks_for_products(adapted):
         order = replace(order, with_norms=True)
     parts, keys = [], []
@@ -183,7 +184,7 @@ def factor_in_graph(factor: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def _can_be_taken(module: nn.Module, x: Tensor) -> bool:
-    weight = module.weight
+    weight: Any = module.weight
     return (
         torch.compiler.is_compiling()
         and not hooks._has_any_global_hook()
@@ -209,7 +210,7 @@ def _something_listens() -> bool:
     return (
         torch.compiler.is_compiling()
         or hooks._has_any_global_hook()
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0

@@ -39,11 +39,10 @@ def linear_from(weight: Tensor) -> nn.Linear:
     return module
 
 
-def weight_of(module: nn.Module) -> Tensor:
+def weight_of(module: nn.Linear) -> Tensor:
     """Return the weight of a factor, also when it is offloaded (then without a way back for gradients)."""
     if not hasattr(module, "_hf_hook"):
-        weight: Tensor = module.weight
-        return weight
+        return module.weight
     with align_module_device(module):
         return module.weight.detach().clone()
 
@@ -73,8 +72,13 @@ class LotrGroup(nn.Module, LotrLayer):
     adapter_layer_names = ("lotr_U", "lotr_V", "lotr_core")
     other_param_names = ("scaling",)
     # a group wraps nothing; code that asks any tuner layer for its base weight gets an answer
-    weight = None
-    bias = None
+    weight: Any = None
+    bias: Any = None
+    # torch knows no better type of what a module holds than `Tensor | Module`
+    lotr_U: Any
+    lotr_V: Any
+    lotr_core: Any
+    _active_adapter: Any
 
     def __init__(self, shape: Shape, scaling: dict[str, float], products: InputProducts) -> None:
         super().__init__()

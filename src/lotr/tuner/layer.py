@@ -33,6 +33,11 @@ class LotrLinear(nn.Module, LotrLayer):
 
     adapter_layer_names = ("lotr_C", "lotr_magnitude")
     other_param_names = ("lotr_site", "scaling")
+    # torch knows no better type of what a module holds than `Tensor | Module`
+    base_layer: Any
+    lotr_C: Any
+    lotr_magnitude: Any
+    _active_adapter: Any
 
     def __init__(
         self, base_layer: nn.Module, shape: Shape, scaling: dict[str, float], **quantization: Any
@@ -96,7 +101,7 @@ class LotrLinear(nn.Module, LotrLayer):
     @property
     def base_weight(self) -> BaseWeight:
         """The base weight, and what is kept of it."""
-        return BaseWeight(self._untouched, self._version, self._kept)
+        return BaseWeight(self._untouched, self._weight_version, self._kept)
 
     def _untouched(self) -> Tensor:  # (out, in)
         """Return the base weight as it was before any merge."""
@@ -115,7 +120,7 @@ class LotrLinear(nn.Module, LotrLayer):
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         return device or torch.device("cpu")
 
-    def _version(self) -> object:
+    def _weight_version(self) -> object:
         """Return what differs once the base weight has moved, changed its type or been written to."""
         weight = getattr(self.get_base_layer(), "weight", None)
         if weight is None or weight.is_meta:
@@ -161,12 +166,12 @@ class LotrLinear(nn.Module, LotrLayer):
         bias = getattr(self.get_base_layer(), "bias", None)
         alone = base is None and not args and not kwargs
         if alone and adapted.magnitude.scales_outputs and direct.fits(adapted, x):
-            y = direct.output(adapted, x)  # before the gains, whose norms may use its products
-            return adapted.gains().of_sum(y, bias).to(y.dtype)
+            summed = direct.output(adapted, x)  # before the gains, whose norms may use its products
+            return adapted.gains().of_sum(summed, bias).to(summed.dtype)
         gains = None if adapted.magnitude.additive else adapted.gains()
         if gains is not None and gains.input is not None:
             x, base = (x * gains.input).to(x.dtype), None
-        y = None
+        y: Tensor | None = None
         if alone and (gains is None or gains.alike):
             y = direct.output(adapted, x) if direct.fits(adapted, x) else direct.output_in_graph(adapted, x)
         if y is not None:
@@ -287,5 +292,5 @@ def base_weight(module: nn.Module) -> Tensor:  # (out, in)
         return module._untouched()
     backend = resolve_quantization_backend(module)
     with align_module_device(module):
-        weight: Tensor = module.weight.data if backend is None else backend.get_base_weight(module)
+        weight: Any = module.weight.data if backend is None else backend.get_base_weight(module)
     return weight.T if isinstance(module, Conv1D) else weight

@@ -74,4 +74,5 @@ def _encoder(model: nn.Module) -> nn.Module | None:
     # only encoder-decoder models: of others "the encoder" is the model itself, which beams do repeat
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
-    return model.get_encoder() if hasattr(model, "get_encoder") else None
+    get: Any = getattr(model, "get_encoder", None)
+    return None if get is None else get()

@@ -49,7 +49,7 @@ class _Injection:
     empty: bool  # parameters go to the meta device, so their values are not worth computing
     paths: set[str] | None  # of a state dict that decides which modules are adapted
     plan: Plan = field(default_factory=lambda: Plan(()))
-    basis: nn.ModuleDict | None = None  # found once: looking for it means walking the whole model
+    basis: Any = None  # of LotrGroup by name; found once: looking for it means walking the whole model
     scaling: dict[str, float] = field(default_factory=dict)  # of every adapter, one for the whole model
     products: InputProducts = field(default_factory=InputProducts)  # likewise
     modules: dict[str, nn.Module] = field(default_factory=dict)  # by path, before any is replaced
@@ -99,10 +99,10 @@ class LotrModel(BaseTuner):
         finally:
             del self._injection
 
-    def _prepare_adapter_config(self, peft_config: LotrConfig, model_config: dict[str, Any]) -> LotrConfig:
+    def _prepare_adapter_config(self, peft_config: LotrConfig, model_config: dict[str, Any]) -> LotrConfig:  # type: ignore[override]
         return peft_config  # the targets are resolved with the model at hand, in `_prepare_model`
 
-    def _prepare_model(self, peft_config: LotrConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: LotrConfig, model: nn.Module) -> None:  # type: ignore[override]
         resolve_targets(peft_config, model)
         targets = in_recorded_order(find_targets(model, peft_config, only=self._injection.paths), peft_config)
         if self._injection.paths is None:
@@ -117,10 +117,10 @@ class LotrModel(BaseTuner):
         peft_config.targets = [target.to_dict() for target in targets]
 
     @staticmethod
-    def _check_target_module_exists(peft_config: LotrConfig, key: str) -> Any:
+    def _check_target_module_exists(peft_config: LotrConfig, key: str) -> Any:  # type: ignore[override]
         return False if is_basis(key) else BaseTuner._check_target_module_exists(peft_config, key)
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: LotrConfig,
         adapter_name: str,
@@ -160,7 +160,7 @@ class LotrModel(BaseTuner):
         if group.name not in basis:
             basis[group.name] = LotrGroup(group.shape, self._injection.scaling, self._injection.products)
             basis[group.name]._active_adapter = list(self.active_adapters)
-        shared = basis[group.name]
+        shared: LotrGroup = basis[group.name]
         if adapter not in shared.lotr_U:
             seed = torch.initial_seed() if config.seed is None else config.seed
             U, V, core = start_group(group, config, self._weights_of, adapter, seed, self._injection.empty)
@@ -204,8 +204,8 @@ class LotrModel(BaseTuner):
                 for name in [name for name, group in module.items() if not group.lotr_U]:
                     del module[name]
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         _uncompiled(model)._modules.pop(BASIS, None)
         return model
 
@@ -237,7 +237,7 @@ class LotrModel(BaseTuner):
         combine.add_weighted(self, adapters, weights, adapter_name, combination_type)
 
     @classmethod
-    def _get_adapter_state_dict(
+    def _get_adapter_state_dict(  # type: ignore[override]
         cls,
         model: nn.Module,
         config: LotrConfig,
@@ -256,7 +256,7 @@ class LotrModel(BaseTuner):
         )
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
         cls, model: nn.Module, config: LotrConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         if config.refers_to_basis:

@@ -21,8 +21,8 @@ def add_peft_type() -> None:
     member = str.__new__(PeftType, NAME)
     member._name_ = NAME
     member._value_ = NAME
-    member.__objclass__ = PeftType
-    member._sort_order_ = len(PeftType._member_names_)
+    member.__objclass__ = PeftType  # type: ignore[attr-defined]
+    member._sort_order_ = len(PeftType._member_names_)  # type: ignore[attr-defined]
     PeftType._member_names_.append(NAME)
     PeftType._member_map_[NAME] = member
     PeftType._value2member_map_[NAME] = member

@@ -95,7 +95,8 @@ class Products:
         check_reached(found, {key for sums in self.sums.values() for key in sums})
         paths = {(a.layer, m.part.name): m.part.sites[0].module for a in found for m in a.members}
         for group, sums in self.sums.items():
-            left, right = [], []
+            left: list[Tensor] = []
+            right: list[Tensor] = []
             for key in _in_model_order(found, sums):  # the same in all processes
                 pair = tuple(over_processes(product) for product in sums[key])
                 check_products(pair, paths[key])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable
+from typing import Any, cast
 
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -30,7 +31,7 @@ from .meaning import pair
 
 BASIS = "lotrbasis"
 #: Query and value of the usual architectures: PEFT's own table for LoRA, and some that it lacks.
-DEFAULT_TARGETS: dict[str, list[str]] = {
+DEFAULT_TARGETS: dict[str, Any] = {
     "clip": ["q_proj", "v_proj"],
     "distilbert": ["q_lin", "v_lin"],
     "modernbert": ["Wqkv"],
@@ -91,7 +92,7 @@ def resolve_targets(config: LotrConfig, model: nn.Module) -> None:
         ConfigError: No target is named and the architecture has no default.
     """
     if config.target_modules is None:
-        model_type = BaseTuner.get_model_config(model).get("model_type")
+        model_type = str(BaseTuner.get_model_config(model).get("model_type"))
         default = DEFAULT_TARGETS.get(model_type)
         if default is None:
             raise ConfigError(
@@ -169,12 +170,13 @@ def check_found(targets: list[Target], model: nn.Module, config: LotrConfig) -> 
     """
     if targets or config.target_modules == DUMMY_TARGET_MODULES:
         return
+    named = config.target_modules
+    asked = named if named is None or isinstance(named, str) else sorted(named)
     if config.exclude_modules or config.layers_to_transform is not None:
         raise PlanError(
-            f"target_modules={config.target_modules!r} match no module that exclude_modules="
+            f"target_modules={asked!r} match no module that exclude_modules="
             f"{config.exclude_modules!r} and layers_to_transform={config.layers_to_transform!r} leave. Leave less out."
         )
-    asked = config.target_modules
     raise PlanError(f"target_modules={asked!r} {match_nothing(model, asked)}")
 
 
@@ -197,9 +199,9 @@ def _target(model: nn.Module, path: str, module: nn.Module, config: LotrConfig) 
             "full with modules_to_save."
         )
     in_features, out_features = _get_in_out_features(base)
-    shape = (out_features, in_features)
+    shape = cast("tuple[int, int]", (out_features, in_features))
     clean = normalise(path)  # PEFT gives a compiled model's modules with or without the wrapper's name
-    key = get_pattern_key(config.rank_pattern.keys(), clean)
+    key = get_pattern_key(list(config.rank_pattern), clean)
     return Target(
         clean,
         shape,

@@ -130,7 +130,7 @@ def _asked(rank: Any, energy: Any) -> Rank | None:
         raise ConfigError(f"rank={rank} and energy={energy}: give one of the two.")
     if rank is not None:
         return pair(checked_rank("rank", rank))
-    if not isinstance(energy, Real) or isinstance(energy, bool) or not 0 < energy <= 1:
+    if not isinstance(energy, Real) or isinstance(energy, bool) or not 0 < float(energy) <= 1:
         raise ConfigError(f"energy={energy!r} is not a share. Use a number above 0 and at most 1.")
     return None
 

@@ -30,7 +30,7 @@ from torch import nn
 from transformers.utils import logging
 
 from lotr import CoreBank, LotrConfig, Task
-from lotr.training.models import load_model
+from lotr.training.base_model import load_model
 
 TARGETS = {"query, value": ["query", "value"], "all linears": "all-linear"}
 #: What is compared with what, and the ratio that is asked for.

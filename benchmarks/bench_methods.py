@@ -26,9 +26,10 @@ from rich.progress import track
 from rich.table import Table
 from transformers import TrainerCallback
 
-from lotr import METHODS, plots
-from lotr.files import write_json
-from lotr.training.adapt import PEERS
+from lotr import METHODS
+from lotr.adapters import plots
+from lotr.files.atomic import write_json
+from lotr.training.adapter import PEERS
 from lotr.training.run import train
 from lotr_cli.settings import TrainSettings
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from grids import REFERENCE
-from lotr.kernels import column_sums
+from lotr.math.matmul import column_sums
 from lotr.tuner.layer import LotrLinear
 from peers import make, training_step
 from records import Row, begin, keep_memory, parser, progress, ratio, rounded, show, size, write

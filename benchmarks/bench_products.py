@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lotr.kernels import product
+from lotr.math.matmul import product
 from records import Row, begin, keep_memory, parser, progress, rounded, show, write
 from timing import Samples, Spread, interleaved
 
@@ -57,7 +57,7 @@ class Operands:
     h: Tensor  # (n, r)
 
     def products(self, of: Product) -> dict[str, Callable[[], Tensor]]:
-        """Return the wide products, and the thin ones as `lotr.linear` takes them.
+        """Return the wide products, and the thin ones as `lotr.math.fused_linear` takes them.
 
         What is added in place is PyTorch's own everywhere.
         """

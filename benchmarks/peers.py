@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from lotr import LotrConfig, kernels
+from lotr import LotrConfig
+from lotr.math import matmul as kernels
 from shapes import SHAPES, Batch
 
 
@@ -28,9 +29,9 @@ ADAPTERS: dict[str, Callable[[int, list[str]], PeftConfig]] = {
     "peft_dora": lambda r, linears: _lora(r, linears, use_dora=True),
     "peft_vera": lambda r, linears: VeraConfig(r=r, target_modules=linears, save_projection=False),
     "lotr": _lotr(),
-    "lotr_cores": _lotr(train="cores"),
+    "lotr_cores": _lotr(trainable="cores"),
     "lotr_per_output": _lotr(magnitude="per_output"),
-    "lotr_per_output_cores": _lotr(magnitude="per_output", train="cores"),
+    "lotr_per_output_cores": _lotr(magnitude="per_output", trainable="cores"),
     "lotr_per_output_and_input": _lotr(magnitude="per_output_and_input"),
     "lotr_base_and_update": _lotr(magnitude="base_and_update"),
 }

@@ -23,9 +23,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is packaged
 from rich.console import Console
 from rich.table import Table
 
-from lotr.files import write_json
-from lotr.training.columns import Columns
-from lotr.training.data import load_task
+from lotr.files.atomic import write_json
+from lotr.training.data.columns import Columns
+from lotr.training.data.load import load_task
 from lotr.training.run import train
 from lotr_cli.settings import TrainSettings
 

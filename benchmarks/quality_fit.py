@@ -26,8 +26,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from lotr.files import write_json
-from lotr.subspaces import Subspaces
+from lotr.files.atomic import write_json
+from lotr.math.hooi import Subspaces
 from lotr.tuner.layer import LotrLinear
 from quality_run import Bench, train
 
@@ -125,8 +125,8 @@ def measure(bench: Bench, run: dict[str, Any]) -> list[dict[str, Any]]:
     before = [m.weight.detach() - d for (_, m), d in zip(modules, D, strict=True)]
     projections = _alike((name.rpartition(".")[2], d.shape) for name, d in zip(names, D, strict=True))
     shapes = _alike(d.shape for d in D)
-    own = {"method": "lora_xs", "r": 16, "start": "gradient"}
-    together = {"method": "lotr", "r": 16, "start": "gradient", "train": "cores"}
+    own = {"method": "lora_xs", "r": 16, "init": "gradient"}
+    together = {"method": "lotr", "r": 16, "init": "gradient", "trainable": "cores"}
     cores = len(D) * 16**2
     fits: dict[str, tuple[int, Updates]] = {
         "the trained update": (sum(d.numel() for d in D), D),

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 import lotr
-from lotr.starts import DATA_STARTS
-from lotr.training.adapt import add_adapter
-from lotr.training.begin import warm_head
-from lotr.training.models import load_model
-from lotr.training.optimizer import parameter_groups
+from lotr.math.init import DATA_INITS
+from lotr.training.adapter import add_adapter
+from lotr.training.base_model import load_model
+from lotr.training.rates import parameter_groups
+from lotr.training.warmup import warm_head
 from quality_task import Batch, Task
 
 
@@ -142,7 +142,7 @@ class Bench:
             model = add_adapter(base, lotr.LotrConfig(seed=run["seed"], **fields))
             if method.get("continues"):
                 _go_on_from(model, source)
-            if fields.get("start") not in DATA_STARTS:
+            if fields.get("start") not in DATA_INITS:
                 return model, None
             return model, self._start(model, fields, seen, run)
         config = getattr(peft, method["peft"])(**fields)
@@ -173,7 +173,7 @@ class Bench:
         factors = {n: p for n, p in model.named_parameters() if ".lotr_U." in n or ".lotr_V." in n}
         if self._started is None or self._started[0] != key:
             rounds = None if fields["start"] == "update" else self.grid["settings"]["start_rounds"]
-            sites = lotr.start(model, seen, kind=fields["start"], rounds=rounds, seed=run["seed"])
+            sites = lotr.init_from_data(model, seen, kind=fields["start"], rounds=rounds, seed=run["seed"])
             kept = sum(site.kept for site in sites) / len(sites)
             self._started = key, {n: p.detach().clone() for n, p in factors.items()}, kept
         _, found, kept = self._started

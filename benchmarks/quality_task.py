@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lotr.training.data import Columns, TaskData, load_task
-from lotr.training.encode import collator, encode
-from lotr.training.models import load_tokenizer
+from lotr.training.base_model import load_tokenizer
+from lotr.training.data.encode import collator, encode
+from lotr.training.data.load import Columns, TaskData, load_task
 
 COLUMNS = Columns("text", "text2", "label")
 Rows = list[dict[str, Any]]
@@ -33,7 +33,7 @@ class Task:
         self.tokenizer = load_tokenizer(model)
         self.collate = collator(self.tokenizer, self.kind)
         if "dev" in task:
-            parts = {"train": loaded.train, "dev": loaded.eval, "test": _load(task, data, "test").eval}
+            parts = {"train": loaded.trainable, "dev": loaded.eval, "test": _load(task, data, "test").eval}
         else:  # a built-in set: a fifth of its training rows is dev, its own evaluation rows are test
             halves = loaded.train.train_test_split(test_size=0.2, seed=0)
             parts = {"train": halves["train"], "dev": halves["test"], "test": loaded.eval}

@@ -23,7 +23,7 @@ from rich.table import Table
 
 import lotr
 from grids import Setting
-from lotr.files import read_json, write_json
+from lotr.files.atomic import read_json, write_json
 from peers import ADAPTERS, COMPILED, FLOOR, MKL, TEXT
 from shapes import SHAPES
 from timing import Spread

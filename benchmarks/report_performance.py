@@ -16,7 +16,7 @@ import bench_norms
 import bench_products
 import bench_start
 import bench_train_step
-from lotr.files import read_json
+from lotr.files.atomic import read_json
 from peers import TEXT
 
 Record = dict[str, Any]

@@ -70,8 +70,8 @@ def methods() -> str:
             row.core,
             row.blocks,
             row.magnitude,
-            row.start,
-            row.train,
+            row.init,
+            row.trainable,
         )
         paper = f"[{row.title} ({row.year})]({row.url})"
         lines.append(f"| `{row.name}` | {row.purpose} | {' | '.join(fields)} | {paper} |")

@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lotr import plots
+from lotr.adapters import plots
 
 METHODS = {
     "head": [],

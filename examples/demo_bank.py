@@ -30,12 +30,12 @@ from rich.console import Console
 from rich.table import Table
 
 from lotr import CoreBank
-from lotr.checkpoint import WEIGHTS
-from lotr.training.docstrings import load_docstrings
+from lotr.files.adapter_folder import WEIGHTS
+from lotr.training.data.docstrings import load_docstrings
 from lotr.training.run import train
-from lotr.training.served import load_served
-from lotr.training.task_list import TaskSource
-from lotr.training.train_bank import train_bank
+from lotr.training.tasks.run import train_bank
+from lotr.training.tasks.served import load_served
+from lotr.training.tasks.task_list import TaskSource
 from lotr_cli.bank_settings import BankSettings
 from lotr_cli.settings import TrainSettings
 

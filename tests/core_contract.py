@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from lotr.cores import Core, Region
+from lotr.math.cores import Core, Region
 
 Numbers = dict[str, Tensor]
 Pair = tuple[int, int]
@@ -45,7 +45,7 @@ class CoreContract:
 
     def started(self, core: Core) -> Numbers:
         """Return the numbers as training finds them: one at zero, the others as they start."""
-        numbers = {name: core.start(name, Generator().manual_seed(0)) for name in core.shapes}
+        numbers = {name: core.init(name, Generator().manual_seed(0)) for name in core.shapes}
         return {name: t.zero_() if name == core.zero else t for name, t in numbers.items()}
 
     # ---- the tensor
@@ -134,7 +134,7 @@ class CoreContract:
             pytest.skip("nothing is stored")
         before = torch.get_rng_state()
         first, again, other = (
-            {name: core.start(name, generator) for name in core.shapes}
+            {name: core.init(name, generator) for name in core.shapes}
             for generator in (Generator().manual_seed(seed) for seed in (0, 0, 1))
         )
         assert torch.equal(torch.get_rng_state(), before)

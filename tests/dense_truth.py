@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lotr.sites import Group, Plan, Site
+from lotr.sharing.plan import Group, Plan, Site
 
 ROOT = "base_model.model."
 

@@ -22,7 +22,8 @@ import transformers
 
 from lotr import CoreBank, Task
 from lotr.errors import LotrError
-from lotr.training import train_bank, window
+from lotr.training.tasks import run as train_bank
+from lotr.training.tasks import window
 from lotr_cli.bank_settings import BankSettings
 
 torch.set_num_threads(1)

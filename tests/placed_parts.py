@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lotr.delta import Factored, Grid
-from lotr.norms import Frozen, Placed
+from lotr.math.norms import Frozen, Placed
+from lotr.math.update import Factored, Grid
 
 OUT, IN = 12, 10
 #: Name → first row, first column, height, width and grid of every part.

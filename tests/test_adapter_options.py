@@ -27,7 +27,7 @@ def numbers(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if "lotr_" in name}
 
 
-# ---- train="cores"
+# ---- trainable="cores"
 
 FROZEN = [("lora_xs", {}), ("lotr", {}), ("lorta", {}), ("lotr", {"magnitude": "per_output"})]
 
@@ -40,7 +40,7 @@ def trained(model: nn.Module) -> set[str]:
 def test_frozen_factors_stay_frozen_whatever_is_switched(
     row: str, kwargs: dict[str, Any], tmp_path: Path
 ) -> None:
-    frozen = config(row, train="cores", **kwargs)
+    frozen = config(row, trainable="cores", **kwargs)
     expected = {"core" if row == "lorta" else "C", *(["magnitude"] if "magnitude" in kwargs else [])}
     model = get_peft_model(llama(), frozen)
     assert trained(model) == expected
@@ -159,19 +159,19 @@ def test_without_a_seed_torchs_own_decides() -> None:
         ({"core": "tucker", "core_ranks": 0}, r"core_ranks=0"),
         ({"core": "tucker", "core_ranks": {"layer": True}}, r"core_ranks="),
         ({"modes": ("layer", "head")}, r"modes=.*\"head\", but blocks='none'"),
-        ({"method": "lora", "train": "cores"}, r"train='cores' with core='identity'"),
+        ({"method": "lora", "trainable": "cores"}, r"trainable='cores' with core='identity'"),
         ({"magnitude": "base_and_update", "init_weights": True}, r"init_weights=True .*base_and_update"),
         (
-            {"start": "gradient", "magnitude": "base_and_update"},
-            r"start='gradient' .*base_and_update.*orthonormal",
+            {"init": "gradient", "magnitude": "base_and_update"},
+            r"init='gradient' .*base_and_update.*orthonormal",
         ),
-        ({"start": "activation", "method": "map"}, r"start='activation' .*base_and_update"),
+        ({"init": "activation", "method": "map"}, r"init='activation' .*base_and_update"),
         ({"modes": ("site", "layer")}, r"modes=.*\"site\""),
         ({"modes": ("depth",)}, r"modes=.*'depth'"),
         ({"core": "tuker"}, r"core='tuker' .*tucker"),
         ({"blocks": "heads"}, r"blocks='heads' .*head"),
         ({"magnitude": "per_out"}, r"magnitude='per_out' .*per_output"),
-        ({"start": "svd"}, r"start='svd'"),
+        ({"start": "svd"}, r"init='svd'"),
         ({"train": "core"}, r"train='core' .*cores"),
     ],
 )

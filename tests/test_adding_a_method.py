@@ -11,11 +11,11 @@ from peft import PeftModel, get_peft_model
 
 from conftest import bert, tokens
 from lotr import METHODS, LotrConfig, Method
-from lotr.checkpoint import read_adapter
-from lotr.cores import CORES
+from lotr.adapters.export import to_lora
+from lotr.adapters.inspection import inspect
 from lotr.errors import CheckpointError
-from lotr.export import to_lora
-from lotr.inspection import inspect
+from lotr.files.adapter_folder import read_adapter
+from lotr.math.cores import CORES
 
 PAGE = Path(__file__).parents[1] / "docs" / "adding_a_method.md"
 

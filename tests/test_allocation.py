@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from lotr.allocation import allocate
+from lotr.sharing.allocation import allocate
 
 
 def _kept(energies, ranks) -> float:

@@ -86,14 +86,14 @@ def test_unknown_hub_model_says_what_can_be_named(place: Path, tmp_path: Path, m
     ("option", "value", "near"),
     [
         ("--method", "lort", "lotr"),
-        ("--target", "querry", "query"),
+        ("--target-modules", "querry", "query"),
         ("--modes", "layers", "layer"),
-        ("--target", "[query", "regex"),
-        ("--start", "orthonormall", "orthonormal"),
+        ("--target-modules", "[query", "regex"),
+        ("--init", "orthonormall", "orthonormal"),
         ("--dtype", "floatt32", "float32"),
         ("--task", "clasification", "classification"),
         ("--report-to", "tensorbord", "none"),
-        ("--target", "x.*y", "encoder.layer.0"),
+        ("--target-modules", "x.*y", "encoder.layer.0"),
         ("--max-length", "65", "64 tokens"),
     ],
 )

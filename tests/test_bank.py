@@ -16,7 +16,7 @@ import lotr
 from conftest import bert, gpt2, tokens
 from lotr import CheckpointError, ConfigError, CoreBank, LotrConfig, Task, UnknownTaskError
 from lotr.bank.codec import n_bytes
-from lotr.checkpoint import BASIS_WEIGHTS, WEIGHTS
+from lotr.files.adapter_folder import BASIS_WEIGHTS, WEIGHTS
 from tuner_contract import outputs
 
 INPUTS = {"input_ids": tokens()}
@@ -319,7 +319,7 @@ def test_a_folder_that_is_not_free_is_kept(tmp_path: Path) -> None:
 
 
 def test_another_base_model_is_refused(tmp_path: Path) -> None:
-    from lotr.checkpoint import fingerprint, read_adapter, write_task
+    from lotr.files.adapter_folder import fingerprint, read_adapter, write_task
 
     folder = banks.basis(tmp_path / "basis")
     paths = [target["path"] for target in read_adapter(folder).config["targets"]]

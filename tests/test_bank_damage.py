@@ -22,7 +22,7 @@ from lotr.bank import database
 from lotr.bank.folder import BANK, TASKS
 from lotr.bank.recover import recover
 from lotr.bank.store import TaskStore
-from lotr.checkpoint import BASIS_WEIGHTS, CONFIG
+from lotr.files.adapter_folder import BASIS_WEIGHTS, CONFIG
 
 N = 60
 

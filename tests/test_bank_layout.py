@@ -11,13 +11,13 @@ from torch import Tensor
 from lotr import ConfigError
 from lotr.bank.codec import DTYPES, decode, encode, n_bytes
 from lotr.bank.layout import Layout
-from lotr.blocks import Heads, Target
-from lotr.cores import CORES
-from lotr.delta import side_by_side
 from lotr.errors import CheckpointError
-from lotr.grouping import make_plan
-from lotr.sites import Plan
-from lotr.tuner.state import core_key
+from lotr.math.cores import CORES
+from lotr.math.update import side_by_side
+from lotr.sharing.blocks import Heads, Target
+from lotr.sharing.make_plan import make_plan
+from lotr.sharing.plan import Plan
+from lotr.tuner.state_dict import core_key
 
 PATHS = [f"layers.{layer}.{name}" for layer in range(3) for name in ("q", "v")]
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 import lotr
 from conftest import bert, gpt2, tokens
 from lotr import CheckpointError, ConfigError, LotrConfig, PlanError
-from lotr.checkpoint import CONFIG, WEIGHTS, read_adapter
-from lotr.export import to_lora
-from lotr.inspection import inspect
+from lotr.adapters.export import to_lora
+from lotr.adapters.inspection import inspect
+from lotr.files.adapter_folder import CONFIG, WEIGHTS, read_adapter
 from tuner_contract import linears, outputs
 
 INPUTS = {"input_ids": tokens()}
@@ -113,7 +113,7 @@ def test_it_is_inspected_exported_and_merged_like_any_other(task, tmp_path: Path
 
 
 def test_a_basis_can_be_where_all_training_starts(basis: Path, method: str, tmp_path: Path) -> None:
-    model = _stirred(_config(method=method, basis=str(basis), train="all"))
+    model = _stirred(_config(method=method, basis=str(basis), trainable="all"))
     assert any("lotr_U" in name for name, p in model.named_parameters() if p.requires_grad)
     model.save_pretrained(tmp_path / "whole")
     shutil.rmtree(basis)
@@ -137,7 +137,7 @@ def test_factors_that_looked_at_data_can_be_kept_below_any_magnitude(
     basis_copy: bool, tmp_path: Path
 ) -> None:
     """Such a magnitude has no start of that kind, but these factors have had theirs."""
-    _stirred(_config(start="gradient")).save_pretrained(tmp_path / "basis")
+    _stirred(_config(init="gradient")).save_pretrained(tmp_path / "basis")
     fields = {"magnitude": "base_and_update", "basis_copy": basis_copy}
     model = _stirred(LotrConfig(basis=str(tmp_path / "basis"), **fields), seed=1)
     model.save_pretrained(tmp_path / "task")
@@ -196,7 +196,7 @@ def test_a_sum_on_one_basis_adds_cores_and_refers_to_it(
         ({}, {"basis": None, "r": 3, "target_modules": TARGETS, "seed": 5}),
         ({}, {"basis_copy": True}),
         ({"basis_copy": True}, {"basis_copy": True}),
-        ({"train": "all"}, {}),
+        ({"trainable": "all"}, {}),
     ],
     ids=["and no basis", "and a copy", "copies", "all"],
 )
@@ -262,7 +262,7 @@ def test_a_basis_that_is_gone_is_named(task, basis: Path) -> None:
         ({"core": "tucker"}, "core='tucker' contradicts"),
         ({"blocks": "head"}, "blocks='head' contradicts"),
         ({"scaling": 2.0}, r"scaling=2\.0 contradicts"),
-        ({"start": "gradient"}, "start='gradient' contradicts"),
+        ({"init": "gradient"}, "init='gradient' contradicts"),
     ],
     ids=str,
 )
@@ -289,7 +289,7 @@ def test_the_structure_is_that_of_the_basis_where_nothing_is_said(tmp_path: Path
     for name, value in structure.items():
         found = getattr(config, name)
         assert (sorted(found) if name == "target_modules" else found) == value, name
-    assert (config.modes, config.core, config.train) == (("layer", "projection", "head"), "tt", "cores")
+    assert (config.modes, config.core, config.trainable) == (("layer", "projection", "head"), "tt", "cores")
     assert LotrConfig(**config.to_dict()) == config  # what was filled in is no contradiction
     model = get_peft_model(bert(), config)
     assert not [n for n, p in model.named_parameters() if p.requires_grad and ("_U" in n or "_V" in n)]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lotr.blocks import Block, Heads, Shape, Target, cut
+from lotr.sharing.blocks import Block, Heads, Shape, Target, cut
 
 QKV = (("query", 8), ("key", 4), ("value", 4))
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import saved_models
 from lotr import LotrConfig
 from lotr.errors import ConfigError, Interrupted
-from lotr.training.adapt import adapter_config
+from lotr.training.adapter import adapter_config
 from lotr.training.resume import restore
 from lotr.training.run import train
 from lotr_cli.settings import TrainSettings
@@ -42,7 +42,7 @@ def _settings(place: Path, output: str, **more: object) -> TrainSettings:
 
 def test_a_start_from_gradients_shares_the_budget_out(place: Path) -> None:
     lines: list[str] = []
-    more = {"start": "gradient", "start_batches": 3, "head_warmup": 5, "max_steps": 60}
+    more = {"init": "gradient", "start_batches": 3, "head_warmup": 5, "max_steps": 60}
     rates = {"lr": 3e-2, "core_lr": 3e-2, "head_lr": 3e-2}
     result = train(_settings(place, "shared-out", **more, **rates), say=lines.append)
     assert 600 < result["trained_numbers"]["adapter"] <= 700
@@ -60,8 +60,8 @@ def test_a_start_from_gradients_shares_the_budget_out(place: Path) -> None:
     "more, says",
     [
         ({}, "no start looks at data"),
-        ({"start": "gradient", "method": "metatt_4d"}, "cores of core='tt' have no cut"),
-        ({"start": "gradient", "trainable": "cores", "method": "lotr"}, "because the factors stay"),
+        ({"init": "gradient", "method": "metatt_4d"}, "cores of core='tt' have no cut"),
+        ({"init": "gradient", "trainable": "cores", "method": "lotr"}, "because the factors stay"),
     ],
     ids=str,
 )
@@ -83,7 +83,7 @@ def _words(settings: dict[str, str]) -> list[str]:
 
 
 def test_a_run_that_goes_on_has_the_ranks_that_were_chosen(place: Path) -> None:
-    settings = _settings(place, "straight", start="gradient", start_batches=2)
+    settings = _settings(place, "straight", init="gradient", start_batches=2)
     straight = train(settings, say=quiet)
     stopped = replace(settings, output=str(place / "stopped"))
     with pytest.raises(Interrupted, match="--resume"):

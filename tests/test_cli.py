@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import saved_models
 from commands import app, lotr
-from lotr.kernels import ONEDNN_IS_FASTER
+from lotr.math.matmul import ONEDNN_IS_FASTER
 from lotr.training.report import METRICS
 
 QUICK = (
@@ -169,7 +169,7 @@ def test_plan_reads_no_weights_and_foretells_the_file(place: Path, trained, tmp_
 
 
 def test_plan_explains_in_which_order_products_are_taken(place: Path) -> None:
-    words = ("plan", place / "bert", "--rank", "4", "--target", "query", "--explain")
+    words = ("plan", place / "bert", "--rank", "4", "--target-modules", "query", "--explain")
     (few,), (many,) = (report(*words, "--tokens", n)["orders"] for n in ("8", "4096"))
     assert (few["weight"], few["order"], many["order"]) == ("32×32", "plain", "merged")
     assert many["extra_work"] < few["extra_work"]
@@ -185,7 +185,7 @@ def test_plan_foretells_the_bytes_of_an_adapter_without_a_head(place: Path, tmp_
 
     import lotr as library
 
-    plan = report("plan", place / "bert", "--rank", "4", "--target", "all-linear")
+    plan = report("plan", place / "bert", "--rank", "4", "--target-modules", "all-linear")
     model = get_peft_model(
         AutoModel.from_pretrained(place / "bert"), library.LotrConfig(r=4, target_modules="all-linear")
     )
@@ -297,7 +297,7 @@ def test_regression_and_causal_tasks_run_through(place: Path, tmp_path: Path) ->
             "--epochs",
             "12",
         ),
-        *("--output", tmp_path / "chat", "--target", "all-linear"),
+        *("--output", tmp_path / "chat", "--target-modules", "all-linear"),
     )
     assert result["metric"] == "loss"
     assert result["loss"] < 1.0
@@ -390,8 +390,8 @@ def test_export_is_exact_for_unequal_ranks_and_several_groups(tmp_path: Path, fi
 
     from conftest import gpt2
     from lotr import LotrConfig
-    from lotr.checkpoint import read_adapter
-    from lotr.export import to_lora
+    from lotr.adapters.export import to_lora
+    from lotr.files.adapter_folder import read_adapter
 
     base, ids = gpt2(), torch.arange(3, 12).repeat(2, 1)
     config = LotrConfig(init_weights=False, scaling=1.4, **fields)

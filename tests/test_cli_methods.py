@@ -10,10 +10,10 @@ from safetensors import safe_open
 
 import saved_models
 from lotr import METHODS
-from lotr.magnitudes import MAGNITUDES
+from lotr.math.magnitude import MAGNITUDES
 from test_cli import lotr, report
 
-FIELDS = ("--rank", "4", "--target", "query,key,value,attention.output.dense,intermediate.dense")
+FIELDS = ("--rank", "4", "--target-modules", "query,key,value,attention.output.dense,intermediate.dense")
 
 
 @pytest.fixture(scope="module")

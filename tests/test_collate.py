@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lotr.errors import DataError
-from lotr.training.encode import collator
+from lotr.training.data.encode import collator
 from tiny_tokenizers import CLS, EOS, ID, PAD, SEP, bert, ids, language, run, words
 
 

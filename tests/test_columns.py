@@ -4,7 +4,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from lotr.errors import DataError
-from lotr.training.columns import Columns, check_columns, guess_task, label_names, label_values
+from lotr.training.data.columns import Columns, check_columns, guess_task, label_names, label_values
 
 
 def rows(*labels: object, **columns: list) -> Dataset:

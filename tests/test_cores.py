@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from core_contract import CoreContract, Numbers
 from lotr import ConfigError
-from lotr.cores import CORES, Core, CPCore, FreeCore, IdentityCore, TTCore, TuckerCore
+from lotr.math.cores import CORES, Core, CPCore, FreeCore, IdentityCore, TTCore, TuckerCore
 
 # ---- the contract, core by core
 
@@ -145,7 +145,7 @@ def test_a_free_core_counts_sites_and_not_places() -> None:
 
 @pytest.mark.parametrize("size, rank", [(12, 4), (4, 4), (3, 5)])
 def test_tucker_factors_start_orthonormal(size: int, rank: int) -> None:
-    factor = TuckerCore(2, 2, (size,), (rank,)).start("factor_0", Generator().manual_seed(0))
+    factor = TuckerCore(2, 2, (size,), (rank,)).init("factor_0", Generator().manual_seed(0))
     gram = factor.T @ factor if size >= rank else factor @ factor.T
     assert factor.shape == (size, rank)
     torch.testing.assert_close(gram, torch.eye(min(size, rank)))
@@ -188,7 +188,7 @@ def test_what_is_not_refused_works(name: str) -> None:
         except ConfigError:
             continue
         core = CORES[name](k, r, (3,) * len(modes), (2,) * len(modes))
-        numbers = {number: core.start(number, Generator()) for number in core.shapes}
+        numbers = {number: core.init(number, Generator()) for number in core.shapes}
         assert core.to_tensor(numbers).shape == (*core.sizes, k, r)
         accepted += 1
     assert accepted == {"free": 6, "identity": 1, "tucker": 4, "cp": 3, "tt": 4}[name]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lotr.errors import ConfigError, DataError
-from lotr.training.data import Columns, label_values, load_rows, load_task
+from lotr.training.data.load import Columns, label_values, load_rows, load_task
 
 ROWS = [{"text": f"text {n}", "label": n % 2} for n in range(20)]
 CSV = "text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in ROWS)
@@ -19,7 +19,7 @@ def file(folder: Path, name: str, content: str) -> str:
 
 def test_the_built_in_set_is_measured_on_its_test_split(monkeypatch):
     made = {"train": ROWS, "test": ROWS[:4]}
-    monkeypatch.setattr("lotr.training.docstrings.load_docstrings", lambda: made)
+    monkeypatch.setattr("lotr.training.data.docstrings.load_docstrings", lambda: made)
     data = load_task("docstrings")
     assert (len(data.train), len(data.eval), data.eval_source) == (20, 4, 'split "test" of docstrings')
     assert len(load_rows("docstrings", Columns(), data.task, data.labels)) == 4

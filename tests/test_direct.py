@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from conftest import bert, tokens
 from lotr import LotrConfig
+from lotr.math.orders import AUTOGRAD, ORDERS
 from lotr.methods import METHODS
-from lotr.orders import AUTOGRAD, ORDERS
 from lotr.tuner import direct
 from lotr.tuner.layer import LotrLinear
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lotr.errors import DataError
-from lotr.training.docstrings import MARK, load_docstrings
+from lotr.training.data.docstrings import MARK, load_docstrings
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import pytest
 from datasets import Dataset, load_from_disk
 
 from lotr.errors import DataError
-from lotr.training.data import Columns
-from lotr.training.encode import encode
+from lotr.training.data.encode import encode
+from lotr.training.data.load import Columns
 from tiny_tokenizers import CLS, EOS, ID, SEP, WORDS, bert, ids, language, run, words
 
 

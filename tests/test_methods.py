@@ -7,12 +7,12 @@ import pytest
 
 import lotr
 from lotr import METHODS, ConfigError, LotrConfig
-from lotr.blocks import BLOCKS
-from lotr.cores import CORES
-from lotr.magnitudes import MAGNITUDES
+from lotr.math.cores import CORES
+from lotr.math.init import INITS, WEIGHT_INITS
+from lotr.math.magnitude import MAGNITUDES
 from lotr.methods import method
-from lotr.sites import MODES, check_modes
-from lotr.starts import STARTS, WEIGHT_STARTS
+from lotr.sharing.blocks import BLOCKS
+from lotr.sharing.plan import MODES, check_modes
 
 ASKED = {"lotr", "lotr_joint", "lora", "dora", "bora", "map", "lora_xs", "lorta", "cara"}
 ASKED |= {"fact_tt", "fact_tk", "metatt_4d", "metatt_5d"}
@@ -33,7 +33,7 @@ def test_every_row_names_things_that_exist(name: str) -> None:
     assert row.name == name
     assert set(row.modes) <= set(MODES) and row.modes == check_modes(row.modes)
     assert row.core in CORES and row.blocks in BLOCKS and row.magnitude in MAGNITUDES
-    assert row.start in STARTS | WEIGHT_STARTS and row.train in ("all", "cores")
+    assert row.init in INITS | WEIGHT_INITS and row.trainable in ("all", "cores")
 
 
 @every_row
@@ -65,8 +65,8 @@ def test_the_update_of_a_row_starts_at_zero_unless_it_is_divided_by(name: str) -
 
 
 def test_a_field_that_is_set_overrides_the_row() -> None:
-    config = LotrConfig(method="lotr", modes=("layer", "projection"), start="gaussian")
-    assert config.modes == METHODS["lotr_joint"].modes and config.start == "gaussian"
+    config = LotrConfig(method="lotr", modes=("layer", "projection"), init="gaussian")
+    assert config.modes == METHODS["lotr_joint"].modes and config.init == "gaussian"
 
 
 def test_an_unknown_method_is_refused_with_near_matches() -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lotr import norms
-from lotr.norms import BaseWeight, Placed, column_energy, row_energy, update_energy
+from lotr.math import norms
+from lotr.math.norms import BaseWeight, Placed, column_energy, row_energy, update_energy
 from placed_parts import IN, LAYOUTS, OUT, dense, leaves, place
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}

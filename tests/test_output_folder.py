@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import saved_models
 from lotr.errors import ConfigError, Interrupted
-from lotr.training import begin as beginning
+from lotr.training import warmup as beginning
 from lotr.training.report import CURVE, METRICS, PICTURES, START
 from lotr.training.resume import restore
 from lotr.training.run import train
@@ -26,7 +26,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("output")
     saved_models.save_bert(folder / "bert")
     saved_models.write_colours(folder / "train.csv", rows=48)
-    train(settings(folder, folder / "first", start="gradient", start_batches=2, max_steps=1), say=quiet)
+    train(settings(folder, folder / "first", init="gradient", start_batches=2, max_steps=1), say=quiet)
     return folder
 
 
@@ -125,7 +125,7 @@ def test_an_adapter_does_not_go_into_the_folder_of_a_bank(place: Path, tmp_path:
 
 
 def test_a_run_that_goes_on_knows_how_it_began_and_how_long_it_took(place: Path, tmp_path: Path) -> None:
-    begins = {"start": "gradient", "start_batches": 2, "head_warmup": 1}
+    begins = {"init": "gradient", "start_batches": 2, "head_warmup": 1}
     with pytest.raises(Interrupted):
         train(settings(place, tmp_path / "o", **begins), say=quiet, callbacks=[CtrlC(3)])
     (progress,) = (tmp_path / "o" / "checkpoints" / "checkpoint-4").glob("progress.json")
@@ -139,7 +139,7 @@ def test_a_run_that_goes_on_knows_how_it_began_and_how_long_it_took(place: Path,
 
 
 def test_pictures_of_an_earlier_adapter_go_when_the_new_one_is_whole(place: Path, tmp_path: Path) -> None:
-    train(settings(place, tmp_path / "o", start="gradient", start_batches=2, max_steps=1), say=quiet)
+    train(settings(place, tmp_path / "o", init="gradient", start_batches=2, max_steps=1), say=quiet)
     for name in PICTURES:
         (tmp_path / "o" / name).touch()
     (tmp_path / "o" / "notes.txt").touch()

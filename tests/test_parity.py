@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from conftest import ARCHITECTURES, tokens
 from lotr import LotrConfig
-from lotr.training.models import MINILM, load_model, locate
+from lotr.training.base_model import MINILM, load_model, locate
 from lotr.tuner.layer import LotrLinear
 
 RANK, STEPS = 4, 10

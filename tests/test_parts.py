@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from lotr.blocks import BLOCKS, Heads, Target
-from lotr.delta import Factored, side_by_side
-from lotr.grouping import make_plan
-from lotr.parts import Part
-from lotr.sites import Group, Plan
+from lotr.math.update import Factored, side_by_side
+from lotr.sharing.blocks import BLOCKS, Heads, Target
+from lotr.sharing.make_plan import make_plan
+from lotr.sharing.parts import Part
+from lotr.sharing.plan import Group, Plan
 
 QKV = (("query", 8), ("key", 4), ("value", 4))
 #: Every kind of weight: grouped-query heads, an output projection, a fused weight, long, wide and odd ones.
@@ -94,7 +94,7 @@ def _numbers(group: Group) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return `U`, `V` and the cores of a group."""
     (o, i), (k, r) = group.shape, group.rank
     cores = {
-        name: group.core.start(name, Generator().manual_seed(n)) for n, name in enumerate(group.core.shapes)
+        name: group.core.init(name, Generator().manual_seed(n)) for n, name in enumerate(group.core.shapes)
     }
     return torch.randn(o, k), torch.randn(i, r), cores
 

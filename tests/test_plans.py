@@ -9,8 +9,8 @@ from torch import nn
 
 from conftest import Architecture
 from lotr import LotrConfig, PlanError, plan
-from lotr.blocks import Heads, Target
-from lotr.grouping import make_plan
+from lotr.sharing.blocks import Heads, Target
+from lotr.sharing.make_plan import make_plan
 
 LAYER, BOTH, ALL = ("layer",), ("layer", "projection"), ("layer", "projection", "head")
 #: Construction → modes, and the numbers that the authors count on RoBERTa-base, all ranks 4.
@@ -61,7 +61,7 @@ def test_a_magnitude_adds_numbers_to_every_module(magnitude: str, count: int) ->
 
 
 def test_with_fixed_factors_only_the_cores_count() -> None:
-    plan = make_plan([Target(f"h.{n}.q", (8, 8), (2, 2)) for n in range(3)], LAYER, train="cores")
+    plan = make_plan([Target(f"h.{n}.q", (8, 8), (2, 2)) for n in range(3)], LAYER, trainable="cores")
     assert plan.n_parameters == plan.n_cores == 3 * 2 * 2 and plan.n_factors == 2 * 8 * 2
 
 

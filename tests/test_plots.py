@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lotr import plots
+from lotr.adapters import plots
 
 
 def test_heads_of_one_place_are_drawn_as_one_number_and_layers_in_their_order(

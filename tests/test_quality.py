@@ -116,7 +116,7 @@ def test_a_run_is_the_same_again_and_a_basis_carries_over(tmp_path: Path) -> Non
     task = {**files, "max_length": 8, "batch_size": 8, "steps": 30, "evaluations": 2, "test_rows": 40}
     settings = {"head_warmup": 3, "head_lr": 0.03, "warmup": 0.1, "start_batches": 2, "start_rounds": 1}
     methods = {
-        "whole": {"fields": {"method": "lotr", "r": 4, "start": "gradient"}},
+        "whole": {"fields": {"method": "lotr", "r": 4, "init": "gradient"}},
         "cores": {
             "source": {"task": "colours", "method": "whole", "rates": {"lr": 0.01}},
             "fields": {"method": "lotr", "r": 4},

@@ -13,8 +13,8 @@ from torch import nn
 import lotr
 from conftest import bert, gpt2, tokens
 from lotr import ConfigError, LotrConfig
-from lotr.checkpoint import read_adapter
-from lotr.inspection import inspect
+from lotr.adapters.inspection import inspect
+from lotr.files.adapter_folder import read_adapter
 from lotr.tuner.group import LotrGroup
 from lotr.tuner.ranks import tied
 from tuner_contract import outputs
@@ -46,7 +46,7 @@ def _trained(model: nn.Module) -> int:
     "fields",
     [
         {},
-        {"train": "cores"},
+        {"trainable": "cores"},
         {"method": "lora"},
         {"method": "dora"},
         {"method": "tenslora_depth"},
@@ -75,7 +75,7 @@ def test_a_budget_below_rank_one_tells_the_smallest_that_is_possible() -> None:
 
 
 @pytest.mark.parametrize("make", [bert, gpt2])
-@pytest.mark.parametrize("fields", [{}, {"train": "cores"}, {"magnitude": "per_output"}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"trainable": "cores"}, {"magnitude": "per_output"}], ids=str)
 def test_a_start_with_a_budget_cuts_the_groups_to_it(
     make: Any, fields: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -83,11 +83,11 @@ def test_a_start_with_a_budget_cuts_the_groups_to_it(
     model = _wide(make, **{"r": 2 * rank, **fields})
     head = _trained(model) - lotr.plan(make(), _config(make, r=2 * rank, **fields)).n_parameters
     before, batches = outputs(model, {"input_ids": IDS}), _batches(make)
-    sites = lotr.start(model, batches, budget=budget)
+    sites = lotr.init_from_data(model, batches, budget=budget)
     assert torch.equal(outputs(model, {"input_ids": IDS}), before)
     assert 0.9 * budget < _trained(model) - head <= budget
     uniform = get_peft_model(make(), _config(make, r=rank, **fields)).eval()
-    plainly = lotr.start(uniform, batches)
+    plainly = lotr.init_from_data(uniform, batches)
     assert sum(site.kept for site in sites) >= sum(site.kept for site in plainly)
 
     with torch.no_grad():  # and it is an adapter like any other
@@ -102,7 +102,7 @@ def test_a_start_with_a_budget_cuts_the_groups_to_it(
 
 def test_what_the_report_says_is_kept_is_what_the_cut_factors_keep() -> None:
     model, (batch,) = _wide(), _batches(bert)
-    sites = {site.module: site.kept for site in lotr.start(model, [batch], budget=3000)}
+    sites = {site.module: site.kept for site in lotr.init_from_data(model, [batch], budget=3000)}
     bare = bert()
     bare(**batch).loss.backward()
     for path, kept in sites.items():
@@ -126,7 +126,9 @@ def test_groups_whose_gradients_lie_in_few_directions_get_few() -> None:
     config = _config(r=8, modes=(), target_modules=["one", "all"])
     model = get_peft_model(_OneFeatureAndAll(), config)
     x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
-    lotr.start(model, [x], budget=600, loss=lambda model, x: (model(x) - x.roll(1, 1)).square().mean())
+    lotr.init_from_data(
+        model, [x], budget=600, loss=lambda model, x: (model(x) - x.roll(1, 1)).square().mean()
+    )
     (_, of_one), (_, of_all) = (
         model.get_submodule(f"base_model.model.{name}").lotr_site["default"].members[0].part.group.rank
         for name in ("one", "all")
@@ -138,7 +140,7 @@ def test_groups_that_meet_in_a_module_get_one_rank() -> None:
     model = _wide(gpt2)
     plan = lotr.plan(gpt2(), _config(gpt2, r=8))
     assert any(len(names) == 3 for names in tied(plan))  # query, key and value of a fused weight
-    lotr.start(model, _batches(gpt2), budget=4000)
+    lotr.init_from_data(model, _batches(gpt2), budget=4000)
     ranks = {
         member.part.group.name: member.part.group.rank
         for layer in model.modules()
@@ -150,7 +152,7 @@ def test_groups_that_meet_in_a_module_get_one_rank() -> None:
 
 def test_training_goes_on_after_a_cut() -> None:
     model, (batch,) = _wide(), _batches(bert)
-    lotr.start(model, [batch], budget=3000)
+    lotr.init_from_data(model, [batch], budget=3000)
     optimizer = torch.optim.AdamW(lotr.parameter_groups(model, lr=1e-2))
     losses = []
     for _ in range(10):
@@ -180,7 +182,7 @@ def test_a_budget_that_cannot_be_shared_out_is_refused_before_anything_turns(
     model = _wide(**fields)
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(ConfigError, match=says):
-        lotr.start(model, _batches(bert), budget=budget)
+        lotr.init_from_data(model, _batches(bert), budget=budget)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -188,4 +190,4 @@ def test_factors_of_a_basis_do_not_turn(tmp_path: Path) -> None:
     _wide().save_pretrained(tmp_path / "basis")
     model = _wide(basis=str(tmp_path / "basis"))
     with pytest.raises(ConfigError, match="to which the cores will refer"):
-        lotr.start(model, _batches(bert))
+        lotr.init_from_data(model, _batches(bert))

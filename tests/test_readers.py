@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from lotr.errors import DataError
-from lotr.training.readers import read_file
+from lotr.training.data.readers import read_file
 
 ROWS = [{"text": f"text {n}", "label": n % 2} for n in range(20)]
 CSV = "text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in ROWS)

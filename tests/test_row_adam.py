@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lotr.bank.slab import take
+from lotr.bank.cache import take
 from lotr.errors import ConfigError
-from lotr.training.row_adam import RowAdam
-from lotr.training.task_sampler import TaskSampler, temperature_of
+from lotr.training.tasks.row_adam import RowAdam
+from lotr.training.tasks.sampler import TaskSampler, temperature_of
 
 
 def loss(core: Tensor, head: Tensor, target: float) -> Tensor:

@@ -19,13 +19,13 @@ import lotr
 from conftest import ARCHITECTURES
 from dense_truth import adapt, site_updates, updates, weight_of
 from lotr import METHODS, CheckpointError, LotrConfig, Plan
-from lotr.checkpoint import AdapterFolder, read_adapter
-from lotr.export import to_lora
-from lotr.inspection import inspect, take_apart
-from lotr.norms import column_energy, row_energy, update_energy
+from lotr.adapters.export import to_lora
+from lotr.adapters.inspection import inspect, take_apart
+from lotr.files.adapter_folder import AdapterFolder, read_adapter
+from lotr.math.norms import column_energy, row_energy, update_energy
 from lotr.tuner.group import LotrGroup
 from lotr.tuner.layer import LotrLinear
-from lotr.tuner.state import file_shapes
+from lotr.tuner.state_dict import file_shapes
 from tuner_contract import linears, outputs, weights
 
 TARGETS = {
@@ -108,7 +108,7 @@ def row(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_step_0_equals_the_base_bit_for_bit(row: Row) -> None:
-    assert torch.equal(row.start, row.base)
+    assert torch.equal(row.init, row.base)
 
 
 def test_training_lowers_the_loss(row: Row) -> None:

@@ -6,8 +6,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from lotr.errors import DataError
-from lotr.training.data import load_task
-from lotr.training.sources import read
+from lotr.training.data.load import load_task
+from lotr.training.data.sources import read
 
 ROWS = [{"text": f"text {n}", "label": n % 2} for n in range(20)]
 CSV = "text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in ROWS)

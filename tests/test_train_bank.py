@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import saved_models
 from lotr import CoreBank, LotrConfig
 from lotr.errors import ConfigError, DataError, TrainingError, UnknownTaskError
-from lotr.training.served import load_served
-from lotr.training.task_answers import predict
-from lotr.training.task_list import TaskSource, read_tasks
-from lotr.training.train_bank import RUN, train_bank
+from lotr.training.tasks.predict import predict
+from lotr.training.tasks.run import RUN, train_bank
+from lotr.training.tasks.served import load_served
+from lotr.training.tasks.task_list import TaskSource, read_tasks
 from lotr_cli.bank_settings import BankSettings
 
 PAIRS = {"first": ("red", "green"), "second": ("green", "blue", "red"), "third": ("blue", "green")}

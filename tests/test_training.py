@@ -19,14 +19,14 @@ from transformers import TrainerCallback
 import saved_models
 from lotr import LotrConfig
 from lotr.errors import ConfigError, DataError, Interrupted
-from lotr.files import file_bytes, whole_folder
-from lotr.training.adapter_answers import evaluate, predict, scores_of
-from lotr.training.data import load_rows, load_task, read
-from lotr.training.models import MINILM, locate
-from lotr.training.optimizer import parameter_groups
+from lotr.files.atomic import file_bytes, whole_folder
+from lotr.training.base_model import MINILM, locate
+from lotr.training.checkpoint import last_whole
+from lotr.training.data.load import load_rows, load_task, read
+from lotr.training.predict import evaluate, predict, scores_of
+from lotr.training.rates import parameter_groups
 from lotr.training.resume import restore
 from lotr.training.run import train
-from lotr.training.state import last_whole
 from lotr.training.trained import load_trained
 from lotr_cli.settings import TrainSettings, build
 

@@ -15,8 +15,8 @@ from torch import Tensor
 import lotr
 from conftest import bert, gpt2, tokens
 from lotr import ConfigError, LotrConfig
-from lotr.checkpoint import read_adapter
-from lotr.inspection import inspect
+from lotr.adapters.inspection import inspect
+from lotr.files.adapter_folder import read_adapter
 from lotr.tuner.group import LotrGroup
 from tuner_contract import linears, outputs
 
@@ -48,7 +48,7 @@ def test_the_full_rank_changes_nothing_and_makes_the_factors_orthonormal(make, m
 
 
 def test_a_truncated_update_is_as_near_as_tensorlys_tucker() -> None:
-    model = _model(method="lotr_joint", start="gaussian")
+    model = _model(method="lotr_joint", init="gaussian")
     before = _deltas(model)
     (group,) = lotr.truncate(model, rank=3)
     after = _deltas(model)

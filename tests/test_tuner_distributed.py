@@ -12,7 +12,7 @@ import torch
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
-STARTER = Path(__file__).with_name("distributed_start.py")
+STARTER = Path(__file__).with_name("distributed_init.py")
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")

@@ -6,8 +6,8 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lotr.training.data import Columns
-from lotr.training.encode import encode
+from lotr.training.data.encode import encode
+from lotr.training.data.load import Columns
 
 WORDS = ["[PAD]", "[UNK]", "[EOS]", "[CLS]", "[SEP]", "user", ":", "assistant", "#", *"abcdefg"]
 ID = {word: index for index, word in enumerate(WORDS)}

@@ -21,10 +21,10 @@ from .errors import (  # noqa: E402
     UnknownTaskError,
 )
 from .methods import METHODS, Method  # noqa: E402
-from .sites import Group, Plan, Site  # noqa: E402
-from .training.optimizer import parameter_groups  # noqa: E402
+from .sharing.plan import Group, Plan, Site  # noqa: E402
+from .training.rates import parameter_groups  # noqa: E402
 from .tuner.config import LotrConfig  # noqa: E402
-from .tuner.data_start import start  # noqa: E402
+from .tuner.data_init import init_from_data  # noqa: E402
 from .tuner.model import LotrModel  # noqa: E402
 from .tuner.ranks import largest_rank  # noqa: E402
 from .tuner.register import register  # noqa: E402
@@ -53,9 +53,9 @@ __all__ = [
     "TrainingError",
     "UnknownTaskError",
     "__version__",
+    "init_from_data",
     "largest_rank",
     "parameter_groups",
     "plan",
-    "start",
     "truncate",
 ]

@@ -22,8 +22,8 @@ class Method:
         core: Structure of the core.
         blocks: How weights are cut into sites.
         magnitude: Rule on the whole module.
-        start: How the factors start.
-        train: What trains: `"all"`, or `"cores"` alone.
+        init: How the factors start.
+        trainable: What trains: `"all"`, or `"cores"` alone.
     """
 
     name: str
@@ -35,8 +35,8 @@ class Method:
     core: str = "free"
     blocks: str = "none"
     magnitude: str = "none"
-    start: str = "orthonormal"
-    train: str = "all"
+    init: str = "orthonormal"
+    trainable: str = "all"
 
 
 def _arxiv(title: str, year: int, number: str) -> tuple[str, int, str]:
@@ -103,7 +103,7 @@ _ROWS = (
         "The common reference: every module has two factors of its own.",
         modes=(),
         core="identity",
-        start="kaiming",
+        init="kaiming",
     ),
     Method(
         "dora",
@@ -112,7 +112,7 @@ _ROWS = (
         modes=(),
         core="identity",
         magnitude="per_output",
-        start="kaiming",
+        init="kaiming",
     ),
     Method(
         "bora",
@@ -121,7 +121,7 @@ _ROWS = (
         modes=(),
         core="identity",
         magnitude="per_output_and_input",
-        start="kaiming",
+        init="kaiming",
     ),
     Method(
         "map",
@@ -183,8 +183,8 @@ _ROWS = (
         *_LORA_XS,
         "Only a core a module trains, between fixed singular directions of its own weight.",
         modes=(),
-        start="weight",
-        train="cores",
+        init="weight",
+        trainable="cores",
     ),
 )
 

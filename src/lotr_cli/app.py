@@ -115,8 +115,8 @@ def evaluate(
 ) -> None:
     """Measure an adapter on data; draws the confusion matrix."""
     with reported(), console.stopwatch("Loading"):
-        from lotr import plots
-        from lotr.training.adapter_answers import evaluate as measure
+        from lotr.adapters import plots
+        from lotr.training.predict import evaluate as measure
         from lotr.training.trained import load_trained
 
         if picture is not None and not picture.parent.is_dir():
@@ -177,8 +177,8 @@ def _predicted(
     from lotr.bank.folder import BANK
 
     if (Path(place) / BANK).is_file():
-        from lotr.training.served import load_served
-        from lotr.training.task_answers import predict as predict_rows
+        from lotr.training.tasks.predict import predict as predict_rows
+        from lotr.training.tasks.served import load_served
 
         bank = load_served(place, model)
         with console.counting("Predicting") as tick:
@@ -187,7 +187,7 @@ def _predicted(
         raise console.usage_error(
             f"{place} is no bank, so it has no tasks. Leave out --task and --task-column."
         )
-    from lotr.training import adapter_answers
+    from lotr.training import predict as adapter_answers
     from lotr.training.trained import load_trained
 
     adapter = load_trained(place, model)
@@ -230,9 +230,9 @@ def inspect(
 ) -> None:
     """Show the groups of an adapter, and the norm and effective rank of every update."""
     with reported(), console.stopwatch("Reading"):
-        from lotr.checkpoint import read_adapter
-        from lotr.inspection import draw
-        from lotr.inspection import inspect as take_apart
+        from lotr.adapters.inspection import draw
+        from lotr.adapters.inspection import inspect as take_apart
+        from lotr.files.adapter_folder import read_adapter
 
         folder = read_adapter(adapter)
         found = take_apart(folder)
@@ -251,12 +251,12 @@ def merge(
 ) -> None:
     """Write a plain transformers model with the adapter merged into its weights."""
     with reported(), console.stopwatch("Merging"):
-        from lotr.files import check_apart, check_free
+        from lotr.files.atomic import check_apart, check_free
 
         check_free(output, overwrite)
         check_apart(output, "adapter", adapter)
         check_apart(output, "base model", model)
-        from lotr.export import merged
+        from lotr.adapters.export import merged
         from lotr.training.trained import load_trained
 
         trained = load_trained(adapter, model)
@@ -277,8 +277,8 @@ def export(
 ) -> None:
     """Write an adapter as plain PEFT LoRA, exactly; it loads without this library."""
     with reported(), console.stopwatch("Exporting"):
-        from lotr.checkpoint import read_adapter
-        from lotr.export import to_lora
+        from lotr.adapters.export import to_lora
+        from lotr.files.adapter_folder import read_adapter
 
         report = to_lora(read_adapter(adapter), output, overwrite)
     reports.said(

@@ -63,14 +63,14 @@ def train(
 ) -> None:
     """Train many tasks at once, in mixed batches, and keep them in a bank."""
     with reported(), console.stopwatch("Starting"):
-        from lotr.training.task_list import read_tasks
+        from lotr.training.tasks.task_list import read_tasks
 
         listed = [] if tasks is None else [task.to_dict() for task in read_tasks(tasks)]
         _train(listed, given, json)
 
 
 def _train(tasks: list[dict[str, Any]], given: dict[str, Any], json: bool) -> None:
-    from lotr.training.train_bank import train_bank
+    from lotr.training.tasks.run import train_bank
 
     from .progress import TrainingProgress
 

@@ -47,7 +47,7 @@ class BankSettings:
     resume: bool = setting(False, _RUN, "Go on from the last checkpoint of the run in OUTPUT.")
     replace: bool = setting(False, _RUN, "Train tasks anew that the bank has, and drop an unfinished run.")
 
-    #: The tasks, as plain values; see `lotr.training.task_list.TaskSource`.
+    #: The tasks, as plain values; see `lotr.training.tasks.task_list.TaskSource`.
     tasks: list[dict[str, Any]] = field(default_factory=list, metadata={"panel": ""})
 
     def record(self) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 EXAMPLES = {
     "train": (
         "lotr train --model minilm --train docstrings --output runs/first",
-        "lotr train --model minilm --train docstrings --rank 8 --target all-linear --epochs 1 --output runs/second",
+        "lotr train --model minilm --train docstrings --target-modules all-linear --epochs 1 --output runs/second",
         "lotr train --model minilm --train docstrings --method metatt_5d --output runs/tensor-train",
         "lotr train --model minilm --train docstrings --magnitude per_output --output runs/scaled",
-        "lotr train --model minilm --train docstrings --start gradient --head-warmup 20 --output runs/turned",
-        "lotr train --model minilm --train docstrings --start gradient --rank auto --budget 9216 --output runs/9k",
+        "lotr train --model minilm --train docstrings --init gradient --head-warmup 20 --output runs/turned",
+        "lotr train --model minilm --train docstrings --init gradient --rank auto --budget 9216 --output runs/9k",
         "lotr train --train other.csv --basis runs/first --output runs/other-task  # cores alone",
         "lotr train --config runs/first/settings.json --seed 1 --output runs/again",
         "lotr train --resume --output runs/first  # after ctrl-C",
@@ -26,9 +26,9 @@ EXAMPLES = {
     ),
     "plan": (
         "lotr plan minilm",
-        "lotr plan minilm --rank 32 --target all-linear --method lotr_joint",
-        "lotr plan minilm --method tenslora_att_qkv_depth --core-ranks 4 --target query,key,value",
-        "lotr plan minilm --target all-linear --explain --tokens 4096",
+        "lotr plan minilm --rank 32 --target-modules all-linear --method lotr_joint",
+        "lotr plan minilm --method tenslora_att_qkv_depth --core-ranks 4 --target-modules query,key,value",
+        "lotr plan minilm --target-modules all-linear --explain --tokens 4096",
         "lotr plan minilm --rank auto --budget 9216",
         "lotr plan minilm --rank 64 --json",
     ),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .console import out, print_json, print_table
 
 if TYPE_CHECKING:
-    from lotr.inspection import Inspection
+    from lotr.adapters.inspection import Inspection
 
 
 def said(report: dict[str, Any], line: str, as_json: bool) -> None:
@@ -130,8 +130,8 @@ def listed(methods: dict[str, Any], as_json: bool) -> None:
         along = f"Shared along {', '.join(row.modes)}" if row.modes else "Nothing shared"
         cuts = "" if row.blocks == "none" else f", cut by {row.blocks}"
         scale = "" if row.magnitude == "none" else f", magnitude {row.magnitude}"
-        scale += f", starts at {row.start}" if row.start != "orthonormal" else ""
-        scale += ", trains cores" if row.train == "cores" else ""
+        scale += f", starts at {row.init}" if row.init != "orthonormal" else ""
+        scale += ", trains cores" if row.trainable == "cores" else ""
         rows.append(
             (row.name, f"{row.purpose}\n{along}, {row.core} core{cuts}{scale}. {row.year}, {row.url}")
         )

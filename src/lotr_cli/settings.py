@@ -55,7 +55,7 @@ class TrainSettings:
         "Numbers that `--rank auto` may train; a start that looks at data shares them out among the groups.",
         "default: none",
     )
-    target: str | None = setting(
+    target_modules: str | None = setting(
         None,
         _ADAPTER,
         "Modules to adapt: names with commas, a regex, or `all-linear`.",
@@ -95,7 +95,7 @@ class TrainSettings:
         "default: none",
     )
     scaling: float = setting(1.0, _ADAPTER, "σ: multiplies the update; not divided by the rank.")
-    start: str | None = setting(
+    init: str | None = setting(
         None,
         _ADAPTER,
         "How the factors start: orthonormal, gaussian, kaiming, weight; from the first batches: gradient, activation, "

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..checkpoint import read_adapter
+from ..adapters.inspection import config_of
 from ..errors import CheckpointError
-from ..inspection import config_of
-from ..sites import Plan
+from ..files.adapter_folder import read_adapter
+from ..sharing.plan import Plan
 from ..tuner.basis import read_basis
 from ..tuner.config import LotrConfig
 from ..tuner.targets import plan_of
-from . import adapters, folder, report
+from . import folder, report
+from . import transfer as adapters
 from .codec import n_bytes
 from .layout import Layout
 from .record import to_row, to_tasks
@@ -124,7 +125,7 @@ class CoreBank:
         """Configuration of a new task on this basis, for `get_peft_model`: its factors are the bank's."""
         config = copy.copy(self._config)
         config.basis, config.basis_hash = str(self.path.resolve()), self.description.basis_hash
-        config.train, config.inference_mode = "cores", False
+        config.trainable, config.inference_mode = "cores", False
         return config
 
     def basis_tensors(self) -> dict[str, Tensor]:
@@ -147,8 +148,8 @@ class CoreBank:
         self.description.check_base(model, [target.path for target in self.plan.targets], self.path)
 
     def wrap(self, base: nn.Module, capacity: int | str = 1024) -> PeftModel:
-        """Put the bank on its base model: every row of a batch uses a task of its own; see `lotr.bank.model.wrap`."""
-        from .model import wrap
+        """Put the bank on its base model: every row of a batch uses a task of its own; see `lotr.bank.wrap.wrap`."""
+        from .wrap import wrap
 
         return wrap(self, base, capacity)
 

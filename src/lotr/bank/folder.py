@@ -9,10 +9,10 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from ..checkpoint import BASIS_WEIGHTS, CONFIG, fingerprint, read_adapter
+from ..adapters.inspection import config_of
 from ..errors import CheckpointError, ConfigError
-from ..files import read_json, whole_folder, write_json
-from ..inspection import config_of
+from ..files.adapter_folder import BASIS_WEIGHTS, CONFIG, fingerprint, read_adapter
+from ..files.atomic import read_json, whole_folder, write_json
 from ..tuner.basis import check_basis, factors_of, hash_of, read_basis
 from ..tuner.config import LotrConfig
 from ..tuner.targets import plan_of

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import CheckpointError
-from .slab import take
+from .cache import take
 
 if TYPE_CHECKING:
     from .task import Task

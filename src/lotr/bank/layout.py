@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..delta import one_by_one
 from ..errors import CheckpointError, ConfigError
-from ..sites import Plan
-from ..tuner.state import core_key, file_shapes
+from ..math.update import one_by_one
+from ..sharing.plan import Plan
+from ..tuner.state_dict import core_key, file_shapes
 
 Shape = tuple[int, ...]
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import BASIS_WEIGHTS, CONFIG
 from ..errors import CheckpointError, ConfigError
-from ..files import whole_folder
+from ..files.adapter_folder import BASIS_WEIGHTS, CONFIG
+from ..files.atomic import whole_folder
 from . import database
 from .folder import BANK, TASKS, Description
 from .row import Row

@@ -1,0 +1,1 @@
+"""What `lotr train`, `evaluate` and `predict` do."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoint import read_adapter
-from ..cores import CORES
+from ..adapters.inspection import config_of
 from ..errors import ConfigError
-from ..inspection import config_of
-from ..starts import DATA_STARTS
+from ..files.adapter_folder import read_adapter
+from ..math.cores import CORES
+from ..math.init import DATA_INITS
 from ..tuner.ranks import largest_rank
 from ..tuner.targets import plan, plan_of
 
@@ -61,8 +61,8 @@ def is_shared_out(settings: TrainSettings, config: LotrConfig) -> bool:
     Cores that train alone keep one rank: their factors cost nothing, so no group grows at the cost of another's.
     """
     by_site = CORES[str(config.core)].by_site
-    given = settings.budget is not None and settings.start in DATA_STARTS
-    return given and by_site and config.train == "all"
+    given = settings.budget is not None and settings.init in DATA_INITS
+    return given and by_site and config.trainable == "all"
 
 
 def fit(settings: TrainSettings, config: LotrConfig, model: nn.Module, done: Path | None = None) -> str:
@@ -98,11 +98,9 @@ def said_rank(settings: TrainSettings, config: LotrConfig, rank: int) -> str:
         return f"{said}; the start looks at twice as many directions, and shares the budget out among the groups."
     if not CORES[str(config.core)].by_site:
         return f"{said}. It is the same for all groups: cores of core={config.core!r} have no cut."
-    if config.train != "all":
-        return (
-            f"{said}. It is the same for all groups, because the factors stay (--trainable {config.train})."
-        )
-    return f"{said}. It is the same for all groups: no start looks at data (--start gradient)."
+    if config.trainable != "all":
+        return f"{said}. It is the same for all groups, because the factors stay (--trainable {config.trainable})."
+    return f"{said}. It is the same for all groups: no start looks at data (--init gradient)."
 
 
 def ranks_of(config: LotrConfig) -> dict[str, tuple[int, int]]:

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import files
-from ..checkpoint import BASIS_WEIGHTS
 from ..errors import ConfigError
-from ..files import check_free, write_json
+from ..files import atomic as files
+from ..files.adapter_folder import BASIS_WEIGHTS
+from ..files.atomic import check_free, write_json
+from .checkpoint import last_whole
 from .report import CHECKPOINTS, SETTINGS, STAGED
-from .state import last_whole
 
 if TYPE_CHECKING:
     from peft import PeftConfig

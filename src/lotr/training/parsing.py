@@ -68,7 +68,7 @@ def target_modules(text: str | None) -> list[str] | str | None:
             re.compile(text)
         except re.error as error:
             raise ConfigError(
-                f"target={text!r} is not a regex: {error}. Name modules with commas instead."
+                f"target_modules={text!r} is not a regex: {error}. Name modules with commas instead."
             ) from None
         return text
     if text is None or text == "all-linear":

@@ -6,22 +6,22 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, near
-from ..files import file_bytes
-from ..kernels import ONEDNN_IS_FASTER
+from ..files.atomic import file_bytes
+from ..math.matmul import ONEDNN_IS_FASTER
+from ..math.orders import choose_order, extra_work
 from ..methods import METHODS
-from ..orders import choose_order, extra_work
 from ..tuner.basis import check_basis, read_basis
 from ..tuner.ranks import largest_rank
-from ..tuner.state import file_shapes
+from ..tuner.state_dict import file_shapes
 from ..tuner.targets import plan
-from .adapt import adapter_config, check_targets
+from .adapter import adapter_config, check_targets
+from .base_model import DTYPES, check_dtype, skeleton
 from .budget import AUTO, said_rank
-from .models import DTYPES, check_dtype, skeleton
 
 if TYPE_CHECKING:
     from lotr_cli.settings import TrainSettings
 
-    from ..sites import Plan
+    from ..sharing.plan import Plan
 
 
 def plan_model(settings: TrainSettings, dtype: str = "float32", tokens: int | None = None) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def plan_model(settings: TrainSettings, dtype: str = "float32", tokens: int | No
         "factor_numbers": made.n_factors,
         "magnitude_numbers": made.n_magnitudes,
         "modules": len(made.targets),
-        "trains": made.train,
+        "trains": made.trainable,
         "equal_lora_rank": made.equal_lora_rank,
         "lora_same_rank": made.lora_per_rank * max(config.rank),
         "bytes": file_bytes(
@@ -106,7 +106,7 @@ def _orders(made: Plan, tokens: int, dtype: str) -> list[dict[str, Any]]:
     found = []
     for (shape, rank), modules in counts.items():
         order = choose_order(tokens, *shape, DTYPES[dtype])
-        work = extra_work(tokens, shape, rank, order, factors=made.train == "all")
+        work = extra_work(tokens, shape, rank, order, factors=made.trainable == "all")
         said = {"modules": modules, "weight": "×".join(map(str, shape)), "rank": "×".join(map(str, rank))}
         found.append({**said, "order": str(order), "extra_work": work})
     return found

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import card, plots
-from ..checkpoint import WEIGHTS, write_adapter
+from ..adapters import plots
 from ..errors import TrainingError
-from ..files import move_into, whole_folder, write_json
-from ..magnitudes import MAGNITUDES
-from . import adapt, metrics
+from ..files import card
+from ..files.adapter_folder import WEIGHTS, write_adapter
+from ..files.atomic import move_into, whole_folder, write_json
+from ..math.magnitude import MAGNITUDES
+from . import adapter as adapt
+from . import metrics
 from .budget import ranks_of
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
     from lotr_cli.settings import TrainSettings
 
-    from .data import TaskData
+    from .data.load import TaskData
 
 SETTINGS, METRICS, CURVE, START = "settings.json", "metrics.json", "curve.png", "start.png"
 CHECKPOINTS = "checkpoints"

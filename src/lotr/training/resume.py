@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from ..files import read_json
+from ..files.atomic import read_json
+from .checkpoint import PROGRESS, last_whole
 from .report import CHECKPOINTS, METRICS, SETTINGS
-from .state import PROGRESS, last_whole
 
 if TYPE_CHECKING:
     from lotr_cli.settings import TrainSettings

@@ -12,19 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoint import fingerprint, read_adapter
 from ..errors import ConfigError, Interrupted
-from . import adapt, budget, metrics, resume
-from .begin import begin
-from .data import Columns, load_task
-from .encode import collator, encode
-from .models import check_dtype, load_model, load_tokenizer, locate, text_length
-from .optimizer import parameter_groups
+from ..files.adapter_folder import fingerprint, read_adapter
+from . import adapter as adapt
+from . import budget, metrics, resume
+from .base_model import check_dtype, load_model, load_tokenizer, locate, text_length
+from .data.encode import collator, encode
+from .data.load import Columns, load_task
 from .output_folder import begun_folder, check_apart, check_output
 from .parsing import check_logger, check_positive
+from .rates import parameter_groups
 from .report import CHECKPOINTS, Run, summarise, write
 from .trained import device
 from .trainer import AdapterTrainer, StopOnRequest, finish_on_interrupt, is_main_process
+from .warmup import begin
 
 if TYPE_CHECKING:
     from datasets import Dataset

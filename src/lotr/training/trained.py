@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..bank.folder import BANK
-from ..checkpoint import CONFIG, AdapterFolder, fingerprint, read_adapter
 from ..errors import CheckpointError
-from .adapt import full_precision_head
-from .data import Columns, Task
-from .models import load_model, load_tokenizer, locate
+from ..files.adapter_folder import CONFIG, AdapterFolder, fingerprint, read_adapter
+from .adapter import full_precision_head
+from .base_model import load_model, load_tokenizer, locate
+from .data.load import Columns, Task
 from .report import CHECKPOINTS
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..checkpoint import write_adapter
 from ..errors import TrainingError
-from ..files import whole_folder, write_json
-from . import state as disk
+from ..files.adapter_folder import write_adapter
+from ..files.atomic import whole_folder, write_json
+from . import checkpoint as disk
 
 
 class EpochSampler(Sampler[int]):

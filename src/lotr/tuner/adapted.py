@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import delta
-from ..delta import LinearMap
-from ..magnitudes import Gains, Magnitude
-from ..norms import Placed
-from ..parts import Part
+from ..math import update as delta
+from ..math.magnitude import Gains, Magnitude
+from ..math.norms import Placed
+from ..math.update import LinearMap
+from ..sharing.parts import Part
 from . import direct
 from .group import LotrGroup, weight_of
 

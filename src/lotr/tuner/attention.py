@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..blocks import Heads, Shape
+from ..sharing.blocks import Heads, Shape
 
 #: Own names of modules whose output features are heads, and of those whose input features are.
 _QUERY = {"q_proj", "query", "q", "q_lin", "query_proj", "q_attn", "to_q", "wq"}

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import AdapterFolder, read_adapter
-from ..cores import CORES
 from ..errors import CheckpointError, ConfigError, PlanError, near
-from ..sites import Group, Plan, check_modes
+from ..files.adapter_folder import AdapterFolder, read_adapter
+from ..math.cores import CORES
+from ..sharing.plan import Group, Plan, check_modes
 from .config import LotrConfig
 from .meaning import checked_rank
-from .state import FACTORS, group_keys
+from .state_dict import FACTORS, group_keys
 from .targets import plan_of
 
 #: Fields in which an adapter is as its basis. The factors are kept, so how they started is one of them.
-_STRUCTURE = ("method", "r", "modes", "core", "core_ranks", "blocks", "scaling", "rank_pattern", "start")
+_STRUCTURE = ("method", "r", "modes", "core", "core_ranks", "blocks", "scaling", "rank_pattern", "init")
 #: Fields that name modules; they belong together. Another choice has to fit the groups of the basis: `check_basis`.
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
@@ -33,7 +33,7 @@ def take_structure(config: LotrConfig) -> None:
         CheckpointError: There is no such adapter, or it is of another method.
         ConfigError: A field contradicts the basis, or the basis has no cores to train.
     """
-    from ..inspection import config_of  # which reads adapters on a basis, too
+    from ..adapters.inspection import config_of  # which reads adapters on a basis, too
 
     assert config.basis is not None
     try:

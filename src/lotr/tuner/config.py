@@ -10,15 +10,15 @@ from typing import Any, Literal
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from ..blocks import BLOCKS, Target
-from ..card import add_usage
-from ..cores import CORES
 from ..errors import ConfigError, near
-from ..magnitudes import MAGNITUDES
+from ..files.card import add_usage
+from ..math.cores import CORES
+from ..math.init import DATA_INITS, INITS, WEIGHT_INITS
+from ..math.magnitude import MAGNITUDES
+from ..math.orders import ORDERS
 from ..methods import method
-from ..orders import ORDERS
-from ..sites import check_modes
-from ..starts import DATA_STARTS, STARTS, WEIGHT_STARTS
+from ..sharing.blocks import BLOCKS, Target
+from ..sharing.plan import check_modes
 from .meaning import check_meaning, checked_rank, pair
 
 #: Default of a field that is filled in afterwards: from the basis, or with what its help tells.
@@ -91,15 +91,15 @@ class LotrConfig(PeftConfig):
         default=_UNSAID,
         metadata=_help("σ: multiplies the update. It is not divided by the rank. Default: 1."),
     )
-    start: str | None = field(
+    init: str | None = field(
         default=None,
         metadata=_help(
             "How the shared factors start: orthonormal, gaussian, kaiming, weight (singular directions); gradient, "
-            "activation and update begin orthonormal until lotr.start(model, batches, kind=…) turns them. The name is "
-            "saved either way."
+            "activation and update begin orthonormal until lotr.init_from_data(model, batches, kind=…) turns them. "
+            "The name is saved either way."
         ),
     )
-    train: str | None = field(
+    trainable: str | None = field(
         default=None, metadata=_help("What trains: all, or cores (the factors stay as they start).")
     )
     order: str = field(
@@ -186,9 +186,9 @@ class LotrConfig(PeftConfig):
         self.core = _one_of("core", self.core or row.core, CORES)
         self.blocks = _one_of("blocks", self.blocks or row.blocks, BLOCKS)
         self.magnitude = _one_of("magnitude", self.magnitude or row.magnitude, MAGNITUDES)
-        self.start = _one_of("start", self.start or row.start, (*STARTS, *WEIGHT_STARTS, *DATA_STARTS))
-        default = "cores" if self.basis is not None else row.train
-        self.train = _one_of("train", self.train or default, ("all", "cores"))
+        self.init = _one_of("init", self.init or row.init, (*INITS, *WEIGHT_INITS, *DATA_INITS))
+        default = "cores" if self.basis is not None else row.trainable
+        self.trainable = _one_of("trainable", self.trainable or default, ("all", "cores"))
         if self.basis is not None and Path(self.basis).is_dir():
             self.basis = str(
                 Path(self.basis).resolve()
@@ -258,7 +258,7 @@ class LotrConfig(PeftConfig):
     @property
     def refers_to_basis(self) -> bool:
         """Whether the adapter's file holds no factors, because they are those of a basis."""
-        return self.basis is not None and self.train == "cores" and not self.basis_copy
+        return self.basis is not None and self.trainable == "cores" and not self.basis_copy
 
     @property
     def reference(self) -> tuple[str, str | None] | None:
@@ -283,7 +283,7 @@ class LotrConfig(PeftConfig):
         """The number that gives `σ` when divided by `r`, for PEFT's hot-swapping."""
         if not isinstance(self.r, int) or self.rank_pattern:
             raise ConfigError("Hot-swapping needs one rank: r must be one number and rank_pattern empty.")
-        if self.train == "cores" and not MAGNITUDES[str(self.magnitude)].additive:
+        if self.trainable == "cores" and not MAGNITUDES[str(self.magnitude)].additive:
             raise ConfigError(
                 f"Hot-swapping goes behind the back of what magnitude={self.magnitude!r} keeps of frozen factors. Load "
                 "the adapter beside the first and use set_adapter."

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from transformers.pytorch_utils import Conv1D
 
-from .. import kernels, linear_in_graph
-from ..delta import scaled
-from ..linear import adapted_linear
-from ..linear_products import PartOfLinear, Place
-from ..orders import AUTOGRAD, choose_order
+from ..math import linear_in_graph
+from ..math import matmul as kernels
+from ..math.fused_linear import adapted_linear
+from ..math.linear_products import PartOfLinear, Place
+from ..math.orders import AUTOGRAD, choose_order
+from ..math.update import scaled
 
 if TYPE_CHECKING:
     from .adapted import Adapted

@@ -10,12 +10,12 @@ from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..blocks import Shape
-from ..norms import Frozen
+from ..math.norms import Frozen
+from ..sharing.blocks import Shape
 from .direct import InputProducts
 
 if TYPE_CHECKING:
-    from .rows import Rows
+    from .batch_cores import Rows
 
 
 class NamedNumbers(nn.Module):

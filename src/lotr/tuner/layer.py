@@ -14,9 +14,9 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..blocks import Shape
-from ..magnitudes import MAGNITUDES
-from ..norms import BaseWeight, Kept
+from ..math.magnitude import MAGNITUDES
+from ..math.norms import BaseWeight, Kept
+from ..sharing.blocks import Shape
 from . import direct
 from .adapted import Adapted, Member, SiteState
 from .config import LotrConfig
@@ -76,7 +76,7 @@ class LotrLinear(nn.Module, LotrLayer):
         shapes = magnitude.shapes(self.out_features, self.in_features)
         if shapes:
             numbers = (
-                {n: torch.empty(s) for n, s in shapes.items()} if empty else magnitude.start(self.base_weight)
+                {n: torch.empty(s) for n, s in shapes.items()} if empty else magnitude.init(self.base_weight)
             )
             self.lotr_magnitude[adapter] = NamedNumbers(numbers)
         self._move_adapter_to_device_of_base_layer(adapter)

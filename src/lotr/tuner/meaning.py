@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..cores import CORES
 from ..errors import ConfigError
-from ..magnitudes import MAGNITUDES
-from ..starts import DATA_STARTS
+from ..math.cores import CORES
+from ..math.init import DATA_INITS
+from ..math.magnitude import MAGNITUDES
 
 if TYPE_CHECKING:
     from .config import LotrConfig
@@ -30,9 +30,10 @@ def check_meaning(config: LotrConfig) -> None:
         )
     if config.core_ranks is not None:
         _check_core_ranks(config)
-    if config.train == "cores" and CORES[config.core].is_identity:
+    if config.trainable == "cores" and CORES[config.core].is_identity:
         raise ConfigError(
-            f"train='cores' with core={config.core!r} leaves nothing to train. Use train='all', or another core."
+            f"trainable='cores' with core={config.core!r} leaves nothing to train. Use trainable='all', or "
+            "another core."
         )
     never_zero = MAGNITUDES[config.magnitude].divides_by_update
     if never_zero and config.init_weights:
@@ -41,10 +42,10 @@ def check_meaning(config: LotrConfig) -> None:
             "Leave init_weights out; step 0 is the base model all the same."
         )
     fresh = config.basis is None and config.targets is None  # factors that were kept, or read, need no start
-    if never_zero and config.start in DATA_STARTS and fresh:
+    if never_zero and config.init in DATA_INITS and fresh:
         raise ConfigError(
-            f"start={config.start!r} looks at gradients where the update is zero, and magnitude={config.magnitude!r} "
-            'divides by its norm, so it never is. Use start="orthonormal" or "weight", or another magnitude.'
+            f"init={config.init!r} looks at gradients where the update is zero, and magnitude={config.magnitude!r} "
+            'divides by its norm, so it never is. Use init="orthonormal" or "weight", or another magnitude.'
         )
     if config.norm_gradient and MAGNITUDES[config.magnitude].additive:
         raise ConfigError(

@@ -13,19 +13,21 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
-from .. import delta
 from ..errors import ConfigError
-from ..paths import normalise
-from ..sites import Group, Plan
-from . import combine, mixed, state
+from ..math import update as delta
+from ..sharing.paths import normalise
+from ..sharing.plan import Group, Plan
+from . import add_weighted as combine
+from . import mixed_batch as mixed
+from . import state_dict as state
 from .adapted import Member
 from .basis import check_basis, factors_for, factors_in, hash_of, read_basis
 from .config import LotrConfig
 from .direct import InputProducts
 from .group import LotrGroup, LotrLayer
+from .group_init import start_group
 from .layer import LotrLinear, base_weight
 from .register import PREFIX
-from .start import start_group
 from .targets import (
     BASIS,
     DEFAULT_TARGETS,
@@ -38,7 +40,7 @@ from .targets import (
 )
 
 if TYPE_CHECKING:
-    from ..bank.model import TaskRows
+    from ..bank.wrap import TaskRows
 
 
 @dataclass
@@ -167,7 +169,7 @@ class LotrModel(BaseTuner):
             self._injection.cores[group.name] = core
             if self._injection.basis_factors:
                 U, V = factors_in(group, self._injection.basis_factors)
-            shared.add(adapter, U, V, {} if group.core.by_site else core, frozen=config.train == "cores")
+            shared.add(adapter, U, V, {} if group.core.by_site else core, frozen=config.trainable == "cores")
             device, dtype = member._get_base_layer_device_and_dtype(member.get_base_layer())
             shared.place(adapter, device, dtype)
             shared.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..allocation import Rank, allocate
-from ..delta import side_by_side
 from ..errors import ConfigError
-from ..sites import Group, Plan
+from ..math.update import side_by_side
+from ..sharing.allocation import Rank, allocate
+from ..sharing.plan import Group, Plan
 from .adapted import Adapted, Member
 from .config import LotrConfig
 from .group import LotrGroup, NamedNumbers, linear_from
@@ -95,7 +95,7 @@ def share_out(plan: Plan, energies: Mapping[str, Tensor], budget: int) -> dict[s
     """
     groups = {group.name: group for group in plan.groups}
     sets = tied(plan)
-    costs = [partial(_cost, [groups[name] for name in names], plan.train) for names in sets]
+    costs = [partial(_cost, [groups[name] for name in names], plan.trainable) for names in sets]
     together = [sum((energies[name] for name in names[1:]), energies[names[0]]) for names in sets]
     ranks = allocate(together, costs, budget - plan.n_magnitudes)
     return {name: rank for names, rank in zip(sets, ranks, strict=True) for name in names}

@@ -7,7 +7,7 @@ from peft.utils import PeftType
 NAME, PREFIX = "LOTR", "lotr_"
 
 # what two adapters must agree on to be swapped in place
-_HOTSWAP_KEYS = ["r", "modes", "core", "core_ranks", "blocks", "magnitude", "train", "rank_pattern"]
+_HOTSWAP_KEYS = ["r", "modes", "core", "core_ranks", "blocks", "magnitude", "trainable", "rank_pattern"]
 
 
 def add_peft_type() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, TrainingError
-from ..subspaces import Subspaces
+from ..math.hooi import Subspaces
 from .adapted import Adapted, Member
 from .group import LotrGroup
 from .layer import LotrLinear

@@ -20,11 +20,11 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..blocks import Target
 from ..errors import ConfigError, PlanError, near
-from ..grouping import make_plan
-from ..paths import normalise
-from ..sites import Plan
+from ..sharing.blocks import Target
+from ..sharing.make_plan import make_plan
+from ..sharing.paths import normalise
+from ..sharing.plan import Plan
 from .attention import fused_projections, heads_of
 from .config import LotrConfig
 from .meaning import pair
@@ -71,7 +71,7 @@ def plan(model: nn.Module, config: LotrConfig) -> Plan:
 def plan_of(targets: list[Target], config: LotrConfig) -> Plan:
     """Compute the plan of targets that were found."""
     assert config.modes is not None and config.core is not None  # set by the configuration itself
-    assert config.blocks is not None and config.magnitude is not None and config.train is not None
+    assert config.blocks is not None and config.magnitude is not None and config.trainable is not None
     patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
     return make_plan(
         targets,
@@ -80,7 +80,7 @@ def plan_of(targets: list[Target], config: LotrConfig) -> Plan:
         blocks=config.blocks,
         core_ranks=config.core_ranks,
         magnitude=config.magnitude,
-        train=config.train,
+        trainable=config.trainable,
         layers_pattern=patterns or (),
     )
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError, TrainingError
-from ..starts import generator_for, orthonormal
-from ..subspaces import Subspaces
+from ..math.hooi import Subspaces
+from ..math.init import generator_for, orthonormal
 from .adapted import Adapted, Member
 from .group import LotrGroup
 from .layer import LotrLinear

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..allocation import Rank
-from ..delta import one_by_one
 from ..errors import ConfigError, near
-from ..sites import Group, Plan
+from ..math.update import one_by_one
+from ..sharing.allocation import Rank
+from ..sharing.plan import Group, Plan
 from .adapted import Adapted, Member
 from .config import LotrConfig
 from .group import LotrGroup, LotrLayer

@@ -1,0 +1,1 @@
+"""A saved adapter, from its folder: inspection, export, pictures."""

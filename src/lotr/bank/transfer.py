@@ -1,0 +1,146 @@
+"""Tasks in and out of a bank: from an adapter saved on its basis, and back to one, or to plain LoRA."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..adapters.export import to_lora
+from ..adapters.inspection import config_of
+from ..errors import CheckpointError, ConfigError
+from ..files.adapter_folder import CONFIG, WEIGHTS, AdapterFolder, read_adapter, save_tensors, write_task
+from ..files.atomic import check_free, whole_folder, write_json
+from ..tuner.basis import factors_of, hash_of, used_by
+from ..tuner.config import LotrConfig
+from .task import Task
+
+if TYPE_CHECKING:
+    from .bank import CoreBank
+
+_ROOT = "base_model.model."
+_TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
+#: What the bank, or a task's own fields, know already.
+_KNOWN = {"task", "labels", "base_model", "base_fingerprint", "weights_sha256"}
+
+
+def task_of(bank: CoreBank, name: str, adapter: AdapterFolder, metadata: Mapping[str, Any]) -> Task:
+    """Return a saved adapter as a task of a bank.
+
+    Args:
+        bank: The bank.
+        name: What the task shall be called.
+        adapter: A LoTR adapter whose factors are those of the bank, in its file or by reference.
+        metadata: Added to what the adapter's `task.json` tells.
+
+    Raises:
+        CheckpointError: The adapter has other factors, another structure, or another base model.
+    """
+    config, tensors = config_of(adapter), adapter.tensors()
+    _check_same_update(bank, adapter, config)
+    factors = factors_of(tensors)
+    found = config.basis_hash if config.refers_to_basis else hash_of(factors)
+    known = {bank.description.basis_hash}
+    if not config.refers_to_basis and found not in known:
+        # a file that stands alone has the factors of the bank's groups, and of no others
+        known.add(hash_of(used_by(bank.plan, bank.basis_tensors())))
+    if found not in known:
+        raise CheckpointError(
+            f"{adapter.path} was trained on factors with hash {found}, and those of the bank in {bank.path} have "
+            f"{bank.description.basis_hash}. Cores mean nothing beside other factors; train the task with "
+            f"basis={str(bank.path)!r}."
+        )
+    mine, theirs = bank.description.base_fingerprint, adapter.task.get("base_fingerprint")
+    if mine and theirs and mine != theirs:
+        raise CheckpointError(
+            f"{adapter.path} was trained on another base model ({adapter.task.get('base_model')!r}, fingerprint "
+            f"{theirs}) than the bank in {bank.path} is for ({bank.base_model!r}, fingerprint {mine})."
+        )
+    numbers = bank.layout.flatten(tensors)
+    cores = {entry.key for entry in bank.layout.entries}
+    head = {key: tensor for key, tensor in tensors.items() if key not in cores and key not in factors}
+    if foreign := [key for key in head if ".lotr_" in key]:
+        raise CheckpointError(
+            f"{adapter.path} has {len(foreign)} tensors that a task of the bank in {bank.path} lacks, first "
+            f"{foreign[0]!r}. Train the task with basis={str(bank.path)!r}."
+        )
+    said = {key: value for key, value in adapter.task.items() if key not in _KNOWN}
+    labels = tuple(adapter.task.get("labels", ()))
+    return Task(name, numbers, head, labels, adapter.task.get("task"), {**said, **metadata})
+
+
+def _check_same_update(bank: CoreBank, adapter: AdapterFolder, config: LotrConfig) -> None:
+    """Refuse what would make another update of the same numbers."""
+    for field in ("scaling", "magnitude", "core", "modes", "blocks"):
+        theirs, mine = getattr(config, field), getattr(bank.config, field)
+        if theirs != mine:
+            raise CheckpointError(
+                f"{adapter.path} has {field}={theirs!r}, and the bank in {bank.path} has {field}={mine!r}. Train the "
+                f"task with basis={str(bank.path)!r} and the bank's own settings."
+            )
+
+
+def export(
+    bank: CoreBank, name: str, output: Path, as_lora: bool, refer: bool, overwrite: bool
+) -> dict[str, Any]:
+    """Write a task as an adapter.
+
+    Args:
+        bank: The bank.
+        name: The task.
+        output: Folder to make; the name of the task is no part of it.
+        as_lora: Write plain PEFT LoRA, which needs nothing of this library.
+        refer: Leave the factors out; the file refers to the bank as its basis.
+        overwrite: Replace the folder when it is not empty.
+
+    Returns:
+        What was written: numbers and bytes.
+
+    Raises:
+        ConfigError: The folder is not free, or a LoRA was asked to refer to a basis.
+        UnknownTaskError: There is no such task.
+        CheckpointError: The task or the basis is damaged.
+    """
+    if as_lora and refer:
+        raise ConfigError("A plain LoRA stands alone; it cannot refer to a basis. Leave out one of the two.")
+    check_free(output, overwrite)
+    task = bank.get(name)
+    if not as_lora:
+        with whole_folder(output, overwrite) as made:
+            numbers = _write(bank, task, made, refer)
+        return {
+            "task": name,
+            "numbers": numbers,
+            "bytes": (output / WEIGHTS).stat().st_size,
+            "output": str(output),
+        }
+    with tempfile.TemporaryDirectory() as between:
+        _write(bank, task, Path(between), refer=False)
+        report = to_lora(read_adapter(between), output, overwrite)
+    return {"task": name, **{key: report[key] for key in ("numbers", "bytes", "rank", "modules", "output")}}
+
+
+def _write(bank: CoreBank, task: Task, folder: Path, refer: bool) -> int:
+    """Write the files of an adapter; returns how many numbers of the method it has."""
+    factors = used_by(bank.plan, bank.basis_tensors())
+    ours = {**bank.layout.unflatten(task.numbers), **({} if refer else factors)}
+    save_tensors({key: tensor.clone() for key, tensor in {**ours, **task.head}.items()}, folder)
+    write_json(folder / CONFIG, _config(bank, task, refer))
+    if task.task is not None and {"columns", "max_length"} <= set(task.metadata):
+        described = bank.description
+        known = {"base_model": described.base_model, "base_fingerprint": described.base_fingerprint}
+        write_task(folder, {**task.metadata, **known, "task": task.task, "labels": list(task.labels)})
+    return sum(tensor.numel() for tensor in ours.values())
+
+
+def _config(bank: CoreBank, task: Task, refer: bool) -> dict[str, Any]:
+    config = bank.config
+    if not refer:
+        config.basis = config.basis_hash = None
+    config.inference_mode = True
+    config.task_type = _TASK_TYPES.get(str(task.task), config.task_type)
+    # a head of the same name as the basis had; else the modules that its keys name
+    own = sorted({key.removeprefix(_ROOT).rpartition(".")[0] for key in task.head})
+    config.modules_to_save = (config.modules_to_save or own) if task.head else None
+    return config.to_dict()

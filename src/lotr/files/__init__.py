@@ -1,0 +1,1 @@
+"""What is on disk: safetensors and JSON, whole or not at all."""

@@ -1,0 +1,215 @@
+"""What is on disk: how an adapter folder is written, and how it is checked when read.
+
+Files are written under a temporary name and renamed, so a folder is there whole or not at all. Only
+safetensors and JSON; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import CheckpointError, near
+from .atomic import read_json, write_json
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import nn
+
+WEIGHTS, CONFIG, TASK = "adapter_model.safetensors", "adapter_config.json", "task.json"
+#: Instead of `WEIGHTS` in the folder of a bank, which can be named as a basis: factors alone.
+BASIS_WEIGHTS = "basis.safetensors"
+
+
+def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write the weights file of an adapter; who may read the folder may read it too."""
+    path = folder / WEIGHTS
+    save_file(dict(sorted(tensors.items())), path, metadata={"format": "pt"})
+    path.chmod(0o644)
+
+
+def write_adapter(
+    model: PeftModel, folder: Path, task: dict[str, Any] | None = None, base: str | None = None
+) -> None:
+    """Write the active adapter of a model into an empty folder: weights, configuration, task.
+
+    Args:
+        model: A PEFT model with one active adapter of any method.
+        folder: An existing folder; see `whole_folder`.
+        task: What evaluation needs beside the numbers (labels, columns, length), or nothing.
+        base: Name of the base model to record, instead of where it was loaded from.
+    """
+    from peft import get_peft_model_state_dict
+
+    name = model.active_adapter
+    numbers = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    tensors = {key: value.detach().cpu().contiguous() for key, value in numbers.items()}
+    save_tensors(tensors, folder)
+
+    config = model.peft_config[name].to_dict()
+    config |= {"inference_mode": True, "base_model_name_or_path": base or config["base_model_name_or_path"]}
+    # sets have another order in every process
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    write_json(folder / CONFIG, plain)
+    if task is not None:
+        write_task(folder, task)
+
+
+def write_task(folder: Path, task: dict[str, Any]) -> None:
+    """Write what evaluation needs, with a checksum of the weights beside it."""
+    write_json(folder / TASK, {**task, "weights_sha256": _sha256(folder / WEIGHTS)})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter on disk, checked.
+
+    Args:
+        path: The folder.
+        config: Content of `adapter_config.json`.
+        task: Content of `task.json`, empty when there is none.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    task: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_lotr(self) -> bool:
+        """Whether the adapter is one of this library."""
+        return self.config.get("peft_type") == "LOTR"
+
+    @property
+    def weights(self) -> Path:
+        """The weights file; of a bank, the one with the factors of its basis."""
+        return self.path / (BASIS_WEIGHTS if (self.path / BASIS_WEIGHTS).is_file() else WEIGHTS)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weights file."""
+        return self.weights.stat().st_size
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Read all tensors.
+
+        Raises:
+            CheckpointError: The file is truncated or damaged.
+        """
+        with _opened(self.weights) as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Read the shapes alone.
+
+        Raises:
+            CheckpointError: The file is truncated or damaged.
+        """
+        with _opened(self.weights) as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+
+def read_adapter(path: str | Path) -> AdapterFolder:
+    """Open an adapter folder and check that it is whole.
+
+    Args:
+        path: Folder, or hub id (then it is downloaded).
+
+    Returns:
+        The folder with its configuration; the tensors are read when asked for.
+
+    Raises:
+        CheckpointError: The folder, one of its files, or a field of its configuration is missing or damaged.
+    """
+    folder = _folder(path)
+    config = read_json(folder / CONFIG, "an adapter's configuration")
+    if "peft_type" not in config:
+        raise CheckpointError(
+            f"{folder / CONFIG} has no field peft_type, so it is not the configuration of an adapter."
+        )
+    task = read_json(folder / TASK, "an adapter's task") if (folder / TASK).is_file() else {}
+    found = AdapterFolder(folder, config, task)
+    if not found.weights.is_file():
+        raise CheckpointError(
+            f"{folder} holds no {WEIGHTS}. Pickled weights are never read; save it as safetensors."
+        )
+    found.shapes()
+    if "weights_sha256" in task and task["weights_sha256"] != _sha256(found.weights):
+        raise CheckpointError(
+            f"{found.weights} is damaged, or is not the file that {TASK} beside it was written for: its checksum "
+            "differs. Copy or download the folder again."
+        )
+    return found
+
+
+def fingerprint(model: nn.Module, modules: list[str]) -> str | None:
+    """Return a short hash of the weights that an adapter changes, to tell base models apart.
+
+    Sixteen numbers of each weight, rounded to bfloat16, so that it is the same for a model loaded in float32 and
+    in bfloat16; `None` for weights that are not plain numbers (quantised, or on the meta device).
+
+    Args:
+        model: The base model, before an adapter is merged into it.
+        modules: Paths of the adapted modules.
+    """
+    digest = hashlib.sha256()
+    if not modules:  # a head alone: the first layers stand for the model that it belongs to
+        modules = [path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)][:4]
+    for path in sorted(modules):
+        module = model.get_submodule(path)
+        weight = getattr(getattr(module, "base_layer", module), "weight", None)
+        if weight is None or weight.is_meta or not weight.is_floating_point():
+            return None
+        sample = weight.detach().flatten()[:16].to("cpu", torch.bfloat16)
+        digest.update(f"{tuple(weight.shape)}".encode())
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is truncated or damaged ({error}). Copy or download it again; nothing of it was loaded."
+        ) from None
+
+
+def _folder(path: str | Path) -> Path:
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file; an adapter is a folder with {CONFIG} and {WEIGHTS}.")
+    looks_local = folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") != 1
+    if looks_local or folder.parent.is_dir():
+        around = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        raise CheckpointError(f"Adapter folder {path} does not exist. {near(folder.name, around)}")
+    return _download(str(path))
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[WEIGHTS, CONFIG, TASK, "README.md"]))
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"Adapter {name!r} is no local folder, and the hub does not give it: {reason}"
+        ) from error

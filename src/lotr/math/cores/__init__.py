@@ -1,0 +1,32 @@
+"""How the core `C_s` of a site is built: one structure a file, all under one contract."""
+
+from __future__ import annotations
+
+from .base import Core, Index, Numbers, Region, Shapes
+from .cp import CPCore
+from .free import FreeCore
+from .identity import IdentityCore
+from .tt import TTCore
+from .tucker import TuckerCore
+
+CORES: dict[str, type[Core]] = {
+    "free": FreeCore,
+    "identity": IdentityCore,
+    "tucker": TuckerCore,
+    "cp": CPCore,
+    "tt": TTCore,
+}
+
+__all__ = [
+    "CORES",
+    "CPCore",
+    "Core",
+    "FreeCore",
+    "IdentityCore",
+    "Index",
+    "Numbers",
+    "Region",
+    "Shapes",
+    "TTCore",
+    "TuckerCore",
+]

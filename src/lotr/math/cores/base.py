@@ -1,0 +1,110 @@
+"""The contract of a core: how `C_s` is built for the site at `index`.
+
+A core is a *structure*: sizes, and pure functions on the numbers it is given. It owns no numbers. The
+tuner keeps them where PEFT can save, count and move them.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+Index = tuple[int, ...]  # position of a site along each mode of its group
+Region = tuple[slice, ...]  # a run of positions along each mode
+Numbers = Mapping[str, Tensor]
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Core(ABC):
+    """Structure of the cores of one group: a tensor of shape `(*sizes, k, r)`, slice by slice.
+
+    Args:
+        k: Output rank, rows of every `C_s`.
+        r: Input rank, columns of every `C_s`.
+        sizes: Extent of each mode of the group.
+        ranks: Rank of each mode, for structures that have them.
+    """
+
+    k: int
+    r: int
+    sizes: Index
+    ranks: Index = ()
+
+    #: The numbers are slices that belong to one site each, so each is kept with its site.
+    by_site: ClassVar[bool] = False
+    #: Every `C_s` is the identity, and is left out of products.
+    is_identity: ClassVar[bool] = False
+    #: The structure has one rank a mode, which `core_ranks` sets.
+    has_ranks: ClassVar[bool] = False
+
+    @classmethod
+    @abstractmethod
+    def check(cls, k: int, r: int, modes: tuple[str, ...]) -> None:
+        """Refuse ranks and modes with which the structure has no meaning.
+
+        Raises:
+            ConfigError: The message names the field.
+        """
+
+    @property
+    @abstractmethod
+    def shapes(self) -> Shapes:
+        """Name and shape of the numbers of a group."""
+
+    @property
+    @abstractmethod
+    def zero(self) -> str | None:
+        """Name of the one number at zero that makes every `C_s` zero; `None` where no number can."""
+
+    @abstractmethod
+    def init(self, name: str, generator: Generator) -> Tensor:
+        """Return how a number starts where it does not start at zero."""
+
+    @abstractmethod
+    def block(self, numbers: Numbers, region: Region) -> Tensor:  # (*extents, k, r)
+        """Return the cores of a region, from the group's numbers."""
+
+    @abstractmethod
+    def from_tensor(
+        self,
+        tensor: Tensor,  # (*sizes, k, r)
+    ) -> dict[str, Tensor]:
+        """Return numbers that give the tensor; exact where the structure can hold it."""
+
+    def to_tensor(self, numbers: Numbers) -> Tensor:  # (*sizes, k, r)
+        """Return the whole core tensor."""
+        return self.block(numbers, tuple(slice(0, size) for size in self.sizes))
+
+    def matrix(self, index: Index, numbers: Numbers) -> Tensor:  # (k, r)
+        """Return `C_s` of the site at `index`."""
+        region = tuple(slice(at, at + 1) for at in index)
+        return self.block(numbers, region).reshape(self.k, self.r)
+
+    def n_parameters(self, n_sites: int) -> int:
+        """Return how many numbers the cores of a group with `n_sites` sites have."""
+        if self.by_site:
+            return n_sites * self.k * self.r
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+
+def unfold(tensor: Tensor, mode: int) -> Tensor:  # (extent of the mode, the rest)
+    """Return a tensor as a matrix whose rows run along one mode."""
+    return tensor.movedim(mode, 0).reshape(tensor.shape[mode], -1)
+
+
+def leading(matrix: Tensor, rank: int) -> Tensor:  # (n, m) -> (n, rank)
+    """Return the leading left singular vectors, with columns of zeros where there are fewer than `rank`."""
+    left = torch.linalg.svd(matrix, full_matrices=False).U[:, :rank]
+    return padded(left, left.shape[0], rank)
+
+
+def padded(matrix: Tensor, rows: int, columns: int) -> Tensor:  # (rows, columns)
+    """Return a matrix with rows and columns of zeros added."""
+    return torch.nn.functional.pad(matrix, (0, columns - matrix.shape[1], 0, rows - matrix.shape[0]))

@@ -1,0 +1,70 @@
+"""The CP core: a diagonal that is a product of one vector a mode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from ...errors import ConfigError
+from .base import Core, Numbers, Region, Shapes, leading, unfold
+
+
+@dataclass(frozen=True)
+class CPCore(Core):
+    """`C[l, p, …] = diag(a_l ∘ b_p ∘ …)`: one factor `(size, r)` a mode; without modes one diagonal.
+
+    `r · Σ size` numbers. The first factor starts at zero, the others at one.
+
+    Example:
+        >>> CPCore(k=4, r=4, sizes=(12, 3)).shapes, CPCore(k=4, r=4, sizes=()).shapes
+        ({'factor_0': (12, 4), 'factor_1': (3, 4)}, {'diagonal': (4,)})
+    """
+
+    @classmethod
+    def check(cls, k: int, r: int, modes: tuple[str, ...]) -> None:
+        if k != r:
+            raise ConfigError(f"core='cp' needs one rank, and r=({k}, {r}) is a pair. Use one number.")
+
+    @property
+    def shapes(self) -> Shapes:
+        if not self.sizes:
+            return {"diagonal": (self.r,)}
+        return {f"factor_{n}": (size, self.r) for n, size in enumerate(self.sizes)}
+
+    @property
+    def zero(self) -> str:
+        return "factor_0" if self.sizes else "diagonal"
+
+    def init(self, name: str, generator: Generator) -> Tensor:
+        if name == self.zero:
+            return torch.randn(self.shapes[name], generator=generator)
+        return torch.ones(self.shapes[name])
+
+    def block(self, numbers: Numbers, region: Region) -> Tensor:
+        if not self.sizes:
+            return torch.diag_embed(numbers["diagonal"])
+        diagonal = numbers["factor_0"][region[0]]
+        for n, part in enumerate(region[1:], start=1):
+            diagonal = diagonal[..., None, :] * numbers[f"factor_{n}"][part]
+        return torch.diag_embed(diagonal)
+
+    def from_tensor(self, tensor: Tensor) -> dict[str, Tensor]:
+        """Return the leading term of every diagonal entry's own tensor; exact for tensors of this structure."""
+        diagonals = tensor.diagonal(dim1=-2, dim2=-1)  # (*sizes, r)
+        if not self.sizes:
+            return {"diagonal": diagonals}
+        columns = [_rank_one(diagonal) for diagonal in diagonals.unbind(-1)]
+        return {
+            f"factor_{n}": torch.stack(vectors, -1) for n, vectors in enumerate(zip(*columns, strict=True))
+        }
+
+
+def _rank_one(tensor: Tensor) -> list[Tensor]:
+    """Return one vector a mode whose outer product is the leading term of a tensor."""
+    vectors = [leading(unfold(tensor, n), 1)[:, 0] for n in range(tensor.dim())]
+    size = tensor
+    for vector in vectors:
+        size = torch.tensordot(size, vector, ([0], [0]))
+    return [vectors[0] * size, *vectors[1:]]

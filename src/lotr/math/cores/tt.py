@@ -1,0 +1,66 @@
+"""The tensor-train core: a product of one matrix a mode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from ...errors import ConfigError
+from .base import Core, Numbers, Region, Shapes, padded
+
+
+@dataclass(frozen=True)
+class TTCore(Core):
+    """`C[l, p, …] = G_layer[l] · G_projection[p] · …`: one matrix for each position of each mode.
+
+    The first is `(k, r)`, the others `(r, r)`: `size_0·k·r + Σ size·r²` numbers. The first starts at zero, the
+    others at the identity. Over one mode this is the free core.
+
+    Example:
+        >>> TTCore(k=4, r=4, sizes=(12, 3)).shapes
+        {'core_0': (12, 4, 4), 'core_1': (3, 4, 4)}
+    """
+
+    @classmethod
+    def check(cls, k: int, r: int, modes: tuple[str, ...]) -> None:
+        if not modes:
+            raise ConfigError(
+                "core='tt' with modes=() has no mode to make a train of. Name a mode, or use core='free'."
+            )
+
+    @property
+    def shapes(self) -> Shapes:
+        rows = (self.k, *(self.r for _ in self.sizes[1:]))
+        return {f"core_{n}": (size, rows[n], self.r) for n, size in enumerate(self.sizes)}
+
+    @property
+    def zero(self) -> str:
+        return "core_0"
+
+    def init(self, name: str, generator: Generator) -> Tensor:
+        if name == self.zero:
+            return torch.randn(self.shapes[name], generator=generator) / self.r**0.5
+        return torch.eye(self.r).expand(self.shapes[name]).clone()
+
+    def block(self, numbers: Numbers, region: Region) -> Tensor:
+        tensor = numbers["core_0"][region[0]]
+        for n, part in enumerate(region[1:], start=1):
+            tensor = tensor[..., None, :, :] @ numbers[f"core_{n}"][part]
+        return tensor
+
+    def from_tensor(self, tensor: Tensor) -> dict[str, Tensor]:
+        """Return the train by successive SVDs (TT-SVD); exact where rank `r` is enough at every bond."""
+        # (s_0, k, s_1, …, r): rows of the first matrix beside its mode
+        rest, rows, cores = tensor.movedim(-2, 1), self.k, {}
+        for n, size in enumerate(self.sizes[:-1]):
+            U, S, Vt = torch.linalg.svd(rest.reshape(size * rows, -1), full_matrices=False)
+            rank = min(self.r, len(S))
+            left = padded(U[:, :rank] * S[:rank], size * rows, self.r)
+            right = padded(Vt[:rank], self.r, Vt.shape[1])
+            cores[f"core_{n}"] = left.reshape(size, rows, self.r)
+            rest = right.reshape(self.r, *self.sizes[n + 1 :], self.r).movedim(0, 1)
+            rows = self.r
+        cores[f"core_{len(self.sizes) - 1}"] = rest.reshape(self.sizes[-1], rows, self.r)
+        return cores

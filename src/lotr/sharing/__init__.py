@@ -1,0 +1,1 @@
+"""Which sites share what, from names and shapes alone."""

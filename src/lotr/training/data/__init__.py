@@ -1,0 +1,1 @@
+"""Rows of data: where they come from, their columns, tokens and batches."""

@@ -1,0 +1,1 @@
+"""Many tasks trained at once into a bank."""

@@ -1,0 +1,263 @@
+"""Magnitudes against their papers' formulas on dense weights: 1e-12 relative in float64, where nothing else is said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from lotr.math.magnitude import MAGNITUDES, Gains
+from lotr.math.norms import BaseWeight
+from placed_parts import IN, LAYOUTS, OUT, dense, leaves, place
+
+Numbers = dict[str, Tensor]
+RESCALING = [name for name, rule in MAGNITUDES.items() if not rule.additive]
+PLACED = [layout for layout in LAYOUTS if layout != "no part"]
+every_rule = pytest.mark.parametrize("name", RESCALING)
+every_layout = pytest.mark.parametrize("layout", PLACED)
+
+
+def _norm(matrix: Tensor, dim: int | None, constant: bool) -> Tensor:
+    norm = matrix.norm() if dim is None else matrix.norm(dim=dim, keepdim=True)
+    return norm.detach() if constant else norm
+
+
+def _dora(numbers: Numbers, W: Tensor, dW: Tensor, constant: bool) -> Tensor:
+    return numbers["m"][:, None] * (W + dW) / _norm(W + dW, 1, constant)
+
+
+def _bora(numbers: Numbers, W: Tensor, dW: Tensor, constant: bool) -> Tensor:
+    Z = numbers["m_out"][:, None] * (W + dW) / _norm(W + dW, 1, constant)
+    return Z / _norm(Z, 0, constant) * numbers["m_in"]
+
+
+def _map(numbers: Numbers, W: Tensor, dW: Tensor, constant: bool) -> Tensor:
+    return numbers["alpha"] * W / W.norm() + numbers["beta"] * dW / _norm(dW, None, constant)
+
+
+#: Name → the paper's formula on dense weights.
+FORMULAS: dict[str, Callable[[Numbers, Tensor, Tensor, bool], Tensor]] = {
+    "per_output": _dora,
+    "per_output_and_input": _bora,
+    "base_and_update": _map,
+}
+
+
+def _weight(dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(OUT, IN, dtype=torch.float64).to(dtype)
+
+
+def _trained(name: str, W: Tensor) -> Numbers:
+    """Return numbers away from their start."""
+    started = MAGNITUDES[name].init(BaseWeight(lambda: W))
+    return {key: (number + torch.rand_like(number)).requires_grad_() for key, number in started.items()}
+
+
+def test_every_magnitude_that_rescales_has_a_formula_here() -> None:
+    assert set(FORMULAS) == set(RESCALING)
+
+
+# ---- the formulas
+
+
+@every_rule
+@every_layout
+def test_the_adapted_weight_is_the_papers_formula(name: str, layout: str) -> None:
+    W, parts = _weight(), place(layout)
+    numbers = _trained(name, W)
+    adapted = MAGNITUDES[name].gains(numbers, BaseWeight(lambda: W), parts).weight(W, dense(parts))
+    torch.testing.assert_close(
+        adapted, FORMULAS[name](numbers, W, dense(parts), True), rtol=1e-12, atol=1e-13
+    )
+
+
+@every_rule
+def test_in_float32_the_formula_holds_to_1e_5(name: str) -> None:
+    W, parts = _weight(torch.float32), place("both are split", torch.float32)
+    numbers = _trained(name, W)
+    adapted = MAGNITUDES[name].gains(numbers, BaseWeight(lambda: W), parts).weight(W, dense(parts))
+    torch.testing.assert_close(
+        adapted, FORMULAS[name](numbers, W.double(), dense(parts), True), rtol=1e-5, atol=1e-6
+    )
+
+
+@every_rule
+@pytest.mark.parametrize("constant", [True, False], ids=["norms are constants", "norms have gradients"])
+@pytest.mark.parametrize("layout", ["one part of a grid", "both are split"])
+def test_gradients_are_those_of_the_dense_formula(name: str, constant: bool, layout: str) -> None:
+    W, parts, weights = _weight(), place(layout), _weight()
+    numbers = _trained(name, W)
+    gains = MAGNITUDES[name].gains(numbers, BaseWeight(lambda: W), parts, constant=constant)
+    found = [
+        torch.autograd.grad((adapted * weights).sum(), [*numbers.values(), *leaves(parts)])
+        for adapted in (gains.weight(W, dense(parts)), FORMULAS[name](numbers, W, dense(parts), constant))
+    ]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+
+
+@every_rule
+def test_constant_norms_carry_no_gradient_to_the_factors(name: str) -> None:
+    W, parts = _weight(), place("one part")
+    rule, numbers = MAGNITUDES[name], _trained(name, W)
+
+    def gradients(constant: bool) -> list[Tensor | None]:
+        gains = rule.gains(numbers, BaseWeight(lambda: W), parts, constant=constant)
+        return list(torch.autograd.grad(gains.update.sin().sum(), leaves(parts), allow_unused=True))
+
+    assert gradients(constant=True) == [None, None, None]
+    assert all(gradient is not None and gradient.any() for gradient in gradients(constant=False))
+
+
+@pytest.mark.parametrize("name", MAGNITUDES)
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_the_adapted_output_is_that_of_the_adapted_weight(name: str, bias: bool) -> None:
+    W, parts, x = _weight(), place("both are split"), torch.randn(2, 3, IN, dtype=torch.float64)
+    b = torch.randn(OUT, dtype=torch.float64) if bias else None
+    gains = MAGNITUDES[name].gains(_trained(name, W), BaseWeight(lambda: W), parts)
+    scaled = x if gains.input is None else x * gains.input
+    base = torch.nn.functional.linear(scaled, W, b)
+    output = gains.output(base, b, scaled @ dense(parts).T)
+    expected = torch.nn.functional.linear(x, gains.weight(W, dense(parts)), b)
+    torch.testing.assert_close(output, expected)
+
+
+def test_without_a_magnitude_the_adapted_weight_is_the_sum() -> None:
+    W, parts, rule = _weight(), place("one part"), MAGNITUDES["none"]
+    gains = rule.gains({}, BaseWeight(lambda: W), parts)
+    assert torch.equal(gains.weight(W, dense(parts)), W + dense(parts))
+    assert rule.shapes(OUT, IN) == {} == rule.init(BaseWeight(lambda: W))
+
+
+# ---- the start
+
+
+def _at_start(name: str, layout: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Gains]:
+    """Return weight, update and gains of an adapter that has not trained."""
+    W, rule = _weight(dtype), MAGNITUDES[name]
+    factors = dtype if dtype == torch.float64 else torch.float32
+    parts, base = place(layout, factors, zero=not rule.divides_by_update), BaseWeight(lambda: W)
+    return W.to(factors), dense(parts, factors), rule.gains(rule.init(base), base, parts)
+
+
+@every_rule
+@pytest.mark.parametrize("layout", ["one part", "both are split", "rows are left out"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_at_the_start_the_weight_is_the_base_bit_for_bit(name: str, layout: str, dtype: torch.dtype) -> None:
+    W, dW, gains = _at_start(name, layout, dtype)
+    assert gains.base.eq(1).all() and (gains.input is None or gains.input.eq(1).all())
+    assert gains.update.eq(0 if MAGNITUDES[name].divides_by_update else 1).all()
+    assert torch.equal(gains.weight(W, dW), W)
+
+
+@every_rule
+def test_at_the_start_the_output_is_the_base_bit_for_bit(name: str) -> None:
+    W, dW, gains = _at_start(name, "both are split", torch.float32)
+    x, bias = torch.randn(5, IN), torch.randn(OUT)
+    base = torch.nn.functional.linear(x, W, bias)
+    assert torch.equal(gains.output(base, bias, x @ dW.T), base)
+
+
+@every_rule
+def test_the_numbers_of_the_start_have_the_shapes_that_are_counted(name: str) -> None:
+    rule, W = MAGNITUDES[name], _weight()
+    started = rule.init(BaseWeight(lambda: W))
+    assert {key: tuple(number.shape) for key, number in started.items()} == rule.shapes(OUT, IN)
+
+
+def test_the_norms_of_the_start_are_those_of_the_weight() -> None:
+    W = _weight()
+    base = BaseWeight(lambda: W)
+    rows, columns, whole = W.norm(dim=1), W.norm(dim=0), W.norm()[None]
+    torch.testing.assert_close(MAGNITUDES["per_output"].init(base), {"m": rows})
+    torch.testing.assert_close(
+        MAGNITUDES["per_output_and_input"].init(base), {"m_out": rows, "m_in": columns}
+    )
+    expected = {"alpha": whole, "beta": torch.zeros(1, dtype=torch.float64)}
+    torch.testing.assert_close(MAGNITUDES["base_and_update"].init(base), expected)
+
+
+# ---- where a norm is zero
+
+
+@pytest.mark.parametrize("constant", [True, False])
+@pytest.mark.parametrize("zero", [False, True], ids=["at step 0", "with an update of zero"])
+def test_base_and_update_has_finite_gradients(constant: bool, zero: bool) -> None:
+    W, rule = _weight(torch.float32), MAGNITUDES["base_and_update"]
+    base, parts = BaseWeight(lambda: W), place("one part", torch.float32, zero=zero)
+    numbers = {name: number.requires_grad_() for name, number in rule.init(base).items()}
+    adapted = rule.gains(numbers, base, parts, constant=constant).weight(W, dense(parts, torch.float32))
+    (adapted * _weight(torch.float32)).sum().backward()
+    gradients = [tensor.grad for tensor in (*numbers.values(), *leaves(parts))]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    assert numbers["alpha"].grad.any() and numbers["beta"].grad.any() == (not zero)
+
+
+@every_rule
+@pytest.mark.parametrize("constant", [True, False])
+@pytest.mark.parametrize("update", ["zero", "one part", "rows are left out"])
+@pytest.mark.parametrize("where", ["row", "column", "everywhere"])
+def test_zeros_of_the_weight_are_divided_by_nothing(
+    name: str, constant: bool, update: str, where: str
+) -> None:
+    W, rule = _weight(torch.float32), MAGNITUDES[name]
+    W[{"row": (5,), "column": (slice(None), 5), "everywhere": ()}[where]] = 0
+    parts = place("one part" if update == "zero" else update, torch.float32, zero=update == "zero")
+    base, dW = BaseWeight(lambda: W), dense(parts, torch.float32)
+    numbers = {key: number.requires_grad_() for key, number in rule.init(base).items()}
+    adapted = rule.gains(numbers, base, parts, constant=constant).weight(W, dW)
+    if update == "zero":
+        assert torch.equal(adapted, W)
+    adapted.sum().backward()
+    gradients = [tensor.grad for tensor in (*numbers.values(), *leaves(parts))]
+    assert adapted.isfinite().all()
+    assert all(gradient is None or gradient.isfinite().all() for gradient in gradients)
+
+
+def test_an_update_of_zero_is_divided_by_no_less_than_1e_8_of_the_base_norm() -> None:
+    W, parts = _weight(), place("one part", zero=True)
+    numbers = {"alpha": W.norm()[None], "beta": torch.ones(1, dtype=torch.float64)}
+    gains = MAGNITUDES["base_and_update"].gains(numbers, BaseWeight(lambda: W), parts)
+    torch.testing.assert_close(gains.update, 1 / (1e-8 * W.norm()[None]))
+
+
+def test_a_row_that_was_zero_and_is_updated_trains() -> None:
+    W, rule = _weight(), MAGNITUDES["per_output"]
+    W[5] = 0
+    base, parts = BaseWeight(lambda: W), place("one part")
+    m = rule.init(base)["m"].requires_grad_()
+    rule.gains({"m": m}, base, parts).weight(W, dense(parts))[5].sum().backward()
+    row = dense(parts)[5].detach()
+    torch.testing.assert_close(m.grad[5], (row / row.norm()).sum())
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_scaling_a_sum_is_the_formula_and_can_be_differentiated_twice(with_bias: bool) -> None:
+    torch.manual_seed(0)
+    y = torch.randn(
+        3, 70, 5, dtype=torch.float64, requires_grad=True
+    )  # more tokens than are summed at a time
+    gain = torch.rand(5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(5, dtype=torch.float64, requires_grad=True) if with_bias else None
+    leaves = [tensor for tensor in (y, gain, bias) if tensor is not None]
+    gains = Gains(gain, gain)
+    found = gains.of_sum(y, bias)
+    wanted = gains.output(y, bias, torch.zeros_like(y))
+    torch.testing.assert_close(found, wanted)
+    weights = torch.randn_like(y)
+    for one, other in zip(
+        torch.autograd.grad((found * weights).sum(), leaves),
+        torch.autograd.grad((wanted * weights).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+    small = y.detach()[:1, :3].requires_grad_(True)
+    assert torch.autograd.gradgradcheck(
+        lambda y, gain, bias: Gains(gain, gain).of_sum(y, bias), (small, gain, bias)
+    )
+
+
+def test_gains_of_one_leave_every_bit_of_a_sum() -> None:
+    y, one = torch.randn(7, 9), torch.ones(9)
+    assert torch.equal(Gains(one, one).of_sum(y, torch.randn(9)), y)

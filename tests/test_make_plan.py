@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from lotr import ConfigError, Plan, PlanError
+from lotr.sharing.blocks import Heads, Target
+from lotr.sharing.make_plan import make_plan
+from lotr.sharing.plan import MODES, Group, Site, check_modes
+
+LAYER, BOTH, ALL = ("layer",), ("layer", "projection"), ("layer", "projection", "head")
+
+
+def _plan(paths: list[str], modes: tuple[str, ...] = LAYER, **kwargs: object) -> Plan:
+    return make_plan([Target(path, (8, 8), (2, 2)) for path in paths], modes, **kwargs)
+
+
+def _sharing(plan: Plan) -> set[frozenset[Site]]:
+    """Return which sites share factors, whatever the groups are called."""
+    return {frozenset(group.sites) for group in plan.groups}
+
+
+def _at(group: Group) -> dict[tuple[str, int | None], tuple[int, ...]]:
+    """Return the index of every site by its module's last name and its head."""
+    return {(site.module.rpartition(".")[2], site.head): group.index[site] for site in group.sites}
+
+
+# ---- groups
+
+
+def test_layers_share_factors_and_projections_do_not() -> None:
+    plan = _plan([f"h.{n}.{p}" for n in range(3) for p in "qv"])
+    assert [(group.projections, len(group.sites)) for group in plan.groups] == [(("q",), 3), (("v",), 3)]
+
+
+def test_with_both_modes_all_sites_share_factors() -> None:
+    (group,) = _plan([f"h.{n}.{p}" for n in range(3) for p in "qv"], BOTH).groups
+    assert group.projections == ("q", "v") and group.core.sizes == (3, 2)
+    assert {site.module: index for site, index in group.index.items()}["h.2.v"] == (2, 1)
+
+
+@pytest.mark.parametrize("modes", [(), *([mode] for mode in MODES), BOTH, ALL, ("site", "head")], ids=str)
+def test_the_order_of_modes_does_not_matter(modes: tuple[str, ...]) -> None:
+    targets = [Target(f"h.{n}.{p}", (8, 8), (2, 2), heads=Heads(2)) for n in range(2) for p in "qkv"]
+    plans = [make_plan(targets, order, blocks="head") for order in itertools.permutations(modes)]
+    assert all(plan == plans[0] for plan in plans)
+
+
+def test_the_projection_as_a_mode_means_nothing_for_one_projection() -> None:
+    paths = [f"h.{n}.q" for n in range(3)]
+    alone, joint = _plan(paths, LAYER), _plan(paths, BOTH)
+    assert _sharing(alone) == _sharing(joint) and alone.n_parameters == joint.n_parameters
+
+
+def test_along_sites_everything_of_one_shape_is_in_one_mode() -> None:
+    shapes = {"q": (8, 8), "v": (8, 8), "up": (16, 8)}
+    targets = [Target(f"h.{n}.{p}", shape, (2, 2)) for n in range(3) for p, shape in shapes.items()]
+    square, tall = make_plan(targets, ("site",)).groups
+    assert (square.core.sizes, tall.core.sizes) == ((6,), (3,))
+    assert list(square.index.values()) == [(n,) for n in range(6)]
+
+
+def test_squares_of_all_weights_are_sites_of_one_group() -> None:
+    targets = [Target(f"h.{n}.{p}", s, (2, 2)) for n in range(2) for p, s in (("q", (8, 8)), ("up", (32, 8)))]
+    (group,) = make_plan(targets, ("site",), blocks="square").groups
+    assert group.shape == (8, 8) and group.core.sizes == (2 * (1 + 4),)
+
+
+def test_without_modes_every_site_is_alone() -> None:
+    assert len(_plan([f"h.{n}.{p}" for n in range(3) for p in "qv"], ()).groups) == 6
+
+
+def test_sites_of_unequal_shape_fall_into_separate_groups() -> None:
+    plan = make_plan([Target(f"h.{n}.fc", (8 + n // 2, 8), (2, 2)) for n in range(4)], LAYER)
+    assert [(group.name, len(group.sites)) for group in plan.groups] == [("fc_8x8", 2), ("fc_9x8", 2)]
+
+
+def test_group_names_are_unique_without_dots_and_without_the_prefix() -> None:
+    names = [group.name for group in _plan(["a.b-c.q", "a-b.c.q", "h.lotr_x.q"], ()).groups]
+    assert len(set(names)) == 3
+    assert all("." not in name and "lotr_" not in name and name.endswith("_8x8") for name in names)
+
+
+def test_a_group_can_be_a_key_of_a_dictionary() -> None:
+    (group,) = _plan(["h.0.q", "h.1.q"]).groups
+    assert {group: 1}[group] == 1
+
+
+# ---- heads
+
+
+def _grouped(modes: tuple[str, ...]) -> Plan:
+    """Queries have four heads, keys and values two."""
+    heights = {"q": 8, "k": 4, "v": 4}
+    targets = [
+        Target(f"h.{n}.{p}", (o, 6), (2, 2), heads=Heads(2)) for n in range(2) for p, o in heights.items()
+    ]
+    return make_plan(targets, modes, blocks="head")
+
+
+def test_projections_of_unequal_width_share_head_by_head() -> None:
+    (group,) = _grouped(ALL).groups
+    assert group.shape == (2, 6) and group.core.sizes == (2, 3, 4) and len(group.sites) == 2 * (4 + 2 + 2)
+    assert group.n_cores == 16 * 2 * 2  # of the 24 places, 8 have no site
+    indices = {site.module: [] for site in group.sites}
+    for site, index in group.index.items():
+        indices[site.module].append(index)
+    assert indices["h.1.q"] == [(1, 0, head) for head in range(4)]
+    assert indices["h.1.v"] == [(1, 2, head) for head in range(2)]
+
+
+def test_heads_that_are_no_mode_share_with_the_same_head_of_other_layers() -> None:
+    groups = _grouped(LAYER).groups
+    assert len(groups) == 4 + 2 + 2
+    assert all(len({(site.projection, site.head) for site in group.sites}) == 1 for group in groups)
+    assert all([site.layer for site in group.sites] == ["h.0", "h.1"] for group in groups)
+
+
+def test_along_sites_and_heads_a_module_is_a_site() -> None:
+    targets = [Target(f"h.0.{p}", (8, 6), (2, 2), heads=Heads(2)) for p in "qv"]
+    (group,) = make_plan(targets, ("site", "head"), blocks="head").groups
+    assert group.core.sizes == (2, 4)
+    assert _at(group) == {(p, head): (n, head) for n, p in enumerate("qv") for head in range(4)}
+
+
+def test_heads_that_are_columns_do_not_share_with_heads_that_are_rows() -> None:
+    targets = [Target(f"h.0.{p}", (8, 8), (2, 2), heads=Heads(2, axis)) for p, axis in (("q", 0), ("o", 1))]
+    rows, columns = make_plan(targets, ("head",), blocks="head").groups
+    assert (rows.shape, columns.shape) == ((2, 8), (8, 2))
+
+
+def test_a_fused_weight_shares_as_its_projections_would() -> None:
+    fused = tuple((p, 8) for p in ("q", "k", "v"))
+    whole = make_plan([Target(f"h.{n}.qkv", (24, 8), (2, 2), fused) for n in range(2)], LAYER)
+    apart = _plan([f"h.{n}.{p}" for n in range(2) for p in ("q", "k", "v")])
+    assert [group.shape for group in whole.groups] == [group.shape for group in apart.groups]
+    assert [group.projections for group in whole.groups] == [("qkv.q",), ("qkv.k",), ("qkv.v",)]
+    assert whole.n_parameters == apart.n_parameters
+
+
+# ---- refusals
+
+
+def test_projections_of_unequal_shape_cannot_be_asked_to_share() -> None:
+    targets = [Target(f"h.{n}.{p}", (o, 8), (2, 2)) for n in range(2) for p, o in (("q", 8), ("v", 4))]
+    message = (
+        r'Sites of projections "q\|v" cannot share factors: their blocks are \(8, 8\) and \(4, 8\)\. '
+        r"Shared factors need equal blocks\. Split by head \(blocks=\"head\"\), drop \"projection\" from modes"
+    )
+    with pytest.raises(PlanError, match=message):
+        make_plan(targets, BOTH)
+
+
+def test_unequal_ranks_in_a_group_are_refused() -> None:
+    targets = [Target("h.0.q", (8, 8), (2, 2)), Target("h.1.q", (8, 8), (4, 4))]
+    with pytest.raises(PlanError, match=r'"h.0.q" asks for rank \(2, 2\) and "h.1.q" for rank \(4, 4\)'):
+        make_plan(targets, LAYER)
+
+
+@pytest.mark.parametrize("rank", [(9, 2), (2, 7)], ids=str)
+def test_a_rank_above_the_block_is_refused_with_the_largest_that_fits(rank: tuple[int, int]) -> None:
+    with pytest.raises(PlanError, match=r"does not fit .* blocks are \(8, 6\)"):
+        make_plan([Target("h.0.q", (8, 6), rank)], LAYER)
+
+
+def test_an_unknown_mode_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"names 'layers', which is not a coordinate"):
+        check_modes(["layers"])
+
+
+def test_sharing_along_heads_is_refused_where_there_are_none() -> None:
+    with pytest.raises(PlanError, match=r'No module has attention heads.* drop "head" from modes'):
+        _plan(["h.0.up", "h.1.up"], ("layer", "head"), blocks="head")
+
+
+def test_site_beside_what_it_contains_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r'"site", which is layer and projection in one.* Drop "site"'):
+        check_modes(["site", "layer"])

@@ -33,7 +33,7 @@ class Task:
         self.tokenizer = load_tokenizer(model)
         self.collate = collator(self.tokenizer, self.kind)
         if "dev" in task:
-            parts = {"train": loaded.trainable, "dev": loaded.eval, "test": _load(task, data, "test").eval}
+            parts = {"train": loaded.train, "dev": loaded.eval, "test": _load(task, data, "test").eval}
         else:  # a built-in set: a fifth of its training rows is dev, its own evaluation rows are test
             halves = loaded.train.train_test_split(test_size=0.2, seed=0)
             parts = {"train": halves["train"], "dev": halves["test"], "test": loaded.eval}

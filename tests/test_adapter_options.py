@@ -171,8 +171,8 @@ def test_without_a_seed_torchs_own_decides() -> None:
         ({"core": "tuker"}, r"core='tuker' .*tucker"),
         ({"blocks": "heads"}, r"blocks='heads' .*head"),
         ({"magnitude": "per_out"}, r"magnitude='per_out' .*per_output"),
-        ({"start": "svd"}, r"init='svd'"),
-        ({"train": "core"}, r"train='core' .*cores"),
+        ({"init": "svd"}, r"init='svd'"),
+        ({"trainable": "core"}, r"trainable='core' .*cores"),
     ],
 )
 def test_what_has_no_meaning_is_refused_by_name(fields: dict[str, Any], said: str) -> None:

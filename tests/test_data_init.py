@@ -62,7 +62,7 @@ def test_a_start_changes_the_factors_and_not_the_model(name: str, method: str, k
     assert torch.equal(torch.get_rng_state(), state)
     assert not all(torch.equal(a, b) for a, b in zip(factors, _factors(model), strict=True))
     assert all(p.grad is None for p in model.parameters()) and not model.training
-    assert model.peft_config["default"].start == kind
+    assert model.peft_config["default"].init == kind
     assert len(report) == lotr.plan(MODELS[name][0](), model.peft_config["default"]).n_sites
     assert all(0 <= site.kept <= 1 for site in report) and any(site.norm > 0 for site in report)
 
@@ -156,12 +156,12 @@ def _hooks(model: nn.Module) -> int:
 def _as_it_was(model: nn.Module, call: Callable[[], Any], error: type[Exception], says: str) -> None:
     """Check that a call is refused, and leaves factors, gradients, hooks and the mode of a model."""
     factors, hooks, training = _factors(model), _hooks(model), model.training
-    start = model.peft_config["default"].start
+    start = model.peft_config["default"].init
     with pytest.raises(error, match=says):
         call()
     assert all(torch.equal(a, b) for a, b in zip(factors, _factors(model), strict=True))
     assert all(p.grad is None for p in model.parameters()) and _hooks(model) == hooks
-    assert model.training == training and model.peft_config["default"].start == start
+    assert model.training == training and model.peft_config["default"].init == start
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

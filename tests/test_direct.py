@@ -98,7 +98,7 @@ def test_every_row_and_order_equals_the_steps_of_autograd(row: str, order: str, 
 
 @pytest.mark.parametrize("train", ["all", "cores"])
 def test_a_product_is_computed_once_for_modules_that_share_it(train: str) -> None:
-    model = adapted(method="lotr_joint", train=train, target_modules=["query", "key", "value"])
+    model = adapted(method="lotr_joint", trainable=train, target_modules=["query", "key", "value"])
     counts: list[int] = []
     find = direct.InputProducts.find
 

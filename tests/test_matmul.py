@@ -217,7 +217,7 @@ def test_norms_get_their_product_from_that_of_few_tokens_with_the_base(
         r=4,
         magnitude="per_output",
         norm_gradient=norm_gradient,
-        train=train,
+        trainable=train,
         target_modules=["0"],
         init_weights=False,
     )
@@ -285,7 +285,7 @@ def test_a_compiled_graph_takes_them_and_computes_the_same(
     train: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch._dynamo.reset()
-    config = LotrConfig(r=4, train=train, target_modules=["query", "value"], init_weights=False)
+    config = LotrConfig(r=4, trainable=train, target_modules=["query", "value"], init_weights=False)
     model = get_peft_model(bert(), config).eval()
 
     def run(call: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
@@ -342,7 +342,7 @@ def test_a_compiled_graph_with_gradients_has_two_operations_a_module(method: str
 
     torch._dynamo.reset()
     config = LotrConfig(
-        method=method, r=4, train=train, target_modules=["query", "value", "dense"], init_weights=False
+        method=method, r=4, trainable=train, target_modules=["query", "value", "dense"], init_weights=False
     )
     model = get_peft_model(bert(), config).train()
     backend = aot_autograd(

@@ -19,7 +19,7 @@ ASKED |= {"fact_tt", "fact_tk", "metatt_4d", "metatt_5d"}
 CONSTRUCTIONS = ("att", "qkv", "depth", "att_qkv", "att_depth", "qkv_depth", "att_qkv_depth")
 ASKED |= {f"tenslora_{name}{core}" for name in CONSTRUCTIONS for core in ("", "_cp")}
 PAPERS = ("LoRA", "DoRA", "BoRA", "MAP", "FacT", "MetaTT", "TensLoRA", "CaRA", "LoRTA")
-FIELDS = ("modes", "core", "blocks", "magnitude", "start", "train")
+FIELDS = ("modes", "core", "blocks", "magnitude", "init", "trainable")
 every_row = pytest.mark.parametrize("name", METHODS)
 
 

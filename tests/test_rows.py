@@ -108,7 +108,7 @@ def row(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_step_0_equals_the_base_bit_for_bit(row: Row) -> None:
-    assert torch.equal(row.init, row.base)
+    assert torch.equal(row.start, row.base)
 
 
 def test_training_lowers_the_loss(row: Row) -> None:

@@ -37,7 +37,7 @@ def _deltas(model: PeftModel) -> Tensor:
 @pytest.mark.parametrize("method", ["lotr", "lotr_joint"])
 @pytest.mark.parametrize("start", ["orthonormal", "gaussian"])
 def test_the_full_rank_changes_nothing_and_makes_the_factors_orthonormal(make, method, start) -> None:
-    model = _model(make, method=method, start=start)
+    model = _model(make, method=method, init=start)
     before = outputs(model, INPUTS)
     report = lotr.truncate(model, rank=8)
     assert all(group.before == group.after == (8, 8) and group.kept == pytest.approx(1) for group in report)

@@ -204,7 +204,7 @@ def test_joint_projections_share_one_pair(architecture: Architecture) -> None:
         ({"method": "lore"}, "method='lore'"),
         ({"modes": ["layers"]}, "modes=.*'layers'"),
         ({"core": "fre"}, "core='fre' .*Near matches: free"),
-        ({"start": "gausian"}, "init='gausian' .*Near matches: gaussian"),
+        ({"init": "gausian"}, "init='gausian' .*Near matches: gaussian"),
         ({"magnitude": "dora"}, "magnitude='dora'"),
         ({"bias": "lora_only"}, "bias='lora_only' .*Near matches: lotr_only"),
         ({"r": 0}, "r=0"),

@@ -66,7 +66,7 @@ def test_the_configuration_says_what_the_adapter_is(tmp_path: Path) -> None:
     adapted(method="lotr_joint").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["peft_type"] == "LOTR" and config["method"] == "lotr_joint" and config["r"] == 4
-    assert config["modes"] == ["layer", "projection"] and config["start"] == "orthonormal"
+    assert config["modes"] == ["layer", "projection"] and config["init"] == "orthonormal"
     assert config["inference_mode"] is True
 
 

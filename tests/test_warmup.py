@@ -60,7 +60,7 @@ def test_cores_alone_start_from_updates_unless_told_otherwise(place: Path) -> No
     cores = _train(place, "cores", "--trainable", "cores")
     assert cores["begun"]["start_batches"] == min(50, cores["steps"] // 2)
     assert 0 < cores["begun"]["kept"] <= 1
-    assert json.loads((place / "cores" / "adapter_config.json").read_text())["start"] == "update"
+    assert json.loads((place / "cores" / "adapter_config.json").read_text())["init"] == "update"
     told = _train(place, "told", "--trainable", "cores", "--init", "orthonormal")
     assert "kept" not in told["begun"]
     xs = _train(place, "xs", "--method", "lora_xs")  # has a start of its own
@@ -73,7 +73,7 @@ def test_the_steps_of_a_trial_are_those_asked_for(place: Path) -> None:
 
 
 def test_the_saved_adapter_says_how_it_started(started: dict, place: Path) -> None:
-    assert json.loads((place / "started" / "adapter_config.json").read_text())["start"] == "gradient"
+    assert json.loads((place / "started" / "adapter_config.json").read_text())["init"] == "gradient"
     again = report("evaluate", place / "started", "--data", place / "dev.csv")
     assert again["accuracy"] == pytest.approx(started["accuracy"])
 

@@ -31,7 +31,7 @@ from lotr.adapters import plots
 from lotr.files.atomic import write_json
 from lotr.training.adapter import PEERS
 from lotr.training.run import train
-from lotr_cli.settings import TrainSettings
+from lotr.training.settings import TrainSettings
 
 ERROR = 0.017  # of an accuracy near two thirds, measured on 756 rows
 HEADER = ("method", "trained numbers", "accuracy", "seconds a step")

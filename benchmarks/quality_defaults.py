@@ -27,7 +27,7 @@ from lotr.files.atomic import write_json
 from lotr.training.data.columns import Columns
 from lotr.training.data.load import load_task
 from lotr.training.run import train
-from lotr_cli.settings import TrainSettings
+from lotr.training.settings import TrainSettings
 
 HEADER = ("task", "larger class", "accuracy on dev, a seed each")
 TASKS = ("docstrings", "mrpc", "sst2", "reviews_kitchen", "reviews_dvd", "reviews_books")

@@ -16,7 +16,7 @@ from lotr.errors import ConfigError, Interrupted
 from lotr.training.adapter import adapter_config
 from lotr.training.resume import restore
 from lotr.training.run import train
-from lotr_cli.settings import TrainSettings
+from lotr.training.settings import TrainSettings
 from test_cli import lotr, report
 from test_training import CtrlC, quiet
 

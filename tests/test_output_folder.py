@@ -15,7 +15,7 @@ from lotr.training.report import CURVE, METRICS, PICTURES, START
 from lotr.training.resume import restore
 from lotr.training.run import train
 from lotr_cli.app import app
-from lotr_cli.settings import TrainSettings
+from lotr.training.settings import TrainSettings
 from test_training import CtrlC, quiet
 
 WEIGHTS = "adapter_model.safetensors"

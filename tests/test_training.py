@@ -28,7 +28,7 @@ from lotr.training.rates import parameter_groups
 from lotr.training.resume import restore
 from lotr.training.run import train
 from lotr.training.trained import load_trained
-from lotr_cli.settings import TrainSettings, build
+from lotr.training.settings import TrainSettings, build
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .settings import setting
+from .light import load
+
+setting = load("lotr.training.settings").setting
 
 _DATA, _TRAINING, _RUN = "Model and data", "Training", "Run"
 

@@ -9,7 +9,9 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from .settings import TrainSettings
+from .light import load
+
+TrainSettings = load("lotr.training.settings").TrainSettings
 
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 

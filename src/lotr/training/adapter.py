@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from torch import nn
 
-    from lotr_cli.settings import TrainSettings
+    from .settings import TrainSettings
 
 #: Methods that are not rows of the table: PEFT's own for comparison, and a new head alone.
 PEERS = ("peft_lora", "peft_dora", "head")

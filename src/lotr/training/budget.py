@@ -16,7 +16,7 @@ from ..tuner.targets import plan, plan_of
 if TYPE_CHECKING:
     from torch import nn
 
-    from lotr_cli.settings import TrainSettings
+    from .settings import TrainSettings
 
     from ..tuner.config import LotrConfig
 

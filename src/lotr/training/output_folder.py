@@ -18,7 +18,7 @@ from .report import CHECKPOINTS, SETTINGS, STAGED
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-    from lotr_cli.settings import TrainSettings
+    from .settings import TrainSettings
 
 
 def check_output(folder: Path, overwrite: bool) -> None:

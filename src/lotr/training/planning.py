@@ -19,7 +19,7 @@ from .base_model import DTYPES, check_dtype, skeleton
 from .budget import AUTO, said_rank
 
 if TYPE_CHECKING:
-    from lotr_cli.settings import TrainSettings
+    from .settings import TrainSettings
 
     from ..sharing.plan import Plan
 

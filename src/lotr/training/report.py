@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import Trainer
 
-    from lotr_cli.settings import TrainSettings
+    from .settings import TrainSettings
 
     from .data.load import TaskData
 

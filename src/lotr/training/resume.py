@@ -12,7 +12,7 @@ from .checkpoint import PROGRESS, last_whole
 from .report import CHECKPOINTS, METRICS, SETTINGS
 
 if TYPE_CHECKING:
-    from lotr_cli.settings import TrainSettings
+    from .settings import TrainSettings
 
 # a resumed run may differ in these and still be the same run
 _FREE_ON_RESUME = frozenset({"resume", "overwrite", "output", "eval_steps", "report_to"})

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import TrainerCallback
 
-    from lotr_cli.settings import TrainSettings
+    from .settings import TrainSettings
 
 
 def train(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
 
-    from lotr_cli.settings import TrainSettings
+    from .settings import TrainSettings
 
 _HEAD = ".modules_to_save."
 

@@ -1,10 +1,17 @@
-"""Every setting of a training run, described once: the options, the config file and the record come from here."""
+"""Every setting of a training run, described once: the options, the config file and the record come from here.
+
+The command line shows its help from this file before torch is imported (`lotr_cli.light`), so it imports the standard
+library and `lotr.errors` alone.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from ..errors import ConfigError, near
 
 
 def setting(default: Any, panel: str, text: str, shown: str | None = None) -> Any:
@@ -15,7 +22,7 @@ def setting(default: Any, panel: str, text: str, shown: str | None = None) -> An
 _DATA, _ADAPTER, _TRAINING, _RUN = "Model and data", "Adapter", "Training", "Run"
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainSettings:
     """What `lotr train` is told. Fields left at `None` are decided by the run, which says how."""
 
@@ -138,52 +145,52 @@ class TrainSettings:
     overwrite: bool = setting(False, _RUN, "Replace an output folder that is not empty.")
     report_to: str = setting("none", _RUN, "Where transformers logs to: none, tensorboard, wandb, …")
 
-    def record(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the settings of the run as plain values; how it was called is not one of them."""
         return {name: value for name, value in asdict(self).items() if name not in ("resume", "overwrite")}
 
 
-def build(given: dict[str, Any], config: Path | None = None) -> TrainSettings:
-    """Merge options over a config file over the defaults.
+S = TypeVar("S")
+
+
+def read_settings(of: type[S], options: Mapping[str, Any], file: str | Path | None = None) -> S:
+    """Build settings: options over a config file over the defaults.
 
     Args:
-        given: Options by name; `None` means not given.
-        config: YAML file with any of the settings; dashes and underscores both do.
-
-    Returns:
-        The settings.
+        of: `TrainSettings`, or another frozen dataclass whose fields are made by `setting`.
+        options: Settings by name; `None` means not given.
+        file: YAML file with any of the settings; dashes and underscores both do.
 
     Raises:
-        ValueError: The file is not a mapping, or names a setting that does not exist.
+        ConfigError: The file is not a mapping, a setting does not exist, or a value of the file has another type.
     """
-    values: dict[str, Any] = {}
-    if config is not None:
-        values = _read_yaml(config)
-    values |= {name: value for name, value in given.items() if value is not None}
-    return TrainSettings(**values)
+    known = {f.name: str(f.type) for f in fields(of)}  # type: ignore[arg-type]
+    values = {} if file is None else _read_yaml(Path(file), known)
+    for name, value in options.items():
+        if name not in known:
+            raise ConfigError(f"{name!r} is not a setting. {near(name, known)}")
+        if value is not None:
+            values[name] = value
+    return of(**values)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import difflib
-
+def _read_yaml(path: Path, known: Mapping[str, str]) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"--config {path} does not exist.") from None
+        raise ConfigError(f"--config {path} does not exist.") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"--config {path} is not valid YAML: {error}") from None
+        raise ConfigError(f"--config {path} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"--config {path} must hold settings by name, for example `rank: 16`.")
-    known = {f.name: f for f in fields(TrainSettings)}
-    values = {str(name).replace("-", "_"): value for name, value in content.items()}
-    for name, value in values.items():
+        raise ConfigError(f"--config {path} must hold settings by name, for example `rank: 16`.")
+    values = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            hint = f"Near matches: {', '.join(near)}." if near else f"Known: {', '.join(known)}."
-            raise ValueError(f"--config {path} names {name!r}, which is not a setting. {hint}")
-        values[name] = _cast(path, name, value, str(known[name].type))
+            raise ConfigError(f"--config {path} names {name!r}, which is not a setting. {near(name, known)}")
+        values[name] = _cast(path, name, value, known[name].partition(" ")[0])
     return values
 
 
@@ -195,12 +202,9 @@ def _cast(path: Path, name: str, value: Any, kind: str) -> Any:
         value = ",".join(f"{key}={part}" for key, part in value.items())
     if isinstance(value, list):
         value = ",".join(str(part) for part in value)
-    base = kind.partition(" ")[0]
+    if kind == "bool" and not isinstance(value, bool):
+        raise ConfigError(f"--config {path}: {name}={value!r} is neither true nor false.")
     try:
-        if base == "bool":
-            if not isinstance(value, bool):
-                raise ValueError
-            return value
-        return {"int": int, "float": float, "str": str}[base](value)
+        return {"int": int, "float": float, "str": str, "bool": bool}[kind](value)
     except ValueError:
-        raise ValueError(f"--config {path}: {name}={value!r} is not a value of type {base}.") from None
+        raise ConfigError(f"--config {path}: {name}={value!r} is not a value of type {kind}.") from None

@@ -72,11 +72,11 @@ def measure(method: str, seed: int, epochs: float) -> dict[str, Any]:
         "method": method,
         "seed": seed,
         "epochs": epochs,
-        "trained_numbers": report["trained_numbers"]["adapter"],
-        "head_numbers": report["trained_numbers"]["head"],
-        "accuracy": round(report["accuracy"], 4),
+        "trained_numbers": report.trained_numbers["adapter"],
+        "head_numbers": report.trained_numbers["head"],
+        "accuracy": round(report.score, 4),
         "seconds_a_step": round(statistics.median(times.seconds), 4),
-        "rates": report["rates"],
+        "rates": vars(report.rates),
     }
 
 

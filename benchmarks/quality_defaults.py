@@ -47,9 +47,9 @@ def measure(task: str, seed: int, data: Path) -> dict[str, Any]:
     return {
         "task": task,
         "seed": seed,
-        "accuracy": round(report["accuracy"], 4),
+        "accuracy": round(report.score, 4),
         "larger_class": round(largest, 4),
-        "steps": report["steps"],
+        "steps": report.steps,
         "seconds": round(time.perf_counter() - started, 1),
     }
 

@@ -118,8 +118,8 @@ def separate(source: TaskSource, lora: dict[str, object], options: argparse.Name
         )
         report = train(settings, say=lambda line: None, config=config)
         return {
-            "accuracy": report["accuracy"],
-            "numbers": report["trained_numbers"]["adapter"],
+            "accuracy": report.score,
+            "numbers": report.trained_numbers["adapter"],
             "bytes": (Path(folder) / WEIGHTS).stat().st_size,
         }
 

@@ -14,7 +14,6 @@ import saved_models
 from lotr import LotrConfig
 from lotr.errors import ConfigError, Interrupted
 from lotr.training.adapter import adapter_config
-from lotr.training.resume import restore
 from lotr.training.run import train
 from lotr.training.settings import TrainSettings
 from test_cli import lotr, report
@@ -45,15 +44,15 @@ def test_a_start_from_gradients_shares_the_budget_out(place: Path) -> None:
     more = {"init": "gradient", "start_batches": 3, "head_warmup": 5, "max_steps": 60}
     rates = {"lr": 3e-2, "core_lr": 3e-2, "head_lr": 3e-2}
     result = train(_settings(place, "shared-out", **more, **rates), say=lines.append)
-    assert 600 < result["trained_numbers"]["adapter"] <= 700
-    assert len({tuple(rank) for rank in result["ranks"].values()} | {(4, 4)}) > 1
+    assert 600 < result.trained_numbers["adapter"] <= 700
+    assert len({tuple(rank) for rank in result.ranks.values()} | {(4, 4)}) > 1
     assert any(line.startswith("Ranks (k, r): query") for line in lines)
-    assert result["settings"]["budget"] == 700 and result["accuracy"] > 0.9
+    assert result.settings.budget == 700 and result.score > 0.9
     again = report("evaluate", place / "shared-out", "--data", place / "dev.csv")
-    assert again["accuracy"] == pytest.approx(result["accuracy"])
+    assert again["accuracy"] == pytest.approx(result.score)
     inspected = report("inspect", place / "shared-out")
-    assert inspected["numbers"] == result["trained_numbers"]["adapter"]
-    assert {g["group"]: tuple(g["rank"]) for g in inspected["groups"]} == result["ranks"]
+    assert inspected["numbers"] == result.trained_numbers["adapter"]
+    assert {g["group"]: tuple(g["rank"]) for g in inspected["groups"]} == result.ranks
 
 
 @pytest.mark.parametrize(
@@ -68,11 +67,11 @@ def test_a_start_from_gradients_shares_the_budget_out(place: Path) -> None:
 def test_without_data_or_a_cut_all_groups_get_one_rank(place: Path, more: dict[str, str], says: str) -> None:
     lines: list[str] = []
     result = train(_settings(place, f"uniform-{len(more)}", max_steps=1, **more), say=lines.append)
-    assert len(set(result["ranks"].values())) == 1
+    assert len(set(result.ranks.values())) == 1
     assert any(says in line for line in lines)
     planned = report("plan", place / "bert", *_words(more), "--rank", "auto", "--budget", "700")
-    assert planned["trained_numbers"] == result["trained_numbers"]["adapter"] <= 700
-    assert all(rank == (int(planned["rank"]),) * 2 for rank in result["ranks"].values())
+    assert planned["trained_numbers"] == result.trained_numbers["adapter"] <= 700
+    assert all(rank == (int(planned["rank"]),) * 2 for rank in result.ranks.values())
     assert planned["said"] in lines
     shown = lotr("plan", place / "bert", *_words(more), "--rank", "auto", "--budget", "700").stdout
     assert says in shown and "shares" not in shown
@@ -88,8 +87,7 @@ def test_a_run_that_goes_on_has_the_ranks_that_were_chosen(place: Path) -> None:
     stopped = replace(settings, output=str(place / "stopped"))
     with pytest.raises(Interrupted, match="--resume"):
         train(stopped, say=quiet, callbacks=[CtrlC(4)])
-    resumed = restore(TrainSettings(output=stopped.output, resume=True), given={"output", "resume"})
-    assert train(resumed, say=quiet)["ranks"] == straight["ranks"]
+    assert train(output=stopped.output, resume=True, say=quiet).ranks == straight.ranks
     one, two = (load_file(place / name / WEIGHTS) for name in ("straight", "stopped"))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     saved = json.loads((place / "stopped" / "adapter_config.json").read_text())

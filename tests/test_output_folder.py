@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 import saved_models
 from lotr.errors import ConfigError, Interrupted
 from lotr.training import warmup as beginning
-from lotr.training.report import CURVE, METRICS, PICTURES, START
-from lotr.training.resume import restore
+from lotr.training.checkpoint import TRAINER_STATE
+from lotr.training.report import CURVE, METRICS, PICTURES
 from lotr.training.run import train
-from lotr_cli.app import app
 from lotr.training.settings import TrainSettings
+from lotr_cli.app import app
 from test_training import CtrlC, quiet
 
 WEIGHTS = "adapter_model.safetensors"
@@ -128,14 +128,16 @@ def test_a_run_that_goes_on_knows_how_it_began_and_how_long_it_took(place: Path,
     begins = {"init": "gradient", "start_batches": 2, "head_warmup": 1}
     with pytest.raises(Interrupted):
         train(settings(place, tmp_path / "o", **begins), say=quiet, callbacks=[CtrlC(3)])
-    (progress,) = (tmp_path / "o" / "checkpoints" / "checkpoint-4").glob("progress.json")
-    said = json.loads(progress.read_text())
-    progress.write_text(json.dumps(said | {"seconds": said["seconds"] + 1000}))
-    report = train(restore(TrainSettings(output=str(tmp_path / "o"), resume=True), {"resume"}), say=quiet)
+    saved = tmp_path / "o" / "checkpoints" / "checkpoint-4" / TRAINER_STATE
+    state = json.loads(saved.read_text())
+    (progress,) = (one for one in state["stateful_callbacks"].values() if "seconds" in one["attributes"])
+    before = progress["attributes"]["seconds"]
+    progress["attributes"]["seconds"] += 1000
+    saved.write_text(json.dumps(state))
+    report = train(output=str(tmp_path / "o"), resume=True, say=quiet)
     straight = train(settings(place, tmp_path / "straight", **begins), say=quiet)
-    assert report["begun"] == straight["begun"] and report["begun"]["sites"]
-    assert (tmp_path / "o" / START).read_bytes() == (tmp_path / "straight" / START).read_bytes()
-    assert report["seconds"] > 1000 + said["seconds"] - 0.01
+    assert report.begun == straight.begun and report.begun["head_warmup"] == 1
+    assert report.seconds > 1000 + before - 0.01
 
 
 def test_pictures_of_an_earlier_adapter_go_when_the_new_one_is_whole(place: Path, tmp_path: Path) -> None:

@@ -23,12 +23,12 @@ from lotr.files.atomic import file_bytes, whole_folder
 from lotr.training.base_model import MINILM, locate
 from lotr.training.checkpoint import last_whole
 from lotr.training.data.load import load_rows, load_task, read
+from lotr.training.output_folder import settings_to_resume
 from lotr.training.predict import evaluate, predict, scores_of
 from lotr.training.rates import parameter_groups
-from lotr.training.resume import restore
 from lotr.training.run import train
+from lotr.training.settings import TrainSettings, read_options
 from lotr.training.trained import load_trained
-from lotr.training.settings import TrainSettings, build
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -73,11 +73,8 @@ def test_ctrl_c_leaves_a_whole_checkpoint_and_resume_ends_as_if_nothing_happened
     assert last_whole(tmp_path / "stopped" / "checkpoints").name == f"checkpoint-{step + 1}"
     assert not (tmp_path / "stopped" / WEIGHTS).exists()
 
-    resumed = restore(
-        TrainSettings(output=str(tmp_path / "stopped"), resume=True), given={"output", "resume"}
-    )
-    report = train(resumed, say=quiet)
-    assert report["steps"] == 10
+    report = train(output=str(tmp_path / "stopped"), resume=True, say=quiet)
+    assert report.steps == 10
     assert (tmp_path / "stopped" / WEIGHTS).read_bytes() == (tmp_path / "straight" / WEIGHTS).read_bytes()
     assert not (tmp_path / "stopped" / "checkpoints").exists()
 
@@ -130,7 +127,8 @@ def test_two_processes_train_one_adapter(place: Path, tmp_path: Path) -> None:
     assert (tmp_path / "o" / WEIGHTS).is_file()
 
     trained = load_trained(tmp_path / "o")
-    rows = load_rows(str(tmp_path / "dev.csv"), trained.columns, trained.task, trained.labels, True, None)
+    task = trained.task
+    rows = load_rows(str(tmp_path / "dev.csv"), task.columns, task.task, task.labels, True, None)
     scores, labels = (torch.from_numpy(part) for part in scores_of(trained, rows, with_labels=True))
     loss = torch.nn.functional.cross_entropy(scores, labels.long()).item()
     assert report["eval"]["loss"] == pytest.approx(loss, abs=1e-4)  # 21 rows fill no batches of two processes
@@ -181,14 +179,12 @@ def test_checkpoints_hold_no_pickle(place: Path, tmp_path: Path) -> None:
 def test_resume_refuses_other_settings_and_a_finished_run(place: Path, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         train(settings(place, tmp_path / "o"), say=quiet, callbacks=[CtrlC(2)])
-    asked = TrainSettings(output=str(tmp_path / "o"), resume=True, rank="8")
-    with pytest.raises(ConfigError, match="rank was '2', not '8'"):
-        restore(asked, given={"rank", "resume"})
+    with pytest.raises(ConfigError, match="rank was '2', not '16'"):  # the default, where it is named
+        train(output=str(tmp_path / "o"), resume=True, rank="16")
     train(settings(place, tmp_path / "done", max_steps=1), say=quiet)
-    with pytest.raises(ConfigError, match="finished"):
-        restore(TrainSettings(output=str(tmp_path / "done"), resume=True), given={"resume"})
-    with pytest.raises(ConfigError, match=r"nothing does not exist"):
-        restore(TrainSettings(output=str(tmp_path / "nothing"), resume=True), given={"resume"})
+    for name, says in (("done", "finished"), ("nothing", r"nothing does not exist")):
+        with pytest.raises(ConfigError, match=says):
+            settings_to_resume({"output": str(tmp_path / name), "resume": True})
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(place: Path, tmp_path: Path) -> None:
@@ -207,7 +203,7 @@ def test_an_old_adapter_stays_whole_until_the_new_one_is(place: Path, tmp_path: 
         train(settings(place, tmp_path / "o", seed=1, overwrite=True), say=quiet, callbacks=[CtrlC(2)])
     assert (tmp_path / "o" / WEIGHTS).read_bytes() == old
     assert json.loads((tmp_path / "o" / "settings.json").read_text())["seed"] == 0
-    train(restore(TrainSettings(output=str(tmp_path / "o"), resume=True), given={"resume"}), say=quiet)
+    train(output=str(tmp_path / "o"), resume=True, say=quiet)
     assert (tmp_path / "o" / WEIGHTS).read_bytes() != old
     assert json.loads((tmp_path / "o" / "settings.json").read_text())["seed"] == 1
 
@@ -276,7 +272,7 @@ def test_a_half_precision_base_trains_full_precision_numbers(place: Path, tmp_pa
         torch, dtype
     )
     load_task(str(place / "train.csv")).eval.to_csv(tmp_path / "held_out.csv", index=False)
-    assert evaluate(trained, str(tmp_path / "held_out.csv"))["accuracy"] == report["accuracy"]
+    assert evaluate(trained, str(tmp_path / "held_out.csv"))["accuracy"] == report.score
 
 
 def test_settings_out_of_range_are_refused_by_name(place: Path, tmp_path: Path) -> None:
@@ -284,18 +280,17 @@ def test_settings_out_of_range_are_refused_by_name(place: Path, tmp_path: Path) 
         with pytest.raises(ConfigError, match=name):
             train(settings(place, tmp_path / "o", **{name: value}), say=quiet)
     with pytest.raises(ConfigError, match="--output"):
-        restore(TrainSettings(resume=True), given={"resume"})
+        train(resume=True)
     assert not (tmp_path / "o").exists()
 
 
 def test_a_finished_run_can_be_repeated_from_its_own_settings(place: Path, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         train(settings(place, tmp_path / "o"), say=quiet, callbacks=[CtrlC(2)])
-    train(restore(TrainSettings(output=str(tmp_path / "o"), resume=True), given={"resume"}), say=quiet)
-    again = build({"output": str(tmp_path / "again")}, tmp_path / "o" / "settings.json")
-    assert not again.resume
-    assert not again.overwrite
-    train(again, say=quiet)
+    train(output=str(tmp_path / "o"), resume=True, say=quiet)
+    options = read_options({"output": str(tmp_path / "again")}, tmp_path / "o" / "settings.json")
+    assert not {"resume", "overwrite"} & options.keys()
+    train(**options, say=quiet)
     assert (tmp_path / "again" / WEIGHTS).is_file()
 
 

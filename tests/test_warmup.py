@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import saved_models
-from lotr.training.report import METRICS, START
+from lotr.training.report import METRICS
 from lotr.training.warmup import warm_head
 from test_cli import QUICK, lotr, report
 
@@ -41,14 +41,6 @@ def test_a_run_that_starts_from_gradients_says_how_much_of_them_it_keeps(started
     assert begun["head_warmup"] == 5 and begun["start_batches"] == 3
     assert len(begun["sites"]) == 4 and 0.05 < begun["kept"] <= 1
     assert started["accuracy"] > 0.9
-
-
-def test_what_the_factors_keep_of_every_site_is_drawn_after_a_start_from_data_alone(
-    started: dict, place: Path
-) -> None:
-    plain = _train(place, "plain")
-    assert (place / "started" / START).read_bytes().startswith(b"\x89PNG")
-    assert "sites" not in plain["begun"] and not (place / "plain" / START).exists()
 
 
 def test_a_new_head_warms_up_by_default(place: Path) -> None:

@@ -12,6 +12,7 @@ import typer
 from . import bank, console, reports
 from .console import reported
 from .examples import epilog
+from .light import load
 from .options import with_train_options
 
 app = typer.Typer(
@@ -67,33 +68,20 @@ def options(
 def train(
     config: Annotated[Path | None, typer.Option(help="YAML file with any of these settings.")] = None,
     json: Json = False,
-    **given: Any,
+    **options: Any,
 ) -> None:
     """Fine-tune a model; writes the adapter, `metrics.json`, `curve.png` and a model card."""
-    from .settings import build
-
-    try:
-        settings = build(given, config)
-    except ValueError as error:
-        raise console.usage_error(str(error)) from None
-    named = {name for name, value in given.items() if value is not None}
     with reported(), console.stopwatch("Starting"):
-        from lotr.training.resume import restore
+        options = load("lotr.training.settings").read_options(options, config)
+        from lotr.training.process import is_main_process
         from lotr.training.run import train as run
-        from lotr.training.trainer import is_main_process
 
-        from .progress import TrainingProgress
+        from .progress import training_progress
 
-        if settings.resume:
-            settings = restore(settings, named)
-        bar = TrainingProgress()
-        try:
-            report = run(settings, say=console.say, callbacks=[bar])
-        finally:
-            bar.close()
-        main_process = is_main_process()
-    if main_process:
-        reports.trained(report, settings.output, json)
+        with training_progress() as bar:
+            report = run(say=console.say, callbacks=[bar], **options)
+        if is_main_process():
+            reports.trained(report, json)
 
 
 @app.command(epilog=epilog("evaluate"))
@@ -114,24 +102,24 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure an adapter on data; draws the confusion matrix."""
+    if picture is None and Path(adapter).is_dir():
+        picture = Path(adapter) / "confusion.png"
     with reported(), console.stopwatch("Loading"):
-        from lotr.adapters import plots
         from lotr.training.predict import evaluate as measure
-        from lotr.training.trained import load_trained
 
-        if picture is not None and not picture.parent.is_dir():
-            raise console.usage_error(f"--picture {picture}: the folder {picture.parent} does not exist.")
-        trained = load_trained(adapter, model)
-        trained.columns = trained.columns.named(text=text, text2=text2, label=label)
         with console.counting("Evaluating") as tick:
-            scores = measure(trained, data, batch_size, tick)
-        drawn = None
-        if "confusion" in scores:
-            import numpy as np
-
-            drawn = picture or trained.adapter.path / "confusion.png"
-            plots.confusion(np.array(scores["confusion"]), trained.labels, drawn)
-    reports.evaluated(adapter, data, scores, list(trained.labels), drawn, json)
+            scores = measure(
+                adapter,
+                data,
+                model=model,
+                text=text,
+                text2=text2,
+                label=label,
+                batch_size=batch_size,
+                picture=picture,
+                tick=tick,
+            )
+    reports.evaluated(adapter, data, scores, picture, json)
 
 
 @app.command(epilog=epilog("predict"))
@@ -152,48 +140,26 @@ def predict(
     json: Json = False,
 ) -> None:
     """Write the rows of a file with a prediction each."""
-    from . import output as writing
-
     with reported(), console.stopwatch("Loading"):
-        writing.check_output(output, overwrite, data)
-        columns = {"text": text, "text2": text2}
-        rows = _predicted(adapter, data, columns, model, task, task_column, batch_size, max_new_tokens)
-        writing.write_rows(rows, output)
-    reports.said(
-        {"rows": len(rows), "output": str(output)}, f"{len(rows)} predictions are in {output}.", json
-    )
+        reports.check_output(output, overwrite, data)
+        from lotr.training.predict import predict as answer
 
-
-def _predicted(
-    place: str,
-    data: str,
-    columns: dict[str, str | None],
-    model: str | None,
-    task: str | None,
-    task_column: str | None,
-    batch_size: int,
-    max_new_tokens: int,
-) -> list[dict[str, Any]]:
-    from lotr.bank.folder import BANK
-
-    if (Path(place) / BANK).is_file():
-        from lotr.training.tasks.predict import predict as predict_rows
-        from lotr.training.tasks.served import load_served
-
-        bank = load_served(place, model)
         with console.counting("Predicting") as tick:
-            return predict_rows(bank, data, task, task_column, columns, batch_size, max_new_tokens, tick)
-    if task is not None or task_column is not None:
-        raise console.usage_error(
-            f"{place} is no bank, so it has no tasks. Leave out --task and --task-column."
-        )
-    from lotr.training import predict as adapter_answers
-    from lotr.training.trained import load_trained
-
-    adapter = load_trained(place, model)
-    adapter.columns = adapter.columns.named(**columns)
-    with console.counting("Predicting") as tick:
-        return adapter_answers.predict(adapter, data, batch_size, max_new_tokens, tick)
+            rows = answer(
+                adapter,
+                data,
+                task=task,
+                task_column=task_column,
+                model=model,
+                text=text,
+                text2=text2,
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                tick=tick,
+            )
+        reports.write_rows(rows, output)
+    report = {"rows": len(rows), "output": str(output)}
+    reports.said(report, f"{len(rows)} predictions are in {output}.", json)
 
 
 @app.command(epilog=epilog("plan"))
@@ -201,22 +167,15 @@ def _predicted(
 def plan(
     model: Annotated[str, typer.Argument(help="Local folder, hub id or `minilm`; only its config is read.")],
     dtype: Annotated[str, typer.Option(help="Type of the numbers.")] = "float32",
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Tell in which order products would be taken, and their work.")
-    ] = False,
-    tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens in a batch (rows × length), for --explain.")
-    ] = 2048,
     json: Json = False,
-    **given: Any,
+    **options: Any,
 ) -> None:
     """Show what would share what, and what it costs, before anything is trained. Needs no weights."""
     with reported(), console.stopwatch("Planning"):
         from lotr.training.planning import plan_model
+        from lotr.training.settings import TrainSettings, read_settings
 
-        from .settings import build
-
-        report = plan_model(build({**given, "model": model}), dtype, tokens if explain else None)
+        report = plan_model(read_settings(TrainSettings, {**options, "model": model}), dtype)
     reports.planned(model, report, json)
 
 
@@ -235,10 +194,10 @@ def inspect(
         from lotr.files.adapter_folder import read_adapter
 
         folder = read_adapter(adapter)
-        found = take_apart(folder)
-        drawn = picture or folder.path / "cores.png"
-        draw(found, drawn)
-    reports.inspected(adapter, found, drawn, json)
+        inspection = take_apart(folder)
+        picture = picture or folder.path / "cores.png"
+        draw(inspection, picture)
+    reports.inspected(adapter, inspection, picture, json)
 
 
 @app.command(epilog=epilog("merge"))
@@ -251,21 +210,10 @@ def merge(
 ) -> None:
     """Write a plain transformers model with the adapter merged into its weights."""
     with reported(), console.stopwatch("Merging"):
-        from lotr.files.atomic import check_apart, check_free
+        from lotr.training.trained import merge as write_merged
 
-        check_free(output, overwrite)
-        check_apart(output, "adapter", adapter)
-        check_apart(output, "base model", model)
-        from lotr.adapters.export import merged
-        from lotr.training.trained import load_trained
-
-        trained = load_trained(adapter, model)
-        merged(trained.model, trained.tokenizer, output, overwrite)
-    reports.said(
-        {"output": str(output)},
-        f"The merged model is in {output}. It loads with transformers alone.",
-        json,
-    )
+        report = write_merged(adapter, output, model, overwrite)
+    reports.said(report, f"The merged model is in {output}. It loads with transformers alone.", json)
 
 
 @app.command(epilog=epilog("export"))
@@ -292,9 +240,7 @@ def export(
 @app.command(epilog=epilog("methods"))
 def methods(json: Json = False) -> None:
     """List the methods of the table, with their papers."""
-    with reported():
-        from lotr.methods import METHODS
-    reports.listed(METHODS, json)
+    reports.listed(load("lotr.methods").METHODS, json)
 
 
 def main() -> None:

@@ -74,6 +74,11 @@ def say(line: str) -> None:
     err.print(line, markup=False, highlight=False, style="dim")
 
 
+def print_line(line: str) -> None:
+    """Print a line of a report on stdout, whole."""
+    out.print(line, highlight=False, soft_wrap=True)
+
+
 def print_json(content: Any) -> None:
     """Print a report as JSON on stdout."""
     json.dump(content, sys.stdout, indent=2, default=str)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,7 +18,7 @@ class TrainingProgress(TrainerCallback):
     def __init__(self) -> None:
         self._bar: Progress | None = None
         self._task: Any = None
-        self._said: dict[str, float] = {}
+        self._scores: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar."""
@@ -45,14 +47,14 @@ class TrainingProgress(TrainerCallback):
         if self._bar is None:
             return
         shown = {"loss", "eval_loss", "eval_accuracy", "eval_pearson"}
-        self._said |= {k: float(v) for k, v in (logs or {}).items() if k in shown}
+        self._scores |= {k: float(v) for k, v in (logs or {}).items() if k in shown}
         if not err.is_terminal and any(name.startswith("eval_") for name in logs or {}):
             # a log file shows no bar
             say(f"Step {state.global_step} of {state.max_steps}: " + self._line())
         self._bar.update(self._task, description=self._line())
 
     def _line(self) -> str:
-        return "  ".join(f"{name} {value:.4f}" for name, value in self._said.items())
+        return "  ".join(f"{name} {value:.4f}" for name, value in self._scores.items())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""
@@ -63,3 +65,13 @@ class TrainingProgress(TrainerCallback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+@contextmanager
+def training_progress() -> Iterator[TrainingProgress]:
+    """Give the callback that shows a bar, which goes when the block ends."""
+    bar = TrainingProgress()
+    try:
+        yield bar
+    finally:
+        bar.close()

@@ -1,15 +1,19 @@
-"""How each command's result is shown."""
+"""How each command's result is shown, and how predictions are written."""
 
 from __future__ import annotations
 
+import csv
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .console import out, print_json, print_table
+from .console import print_json, print_line, print_table
+from .light import load
 
 if TYPE_CHECKING:
     from lotr.adapters.inspection import Inspection
+    from lotr.training.report import RunReport
 
 
 def said(report: dict[str, Any], line: str, as_json: bool) -> None:
@@ -17,39 +21,36 @@ def said(report: dict[str, Any], line: str, as_json: bool) -> None:
     if as_json:
         print_json(report)
     else:
-        out.print(line, highlight=False, soft_wrap=True)
+        print_line(line)
 
 
-def trained(report: dict[str, Any], folder: str | None, as_json: bool) -> None:
+def trained(report: RunReport, as_json: bool) -> None:
     """Show the result of a training run."""
     if as_json:
-        return print_json(report)
-    numbers = report["trained_numbers"]
-    rows = [(name, value) for name, value in report["eval"].items()]
-    rows += [
-        ("trained numbers, adapter", numbers["adapter"]),
-        ("trained numbers, head", numbers["head"]),
-        ("bytes on disk", report["adapter_bytes"]),
-        ("steps", report["steps"]),
-        ("seconds", report["seconds"]),
+        return print_json(report.to_dict(history=False))
+    rows = [
+        *report.eval.items(),
+        ("trained numbers, adapter", report.trained_numbers["adapter"]),
+        ("trained numbers, head", report.trained_numbers["head"]),
+        ("bytes on disk", report.adapter_bytes),
+        ("steps", report.steps),
+        ("seconds", report.seconds),
     ]
     print_table("", ("", "value"), rows)
-    out.print(f"The adapter, its curve and its card are in {folder}.", highlight=False, soft_wrap=True)
+    print_line(f"The adapter, its curve and its card are in {report.settings.output}.")
     return None
 
 
-def evaluated(
-    adapter: str, data: str, scores: dict[str, Any], labels: list[str], drawn: Path | None, as_json: bool
-) -> None:
+def evaluated(adapter: str, data: str, scores: dict[str, Any], picture: Path | None, as_json: bool) -> None:
     """Show scores."""
+    drawn = picture if "confusion" in scores else None
     if as_json:
-        picture = None if drawn is None else str(drawn)
-        return print_json({"adapter": adapter, "data": data, **scores, "labels": labels, "picture": picture})
-    print_table(
-        f"{adapter} on {data}", ("", "value"), [(k, v) for k, v in scores.items() if k != "confusion"]
-    )
+        shown = None if drawn is None else str(drawn)
+        return print_json({"adapter": adapter, "data": data, **scores, "picture": shown})
+    rows = [(name, value) for name, value in scores.items() if name not in ("confusion", "labels")]
+    print_table(f"{adapter} on {data}", ("", "value"), rows)
     if drawn is not None:
-        out.print(f"The confusion matrix is in {drawn}.", highlight=False, soft_wrap=True)
+        print_line(f"The confusion matrix is in {drawn}.")
     return None
 
 
@@ -77,46 +78,31 @@ def planned(model: str, report: dict[str, Any], as_json: bool) -> None:
     ]
     if "budget" in report:
         lines.append(report["said"])
-    for line in lines:
-        out.print(line, highlight=False, soft_wrap=True)
-    if "orders" in report:
-        names = ("modules", "weight", "rank", "order", "work")
-        rows = [(*(o[name] for name in names[:-1]), f"{o['extra_work']:.1%}") for o in report["orders"]]
-        print_table(f"Training with {report['tokens']:,} tokens a batch", names, rows)
-        out.print(
-            "Order: where the update is merged into the weight for a product. Work: multiplications that it adds to "
-            "the base layer's, forward and backward. On this machine's processor products are taken by "
-            f"{report['library']}.",
-            highlight=False,
-            soft_wrap=True,
-        )
+    print_line("\n".join(lines))
     return None
 
 
-def inspected(adapter: str, found: Inspection, drawn: Path, as_json: bool) -> None:
+def inspected(adapter: str, inspection: Inspection, picture: Path, as_json: bool) -> None:
     """Show what is inside an adapter."""
     if as_json:
-        return print_json({**found.to_dict(), "picture": str(drawn)})
+        return print_json({**inspection.to_dict(), "picture": str(picture)})
     header = ("group", "sites", "block", "rank", "factors", "cores")
     print_table(
-        f"{adapter}: groups", header, [tuple(group[name] for name in header) for group in found.groups]
+        f"{adapter}: groups", header, [tuple(group[name] for name in header) for group in inspection.groups]
     )
-    heads = any(site.head is not None for site in found.sites)
+    heads = any(site.head is not None for site in inspection.sites)
     rows = [
         (s.layer, s.projection, *((s.head if s.head is not None else "",) if heads else ()), s.norm, s.rank)
-        for s in found.sites
+        for s in inspection.sites
     ]
     names = ("layer", "projection", *(("head",) if heads else ()), "‖ΔW‖", "effective rank")
     print_table(
-        "Updates, before the magnitude" if found.config.magnitude != "none" else "Updates", names, rows
+        "Updates, before the magnitude" if inspection.config.magnitude != "none" else "Updates", names, rows
     )
-    out.print(
-        f"{found.numbers:,} numbers in the adapter, "
-        + (f"{found.basis:,} more from its basis, " if found.basis else "")
-        + f"{found.head:,} in the head, {found.size:,} bytes. "
-        f"The heat map is in {drawn}.",
-        highlight=False,
-        soft_wrap=True,
+    basis = f"{inspection.basis:,} more from its basis, " if inspection.basis else ""
+    print_line(
+        f"{inspection.numbers:,} numbers in the adapter, {basis}{inspection.head:,} in the head, "
+        f"{inspection.size:,} bytes. The heat map is in {picture}."
     )
     return None
 
@@ -137,3 +123,33 @@ def listed(methods: dict[str, Any], as_json: bool) -> None:
         )
     print_table("", ("method", "what it is"), rows)
     return None
+
+
+def check_output(path: Path, overwrite: bool, data: str) -> None:
+    """Refuse a file that cannot be written, before any work is done.
+
+    Raises:
+        ConfigError: The type is not known, the file exists or is the data, or its folder does not exist.
+    """
+    ConfigError = load("lotr.errors").ConfigError
+    if path.suffix not in (".csv", ".jsonl"):
+        raise ConfigError(f"--output {path} has no known type. Name a .csv or .jsonl file.")
+    if path.exists() and Path(data).exists() and path.samefile(data):
+        raise ConfigError(f"--output {path} is the data. Choose another name.")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"--output {path} exists. Choose another name, or replace it with --overwrite.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--output {path}: the folder {path.parent} does not exist. Make it first.")
+
+
+def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write rows under a temporary name and rename it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        if path.suffix == ".csv":
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    temporary.replace(path)

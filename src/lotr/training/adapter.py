@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, near
 from ..methods import METHODS
+from ..tuner.config import LotrConfig
 from .budget import AUTO, check_budget_is_meant
 from .data.columns import check_task
-from .parsing import check_positive, read_core_ranks, read_modes, read_rank, target_modules
 from .rates import Rates, default_rates
 
 if TYPE_CHECKING:
@@ -24,10 +22,18 @@ if TYPE_CHECKING:
 #: Methods that are not rows of the table: PEFT's own for comparison, and a new head alone.
 PEERS = ("peft_lora", "peft_dora", "head")
 TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
+#: Settings of this library's methods, which PEFT's own do not know.
+_OURS = ("modes", "core", "core_ranks", "blocks", "magnitude", "trainable", "init", "basis", "budget")
+#: Settings that always have a value, and the field of the configuration that each sets.
+_ALWAYS = {"rank": "r", "method": "method", "scaling": "scaling"}
 
 
-def adapter_config(settings: TrainSettings, task: str) -> PeftConfig:
-    """Return the PEFT configuration that the settings ask for.
+def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConfig:
+    """Return the PEFT configuration that the settings describe.
+
+    Args:
+        settings: Its settings of the adapter are read.
+        task: classification, regression or causal-lm, where that is known; it decides the type of the model alone.
 
     Raises:
         ConfigError: A setting has no meaning; the message names it.
@@ -35,18 +41,12 @@ def adapter_config(settings: TrainSettings, task: str) -> PeftConfig:
     import peft
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
-    from ..tuner.config import LotrConfig
-
-    _check_meaning(settings, task)
+    _check_meaning(settings)
     common: dict[str, Any] = {
-        "task_type": TASK_TYPES[task],
-        "target_modules": target_modules(settings.target_modules),
+        "task_type": TASK_TYPES[task or "classification"],
+        "target_modules": read_target_modules(settings.target_modules),
     }
     if settings.method == "head":
-        if task == "causal-lm":
-            raise ConfigError(
-                "method='head' trains a new head alone, and causal-lm has none. Use another method."
-            )
         return LotrConfig(**{**common, "target_modules": DUMMY_TARGET_MODULES})
     if settings.method in PEERS:
         k, r = read_rank(settings.rank)
@@ -70,101 +70,71 @@ def adapter_config(settings: TrainSettings, task: str) -> PeftConfig:
         "scaling": settings.scaling,
     }
     if settings.basis is not None:  # what was left at its default is as in the basis
-        fields = {name: fields[name] for name in _given(settings)}
-    with _called_as_in_settings():
-        config = LotrConfig(
-            basis=settings.basis,
-            modes=read_modes(settings.modes),
-            core=settings.core,
-            core_ranks=read_core_ranks(settings.core_ranks),
-            blocks=settings.blocks,
-            magnitude=settings.magnitude,
-            trainable=settings.trainable,
-            init=settings.init,
-            dropout=settings.dropout,
-            seed=settings.seed,
-            **fields,
-            **common,
-        )
-    if settings.basis is not None:  # what the report says is what was trained
-        settings.method, settings.scaling = config.method, config.scaling
-        settings.rank = ",".join(map(str, dict.fromkeys(config.rank)))
-    return config
+        changed = [name for name in _ALWAYS if getattr(settings, name) != getattr(type(settings), name)]
+        fields = {_ALWAYS[name]: fields[_ALWAYS[name]] for name in changed}
+    return LotrConfig(
+        basis=settings.basis,
+        modes=read_modes(settings.modes),
+        core=settings.core,
+        core_ranks=read_core_ranks(settings.core_ranks),
+        blocks=settings.blocks,
+        magnitude=settings.magnitude,
+        trainable=settings.trainable,
+        init=settings.init,
+        dropout=settings.dropout,
+        seed=settings.seed,
+        **fields,
+        **common,
+    )
 
 
-def choose_start(settings: TrainSettings, config: PeftConfig, task: str) -> None:
-    """Start from updates where that was left open and factors would stay as random as they begin.
+def resolve(settings: TrainSettings, config: PeftConfig, task: str) -> TrainSettings:
+    """Return the settings with what was left open, as the task and the basis decide it.
 
-    It was measured behind a new head (docs/quality.md), so models that write text start as before.
+    Cores that train alone start from gradients, where nothing else was asked for: factors that stay as they are would
+    stay as random as they begin.
+
+    Raises:
+        ConfigError: A setting has no meaning for the task.
     """
-    from ..tuner.config import LotrConfig
-
-    left_open = settings.init is None and settings.basis is None and task != "causal-lm"
-    if not (left_open and isinstance(config, LotrConfig) and config.trainable == "cores"):
-        return
-    if config.init == "orthonormal" and config.starts_at_zero:
-        settings.init = config.init = "update"
-
-
-def start_batches(settings: TrainSettings, steps: int) -> int:
-    """Return how many batches a start from data looks at: as many as asked, else 8.
-
-    For the short training of a start from updates, which takes one a step, half of the run's steps and at most 50.
-    """
-    if settings.start_batches is not None:
-        return settings.start_batches
-    return min(50, max(1, steps // 2)) if settings.init == "update" else 8
-
-
-def _given(settings: TrainSettings) -> list[str]:
-    """Return which fields of a configuration, of those that settings always have, were set to something else."""
-    names = {"r": "rank", "method": "method", "scaling": "scaling"}
-    return [
-        field for field, name in names.items() if getattr(settings, name) != getattr(type(settings), name)
-    ]
-
-
-#: Settings of this library's methods, which PEFT's own do not know.
-_OURS = ("modes", "core", "core_ranks", "blocks", "magnitude", "trainable", "init", "basis", "budget")
-
-
-def _check_meaning(settings: TrainSettings, task: str) -> None:
-    """Refuse settings that would be passed over."""
-    check_task(task)
-    check_positive(settings, "start_batches")
-    check_budget_is_meant(settings)
-    if settings.method in PEERS:
-        given = [name for name in _OURS if getattr(settings, name) is not None]
-        if given:
-            raise ConfigError(
-                f"{given[0]}={getattr(settings, given[0])!r} has no meaning with method={settings.method!r}, which is "
-                "not a row of the table. Leave it out, or name a row (`lotr methods`)."
-            )
-    moves = {"trainable": settings.trainable == "all", "init": settings.init is not None}
-    if settings.basis is not None and any(moves.values()):
-        name = next(name for name, asked in moves.items() if asked)
+    if task == "causal-lm" and settings.method == "head":
         raise ConfigError(
-            f"{name}={getattr(settings, name)!r} contradicts basis={settings.basis!r}, whose factors are kept. Leave "
-            "one of them out."
+            "method='head' trains a new head alone, and causal-lm has none. Use another method."
         )
-    if settings.head_warmup and task == "causal-lm":
+    if task == "causal-lm" and settings.head_warmup:
         raise ConfigError(
             f"head_warmup={settings.head_warmup} has no meaning for causal-lm, where no head is new. Leave it out."
         )
+    if not isinstance(config, LotrConfig) or settings.method in PEERS:
+        return settings
+    if settings.basis is not None:  # what the report says is what was trained
+        rank = ",".join(map(str, dict.fromkeys(config.rank)))
+        return replace(settings, method=config.method, scaling=config.scaling, rank=rank)
+    if settings.init is None and (config.trainable, config.init) == ("cores", "orthonormal"):
+        return replace(settings, init="gradient")
+    return settings
 
 
-#: What a configuration calls otherwise than the settings, in which `train` is the data.
-_CALLED = {"train": "trainable", "r": "rank", "target_modules": "target"}
-
-
-@contextmanager
-def _called_as_in_settings() -> Iterator[None]:
-    """Let what refuses a field of a configuration name the setting that it came from."""
-    try:
-        yield
-    except ConfigError as error:
-        said = re.sub(r"\b(train|r|target_modules)=", lambda m: f"{_CALLED[m[1]]}=", str(error))
-        raise ConfigError(said) from error
+def _check_meaning(settings: TrainSettings) -> None:
+    """Refuse settings that would be passed over."""
+    if settings.task is not None:
+        check_task(settings.task)
+    check_positive(settings, "start_batches")
+    check_budget_is_meant(settings)
+    if settings.method in PEERS:
+        for name in _OURS:
+            if getattr(settings, name) is not None:
+                raise ConfigError(
+                    f"{name}={getattr(settings, name)!r} has no meaning with method={settings.method!r}, which is not "
+                    "a row of the table. Leave it out, or name a row (`lotr methods`)."
+                )
+    if settings.basis is not None:
+        for name, contradicts in (("trainable", settings.trainable == "all"), ("init", settings.init)):
+            if contradicts:
+                raise ConfigError(
+                    f"{name}={getattr(settings, name)!r} contradicts basis={settings.basis!r}, whose factors are kept. "
+                    "Leave one of them out."
+                )
 
 
 def add_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
@@ -215,51 +185,100 @@ def check_targets(model: nn.Module, config: PeftConfig) -> None:
 
     from ..tuner.targets import linear_paths, match_nothing
 
-    asked = getattr(config, "target_modules", None)
-    paths = linear_paths(model)
-    if isinstance(asked, str) and asked != "all-linear" and asked != DUMMY_TARGET_MODULES:
-        if not any(re.fullmatch(asked, path) for path, _ in model.named_modules()):
-            raise ConfigError(f"target_modules={asked!r} {match_nothing(model, asked)}")
-    elif isinstance(asked, set | list | tuple):
-        for name in sorted(asked):
+    names = getattr(config, "target_modules", None)
+    if isinstance(names, str) and names not in ("all-linear", DUMMY_TARGET_MODULES):
+        if not any(re.fullmatch(names, path) for path, _ in model.named_modules()):
+            raise ConfigError(f"target_modules={names!r} {match_nothing(model, names)}")
+    elif isinstance(names, set | list | tuple):
+        paths = linear_paths(model)
+        for name in sorted(names):
             if not any(path == name or path.endswith(f".{name}") for path in paths):
                 raise ConfigError(f"target_modules={name!r} {match_nothing(model, [name])}")
 
 
-def head_warmup(settings: TrainSettings, task: str, steps: int) -> int:
-    """Return for how many steps a new head trains alone: as many as asked, else a fifth of all and at most 20."""
-    if settings.head_warmup is not None:
-        return settings.head_warmup
-    return min(20, steps // 5) if _warms_head(settings, task) else 0
+def rates(settings: TrainSettings, config: PeftConfig) -> Rates:
+    """Return the learning rates: those of the settings, else those that worked for the structure."""
+    if isinstance(config, LotrConfig):
+        default = default_rates(str(config.core), str(config.magnitude), str(config.trainable))
+    else:
+        default = default_rates("identity", "none")
+    named = {name: getattr(settings, name) for name in vars(default)}
+    return replace(default, **{name: rate for name, rate in named.items() if rate is not None})
 
 
-def _warms_head(settings: TrainSettings, task: str) -> bool:
-    # a head without an adapter has nothing to go before
-    return settings.head_warmup != 0 and task != "causal-lm" and settings.method != "head"
+def read_modes(text: str | None) -> tuple[str, ...] | None:
+    """Read coordinates with commas; `none` shares nothing.
+
+    Example:
+        >>> read_modes("layer, projection"), read_modes("none"), read_modes(None)
+        (('layer', 'projection'), (), None)
+    """
+    if text is None:
+        return None
+    return tuple(mode for mode in re.split(r"[,\s]+", text) if mode and mode != "none")
 
 
-def rates(settings: TrainSettings) -> Rates:
-    """Return the learning rates: those given, else those that worked for the structure."""
-    default = default_rates(*_structure(settings))
-    given = {name: getattr(settings, name) for name in vars(default)}
-    check_positive(settings, *given)
-    return replace(default, **{name: rate for name, rate in given.items() if rate is not None})
+def read_core_ranks(text: str | None) -> int | dict[str, int] | None:
+    """Read `4`, or `layer=8,head=4`.
+
+    Example:
+        >>> read_core_ranks("4"), read_core_ranks("layer=8,head=4")
+        (4, {'layer': 8, 'head': 4})
+    """
+    if text is None:
+        return None
+    try:
+        if "=" not in text:
+            return int(text)
+        return {name.strip(): int(n) for name, n in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise ConfigError(
+            f"core_ranks={text!r} holds no ranks. Use a number, or `mode=number` with commas between."
+        ) from None
 
 
-def _structure(settings: TrainSettings) -> tuple[str, str, str]:
-    """Return core, magnitude and what trains; of a peer those of its like."""
-    if settings.method in PEERS:
-        return "identity", "per_output" if settings.method == "peft_dora" else "none", "all"
-    row = METHODS.get(settings.method)
-    if settings.basis is not None:
-        from ..tuner.config import LotrConfig
+def read_rank(text: str) -> tuple[int, int]:
+    """Read `16` or `8,16`.
 
-        config = LotrConfig(basis=settings.basis, magnitude=settings.magnitude)
-        return str(config.core), str(config.magnitude), "cores"
-    if row is None:  # refused with its name when the configuration is made
-        return "free", "none", "all"
-    return (
-        settings.core or row.core,
-        settings.magnitude or row.magnitude,
-        settings.trainable or row.trainable,
-    )
+    Example:
+        >>> read_rank("8,16")
+        (8, 16)
+    """
+    parts = str(text).split(",")
+    if len(parts) > 2 or not all(re.fullmatch(r"\s*[1-9]\d*\s*", part) for part in parts):
+        raise ConfigError(
+            f"rank={text!r} is not a rank. Use a positive integer, a pair `k,r` of them, or `auto`."
+        )
+    return int(parts[0]), int(parts[-1])
+
+
+def read_target_modules(text: str | None) -> list[str] | str | None:
+    """Read names with commas, a regex, or `all-linear`.
+
+    Example:
+        >>> read_target_modules("query,value"), read_target_modules("all-linear"), read_target_modules("layer.[01].*")
+        (['query', 'value'], 'all-linear', 'layer.[01].*')
+    """
+    if text is None or text == "all-linear":
+        return text
+    if not re.search(r"[*+?()\[\]|\\^$]", text):  # a character that no module's name has
+        return [name.strip() for name in text.split(",") if name.strip()]
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ConfigError(
+            f"target_modules={text!r} is not a regex: {error}. Name modules with commas instead."
+        ) from None
+    return text
+
+
+def check_positive(settings: object, *names: str) -> None:
+    """Refuse numbers that are not positive.
+
+    Raises:
+        ConfigError: The message names the first of them.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name}={value} trains nothing. Use a positive number.")

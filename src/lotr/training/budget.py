@@ -16,9 +16,8 @@ from ..tuner.targets import plan, plan_of
 if TYPE_CHECKING:
     from torch import nn
 
-    from .settings import TrainSettings
-
     from ..tuner.config import LotrConfig
+    from .settings import TrainSettings
 
 AUTO = "auto"
 _WIDER = 2  # times the uniform rank: how far one group may grow at the cost of others

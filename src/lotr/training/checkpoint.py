@@ -1,116 +1,158 @@
-"""The state of a training run on disk, as safetensors and JSON: optimiser, scheduler, random numbers."""
+"""transformers' Trainer with checkpoints in safetensors and JSON, byte-equal resume, and a stop on NaN.
+
+A checkpoint is whole once `trainer_state.json` is, which the Trainer writes last; only then are older ones removed.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import sort_checkpoints
 
-from ..errors import CheckpointError
-from ..files.adapter_folder import CONFIG, WEIGHTS
-from ..files.atomic import read_json, write_json
+from ..errors import CheckpointError, TrainingError
+from ..files.adapter_folder import CONFIG, WEIGHTS, write_adapter
 
-TENSORS, STATE, TRAINER_STATE = "training_state.safetensors", "training_state.json", "trainer_state.json"
-#: What a report tells of the run so far and no other file knows.
-PROGRESS = "progress.json"
+OPTIMIZER, RANDOM, TRAINER_STATE = "optimizer.safetensors", "random-{}.safetensors", "trainer_state.json"
 
 
-def write_state(folder: Path, optimizer: Any, scheduler: Any, process: int = 0) -> None:
-    """Write everything that a run needs to go on as if it had not stopped.
+class EpochSampler(Sampler[int]):
+    """Rows of about one length together, in an order drawn from the seed and the number of the epoch alone.
 
-    Args:
-        folder: Folder of the checkpoint.
-        optimizer: Any torch optimiser whose state is tensors and numbers.
-        scheduler: Its learning-rate scheduler.
-        process: Rank of this process; each has random numbers of its own.
+    transformers draws it from the process's random numbers. Then a run that goes on inside an epoch would see other
+    rows than one that never stopped, and processes whose dropout differs would see rows twice.
     """
-    tensors: dict[str, Tensor] = {}
-    state = optimizer.state_dict()
-    plain = {str(i): _split(f"optimizer.{i}", values, tensors) for i, values in state["state"].items()}
-    tensors["rng.torch"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    drawn: Any = np.random.get_state()
-    kind, keys, *rest = drawn
-    content = {
-        "optimizer": {"state": plain, "param_groups": state["param_groups"]},
-        "scheduler": {
-            k: v for k, v in scheduler.state_dict().items() if isinstance(v, int | float | list | bool)
-        },
-        "rng": {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]},
-    }
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / _of(TENSORS, process))
-    write_json(folder / _of(STATE, process), content)
+
+    def __init__(self, grouped: LengthGroupedSampler, seed: int, epoch: Callable[[], int]) -> None:
+        self.grouped, self.seed, self.epoch = grouped, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.grouped)
+
+    def __iter__(self) -> Iterator[int]:
+        self.grouped.generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        return iter(self.grouped)
 
 
-def read_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
-    """Put a written state into a new optimiser and scheduler."""
-    content, tensors = _read(folder, 0)
-    saved = content["optimizer"]
-    state = {int(i): _join(f"optimizer.{i}", values, tensors) for i, values in saved["state"].items()}
-    optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
-    scheduler.load_state_dict(content["scheduler"])
+class AdapterTrainer(Trainer):
+    """Trains the adapter of a PEFT model."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        grouped = super()._get_train_sampler(train_dataset)
+        if not isinstance(grouped, LengthGroupedSampler):
+            return grouped
+        return EpochSampler(grouped, self.args.seed, lambda: int(self.state.epoch or 0))
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Take one step.
+
+        Raises:
+            TrainingError: The loss is NaN or infinite.
+        """
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not math.isfinite(loss.item()):
+            raise TrainingError(self._diverged(f"The loss is {loss.item()}", self.state.global_step + 1))
+        return loss
+
+    def _diverged(self, what: str, step: int) -> str:
+        last = last_whole(Path(str(self.args.output_dir)))
+        kept = f"The last good checkpoint is {last}." if last else "No checkpoint was written before."
+        return f"{what} at step {step}. {kept} Lower the learning rates, or look for bad rows in the data."
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):
+            raise TrainingError(self._diverged("A trained number is not finite", self.state.global_step))
+        if self.args.should_save:
+            folder = Path(str(output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / TRAINER_STATE).unlink(missing_ok=True)  # of the same step, before it was gone back on
+            write_adapter(model, folder)
+        self.accelerator.wait_for_everyone()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.args.should_save:
+            return
+        assert self.optimizer is not None and self.lr_scheduler is not None  # a step was taken
+        saved = self.optimizer.state_dict()
+        state = {
+            f"{n}.{key}": torch.as_tensor(v) for n, own in saved["state"].items() for key, v in own.items()
+        }
+        schedule = self.lr_scheduler.state_dict()
+        schedule = {key: v for key, v in schedule.items() if isinstance(v, int | float | list)}
+        content = {"param_groups": saved["param_groups"], "scheduler": schedule}
+        _write(Path(output_dir) / OPTIMIZER, state, content)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            assert self.optimizer is not None and self.lr_scheduler is not None  # made just before
+            tensors, content = _read(Path(checkpoint) / OPTIMIZER)
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, tensor in tensors.items():
+                number, _, name = key.partition(".")
+                state.setdefault(int(number), {})[name] = tensor
+            self.optimizer.load_state_dict({"state": state, "param_groups": content["param_groups"]})
+            self.lr_scheduler.load_state_dict(content["scheduler"])
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        tensors = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            tensors["cuda"] = torch.cuda.get_rng_state()
+        drawn: Any = np.random.get_state()
+        numbers = {"python": random.getstate(), "numpy": [drawn[0], drawn[1].tolist(), *drawn[2:]]}
+        _write(Path(output_dir) / RANDOM.format(self.args.process_index), tensors, numbers)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        file = Path(checkpoint or "") / RANDOM.format(self.args.process_index)
+        if not file.is_file():  # a process more than the run had
+            return
+        tensors, content = _read(file)
+        version, inner, gauss = content["python"]
+        random.setstate((version, tuple(inner), gauss))
+        np.random.set_state(tuple(content["numpy"]))
+        torch.set_rng_state(tensors["cpu"])
+        if "cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["cuda"])
 
 
-def read_random(folder: Path, process: int = 0) -> None:
-    """Restore the random numbers of this process, if they were written."""
-    if not (folder / _of(STATE, process)).is_file():
-        return
-    content, tensors = _read(folder, process)
-    version, inner, gauss = content["rng"]["python"]
-    random.setstate((version, tuple(inner), gauss))
-    kind, keys, *rest = content["rng"]["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(tensors["rng.torch"])
-    if "rng.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
+def _write(file: Path, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
+    save_file(
+        {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
+        file,
+        metadata={"content": json.dumps(content)},
+    )
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            return tensors, json.loads(opened.metadata()["content"])
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is truncated or damaged ({error}). Delete {file.parent} to go on from the checkpoint before."
+        ) from None
 
 
 def last_whole(folder: Path) -> Path | None:
-    """Return the newest checkpoint in a folder that is complete, or `None`.
-
-    Checkpoints are renamed into place when they are whole; this looks all the same, because a disk may be
-    copied halfway.
-    """
-    numbered = [
-        (int(p.name.rpartition("-")[2]), p) for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()
-    ]
-    for _, path in sorted(numbered, reverse=True):
-        if all((path / name).is_file() for name in (WEIGHTS, CONFIG, TENSORS, STATE, TRAINER_STATE)):
+    """Return the newest checkpoint in a folder that is complete, or `None`."""
+    for path in map(Path, reversed(sort_checkpoints(str(folder)) if folder.is_dir() else [])):
+        try:
+            json.loads((path / TRAINER_STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if all((path / name).is_file() for name in (WEIGHTS, CONFIG, OPTIMIZER, RANDOM.format(0))):
             return path
     return None
-
-
-def _of(name: str, process: int) -> str:
-    return name if process == 0 else f"{process}.{name}"
-
-
-def _split(prefix: str, values: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Move the tensors among `values` to `tensors`; return the rest."""
-    rest = {}
-    for name, value in values.items():
-        if isinstance(value, Tensor):
-            tensors[f"{prefix}.{name}"] = value.detach().cpu()
-        else:
-            rest[name] = value
-    return rest
-
-
-def _join(prefix: str, values: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-    own = {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
-    return {**values, **own}
-
-
-def _read(folder: Path, process: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    content = read_json(folder / _of(STATE, process), "the state of a run")
-    try:
-        return content, load_file(folder / _of(TENSORS, process))
-    except Exception as error:
-        raise CheckpointError(
-            f"{folder / TENSORS} is truncated or damaged ({error}). Delete {folder} to go on from the one before."
-        ) from None

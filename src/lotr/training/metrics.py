@@ -40,6 +40,13 @@ def classification(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         }
 
 
+def confusion(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Count rows by true and predicted class, shape `(classes, classes)`."""
+    from sklearn.metrics import confusion_matrix
+
+    return confusion_matrix(labels, scores.argmax(-1), labels=range(scores.shape[-1]))
+
+
 def regression(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Pearson and Spearman correlation and mean squared error; a constant side correlates with nothing.
 
@@ -76,22 +83,18 @@ def for_trainer(task: str) -> Callable[[Any], dict[str, float]] | None:
     It measures the loss too, in place of the Trainer's own: that one is a mean over processes, of which the last may
     have seen rows twice to fill its batch.
     """
-    found = {"classification": (classification, _cross_entropy), "regression": (regression, _squared)}.get(
-        task
-    )
-    if found is None:
-        return None
-    score, loss = found
-    return lambda output: {
-        **score(output.predictions, output.label_ids),
-        "loss": loss(output.predictions, output.label_ids),
-    }
+    if task == "classification":
+        return lambda output: {
+            **classification(output.predictions, output.label_ids),
+            "loss": _cross_entropy(output.predictions, output.label_ids),
+        }
+    if task == "regression":
+        return lambda output: (
+            (scores := regression(output.predictions, output.label_ids)) | {"loss": scores["mse"]}
+        )
+    return None
 
 
 def _cross_entropy(scores: np.ndarray, labels: np.ndarray) -> float:
     targets = torch.from_numpy(labels.reshape(-1)).long()
     return float(F.cross_entropy(torch.from_numpy(scores).double(), targets))
-
-
-def _squared(scores: np.ndarray, labels: np.ndarray) -> float:
-    return float(np.mean((scores.reshape(-1).astype(float) - labels.reshape(-1).astype(float)) ** 2))

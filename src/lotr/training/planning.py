@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, near
 from ..files.atomic import file_bytes
-from ..math.matmul import ONEDNN_IS_FASTER
-from ..math.orders import choose_order, extra_work
 from ..methods import METHODS
 from ..tuner.basis import check_basis, read_basis
 from ..tuner.ranks import largest_rank
@@ -21,20 +18,16 @@ from .budget import AUTO, said_rank
 if TYPE_CHECKING:
     from .settings import TrainSettings
 
-    from ..sharing.plan import Plan
 
-
-def plan_model(settings: TrainSettings, dtype: str = "float32", tokens: int | None = None) -> dict[str, Any]:
+def plan_model(settings: TrainSettings, dtype: str = "float32") -> dict[str, Any]:
     """Plan an adapter for a model on the meta device, so that a 70B model needs no memory.
 
     Args:
         settings: Its `model` and the settings of the adapter are read.
         dtype: Type in which the numbers would be saved.
-        tokens: Tokens in a batch (rows × length), to tell in which order products would be taken.
 
     Returns:
-        Groups with shapes and counts, totals, the LoRA rank of equal cost, bytes on disk; with `tokens` also `orders`
-        and `library`.
+        Groups with shapes and counts, totals, the LoRA rank of equal cost, bytes on disk.
 
     Raises:
         ConfigError: A setting has no meaning.
@@ -54,9 +47,9 @@ def plan_model(settings: TrainSettings, dtype: str = "float32", tokens: int | No
     if settings.budget is not None:
         rank = config.r = largest_rank(model, config, settings.budget)
         chosen = {"budget": settings.budget, "said": said_rank(settings, config, rank)}
-    made = plan(model, config)
+    planned = plan(model, config)
     if config.basis is not None:
-        check_basis(made, read_basis(config), config.basis)
+        check_basis(planned, read_basis(config), config.basis)
     groups = [
         {
             "group": group.name,
@@ -69,44 +62,21 @@ def plan_model(settings: TrainSettings, dtype: str = "float32", tokens: int | No
             "cores": group.n_cores,
             "total": group.n_parameters,
         }
-        for group in made.groups
+        for group in planned.groups
     ]
     return {
         "method": settings.method,
         "rank": str(config.r) if settings.rank == AUTO else settings.rank,
         **chosen,
         "groups": groups,
-        "sites": made.n_sites,
-        "trained_numbers": made.n_parameters,
-        "core_numbers": made.n_cores,
-        "factor_numbers": made.n_factors,
-        "magnitude_numbers": made.n_magnitudes,
-        "modules": len(made.targets),
-        "trains": made.trainable,
-        "equal_lora_rank": made.equal_lora_rank,
-        "lora_same_rank": made.lora_per_rank * max(config.rank),
-        "bytes": file_bytes(
-            file_shapes(made, factors=not config.refers_to_basis),
-            DTYPES[dtype].itemsize,
-        ),
-        **({} if tokens is None else _explained(made, tokens, dtype)),
+        "sites": planned.n_sites,
+        "trained_numbers": planned.n_parameters,
+        "core_numbers": planned.n_cores,
+        "factor_numbers": planned.n_factors,
+        "magnitude_numbers": planned.n_magnitudes,
+        "modules": len(planned.targets),
+        "trains": planned.trainable,
+        "equal_lora_rank": planned.equal_lora_rank,
+        "lora_same_rank": planned.lora_per_rank * max(config.rank),
+        "bytes": file_bytes(file_shapes(planned, factors=not config.refers_to_basis), DTYPES[dtype].itemsize),
     }
-
-
-def _explained(made: Plan, tokens: int, dtype: str) -> dict[str, Any]:
-    """Return how the products of a training step would be taken."""
-    onednn = ONEDNN_IS_FASTER and dtype == "float32"
-    library = "oneDNN" if onednn else "PyTorch's own operators"
-    return {"tokens": tokens, "orders": _orders(made, tokens, dtype), "library": library}
-
-
-def _orders(made: Plan, tokens: int, dtype: str) -> list[dict[str, Any]]:
-    """Return in which order the products of the modules would be taken in training, one entry a shape."""
-    counts = Counter((target.shape, target.rank) for target in made.targets)
-    found = []
-    for (shape, rank), modules in counts.items():
-        order = choose_order(tokens, *shape, DTYPES[dtype])
-        work = extra_work(tokens, shape, rank, order, factors=made.trainable == "all")
-        said = {"modules": modules, "weight": "×".join(map(str, shape)), "rank": "×".join(map(str, rank))}
-        found.append({**said, "order": str(order), "extra_work": work})
-    return found

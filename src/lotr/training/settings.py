@@ -154,24 +154,31 @@ S = TypeVar("S")
 
 
 def read_settings(of: type[S], options: Mapping[str, Any], file: str | Path | None = None) -> S:
-    """Build settings: options over a config file over the defaults.
+    """Build settings: options over a config file over the defaults; see `read_options`."""
+    return of(**read_options(options, file, of))
+
+
+def read_options(
+    options: Mapping[str, Any], file: str | Path | None = None, of: type = TrainSettings
+) -> dict[str, Any]:
+    """Return the settings that were named, options over a config file.
 
     Args:
-        of: `TrainSettings`, or another frozen dataclass whose fields are made by `setting`.
         options: Settings by name; `None` means not given.
         file: YAML file with any of the settings; dashes and underscores both do.
+        of: `TrainSettings`, or another frozen dataclass whose fields are made by `setting`.
 
     Raises:
         ConfigError: The file is not a mapping, a setting does not exist, or a value of the file has another type.
     """
-    known = {f.name: str(f.type) for f in fields(of)}  # type: ignore[arg-type]
+    known = {f.name: str(f.type) for f in fields(of)}
     values = {} if file is None else _read_yaml(Path(file), known)
     for name, value in options.items():
         if name not in known:
             raise ConfigError(f"{name!r} is not a setting. {near(name, known)}")
         if value is not None:
             values[name] = value
-    return of(**values)
+    return values
 
 
 def _read_yaml(path: Path, known: Mapping[str, str]) -> dict[str, Any]:

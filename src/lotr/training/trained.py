@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,27 +11,28 @@ import torch
 from ..bank.folder import BANK
 from ..errors import CheckpointError
 from ..files.adapter_folder import CONFIG, AdapterFolder, fingerprint, read_adapter
+from ..files.atomic import check_apart, check_free
 from .adapter import full_precision_head
 from .base_model import load_model, load_tokenizer, locate
-from .data.load import Columns, Task
-from .report import CHECKPOINTS
+from .process import device
+from .report import CHECKPOINTS, TaskRecord
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trained:
     """An adapter on its base model, with what it was trained for."""
 
     adapter: AdapterFolder
     model: PeftModel
     tokenizer: Any
-    task: Task
-    labels: tuple[str, ...]
-    columns: Columns
-    pairs: bool
-    max_length: int
+    task: TaskRecord
+
+    def with_columns(self, **names: str | None) -> Trained:
+        """Return the same with other names of columns, where one is given."""
+        return replace(self, task=replace(self.task, columns=self.task.columns.named(**names)))
 
 
 def load_trained(path: str | Path, model: str | None = None, dtype: str | None = None) -> Trained:
@@ -61,11 +62,10 @@ def load_trained(path: str | Path, model: str | None = None, dtype: str | None =
             f"{adapter.path} holds no task.json, so its labels and columns are not known: it was not made by "
             "`lotr train`. Load it in Python with PEFT."
         )
-    task = adapter.task
-    base = model or adapter.config.get("base_model_name_or_path") or task["base_model"]
+    task = TaskRecord.from_dict(adapter.task)
+    base = model or adapter.config.get("base_model_name_or_path") or task.base_model
     tokenizer = load_tokenizer(base)
-    labels = tuple(task["labels"])
-    bare = load_model(base, task["task"], labels, dtype or task.get("dtype", "float32"), tokenizer)
+    bare = load_model(base, task.task, task.labels, dtype or task.dtype, tokenizer)
     try:
         loaded = PeftModel.from_pretrained(bare, str(adapter.path), is_trainable=False)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -74,11 +74,11 @@ def load_trained(path: str | Path, model: str | None = None, dtype: str | None =
         reason = next(
             (line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error)
         )
-        other = locate(base)[1] != task["base_model"]
+        other = locate(base)[1] != task.base_model
         raise CheckpointError(
             f"The adapter in {adapter.path} does not fit the base model {base!r}: {reason} "
             + (
-                f"It was trained on {task['base_model']!r}; name that one with --model."
+                f"It was trained on {task.base_model!r}; name that one with --model."
                 if other
                 else f"It was trained on that model, so {CONFIG} is not the one that was saved with it, or the model "
                 "has changed. Copy the folder again."
@@ -87,24 +87,14 @@ def load_trained(path: str | Path, model: str | None = None, dtype: str | None =
     if full_precision_head(loaded).dtype != torch.float32:
         set_peft_model_state_dict(loaded, adapter.tensors())  # the head again, without rounding
     adapted: Any = loaded.base_model
-    found = fingerprint(bare, sorted(adapted.targeted_module_names))
-    if task.get("base_fingerprint") and found and found != task["base_fingerprint"]:
+    current = fingerprint(bare, sorted(adapted.targeted_module_names))
+    if None not in (current, task.base_fingerprint) and current != task.base_fingerprint:
         raise CheckpointError(
             f"The weights of {base!r} are not those that the adapter in {adapter.path} was trained on "
-            f"({task['base_model']!r}): fingerprint {found}, not {task['base_fingerprint']}. Name the right base "
+            f"({task.base_model!r}): fingerprint {current}, not {task.base_fingerprint}. Name the right base "
             "model with --model."
         )
-    columns = Columns(**task["columns"])
-    return Trained(
-        adapter,
-        loaded.eval().to(device()),
-        tokenizer,
-        task["task"],
-        labels,
-        columns,
-        bool(task.get("pairs")),
-        task["max_length"],
-    )
+    return Trained(adapter, loaded.eval().to(device()), tokenizer, task)
 
 
 def _check_finished(folder: Path) -> None:
@@ -124,7 +114,30 @@ def _check_finished(folder: Path) -> None:
         )
 
 
-def device() -> torch.device:
-    """Return the accelerator of this machine, or the CPU."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
+def merge(
+    adapter: str | Path, output: str | Path, model: str | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """Write a plain transformers model with a trained adapter merged into its weights.
+
+    Args:
+        adapter: Folder or hub id of an adapter that `lotr train` made.
+        output: Folder to make.
+        model: Base model to use instead of the recorded one.
+        overwrite: Replace the folder when it is not empty.
+
+    Returns:
+        Where the model is.
+
+    Raises:
+        CheckpointError: The adapter is damaged or belongs to another base model, or merged weights are not finite.
+        ConfigError: `output` is not free, or is what is read.
+    """
+    from ..adapters.export import merged
+
+    output = Path(output)
+    check_free(output, overwrite)
+    check_apart(output, "adapter", adapter)
+    check_apart(output, "base model", model)
+    trained = load_trained(adapter, model)
+    merged(trained.model, trained.tokenizer, output, overwrite)
+    return {"output": str(output)}

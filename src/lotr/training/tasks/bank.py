@@ -14,7 +14,7 @@ from ...errors import ConfigError
 from ...files.adapter_folder import read_adapter
 from ...files.atomic import read_json
 from ...tuner.targets import plan_of
-from ..parsing import check_positive
+from ..adapter import check_positive
 from ..report import SETTINGS
 from .sampler import temperature_of
 

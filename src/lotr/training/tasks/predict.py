@@ -17,7 +17,7 @@ from ..data.columns import Columns, chat_column
 from ..data.encode import encode
 from ..data.load import EVERY
 from ..data.sources import BUILT_IN, read
-from ..generate import answers
+from ..predict import answers
 from .served import Served
 
 if TYPE_CHECKING:

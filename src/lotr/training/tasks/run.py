@@ -17,9 +17,9 @@ from ...bank import CoreBank, Task
 from ...errors import Interrupted
 from ...files.atomic import write_json
 from ..base_model import load_tokenizer, locate, skeleton, text_length
+from ..process import StopOnRequest, finish_on_interrupt
 from ..rates import default_rates
 from ..report import SETTINGS, versions
-from ..trainer import StopOnRequest, finish_on_interrupt
 from .bank import RUN, bank_of, base_of_basis, check, resumed
 from .predict import scores_of_tasks
 from .row_adam import RowAdam

@@ -14,7 +14,7 @@ from ...bank import CoreBank
 from ...errors import ConfigError
 from ..base_model import load_model, load_tokenizer
 from ..data.encode import collator
-from ..trained import device
+from ..process import device
 
 if TYPE_CHECKING:
     from peft import PeftModel

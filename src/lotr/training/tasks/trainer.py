@@ -17,8 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ...bank import CoreBank
 from ...bank.heads import row_losses
 from ...errors import TrainingError
-from ..checkpoint import TRAINER_STATE
-from ..trainer import AdapterTrainer
+from ..checkpoint import TRAINER_STATE, AdapterTrainer
 from .sampler import TaskSampler
 from .window import Window
 

@@ -33,11 +33,11 @@ from lotr import CoreBank
 from lotr.files.adapter_folder import WEIGHTS
 from lotr.training.data.docstrings import load_docstrings
 from lotr.training.run import train
+from lotr.training.settings import TrainSettings
 from lotr.training.tasks.run import train_bank
 from lotr.training.tasks.served import load_served
 from lotr.training.tasks.task_list import TaskSource
 from lotr_cli.bank_settings import BankSettings
-from lotr.training.settings import TrainSettings
 
 #: Which module of the package? Those of its modules that have enough texts.
 PACKAGES = ("tkinter", "idlelib", "importlib", "email", "asyncio", "distutils")

@@ -6,6 +6,9 @@ transformers' own adapter functions know it.
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .tuner.register import add_peft_type
 
 add_peft_type()  # the configuration needs the type before it can be registered
@@ -31,7 +34,29 @@ from .tuner.register import register  # noqa: E402
 from .tuner.targets import plan  # noqa: E402
 from .tuner.truncate import truncate  # noqa: E402
 
+if TYPE_CHECKING:
+    from .training.predict import evaluate, predict
+    from .training.run import train
+    from .training.settings import TrainSettings
+    from .training.trained import merge
+
 register()
+
+#: Names whose modules import transformers' Trainer, and are imported when they are first used.
+_LATER = {
+    "TrainSettings": "settings",
+    "evaluate": "predict",
+    "merge": "trained",
+    "predict": "predict",
+    "train": "run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".training.{_LATER[name]}", __name__), name)
+
 
 __version__ = "0.1.0"
 
@@ -50,12 +75,17 @@ __all__ = [
     "PlanError",
     "Site",
     "Task",
+    "TrainSettings",
     "TrainingError",
     "UnknownTaskError",
     "__version__",
+    "evaluate",
     "init_from_data",
     "largest_rank",
+    "merge",
     "parameter_groups",
     "plan",
+    "predict",
+    "train",
     "truncate",
 ]

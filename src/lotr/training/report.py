@@ -52,43 +52,24 @@ class TaskRecord:
 
 @dataclass
 class RunReport:
-    """What is known of a run at its end: content of `metrics.json`.
+    """What is known of a run at its end: content of `metrics.json`."""
 
-    Args:
-        metric: The number that the task is judged by.
-        eval: Scores at the end, by name.
-        eval_source: Where the rows to measure on come from.
-        task: What was learned.
-        settings: The settings, with what was left open decided.
-        rates: Learning rates.
-        begun: What happened before the first step.
-        trained_numbers: Of the adapter, the head, and both.
-        rows: To train on, and to evaluate on.
-        steps: Steps of the optimiser.
-        processes: Processes that trained together.
-        seconds: Time of training.
-        peak_memory_bytes: Of the accelerator, or of the process.
-        adapter_bytes: Size of the weights file.
-        ranks: Ranks of the groups, where a budget chose them.
-        history: Losses and scores over the steps.
-    """
-
-    metric: str
+    metric: str  # the number that the task is judged by
     eval: dict[str, float]
-    eval_source: str
+    eval_source: str  # where the rows to measure on come from
     task: TaskRecord
-    settings: TrainSettings
+    settings: TrainSettings  # with what was left open decided
     rates: Rates
-    begun: dict[str, Any]
-    trained_numbers: dict[str, int]
-    rows: dict[str, int]
+    begun: dict[str, Any]  # what happened before the first step
+    trained_numbers: dict[str, int]  # of the adapter, the head, and both
+    rows: dict[str, int]  # to train on, and to evaluate on
     steps: int
     processes: int
     seconds: float
-    peak_memory_bytes: int
+    peak_memory_bytes: int  # of the accelerator, or of the process
     adapter_bytes: int = 0
-    ranks: dict[str, tuple[int, int]] | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
+    ranks: dict[str, tuple[int, int]] | None = None  # of the groups, where a budget chose them
+    history: list[dict[str, Any]] = field(default_factory=list)  # losses and scores over the steps
 
     @property
     def score(self) -> float:

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 import saved_models
 from lotr import LotrConfig
 from lotr.errors import ConfigError, DataError, Interrupted
 from lotr.files.atomic import file_bytes, whole_folder
+from lotr.training import checkpoint
 from lotr.training.base_model import MINILM, locate
 from lotr.training.checkpoint import last_whole
 from lotr.training.data.load import load_rows, load_task, read
@@ -52,6 +53,13 @@ def settings(place: Path, output: Path, **more: object) -> TrainSettings:
     )
 
 
+@pytest.fixture(scope="module")
+def straight(place: Path) -> bytes:
+    """The weights of a run that is never stopped."""
+    train(settings(place, place / "straight"), say=quiet)
+    return (place / "straight" / WEIGHTS).read_bytes()
+
+
 class CtrlC(TrainerCallback):
     """Presses ctrl-C at a step."""
 
@@ -65,9 +73,8 @@ class CtrlC(TrainerCallback):
 
 @pytest.mark.parametrize("step", [4, 8])  # in the first epoch of five steps and in the second
 def test_ctrl_c_leaves_a_whole_checkpoint_and_resume_ends_as_if_nothing_happened(
-    step: int, place: Path, tmp_path: Path
+    step: int, straight: bytes, place: Path, tmp_path: Path
 ) -> None:
-    train(settings(place, tmp_path / "straight"), say=quiet)
     with pytest.raises(Interrupted, match="--resume"):
         train(settings(place, tmp_path / "stopped"), say=quiet, callbacks=[CtrlC(step)])
     assert last_whole(tmp_path / "stopped" / "checkpoints").name == f"checkpoint-{step + 1}"
@@ -75,7 +82,7 @@ def test_ctrl_c_leaves_a_whole_checkpoint_and_resume_ends_as_if_nothing_happened
 
     report = train(output=str(tmp_path / "stopped"), resume=True, say=quiet)
     assert report.steps == 10
-    assert (tmp_path / "stopped" / WEIGHTS).read_bytes() == (tmp_path / "straight" / WEIGHTS).read_bytes()
+    assert (tmp_path / "stopped" / WEIGHTS).read_bytes() == straight
     assert not (tmp_path / "stopped" / "checkpoints").exists()
 
 
@@ -187,13 +194,26 @@ def test_resume_refuses_other_settings_and_a_finished_run(place: Path, tmp_path:
             settings_to_resume({"output": str(tmp_path / name), "resume": True})
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
-        train(settings(place, tmp_path / "o"), say=quiet, callbacks=[CtrlC(7)])
-    newest = last_whole(tmp_path / "o" / "checkpoints")
-    (newest / "trainer_state.json").unlink()
-    before = last_whole(tmp_path / "o" / "checkpoints")
-    assert int(before.name.rpartition("-")[2]) < int(newest.name.rpartition("-")[2])
+@pytest.mark.parametrize("file", ["optimizer.safetensors", "random-0.safetensors", "trainer_state.json"])
+def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(
+    straight: bytes, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(path: Path) -> None:
+        if path.parts[-2:] == ("checkpoint-6", file):
+            path.write_bytes(b'{"half')
+            raise Killed
+
+    write, save = checkpoint._write, TrainerState.save_to_json
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoint, "_write", lambda path, *rest: killed(path) or write(path, *rest))
+        patch.setattr(TrainerState, "save_to_json", lambda self, path: killed(Path(path)) or save(self, path))
+        train(settings(place, tmp_path / "o"), say=quiet)
+    assert last_whole(tmp_path / "o" / "checkpoints").name == "checkpoint-3"
+    train(output=str(tmp_path / "o"), resume=True, say=quiet)
+    assert (tmp_path / "o" / WEIGHTS).read_bytes() == straight
 
 
 def test_an_old_adapter_stays_whole_until_the_new_one_is(place: Path, tmp_path: Path) -> None:

@@ -21,15 +21,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def locate(model: str) -> tuple[str, str]:
-    """Return where a model is loaded from, and the name that is recorded for it.
+    """Return the source that a model is loaded from, and a name that holds on other machines too.
 
     `minilm`, and the hub id that it stands for, mean the packaged weights when they are installed.
-
-    Args:
-        model: Local folder, hub id, or `minilm`.
-
-    Returns:
-        Source for `from_pretrained`, and a name that holds on other machines too.
 
     Raises:
         ConfigError: A local path that does not exist.
@@ -75,7 +69,7 @@ def load_model(
     dtype: str = "float32",
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
-    """Load a base model with the head that a task needs.
+    """Load a base model with the head that a task needs, in evaluation mode.
 
     Args:
         model: Local folder, hub id, or `minilm`.
@@ -83,9 +77,6 @@ def load_model(
         labels: Names of the classes, for classification.
         dtype: A key of `DTYPES`.
         tokenizer: Tells a model without a padding token which one to use.
-
-    Returns:
-        The model, in training mode off.
 
     Raises:
         ConfigError: The model or the type is unknown, or the model has no such head.
@@ -129,13 +120,10 @@ def check_dtype(dtype: str) -> None:
         raise ConfigError(f"dtype={dtype!r} is not known. {near(dtype, DTYPES)}")
 
 
-def text_length(model: nn.Module, name: str, asked: int | None) -> int:
+def text_length(model: nn.Module, name: str, max_length: int | None) -> int:
     """Return the longest text in tokens: what was asked for, else 128, or less where a model takes less.
 
-    Args:
-        model: The base model; on the meta device too. One with a table of positions takes as many tokens as that has.
-        name: What to call it in a message.
-        asked: Longest text, in tokens.
+    A model with a table of positions takes as many tokens as that has.
 
     Raises:
         ConfigError: More was asked for than the model takes.
@@ -147,12 +135,12 @@ def text_length(model: nn.Module, name: str, asked: int | None) -> int:
     ]
     if limits:
         limits.append(getattr(model.config, "max_position_embeddings", None) or limits[0])
-    if asked is not None and asked > min(limits, default=asked):
+    if max_length is not None and max_length > min(limits, default=max_length):
         raise ConfigError(
-            f"max_length={asked} is longer than the {min(limits)} tokens that {name!r} takes. Use at most "
+            f"max_length={max_length} is longer than the {min(limits)} tokens that {name!r} takes. Use at most "
             f"{min(limits)}."
         )
-    return asked or min([TEXT_LENGTH, *limits])
+    return max_length or min([TEXT_LENGTH, *limits])
 
 
 def _check_writes(model: str, config: Any, missing: list[str]) -> None:
@@ -168,13 +156,7 @@ def _check_writes(model: str, config: Any, missing: list[str]) -> None:
 
 
 def skeleton(model: str) -> tuple[nn.Module, str]:
-    """Build a model on the meta device from its configuration alone.
-
-    Args:
-        model: Local folder, hub id, or `minilm`.
-
-    Returns:
-        The model without weights, and the task that its architecture suggests.
+    """Return a model without weights, from its configuration alone, and the task that its architecture suggests.
 
     Raises:
         ConfigError: The configuration cannot be had.

@@ -104,10 +104,7 @@ def prepare(
     say(f"Data: {len(data.train)} rows to train on, {len(data.eval)} to evaluate on.")
 
     if described:
-        asked = settings.init
         settings = resolve(settings, config, data.task)
-        if settings.init != asked:
-            say("Init: gradient, because only cores train, between factors that stay as they start.")
         config.task_type = TASK_TYPES[data.task]
         if settings.init is not None:
             config.init = settings.init  # type: ignore[attr-defined]

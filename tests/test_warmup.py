@@ -52,7 +52,7 @@ def test_cores_alone_start_from_gradients_unless_told_otherwise(place: Path) -> 
     cores = _train(place, "cores", "--trainable", "cores")
     assert cores["begun"]["start_batches"] == 8
     assert 0 < cores["begun"]["kept"] <= 1
-    assert json.loads((place / "cores" / "adapter_config.json").read_text())["init"] == "update"
+    assert json.loads((place / "cores" / "adapter_config.json").read_text())["init"] == "gradient"
     told = _train(place, "told", "--trainable", "cores", "--init", "orthonormal")
     assert "kept" not in told["begun"]
     xs = _train(place, "xs", "--method", "lora_xs")  # has a start of its own

@@ -230,12 +230,12 @@ def inspect(
 ) -> None:
     """Show the groups of an adapter, and the norm and effective rank of every update."""
     with reported(), console.stopwatch("Reading"):
-        from lotr.adapters.inspection import draw
         from lotr.adapters.inspection import inspect as take_apart
+        from lotr.adapters.plots import draw
         from lotr.files.adapter_folder import read_adapter
 
         folder = read_adapter(adapter)
-        found = take_apart(folder)
+        found = take_apart(folder.path)
         drawn = picture or folder.path / "cores.png"
         draw(found, drawn)
     reports.inspected(adapter, found, drawn, json)
@@ -256,11 +256,11 @@ def merge(
         check_free(output, overwrite)
         check_apart(output, "adapter", adapter)
         check_apart(output, "base model", model)
-        from lotr.adapters.export import merged
+        from lotr.adapters.export import merge as write_merged
         from lotr.training.trained import load_trained
 
         trained = load_trained(adapter, model)
-        merged(trained.model, trained.tokenizer, output, overwrite)
+        write_merged(trained.model, output, trained.tokenizer, overwrite)
     reports.said(
         {"output": str(output)},
         f"The merged model is in {output}. It loads with transformers alone.",
@@ -277,10 +277,9 @@ def export(
 ) -> None:
     """Write an adapter as plain PEFT LoRA, exactly; it loads without this library."""
     with reported(), console.stopwatch("Exporting"):
-        from lotr.adapters.export import to_lora
-        from lotr.files.adapter_folder import read_adapter
+        from lotr.adapters.export import export as write_lora
 
-        report = to_lora(read_adapter(adapter), output, overwrite)
+        report = write_lora(adapter, output, overwrite)
     reports.said(
         report,
         f"A LoRA of rank {report['rank']} for {report['modules']} modules is in {output}: {report['numbers']:,} "

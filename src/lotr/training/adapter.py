@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from lotr_cli.settings import TrainSettings
 
+_AS_IN_CONFIG = ("basis", "core", "blocks", "magnitude", "trainable", "init", "dropout", "seed")
 #: Methods that are not rows of the table: PEFT's own for comparison, and a new head alone.
 PEERS = ("peft_lora", "peft_dora", "head")
 TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
@@ -35,6 +36,7 @@ def adapter_config(settings: TrainSettings, task: str) -> PeftConfig:
     import peft
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
+    from ..tuner.basis import resolve_basis
     from ..tuner.config import LotrConfig
 
     _check_meaning(settings, task)
@@ -71,22 +73,12 @@ def adapter_config(settings: TrainSettings, task: str) -> PeftConfig:
     }
     if settings.basis is not None:  # what was left at its default is as in the basis
         fields = {name: fields[name] for name in _given(settings)}
+    fields |= {"modes": read_modes(settings.modes), "core_ranks": read_core_ranks(settings.core_ranks)}
+    fields |= {name: getattr(settings, name) for name in _AS_IN_CONFIG}
     with _called_as_in_settings():
-        config = LotrConfig(
-            basis=settings.basis,
-            modes=read_modes(settings.modes),
-            core=settings.core,
-            core_ranks=read_core_ranks(settings.core_ranks),
-            blocks=settings.blocks,
-            magnitude=settings.magnitude,
-            trainable=settings.trainable,
-            init=settings.init,
-            dropout=settings.dropout,
-            seed=settings.seed,
-            **fields,
-            **common,
-        )
+        config = LotrConfig(**fields, **common)
     if settings.basis is not None:  # what the report says is what was trained
+        resolve_basis(config)
         settings.method, settings.scaling = config.method, config.scaling
         settings.rank = ",".join(map(str, dict.fromkeys(config.rank)))
     return config
@@ -252,9 +244,12 @@ def _structure(settings: TrainSettings) -> tuple[str, str, str]:
         return "identity", "per_output" if settings.method == "peft_dora" else "none", "all"
     row = METHODS.get(settings.method)
     if settings.basis is not None:
+        from ..tuner.basis import resolve_basis
         from ..tuner.config import LotrConfig
 
-        config = LotrConfig(basis=settings.basis, magnitude=settings.magnitude)
+        fields: Any = {"basis": settings.basis, "magnitude": settings.magnitude}
+        config = LotrConfig(**fields)
+        resolve_basis(config)
         return str(config.core), str(config.magnitude), "cores"
     if row is None:  # refused with its name when the configuration is made
         return "free", "none", "all"

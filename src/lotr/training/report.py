@@ -6,7 +6,7 @@ import math
 import platform
 import shutil
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,8 @@ from ..errors import TrainingError
 from ..files import card
 from ..files.adapter_folder import WEIGHTS, write_adapter
 from ..files.atomic import move_into, whole_folder, write_json
-from ..math.magnitude import MAGNITUDES
+from ..files.card import Card
+from ..tuner.config import LotrConfig
 from . import adapter as adapt
 from . import metrics
 from .budget import ranks_of
@@ -107,16 +108,37 @@ def write(run: Run, report: dict[str, Any], history: list[dict[str, Any]]) -> No
             places = [(site["layer"], site["projection"]) for site in sites]
             kept = [site["kept"] for site in sites]
             plots.by_place(places, kept, "share of the gradient that the factors keep", made / START)
-        config = run.model.active_peft_config
-        additive = MAGNITUDES[getattr(config, "magnitude", "none")].additive
-        text = card.for_run(report, config.task_type, additive, getattr(config, "reference", None))
-        (made / "README.md").write_text(text, encoding="utf-8")
+        (made / "README.md").write_text(_card(run, report), encoding="utf-8")
         write_json(made / SETTINGS, run.settings.record())
         write_json(made / METRICS, {**report, "history": history})
     for name in PICTURES:  # they show the earlier adapter
         (run.folder / name).unlink(missing_ok=True)
     move_into(run.folder / STAGED, run.folder, last=METRICS)
     shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
+
+
+def _card(run: Run, report: dict[str, Any]) -> str:
+    labels = tuple(run.task_record["labels"])
+    config = run.model.active_peft_config
+    adapter = (
+        config.card(len(labels))
+        if isinstance(config, LotrConfig)
+        else Card(run.settings.method, is_lotr=False)
+    )
+    numbers, rows = report["trained_numbers"], report["rows"]
+    results = card.results(
+        train=report["settings"]["train"],
+        task=run.task_record["task"],
+        labels=labels,
+        rows=(rows["train"], rows["eval"]),
+        steps=report["steps"],
+        seed=run.settings.seed,
+        numbers=(numbers["adapter"], numbers["head"]),
+        bytes=report["adapter_bytes"],
+        scores=report["eval"],
+    )
+    adapter = replace(adapter, method=run.settings.method, base_model=run.task_record["base_model"])
+    return adapter.text(results)
 
 
 def _peak_memory() -> int:

@@ -120,9 +120,10 @@ def _common_rank(name: str, sites: list[Site], ranks: dict[str, Rank]) -> Rank:
 
 
 def _cut_rank(rank: Rank, block: Rank, core: str) -> Rank:
-    """Return a rank that is at most as large as the block: `o` features have no more than `o` directions."""
+    """Return a rank that is at most as large as the block: one number stays one, of a pair each side is cut alone."""
     k, r = min(rank[0], block[0]), min(rank[1], block[1])
-    return (min(k, r), min(k, r)) if CORES[core].is_square else (k, r)
+    one = rank[0] == rank[1] or CORES[core].is_square
+    return (min(k, r), min(k, r)) if one else (k, r)
 
 
 def _check_sharing(groups: list[Group], modes: tuple[str, ...], blocks: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, near
+from ..errors import ConfigError, PlanError, near
 from ..math.magnitude import MAGNITUDES
 from ..math.update import one_by_one, side_by_side
 from ..sharing.paths import normalise
@@ -57,6 +57,7 @@ def add_weighted(
         config.basis = config.basis_hash = None
     concatenated = combination_type == "cat" and not refers
     if concatenated:
+        _check_fits(tuner, adapters)
         config.r = _sum([configs[adapter].rank for adapter in adapters])
         config.rank_pattern = {
             normalise(path): rank
@@ -88,6 +89,21 @@ def add_weighted(
                     summed = _on_the_diagonal(cores) if concatenated else torch.stack(cores).sum(0)
                     C = side_by_side(summed, member.part.grid)
                     module.adapted(name).site_core(member.part).copy_(C)
+
+
+def _check_fits(tuner: LotrModel, adapters: list[str]) -> None:
+    """Refuse factors side by side that have more columns than the block has features: they would be cut."""
+    for path, module in tuner.model.named_modules():
+        if not isinstance(module, LotrGroup) or adapters[0] not in module.lotr_U:
+            continue
+        k = sum(module.lotr_U[adapter].weight.shape[1] for adapter in adapters)
+        r = sum(module.lotr_V[adapter].weight.shape[0] for adapter in adapters)
+        if k > module.out_features or r > module.in_features:
+            raise PlanError(
+                f"The ranks of {', '.join(adapters)} add up to ({k}, {r}) in group {path.rpartition('.')[2]!r}, whose "
+                f"blocks are ({module.out_features}, {module.in_features}). Truncate the adapters first "
+                "(lotr.truncate), or merge them one after the other."
+            )
 
 
 def _one_basis(configs: list[LotrConfig]) -> bool:

@@ -14,12 +14,13 @@ from ..math.magnitude import MAGNITUDES
 FORMAT = 2
 _LORA_INITS = {
     True: "leave it out",
-    False: "init_weights=False",
-    "gaussian": 'init="gaussian"',
-    "orthogonal": 'init="orthonormal"',
-    "pissa": 'init="weight"',
-    "lora_ga": 'init="gradient" and lotr.init_from_data(model, batches)',
+    False: "use init_weights=False",
+    "gaussian": 'use init="gaussian"',
+    "orthogonal": 'use init="orthonormal"',
+    "pissa": 'use init="weight"',
+    "lora_ga": 'use init="gradient" and lotr.init_from_data(model, batches)',
 }
+_LORA_WORDS = dict.fromkeys(("lora_alpha", "lora_dropout", "use_dora", "use_rslora", "init_lora_weights"))
 
 
 def check_format(fields: Mapping[str, Any]) -> None:
@@ -41,25 +42,22 @@ def check_lora_words(fields: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: The message gives every counterpart with its value.
     """
-    rank = fields.get("r") or 16
-    r = rank if isinstance(rank, int) else rank[-1]
-    rslora, alpha = fields.get("use_rslora"), fields.get("lora_alpha")
-    scaling = (8 if alpha is None else alpha) / (r**0.5 if rslora else r)
-    start = fields.get("init_lora_weights")
+    if not fields.keys() & _LORA_WORDS.keys():
+        return
+    k_r = checked_rank("r", fields.get("r") or 16)
+    r, alpha = pair(k_r)[1], fields.get("lora_alpha", 8)
+    is_rslora, start = bool(fields.get("use_rslora")), fields.get("init_lora_weights")
+    scaling = f"scaling={alpha / (r**0.5 if is_rslora else r):g}"
     known = isinstance(start, bool | str) and start in _LORA_INITS
     counterparts = {
-        "lora_alpha": f"scaling={scaling:g} (LoRA's alpha / {'√r' if rslora else 'r'})",
-        "lora_dropout": f"dropout={fields.get('lora_dropout')}",
-        "use_dora": 'method="dora"' if fields.get("use_dora") else "leave it out",
-        "use_rslora": f"scaling={scaling:g} (LoRA's alpha / √r)" if rslora else "leave it out",
-        "init_lora_weights": _LORA_INITS[start] if known else "init, for example init='weight'",
+        "lora_alpha": f"use {scaling}, LoRA's alpha / {'√r' if is_rslora else 'r'}",
+        "lora_dropout": f"use dropout={fields.get('lora_dropout')}",
+        "use_dora": 'use method="dora"' if fields.get("use_dora") else "leave it out",
+        "use_rslora": f"use {scaling}, LoRA's alpha / √r" if is_rslora else "leave it out",
+        "init_lora_weights": _LORA_INITS[start] if known else 'use init, for example init="weight"',
     }
-    named = [word for word in counterparts if word in fields]
-    if named:
-        instead = "; ".join(f"{word}={fields[word]!r}: {counterparts[word]}" for word in named)
-        raise ConfigError(
-            f"LotrConfig has other names than LoraConfig for some fields. Instead of {instead}."
-        )
+    instead = [f"{word}={fields[word]!r}: {counterparts[word]}" for word in _LORA_WORDS if word in fields]
+    raise ConfigError(f"These are fields of LoraConfig with other names here. {'; '.join(instead)}.")
 
 
 def one_of(name: str, value: str, known: Iterable[str]) -> str:

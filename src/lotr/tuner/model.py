@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -105,7 +106,13 @@ class LotrModel(BaseTuner):
             peft_config.basis_hash = hash_of(factors)
         if is_new and plan.cut_ranks:
             warnings.warn(plan.cut_ranks, stacklevel=2)
-        peft_config.targets = [target.to_dict() for target in plan.targets]
+        targets = [target.to_dict() for target in plan.targets]
+        if peft_config.targets not in (
+            None,
+            targets,
+        ):  # the object describes an adapter of another model already
+            self.peft_config[self._adapter] = peft_config = copy.copy(peft_config)
+        peft_config.targets = targets
         modules = {normalise(path): module for path, module in model.named_modules()}
         for layer in modules.values():  # an adapter that is made anew takes the place of the one of its name
             if isinstance(layer, LotrLayer):
@@ -114,8 +121,11 @@ class LotrModel(BaseTuner):
 
     def _check_target_module_exists(self, peft_config: LotrConfig, key: str) -> Any:  # type: ignore[override]
         if self._injection is not None and self._paths is None:
-            return normalise(key) in self._injection.plan.shape_of
-        # PEFT compares what the state dict names with what the configuration would match
+            if normalise(key) in self._injection.plan.shape_of:
+                return True
+            if not peft_config.exclude_modules:
+                return False
+        # PEFT tells what was excluded, and compares a state dict with what the configuration would match
         return False if is_basis(key) else BaseTuner._check_target_module_exists(peft_config, key)
 
     def _create_and_replace(  # type: ignore[override]

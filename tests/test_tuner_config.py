@@ -229,7 +229,7 @@ def test_cut_ranks_are_truncated_swapped_summed_and_kept_as_a_basis(tmp_path: An
     torch.testing.assert_close(outputs(model, inputs), outputs(other, inputs), atol=1e-6, rtol=1e-5)
 
     model.add_adapter("b", LotrConfig(**options))
-    with pytest.raises(PlanError, match=r"add up to \(32, 32\) in group 'v_proj_16x32'"):
+    with pytest.raises(PlanError, match=r"add up to \(48, 48\) in group 'q_proj_32x32'"):
         model.base_model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "sum")
     assert set(model.peft_config) == {"default", "b"}
 

@@ -11,19 +11,9 @@ from peft import get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 
 from conftest import bert, gpt2, llama
-from lotr import ConfigError, LotrConfig
+from lotr import ConfigError
 from test_tuner_adapters import INPUTS, config
 from tuner_contract import outputs
-
-
-def test_an_adapter_called_like_a_number_inside_an_adapter_is_refused() -> None:
-    model = get_peft_model(gpt2(), LotrConfig(r=4, method="metatt_4d"))
-    for name in ("core_1", "weight"):
-        with pytest.raises(ConfigError, match=f"cannot be called '{name}'"):
-            model.add_adapter(name, LotrConfig(r=4))
-    with pytest.raises(ConfigError, match="cannot be called 'query'"):
-        get_peft_model(gpt2(), LotrConfig(r=4), adapter_name="query")  # a part of the fused weight
-    assert list(model.peft_config) == ["default"]
 
 
 @pytest.mark.parametrize("row", ["lotr", "lora", "metatt_4d", "tenslora_att_qkv_depth", "dora", "bora"])

@@ -229,7 +229,12 @@ class LotrModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names, beams = kwargs.get("adapter_names"), kwargs.get("num_beams")
-        with self._products.one_pass(), mixed.forward_hooks(self, names, beams):
+        rows: AbstractContextManager[None]
+        if names is not None and self.tasks is not None:  # names of a bank's tasks, in training too
+            rows = self.tasks.select(names)
+        else:
+            rows = mixed.forward_hooks(self, names, beams)
+        with self._products.one_pass(), rows:
             yield
 
     def select(self, names: Sequence[str | None]) -> AbstractContextManager[None]:

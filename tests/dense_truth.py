@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lotr.sharing.plan import Group, Plan, Site
+from lotr.sharing.blocks import Site
+from lotr.sharing.plan import Group, Plan
 
 ROOT = "base_model.model."
 

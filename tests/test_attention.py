@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import lotr
 from conftest import VOCABULARY, bert, gpt2, llama, t5, tokens
-from lotr import LotrConfig, Site
-from lotr.sharing.blocks import Heads
+from lotr import LotrConfig
+from lotr.sharing.blocks import Heads, Site
 from lotr.tuner.attention import fused_projections, heads_of
 from lotr.tuner.layer import LotrLinear
 

@@ -15,9 +15,9 @@ from lotr.errors import CheckpointError
 from lotr.math.cores import CORES
 from lotr.math.update import side_by_side
 from lotr.sharing.blocks import Heads, Target
+from lotr.sharing.keys import core_key
 from lotr.sharing.make_plan import make_plan
 from lotr.sharing.plan import Plan
-from lotr.tuner.state_dict import core_key
 
 PATHS = [f"layers.{layer}.{name}" for layer in range(3) for name in ("q", "v")]
 

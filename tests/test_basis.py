@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 import lotr
 from conftest import bert, gpt2, tokens
 from lotr import CheckpointError, ConfigError, LotrConfig, PlanError
-from lotr.adapters.export import to_lora
+from lotr.adapters.export import export
 from lotr.adapters.inspection import inspect
-from lotr.files.adapter_folder import CONFIG, WEIGHTS, read_adapter
+from lotr.files.adapter_folder import CONFIG, WEIGHTS
 from tuner_contract import linears, outputs
 
 INPUTS = {"input_ids": tokens()}
@@ -105,8 +105,8 @@ def test_a_copy_of_the_basis_stands_alone(basis: Path, method: str, tmp_path: Pa
 def test_it_is_inspected_exported_and_merged_like_any_other(task, tmp_path: Path) -> None:
     model, folder = task
     expected = outputs(model, INPUTS)
-    assert all(site.norm > 0 for site in inspect(read_adapter(folder)).sites)
-    to_lora(read_adapter(folder), tmp_path / "lora")
+    assert all(site.norm > 0 for site in inspect(folder).sites)
+    export(folder, tmp_path / "lora")
     lora = PeftModel.from_pretrained(bert(), tmp_path / "lora")
     torch.testing.assert_close(outputs(lora, INPUTS), expected, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(outputs(model.merge_and_unload(), INPUTS), expected, atol=2e-6, rtol=1e-5)
@@ -238,7 +238,7 @@ def test_a_basis_with_other_numbers_is_refused(task, basis: Path) -> None:
     with pytest.raises(CheckpointError, match=r"not those that the adapter was trained on: hash \w{16}"):
         PeftModel.from_pretrained(bert(), task[1])
     with pytest.raises(CheckpointError, match="hash"):
-        inspect(read_adapter(task[1]))
+        inspect(task[1])
 
 
 def test_a_basis_that_is_gone_is_named(task, basis: Path) -> None:
@@ -271,7 +271,7 @@ def test_a_field_that_contradicts_the_basis_is_refused(
 ) -> None:
     _stirred(_config()).save_pretrained(tmp_path / "basis")
     with pytest.raises(ConfigError, match=says):
-        LotrConfig(basis=str(tmp_path / "basis"), **fields)
+        lotr.plan(bert(), LotrConfig(basis=str(tmp_path / "basis"), **fields))
 
 
 def test_the_structure_is_that_of_the_basis_where_nothing_is_said(tmp_path: Path) -> None:
@@ -286,14 +286,16 @@ def test_the_structure_is_that_of_the_basis_where_nothing_is_said(tmp_path: Path
     }
     _stirred(LotrConfig(**structure)).save_pretrained(tmp_path / "basis")
     config = LotrConfig(basis=str(tmp_path / "basis"))
+    assert LotrConfig(**config.to_dict()).to_dict() == config.to_dict()  # what is open stays open
+    model = get_peft_model(bert(), config)
     for name, value in structure.items():
         found = getattr(config, name)
         assert (sorted(found) if name == "target_modules" else found) == value, name
     assert (config.modes, config.core, config.trainable) == (("layer", "projection", "head"), "tt", "cores")
     assert LotrConfig(**config.to_dict()) == config  # what was filled in is no contradiction
-    model = get_peft_model(bert(), config)
     assert not [n for n, p in model.named_parameters() if p.requires_grad and ("_U" in n or "_V" in n)]
-    assert LotrConfig(basis=str(tmp_path / "basis"), magnitude="none").magnitude == "none"
+    plain = LotrConfig(basis=str(tmp_path / "basis"), magnitude="none")
+    assert lotr.plan(bert(), plain).magnitude == "none"
 
 
 def test_ranks_of_single_modules_are_those_of_the_basis(tmp_path: Path) -> None:
@@ -301,7 +303,7 @@ def test_ranks_of_single_modules_are_those_of_the_basis(tmp_path: Path) -> None:
     model = get_peft_model(bert(), LotrConfig(basis=str(tmp_path / "basis")))
     model.save_pretrained(tmp_path / "task")
     assert len(load_file(tmp_path / "task" / WEIGHTS)) == 6
-    ranks = {group["group"]: group["rank"] for group in inspect(read_adapter(tmp_path / "task")).groups}
+    ranks = {group["group"]: group["rank"] for group in inspect(tmp_path / "task").groups}
     assert ranks == {"query_32x32": (2, 3), "value_32x32": (4, 4)}
 
 
@@ -324,10 +326,8 @@ def test_an_adapter_on_some_modules_of_its_basis_loads(target: str, tmp_path: Pa
     for low in (False, True):
         loaded = PeftModel.from_pretrained(bert(), tmp_path / "some", low_cpu_mem_usage=low)
         assert torch.equal(outputs(loaded, INPUTS), outputs(model, INPUTS))
-    assert [group["group"] for group in inspect(read_adapter(tmp_path / "some")).groups] == [
-        f"{target}_32x32"
-    ]
-    to_lora(read_adapter(tmp_path / "some"), tmp_path / "lora")
+    assert [group["group"] for group in inspect(tmp_path / "some").groups] == [f"{target}_32x32"]
+    export(tmp_path / "some", tmp_path / "lora")
     lora = PeftModel.from_pretrained(bert(), tmp_path / "lora")
     torch.testing.assert_close(outputs(lora, INPUTS), outputs(model, INPUTS), atol=2e-6, rtol=1e-5)
 
@@ -347,12 +347,12 @@ def test_the_hash_checks_what_an_adapter_on_some_modules_does_not_use(tmp_path: 
 def test_an_adapter_without_cores_or_of_another_method_is_no_basis(tmp_path: Path) -> None:
     _stirred(_config(method="lora")).save_pretrained(tmp_path / "lora")
     with pytest.raises(ConfigError, match="it cannot be a basis"):
-        LotrConfig(basis=str(tmp_path / "lora"))
+        lotr.plan(bert(), LotrConfig(basis=str(tmp_path / "lora")))
     get_peft_model(bert(), LoraConfig(target_modules=TARGETS)).save_pretrained(tmp_path / "peft")
     with pytest.raises(CheckpointError, match="of the method LORA"):
-        LotrConfig(basis=str(tmp_path / "peft"))
+        lotr.plan(bert(), LotrConfig(basis=str(tmp_path / "peft")))
     with pytest.raises(CheckpointError, match=r"cannot be read: .*nowhere does not exist"):
-        LotrConfig(basis=str(tmp_path / "nowhere"))
+        lotr.plan(bert(), LotrConfig(basis=str(tmp_path / "nowhere")))
 
 
 def test_a_basis_of_another_model_or_of_references_is_refused(task, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lotr.sharing.blocks import Block, Heads, Shape, Target, cut
+from lotr.sharing.blocks import Heads, Shape, Site, Target, cut
 
 QKV = (("query", 8), ("key", 4), ("value", 4))
 
@@ -13,8 +13,12 @@ def _cut(
     heads: Heads | None = None,
     fused: tuple[tuple[str, int], ...] = (),
     split: bool = True,
-) -> list[Block]:
-    return list(cut(Target("m", shape, (2, 2), fused=fused, heads=heads), blocks, split_fused=split))
+) -> list[Site]:
+    return list(cut(Target("m", shape, (2, 2), fused=fused, heads=heads), "0", "m", blocks, split))
+
+
+def _site(row: int, column: int, shape: Shape, piece: str = "", head: int | None = None) -> Site:
+    return Site("m", "0", f"m.{piece}" if piece else "m", head, row, column, shape, piece)
 
 
 @pytest.mark.parametrize(
@@ -28,21 +32,21 @@ def _cut(
     ],
 )
 def test_a_weight_that_is_not_cut_is_one_block(shape: Shape, blocks: str, heads: Heads | None) -> None:
-    assert _cut(shape, blocks, heads) == [Block(0, 0, shape)]
+    assert _cut(shape, blocks, heads) == [_site(0, 0, shape)]
 
 
 def test_heads_of_a_query_are_runs_of_rows() -> None:
     found = _cut((8, 6), "head", Heads(2))
-    assert found == [Block(row=2 * head, column=0, shape=(2, 6), head=head) for head in range(4)]
+    assert found == [_site(row=2 * head, column=0, shape=(2, 6), head=head) for head in range(4)]
 
 
 def test_heads_of_an_output_projection_are_runs_of_columns() -> None:
     found = _cut((6, 8), "head", Heads(2, axis=1))
-    assert found == [Block(row=0, column=2 * head, shape=(6, 2), head=head) for head in range(4)]
+    assert found == [_site(row=0, column=2 * head, shape=(6, 2), head=head) for head in range(4)]
 
 
 def test_one_head_is_a_head() -> None:
-    assert _cut((4, 4), "head", Heads(4)) == [Block(0, 0, (4, 4), head=0)]
+    assert _cut((4, 4), "head", Heads(4)) == [_site(0, 0, (4, 4), head=0)]
 
 
 @pytest.mark.parametrize(
@@ -54,19 +58,19 @@ def test_one_head_is_a_head() -> None:
 )
 def test_a_long_weight_is_cut_into_numbered_squares(shape: Shape, corners: list[Shape]) -> None:
     found = _cut(shape, "square")
-    assert found == [Block(row, column, (4, 4), piece=str(n)) for n, (row, column) in enumerate(corners)]
+    assert found == [_site(row, column, (4, 4), piece=str(n)) for n, (row, column) in enumerate(corners)]
 
 
 def test_the_projections_of_a_fused_weight_are_its_pieces_from_the_first_row_on() -> None:
     assert _cut((16, 6), "none", fused=QKV) == [
-        Block(0, 0, (8, 6), "query"),
-        Block(8, 0, (4, 6), "key"),
-        Block(12, 0, (4, 6), "value"),
+        _site(0, 0, (8, 6), "query"),
+        _site(8, 0, (4, 6), "key"),
+        _site(12, 0, (4, 6), "value"),
     ]
 
 
 def test_a_fused_weight_is_whole_where_nothing_is_shared() -> None:
-    assert _cut((16, 6), "none", fused=QKV, split=False) == [Block(0, 0, (16, 6))]
+    assert _cut((16, 6), "none", fused=QKV, split=False) == [_site(0, 0, (16, 6))]
 
 
 def test_heads_of_a_fused_weight_are_counted_within_each_projection() -> None:

@@ -402,14 +402,13 @@ def test_export_is_exact_for_unequal_ranks_and_several_groups(tmp_path: Path, fi
 
     from conftest import gpt2
     from lotr import LotrConfig
-    from lotr.adapters.export import to_lora
-    from lotr.files.adapter_folder import read_adapter
+    from lotr.adapters.export import export
 
     base, ids = gpt2(), torch.arange(3, 12).repeat(2, 1)
     config = LotrConfig(init_weights=False, scaling=1.4, **fields)
     model = get_peft_model(copy.deepcopy(base), config).eval()
     model.save_pretrained(tmp_path / "lotr")
-    to_lora(read_adapter(tmp_path / "lotr"), tmp_path / "lora")
+    export(tmp_path / "lotr", tmp_path / "lora")
     lora = PeftModel.from_pretrained(base, tmp_path / "lora").eval()
     torch.testing.assert_close(lora(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(lora(ids).logits, model.unload()(ids).logits, atol=1e-2)

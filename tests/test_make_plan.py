@@ -5,9 +5,9 @@ import itertools
 import pytest
 
 from lotr import ConfigError, Plan, PlanError
-from lotr.sharing.blocks import Heads, Target
-from lotr.sharing.make_plan import make_plan
-from lotr.sharing.plan import MODES, Group, Site, check_modes
+from lotr.sharing.blocks import Heads, Site, Target
+from lotr.sharing.make_plan import MODES, check_modes, make_plan
+from lotr.sharing.plan import Group
 
 LAYER, BOTH, ALL = ("layer",), ("layer", "projection"), ("layer", "projection", "head")
 
@@ -158,10 +158,37 @@ def test_unequal_ranks_in_a_group_are_refused() -> None:
         make_plan(targets, LAYER)
 
 
-@pytest.mark.parametrize("rank", [(9, 2), (2, 7)], ids=str)
-def test_a_rank_above_the_block_is_refused_with_the_largest_that_fits(rank: tuple[int, int]) -> None:
-    with pytest.raises(PlanError, match=r"does not fit .* blocks are \(8, 6\)"):
-        make_plan([Target("h.0.q", (8, 6), rank)], LAYER)
+@pytest.mark.parametrize(
+    "rank, core, cut",
+    [
+        ((9, 9), "free", (6, 6)),  # one number stays one
+        ((7, 7), "identity", (6, 6)),
+        ((9, 2), "free", (8, 2)),
+        ((2, 7), "free", (2, 6)),
+        ((6, 6), "free", (6, 6)),
+    ],
+    ids=str,
+)
+def test_a_rank_above_the_block_is_cut_to_it(rank: tuple[int, int], core: str, cut: tuple[int, int]) -> None:
+    plan = make_plan([Target("h.0.q", (8, 6), rank)], () if core == "identity" else LAYER, core=core)
+    (group,) = plan.groups
+    assert group.rank == cut and group.asked_rank == rank
+    assert bool(plan.cut_ranks) == (cut != rank) == ("(cut)" in str(plan))
+
+
+def test_ranks_are_cut_group_by_group_and_said_in_one_sentence() -> None:
+    plan = make_plan(
+        [Target(f"h.{n}.{p}", (o, 8), (6, 6)) for n in range(2) for p, o in (("q", 8), ("k", 4))], LAYER
+    )
+    assert {group.name: group.rank for group in plan.groups} == {"q_8x8": (6, 6), "k_4x8": (4, 4)}
+    assert plan.cut_ranks == "Rank 6 is cut to the size of the block where that is smaller: k_4x8 has 4."
+
+
+def test_a_plan_prints_as_a_table() -> None:
+    lines = str(_plan([f"h.{n}.{p}" for n in range(3) for p in "qv"])).splitlines()
+    assert lines[0].split() == ["group", "shares", "sites", "block", "rank", "numbers", "bytes"]
+    assert lines[1].split() == ["q_8x8", "layer", "3", "8×8", "2", "44", "176"]
+    assert lines[3].startswith("88 trained numbers, 352 bytes in float32, for 6 sites in 6 modules")
 
 
 def test_an_unknown_mode_is_refused_by_name() -> None:

@@ -12,7 +12,7 @@ from lotr.math.init import INITS, WEIGHT_INITS
 from lotr.math.magnitude import MAGNITUDES
 from lotr.methods import method
 from lotr.sharing.blocks import BLOCKS
-from lotr.sharing.plan import MODES, check_modes
+from lotr.sharing.make_plan import MODES, check_modes
 
 ASKED = {"lotr", "lotr_joint", "lora", "dora", "bora", "map", "lora_xs", "lorta", "cara"}
 ASKED |= {"fact_tt", "fact_tk", "metatt_4d", "metatt_5d"}

@@ -9,8 +9,7 @@ from torch import Generator, Tensor
 from lotr.math.update import Factored, side_by_side
 from lotr.sharing.blocks import BLOCKS, Heads, Target
 from lotr.sharing.make_plan import make_plan
-from lotr.sharing.parts import Part
-from lotr.sharing.plan import Group, Plan
+from lotr.sharing.plan import Group, Part, Plan
 
 QKV = (("query", 8), ("key", 4), ("value", 4))
 #: Every kind of weight: grouped-query heads, an output projection, a fused weight, long, wide and odd ones.

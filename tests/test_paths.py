@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from lotr.sharing.blocks import Target
+from lotr.sharing.blocks import Site, Target
 from lotr.sharing.make_plan import make_plan
 from lotr.sharing.paths import coordinates, normalise
-from lotr.sharing.plan import Plan, Site
+from lotr.sharing.plan import Plan
 
 
 def _plan(paths: list[str], layers_pattern: tuple[str, ...] = ()) -> Plan:

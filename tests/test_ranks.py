@@ -14,7 +14,6 @@ import lotr
 from conftest import bert, gpt2, tokens
 from lotr import ConfigError, LotrConfig
 from lotr.adapters.inspection import inspect
-from lotr.files.adapter_folder import read_adapter
 from lotr.tuner.group import LotrGroup
 from lotr.tuner.ranks import tied
 from tuner_contract import outputs
@@ -97,7 +96,7 @@ def test_a_start_with_a_budget_cuts_the_groups_to_it(
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(make(), tmp_path)
     torch.testing.assert_close(outputs(loaded, {"input_ids": IDS}), outputs(model, {"input_ids": IDS}))
-    assert inspect(read_adapter(tmp_path)).config.rank_pattern == model.peft_config["default"].rank_pattern
+    assert inspect(tmp_path).config.rank_pattern == model.peft_config["default"].rank_pattern
 
 
 def test_what_the_report_says_is_kept_is_what_the_cut_factors_keep() -> None:

@@ -15,7 +15,8 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 
-from lotr import LotrConfig, LotrModel
+from lotr import LotrConfig
+from lotr.tuner.model import LotrModel
 from lotr.tuner.register import add_peft_type, register
 
 

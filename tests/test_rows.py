@@ -19,13 +19,14 @@ import lotr
 from conftest import ARCHITECTURES
 from dense_truth import adapt, site_updates, updates, weight_of
 from lotr import METHODS, CheckpointError, LotrConfig, Plan
-from lotr.adapters.export import to_lora
-from lotr.adapters.inspection import inspect, take_apart
+from lotr.adapters.export import export
+from lotr.adapters.inspection import inspect
 from lotr.files.adapter_folder import AdapterFolder, read_adapter
 from lotr.math.norms import column_energy, row_energy, update_energy
+from lotr.sharing.keys import file_shapes
 from lotr.tuner.group import LotrGroup
 from lotr.tuner.layer import LotrLinear
-from lotr.tuner.state_dict import file_shapes
+from lotr.tuner.saved_adapter import read_saved
 from tuner_contract import linears, outputs, weights
 
 TARGETS = {
@@ -125,7 +126,7 @@ def test_the_file_holds_exactly_the_planned_tensors(row: Row) -> None:
 
 
 def test_the_plan_in_the_file_is_that_of_the_model(row: Row) -> None:
-    assert take_apart(row.saved).plan == row.plan
+    assert read_saved(row.folder).plan == row.plan
 
 
 def test_the_order_of_more_than_ten_layers_is_kept_in_the_file(tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_the_order_of_more_than_ten_layers_is_kept_in_the_file(tmp_path: Path) -
     (group,) = (module for module in model.modules() if isinstance(module, LotrGroup))
     torch.nn.init.normal_(group.lotr_core["default"].factor_0)
     model.save_pretrained(tmp_path)
-    to_lora(read_adapter(tmp_path), tmp_path / "lora")
+    export(tmp_path, tmp_path / "lora")
     exported = PeftModel.from_pretrained(copy.deepcopy(model).unload(), tmp_path / "lora").get_base_model()
     for path, layer in model.get_base_model().named_modules():
         if isinstance(layer, LotrLinear):
@@ -196,7 +197,7 @@ def test_factored_norms_equal_dense_norms(row: Row) -> None:
 
 
 def test_inspecting_finds_the_norm_of_every_sites_update(row: Row) -> None:
-    found = inspect(row.saved)
+    found = inspect(row.folder)
     dense = {
         (site.module, site.projection, site.head): float(dW.norm())
         for site, dW in site_updates(row.plan, row.saved.tensors(), SCALING)
@@ -208,9 +209,9 @@ def test_inspecting_finds_the_norm_of_every_sites_update(row: Row) -> None:
 def test_an_additive_row_leaves_as_a_lora_and_others_are_told_to_merge(row: Row, tmp_path: Path) -> None:
     if row.name in RESCALED:
         with pytest.raises(CheckpointError, match="lotr merge"):
-            to_lora(row.saved, tmp_path / "lora")
+            export(row.folder, tmp_path / "lora")
         return
-    to_lora(row.saved, tmp_path / "lora")
+    export(row.folder, tmp_path / "lora")
     loaded = PeftModel.from_pretrained(row.plain(), tmp_path / "lora")
     assert not list(linears(loaded))
     torch.testing.assert_close(

@@ -16,7 +16,6 @@ import lotr
 from conftest import bert, gpt2, tokens
 from lotr import ConfigError, LotrConfig
 from lotr.adapters.inspection import inspect
-from lotr.files.adapter_folder import read_adapter
 from lotr.tuner.group import LotrGroup
 from tuner_contract import linears, outputs
 
@@ -72,7 +71,7 @@ def test_a_truncated_adapter_saves_loads_trains_and_merges(make, how: dict[str, 
     loaded = PeftModel.from_pretrained(make(), tmp_path, is_trainable=True)
     torch.testing.assert_close(outputs(loaded, INPUTS), expected, atol=1e-6, rtol=1e-5)
     assert loaded.get_nb_trainable_parameters() == model.get_nb_trainable_parameters()
-    assert inspect(read_adapter(tmp_path)).numbers == model.get_nb_trainable_parameters()[0]
+    assert inspect(tmp_path).numbers == model.get_nb_trainable_parameters()[0]
     model(**INPUTS).logits.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
     torch.testing.assert_close(outputs(model.merge_and_unload(), INPUTS), expected, atol=2e-6, rtol=1e-5)

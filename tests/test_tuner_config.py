@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
-from conftest import ARCHITECTURES, Architecture, bert, gpt2, llama, t5, tokens
-from lotr import ConfigError, LotrConfig, PlanError
+from conftest import Architecture, bert, gpt2, llama, t5, tokens
+from lotr import CheckpointError, ConfigError, LotrConfig, PlanError, export, plan, truncate
 from lotr.tuner.group import LotrGroup, LotrLayer
 from lotr.tuner.layer import LotrLinear
 from tuner_contract import linears, outputs
@@ -184,44 +186,121 @@ def test_queries_and_values_of_unequal_width_cannot_share_one_pair() -> None:
     assert not [m for m in model.modules() if isinstance(m, LotrLayer)]
 
 
-def test_a_rank_above_the_block_is_refused() -> None:
-    with pytest.raises(PlanError, match="k can be at most 16"):
-        make(llama(), target_modules=["v_proj"], r=17)
+@pytest.mark.parametrize(
+    "settings, ranks",
+    [
+        ({"r": 40}, {"q_proj": (32, 32), "v_proj": (16, 16)}),
+        ({"r": (40, 20)}, {"q_proj": (32, 20), "v_proj": (16, 20)}),
+        ({"r": 4, "rank_pattern": {"v_proj": 20}}, {"q_proj": (4, 4), "v_proj": (16, 16)}),
+        ({"r": 20, "method": "lora"}, {"q_proj": (20, 20), "v_proj": (16, 16)}),
+        ({"r": 20, "blocks": "head"}, {"q_proj": (8, 8), "v_proj": (8, 8)}),
+    ],
+    ids=str,
+)
+def test_a_rank_above_the_block_is_cut_with_one_warning(
+    settings: dict[str, Any], ranks: dict[str, tuple[int, int]], tmp_path: Any
+) -> None:
+    settings = {"target_modules": ["q_proj", "v_proj"], "init_weights": False, **settings}
+    with pytest.warns(UserWarning, match="is cut to the size of the block") as warned:
+        model = make(llama(), **settings).eval()
+    assert len([w for w in warned if "is cut" in str(w.message)]) == 1
+    found = {g.projections[0]: g.rank for g in model.peft_config["default"].recorded_plan().groups}
+    assert found == ranks
+    inputs = {"input_ids": tokens()}
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings(record=True) as again:
+        warnings.simplefilter("always")
+        loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    assert torch.equal(outputs(loaded, inputs), outputs(model, inputs))
+    assert not [w for w in again if "is cut" in str(w.message)]
+    export(tmp_path, tmp_path / "lora")
+    lora = PeftModel.from_pretrained(llama(), tmp_path / "lora")
+    torch.testing.assert_close(outputs(lora, inputs), outputs(model, inputs), atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Rank")
+def test_cut_ranks_are_truncated_swapped_summed_and_kept_as_a_basis(tmp_path: Any) -> None:
+    options = {"target_modules": ["q_proj", "v_proj"], "init_weights": False, "r": 24}
+    inputs = {"input_ids": tokens()}
+    other = make(llama(), seed=1, **options).eval()
+    other.save_pretrained(tmp_path / "other")
+    model = make(llama(), seed=0, **options).eval()
+    hotswap_adapter(model, str(tmp_path / "other"), adapter_name="default", torch_device="cpu")
+    torch.testing.assert_close(outputs(model, inputs), outputs(other, inputs), atol=1e-6, rtol=1e-5)
+
+    model.add_adapter("b", LotrConfig(**options))
+    with pytest.raises(PlanError, match=r"add up to \(48, 48\) in group 'q_proj_32x32'"):
+        model.base_model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "sum")
+    assert set(model.peft_config) == {"default", "b"}
+
+    task = get_peft_model(llama(), LotrConfig(basis=str(tmp_path / "other"))).eval()
+    assert {g.rank for g in task.peft_config["default"].recorded_plan().groups} == {(24, 24), (16, 16)}
+
+    truncate(other, rank=20)
+    other.save_pretrained(tmp_path / "truncated")
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "truncated")
+    assert torch.equal(outputs(loaded, inputs), outputs(other, inputs))
+
+
+# ---- the object
+
+
+def test_the_configuration_that_is_passed_is_the_one_that_is_held() -> None:
+    for make_model, task in (
+        (bert, "SEQ_CLS"),
+        (bert, "TOKEN_CLS"),
+        (bert, "QUESTION_ANS"),
+        (llama, "CAUSAL_LM"),
+    ):
+        config = LotrConfig(r=2, task_type=task)
+        model = get_peft_model(make_model(), config)
+        assert model.peft_config["default"] is config and config.targets
+        if task != "CAUSAL_LM":
+            assert config.modules_to_save
+
+
+def test_an_adapter_that_is_made_again_takes_the_place_of_the_first() -> None:
+    base, settings = bert(), {"r": 2, "target_modules": ["query"], "init_weights": False}
+    first = get_peft_model(base, LotrConfig(**settings, seed=0))
+    before = outputs(first, {"input_ids": tokens()})
+    with pytest.warns(UserWarning, match="second time|multiple adapters"):
+        again = get_peft_model(base, LotrConfig(**(settings | {"target_modules": ["value"]}), seed=1))
+    fresh = get_peft_model(bert(), LotrConfig(**(settings | {"target_modules": ["value"]}), seed=1))
+    found = outputs(again.eval(), {"input_ids": tokens()})
+    torch.testing.assert_close(found, outputs(fresh.eval(), {"input_ids": tokens()}))
+    assert not torch.equal(found, before)
+
+
+@pytest.mark.parametrize(
+    "words, instead",
+    [
+        ({"lora_alpha": 32}, r"scaling=2, LoRA's alpha / r"),
+        ({"r": 4, "lora_alpha": 4, "use_rslora": True}, r"scaling=2, LoRA's alpha / √r"),
+        ({"lora_dropout": 0.1}, r"dropout=0\.1"),
+        ({"use_dora": True}, 'method="dora"'),
+        ({"use_rslora": False}, "leave it out"),
+        ({"init_lora_weights": False}, "init_weights=False"),
+        ({"init_lora_weights": "gaussian"}, 'init="gaussian"'),
+        ({"init_lora_weights": "eva"}, "use init"),
+    ],
+    ids=str,
+)
+def test_a_word_of_lora_is_refused_with_its_counterpart(words: dict[str, Any], instead: str) -> None:
+    with pytest.raises(ConfigError, match=instead):
+        LotrConfig(**words)
+
+
+def test_the_constructor_reads_no_file() -> None:
+    config = LotrConfig(basis="/nowhere/at/all")
+    assert config.trainable == "cores"
+    with pytest.raises(CheckpointError, match="does not exist"):
+        plan(bert(), config)
 
 
 def test_joint_projections_share_one_pair(architecture: Architecture) -> None:
     model = make(bert(), method="lotr_joint", target_modules=["query", "value"])
     assert len([m for m in model.modules() if isinstance(m, LotrGroup)]) == 1
     assert model.get_nb_trainable_parameters()[0] == 2 * 2 * 32 + 6 * 2 * 2
-
-
-# ---- settings that mean nothing
-
-
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"method": "lore"}, "method='lore'"),
-        ({"modes": ["layers"]}, "modes=.*'layers'"),
-        ({"core": "fre"}, "core='fre' .*Near matches: free"),
-        ({"init": "gausian"}, "init='gausian' .*Near matches: gaussian"),
-        ({"magnitude": "dora"}, "magnitude='dora'"),
-        ({"bias": "lora_only"}, "bias='lora_only' .*Near matches: lotr_only"),
-        ({"r": 0}, "r=0"),
-        ({"r": (2, -1)}, r"r=\(2, -1\)"),
-        ({"r": True}, "r=True"),
-        ({"r": 1.5}, r"r=1\.5"),
-        ({"rank_pattern": {"query": 0}}, "rank_pattern\\['query'\\]=0"),
-        ({"dropout": 1.0}, r"dropout=1\.0"),
-        ({"scaling": 0.0}, r"scaling=0\.0"),
-        ({"scaling": float("nan")}, "scaling=nan"),
-        ({"layers_pattern": "layers"}, "layers_pattern is set"),
-        ({"target_modules": ".*query", "layers_to_transform": [0]}, "layers_to_transform cannot"),
-    ],
-)
-def test_a_setting_without_meaning_is_refused_by_name(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        LotrConfig(**settings)
 
 
 # ---- dropout, seeds
@@ -238,31 +317,6 @@ def test_dropout_drops_in_training_only() -> None:
     assert not torch.equal(first, full) and not torch.equal(first, second)
     mean = torch.stack([layer.adapted("default").update(x) for _ in range(2000)]).mean((0, 1))
     assert (mean - full[0]).abs().max() < 0.15 * full.abs().max()
-
-
-def test_building_an_adapter_leaves_the_global_random_state() -> None:
-    model, before = bert(), torch.get_rng_state()
-    make(model, target_modules="all-linear", task_type="SEQ_CLS", init_weights=False)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def _factors(**kwargs: Any) -> torch.Tensor:
-    model = make(ARCHITECTURES["bert"].make(), target_modules=["query", "value"], **kwargs)
-    return torch.cat([p.flatten() for n, p in model.named_parameters() if "lotrbasis" in n])
-
-
-def test_one_seed_gives_one_set_of_factors() -> None:
-    assert torch.equal(_factors(seed=3), _factors(seed=3))
-    assert not torch.equal(_factors(seed=3), _factors(seed=4))
-
-
-def test_without_a_seed_that_of_torch_decides() -> None:
-    torch.manual_seed(5)
-    first = _factors()
-    torch.rand(3)
-    assert torch.equal(_factors(), first)
-    torch.manual_seed(6)
-    assert not torch.equal(_factors(), first)
 
 
 def test_groups_and_factors_start_differently() -> None:

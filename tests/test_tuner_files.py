@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import ARCHITECTURES, bert, gpt2, t5, tokens
-from lotr import CheckpointError, LotrConfig
+from lotr import CheckpointError, LotrConfig, inspect
 from tuner_contract import outputs
 
 INPUTS = {"input_ids": tokens()}
@@ -274,6 +274,19 @@ def test_a_file_that_does_not_fit_the_model_is_refused(
         PeftModel.from_pretrained(bert(), folder, low_cpu_mem_usage=low)
 
 
+@pytest.mark.parametrize("format", [None, 1, 3])
+def test_a_folder_of_another_format_is_refused_in_one_sentence(format: int | None, tmp_path: Path) -> None:
+    adapted().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"format": format, "order": "auto"}
+    path.write_text(json.dumps(config))
+    for read in (lambda: PeftModel.from_pretrained(bert(), tmp_path), lambda: inspect(tmp_path)):
+        with pytest.raises(
+            CheckpointError, match=f"saved in format {format or 1}, and .* reads format 2 alone"
+        ):
+            read()
+
+
 def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
     folder = _spoiled(tmp_path, lambda c: c.update({FIRST: torch.zeros(3, 3)}))
     with pytest.raises(RuntimeError, match="size mismatch"):
@@ -293,7 +306,7 @@ def test_a_loaded_adapter_keeps_the_order_of_modules_that_it_was_made_in(tmp_pat
     model = get_peft_model(bert(), made)
     model.save_pretrained(tmp_path)
     loaded = LotrConfig.from_pretrained(tmp_path)
-    targets = loaded.made_for
+    targets = list(loaded.recorded_plan().targets)
     assert in_recorded_order(targets[::-1], loaded) == targets
     assert in_recorded_order(targets[:0:-1], loaded) == targets[:0:-1]  # another set of modules: left alone
     assert plan(bert(), loaded).targets == tuple(targets)

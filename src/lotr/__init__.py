@@ -13,6 +13,8 @@ from .tuner.register import add_peft_type
 
 add_peft_type()  # the configuration needs the type before it can be registered
 
+from .adapters.export import export  # noqa: E402
+from .adapters.inspection import Inspection, inspect  # noqa: E402
 from .bank import CoreBank, Task  # noqa: E402
 from .errors import (  # noqa: E402
     CheckpointError,
@@ -24,11 +26,10 @@ from .errors import (  # noqa: E402
     UnknownTaskError,
 )
 from .methods import METHODS, Method  # noqa: E402
-from .sharing.plan import Group, Plan, Site  # noqa: E402
+from .sharing.plan import Plan  # noqa: E402
 from .training.rates import parameter_groups  # noqa: E402
 from .tuner.config import LotrConfig  # noqa: E402
 from .tuner.data_init import init_from_data  # noqa: E402
-from .tuner.model import LotrModel  # noqa: E402
 from .tuner.ranks import largest_rank  # noqa: E402
 from .tuner.register import register  # noqa: E402
 from .tuner.targets import plan  # noqa: E402
@@ -66,21 +67,21 @@ __all__ = [
     "ConfigError",
     "CoreBank",
     "DataError",
-    "Group",
+    "Inspection",
     "LotrConfig",
     "LotrError",
-    "LotrModel",
     "Method",
     "Plan",
     "PlanError",
-    "Site",
     "Task",
     "TrainSettings",
     "TrainingError",
     "UnknownTaskError",
     "__version__",
     "evaluate",
+    "export",
     "init_from_data",
+    "inspect",
     "largest_rank",
     "merge",
     "parameter_groups",

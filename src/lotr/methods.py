@@ -86,10 +86,7 @@ def _tenslora() -> Iterable[Method]:
 
 _ROWS = (
     Method(
-        "lotr",
-        *_LOTR,
-        "The default: layers share factors, one pair for each projection.",
-        modes=("layer",),
+        "lotr", *_LOTR, "The default: layers share factors, one pair for each projection.", modes=("layer",)
     ),
     Method(
         "lotr_joint",

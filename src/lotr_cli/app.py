@@ -189,12 +189,12 @@ def inspect(
 ) -> None:
     """Show the groups of an adapter, and the norm and effective rank of every update."""
     with reported(), console.stopwatch("Reading"):
-        from lotr.adapters.inspection import draw
         from lotr.adapters.inspection import inspect as take_apart
+        from lotr.adapters.plots import draw
         from lotr.files.adapter_folder import read_adapter
 
         folder = read_adapter(adapter)
-        inspection = take_apart(folder)
+        inspection = take_apart(folder.path)
         picture = picture or folder.path / "cores.png"
         draw(inspection, picture)
     reports.inspected(adapter, inspection, picture, json)
@@ -225,10 +225,9 @@ def export(
 ) -> None:
     """Write an adapter as plain PEFT LoRA, exactly; it loads without this library."""
     with reported(), console.stopwatch("Exporting"):
-        from lotr.adapters.export import to_lora
-        from lotr.files.adapter_folder import read_adapter
+        from lotr.adapters.export import export as write_lora
 
-        report = to_lora(read_adapter(adapter), output, overwrite)
+        report = write_lora(adapter, output, overwrite)
     reports.said(
         report,
         f"A LoRA of rank {report['rank']} for {report['modules']} modules is in {output}: {report['numbers']:,} "

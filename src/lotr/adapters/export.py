@@ -15,8 +15,10 @@ from ..files.atomic import check_apart, check_free, whole_folder, write_json
 from ..math.magnitude import MAGNITUDES
 from ..math.update import Factored
 from ..sharing.blocks import Target
-from ..sharing.parts import Part
-from .inspection import config_of, take_apart
+from ..sharing.keys import file_shapes, lora_keys
+from ..sharing.plan import Part
+from ..tuner.saved_adapter import read_saved
+from .inspection import updates
 
 _CARD = """---
 base_model: {base}
@@ -31,11 +33,11 @@ else installed: `AutoPeftModel.from_pretrained("path/or/hub-id")`.
 """
 
 
-def to_lora(adapter: AdapterFolder, output: Path, overwrite: bool = False) -> dict[str, Any]:
-    """Write an adapter as plain PEFT LoRA, exactly and without the base model.
+def export(adapter: str | Path, output: str | Path, overwrite: bool = False) -> dict[str, Any]:
+    """Write a saved adapter as plain PEFT LoRA, exactly and without the base model.
 
     Args:
-        adapter: A LoTR adapter whose magnitude adds: `W + ΔW`.
+        adapter: Folder or hub id of a LoTR adapter whose magnitude adds: `W + ΔW`.
         output: Folder to make.
         overwrite: Replace the folder when it is not empty.
 
@@ -46,43 +48,43 @@ def to_lora(adapter: AdapterFolder, output: Path, overwrite: bool = False) -> di
         CheckpointError: The adapter is of another method, or has no LoRA form.
         ConfigError: `output` is not free, or is what the adapter is read from.
     """
-    config = config_of(adapter)
-    check_apart(output, "adapter", adapter.path)
+    saved, output = read_saved(adapter), Path(output)
+    config = saved.config
+    check_apart(output, "adapter", saved.path)
     check_apart(output, "basis", config.basis)
     check_apart(output, "base model", config.base_model_name_or_path)
-    assert config.magnitude is not None
     if not MAGNITUDES[config.magnitude].additive:
         raise CheckpointError(
-            f"{adapter.path} has magnitude={config.magnitude!r}, which rescales the weight, so no LoRA equals it. "
+            f"{saved.path} has magnitude={config.magnitude!r}, which rescales the weight, so no LoRA equals it. "
             "Use `lotr merge` to leave with a plain model."
         )
-    taken = take_apart(adapter)
+    if not saved.plan.targets:
+        raise CheckpointError(f"{saved.path} adapts no module: it holds a trained head alone.")
+    tensors = saved.tensors()
     parts: dict[str, list[tuple[Part, Factored]]] = {}
-    for part, update in taken.parts:
+    for part, update in updates(saved, tensors):
         parts.setdefault(part.sites[0].module, []).append((part, update))
-    tensors: dict[str, Tensor] = dict(taken.rest)
+    lora = {key: tensors[key] for key in tensors.keys() - file_shapes(saved.plan).keys()}
     ranks: dict[str, int] = {}
-    for target in taken.plan.targets:
-        A, B = lora_of(target, parts[target.path])
-        # safetensors refuses what shares memory
-        tensors[f"base_model.model.{target.path}.lora_A.weight"] = A.clone()
-        tensors[f"base_model.model.{target.path}.lora_B.weight"] = B.clone()
-        ranks[target.path] = A.shape[0]
-    lora = _lora_config(adapter, ranks)
+    for target in saved.plan.targets:
+        for key, matrix in zip(lora_keys(target), lora_of(target, parts[target.path]), strict=True):
+            lora[key] = matrix.clone()  # safetensors refuses what shares memory
+        ranks[target.path] = len(lora[lora_keys(target)[0]])
+    lora_config = _lora_config(saved.folder, ranks)
     with whole_folder(output, overwrite) as made:
-        save_tensors(tensors, made)
-        write_json(made / CONFIG, lora)
+        save_tensors(lora, made)
+        write_json(made / CONFIG, lora_config)
         (made / "README.md").write_text(
-            _CARD.format(base=lora["base_model_name_or_path"] or ""), encoding="utf-8"
+            _CARD.format(base=lora_config["base_model_name_or_path"] or ""), encoding="utf-8"
         )
-        if adapter.task:
-            write_task(made, {**adapter.task, "method": "peft_lora"})
+        if saved.folder.task:
+            write_task(made, {**saved.folder.task, "method": "peft_lora"})
     return {
         "modules": len(ranks),
         "rank": max(ranks.values()),
-        "numbers": sum(tensor.numel() for key, tensor in tensors.items() if ".lora_" in key),
+        "numbers": sum(tensor.numel() for key, tensor in lora.items() if ".lora_" in key),
         "bytes": (output / WEIGHTS).stat().st_size,
-        "bytes_before": adapter.size,
+        "bytes_before": saved.folder.size,
         "output": str(output),
     }
 
@@ -130,19 +132,20 @@ def _lora_config(adapter: AdapterFolder, ranks: dict[str, int]) -> dict[str, Any
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
 
 
-def merged(model: Any, tokenizer: Any, output: Path, overwrite: bool = False) -> None:
+def merge(model: Any, output: str | Path, tokenizer: Any = None, overwrite: bool = False) -> None:
     """Write a plain transformers model with the active adapter merged into its weights.
 
     Args:
         model: A PEFT model; it is merged and must not be used as an adapter afterwards.
-        tokenizer: Saved beside the model, or `None`.
         output: Folder to make.
+        tokenizer: Saved beside the model, or `None`.
         overwrite: Replace the folder when it is not empty.
 
     Raises:
         CheckpointError: The merged weights are not finite.
         ConfigError: `output` is not free, or is where the base model or the basis lies.
     """
+    output = Path(output)
     check_free(output, overwrite)
     for config in model.peft_config.values():
         check_apart(output, "base model", config.base_model_name_or_path)

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from .inspection import Inspection
+
 _BLUE, _ORANGE, _GREY = "#3b6fb6", "#d9822b", "#8a8f98"
 # without a date or a version in it, equal content gives equal bytes
 _PLAIN = {"Software": None}
@@ -120,36 +122,20 @@ def by_place(
     heat_map(grid, layers, projections, title, path)
 
 
-def _natural(path: str) -> list[tuple[int, int, str]]:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.split(".")]
-
-
-def score_against_size(
-    names: Sequence[str], sizes: Sequence[float], scores: Sequence[float], axes: tuple[str, str], path: Path
-) -> None:
-    """Draw one point a method: size across on a logarithmic axis, score upwards.
+def draw(inspection: Inspection, path: Path) -> None:
+    """Draw the norms of the updates by layer and projection.
 
     Args:
-        names: Methods.
-        sizes: Trained numbers or bytes, positive.
-        scores: Scores.
-        axes: Labels of the two axes.
+        inspection: See `lotr.inspect`.
         path: PNG file.
     """
-    figure = _figure(6.4, 3.8)
-    axis = figure.subplots()
-    for name, size, score in zip(names, sizes, scores, strict=True):
-        ours = name.startswith("lotr")
-        axis.scatter(size, score, s=70, color=_BLUE if ours else _GREY, zorder=3)
-        axis.annotate(name, (size, score), textcoords="offset points", xytext=(8, 4))
-    axis.set_xscale("log")
-    axis.set_xlim(min(sizes) / 2, max(sizes) * 4)
-    axis.margins(y=0.25)
-    axis.set_xlabel(axes[0])
-    axis.set_ylabel(axes[1])
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    places = [(site.layer, site.projection) for site in inspection.sites]
+    norms = [site.norm for site in inspection.sites]
+    by_place(places, norms, "norm of the update, ‖ΔW‖", path, together=np.linalg.norm)
+
+
+def _natural(path: str) -> list[tuple[int, int, str]]:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.split(".")]
 
 
 def score_by_name(

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..adapters.inspection import config_of
 from ..errors import CheckpointError
 from ..files.adapter_folder import read_adapter
 from ..sharing.plan import Plan
-from ..tuner.basis import read_basis
 from ..tuner.config import LotrConfig
-from ..tuner.targets import plan_of
+from ..tuner.saved_adapter import read_basis, read_saved
 from . import folder, report
 from . import transfer as adapters
 from .codec import n_bytes
@@ -50,10 +48,10 @@ class CoreBank:
     def __init__(self, path: Path, writable: bool = False) -> None:
         self.path = path
         self.description = folder.Description.read(path)
-        config = config_of(read_adapter(path))
-        self.plan: Plan = plan_of(config.made_for, config)
+        saved = read_saved(path)
+        self.plan: Plan = saved.plan
         self.layout = Layout.of(self.plan)
-        self._config = config
+        self._config = saved.config
         self.store = TaskStore(path / folder.TASKS, writable)
         self._check_folder()
 

@@ -9,13 +9,12 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from ..adapters.inspection import config_of
 from ..errors import CheckpointError, ConfigError
-from ..files.adapter_folder import BASIS_WEIGHTS, CONFIG, fingerprint, read_adapter
+from ..files.adapter_folder import BASIS_WEIGHTS, CONFIG, fingerprint
 from ..files.atomic import read_json, whole_folder, write_json
-from ..tuner.basis import check_basis, factors_of, hash_of, read_basis
+from ..tuner.basis import check_basis
 from ..tuner.config import LotrConfig
-from ..tuner.targets import plan_of
+from ..tuner.saved_adapter import hash_of, read_saved
 from . import database
 from .codec import check_dtype, n_bytes
 from .layout import Layout
@@ -103,15 +102,14 @@ def create(path: Path, basis: str | Path, dtype: str) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         what = "a bank already; add tasks to it" if (path / BANK).is_file() else "not an empty folder"
         raise ConfigError(f"{path} is {what}, or choose another folder.")
-    adapter = read_adapter(basis)
-    config = config_of(adapter)
-    plan = plan_of(config.made_for, config)
+    saved = read_saved(basis)
+    adapter, config, plan = saved.folder, saved.config, saved.plan
     layout = Layout.of(plan)
     if config.bias != "none":
         raise ConfigError(
             f"{basis} has bias={config.bias!r}: its tasks train biases, which a bank does not hold."
         )
-    factors = read_basis(config) if config.refers_to_basis else factors_of(adapter.tensors())
+    factors = saved.factors()
     check_basis(plan, factors, str(basis))
     base = config.base_model_name_or_path or adapter.task.get("base_model")
     digest = hash_of(factors)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
 from ..math.update import one_by_one
+from ..sharing.keys import core_key, file_shapes
 from ..sharing.plan import Plan
-from ..tuner.state_dict import core_key, file_shapes
 
 Shape = tuple[int, ...]
 

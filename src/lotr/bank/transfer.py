@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapters.export import to_lora
-from ..adapters.inspection import config_of
+from ..adapters.export import export as write_lora
 from ..errors import CheckpointError, ConfigError
-from ..files.adapter_folder import CONFIG, WEIGHTS, AdapterFolder, read_adapter, save_tensors, write_task
+from ..files.adapter_folder import CONFIG, WEIGHTS, AdapterFolder, save_tensors, write_task
 from ..files.atomic import check_free, whole_folder, write_json
-from ..tuner.basis import factors_of, hash_of, used_by
 from ..tuner.config import LotrConfig
+from ..tuner.saved_adapter import factors_of, hash_of, read_saved, used_by
 from .task import Task
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def task_of(bank: CoreBank, name: str, adapter: AdapterFolder, metadata: Mapping
     Raises:
         CheckpointError: The adapter has other factors, another structure, or another base model.
     """
-    config, tensors = config_of(adapter), adapter.tensors()
+    config, tensors = read_saved(adapter).config, adapter.tensors()
     _check_same_update(bank, adapter, config)
     factors = factors_of(tensors)
     found = config.basis_hash if config.refers_to_basis else hash_of(factors)
@@ -117,7 +116,7 @@ def export(
         }
     with tempfile.TemporaryDirectory() as between:
         _write(bank, task, Path(between), refer=False)
-        report = to_lora(read_adapter(between), output, overwrite)
+        report = write_lora(between, output, overwrite)
     return {"task": name, **{key: report[key] for key in ("numbers", "bytes", "rank", "modules", "output")}}
 
 

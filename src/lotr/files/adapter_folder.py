@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 WEIGHTS, CONFIG, TASK = "adapter_model.safetensors", "adapter_config.json", "task.json"
 #: Instead of `WEIGHTS` in the folder of a bank, which can be named as a basis: factors alone.
 BASIS_WEIGHTS = "basis.safetensors"
+_SETS = ("target_modules", "exclude_modules")
 
 
 def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
@@ -40,26 +41,21 @@ def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
 def write_adapter(
     model: PeftModel, folder: Path, task: dict[str, Any] | None = None, base: str | None = None
 ) -> None:
-    """Write the active adapter of a model into an empty folder: weights, configuration, task.
+    """Write the default adapter of a model into an empty folder as PEFT does, and what evaluation needs beside it.
 
     Args:
-        model: A PEFT model with one active adapter of any method.
+        model: A PEFT model with an adapter of any method.
         folder: An existing folder; see `whole_folder`.
         task: What evaluation needs beside the numbers (labels, columns, length), or nothing.
         base: Name of the base model to record, instead of where it was loaded from.
     """
-    from peft import get_peft_model_state_dict
-
-    name = model.active_adapter
-    numbers = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    tensors = {key: value.detach().cpu().contiguous() for key, value in numbers.items()}
-    save_tensors(tensors, folder)
-
-    config = model.peft_config[name].to_dict()
-    config |= {"inference_mode": True, "base_model_name_or_path": base or config["base_model_name_or_path"]}
-    # sets have another order in every process
-    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    write_json(folder / CONFIG, plain)
+    model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+    (folder / WEIGHTS).chmod(0o644)
+    config = read_json(folder / CONFIG, "an adapter's configuration")
+    # PEFT's own methods write sets, which have another order in every process
+    lists = {key: sorted(config[key]) for key in _SETS if isinstance(config.get(key), list)}
+    recorded = {"base_model_name_or_path": base} if base else {}
+    write_json(folder / CONFIG, config | lists | recorded)
     if task is not None:
         write_task(folder, task)
 
@@ -141,18 +137,18 @@ def read_adapter(path: str | Path) -> AdapterFolder:
             f"{folder / CONFIG} has no field peft_type, so it is not the configuration of an adapter."
         )
     task = read_json(folder / TASK, "an adapter's task") if (folder / TASK).is_file() else {}
-    found = AdapterFolder(folder, config, task)
-    if not found.weights.is_file():
+    adapter = AdapterFolder(folder, config, task)
+    if not adapter.weights.is_file():
         raise CheckpointError(
             f"{folder} holds no {WEIGHTS}. Pickled weights are never read; save it as safetensors."
         )
-    found.shapes()
-    if "weights_sha256" in task and task["weights_sha256"] != _sha256(found.weights):
+    adapter.shapes()
+    if "weights_sha256" in task and task["weights_sha256"] != _sha256(adapter.weights):
         raise CheckpointError(
-            f"{found.weights} is damaged, or is not the file that {TASK} beside it was written for: its checksum "
+            f"{adapter.weights} is damaged, or is not the file that {TASK} beside it was written for: its checksum "
             "differs. Copy or download the folder again."
         )
-    return found
+    return adapter
 
 
 def fingerprint(model: nn.Module, modules: list[str]) -> str | None:

@@ -1,13 +1,14 @@
-"""The words of a model card: how to use an adapter, with and without this library."""
+"""The model card of an adapter: how to use it, with and without this library, and how it scores."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 _HEADING = "## How to use"
 
-USAGE = f"""{_HEADING}
+_USAGE = f"""{_HEADING}
 
 An adapter of the `lotr` package, `ΔW = σ·U·C·Vᵀ`. PEFT loads it once `lotr` is imported:
 
@@ -30,12 +31,10 @@ _AUTO = {
     "FEATURE_EXTRACTION": "ForFeatureExtraction",
 }
 
-
 _EXITS = {
     True: "the same update as a plain LoRA, which is exact: `lotr export path/of/this/adapter --output lora-folder`",
     False: "a plain model with the update merged in: `lotr merge path/of/this/adapter --output model-folder`",
 }
-
 
 _ON_BASIS = """
 The file holds cores alone. Their factors are those of the adapter `{name}`, hash `{hash}`: it has to lie where
@@ -43,91 +42,114 @@ The file holds cores alone. Their factors are those of the adapter `{name}`, has
 stand alone.
 """
 
+_RESULTS = """Trained on `{train}` ({task}, {rows:,} rows, {steps} steps, seed {seed}) with `lotr train`.
 
-def usage(
-    task_type: str | None,
-    additive: bool = True,
-    n_labels: int = 0,
-    basis: tuple[str, str | None] | None = None,
-) -> str:
-    """Return the section that says how an adapter is loaded.
+- {adapter:,} trained numbers in the adapter, {head:,} in the head
+- {bytes:,} bytes on disk
+
+{labels}| metric ({eval_rows} rows) | value |
+|---|---|
+{scores}
+"""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model card tells of an adapter.
 
     Args:
+        method: Row of the table of methods, or the name of a method of PEFT's.
+        base_model: Name of the base model, where it is known.
         task_type: PEFT's task type, which names the class to load with.
         additive: Whether the adapter only adds to the weight, so that a LoRA can hold it.
         n_labels: Size of a new head, which the base model is loaded with.
         basis: Path or hub id, and hash, of the adapter that the file refers to.
-
-    Returns:
-        Markdown.
-
-    Example:
-        >>> "AutoPeftModelForCausalLM" in usage("CAUSAL_LM")
-        True
+        is_lotr: Whether this library is needed to load it.
     """
-    more = f", num_labels={n_labels}" if n_labels else ""
-    text = USAGE.replace("{auto}", _AUTO.get(str(task_type), ""))
-    text = text.replace("{exit}", _EXITS[additive]).replace("{more}", more)
-    if basis is None:
-        return text
-    name, found = basis
-    shown = Path(name).name if Path(name).is_dir() else name  # no folder of the machine it was made on
-    return text + _ON_BASIS.format(name=shown, hash=found)
+
+    method: str
+    base_model: str | None = None
+    task_type: str | None = None
+    additive: bool = True
+    n_labels: int = 0
+    basis: tuple[str, str] | None = None
+    is_lotr: bool = True
+
+    def usage(self) -> str:
+        """Return the section that says how the adapter is loaded.
+
+        Example:
+            >>> "AutoPeftModelForCausalLM" in Card("lotr", task_type="CAUSAL_LM").usage()
+            True
+        """
+        if not self.is_lotr:
+            return ""
+        more = f", num_labels={self.n_labels}" if self.n_labels else ""
+        text = _USAGE.replace("{auto}", _AUTO.get(str(self.task_type), ""))
+        text = text.replace("{exit}", _EXITS[self.additive]).replace("{more}", more)
+        if self.basis is None:
+            return text
+        name, digest = self.basis
+        shown = Path(name).name if Path(name).is_dir() else name  # no folder of the machine it was made on
+        return text + _ON_BASIS.format(name=shown, hash=digest)
+
+    def text(self, results: str = "") -> str:
+        """Return the whole card, with the front matter that the hub reads; equal adapters have equal cards."""
+        base = f" for {self.base_model}" if self.base_model else ""
+        front = f"base_model: {self.base_model}\n" if self.base_model else ""
+        sections = [part for part in (results.strip(), self.usage().strip()) if part]
+        return (
+            f"---\n{front}library_name: peft\ntags: [{self.method}, peft]\n---\n\n"
+            f"# {self.method} adapter{base}\n\n" + "\n\n".join(sections) + "\n"
+        )
 
 
-def add_usage(
-    folder: Path, task_type: str | None, additive: bool = True, basis: tuple[str, str | None] | None = None
-) -> None:
-    """Add that section to the card which PEFT wrote into a folder, once; without a card nothing is done."""
-    card = folder / "README.md"
-    if not card.is_file():
+def update_card(folder: Path, card: Card) -> None:
+    """Put a card in the place of PEFT's empty template; a card that someone wrote gets the usage alone, once."""
+    path = folder / "README.md"
+    if not path.is_file():
         return
-    text = card.read_text(encoding="utf-8")
-    if _HEADING not in text:
-        card.write_text(f"{text.rstrip()}\n\n{usage(task_type, additive, basis=basis)}", encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    if "# Model Card for Model ID" in text:
+        path.write_text(card.text(), encoding="utf-8")
+    elif _HEADING not in text:
+        path.write_text(f"{text.rstrip()}\n\n{card.usage()}", encoding="utf-8")
 
 
-def for_run(
-    report: dict[str, Any],
-    task_type: str | None,
-    additive: bool = True,
-    basis: tuple[str, str | None] | None = None,
+def results(
+    train: str,
+    task: str,
+    labels: tuple[str, ...],
+    rows: tuple[int, int],
+    steps: int,
+    seed: int,
+    numbers: tuple[int, int],
+    bytes: int,
+    scores: Mapping[str, float],
 ) -> str:
-    """Return the card of an adapter that `lotr train` made; equal runs give equal cards.
+    """Return the section of a card on how an adapter was trained and how it scores.
 
     Args:
-        report: Content of `metrics.json`.
-        task_type: PEFT's task type.
-        additive: Whether the adapter only adds to the weight.
-        basis: Path or hub id, and hash, of the adapter that the file refers to.
-
-    Returns:
-        Markdown with the front matter that the hub reads.
+        train: What it was trained on.
+        task: Kind of the task.
+        labels: Names of the classes.
+        rows: Rows of training and of evaluation.
+        steps: Steps of the optimiser.
+        seed: Seed of the run.
+        numbers: Trained numbers of the adapter and of the head.
+        bytes: Bytes of the adapter's file.
+        scores: Metrics by name.
     """
-    task, settings, numbers = report["task"], report["settings"], report["trained_numbers"]
-    scores = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(report["eval"].items()))
-    labels = f"Labels: {', '.join(task['labels'])}.\n\n" if task["labels"] else ""
-    how = (
-        usage(task_type, additive, len(task["labels"]), basis)
-        if settings["method"] not in ("peft_lora", "peft_dora")
-        else ""
+    return _RESULTS.format(
+        train=train,
+        task=task,
+        rows=rows[0],
+        eval_rows=rows[1],
+        steps=steps,
+        seed=seed,
+        adapter=numbers[0],
+        head=numbers[1],
+        bytes=bytes,
+        labels=f"Labels: {', '.join(labels)}.\n\n" if labels else "",
+        scores="\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(scores.items())),
     )
-    return f"""---
-base_model: {task["base_model"]}
-library_name: peft
-tags: [{settings["method"]}, peft]
----
-
-# {settings["method"]} adapter for {task["base_model"]}
-
-Trained on `{settings["train"]}` ({task["task"]}, {report["rows"]["train"]} rows, {report["steps"]} steps, seed
-{settings["seed"]}) with `lotr train`.
-
-- {numbers["adapter"]:,} trained numbers in the adapter, {numbers["head"]:,} in the head
-- {report["adapter_bytes"]:,} bytes on disk
-
-{labels}| metric ({report["rows"]["eval"]} rows) | value |
-|---|---|
-{scores}
-
-{how}"""

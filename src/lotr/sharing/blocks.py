@@ -28,12 +28,12 @@ class Heads:
 
 @dataclass(frozen=True)
 class Target:
-    """A module that is to be adapted, as the planner is told of it.
+    """A module that is to be adapted.
 
     Args:
         path: Path of the module in its model.
         shape: `(out, in)` features.
-        rank: `(k, r)` asked for.
+        rank: `(k, r)` asked for; the groups of the module cut it to their blocks.
         fused: Name and output features of each projection of a fused weight, from the first row on.
         heads: Its attention heads, when it has any.
     """
@@ -45,76 +45,94 @@ class Target:
     heads: Heads | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, without what says nothing.
+        """Return plain values, without the fields that are empty.
 
         Example:
             >>> Target("h.0.q", (8, 8), (2, 2)).to_dict()
             {'path': 'h.0.q', 'shape': [8, 8], 'rank': [2, 2]}
         """
-        said: dict[str, Any] = {"path": self.path, "shape": list(self.shape), "rank": list(self.rank)}
+        fields: dict[str, Any] = {"path": self.path, "shape": list(self.shape), "rank": list(self.rank)}
         if self.fused:
-            said["fused"] = [list(piece) for piece in self.fused]
+            fields["fused"] = [list(piece) for piece in self.fused]
         if self.heads:
-            said["heads"] = [self.heads.size, self.heads.axis]
-        return said
+            fields["heads"] = [self.heads.size, self.heads.axis]
+        return fields
 
     @staticmethod
-    def from_dict(said: dict[str, Any]) -> Target:
+    def from_dict(fields: dict[str, Any]) -> Target:
         """Return the target that `to_dict` described."""
-        (out, width), (k, r) = said["shape"], said["rank"]
-        fused = tuple((str(name), int(rows)) for name, rows in said.get("fused", ()))
-        heads = Heads(*said["heads"]) if "heads" in said else None
-        return Target(str(said["path"]), (out, width), (k, r), fused, heads)
+        (out, width), (k, r) = fields["shape"], fields["rank"]
+        fused = tuple((str(name), int(rows)) for name, rows in fields.get("fused", ()))
+        heads = Heads(*fields["heads"]) if "heads" in fields else None
+        return Target(str(fields["path"]), (out, width), (k, r), fused, heads)
 
 
 @dataclass(frozen=True)
-class Block:
-    """A block of a weight.
+class Site:
+    """One block of one weight that receives an update, and its coordinates.
 
     Args:
+        module: Path of the module.
+        layer: Path of its layer.
+        projection: Name of its projection; pieces of one weight are projections of their own.
+        head: Number of its attention head, when the weight is cut by heads.
         row: First output feature.
         column: First input feature.
-        shape: `(o, i)`.
-        piece: What tells its projection from others of the module: of a fused one, or a square; may be empty.
-        head: Number of the attention head, when the weight is cut by heads.
+        shape: `(o, i)` features.
+        piece: Name of its projection within a fused module, or number of its square; may be empty.
     """
 
+    module: str
+    layer: str
+    projection: str
+    head: int | None
     row: int
     column: int
     shape: Shape
     piece: str = ""
-    head: int | None = None
+
+    def coordinate(self, mode: str, modes: tuple[str, ...]) -> object:
+        """Return the site's coordinate along a mode, given the modes beside it."""
+        if mode == "site":
+            return (self.module, self.projection) if "head" in modes else self
+        return getattr(self, mode)
 
 
-def cut(target: Target, blocks: str, split_fused: bool) -> Iterator[Block]:
-    """Cut a weight into blocks, from the first row on and in a row from the first column on.
+def cut(target: Target, layer: str, projection: str, blocks: str, split_fused: bool) -> Iterator[Site]:
+    """Cut a weight into sites, from the first row on and in a row from the first column on.
 
     Args:
         target: The module.
+        layer: Path of its layer.
+        projection: Name of its projection; pieces of the weight add theirs.
         blocks: One of `BLOCKS`.
-        split_fused: Whether the projections of a fused weight are blocks of their own.
+        split_fused: Whether the projections of a fused weight are sites of their own.
 
     Example:
         >>> fused = Target("c_attn", (12, 4), (2, 2), fused=(("query", 4), ("key", 4), ("value", 4)), heads=Heads(2))
-        >>> [block.piece for block in cut(fused, "none", split_fused=True)]
-        ['query', 'key', 'value']
-        >>> [(block.piece, block.head, block.row) for block in cut(fused, "head", split_fused=True)][2:4]
+        >>> [site.projection for site in cut(fused, "h.0", "c_attn", "none", split_fused=True)]
+        ['c_attn.query', 'c_attn.key', 'c_attn.value']
+        >>> [(site.piece, site.head, site.row) for site in cut(fused, "h.0", "c_attn", "head", split_fused=True)][2:4]
         [('key', 0, 4), ('key', 1, 6)]
     """
     out, width = target.shape
     start = 0
     for name, height in target.fused if split_fused and target.fused else (("", out),):
-        (a, b), head = _grid(height, width, blocks, target.heads)
+        (a, b), is_head = _grid(height, width, blocks, target.heads)
         shape = (height // a, width // b)
         for n in range(a * b):
             row, column = divmod(n, b)
-            number = "" if head or a * b == 1 else str(n)
-            yield Block(
+            number = "" if is_head or a * b == 1 else str(n)
+            piece = "-".join(part for part in (name, number) if part)
+            yield Site(
+                module=target.path,
+                layer=layer,
+                projection=f"{projection}.{piece}" if piece else projection,
+                head=n if is_head else None,
                 row=start + row * shape[0],
                 column=column * shape[1],
                 shape=shape,
-                piece="-".join(part for part in (name, number) if part),
-                head=n if head else None,
+                piece=piece,
             )
         start += height
 

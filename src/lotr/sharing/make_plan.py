@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from ..errors import PlanError
+from ..errors import ConfigError, PlanError
 from ..math.cores import CORES, Index
-from .blocks import Target, cut
+from .blocks import Site, Target, cut
 from .paths import coordinates
-from .plan import Group, Plan, Site, check_modes
+from .plan import Group, Plan
+
+Rank = tuple[int, int]  # (k, r)
+
+#: The coordinates along which sites can share factors, in the order of a core tensor's axes. `site` is all of
+#: them in one, or layer and projection in one beside `head`.
+MODES = ("site", "layer", "projection", "head")
 
 
 def make_plan(
@@ -25,7 +31,8 @@ def make_plan(
     """Cut the targets into sites, and the sites into groups that share factors.
 
     Sites are in one group when their blocks have equal shape and all coordinates outside `modes` agree. A fused
-    weight is cut into its projections wherever anything is shared (`modes` is not empty).
+    weight is cut into its projections wherever anything is shared (`modes` is not empty). A rank above the size of a
+    group's block is cut to it.
 
     Args:
         targets: The modules to adapt, in model order.
@@ -41,30 +48,18 @@ def make_plan(
         The plan.
 
     Raises:
-        PlanError: Sites that were asked to share cannot, or a rank does not fit its block.
+        PlanError: Sites cannot share as `modes` ask.
     """
     modes = check_modes(modes)
     members: dict[tuple[object, ...], list[Site]] = defaultdict(list)
-    places = coordinates([target.path for target in targets], tuple(layers_pattern))
+    layers = coordinates([target.path for target in targets], tuple(layers_pattern))
     for target in targets:
-        layer, projection = places[target.path]
-        for block in cut(target, blocks, split_fused=bool(modes)):
-            name = f"{projection}.{block.piece}" if block.piece else projection
-            site = Site(
-                module=target.path,
-                layer=layer,
-                projection=name,
-                head=block.head,
-                row=block.row,
-                column=block.column,
-                shape=block.shape,
-                rank=target.rank,
-                piece=block.piece,
-            )
+        for site in cut(target, *layers[target.path], blocks, split_fused=bool(modes)):
             members[(*_fixed(site, modes), site.shape)].append(site)
 
+    ranks = {target.path: target.rank for target in targets}
     names: set[str] = set()
-    groups = [_group(sites, modes, core, core_ranks, names) for sites in members.values()]
+    groups = [_group(sites, modes, core, core_ranks, ranks, names) for sites in members.values()]
     _check_sharing(groups, modes, blocks)
     return Plan(tuple(groups), tuple(targets), magnitude, trainable)
 
@@ -82,8 +77,10 @@ def _group(
     modes: tuple[str, ...],
     core: str,
     core_ranks: int | dict[str, int] | None,
+    ranks: dict[str, Rank],
     names: set[str],
 ) -> Group:
+    """Return the group of some sites, with a name that is not among `names` yet."""
     first = sites[0]
     stem = "-".join(_fixed(first, modes) or ["joint"]).replace(".", "-").replace("lotr_", "lotr-")
     o, i = first.shape
@@ -92,38 +89,41 @@ def _group(
         n += 1
         name = f"{stem}~{n}_{o}x{i}"
     names.add(name)
-    _check_rank(name, sites)
+    rank = _common_rank(name, sites, ranks)
+    k, r = _cut_rank(rank, first.shape, core)
 
     axes = [{c: n for n, c in enumerate(dict.fromkeys(s.coordinate(m, modes) for s in sites))} for m in modes]
     index = {
         site: tuple(axis[site.coordinate(mode, modes)] for axis, mode in zip(axes, modes, strict=True))
         for site in sites
     }
-    k, r = first.rank
     sizes = tuple(len(axis) for axis in axes)
-    ranks: Index = ()
+    mode_ranks: Index = ()
     if CORES[core].has_ranks:
-        asked = core_ranks if isinstance(core_ranks, dict) else dict.fromkeys(modes, core_ranks)
-        ranks = tuple(asked.get(m) or min(r, size) for m, size in zip(modes, sizes, strict=True))
-    return Group(name, modes, tuple(sites), CORES[core](k=k, r=r, sizes=sizes, ranks=ranks), index)
+        given = core_ranks if isinstance(core_ranks, dict) else dict.fromkeys(modes, core_ranks)
+        mode_ranks = tuple(given.get(m) or min(r, size) for m, size in zip(modes, sizes, strict=True))
+    structure = CORES[core](k=k, r=r, sizes=sizes, ranks=mode_ranks)
+    return Group(name, modes, tuple(sites), structure, index, rank)
 
 
-def _check_rank(name: str, sites: list[Site]) -> None:
-    ranks = {site.rank: site.module for site in sites}
-    if len(ranks) > 1:
-        (a, one), (b, other) = list(ranks.items())[:2]
+def _common_rank(name: str, sites: list[Site], ranks: dict[str, Rank]) -> Rank:
+    """Return the one rank `(k, r)` that the modules of a group ask for."""
+    modules = {ranks[site.module]: site.module for site in sites}
+    if len(modules) > 1:
+        (a, one), (b, other) = list(modules.items())[:2]
         raise PlanError(
             f'Sites of group "{name}" cannot share factors: "{one}" asks for rank {a} and "{other}" for rank '
             f"{b}. Shared factors need one rank. Give every site of the group the same rank in rank_pattern, "
             "or drop a mode so that they fall into separate groups."
         )
-    (o, i), (k, r) = sites[0].shape, sites[0].rank
-    if k > o or r > i:
-        raise PlanError(
-            f'Rank (k, r) = ({k}, {r}) does not fit group "{name}": its blocks are ({o}, {i}), so k can be '
-            f"at most {o} and r at most {i}. Use r=({min(k, o)}, {min(r, i)}) (--rank {min(k, o)},{min(r, i)}); in "
-            f'Python also a smaller rank for "{sites[0].projection}" in rank_pattern, or exclude_modules.'
-        )
+    return next(iter(modules))
+
+
+def _cut_rank(rank: Rank, block: Rank, core: str) -> Rank:
+    """Return a rank that is at most as large as the block: one number stays one, of a pair each side is cut alone."""
+    k, r = min(rank[0], block[0]), min(rank[1], block[1])
+    one = rank[0] == rank[1] or CORES[core].is_square
+    return (min(k, r), min(k, r)) if one else (k, r)
 
 
 def _check_sharing(groups: list[Group], modes: tuple[str, ...], blocks: str) -> None:
@@ -145,3 +145,28 @@ def _check_sharing(groups: list[Group], modes: tuple[str, ...], blocks: str) -> 
             'Shared factors need equal blocks. Split by head (blocks="head"), drop "projection" from modes '
             '(method="lotr"), or adapt projections of equal shape.'
         )
+
+
+def check_modes(modes: Iterable[str]) -> tuple[str, ...]:
+    """Return `modes` in canonical order.
+
+    Raises:
+        ConfigError: An entry is not a coordinate, or says again what `site` says.
+
+    Example:
+        >>> check_modes(["projection", "layer"]), check_modes("none")
+        (('layer', 'projection'), ())
+    """
+    names = (modes,) if isinstance(modes, str) else tuple(modes)
+    names = () if names == ("none",) else names
+    unknown = [mode for mode in names if mode not in MODES]
+    if unknown:
+        raise ConfigError(
+            f"modes={names!r} names {unknown[0]!r}, which is not a coordinate. Known: {', '.join(MODES)}."
+        )
+    if "site" in names and {"layer", "projection"} & set(names):
+        raise ConfigError(
+            f'modes={names!r} names "site", which is layer and projection in one, beside one of them. Drop "site", '
+            "or the others."
+        )
+    return tuple(mode for mode in MODES if mode in names)

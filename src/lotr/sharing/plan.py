@@ -1,57 +1,21 @@
-"""Sites, the groups that share factors, and the plan: who shares what, before anything exists.
+"""The plan of an adapter: which sites share what, before anything exists.
 
-The plan is computed once by `grouping.make_plan`; the tuner executes it, `lotr plan` prints it.
+It is computed once by `make_plan`; the tuner executes it, `lotr plan` prints it.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ..errors import ConfigError
-from ..math.cores import Core, Index
+from ..math.cores import Core, Index, Region
 from ..math.magnitude import MAGNITUDES
-from .blocks import Shape, Target
-from .parts import Part, parts_of
+from .blocks import Shape, Site, Target
 
-#: The coordinates along which sites can share factors, in the order of a core tensor's axes. `site` is all of
-#: them in one, or layer and projection in one beside `head`.
-MODES = ("site", "layer", "projection", "head")
-
-
-@dataclass(frozen=True)
-class Site:
-    """One block of one weight that receives an update, and its coordinates.
-
-    Args:
-        module: Path of the module.
-        layer: Path of its layer.
-        projection: Name of its projection; pieces of one weight are projections of their own.
-        head: Number of its attention head, when the weight is cut by heads.
-        row: First output feature.
-        column: First input feature.
-        shape: `(o, i)` features.
-        rank: `(k, r)`.
-        piece: What tells its projection from others of the same module; may be empty.
-    """
-
-    module: str
-    layer: str
-    projection: str
-    head: int | None
-    row: int
-    column: int
-    shape: Shape
-    rank: Shape
-    piece: str = ""
-
-    def coordinate(self, mode: str, modes: tuple[str, ...]) -> object:
-        """Return where the site stands along a mode, given the modes beside it."""
-        if mode == "site":
-            return (self.module, self.projection) if "head" in modes else self
-        return getattr(self, mode)
+_WIDTH = 4  # bytes of a number in float32
 
 
 @dataclass(frozen=True)
@@ -64,6 +28,7 @@ class Group:
         sites: The members, in model order.
         core: Structure of the core.
         index: Position of each site along the modes.
+        asked_rank: `(k, r)` as the configuration has it, before it was cut to the block.
         shares_inputs: Whether a layer has several modules of the group, which may read the same input.
     """
 
@@ -72,11 +37,12 @@ class Group:
     sites: tuple[Site, ...]
     core: Core
     index: dict[Site, Index] = field(hash=False)
+    asked_rank: Shape
     shares_inputs: bool = field(init=False)
 
     def __post_init__(self) -> None:
         shared = len({site.module for site in self.sites}) > len({site.layer for site in self.sites})
-        object.__setattr__(self, "shares_inputs", shared)  # asked in every pass
+        object.__setattr__(self, "shares_inputs", shared)  # read in every pass
 
     @property
     def shape(self) -> Shape:
@@ -85,8 +51,8 @@ class Group:
 
     @property
     def rank(self) -> Shape:
-        """Ranks `(k, r)` of the factors."""
-        return self.sites[0].rank
+        """Ranks `(k, r)` of the factors, at most as large as the block."""
+        return self.core.k, self.core.r
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -111,8 +77,37 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Part:
+    """The sites of one module in one group, as a grid.
+
+    Args:
+        group: The group.
+        name: Empty when it is the only part of its module; else unique in the module.
+        sites: The blocks, from the first row on.
+        grid: `(a, b)`: blocks down and across.
+        region: Positions along each mode of the group, in the order of the blocks.
+    """
+
+    group: Group
+    name: str
+    sites: tuple[Site, ...]
+    grid: tuple[int, int]
+    region: Region
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """First output feature, and their number."""
+        return self.sites[0].row, self.grid[0] * self.sites[0].shape[0]
+
+    @property
+    def columns(self) -> tuple[int, int]:
+        """First input feature, and their number."""
+        return self.sites[0].column, self.grid[1] * self.sites[0].shape[1]
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Groups of an adapter, before anything exists.
+    """Groups of an adapter, before anything exists; `print(plan)` shows a table.
 
     Args:
         groups: Who shares what.
@@ -121,7 +116,7 @@ class Plan:
         trainable: `"all"`, or `"cores"` when the factors stay as they start.
 
     Example:
-        >>> from lotr.grouping import make_plan
+        >>> from lotr.sharing.make_plan import make_plan
         >>> paths = [f"encoder.layer.{l}.attention.{p}" for l in range(12) for p in ("query", "value")]
         >>> plan = make_plan([Target(path, (768, 768), (8, 8)) for path in paths], modes=("layer",))
         >>> [group.name for group in plan.groups], plan.n_parameters
@@ -136,11 +131,15 @@ class Plan:
     @cached_property
     def parts(self) -> dict[str, tuple[Part, ...]]:
         """Path of a module → its parts, each of one group."""
-        of_module: dict[str, list[tuple[Group, Site]]] = defaultdict(list)
+        sites: dict[str, dict[str, list[Site]]] = defaultdict(lambda: defaultdict(list))
         for group in self.groups:
             for site in group.sites:
-                of_module[site.module].append((group, site))
-        return {target.path: parts_of(of_module[target.path]) for target in self.targets}
+                sites[site.module][group.name].append(site)
+        groups = {group.name: group for group in self.groups}
+        return {
+            target.path: _parts([(groups[name], own) for name, own in sites[target.path].items()])
+            for target in self.targets
+        }
 
     @cached_property
     def shape_of(self) -> dict[str, Shape]:
@@ -189,27 +188,79 @@ class Plan:
         """Rank at which plain LoRA on the same modules has as many numbers; below 1 no LoRA is as small."""
         return self.n_parameters / self.lora_per_rank if self.groups else 0.0
 
+    @property
+    def cut_ranks(self) -> str:
+        """A sentence on the groups whose blocks are smaller than the rank; empty when every rank fits."""
+        cut = [group for group in self.groups if group.rank != group.asked_rank]
+        if not cut:
+            return ""
+        shown = ", ".join(f"{group.name} has {_ranks(group.rank)}" for group in cut[:3])
+        more = f", and {len(cut) - 3} more" if len(cut) > 3 else ""
+        asked = " and ".join(dict.fromkeys(_ranks(group.asked_rank) for group in cut))
+        return f"Rank {asked} is cut to the size of the block where that is smaller: {shown}{more}."
 
-def check_modes(modes: Iterable[str]) -> tuple[str, ...]:
-    """Return `modes` in canonical order.
-
-    Raises:
-        ConfigError: An entry is not a coordinate, or says again what `site` says.
-
-    Example:
-        >>> check_modes(["projection", "layer"]), check_modes("none")
-        (('layer', 'projection'), ())
-    """
-    asked = (modes,) if isinstance(modes, str) else tuple(modes)
-    asked = () if asked == ("none",) else asked
-    unknown = [mode for mode in asked if mode not in MODES]
-    if unknown:
-        raise ConfigError(
-            f"modes={asked!r} names {unknown[0]!r}, which is not a coordinate. Known: {', '.join(MODES)}."
+    def __str__(self) -> str:
+        header = ("group", "shares", "sites", "block", "rank", "numbers", "bytes")
+        rows = [
+            (
+                group.name,
+                ", ".join(group.modes) or "nothing",
+                f"{len(group.sites):,}",
+                "×".join(map(str, group.shape)),
+                _ranks(group.rank) + ("" if group.rank == group.asked_rank else " (cut)"),
+                f"{group.n_parameters:,}",
+                f"{group.n_parameters * _WIDTH:,}",
+            )
+            for group in self.groups
+        ]
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (header, *rows)]
+        frozen = "" if self.trainable == "all" else "not trained, "
+        trained = self.n_parameters
+        return "\n".join(
+            [
+                *lines,
+                f"{trained:,} trained numbers, {trained * _WIDTH:,} bytes in float32, for {self.n_sites:,} sites in "
+                f"{len(self.targets):,} modules:",
+                f"{self.n_factors:,} in factors ({frozen}shared), {self.n_cores:,} in cores, {self.n_magnitudes:,} in "
+                f"magnitudes. LoRA has as many at rank {self.equal_lora_rank:.2f}.",
+                *([self.cut_ranks] if self.cut_ranks else []),
+            ]
         )
-    if "site" in asked and {"layer", "projection"} & set(asked):
-        raise ConfigError(
-            f'modes={asked!r} names "site", which is layer and projection in one, beside one of them. Drop "site", '
-            "or the others."
-        )
-    return tuple(mode for mode in MODES if mode in asked)
+
+
+def _ranks(rank: Shape) -> str:
+    return str(rank[0] if rank[0] == rank[1] else rank)
+
+
+def _parts(members: Sequence[tuple[Group, list[Site]]]) -> tuple[Part, ...]:
+    """Put the sites of one module together: one part a group, or one a projection where they make no grid."""
+    parts: list[Part] = []
+    for group, sites in members:
+        whole = _grid(group, sites)
+        pieces = itertools.groupby(sites, key=lambda site: site.projection) if whole is None else ()
+        split = [_grid(group, list(piece)) for _, piece in pieces]
+        parts += [part for part in (whole, *split) if part is not None]
+    if len(parts) == 1:
+        only = parts[0]
+        return (Part(only.group, "", only.sites, only.grid, only.region),)
+    return tuple(parts)
+
+
+def _grid(group: Group, sites: list[Site]) -> Part | None:
+    """Return the sites as a part, when both their corners and their positions along the modes are grids."""
+    sites = sorted(sites, key=lambda site: (site.row, site.column))
+    rows, columns = sorted({s.row for s in sites}), sorted({s.column for s in sites})
+    o, i = group.shape
+    corners = [(rows[0] + n * o, columns[0] + m * i) for n in range(len(rows)) for m in range(len(columns))]
+    runs = [sorted(set(positions)) for positions in zip(*(group.index[s] for s in sites), strict=True)]
+    region = tuple(range(run[0], run[-1] + 1) for run in runs)
+    if [(s.row, s.column) for s in sites] != corners:
+        return None
+    if [group.index[s] for s in sites] != list(itertools.product(*region)):
+        return None
+    first = sites[0]
+    alone = first.head is not None and not {"head", "site"} & set(group.modes)
+    name = "-".join(p for p in (first.piece, f"head{first.head}" if alone else "") if p)
+    slices = tuple(slice(run.start, run.stop) for run in region)
+    return Part(group, name, tuple(sites), (len(rows), len(columns)), slices)

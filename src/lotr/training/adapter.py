@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, near
 from ..methods import METHODS
+from ..tuner.basis import resolve_basis
 from ..tuner.config import LotrConfig
 from .budget import AUTO, check_budget_is_meant
 from .data.columns import check_task
@@ -24,6 +25,8 @@ PEERS = ("peft_lora", "peft_dora", "head")
 TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 #: Settings of this library's methods, which PEFT's own do not know.
 _OURS = ("modes", "core", "core_ranks", "blocks", "magnitude", "trainable", "init", "basis", "budget")
+#: Settings that are fields of the configuration as they are.
+_AS_IN_CONFIG = ("basis", "core", "blocks", "magnitude", "trainable", "init", "dropout", "seed")
 #: Settings that always have a value, and the field of the configuration that each sets.
 _ALWAYS = {"rank": "r", "method": "method", "scaling": "scaling"}
 
@@ -72,20 +75,12 @@ def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConf
     if settings.basis is not None:  # what was left at its default is as in the basis
         changed = [name for name in _ALWAYS if getattr(settings, name) != getattr(type(settings), name)]
         fields = {_ALWAYS[name]: fields[_ALWAYS[name]] for name in changed}
-    return LotrConfig(
-        basis=settings.basis,
-        modes=read_modes(settings.modes),
-        core=settings.core,
-        core_ranks=read_core_ranks(settings.core_ranks),
-        blocks=settings.blocks,
-        magnitude=settings.magnitude,
-        trainable=settings.trainable,
-        init=settings.init,
-        dropout=settings.dropout,
-        seed=settings.seed,
-        **fields,
-        **common,
-    )
+    fields |= {"modes": read_modes(settings.modes), "core_ranks": read_core_ranks(settings.core_ranks)}
+    fields |= {name: getattr(settings, name) for name in _AS_IN_CONFIG}
+    config = LotrConfig(**fields, **common)
+    if settings.basis is not None:
+        resolve_basis(config)
+    return config
 
 
 def resolve(settings: TrainSettings, config: PeftConfig, task: str) -> TrainSettings:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..adapters.inspection import config_of
 from ..errors import ConfigError
-from ..files.adapter_folder import read_adapter
 from ..math.cores import CORES
 from ..math.init import DATA_INITS
 from ..tuner.ranks import largest_rank
-from ..tuner.targets import plan, plan_of
+from ..tuner.saved_adapter import read_saved
+from ..tuner.targets import plan
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,7 +80,7 @@ def fit(settings: TrainSettings, config: LotrConfig, model: nn.Module, done: Pat
     """
     assert settings.budget is not None
     if done is not None:
-        saved = config_of(read_adapter(done))
+        saved = read_saved(done).config
         config.r, config.rank_pattern = saved.r, saved.rank_pattern
         return "Rank: as the run began."
     rank = config.r = largest_rank(model, config, settings.budget)
@@ -104,7 +103,7 @@ def said_rank(settings: TrainSettings, config: LotrConfig, rank: int) -> str:
 
 def ranks_of(config: LotrConfig) -> dict[str, tuple[int, int]]:
     """Return the ranks `(k, r)` of the groups of an adapter in a model, by name."""
-    return {group.name: group.rank for group in plan_of(config.made_for, config).groups}
+    return {group.name: group.rank for group in config.recorded_plan().groups}
 
 
 def said_ranks(config: LotrConfig) -> str:
@@ -112,5 +111,5 @@ def said_ranks(config: LotrConfig) -> str:
     ranks = ranks_of(config)
     shown = [f"{name} {rank}" for name, rank in list(ranks.items())[:8]]
     more = f", and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    trained = plan_of(config.made_for, config).n_parameters
+    trained = config.recorded_plan().n_parameters
     return f"Ranks (k, r): {', '.join(shown)}{more}; {trained:,} numbers in all."

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError, near
 from ..files.atomic import file_bytes
 from ..methods import METHODS
-from ..tuner.basis import check_basis, read_basis
+from ..sharing.keys import file_shapes
+from ..tuner.basis import check_basis
 from ..tuner.ranks import largest_rank
-from ..tuner.state_dict import file_shapes
+from ..tuner.saved_adapter import read_basis
 from ..tuner.targets import plan
 from .adapter import adapter_config, check_targets
 from .base_model import DTYPES, check_dtype, skeleton

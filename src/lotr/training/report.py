@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ..files import card
 from ..files.adapter_folder import WEIGHTS, write_adapter
 from ..files.atomic import move_into, whole_folder, write_json
-from ..math.magnitude import MAGNITUDES
+from ..files.card import Card
+from ..tuner.config import LotrConfig
 from .data.columns import Columns, Task
 
 if TYPE_CHECKING:
@@ -101,16 +102,32 @@ def write(folder: Path, model: PeftModel, report: RunReport) -> None:
         report.adapter_bytes = (staged / WEIGHTS).stat().st_size
         title = f"{settings.method} on {settings.train}"
         plots.curve(report.history, report.metric, title, staged / CURVE)
-        config = model.active_peft_config
-        additive = MAGNITUDES[getattr(config, "magnitude", "none")].additive
-        text = card.for_run(report.to_dict(), config.task_type, additive, getattr(config, "reference", None))
-        (staged / "README.md").write_text(text, encoding="utf-8")
+        (staged / "README.md").write_text(_card(model, report), encoding="utf-8")
         write_json(staged / SETTINGS, settings.to_dict())
         write_json(staged / METRICS, report.to_dict())
     for name in PICTURES:  # they show the earlier adapter
         (folder / name).unlink(missing_ok=True)
     move_into(folder / STAGED, folder, last=METRICS)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def _card(model: PeftModel, report: RunReport) -> str:
+    task, settings, numbers = report.task, report.settings, report.trained_numbers
+    config = model.active_peft_config
+    ours = isinstance(config, LotrConfig)
+    adapter = config.card(len(task.labels)) if ours else Card(settings.method, is_lotr=False)
+    results = card.results(
+        train=str(settings.train),
+        task=task.task,
+        labels=task.labels,
+        rows=(report.rows["train"], report.rows["eval"]),
+        steps=report.steps,
+        seed=settings.seed,
+        numbers=(numbers["adapter"], numbers["head"]),
+        bytes=report.adapter_bytes,
+        scores=report.eval,
+    )
+    return replace(adapter, method=settings.method, base_model=task.base_model).text(results)
 
 
 def versions() -> dict[str, str]:

@@ -132,12 +132,12 @@ def merge(
         CheckpointError: The adapter is damaged or belongs to another base model, or merged weights are not finite.
         ConfigError: `output` is not free, or is what is read.
     """
-    from ..adapters.export import merged
+    from ..adapters.export import merge as write_merged
 
     output = Path(output)
     check_free(output, overwrite)
     check_apart(output, "adapter", adapter)
     check_apart(output, "base model", model)
     trained = load_trained(adapter, model)
-    merged(trained.model, trained.tokenizer, output, overwrite)
+    write_merged(trained.model, output, trained.tokenizer, overwrite)
     return {"output": str(output)}

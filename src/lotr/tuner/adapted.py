@@ -15,7 +15,7 @@ from ..math import update as delta
 from ..math.magnitude import Gains, Magnitude
 from ..math.norms import Placed
 from ..math.update import LinearMap
-from ..sharing.parts import Part
+from ..sharing.plan import Part
 from . import direct
 from .group import LotrGroup, weight_of
 

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 
-from ..errors import ConfigError, near
+from ..errors import ConfigError, PlanError, near
 from ..math.magnitude import MAGNITUDES
 from ..math.update import one_by_one, side_by_side
 from ..sharing.paths import normalise
+from .config import LotrConfig
 from .group import LotrGroup
 from .layer import LotrLinear
 
-if TYPE_CHECKING:
-    from .config import LotrConfig
-    from .model import LotrModel
-
 
 def add_weighted(
-    tuner: LotrModel, adapters: list[str], weights: list[float], name: str, combination_type: str
+    tuner: BaseTuner, adapters: list[str], weights: list[float], name: str, combination_type: str
 ) -> None:
     """Add an adapter whose update is `Σ_a weight_a · ΔW_a`, without any approximation.
 
@@ -57,6 +55,7 @@ def add_weighted(
         config.basis = config.basis_hash = None
     concatenated = combination_type == "cat" and not refers
     if concatenated:
+        _check_fits(tuner, adapters)
         config.r = _sum([configs[adapter].rank for adapter in adapters])
         config.rank_pattern = {
             normalise(path): rank
@@ -71,14 +70,12 @@ def add_weighted(
         del tuner.peft_config[name]
         raise
 
-    join = _joined if concatenated else _same_factor
     with torch.no_grad():
         for module in tuner.model.modules():
             if isinstance(module, LotrGroup) and name in module.lotr_U:
-                U = [module.lotr_U[adapter].weight for adapter in adapters]
-                Vt = [module.lotr_V[adapter].weight for adapter in adapters]
-                module.lotr_U[name].weight.copy_(join(U, dim=1))
-                module.lotr_V[name].weight.copy_(join(Vt, dim=0))
+                for factors, dim in ((module.lotr_U, 1), (module.lotr_V, 0)):
+                    weights_of = [factors[adapter].weight for adapter in adapters]
+                    factors[name].weight.copy_(torch.cat(weights_of, dim) if concatenated else weights_of[0])
             elif isinstance(module, LotrLinear) and name in module.lotr_site:
                 for n, member in enumerate(module.lotr_site[name].members):
                     cores = [
@@ -88,6 +85,21 @@ def add_weighted(
                     summed = _on_the_diagonal(cores) if concatenated else torch.stack(cores).sum(0)
                     C = side_by_side(summed, member.part.grid)
                     module.adapted(name).site_core(member.part).copy_(C)
+
+
+def _check_fits(tuner: BaseTuner, adapters: list[str]) -> None:
+    """Refuse factors side by side that have more columns than the block has features: they would be cut."""
+    for path, module in tuner.model.named_modules():
+        if not isinstance(module, LotrGroup) or adapters[0] not in module.lotr_U:
+            continue
+        k = sum(module.lotr_U[adapter].weight.shape[1] for adapter in adapters)
+        r = sum(module.lotr_V[adapter].weight.shape[0] for adapter in adapters)
+        if k > module.out_features or r > module.in_features:
+            raise PlanError(
+                f"The ranks of {', '.join(adapters)} add up to ({k}, {r}) in group {path.rpartition('.')[2]!r}, whose "
+                f"blocks are ({module.out_features}, {module.in_features}). Truncate the adapters first "
+                "(lotr.truncate), or merge them one after the other."
+            )
 
 
 def _one_basis(configs: list[LotrConfig]) -> bool:
@@ -115,19 +127,11 @@ def _sum(ranks: Iterable[Iterable[int]]) -> int | tuple[int, int]:
     return k if k == r else (k, r)
 
 
-def _joined(factors: list[Tensor], dim: int) -> Tensor:
-    return torch.cat(factors, dim=dim)
-
-
-def _same_factor(factors: list[Tensor], dim: int) -> Tensor:
-    return factors[0]
-
-
-def _configs(tuner: LotrModel) -> dict[str, LotrConfig]:
+def _configs(tuner: BaseTuner) -> dict[str, LotrConfig]:
     return cast("dict[str, LotrConfig]", tuner.peft_config)
 
 
-def _check(tuner: LotrModel, adapters: list[str], weights: list[float], name: str, combination: str) -> None:
+def _check(tuner: BaseTuner, adapters: list[str], weights: list[float], name: str, combination: str) -> None:
     if combination not in ("cat", "linear"):
         raise ConfigError(
             f"combination_type={combination!r} is not exact for this method. Use 'cat', or 'linear' for "
@@ -164,7 +168,7 @@ def _check(tuner: LotrModel, adapters: list[str], weights: list[float], name: st
                 )
 
 
-def _has(tuner: LotrModel, adapter: str) -> set[str]:
+def _has(tuner: BaseTuner, adapter: str) -> set[str]:
     return {
         path
         for path, module in tuner.model.named_modules()

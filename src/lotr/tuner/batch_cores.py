@@ -11,8 +11,8 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..math import update as delta
 from ..math.update import LinearMap
-from ..sharing.parts import Part
-from .state_dict import core_key, group_keys
+from ..sharing.keys import core_key, group_keys
+from ..sharing.plan import Part
 
 
 @dataclass(frozen=True)

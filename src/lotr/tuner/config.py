@@ -1,34 +1,65 @@
-"""`LotrConfig`: what a user says about an adapter."""
+"""`LotrConfig`: the configuration of an adapter."""
 
+# `_field` returns the field of a dataclass, with its help
+# ruff: noqa: RUF009
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from ..errors import ConfigError, near
-from ..files.card import add_usage
+from ..errors import ConfigError
+from ..files.card import Card, update_card
 from ..math.cores import CORES
 from ..math.init import DATA_INITS, INITS, WEIGHT_INITS
 from ..math.magnitude import MAGNITUDES
-from ..math.orders import ORDERS
 from ..methods import method
 from ..sharing.blocks import BLOCKS, Target
-from ..sharing.plan import check_modes
-from .meaning import check_meaning, checked_rank, pair
+from ..sharing.make_plan import check_modes, make_plan
+from ..sharing.plan import Plan
+from .checks import (
+    FORMAT,
+    check_core,
+    check_format,
+    check_lora_words,
+    check_magnitude,
+    checked_rank,
+    one_of,
+    pair,
+)
 
-#: Default of a field that is filled in afterwards: from the basis, or with what its help tells.
-_UNSAID: Any = None
+Config = TypeVar("Config", bound=PeftConfig)
+_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+#: Fields that an adapter on a basis has as its basis. The factors are kept, so how they start is one of them.
+STRUCTURE = ("method", "r", "modes", "core", "core_ranks", "blocks", "scaling", "rank_pattern", "init")
 
 
-def _help(text: str) -> Any:
-    return {"help": text}
+def _with_checked_words(cls: type[Config]) -> type[Config]:
+    """Let the constructor refuse the words of LoRA and folders of other formats before it refuses unknown fields."""
+    construct = cls.__init__
+
+    @functools.wraps(construct)
+    def __init__(self: Config, *args: Any, **fields: Any) -> None:
+        check_format(fields)
+        check_lora_words(fields)
+        construct(self, *args, **fields)
+
+    cls.__init__ = __init__  # type: ignore[assignment]
+    return cls
 
 
+def _field(help: str, default: Any = None) -> Any:
+    """Return a field of the configuration; one that the constructor fills in defaults to None whatever its type."""
+    return field(default=default, metadata={"help": help})
+
+
+@_with_checked_words
 @dataclass
 class LotrConfig(PeftConfig):
     """Configuration of a LoTR adapter: `ΔW_s = σ · U · C_s · Vᵀ`.
@@ -36,9 +67,10 @@ class LotrConfig(PeftConfig):
     Names follow PEFT where PEFT has one. Fields left at `None` are filled from the row of `method`, or from the `basis`
     where one is named; then a field that says otherwise is refused. `LotrConfig(r=16)` alone is a good LoTR.
 
+    The constructor reads no file: a basis is read when the plan is made.
+
     Raises:
-        ConfigError: A field has no meaning, or contradicts the basis; the message names it.
-        CheckpointError: The basis cannot be read.
+        ConfigError: A field has no meaning; the message names it, or its counterpart for the words of LoRA.
 
     Source: https://arxiv.org/abs/2402.01376
 
@@ -48,197 +80,194 @@ class LotrConfig(PeftConfig):
         (('layer',), (16, 16))
     """
 
-    r: int | tuple[int, int] = field(
-        default=_UNSAID,
-        metadata=_help(
-            "Rank of the shared factors: one number, or (k, r) for output and input. Default: 16."
-        ),
+    r: int | tuple[int, int] = _field(
+        "Rank of the shared factors: one number, or (k, r) for output and input. Default: 16."
     )
-    method: str = field(
-        default=_UNSAID,
-        metadata=_help("Row of the table of methods; fields set explicitly override it. Default: lotr."),
+    method: str = _field("Row of the table of methods; fields set explicitly override it. Default: lotr.")
+    modes: tuple[str, ...] = _field(
+        "Coordinates along which sites share factors: layer, projection, head; or site, all in one."
     )
-    modes: tuple[str, ...] | None = field(
-        default=None,
-        metadata=_help(
-            "Coordinates along which sites share factors: layer, projection, head; or site, all in one."
-        ),
+    core: str = _field("Structure of the cores: free, identity, tucker, cp, tt.")
+    core_ranks: int | dict[str, int] | None = _field(
+        "Tucker cores: rank of every mode, or of each by name. Default: r, at most the mode's extent."
     )
-    core: str | None = field(
-        default=None, metadata=_help("Structure of the cores: free, identity, tucker, cp, tt.")
+    blocks: str = _field("How weights are cut into sites: none, head (attention heads), square.")
+    magnitude: str = _field(
+        "Rule on the whole weight: none, per_output, per_output_and_input, base_and_update."
     )
-    core_ranks: int | dict[str, int] | None = field(
-        default=None,
-        metadata=_help(
-            "Tucker cores: rank of every mode, or of each by name. Default: r, at most the mode's extent."
-        ),
+    norm_gradient: bool = _field(
+        "Send gradients through the norms of a magnitude too, instead of treating them as constants.",
+        False,
     )
-    blocks: str | None = field(
-        default=None,
-        metadata=_help("How weights are cut into sites: none, head (attention heads), square."),
+    scaling: float = _field("σ: multiplies the update. It is not divided by the rank. Default: 1.")
+    init: str = _field(
+        "How the shared factors start: orthonormal, gaussian, kaiming, weight (singular directions); "
+        "gradient, activation and update begin orthonormal until lotr.init_from_data(model, batches, kind=…) "
+        "turns them. The name is saved either way."
     )
-    magnitude: str | None = field(
-        default=None,
-        metadata=_help("Rule on the whole weight: none, per_output, per_output_and_input, base_and_update."),
+    trainable: str = _field("What trains: all, or cores (the factors stay as they start).")
+    seed: int | None = _field("Seed of the factors. Default: torch's own seed, so torch.manual_seed decides.")
+    dropout: float = _field("Probability of dropping an input of the update.", 0.0)
+    target_modules: list[str] | str | None = _field(
+        "Modules to adapt: list of names, regex, or 'all-linear'. Default: by architecture."
     )
-    norm_gradient: bool = field(
-        default=False,
-        metadata=_help(
-            "Send gradients through the norms of a magnitude too, instead of treating them as constants."
-        ),
+    exclude_modules: list[str] | str | None = _field("Modules to leave out: list of names or regex.")
+    layers_to_transform: list[int] | int | None = _field("Indices of the layers to adapt. Default: all.")
+    layers_pattern: list[str] | str | None = _field(
+        "Name of the module list whose number is the layer, e.g. 'layers' or 'h'."
     )
-    scaling: float = field(
-        default=_UNSAID,
-        metadata=_help("σ: multiplies the update. It is not divided by the rank. Default: 1."),
+    rank_pattern: dict[str, int | tuple[int, int]] = _field(
+        "Ranks of single modules, by name or regex; all sites of a group need the same one."
     )
-    init: str | None = field(
-        default=None,
-        metadata=_help(
-            "How the shared factors start: orthonormal, gaussian, kaiming, weight (singular directions); gradient, "
-            "activation and update begin orthonormal until lotr.init_from_data(model, batches, kind=…) turns them. "
-            "The name is saved either way."
-        ),
+    bias: Literal["none", "all", "lotr_only"] = _field("Which biases of the base model to train too.", "none")
+    modules_to_save: list[str] | None = _field(
+        "Modules trained in full and saved with the adapter, e.g. a new head."
     )
-    trainable: str | None = field(
-        default=None, metadata=_help("What trains: all, or cores (the factors stay as they start).")
+    basis: str | None = _field(
+        "Path or hub id of an adapter whose factors are kept, and whose structure is taken; only cores (and "
+        "magnitudes, and a head) then train, and the file refers to the basis."
     )
-    order: str = field(
-        default="auto",
-        metadata=_help(
-            "In which order products are taken: auto (by cost), plain, merged, or autograd (PyTorch's own steps). The "
-            "result is the same to rounding."
-        ),
+    basis_copy: bool = _field("Save the factors of the basis too, so that the file stands alone.", False)
+    basis_hash: str | None = _field(
+        "Filled in when the adapter is made: which factors the cores belong to. Checked when read."
     )
-    seed: int | None = field(
-        default=None,
-        metadata=_help("Seed of the factors. Default: torch's own seed, so torch.manual_seed decides."),
+    targets: list[dict[str, Any]] | None = _field(
+        "Filled in when the adapter is made: every adapted module in model order, with its shape, rank and "
+        "cuts. The plan follows from it, so a file speaks for itself."
     )
-    dropout: float = field(default=0.0, metadata=_help("Probability of dropping an input of the update."))
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata=_help("Modules to adapt: list of names, regex, or 'all-linear'. Default: by architecture."),
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata=_help("Modules to leave out: list of names or regex.")
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata=_help("Indices of the layers to adapt. Default: all.")
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None,
-        metadata=_help("Name of the module list whose number is the layer, e.g. 'layers' or 'h'."),
-    )
-    rank_pattern: dict[str, int | tuple[int, int]] = field(
-        default_factory=dict,
-        metadata=_help("Ranks of single modules, by name or regex; all sites of a group need the same one."),
-    )
-    bias: Literal["none", "all", "lotr_only"] = field(
-        default="none", metadata=_help("Which biases of the base model to train too.")
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata=_help("Modules trained in full and saved with the adapter, e.g. a new head.")
-    )
-    basis: str | None = field(
-        default=None,
-        metadata=_help(
-            "Path or hub id of an adapter whose factors are kept, and whose structure is taken; only cores (and "
-            "magnitudes, and a head) then train, and the file refers to the basis."
-        ),
-    )
-    basis_copy: bool = field(
-        default=False, metadata=_help("Save the factors of the basis too, so that the file stands alone.")
-    )
-    basis_hash: str | None = field(
-        default=None,
-        metadata=_help(
-            "Filled in when the adapter is made: which factors the cores belong to. Checked when read."
-        ),
-    )
-    targets: list[dict[str, Any]] | None = field(
-        default=None,
-        metadata=_help(
-            "Filled in when the adapter is made: every adapted module in model order, with its shape, rank and cuts. "
-            "The plan follows from it, so a file speaks for itself."
-        ),
-    )
-    init_weights: bool | None = field(
-        default=None,
-        metadata=_help(
-            "Whether the update starts at zero; False starts it at random. Default: zero, except where the magnitude "
-            "divides by the update's norm."
-        ),
+    format: int = _field("Version of the adapter's folder; others are refused when read.", FORMAT)
+    init_weights: bool | None = _field(
+        "Whether the update starts at zero; False starts it at random. Default: zero, except where the "
+        "magnitude divides by the update's norm."
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("LOTR")
-        if (
-            self.basis is not None and self.basis_hash is None
-        ):  # what is read from a file has its structure already
-            from .basis import take_structure  # there configurations are read
+        self.format = FORMAT
+        on_basis = self.basis is not None and self.basis_hash is None
+        # what is left open beside a basis is filled in from it when the plan is made
+        self._open = tuple(
+            name for name in (*STRUCTURE, "magnitude") if on_basis and getattr(self, name) in (None, {})
+        )
+        self._fill()
+        if not self._open:
+            self._check_meaning()
 
-            take_structure(self)
-        self.r = 16 if self.r is None else self.r
-        self.method = self.method or "lotr"
+    def _fill(self) -> None:
+        """Fill in what was left open from the row of the method, and check every field alone."""
+        row = method(self.method or "lotr")
+        self.method = row.name
+        self.r = checked_rank("r", 16 if self.r is None else self.r)
         self.scaling = 1.0 if self.scaling is None else self.scaling
-        row = method(self.method)
         self.modes = check_modes(row.modes if self.modes is None else self.modes)
-        self.core = _one_of("core", self.core or row.core, CORES)
-        self.blocks = _one_of("blocks", self.blocks or row.blocks, BLOCKS)
-        self.magnitude = _one_of("magnitude", self.magnitude or row.magnitude, MAGNITUDES)
-        self.init = _one_of("init", self.init or row.init, (*INITS, *WEIGHT_INITS, *DATA_INITS))
-        default = "cores" if self.basis is not None else row.trainable
-        self.trainable = _one_of("trainable", self.trainable or default, ("all", "cores"))
-        if self.basis is not None and Path(self.basis).is_dir():
-            self.basis = str(
-                Path(self.basis).resolve()
-            )  # it is read again from wherever the adapter is loaded
-        self.bias = _one_of("bias", self.bias, ("none", "all", "lotr_only"))  # type: ignore[assignment]
-        self.order = _one_of("order", self.order, ORDERS)
-        self.r = checked_rank("r", self.r)
+        self.core = one_of("core", self.core or row.core, CORES)
+        self.blocks = one_of("blocks", self.blocks or row.blocks, BLOCKS)
+        self.magnitude = one_of("magnitude", self.magnitude or row.magnitude, MAGNITUDES)
+        self.init = one_of("init", self.init or row.init, (*INITS, *WEIGHT_INITS, *DATA_INITS))
+        trainable = self.trainable or ("cores" if self.basis is not None else row.trainable)
+        self.trainable = one_of("trainable", trainable, ("all", "cores"))
+        one_of("bias", self.bias, ("none", "all", "lotr_only"))
         self.rank_pattern = {
             name: checked_rank(f"rank_pattern[{name!r}]", r) for name, r in (self.rank_pattern or {}).items()
         }
-        check_meaning(self)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list | tuple):
+                setattr(self, name, set(getattr(self, name)))
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout={self.dropout} is not a probability below one. Use 0 <= dropout < 1.")
         if not self.scaling > 0:
             raise ConfigError(f"scaling={self.scaling} leaves nothing to train. Use a positive number.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern is set but layers_to_transform is not. Name the layers too.")
-        if (
-            isinstance(self.target_modules, str)
-            and self.layers_to_transform is not None
-            and (self.target_modules != "all-linear")
-        ):
+        regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if regex and self.layers_to_transform is not None:
             raise ConfigError(
                 "layers_to_transform cannot be combined with a regex in target_modules. Put the layers into "
                 "the regex, or name the modules as a list."
             )
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list | tuple):
-                setattr(self, name, set(getattr(self, name)))
+
+    def _check_meaning(self) -> None:
+        """Refuse fields that have no meaning beside each other."""
+        ranks = {self.rank, *map(pair, self.rank_pattern.values())}
+        check_core(self.core, self.modes, self.blocks, ranks, self.core_ranks, self.trainable)
+        is_new = self.basis is None and self.targets is None
+        check_magnitude(self.magnitude, self.init, self.init_weights, self.norm_gradient, is_new)
+
+    def take_structure(self, basis: LotrConfig) -> None:
+        """Fill in from the configuration of the basis what was left open.
+
+        Raises:
+            ConfigError: A field contradicts the basis.
+        """
+        if self.basis is not None and Path(self.basis).is_dir():
+            self.basis = str(
+                Path(self.basis).resolve()
+            )  # it is read again from wherever the adapter is loaded
+        for name in STRUCTURE:
+            own, theirs = getattr(self, name), getattr(basis, name)
+            if name not in self._open and own != theirs:
+                raise ConfigError(
+                    f"{name}={own!r} contradicts basis={self.basis!r}, which has {name}={theirs!r}. An adapter has "
+                    "the structure of its basis; leave it out."
+                )
+            setattr(self, name, theirs)
+        if "magnitude" in self._open:
+            self.magnitude = basis.magnitude
+        if all(getattr(self, name) is None for name in _TARGETS):
+            for name in _TARGETS:
+                setattr(self, name, getattr(basis, name))
+        self._open = ()
+        self._check_meaning()
+
+    def plan_for(self, targets: Sequence[Target]) -> Plan:
+        """Return the plan of an adapter on some modules.
+
+        Raises:
+            PlanError: Sites cannot share as the configuration asks.
+        """
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        return make_plan(
+            targets,
+            modes=self.modes,
+            core=self.core,
+            blocks=self.blocks,
+            core_ranks=self.core_ranks,
+            magnitude=self.magnitude,
+            trainable=self.trainable,
+            layers_pattern=patterns or (),
+        )
+
+    def recorded_plan(self) -> Plan:
+        """Return the plan of the adapter that was made, from the modules that are recorded in `targets`."""
+        return self.plan_for([Target.from_dict(fields) for fields in self.targets or ()])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; sets become sorted lists, because a set has another order in every process."""
-        said = {
+        fields = {
             key: sorted(value) if isinstance(value, set) else value
             for key, value in super().to_dict().items()
         }
-        return said if self.refers_to_basis else said | {"basis": None}
+        stands_alone = self.targets is not None and not self.refers_to_basis
+        return fields | dict.fromkeys(self._open) | ({"basis": None} if stands_alone else {})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the configuration, and add how to use it to the model card beside it."""
+        """Save the configuration, and make the model card beside it say how to use the adapter."""
         super().save_pretrained(save_directory, **kwargs)
-        additive = MAGNITUDES[str(self.magnitude)].additive
-        add_usage(Path(save_directory), self.task_type, additive, basis=self.reference)
+        update_card(Path(save_directory), self.card())
+
+    def card(self, n_labels: int = 0) -> Card:
+        """Return what a model card tells of the adapter."""
+        additive = MAGNITUDES[self.magnitude].additive
+        reference = (str(self.basis), str(self.basis_hash)) if self.refers_to_basis else None
+        return Card(self.method, self.base_model_name_or_path, self.task_type, additive, n_labels, reference)
 
     @property
     def starts_at_zero(self) -> bool:
         """Whether the update is zero when training starts."""
         if self.init_weights is not None:
             return self.init_weights
-        return not MAGNITUDES[str(self.magnitude)].divides_by_update
+        return not MAGNITUDES[self.magnitude].divides_by_update
 
     @classmethod
     def from_pretrained(
@@ -246,29 +275,15 @@ class LotrConfig(PeftConfig):
     ) -> LotrConfig:
         """Read the configuration of an adapter; a basis that moved along is found beside the adapter."""
         config: LotrConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        config.look_for_basis(Path(pretrained_model_name_or_path))
+        if config.basis is not None and not Path(config.basis).is_dir():
+            beside = Path(pretrained_model_name_or_path).resolve().parent / Path(config.basis).name
+            config.basis = str(beside) if beside.is_dir() else config.basis
         return config
-
-    def look_for_basis(self, folder: Path) -> None:
-        """Take the folder of the basis's name beside an adapter's folder where the recorded one does not exist."""
-        if self.basis is not None and not Path(self.basis).is_dir():
-            beside = folder.resolve().parent / Path(self.basis).name
-            self.basis = str(beside) if beside.is_dir() else self.basis
 
     @property
     def refers_to_basis(self) -> bool:
         """Whether the adapter's file holds no factors, because they are those of a basis."""
         return self.basis is not None and self.trainable == "cores" and not self.basis_copy
-
-    @property
-    def reference(self) -> tuple[str, str | None] | None:
-        """Path or hub id of the basis that the adapter's file refers to, and its hash."""
-        return (str(self.basis), self.basis_hash) if self.refers_to_basis else None
-
-    @property
-    def made_for(self) -> list[Target]:
-        """The modules that the adapter was made for, as its file tells."""
-        return [Target.from_dict(said) for said in self.targets or ()]
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -283,7 +298,7 @@ class LotrConfig(PeftConfig):
         """The number that gives `σ` when divided by `r`, for PEFT's hot-swapping."""
         if not isinstance(self.r, int) or self.rank_pattern:
             raise ConfigError("Hot-swapping needs one rank: r must be one number and rank_pattern empty.")
-        if self.trainable == "cores" and not MAGNITUDES[str(self.magnitude)].additive:
+        if self.trainable == "cores" and not MAGNITUDES[self.magnitude].additive:
             raise ConfigError(
                 f"Hot-swapping goes behind the back of what magnitude={self.magnitude!r} keeps of frozen factors. Load "
                 "the adapter beside the first and use set_adapter."
@@ -294,9 +309,3 @@ class LotrConfig(PeftConfig):
     def alpha_pattern(self) -> dict[str, float]:
         """Always empty: one scaling an adapter."""
         return {}
-
-
-def _one_of(name: str, value: str, known: Iterable[str]) -> str:
-    if value not in known:
-        raise ConfigError(f"{name}={value!r} is not known. {near(str(value), known)}")
-    return value

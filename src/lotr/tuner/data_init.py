@@ -21,7 +21,6 @@ from .layer import LotrLinear
 from .passes import Loss, Seen, look_through, run_through
 from .ranks import Numbers, at_rank, check_budget, members_of, set_ranks, share_out
 from .statistics import Energies, Products, SiteStart
-from .targets import plan_of
 from .trial import Trial
 
 Tick = Callable[[], None]
@@ -117,7 +116,7 @@ def init_from_data(
     ranks = None
     if config is not None and budget is not None:
         shares = energies.of_groups(found, normalise)
-        ranks = share_out(plan_of(config.made_for, config), shares, budget)
+        ranks = share_out(config.recorded_plan(), shares, budget)
     # nothing can fail from here on
     for shared, (U, V) in energies.factors.items():
         with torch.no_grad():
@@ -254,7 +253,7 @@ def _check_cut(config: LotrConfig | None, budget: int) -> None:
             f"budget={budget:,} gives every group ranks of its own, and that needs a PEFT model with free cores; here "
             f"core={core!r}, which has no cut. lotr.largest_rank finds one rank for all groups."
         )
-    check_budget(at_rank(plan_of(config.made_for, config), config, (1, 1)), budget)
+    check_budget(at_rank(config.recorded_plan(), config, (1, 1)), budget)
 
 
 def _own_loss(model: nn.Module, batch: Any) -> Tensor:

@@ -57,6 +57,13 @@ def move(module: nn.Module, device: torch.device | None, dtype: torch.dtype | No
 class LotrLayer(BaseTunerLayer):
     """What PEFT sees of this method in a model: adapted modules and groups of factors."""
 
+    def drop(self, adapter: str) -> None:
+        """Forget the numbers of an adapter, which stays active: it is about to be made anew."""
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            numbers = getattr(self, name)
+            if adapter in numbers:
+                del numbers[adapter]
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return False unless a subclass knows better."""
         return False

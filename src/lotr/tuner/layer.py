@@ -69,9 +69,7 @@ class LotrLinear(nn.Module, LotrLayer):
         if cores:
             self.lotr_C[adapter] = linear_from(cores[""]) if "" in cores else NamedNumbers(cores)
         magnitude = MAGNITUDES[str(config.magnitude)]
-        self.lotr_site[adapter] = SiteState(
-            tuple(members), magnitude, config.dropout, config.norm_gradient, config.order
-        )
+        self.lotr_site[adapter] = SiteState(tuple(members), magnitude, config.dropout, config.norm_gradient)
         self.scaling[adapter] = config.scaling
         shapes = magnitude.shapes(self.out_features, self.in_features)
         if shapes:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .layer import LotrLinear
-
-if TYPE_CHECKING:
-    from .model import LotrModel
 
 BASE = "__base__"  # PEFT's name for rows without an adapter
 
 
 @contextmanager
 def forward_hooks(
-    tuner: LotrModel, adapter_names: Sequence[str] | None, num_beams: int | None = None
+    tuner: BaseTuner, adapter_names: Sequence[str] | None, num_beams: int | None = None
 ) -> Iterator[None]:
     """Give `adapter_names` to every adapted module during one forward pass or generation.
 
@@ -33,10 +31,6 @@ def forward_hooks(
     """
     if adapter_names is None:
         yield
-        return
-    if tuner.tasks is not None:  # names of a bank's tasks, in training too
-        with tuner.tasks.select(adapter_names):
-            yield
         return
     if tuner.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")

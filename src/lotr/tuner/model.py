@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -15,48 +16,39 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..math import update as delta
+from ..sharing.keys import BASIS, PREFIX, file_key, without_adapter
 from ..sharing.paths import normalise
 from ..sharing.plan import Group, Plan
 from . import add_weighted as combine
 from . import mixed_batch as mixed
 from . import state_dict as state
 from .adapted import Member
-from .basis import check_basis, factors_for, factors_in, hash_of, read_basis
+from .basis import check_basis, factors_in
 from .config import LotrConfig
 from .direct import InputProducts
 from .group import LotrGroup, LotrLayer
 from .group_init import start_group
 from .layer import LotrLinear, base_weight
-from .register import PREFIX
-from .targets import (
-    BASIS,
-    DEFAULT_TARGETS,
-    check_found,
-    find_targets,
-    in_recorded_order,
-    is_basis,
-    plan_of,
-    resolve_targets,
-)
-
-if TYPE_CHECKING:
-    from ..bank.wrap import TaskRows
+from .saved_adapter import hash_of, read_basis, used_by
+from .targets import DEFAULT_TARGETS, is_basis, plan_adapter
 
 
 @dataclass
 class _Injection:
     """What one call of `inject_adapter` carries to the hooks that PEFT calls in it."""
 
-    adapter: str
-    empty: bool  # parameters go to the meta device, so their values are not worth computing
-    paths: set[str] | None  # of a state dict that decides which modules are adapted
-    plan: Plan = field(default_factory=lambda: Plan(()))
-    basis: Any = None  # of LotrGroup by name; found once: looking for it means walking the whole model
-    scaling: dict[str, float] = field(default_factory=dict)  # of every adapter, one for the whole model
-    products: InputProducts = field(default_factory=InputProducts)  # likewise
-    modules: dict[str, nn.Module] = field(default_factory=dict)  # by path, before any is replaced
+    plan: Plan
+    basis_factors: dict[str, Tensor]  # of another adapter, by key
+    modules: dict[str, nn.Module]  # by path, before any is replaced
     cores: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # of each group, as they start
-    basis_factors: dict[str, Tensor] = field(default_factory=dict)  # of another adapter, by key
+    basis: nn.ModuleDict | None = None  # found once: looking for it means walking the whole model
+
+
+class Tasks(Protocol):
+    """Tasks of a bank, of which each row of a batch can use another."""
+
+    def select(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
+        """Use a task in each row of the batches that run inside."""
 
 
 class LotrModel(BaseTuner):
@@ -65,8 +57,9 @@ class LotrModel(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = LotrLayer
     target_module_mapping = DEFAULT_TARGETS
-    tasks: TaskRows | None = None  # of a bank, see `bank.model.wrap`
+    tasks: Tasks | None = None  # of a bank, see `CoreBank.wrap`
     _inner_names: frozenset[str] = frozenset()  # of the numbers inside the adapters of this model
+    _injection: _Injection | None = None
 
     # ------------------------------------------------------------------ injection: plan, then apply
 
@@ -79,17 +72,14 @@ class LotrModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Add an adapter to a model. Every check runs before the model is touched."""
-        paths = None
+        self._paths, self._is_empty = None, low_cpu_mem_usage
         if state_dict is not None:
-            paths = {normalise(key.rsplit(f".{PREFIX}", 1)[0]) for key in state_dict}
-        # what is filled in belongs to this model, and the same object may configure another one
-        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
-        self._injection = _Injection(adapter_name, low_cpu_mem_usage, paths)
-        self._injection.modules = {normalise(path): module for path, module in model.named_modules()}
-        groups = (m for m in self._injection.modules.values() if isinstance(m, LotrGroup))
-        if (known := next(groups, None)) is not None:
-            self._injection.scaling, self._injection.products = known.scaling, known.products
-        self._products = self._injection.products
+            self._paths = {normalise(key.rsplit(f".{PREFIX}", 1)[0]) for key in state_dict}
+        self._adapter = adapter_name
+        groups = (module for module in model.modules() if isinstance(module, LotrGroup))
+        known = next(groups, None)
+        self._scaling = {} if known is None else known.scaling
+        self._products = InputProducts() if known is None else known.products
         try:
             super().inject_adapter(
                 model,
@@ -99,27 +89,43 @@ class LotrModel(BaseTuner):
                 state_dict=state_dict,
             )
         finally:
-            del self._injection
+            self._injection = None
 
     def _prepare_adapter_config(self, peft_config: LotrConfig, model_config: dict[str, Any]) -> LotrConfig:  # type: ignore[override]
         return peft_config  # the targets are resolved with the model at hand, in `_prepare_model`
 
     def _prepare_model(self, peft_config: LotrConfig, model: nn.Module) -> None:  # type: ignore[override]
-        resolve_targets(peft_config, model)
-        targets = in_recorded_order(find_targets(model, peft_config, only=self._injection.paths), peft_config)
-        if self._injection.paths is None:
-            check_found(targets, model, peft_config)
-        self._injection.plan = plan_of(targets, peft_config)
-        self._inner_names = self._inner_names | state.inner_names(self._injection.plan)
-        state.check_names([*self.peft_config, self._injection.adapter], self._inner_names)
+        is_new = peft_config.targets is None
+        plan = plan_adapter(model, peft_config, self._paths)
+        self._inner_names = self._inner_names | state.inner_names(plan)
+        state.check_names([*self.peft_config, self._adapter], self._inner_names)
+        factors: dict[str, Tensor] = {}
         if peft_config.basis is not None:
-            self._injection.basis_factors = read_basis(peft_config)
-            check_basis(self._injection.plan, self._injection.basis_factors, peft_config.basis)
-            peft_config.basis_hash = hash_of(self._injection.basis_factors)
-        peft_config.targets = [target.to_dict() for target in targets]
+            factors = read_basis(peft_config)
+            check_basis(plan, factors, peft_config.basis)
+            peft_config.basis_hash = hash_of(factors)
+        if is_new and plan.cut_ranks:
+            warnings.warn(plan.cut_ranks, stacklevel=2)
+        targets = [target.to_dict() for target in plan.targets]
+        if peft_config.targets not in (
+            None,
+            targets,
+        ):  # the object describes an adapter of another model already
+            self.peft_config[self._adapter] = peft_config = copy.copy(peft_config)
+        peft_config.targets = targets
+        modules = {normalise(path): module for path, module in model.named_modules()}
+        for layer in modules.values():  # an adapter that is made anew takes the place of the one of its name
+            if isinstance(layer, LotrLayer):
+                layer.drop(self._adapter)
+        self._injection = _Injection(plan, factors, modules)
 
-    @staticmethod
-    def _check_target_module_exists(peft_config: LotrConfig, key: str) -> Any:  # type: ignore[override]
+    def _check_target_module_exists(self, peft_config: LotrConfig, key: str) -> Any:  # type: ignore[override]
+        if self._injection is not None and self._paths is None:
+            if normalise(key) in self._injection.plan.shape_of:
+                return True
+            if not peft_config.exclude_modules:
+                return False
+        # PEFT tells what was excluded, and compares a state dict with what the configuration would match
         return False if is_basis(key) else BaseTuner._check_target_module_exists(peft_config, key)
 
     def _create_and_replace(  # type: ignore[override]
@@ -132,43 +138,50 @@ class LotrModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        injection = self._running
         path = normalise(current_key)
-        plan = self._injection.plan
         if not isinstance(target, LotrLinear):
-            shape, scaling = plan.shape_of[path], self._injection.scaling
-            layer = LotrLinear(target, shape, scaling, **get_quantization_kwargs(self))
+            shape = injection.plan.shape_of[path]
+            layer = LotrLinear(target, shape, self._scaling, **get_quantization_kwargs(self))
             layer._active_adapter = list(self.active_adapters)
             self._replace_module(parent, target_name, layer, target)
             target = layer
-        parts = plan.parts[path]
+        parts = injection.plan.parts[path]
         members = [
             Member(part, self._shared(part.group, adapter_name, peft_config, target)) for part in parts
         ]
         cores = {
             part.name: delta.side_by_side(
-                part.group.core.block(self._injection.cores[part.group.name], part.region), part.grid
+                part.group.core.block(injection.cores[part.group.name], part.region), part.grid
             )
             for part in parts
             if part.group.core.by_site
         }
-        target.add(adapter_name, members, cores, peft_config, self._injection.empty)
+        target.add(adapter_name, members, cores, peft_config, self._is_empty)
         target.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+
+    @property
+    def _running(self) -> _Injection:
+        if self._injection is None:
+            raise RuntimeError("Modules are replaced by inject_adapter alone.")
+        return self._injection
 
     def _shared(self, group: Group, adapter: str, config: LotrConfig, member: LotrLinear) -> LotrGroup:
         """Return the module with the group's numbers, made when its first member comes."""
-        if self._injection.basis is None:
-            self._injection.basis = self._basis(member)
-        basis = self._injection.basis
+        injection = self._running
+        if injection.basis is None:
+            injection.basis = self._basis(member)
+        basis: Any = injection.basis
         if group.name not in basis:
-            basis[group.name] = LotrGroup(group.shape, self._injection.scaling, self._injection.products)
+            basis[group.name] = LotrGroup(group.shape, self._scaling, self._products)
             basis[group.name]._active_adapter = list(self.active_adapters)
         shared: LotrGroup = basis[group.name]
         if adapter not in shared.lotr_U:
             seed = torch.initial_seed() if config.seed is None else config.seed
-            U, V, core = start_group(group, config, self._weights_of, adapter, seed, self._injection.empty)
-            self._injection.cores[group.name] = core
-            if self._injection.basis_factors:
-                U, V = factors_in(group, self._injection.basis_factors)
+            U, V, core = start_group(group, config, self._weights_of, adapter, seed, self._is_empty)
+            injection.cores[group.name] = core
+            if injection.basis_factors:
+                U, V = factors_in(group, injection.basis_factors)
             shared.add(adapter, U, V, {} if group.core.by_site else core, frozen=config.trainable == "cores")
             device, dtype = member._get_base_layer_device_and_dtype(member.get_base_layer())
             shared.place(adapter, device, dtype)
@@ -177,7 +190,7 @@ class LotrModel(BaseTuner):
 
     def _weights_of(self, group: Group) -> list[Tensor]:
         """Return the blocks of the base weights that share a group's factors, `(o, i)` each."""
-        modules = self._injection.modules
+        modules = self._running.modules
         weights = {site.module: base_weight(modules[site.module]) for site in group.sites}
         return [
             weights[site.module][site.row :, site.column :][: site.shape[0], : site.shape[1]]
@@ -216,7 +229,12 @@ class LotrModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names, beams = kwargs.get("adapter_names"), kwargs.get("num_beams")
-        with self._products.one_pass(), mixed.forward_hooks(self, names, beams):
+        rows: AbstractContextManager[None]
+        if names is not None and self.tasks is not None:  # names of a bank's tasks, in training too
+            rows = self.tasks.select(names)
+        else:
+            rows = mixed.forward_hooks(self, names, beams)
+        with self._products.one_pass(), rows:
             yield
 
     def select(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
@@ -252,17 +270,15 @@ class LotrModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        bare = state.without_adapter(key, adapter_name)
-        return state.file_key(
-            bare if bare != key else super()._remove_adapter_name_from_key(key, adapter_name)
-        )
+        bare = without_adapter(key, adapter_name)
+        return file_key(bare if bare != key else super()._remove_adapter_name_from_key(key, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]
         cls, model: nn.Module, config: LotrConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         if config.refers_to_basis:
-            state_dict = state_dict | factors_for(config)
+            state_dict = state_dict | used_by(config.recorded_plan(), read_basis(config))
         state_dict = state.match_groups(model, adapter_name, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         state.check_complete(model, adapter_name, remapped)

@@ -18,11 +18,11 @@ from ..math.update import side_by_side
 from ..sharing.allocation import Rank, allocate
 from ..sharing.plan import Group, Plan
 from .adapted import Adapted, Member
+from .checks import plain
 from .config import LotrConfig
 from .group import LotrGroup, NamedNumbers, linear_from
 from .layer import LotrLinear
-from .meaning import plain
-from .targets import plan, plan_of
+from .targets import plan
 
 Members = dict[LotrGroup, list[tuple[Adapted, Member]]]
 #: A group's `U` `(o, k)`, the cores `(sites, k, r)` of each of its parts, `V` `(i, r)`.
@@ -82,7 +82,7 @@ def at_rank(plan: Plan, config: LotrConfig, ranks: Rank | Mapping[str, Rank]) ->
     targets = [
         replace(t, rank=ranks[first[t.path]] if isinstance(ranks, Mapping) else ranks) for t in plan.targets
     ]
-    return plan_of(targets, config)
+    return config.plan_for(targets)
 
 
 def share_out(plan: Plan, energies: Mapping[str, Tensor], budget: int) -> dict[str, Rank]:
@@ -153,7 +153,7 @@ def set_ranks(
         ranks: Group's name → `(k, r)`; groups that meet in a module have the same.
         numbers: Returns the new numbers of a group.
     """
-    plan = at_rank(plan_of(config.made_for, config), config, ranks)
+    plan = at_rank(config.recorded_plan(), config, ranks)
     for group, found in members.items():
         adapter = found[0][0].adapter
         U, cores, V = numbers(group, ranks[found[0][1].part.group.name])

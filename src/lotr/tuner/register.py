@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from peft.utils import PeftType
 
-NAME, PREFIX = "LOTR", "lotr_"
+from ..sharing.keys import PREFIX
+
+NAME = "LOTR"
 
 # what two adapters must agree on to be swapped in place
 _HOTSWAP_KEYS = ["r", "modes", "core", "core_ranks", "blocks", "magnitude", "trainable", "rank_pattern"]

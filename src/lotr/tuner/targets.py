@@ -22,14 +22,14 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, PlanError, near
 from ..sharing.blocks import Target
-from ..sharing.make_plan import make_plan
+from ..sharing.keys import BASIS
 from ..sharing.paths import normalise
 from ..sharing.plan import Plan
 from .attention import fused_projections, heads_of
+from .basis import resolve_basis
+from .checks import pair
 from .config import LotrConfig
-from .meaning import pair
 
-BASIS = "lotrbasis"
 #: Query and value of the usual architectures: PEFT's own table for LoRA, and some that it lacks.
 DEFAULT_TARGETS: dict[str, Any] = {
     "clip": ["q_proj", "v_proj"],
@@ -48,10 +48,12 @@ def plan(model: nn.Module, config: LotrConfig) -> Plan:
         config: The adapter's configuration; it is not changed.
 
     Returns:
-        Groups, counts and shapes.
+        Groups, counts and shapes; `print` shows them as a table.
 
     Raises:
-        PlanError: No module matches, a module cannot be adapted, or sites cannot share what was asked.
+        ConfigError: The configuration contradicts its basis.
+        CheckpointError: The basis cannot be read.
+        PlanError: No module matches, a module cannot be adapted, or sites cannot share as the configuration asks.
 
     Example:
         >>> import torch
@@ -61,28 +63,26 @@ def plan(model: nn.Module, config: LotrConfig) -> Plan:
         >>> plan(model, LotrConfig(r=8)).n_parameters
         26112
     """
-    config = copy.deepcopy(config)
+    return plan_adapter(model, copy.deepcopy(config))
+
+
+def plan_adapter(model: nn.Module, config: LotrConfig, only: Iterable[str] | None = None) -> Plan:
+    """Return the plan of an adapter that is about to be made, and complete its configuration.
+
+    Args:
+        model: The model, bare or with adapters.
+        config: What its basis and the model contribute is filled in.
+        only: Paths to adapt instead of those that the configuration matches (when loading a state dict).
+
+    Raises:
+        ConfigError, CheckpointError, PlanError: See `plan`.
+    """
+    resolve_basis(config)
     resolve_targets(config, model)
-    targets = find_targets(model, config)
-    check_found(targets, model, config)
-    return plan_of(targets, config)
-
-
-def plan_of(targets: list[Target], config: LotrConfig) -> Plan:
-    """Compute the plan of targets that were found."""
-    assert config.modes is not None and config.core is not None  # set by the configuration itself
-    assert config.blocks is not None and config.magnitude is not None and config.trainable is not None
-    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    return make_plan(
-        targets,
-        modes=config.modes,
-        core=config.core,
-        blocks=config.blocks,
-        core_ranks=config.core_ranks,
-        magnitude=config.magnitude,
-        trainable=config.trainable,
-        layers_pattern=patterns or (),
-    )
+    targets = find_targets(model, config, only)
+    if only is None:
+        check_found(targets, model, config)
+    return config.plan_for(in_recorded_order(targets, config))
 
 
 def resolve_targets(config: LotrConfig, model: nn.Module) -> None:
@@ -118,19 +118,19 @@ def find_targets(model: nn.Module, config: LotrConfig, only: Iterable[str] | Non
     if config.target_modules == DUMMY_TARGET_MODULES:
         return []
     inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    wanted = None if only is None else set(only)
-    found = []
-    for path, module in model.named_modules():
-        if not path or path.startswith(inside) or is_basis(path):
-            continue
-        if wanted is not None:
-            matched = normalise(path) in wanted
-        else:
-            result = check_target_module_exists(config, path)
-            matched = bool(result) and not isinstance(result, _ExcludedModule)
-        if matched:
-            found.append(_target(model, path, module, config))
-    return found
+    paths = None if only is None else set(only)
+
+    def is_target(path: str) -> bool:
+        if paths is not None:
+            return normalise(path) in paths
+        match = check_target_module_exists(config, path)
+        return bool(match) and not isinstance(match, _ExcludedModule)
+
+    return [
+        _target(model, path, module, config)
+        for path, module in model.named_modules()
+        if path and not path.startswith(inside) and not is_basis(path) and is_target(path)
+    ]
 
 
 def in_recorded_order(targets: list[Target], config: LotrConfig) -> list[Target]:
@@ -138,7 +138,7 @@ def in_recorded_order(targets: list[Target], config: LotrConfig) -> list[Target]
 
     Positions along the modes follow from the order, and another version of a model may name its modules in another.
     """
-    order = {target.path: n for n, target in enumerate(config.made_for)}
+    order = {str(fields["path"]): n for n, fields in enumerate(config.targets or ())}
     if set(order) != {target.path for target in targets}:
         return targets
     return sorted(targets, key=lambda target: order[target.path])
@@ -171,23 +171,23 @@ def check_found(targets: list[Target], model: nn.Module, config: LotrConfig) -> 
     if targets or config.target_modules == DUMMY_TARGET_MODULES:
         return
     named = config.target_modules
-    asked = named if named is None or isinstance(named, str) else sorted(named)
+    names = named if named is None or isinstance(named, str) else sorted(named)
     if config.exclude_modules or config.layers_to_transform is not None:
         raise PlanError(
-            f"target_modules={asked!r} match no module that exclude_modules="
+            f"target_modules={names!r} match no module that exclude_modules="
             f"{config.exclude_modules!r} and layers_to_transform={config.layers_to_transform!r} leave. Leave less out."
         )
-    raise PlanError(f"target_modules={asked!r} {match_nothing(model, asked)}")
+    raise PlanError(f"target_modules={names!r} {match_nothing(model, names)}")
 
 
-def match_nothing(model: nn.Module, asked: Collection[str] | None) -> str:
+def match_nothing(model: nn.Module, names: Collection[str] | None) -> str:
     """Return the rest of a sentence: that these names, or this regex, match nothing, and what would."""
     paths = linear_paths(model)
-    if isinstance(asked, str):
+    if isinstance(names, str):
         example = f" {paths[0]!r}" if paths else ""
         return f"matches no module of the model. A regex must match a whole path, such as{example}."
-    names = {path.rpartition(".")[2] for path in paths}
-    return f"matches no linear module of the model. {near(min(asked or ['']), names)}"
+    known = {path.rpartition(".")[2] for path in paths}
+    return f"matches no linear module of the model. {near(min(names or ['']), known)}"
 
 
 def _target(model: nn.Module, path: str, module: nn.Module, config: LotrConfig) -> Target:

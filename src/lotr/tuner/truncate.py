@@ -14,11 +14,10 @@ from ..math.update import one_by_one
 from ..sharing.allocation import Rank
 from ..sharing.plan import Group, Plan
 from .adapted import Adapted, Member
+from .checks import checked_rank, pair
 from .config import LotrConfig
 from .group import LotrGroup, LotrLayer
-from .meaning import checked_rank, pair
 from .ranks import Numbers, members_of, set_ranks, tied
-from .targets import plan_of
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def truncate(
         spectrum.group.name: spectrum.ranks(energy) if asked is None else _least(spectrum.group.rank, asked)
         for spectrum in spectra.values()
     }
-    ranks = _equal_where_tied(plan_of(config.made_for, config), ranks)
+    ranks = _equal_where_tied(config.recorded_plan(), ranks)
     set_ranks(config, members, ranks, lambda group, rank: spectra[group].cut(*rank))
     config.basis = config.basis_hash = None  # a copy of a basis has factors of its own from here on
     return [

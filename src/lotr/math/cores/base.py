@@ -43,6 +43,8 @@ class Core(ABC):
     is_identity: ClassVar[bool] = False
     #: The structure has one rank a mode, which `core_ranks` sets.
     has_ranks: ClassVar[bool] = False
+    #: Every `C_s` is square: `k` and `r` are one rank.
+    is_square: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

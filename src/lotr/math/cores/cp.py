@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -21,6 +22,8 @@ class CPCore(Core):
         >>> CPCore(k=4, r=4, sizes=(12, 3)).shapes, CPCore(k=4, r=4, sizes=()).shapes
         ({'factor_0': (12, 4), 'factor_1': (3, 4)}, {'diagonal': (4,)})
     """
+
+    is_square: ClassVar[bool] = True
 
     @classmethod
     def check(cls, k: int, r: int, modes: tuple[str, ...]) -> None:

@@ -23,6 +23,7 @@ class IdentityCore(Core):
     """
 
     is_identity: ClassVar[bool] = True
+    is_square: ClassVar[bool] = True
 
     @classmethod
     def check(cls, k: int, r: int, modes: tuple[str, ...]) -> None:

@@ -7,13 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...adapters.inspection import config_of
 from ...bank import CoreBank
 from ...bank.layout import Layout
 from ...errors import ConfigError
-from ...files.adapter_folder import read_adapter
 from ...files.atomic import read_json
-from ...tuner.targets import plan_of
+from ...tuner.saved_adapter import read_saved
 from ..adapter import check_positive
 from ..report import SETTINGS
 from .sampler import temperature_of
@@ -77,9 +75,9 @@ def bank_of(settings: BankSettings, path: Path) -> CoreBank | None:
 
 def base_of_basis(settings: BankSettings) -> str:
     """Return the base model of the adapter that gives a new bank its factors."""
-    adapter = read_adapter(str(settings.basis))
-    Layout.of(plan_of((config := config_of(adapter)).made_for, config))  # refused before any data is read
-    name = settings.model or config.base_model_name_or_path or adapter.task.get("base_model")
+    adapter = read_saved(str(settings.basis))
+    Layout.of(adapter.plan)  # refused before any data is read
+    name = settings.model or adapter.config.base_model_name_or_path or adapter.folder.task.get("base_model")
     if name is None:
         raise ConfigError(f"{settings.basis} does not tell its base model. Name it with --model.")
     return str(name)

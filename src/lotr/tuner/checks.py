@@ -1,0 +1,175 @@
+"""What a configuration may say: values, what has no meaning beside what, and the words of PEFT's LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..errors import CheckpointError, ConfigError, near
+from ..math.cores import CORES
+from ..math.init import DATA_INITS
+from ..math.magnitude import MAGNITUDES
+
+#: Version of the adapter folders that this code writes and reads: 2 has the keys of `sharing.keys`.
+FORMAT = 2
+_LORA_INITS = {
+    True: "leave it out",
+    False: "use init_weights=False",
+    "gaussian": 'use init="gaussian"',
+    "orthogonal": 'use init="orthonormal"',
+    "pissa": 'use init="weight"',
+    "lora_ga": 'use init="gradient" and lotr.init_from_data(model, batches)',
+}
+_LORA_WORDS = dict.fromkeys(("lora_alpha", "lora_dropout", "use_dora", "use_rslora", "init_lora_weights"))
+
+
+def check_format(fields: Mapping[str, Any]) -> None:
+    """Refuse the configuration of an adapter that another version of the library saved.
+
+    Raises:
+        CheckpointError: The message names the format.
+    """
+    if fields.get("targets") is not None and fields.get("format") != FORMAT:
+        raise CheckpointError(
+            f"The adapter was saved in format {fields.get('format') or 1}, and this version of lotr reads format "
+            f"{FORMAT} alone. Train it again, or export it as a LoRA with the version that saved it."
+        )
+
+
+def check_lora_words(fields: Mapping[str, Any]) -> None:
+    """Refuse keywords of PEFT's LoRA that are called otherwise here, with what to write instead.
+
+    Raises:
+        ConfigError: The message gives every counterpart with its value.
+    """
+    if not fields.keys() & _LORA_WORDS.keys():
+        return
+    k_r = checked_rank("r", fields.get("r") or 16)
+    r, alpha = pair(k_r)[1], fields.get("lora_alpha", 8)
+    is_rslora, start = bool(fields.get("use_rslora")), fields.get("init_lora_weights")
+    scaling = f"scaling={alpha / (r**0.5 if is_rslora else r):g}"
+    known = isinstance(start, bool | str) and start in _LORA_INITS
+    counterparts = {
+        "lora_alpha": f"use {scaling}, LoRA's alpha / {'√r' if is_rslora else 'r'}",
+        "lora_dropout": f"use dropout={fields.get('lora_dropout')}",
+        "use_dora": 'use method="dora"' if fields.get("use_dora") else "leave it out",
+        "use_rslora": f"use {scaling}, LoRA's alpha / √r" if is_rslora else "leave it out",
+        "init_lora_weights": _LORA_INITS[start] if known else 'use init, for example init="weight"',
+    }
+    instead = [f"{word}={fields[word]!r}: {counterparts[word]}" for word in _LORA_WORDS if word in fields]
+    raise ConfigError(f"These are fields of LoraConfig with other names here. {'; '.join(instead)}.")
+
+
+def one_of(name: str, value: str, known: Iterable[str]) -> str:
+    """Return a value that is among those known.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if value not in known:
+        raise ConfigError(f"{name}={value!r} is not known. {near(str(value), known)}")
+    return value
+
+
+def check_core(
+    core: str,
+    modes: tuple[str, ...],
+    blocks: str,
+    ranks: Iterable[tuple[int, int]],
+    core_ranks: int | dict[str, int] | None,
+    trainable: str,
+) -> None:
+    """Refuse a structure of the cores that has no meaning beside the other fields.
+
+    Raises:
+        ConfigError: The message names the field.
+    """
+    for k, r in ranks:
+        CORES[core].check(k, r, modes)
+    if "head" in modes and blocks != "head":
+        raise ConfigError(
+            f'modes={modes!r} names "head", but blocks={blocks!r} cuts no weight into heads. Use blocks="head".'
+        )
+    if trainable == "cores" and CORES[core].is_identity:
+        raise ConfigError(
+            f"trainable='cores' with core={core!r} leaves nothing to train. Use trainable='all', or another core."
+        )
+    if core_ranks is None:
+        return
+    if not CORES[core].has_ranks:
+        raise ConfigError(f"core_ranks={core_ranks!r} has no meaning with core={core!r}. Leave it out.")
+    unknown = sorted(set(core_ranks) - set(modes)) if isinstance(core_ranks, dict) else []
+    if unknown:
+        raise ConfigError(f"core_ranks names {unknown[0]!r}, which is not among modes={modes!r}. Name those.")
+    numbers = list(core_ranks.values()) if isinstance(core_ranks, dict) else [core_ranks]
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in numbers):
+        raise ConfigError(f"core_ranks={core_ranks!r} holds no ranks. Use positive integers.")
+
+
+def check_magnitude(
+    magnitude: str, init: str, init_weights: bool | None, norm_gradient: bool, is_new: bool
+) -> None:
+    """Refuse fields that have no meaning beside the magnitude.
+
+    Args:
+        magnitude: A key of `MAGNITUDES`.
+        init: How the factors start.
+        init_weights: Whether the update starts at zero.
+        norm_gradient: Whether gradients go through the norms.
+        is_new: Whether the factors have still to start: they are neither those of a basis nor of a file.
+
+    Raises:
+        ConfigError: The message names the field.
+    """
+    rule = MAGNITUDES[magnitude]
+    if rule.divides_by_update and init_weights:
+        raise ConfigError(
+            f"init_weights=True starts the update at zero, and magnitude={magnitude!r} divides by its norm. "
+            "Leave init_weights out; step 0 is the base model all the same."
+        )
+    if rule.divides_by_update and init in DATA_INITS and is_new:
+        raise ConfigError(
+            f"init={init!r} looks at gradients where the update is zero, and magnitude={magnitude!r} divides by its "
+            'norm, so it never is. Use init="orthonormal" or "weight", or another magnitude.'
+        )
+    if norm_gradient and rule.additive:
+        raise ConfigError(
+            f"norm_gradient=True has no meaning with magnitude={magnitude!r}, which has no norms. Leave it out."
+        )
+
+
+def pair(r: int | tuple[int, int]) -> tuple[int, int]:
+    """Return `(k, r)`.
+
+    Example:
+        >>> pair(8), pair((4, 8))
+        ((8, 8), (4, 8))
+    """
+    return (r, r) if isinstance(r, int) else (r[0], r[1])
+
+
+def plain(rank: tuple[int, int]) -> int | tuple[int, int]:
+    """Return `(k, r)` as a configuration has it.
+
+    Example:
+        >>> plain((8, 8)), plain((4, 8))
+        (8, (4, 8))
+    """
+    return rank[0] if rank[0] == rank[1] else rank
+
+
+def checked_rank(name: str, r: Any) -> int | tuple[int, int]:
+    """Return a rank as a configuration has it.
+
+    Args:
+        name: Field that the rank is of.
+        r: A number, or a pair of them.
+
+    Raises:
+        ConfigError: It is no rank.
+    """
+    numbers = [r] if isinstance(r, int) else list(r) if isinstance(r, list | tuple) else []
+    good = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in numbers)
+    if not good or len(numbers) not in (1, 2):
+        raise ConfigError(f"{name}={r!r} is not a rank. Use a positive integer, or a pair (k, r) of them.")
+    return plain((numbers[0], numbers[-1]))

@@ -111,13 +111,6 @@ def test_rank_that_is_none_is_refused(place: Path, tmp_path: Path, rank: str) ->
     assert "rank" in refused(2, *training(place), f"--rank={rank}", "--output", tmp_path / "o")
 
 
-def test_rank_above_the_block_says_what_fits(place: Path, tmp_path: Path) -> None:
-    text = refused(2, *training(place), "--rank", "40", "--output", tmp_path / "o")
-    assert "(32, 32)" in text
-    assert "at most 32" in text
-    assert "--rank 32,32" in text
-
-
 def test_sharing_that_cannot_be_names_blocks_and_the_way_out(tmp_path: Path) -> None:
     llama = saved_models.save_llama(tmp_path / "llama")
     text = refused(2, "plan", llama, "--modes", "layer,projection")

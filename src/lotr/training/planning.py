@@ -83,6 +83,7 @@ def plan_model(settings: TrainSettings, dtype: str = "float32", tokens: int | No
         "factor_numbers": made.n_factors,
         "magnitude_numbers": made.n_magnitudes,
         "modules": len(made.targets),
+        "cut_ranks": made.cut_ranks,
         "trains": made.trainable,
         "equal_lora_rank": made.equal_lora_rank,
         "lora_same_rank": made.lora_per_rank * max(config.rank),

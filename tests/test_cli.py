@@ -163,8 +163,9 @@ def test_plan_reads_no_weights_and_foretells_the_file(place: Path, trained, tmp_
     plan = report("plan", tmp_path, "--rank", "4")
     _, result = trained
     assert plan["trained_numbers"] == result["trained_numbers"]["adapter"]
-    table = lotr("plan", tmp_path, "--rank", "4")
-    assert "query_32x32" in table.stdout
+    table = lotr("plan", tmp_path, "--rank", "4").stdout
+    assert "query_32x32" in table and "is cut" not in table
+    assert "Rank 40 is cut" in lotr("plan", tmp_path, "--rank", "40").stdout
 
 
 def test_plan_foretells_the_bytes_of_an_adapter_without_a_head(place: Path, tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def test_checkpoints_hold_no_pickle(place: Path, tmp_path: Path) -> None:
         train(settings(place, tmp_path / "o"), say=quiet, callbacks=[CtrlC(2)])
     names = {path.name for path in (tmp_path / "o").rglob("*") if path.is_file()}
     assert names
-    assert {Path(name).suffix for name in names} <= {".json", ".safetensors"}
+    assert {Path(name).suffix for name in names} <= {".json", ".safetensors", ".md"}
 
 
 def test_resume_refuses_other_settings_and_a_finished_run(place: Path, tmp_path: Path) -> None:

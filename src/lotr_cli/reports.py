@@ -76,6 +76,8 @@ def planned(model: str, report: dict[str, Any], as_json: bool) -> None:
         f"LoRA at the same rank: {report['lora_same_rank']:,} numbers.",
         f"On disk: {report['bytes']:,} bytes without a head.",
     ]
+    if report["cut_ranks"]:
+        lines.append(report["cut_ranks"])
     if "budget" in report:
         lines.append(report["said"])
     print_line("\n".join(lines))

@@ -76,6 +76,7 @@ def plan_model(settings: TrainSettings, dtype: str = "float32") -> dict[str, Any
         "factor_numbers": planned.n_factors,
         "magnitude_numbers": planned.n_magnitudes,
         "modules": len(planned.targets),
+        "cut_ranks": planned.cut_ranks,
         "trains": planned.trainable,
         "equal_lora_rank": planned.equal_lora_rank,
         "lora_same_rank": planned.lora_per_rank * max(config.rank),

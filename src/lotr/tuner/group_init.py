@@ -11,6 +11,8 @@ from ..math.init import DATA_INITS, INITS, WEIGHT_INITS, generator_for
 from ..sharing.plan import Group
 from .config import LotrConfig
 
+#: Size of a random update (`init_weights=False`): small beside a weight, since `U` and `V` are orthonormal.
+_RANDOM = 0.1
 Started = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
@@ -51,12 +53,13 @@ def start_group(
         U, V = WEIGHT_INITS[start](held, k, r, draw("UV"))
     else:
         U, V = INITS[start](o, k, draw("U")), INITS[start](i, r, draw("V"))
-    numbers = {
-        name: torch.zeros(shape)
-        if config.starts_at_zero and name == core.zero
-        else core.init(name, draw(name))
-        for name, shape in core.shapes.items()
-    }
+    numbers = {name: core.init(name, draw(name)) for name in core.shapes}
+    if core.zero is not None and config.init_weights is not None:
+        numbers[core.zero] *= (
+            _RANDOM  # a magnitude that divides by the update's norm sees its direction alone
+        )
+    if core.zero is not None and config.starts_at_zero:
+        numbers[core.zero] = torch.zeros_like(numbers[core.zero])
     if config.starts_at_zero and core.zero is None:
         U = torch.zeros_like(U)
     return U, V, numbers

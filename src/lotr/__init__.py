@@ -25,6 +25,7 @@ from .sharing.plan import Group, Plan, Site  # noqa: E402
 from .training.rates import parameter_groups  # noqa: E402
 from .tuner.config import LotrConfig  # noqa: E402
 from .tuner.data_init import init_from_data  # noqa: E402
+from .tuner.lora_init import init_from_lora  # noqa: E402
 from .tuner.model import LotrModel  # noqa: E402
 from .tuner.ranks import largest_rank  # noqa: E402
 from .tuner.register import register  # noqa: E402
@@ -54,6 +55,7 @@ __all__ = [
     "UnknownTaskError",
     "__version__",
     "init_from_data",
+    "init_from_lora",
     "largest_rank",
     "parameter_groups",
     "plan",

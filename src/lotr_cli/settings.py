@@ -52,7 +52,7 @@ class TrainSettings:
     budget: int | None = setting(
         None,
         _ADAPTER,
-        "Numbers that `--rank auto` may train; a start that looks at data shares them out among the groups.",
+        "Numbers that `--rank auto` may train.",
         "default: none",
     )
     target_modules: str | None = setting(
@@ -98,15 +98,14 @@ class TrainSettings:
     init: str | None = setting(
         None,
         _ADAPTER,
-        "How the factors start: orthonormal, gaussian, kaiming, weight; from the first batches: gradient, activation, "
-        "update (a short training that is thrown away).",
-        "default: by method; update where cores alone train behind a new head",
+        "How the factors start: orthonormal, gaussian, kaiming, weight; from the first batches: gradient.",
+        "default: by method; gradient where cores alone train",
     )
     start_batches: int | None = setting(
         None,
         _ADAPTER,
         "Batches that a start from data looks at.",
-        "default: 8; for update, whose steps they are, 50",
+        "default: 8",
     )
     dropout: float = setting(0.0, _ADAPTER, "Dropout on the input of the update.")
 

@@ -93,27 +93,19 @@ def adapter_config(settings: TrainSettings, task: str) -> PeftConfig:
 
 
 def choose_start(settings: TrainSettings, config: PeftConfig, task: str) -> None:
-    """Start from updates where that was left open and factors would stay as random as they begin.
-
-    It was measured behind a new head (docs/quality.md), so models that write text start as before.
-    """
+    """Start from gradients where that was left open and factors would stay as random as they begin."""
     from ..tuner.config import LotrConfig
 
-    left_open = settings.init is None and settings.basis is None and task != "causal-lm"
+    left_open = settings.init is None and settings.basis is None
     if not (left_open and isinstance(config, LotrConfig) and config.trainable == "cores"):
         return
     if config.init == "orthonormal" and config.starts_at_zero:
-        settings.init = config.init = "update"
+        settings.init = config.init = "gradient"
 
 
 def start_batches(settings: TrainSettings, steps: int) -> int:
-    """Return how many batches a start from data looks at: as many as asked, else 8.
-
-    For the short training of a start from updates, which takes one a step, half of the run's steps and at most 50.
-    """
-    if settings.start_batches is not None:
-        return settings.start_batches
-    return min(50, max(1, steps // 2)) if settings.init == "update" else 8
+    """Return how many batches a start from data looks at."""
+    return settings.start_batches or 8
 
 
 def _given(settings: TrainSettings) -> list[str]:
@@ -146,6 +138,11 @@ def _check_meaning(settings: TrainSettings, task: str) -> None:
         raise ConfigError(
             f"{name}={getattr(settings, name)!r} contradicts basis={settings.basis!r}, whose factors are kept. Leave "
             "one of them out."
+        )
+    if settings.init == "lora":
+        raise ConfigError(
+            "init='lora' needs the LoRA, and training has no setting for it. In Python: "
+            "lotr.init_from_lora(model, folder)."
         )
     if settings.head_warmup and task == "causal-lm":
         raise ConfigError(

@@ -11,12 +11,11 @@ from ..math.matmul import ONEDNN_IS_FASTER
 from ..math.orders import choose_order, extra_work
 from ..methods import METHODS
 from ..tuner.basis import check_basis, read_basis
-from ..tuner.ranks import largest_rank
 from ..tuner.state_dict import file_shapes
 from ..tuner.targets import plan
 from .adapter import adapter_config, check_targets
 from .base_model import DTYPES, check_dtype, skeleton
-from .budget import AUTO, said_rank
+from .budget import AUTO, fit
 
 if TYPE_CHECKING:
     from lotr_cli.settings import TrainSettings
@@ -52,8 +51,7 @@ def plan_model(settings: TrainSettings, dtype: str = "float32", tokens: int | No
     check_targets(model, config)
     chosen = {}
     if settings.budget is not None:
-        rank = config.r = largest_rank(model, config, settings.budget)
-        chosen = {"budget": settings.budget, "said": said_rank(settings, config, rank)}
+        chosen = {"budget": settings.budget, "said": fit(settings, config, model)}
     made = plan(model, config)
     if config.basis is not None:
         check_basis(made, read_basis(config), config.basis)

@@ -21,7 +21,6 @@ from ..files.atomic import move_into, whole_folder, write_json
 from ..math.magnitude import MAGNITUDES
 from . import adapter as adapt
 from . import metrics
-from .budget import ranks_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -31,12 +30,12 @@ if TYPE_CHECKING:
 
     from .data.load import TaskData
 
-SETTINGS, METRICS, CURVE, START = "settings.json", "metrics.json", "curve.png", "start.png"
+SETTINGS, METRICS, CURVE = "settings.json", "metrics.json", "curve.png"
 CHECKPOINTS = "checkpoints"
 #: Where the results are put together before they replace those of an earlier run.
 STAGED = ".new"
 #: Pictures of an adapter that a run does not always draw, and those that `lotr inspect` and `lotr evaluate` draw later.
-PICTURES = (START, "cores.png", "confusion.png")
+PICTURES = ("cores.png", "confusion.png")
 
 
 @dataclass
@@ -84,7 +83,7 @@ def summarise(run: Run, trainer: Trainer, scores: dict[str, float], seconds: flo
         "settings": run.settings.record(),
         "rates": vars(adapt.rates(run.settings)),
         "begun": run.begun,
-        **({} if run.settings.budget is None else {"ranks": ranks_of(run.model.active_peft_config)}),
+        **({} if run.settings.budget is None else {"rank": run.model.active_peft_config.r}),
         "trained_numbers": {"adapter": trained - head, "head": head, "total": trained},
         "steps": trainer.state.global_step,
         "processes": trainer.args.world_size,
@@ -103,10 +102,6 @@ def write(run: Run, report: dict[str, Any], history: list[dict[str, Any]]) -> No
         write_adapter(run.model, made, task=run.task_record, base=run.task_record["base_model"])
         report["adapter_bytes"] = (made / WEIGHTS).stat().st_size
         plots.curve(history, report["metric"], f"{run.settings.method} on {run.settings.train}", made / CURVE)
-        if sites := report["begun"].get("sites"):
-            places = [(site["layer"], site["projection"]) for site in sites]
-            kept = [site["kept"] for site in sites]
-            plots.by_place(places, kept, "share of the gradient that the factors keep", made / START)
         config = run.model.active_peft_config
         additive = MAGNITUDES[getattr(config, "magnitude", "none")].additive
         text = card.for_run(report, config.task_type, additive, getattr(config, "reference", None))

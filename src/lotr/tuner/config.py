@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,9 +95,9 @@ class LotrConfig(PeftConfig):
     init: str | None = field(
         default=None,
         metadata=_help(
-            "How the shared factors start: orthonormal, gaussian, kaiming, weight (singular directions); gradient, "
-            "activation and update begin orthonormal until lotr.init_from_data(model, batches, kind=…) turns them. "
-            "The name is saved either way."
+            "How the shared factors start: orthonormal, gaussian, kaiming, weight (singular directions); gradient and "
+            "lora begin orthonormal until lotr.init_from_data(model, batches) or lotr.init_from_lora(model, folder) "
+            "turns them. The name is saved either way."
         ),
     )
     trainable: str | None = field(
@@ -186,6 +187,7 @@ class LotrConfig(PeftConfig):
         self.core = _one_of("core", self.core or row.core, CORES)
         self.blocks = _one_of("blocks", self.blocks or row.blocks, BLOCKS)
         self.magnitude = _one_of("magnitude", self.magnitude or row.magnitude, MAGNITUDES)
+        self._init_is_open = self.init is None
         self.init = _one_of("init", self.init or row.init, (*INITS, *WEIGHT_INITS, *DATA_INITS))
         default = "cores" if self.basis is not None else row.trainable
         self.trainable = _one_of("trainable", self.trainable or default, ("all", "cores"))
@@ -239,6 +241,17 @@ class LotrConfig(PeftConfig):
         if self.init_weights is not None:
             return self.init_weights
         return not MAGNITUDES[str(self.magnitude)].divides_by_update
+
+    def warn_of_random_factors(self) -> None:
+        """Warn where factors will stay as random as they start, and nobody asked for that."""
+        stay = self._init_is_open and self.trainable == "cores" and self.basis is None
+        if stay and self.init == "orthonormal" and self.targets is None:
+            warnings.warn(
+                "trainable='cores' keeps the factors as they start, and they start random. "
+                "lotr.init_from_data(model, batches) turns them towards your data (init='gradient' says that you will "
+                "call it); init='orthonormal' keeps them random.",
+                stacklevel=2,
+            )
 
     @classmethod
     def from_pretrained(

@@ -116,6 +116,7 @@ class LotrModel(BaseTuner):
             self._injection.basis_factors = read_basis(peft_config)
             check_basis(self._injection.plan, self._injection.basis_factors, peft_config.basis)
             peft_config.basis_hash = hash_of(self._injection.basis_factors)
+        peft_config.warn_of_random_factors()
         peft_config.targets = [target.to_dict() for target in targets]
 
     @staticmethod

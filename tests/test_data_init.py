@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import lotr
 from conftest import bert, gpt2, llama, tokens
 from lotr import ConfigError, LotrConfig, TrainingError
+from lotr.tuner.factors import parts_of
 from lotr.tuner.group import LotrGroup
-from lotr.tuner.layer import LotrLinear
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "bert": (bert, ["query", "value", "dense"]),
@@ -71,13 +71,12 @@ def test_factors_from_gradients_keep_more_of_them_than_random_ones(name: str) ->
 
     def kept(model: nn.Module) -> Tensor:
         shares = []
-        for path, layer in model.get_base_model().named_modules():
-            if isinstance(layer, LotrLinear):
-                for member in layer.lotr_site["default"].members:
-                    U, Vt = (getattr(member.group, f"lotr_{f}")["default"].weight for f in "UV")
-                    row, rows = member.part.rows
-                    G = dense[path][row : row + rows]
-                    shares.append((U.T @ G @ Vt.T).square().sum() / G.square().sum())
+        for group, parts in parts_of(model, "default").items():
+            U, Vt = (getattr(group, f"lotr_{f}")["default"].weight for f in "UV")
+            for _, part in parts:
+                row, rows = part.rows
+                G = dense[part.sites[0].module][row : row + rows]
+                shares.append((U.T @ G @ Vt.T).square().sum() / G.square().sum())
         return torch.stack(shares)
 
     model = _adapted(name)

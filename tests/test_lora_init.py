@@ -19,7 +19,8 @@ import lotr
 from conftest import bert, gpt2, llama, tokens
 from lotr import CheckpointError, ConfigError, LotrConfig
 from lotr.files.peft_lora import read_lora
-from tuner_contract import linears, outputs
+from lotr.tuner.factors import parts_of
+from tuner_contract import outputs
 
 TARGETS: dict[Callable[[], nn.Module], list[str]] = {
     bert: ["query", "value"],
@@ -53,7 +54,7 @@ def _fresh(make: Any, **fields: Any) -> nn.Module:
 def _sites(model: nn.Module, dense: dict[str, Tensor]) -> dict[Any, list[Tensor]]:
     """Return the dense update of every site, by group."""
     sites: dict[Any, list[Tensor]] = {}
-    for group, parts in lotr.tuner.factors.parts_of(model, "default").items():
+    for group, parts in parts_of(model, "default").items():
         for _, part in parts:
             for site in part.sites:
                 (o, i), W = site.shape, dense[site.module]
@@ -115,10 +116,9 @@ def test_a_lora_made_of_known_factors_is_recovered(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     model = _fresh(bert)
     lotr.init_from_lora(model, tmp_path)
-    for layer in linears(model):
-        (member,) = layer.lotr_site["default"].members
-        Q = known[member.part.sites[0].projection]
-        for factor, theirs in zip(_factors(member.group), (Q[:, :4], Q[:, 4:]), strict=True):
+    for group, parts in parts_of(model, "default").items():
+        Q = known[parts[0][1].sites[0].projection]
+        for factor, theirs in zip(_factors(group), (Q[:, :4], Q[:, 4:]), strict=True):
             torch.testing.assert_close(factor @ factor.T, theirs @ theirs.T, atol=1e-5, rtol=0)
 
 

@@ -206,7 +206,7 @@ def test_nested_inputs_take_the_steps_of_autograd() -> None:
 
 @pytest.mark.parametrize("magnitude", ["per_output", "per_output_and_input"])
 def test_what_is_kept_of_frozen_factors_in_inference_mode_serves_training(magnitude: str) -> None:
-    fields = {"trainable": "cores", "magnitude": magnitude, "norm_gradient": True}
+    fields = {"trainable": "cores", "init": "orthonormal", "magnitude": magnitude, "norm_gradient": True}
     model, fresh = (adapted("auto", **fields) for _ in range(2))
     with torch.inference_mode():
         model(x_of())
@@ -215,7 +215,7 @@ def test_what_is_kept_of_frozen_factors_in_inference_mode_serves_training(magnit
 
 
 def test_an_adapter_under_the_name_of_a_deleted_one_has_norms_of_its_own(tmp_path: Path) -> None:
-    fields = {"trainable": "cores", "magnitude": "per_output"}
+    fields = {"trainable": "cores", "init": "orthonormal", "magnitude": "per_output"}
     for seed in range(6):
         adapted("auto", seed=seed, **fields).save_pretrained(str(tmp_path / str(seed)))
     model = PeftModel.from_pretrained(Tower().double(), str(tmp_path / "0"))

@@ -6,7 +6,7 @@ import torch
 from tensorly.decomposition import partial_tucker
 from torch import Generator, Tensor
 
-from lotr.math.hooi import Subspaces
+from lotr.math.hooi import Subspaces, leading, tucker2
 
 RANK = (3, 4)
 
@@ -63,4 +63,28 @@ def test_sites_without_a_gradient_change_nothing() -> None:
         torch.testing.assert_close(factor, same, atol=1e-5, rtol=0)
     before = Subspaces((20, 30), RANK, Generator().manual_seed(0)).factors()
     nothing = _turned([torch.zeros(20, 30)] * 2)
-    assert all(torch.equal(a, b) for a, b in zip(before, nothing, strict=True))
+    for a, b in zip(before, nothing, strict=True):  # the columns stay, to their signs
+        torch.testing.assert_close((a * b).sum(0).abs(), torch.ones(a.shape[1]))
+
+
+def test_of_thin_matrices_the_factors_are_those_of_tensorlys_tucker_to_rounding() -> None:
+    thin = [(torch.randn(20, q), torch.randn(q, 30)) for q in (2, 5, 7)]
+    dense = [B @ A for B, A in thin]
+    with tl.backend_context("pytorch"):
+        stack = torch.stack(dense).double()
+        _, (U, V) = partial_tucker(stack, rank=RANK, modes=[1, 2], n_iter_max=500, tol=1e-13)[0]
+    ours = tucker2(thin, torch.eye(20, 3), torch.eye(30, 4))
+    assert _kept(dense, *ours) == pytest.approx(_kept(dense, U.float(), V.float()), rel=1e-6)
+    for factor, theirs in zip(ours, (U, V), strict=True):
+        assert torch.linalg.svdvals(factor.T @ theirs.float()).min() > 0.9999
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (6, 2)])
+def test_columns_that_matrices_leave_open_are_those_of_before(shape: tuple[int, int]) -> None:
+    direction = torch.nn.functional.normalize(torch.randn(shape[0], 1), dim=0)
+    before = torch.linalg.qr(torch.randn(shape[0], 3)).Q
+    found = leading(direction @ torch.randn(1, shape[1]), before)
+    torch.testing.assert_close(found.T @ found, torch.eye(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close((found[:, :1].T @ direction).abs(), torch.ones(1, 1))
+    both = torch.cat([direction, before[:, :2]], 1)
+    assert torch.linalg.svdvals(torch.linalg.qr(both).Q.T @ found).min() > 1 - 1e-5

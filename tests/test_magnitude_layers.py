@@ -247,7 +247,7 @@ def test_an_update_that_passes_through_zero_keeps_everything_finite(norm_gradien
 def test_products_kept_of_frozen_factors_follow_factors_that_are_loaded() -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    options = {"trainable": "cores", "init_weights": False}
+    options = {"trainable": "cores", "init": "orthonormal", "init_weights": False}
     source, model = (get_peft_model(bert(), config(seed=seed, **options)).eval() for seed in (1, 0))
     outputs(model, {"input_ids": tokens()})
     set_peft_model_state_dict(model, get_peft_model_state_dict(source))

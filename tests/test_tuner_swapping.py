@@ -33,7 +33,7 @@ def test_any_row_can_be_swapped_in_place(make: Any, row: str, tmp_path: Path) ->
 
 
 def test_norms_kept_of_frozen_factors_are_not_swapped_behind_their_back(tmp_path: Path) -> None:
-    options = {"trainable": "cores", "magnitude": "per_output"}
+    options = {"trainable": "cores", "init": "orthonormal", "magnitude": "per_output"}
     get_peft_model(bert(), config(1, **options)).save_pretrained(tmp_path)
     model = get_peft_model(bert(), config(0, **options)).eval()
     before = outputs(model, INPUTS)

@@ -30,6 +30,7 @@ from .sharing.plan import Plan  # noqa: E402
 from .training.rates import parameter_groups  # noqa: E402
 from .tuner.config import LotrConfig  # noqa: E402
 from .tuner.data_init import init_from_data  # noqa: E402
+from .tuner.lora_init import init_from_lora  # noqa: E402
 from .tuner.ranks import largest_rank  # noqa: E402
 from .tuner.register import register  # noqa: E402
 from .tuner.targets import plan  # noqa: E402
@@ -81,6 +82,7 @@ __all__ = [
     "evaluate",
     "export",
     "init_from_data",
+    "init_from_lora",
     "inspect",
     "largest_rank",
     "merge",

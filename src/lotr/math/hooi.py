@@ -1,8 +1,10 @@
-"""The subspaces in which the weights, gradients or activations of a group's sites lie: Tucker-2 without the stack.
+"""The subspaces in which the matrices of a group's sites lie: Tucker-2 of a stack that nobody builds.
 
-For matrices `M_s` of shape `(o, i)`, one a site, `U` and `V` maximise `Σ_s w_s² ‖Uᵀ M_s V‖²`. Only products `M_s V`
-and `M_sᵀ U` are ever needed, so a matrix may be a sum over batches that nobody has built: the first round multiplies by
-random columns (a sketch, which gives the higher-order SVD), every further round is one of HOOI.
+For matrices `M_s` of shape `(o, i)`, one a site, orthonormal `U` and `V` maximise `Σ_s w_s² ‖Uᵀ M_s V‖²`. Only products
+`M_s V` and `M_sᵀ U` are ever needed, so `M_s` may be a sum over batches (`Subspaces`) or a product of thin matrices
+(`tucker2`).
+
+Source: HOSVD and HOOI (De Lathauwer et al., 2000).
 """
 
 from __future__ import annotations
@@ -15,10 +17,13 @@ from torch import Generator, Tensor
 from .init import orthonormal
 
 _MORE = 8  # columns beyond the rank: they make the first, random round as good as the exact one
+_NOTHING = 1e-14  # of the largest energy: what is below is rounding
 
 
 class Subspaces:
-    """Factors of one group that turn towards the matrices of its sites.
+    """Factors of one group that turn towards matrices of which each pass over data shows products alone.
+
+    The first round multiplies by random columns (a sketch, which gives the HOSVD), every further round is one of HOOI.
 
     Args:
         shape: Block `(o, i)`.
@@ -53,9 +58,11 @@ class Subspaces:
         """Take the leading directions of the products as the new factors."""
         if self._weights is None:
             self._weights = self._weigh(left), self._weigh(right)
-        for_U, for_V = self._weights
-        self.U = _leading(left, for_U, self.U)
-        self.V = _leading(right, for_V, self.V)
+        weighted = [
+            torch.cat([w * P for w, P in zip(weights, products, strict=True)], dim=1)
+            for weights, products in zip(self._weights, (left, right), strict=True)
+        ]
+        self.U, self.V = leading(weighted[0], self.U), leading(weighted[1], self.V)
 
     def _weigh(self, products: Sequence[Tensor]) -> Tensor:  # (sites,)
         norms = torch.stack([P.norm() for P in products])
@@ -68,14 +75,57 @@ class Subspaces:
         return self.U[:, : self.k].contiguous(), self.V[:, : self.r].contiguous()
 
 
-def _leading(products: Sequence[Tensor], weights: Tensor, before: Tensor) -> Tensor:  # (n, q)
-    """Return the leading left singular vectors of weighed matrices side by side; `before` where all are zero."""
-    if not weights.any():
-        return before
-    stacked = torch.cat([w * P for w, P in zip(weights, products, strict=True)], dim=1).double()
-    if stacked.shape[0] <= stacked.shape[1]:
-        vectors = torch.linalg.eigh(stacked @ stacked.T).eigenvectors.flip(1)
-    else:
-        vectors = torch.linalg.svd(stacked, full_matrices=False).U
-    signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()  # the library leaves them open
-    return (vectors * signs)[:, : before.shape[1]].to(before)
+def tucker2(
+    updates: Sequence[tuple[Tensor, Tensor]],  # (o, q), (q, i)
+    U: Tensor,  # (o, k)
+    V: Tensor,  # (i, r)
+    rounds: int = 100,
+) -> tuple[Tensor, Tensor]:  # (o, k), (i, r)
+    """Return the `U` and `V` that maximise `Σ_s ‖Uᵀ B_s A_s V‖²`: HOSVD, then HOOI until it gains nothing.
+
+    Args:
+        updates: `B_s` and `A_s` of every site; `q` may differ. Their products are never built.
+        U: Columns that take the place of directions which the updates leave open.
+        V: The same on the input side.
+        rounds: Most rounds of HOOI.
+
+    Returns:
+        Orthonormal factors in the types of `U` and `V`, columns by falling energy.
+
+    Example:
+        >>> B, A = torch.randn(6, 2), torch.randn(2, 5)
+        >>> U, V = tucker2([(B, A)], torch.eye(6, 2), torch.eye(5, 2))
+        >>> torch.allclose(U @ U.T @ B @ A @ V @ V.T, B @ A, atol=1e-5)
+        True
+    """
+    types = U.dtype, V.dtype
+    pairs = [(B.double(), A.double()) for B, A in updates]
+    # the other side of B A is orthonormal but for its triangle, so these have the left singular vectors of the stacks
+    U = leading(torch.cat([B @ torch.linalg.qr(A.T).R.T for B, A in pairs], 1), U.double())
+    V = leading(torch.cat([A.T @ torch.linalg.qr(B).R.T for B, A in pairs], 1), V.double())
+    energy = 0.0
+    for _ in range(rounds):
+        U = leading(torch.cat([B @ (A @ V) for B, A in pairs], 1), U)
+        products = torch.cat([A.T @ (B.T @ U) for B, A in pairs], 1)
+        V = leading(products, V)
+        before, energy = energy, float((V.T @ products).square().sum())
+        if energy <= before * (1 + 1e-12):
+            break
+    return U.to(types[0]), V.to(types[1])
+
+
+def leading(
+    stacked: Tensor,  # (n, m)
+    before: Tensor,  # (n, q)
+) -> Tensor:  # (n, q)
+    """Return the leading `q` left singular vectors; columns of `before` take the place of those that are not there."""
+    M, q = stacked.double(), before.shape[1]
+    tall = M.shape[0] > M.shape[1]
+    energies, vectors = torch.linalg.eigh(M.T @ M if tall else M @ M.T)  # rising
+    n_alive = int((energies > _NOTHING * energies[-1]).sum())
+    vectors = vectors.flip(1)[:, : min(q, n_alive)]
+    columns: Tensor = torch.linalg.qr(torch.cat([M @ vectors if tall else vectors, before.double()], 1)).Q[
+        :, :q
+    ]
+    signs = columns.gather(0, columns.abs().argmax(0, keepdim=True)).sign()  # the library leaves them open
+    return (columns * signs).to(before)

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Generator, Tensor
 
-Start = Callable[[int, int, Generator], Tensor]
-WeightStart = Callable[[Sequence[Tensor], int, int, Generator], tuple[Tensor, Tensor]]
+FactorInit = Callable[[int, int, Generator], Tensor]
+WeightInit = Callable[[Sequence[Tensor], int, int, Generator], tuple[Tensor, Tensor]]
 
 
 def orthonormal(n: int, rank: int, generator: Generator) -> Tensor:  # (n, rank)
@@ -131,11 +131,12 @@ def _leading(
 
 
 #: Starts that need a shape alone.
-INITS: dict[str, Start] = {"orthonormal": orthonormal, "gaussian": gaussian, "kaiming": kaiming}
+INITS: dict[str, FactorInit] = {"orthonormal": orthonormal, "gaussian": gaussian, "kaiming": kaiming}
 #: Starts that look at the weights of the group's sites.
-WEIGHT_INITS: dict[str, WeightStart] = {"weight": weight}
-#: Starts that look at data; until `lotr.init_from_data` has seen some, the factors are orthonormal.
-DATA_INITS = ("gradient", "activation", "update")
+WEIGHT_INITS: dict[str, WeightInit] = {"weight": weight}
+#: Starts that a call after construction gives, `lotr.init_from_data` and `lotr.init_from_lora`; until then the factors
+#: are orthonormal.
+DATA_INITS = ("gradient", "lora")
 
 
 def generator_for(seed: int, *names: str) -> Generator:

@@ -105,7 +105,11 @@ def resolve(settings: TrainSettings, config: PeftConfig, task: str) -> TrainSett
     if settings.basis is not None:  # what the report says is what was trained
         rank = ",".join(map(str, dict.fromkeys(config.rank)))
         return replace(settings, method=config.method, scaling=config.scaling, rank=rank)
-    if settings.init is None and (config.trainable, config.init) == ("cores", "orthonormal"):
+    if (
+        settings.init is None
+        and (config.trainable, config.init) == ("cores", "orthonormal")
+        and config.starts_at_zero
+    ):
         return replace(settings, init="gradient")
     return settings
 
@@ -116,6 +120,11 @@ def _check_meaning(settings: TrainSettings) -> None:
         check_task(settings.task)
     check_positive(settings, "start_batches")
     check_budget_is_meant(settings)
+    if settings.init == "lora":
+        raise ConfigError(
+            "init='lora' needs the LoRA, and training has no setting for it. In Python: "
+            "lotr.init_from_lora(model, folder)."
+        )
     if settings.method in PEERS:
         for name in _OURS:
             if getattr(settings, name) is not None:

@@ -9,12 +9,11 @@ from ..files.atomic import file_bytes
 from ..methods import METHODS
 from ..sharing.keys import file_shapes
 from ..tuner.basis import check_basis
-from ..tuner.ranks import largest_rank
 from ..tuner.saved_adapter import read_basis
 from ..tuner.targets import plan
 from .adapter import adapter_config, check_targets
 from .base_model import DTYPES, check_dtype, skeleton
-from .budget import AUTO, said_rank
+from .budget import AUTO, fit
 
 if TYPE_CHECKING:
     from .settings import TrainSettings
@@ -46,8 +45,7 @@ def plan_model(settings: TrainSettings, dtype: str = "float32") -> dict[str, Any
     check_targets(model, config)
     chosen = {}
     if settings.budget is not None:
-        rank = config.r = largest_rank(model, config, settings.budget)
-        chosen = {"budget": settings.budget, "said": said_rank(settings, config, rank)}
+        chosen = {"budget": settings.budget, "said": fit(settings, config, model)}
     planned = plan(model, config)
     if config.basis is not None:
         check_basis(planned, read_basis(config), config.basis)

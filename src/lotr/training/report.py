@@ -69,7 +69,7 @@ class RunReport:
     seconds: float
     peak_memory_bytes: int  # of the accelerator, or of the process
     adapter_bytes: int = 0
-    ranks: dict[str, tuple[int, int]] | None = None  # of the groups, where a budget chose them
+    rank: int | None = None  # where a budget chose it
     history: list[dict[str, Any]] = field(default_factory=list)  # losses and scores over the steps
 
     @property
@@ -85,9 +85,7 @@ class RunReport:
             "seed": self.settings.seed,
             "versions": versions(),
         }
-        left_out = {name for name in ("history",) if not history} | (
-            {"ranks"} if self.ranks is None else set()
-        )
+        left_out = {name for name in ("history",) if not history} | ({"rank"} if self.rank is None else set())
         return {name: value for name, value in content.items() if name not in left_out}
 
 

@@ -15,7 +15,7 @@ from transformers.trainer_callback import ExportableState
 
 from ..errors import Interrupted, TrainingError
 from ..files.atomic import read_json
-from . import budget, metrics
+from . import metrics
 from .checkpoint import TRAINER_STATE, AdapterTrainer
 from .output_folder import settings_to_resume, started_run
 from .prepare import Run, check, prepare
@@ -212,6 +212,6 @@ def _report(
         processes=trainer.args.world_size,
         seconds=round(progress["seconds"], 2),
         peak_memory_bytes=peak_memory(),
-        ranks=None if run.settings.budget is None else budget.ranks_of(config),
+        rank=None if run.settings.budget is None else config.r,
         history=trainer.state.log_history,
     )

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
 from ..errors import TrainingError
-from ..math.init import DATA_INITS
-from .budget import is_shared_out, said_ranks
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,12 +28,12 @@ def begin(
     looks: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Warm up a new head, start the factors and choose the ranks of the groups, as the settings ask.
+    """Warm up a new head, then start the factors, as the settings have it.
 
     Every process sees the same batches, so all do the same.
 
     Args:
-        settings: `init`, `budget`, `batch_size` and `seed` are read.
+        settings: `init`, `batch_size` and `seed` are read.
         model: A model with a fresh adapter, on its device.
         rows: Encoded training rows.
         collate: Rows to a batch.
@@ -45,7 +43,6 @@ def begin(
 
     Returns:
         What was done, for the report of the run.
-
     """
     steps, rate = head
     done: dict[str, Any] = {"head_warmup": steps}
@@ -53,20 +50,14 @@ def begin(
     if steps:
         warm_head(model, batches, steps, rate)
         say(f"Head: warmed up for {steps} steps.")
-    if settings.init in DATA_INITS:
+    if settings.init == "gradient":
         from ..tuner.data_init import init_from_data
 
-        seen = [next(batches) for _ in range(looks)]
-        budget = settings.budget if is_shared_out(settings, model.active_peft_config) else None
-        sites = init_from_data(model, seen, kind=settings.init, seed=settings.seed, budget=budget)
-        share = sum(site.kept for site in sites) / len(sites)
-        say(
-            f"Start: {settings.init}, from {len(seen)} batches; the factors keep {share:.0%} of a site's "
-            f"{'update' if settings.init == 'update' else 'gradient'}."
-        )
-        if budget is not None:
-            say(said_ranks(model.active_peft_config))
-        done |= {"start_batches": len(seen), "kept": share, "sites": [asdict(site) for site in sites]}
+        init_from_data(model, [next(batches) for _ in range(looks)], seed=settings.seed)
+        done |= {"init": "gradient", "start_batches": looks}
+        stay = model.active_peft_config.trainable == "cores"
+        why = ", because they stay as they start (--init orthonormal keeps them random)" if stay else ""
+        say(f"Start: the factors turned towards the gradients of {looks} batches{why}.")
     return done
 
 
@@ -86,7 +77,7 @@ def warm_head(model: PeftModel, batches: Iterator[Any], steps: int, lr: float) -
     training = model.training
     model.train()
     try:
-        for _ in range(steps):
+        for _ in tqdm(range(steps), desc="Head", unit=" steps", delay=2, leave=False, disable=None):
             loss = model(**next(batches)).loss
             if not torch.isfinite(loss):
                 raise TrainingError("The loss is not finite while the head warms up. Lower head_lr.")

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,8 +103,8 @@ class LotrConfig(PeftConfig):
     scaling: float = _field("σ: multiplies the update. It is not divided by the rank. Default: 1.")
     init: str = _field(
         "How the shared factors start: orthonormal, gaussian, kaiming, weight (singular directions); "
-        "gradient, activation and update begin orthonormal until lotr.init_from_data(model, batches, kind=…) "
-        "turns them. The name is saved either way."
+        "gradient and lora begin orthonormal until lotr.init_from_data(model, batches) or "
+        "lotr.init_from_lora(model, folder) turns them. The name is saved either way."
     )
     trainable: str = _field("What trains: all, or cores (the factors stay as they start).")
     seed: int | None = _field("Seed of the factors. Default: torch's own seed, so torch.manual_seed decides.")
@@ -164,6 +165,7 @@ class LotrConfig(PeftConfig):
         self.core = one_of("core", self.core or row.core, CORES)
         self.blocks = one_of("blocks", self.blocks or row.blocks, BLOCKS)
         self.magnitude = one_of("magnitude", self.magnitude or row.magnitude, MAGNITUDES)
+        self._init_is_open = self.init is None
         self.init = one_of("init", self.init or row.init, (*INITS, *WEIGHT_INITS, *DATA_INITS))
         trainable = self.trainable or ("cores" if self.basis is not None else row.trainable)
         self.trainable = one_of("trainable", trainable, ("all", "cores"))
@@ -219,6 +221,17 @@ class LotrConfig(PeftConfig):
                 setattr(self, name, getattr(basis, name))
         self._open = ()
         self._check_meaning()
+
+    def warn_of_random_factors(self) -> None:
+        """Warn where factors will stay as random as they start, and nobody asked for that."""
+        stay = self._init_is_open and self.trainable == "cores" and self.basis is None
+        if stay and self.init == "orthonormal":
+            warnings.warn(
+                "trainable='cores' keeps the factors as they start, and they start random. "
+                "lotr.init_from_data(model, batches) turns them towards your data (init='gradient' says that you will "
+                "call it); init='orthonormal' keeps them random.",
+                stacklevel=2,
+            )
 
     def plan_for(self, targets: Sequence[Target]) -> Plan:
         """Return the plan of an adapter on some modules.

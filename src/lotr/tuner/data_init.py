@@ -1,259 +1,211 @@
-"""Starts that look at data: the factors turn towards gradients, activations or the updates of a short training."""
+"""`lotr.init_from_data`: the factors of a fresh adapter turn towards the gradients of the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
-from numbers import Real
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..errors import ConfigError, TrainingError
-from ..math.cores import CORES
 from ..math.hooi import Subspaces
-from ..math.init import DATA_INITS, generator_for
-from .adapted import Adapted, Member
-from .config import LotrConfig
+from ..math.init import generator_for
+from ..sharing.plan import Part
+from .factors import Parts, check_fresh, find_adapter, parts_of, set_factors
 from .group import LotrGroup
 from .layer import LotrLinear
-from .passes import Loss, Seen, look_through, run_through
-from .ranks import Numbers, at_rank, check_budget, members_of, set_ranks, share_out
-from .statistics import Energies, Products, SiteStart
-from .trial import Trial
 
-Tick = Callable[[], None]
-Look = Callable[[Seen, Tick | None], None]
-_TRIAL_RANK = 8  # of a trial, at least
+Loss = Callable[[nn.Module, Any], Tensor]
 
 
 def init_from_data(
     model: nn.Module,
     batches: Iterable[Any],
-    kind: str = "gradient",
-    adapter: str | None = None,
-    rounds: int | None = None,
-    normalise: bool = True,
     loss: Loss | None = None,
+    adapter: str | None = None,
+    rounds: int = 3,
+    normalise: bool = True,
     seed: int = 0,
-    budget: int | None = None,
-    lr: float = 1e-2,
-    tick: Tick | None = None,
-) -> list[SiteStart]:
-    """Turn the shared factors of a fresh adapter towards data, without changing what the model computes.
+) -> None:
+    """Turn the shared factors of a fresh adapter towards gradients, without changing what the model computes.
 
-    The cores are at zero, so any factors leave the model as it is. Whatever `start` the configuration names is
-    replaced. Every round is one forward and backward pass over the batches; only thin matrices are kept, never a
-    gradient of a weight.
+    The factors become those that maximise `Σ_s w_s² ‖Uᵀ G_s V‖²`, where `G_s` is the gradient of the weight of site `s`
+    over all batches; the cores are at zero, where `∂L/∂C_s = σ Uᵀ G_s V`. Only thin matrices are kept, never a
+    gradient of a weight. Processes of `torch.distributed` add what their batches show, and get equal factors.
 
     Args:
         model: A model with an adapter whose update is zero.
-        batches: Each as `model(**batch)` takes it: a few, gone through `rounds + 1` times; for `"update"` some fifty,
-            gone through `rounds` times.
-        kind: `"gradient"`: Tucker-2 of the stacked gradients of the adapted weights. `"activation"`: principal
-            directions of the pooled inputs for `V`, of the pooled output gradients for `U`. `"update"`: Tucker-2 of the
-            stacked updates of a short training, one step a batch, of a LoRA beside every module, which is then
-            dropped; the model stays as it is, its head too. It costs what those steps cost, and holds more of what
-            training will do.
-        adapter: Name of the adapter; default: the active one.
-        rounds: Passes over the batches; default 3, a random one and refinements, and 1 for `"update"`.
-        normalise: Weigh every site by one over its norm; gradients of values are often ten times those of queries.
+        batches: Each as `model(**batch)` takes it: a few, gone through `rounds` times. A module that none of them
+            reaches counts for nothing.
         loss: Returns the loss of a batch; default: the model's own.
+        adapter: Name of the adapter; default: the active one.
+        rounds: Forward and backward passes over the batches: a random one, then refinements.
+        normalise: Weigh every site by one over its norm; gradients of values are often ten times those of queries.
         seed: Of the random first round.
-        budget: Trained numbers that the adapter may keep, without a head. The groups are then cut down to ranks
-            `(k, r)` of their own: greedily those that keep the most gradient, or update, for each number. Make the
-            adapter wider than `lotr.largest_rank` allows, for example twice. Cores must be free.
-        lr: Learning rate of the short training of `"update"`; nothing else uses it.
-        tick: Called after every pass over a batch.
-
-    Returns:
-        For each site how much of its gradient, or of its update, the factors keep.
 
     Raises:
-        ConfigError: The kind is unknown, there are no rounds or no batches, the rate is not positive, the update is not
-            zero (with some magnitudes it never is), the factors are those of a basis, the adapter takes no part
-            (disabled, merged, frozen, or under `torch.no_grad()`), or the budget cannot be met.
-        TrainingError: The loss of a batch is NaN or infinite. The factors are as they were.
+        ConfigError: There are no rounds or no batches, the update is not zero (with some magnitudes it never is), the
+            cores are identities, the factors are those of a basis, or no gradient reaches the adapter (disabled,
+            merged, frozen, or under `torch.no_grad()`).
+        TrainingError: The loss of a batch, or a gradient, is NaN or infinite. The factors are as they were.
 
-    Source: HOSVD and HOOI (De Lathauwer et al., 2000) of the gradients at `ΔW = 0`, where `∂L/∂C = σ Uᵀ G V`.
+    Source: factors from gradients with a small core between them are the idea of LoRA-SB (arXiv 2411.19557); LoRA-GA
+    (arXiv 2407.05000) starts LoRA from gradients. Here all sites of a group share them.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from lotr import LotrConfig
+        >>> base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        >>> model = get_peft_model(base, LotrConfig(r=2, target_modules=["0", "1"]))
+        >>> init_from_data(model, [torch.randn(4, 8)], loss=lambda model, x: (model(x) - x).square().mean())
     """
-    if kind not in DATA_INITS:
-        raise ConfigError(f"kind={kind!r} is no start that looks at data. Known: {', '.join(DATA_INITS)}.")
-    if rounds is None:
-        rounds = 1 if kind == "update" else 3
     if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
         raise ConfigError(
             f"rounds={rounds!r} leaves the factors as they are. Use a positive integer, for example 3."
         )
-    if not isinstance(lr, Real) or isinstance(lr, bool) or not 0 < lr < float("inf"):
-        raise ConfigError(f"lr={lr!r} is no learning rate. Use a positive number, for example 1e-2.")
-    held = list(batches)
-    if not held:
+    batches = list(batches)
+    if not batches:
         raise ConfigError("There are no batches to look at. Give at least one.")
-    found = _adapted(model, adapter)
-    name = found[0].adapter
-    config: LotrConfig | None = getattr(model, "peft_config", {}).get(name)
-    _check_runs(found)
-    _check_free(found, config)
-    if budget is not None:
-        _check_cut(config, budget)
-    members = members_of(model, name)
-    group_of = {shared: parts[0][1].part.group for shared, parts in members.items()}
-    spaces = {
-        shared: Subspaces(group.shape, group.rank, generator_for(seed, name, group.name, "start"), normalise)
-        for shared, group in group_of.items()
-    }
-    measure = loss or _own_loss
-    if kind == "update":
-        rank = max(_TRIAL_RANK, *(max(group.rank) for group in group_of.values()))
-        trial = Trial(found, rank, lr, rounds * len(held), seed)
-        run = partial(run_through, model, held, measure)
-        energies = _after_trial(run, trial, spaces, rounds, tick)
-    else:
-        look = partial(look_through, model, found, held, measure)
-        energies = _after_passes(look, kind, found, spaces, rounds, tick)
-    ranks = None
-    if config is not None and budget is not None:
-        shares = energies.of_groups(found, normalise)
-        ranks = share_out(config.recorded_plan(), shares, budget)
-    # nothing can fail from here on
-    for shared, (U, V) in energies.factors.items():
-        with torch.no_grad():
-            if not group_of[shared].core.is_identity:  # there `U` holds the update at zero (LoRA)
-                shared.lotr_U[name].weight.copy_(U)
-            shared.lotr_V[name].weight.copy_(V.T)
-    if config is not None:
-        config.init = kind
-        if ranks is not None:
-            set_ranks(config, members, ranks, lambda group, rank: _leading(name, members[group], *rank))
-    return energies.report(found)
+    name, config = find_adapter(model, adapter)
+    parts = parts_of(model, name)
+    check_fresh(name, config, parts)
+    _check_gradients_flow(name, parts)
+    spaces = {}
+    for group, of_group in parts.items():
+        plan = of_group[0][1].group
+        generator = generator_for(seed, name, plan.name, "start")
+        spaces[group] = Subspaces(plan.shape, plan.rank, generator, normalise)
+    total = rounds * len(batches)
+    with (
+        _restored(model),
+        tqdm(total=total, desc="Gradients", unit=" batches", delay=2, leave=False, disable=None) as bar,
+    ):
+        for _ in range(rounds):
+            sums = {group: [_Sums(part, spaces[group]) for _, part in parts[group]] for group in parts}
+            with _watched(parts, sums):
+                for n, batch in enumerate(batches, 1):
+                    result = (loss or _own_loss)(model, batch)
+                    _check_loss(result, f"batch {n} of {len(batches)}")
+                    result.backward()
+                    bar.update()
+            for group, of_parts in sums.items():
+                _turn(spaces[group], of_parts, group.lotr_U[name].weight.device)
+    for group, space in spaces.items():
+        set_factors(group, name, *space.factors())
+    config.init = "gradient"
 
 
-def _after_passes(
-    look: Look,
-    kind: str,
-    found: list[Adapted],
-    spaces: dict[LotrGroup, Subspaces],
-    rounds: int,
-    tick: Tick | None,
-) -> Energies:
-    """Turn the factors by what passes over the batches show; return what they keep, by one more."""
-    for _ in range(rounds):
-        products = Products(kind, spaces)
-        look(products.see, tick)
-        products.turn(found)
-    energies = Energies({shared: space.factors() for shared, space in spaces.items()})
-    look(energies.see, tick)
-    energies.gather(found)
-    return energies
+class _Sums:
+    """Sums over batches of `G_s V` `(o, q)` and `G_sᵀ U` `(i, q)` of the sites of one part."""
+
+    def __init__(self, part: Part, space: Subspaces) -> None:
+        self.part, self.space = part, space
+        n = len(part.sites)
+        self.left = space.U.new_zeros(n, len(space.U), space.V.shape[1])
+        self.right = space.V.new_zeros(n, len(space.V), space.U.shape[1])
+
+    @torch.no_grad()
+    def add(self, x: Tensor, gradient: Tensor) -> None:  # (*n, in), (*n, out)
+        """Add one batch, from the input and the gradient of the output of the module."""
+        (row, rows), (column, columns), (a, b) = self.part.rows, self.part.columns, self.part.grid
+        inputs = x.narrow(-1, column, columns).reshape(-1, b, columns // b).float()  # (n, b, i)
+        outputs = gradient.narrow(-1, row, rows).reshape(-1, a, rows // a).float()  # (n, a, o)
+        U, V = self.space.U.to(x.device), self.space.V.to(x.device)
+        left = torch.einsum("nao,nbq->aboq", outputs, inputs @ V).flatten(0, 1)
+        right = torch.einsum("nbi,naq->abiq", inputs, outputs @ U).flatten(0, 1)
+        self.left, self.right = self.left.to(x.device) + left, self.right.to(x.device) + right
 
 
-def _after_trial(
-    run: Callable[[Tick], None],
-    trial: Trial,
-    spaces: dict[LotrGroup, Subspaces],
-    rounds: int,
-    tick: Tick | None,
-) -> Energies:
-    """Turn the factors by the updates of a short training; return what they keep of those."""
+def _turn(space: Subspaces, sums: list[_Sums], home: torch.device) -> None:
+    """Turn the factors of a group by what all processes saw."""
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    products: list[list[Tensor]] = [[], []]
+    for of_part in sums:
+        for side, summed in zip(products, (of_part.left, of_part.right), strict=True):
+            summed = summed.to(home)
+            if together:
+                torch.distributed.all_reduce(summed)
+            if not summed.isfinite().all():
+                raise TrainingError(
+                    f"The gradient at {of_part.part.sites[0].module!r} is not finite, although every loss is; the "
+                    "factors are as they were. Compute in a wider type than that of the base model, or leave out "
+                    "batches."
+                )
+            side += summed.cpu().unbind(0)
+    if not any(bool(product.any()) for product in products[0]):
+        raise ConfigError(
+            f"No gradient reaches {sums[0].part.sites[0].module!r}, nor any other module of its group: the adapter is "
+            "frozen, or no batch goes through the modules. Load the adapter with is_trainable=True, give other "
+            "batches, or leave the modules out with exclude_modules."
+        )
+    space.turn(*products)
 
-    def step() -> None:
-        trial.step()
-        if tick is not None:
-            tick()
 
+@contextmanager
+def _watched(parts: Parts, sums: Mapping[LotrGroup, list[_Sums]]) -> Iterator[None]:
+    """Add the input and the gradient of the output of every adapted module to its sums."""
+    of_layer: dict[LotrLinear, list[_Sums]] = {}
+    for group, of_group in parts.items():
+        for (layer, _), of_part in zip(of_group, sums[group], strict=True):
+            of_layer.setdefault(layer, []).append(of_part)
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def add(gradient: Tensor) -> None:
+            for of_part in of_layer[module]:  # type: ignore[index]
+                of_part.add(x, gradient)
+
+        if output.requires_grad:  # not in the first pass of a reentrant checkpoint
+            x = args[0].detach()
+            output.register_hook(add)
+
+    handles = [layer.register_forward_hook(hook) for layer in of_layer]
     try:
-        with trial.beside():
-            for _ in range(rounds):
-                run(step)
-    except TrainingError as error:
-        raise TrainingError(
-            f"{error} Losses that rise before that are those of a rate (lr={trial.lr}) that is too high for the short "
-            "training."
-        ) from None
-    trial.turn(spaces)
-    energies = Energies({shared: space.factors() for shared, space in spaces.items()})
-    trial.energies(energies)
-    return energies
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def _leading(adapter: str, parts: list[tuple[Adapted, Member]], k: int, r: int) -> Numbers:
-    """Return the first columns of a group's factors, and cores at zero."""
-    group = parts[0][1].group
-    U, V = group.lotr_U[adapter].weight[:, :k], group.lotr_V[adapter].weight.T[:, :r]
-    return U, [U.new_zeros(len(member.part.sites), k, r) for _, member in parts], V
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Leave the gradients of parameters and the mode of the model as they were, whatever happens."""
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    for parameter in gradients:
+        parameter.grad = None
+    training = model.training
+    model.train(
+        getattr(model, "is_gradient_checkpointing", False)
+    )  # without dropout, unless memory asks for it
+    try:
+        yield
+    finally:
+        model.train(training)
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
 
 
-def _adapted(model: nn.Module, adapter: str | None) -> list[Adapted]:
-    layers = [module for module in model.modules() if isinstance(module, LotrLinear)]
-    active = {name for layer in layers for name in layer.active_adapters if name in layer.lotr_site}
-    names = active if adapter is None else {adapter}
-    found = [layer.adapted(name) for layer in layers for name in names if name in layer.lotr_site]
-    if not layers:
-        raise ConfigError(
-            "The model has no adapter of this library. Make one first: get_peft_model(model, LotrConfig())."
-        )
-    if not found or len(names) != 1:
-        raise ConfigError(
-            f"A start turns the factors of one adapter, and {sorted(names)} on this model are {len(found)} modules. "
-            "Name one adapter that the model has."
-        )
-    return found
-
-
-def _check_runs(found: list[Adapted]) -> None:
+def _check_gradients_flow(adapter: str, parts: Parts) -> None:
     """Refuse a model through which no gradient of the adapter would flow."""
-    name, layers = found[0].adapter, [adapted.layer for adapted in found]
+    layers = [layer for of_group in parts.values() for layer, _ in of_group]
     if not torch.is_grad_enabled():
         raise ConfigError(
-            "A start looks at gradients, and under torch.no_grad() or torch.inference_mode() there are none. Call it "
+            "The start looks at gradients, and under torch.no_grad() or torch.inference_mode() there are none. Call it "
             "outside."
         )
     if any(layer.disable_adapters for layer in layers):
         raise ConfigError(
-            f"Adapter {name!r} is disabled, so no gradient reaches it. Leave the disable_adapter() block, or call "
+            f"Adapter {adapter!r} is disabled, so no gradient reaches it. Leave the disable_adapter() block, or call "
             "enable_adapter_layers(), first."
         )
-    if any(layer.merged for layer in layers):
-        merged = sorted({adapter for layer in layers for adapter in layer.merged_adapters})
+    merged = sorted({name for layer in layers for name in layer.merged_adapters})
+    if merged:
         raise ConfigError(
-            f"Adapters {', '.join(merged)} are merged into the weights, so no gradient reaches {name!r}. Call "
+            f"Adapters {', '.join(merged)} are merged into the weights, so no gradient reaches {adapter!r}. Call "
             "unmerge_adapter() first."
         )
-
-
-def _check_free(found: list[Adapted], config: LotrConfig | None) -> None:
-    """Refuse factors that may not turn."""
-    if config is not None and config.refers_to_basis:
-        raise ConfigError(
-            f"The factors are those of basis={config.basis!r}, to which the cores will refer, so they stay. "
-            "Leave the start out, or the basis."
-        )
-    for adapted in found:
-        if adapted.magnitude.divides_by_update:
-            magnitude = None if config is None else config.magnitude
-            raise ConfigError(
-                f"Adapter {adapted.adapter!r} has magnitude={magnitude!r}, which divides by the norm of the update, so "
-                "the update never is zero and other factors would change the model. Leave the start out, or make the "
-                "adapter with another magnitude."
-            )
-        if any(adapted.placed(member).update.left().any() for member in adapted.members):
-            raise ConfigError(
-                f"The update of adapter {adapted.adapter!r} is not zero, so other factors would change the model. "
-                "Start before training, with init_weights=True."
-            )
-
-
-def _check_cut(config: LotrConfig | None, budget: int) -> None:
-    """Refuse a budget that cannot be shared out."""
-    core = None if config is None else config.core
-    if config is None or not CORES[str(core)].by_site:
-        raise ConfigError(
-            f"budget={budget:,} gives every group ranks of its own, and that needs a PEFT model with free cores; here "
-            f"core={core!r}, which has no cut. lotr.largest_rank finds one rank for all groups."
-        )
-    check_budget(at_rank(config.recorded_plan(), config, (1, 1)), budget)
 
 
 def _own_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -268,3 +220,22 @@ def _own_loss(model: nn.Module, batch: Any) -> Tensor:
             "The model gave no loss: the batch has no labels. Add them, or give a function as loss."
         )
     return result
+
+
+def _check_loss(loss: Any, batch: str) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r}"
+        raise ConfigError(
+            f"The loss of {batch} is a {type(loss).__name__} {shape}, and gradients are those of one number. Return a "
+            "tensor of one element."
+        )
+    if not loss.requires_grad:
+        raise ConfigError(
+            f"The loss of {batch} depends on no trained number: the adapter is frozen, or the loss was cut off from "
+            "the model's output. Load the adapter with is_trainable=True, and let loss return a number with a gradient."
+        )
+    if not loss.isfinite():
+        raise TrainingError(
+            f"The loss of {batch} is {loss.item()}, so its gradients tell nothing; the factors are as they were. Look "
+            "at that batch, or compute in a wider type than that of the base model."
+        )

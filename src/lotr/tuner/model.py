@@ -104,8 +104,10 @@ class LotrModel(BaseTuner):
             factors = read_basis(peft_config)
             check_basis(plan, factors, peft_config.basis)
             peft_config.basis_hash = hash_of(factors)
-        if is_new and plan.cut_ranks:
-            warnings.warn(plan.cut_ranks, stacklevel=2)
+        if is_new:
+            peft_config.warn_of_random_factors()
+            if plan.cut_ranks:
+                warnings.warn(plan.cut_ranks, stacklevel=2)
         targets = [target.to_dict() for target in plan.targets]
         if peft_config.targets not in (
             None,

@@ -1,23 +1,27 @@
-"""Smaller ranks for a trained adapter: Tucker-2 of its update, group by group."""
+"""`lotr.truncate`: smaller ranks for a trained adapter."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, near
-from ..math.update import one_by_one
-from ..sharing.allocation import Rank
-from ..sharing.plan import Group, Plan
-from .adapted import Adapted, Member
-from .checks import checked_rank, pair
+from ..errors import ConfigError
+from ..math.hooi import tucker2
+from ..math.update import one_by_one, side_by_side
+from ..sharing.plan import Group, Part, Plan
+from .checks import checked_rank, pair, plain
 from .config import LotrConfig
-from .group import LotrGroup, LotrLayer
-from .ranks import Numbers, members_of, set_ranks, tied
+from .factors import find_adapter, parts_of
+from .group import LotrGroup, NamedNumbers, linear_from
+from .layer import LotrLinear
+
+Rank = tuple[int, int]  # (k, r)
 
 
 @dataclass(frozen=True)
@@ -25,15 +29,15 @@ class Truncated:
     """What became of one group: its ranks `(k, r)` before and after, and the share of `Σ ‖ΔW‖²` that is left."""
 
     group: str
-    before: tuple[int, int]
-    after: tuple[int, int]
+    before: Rank
+    after: Rank
     kept: float
 
 
 @torch.no_grad()
 def truncate(
     model: nn.Module,
-    rank: int | tuple[int, int] | None = None,
+    rank: int | Rank | None = None,
     energy: float | None = None,
     adapter: str | None = None,
 ) -> list[Truncated]:
@@ -56,7 +60,7 @@ def truncate(
             adapter of that name, or several active ones; its cores are not free, or its factors are those of a basis
             that it refers to.
 
-    Source: higher-order SVD (De Lathauwer et al., 2000).
+    Source: HOSVD and HOOI (De Lathauwer et al., 2000).
 
     Example:
         >>> from peft import get_peft_model
@@ -66,118 +70,140 @@ def truncate(
         >>> [group.after for group in truncate(model, rank=2)]
         [(2, 2)]
     """
-    asked = _asked(rank, energy)
-    name, config = _named(model, adapter)
-    _check(config)
-    members = members_of(model, name)
-    spectra = {group: _Spectrum(group, name, found) for group, found in members.items()}
-    ranks = {
-        spectrum.group.name: spectrum.ranks(energy) if asked is None else _least(spectrum.group.rank, asked)
-        for spectrum in spectra.values()
-    }
-    ranks = _equal_where_tied(config.recorded_plan(), ranks)
-    set_ranks(config, members, ranks, lambda group, rank: spectra[group].cut(*rank))
+    _check_size(rank, energy)
+    name, config = find_adapter(model, adapter)
+    _check_cut(config)
+    parts = parts_of(model, name)
+    updates = {group: _Update(group, name, of_group) for group, of_group in parts.items()}
+    ranks = {update.group.name: update.ranks(rank, energy) for update in updates.values()}
+    ranks = _equal_in_modules(config.recorded_plan(), ranks)
+    plan = _set_ranks(config, ranks)
+    ranks = {group.name: group.rank for group in plan.groups}  # of a module with smaller blocks, cut to those
+    report = []
+    for shared, update in updates.items():
+        after = ranks[update.group.name]
+        U, cores, V = update.cut(*after)
+        _replace(shared, name, parts[shared], U, cores, V)
+        kept = sum(float(C.square().sum()) for C in cores) / max(update.energy, 1e-300)
+        report.append(Truncated(update.group.name, update.group.rank, after, kept if update.energy else 1.0))
+    for layer in {layer for of_group in parts.values() for layer, _ in of_group}:
+        for member in layer.lotr_site[name].members:
+            member.part = next(
+                part for part in plan.parts[member.part.sites[0].module] if part.name == member.part.name
+            )
     config.basis = config.basis_hash = None  # a copy of a basis has factors of its own from here on
-    return [
-        Truncated(s.group.name, s.group.rank, ranks[s.group.name], s.kept(*ranks[s.group.name]))
-        for s in spectra.values()
-    ]
+    return report
 
 
-class _Spectrum:
-    """The update of one group between orthonormal bases, and how its energy falls along both sides."""
+class _Update:
+    """The updates of one group, as cores between orthonormal bases; in double, because what is cut is small."""
 
-    def __init__(self, group: LotrGroup, adapter: str, members: list[tuple[Adapted, Member]]) -> None:
-        self.group: Group = members[0][1].part.group
-        updates = [adapted.placed(member).update for adapted, member in members]
-        # in double precision: what is cut is small beside what stays
-        self.Q_U, R_U = torch.linalg.qr(group.lotr_U[adapter].weight.double())
-        self.Q_V, R_V = torch.linalg.qr(group.lotr_V[adapter].weight.T.double())
-        home = R_U.device
+    def __init__(self, shared: LotrGroup, adapter: str, parts: list[tuple[LotrLinear, Part]]) -> None:
+        self.group: Group = parts[0][1].group
+        self.Q_U, R_U = torch.linalg.qr(shared.lotr_U[adapter].weight.double())
+        self.Q_V, R_V = torch.linalg.qr(shared.lotr_V[adapter].weight.T.double())
+        cores = [_core(layer, adapter, part).to(R_U) for layer, part in parts]
+        #: Of each part, `(sites, k, r)`.
         self.cores = [
-            R_U @ one_by_one(u.C.double().to(home), u.grid) @ R_V.T for u in updates
-        ]  # (sites, k, r)
-        stacked = torch.cat(self.cores)
-        self.left, self.sigma_U, _ = torch.linalg.svd(stacked.movedim(1, 0).flatten(1), full_matrices=False)
-        self.right, self.sigma_V, _ = torch.linalg.svd(stacked.movedim(2, 0).flatten(1), full_matrices=False)
+            R_U @ one_by_one(C, part.grid) @ R_V.T for C, (_, part) in zip(cores, parts, strict=True)
+        ]
+        self.energy = sum(float(C.square().sum()) for C in self.cores)
 
-    def ranks(self, energy: float | None) -> Rank:
-        """Return the smallest ranks of which each keeps a share of the energy."""
-        assert energy is not None
-        k, r = (self._enough(sigma, energy) for sigma in (self.sigma_U, self.sigma_V))
+    def ranks(self, most: Any, energy: float | None) -> Rank:
+        """Return the ranks that are asked for, or the smallest of which each keeps a share of the energy."""
+        if energy is None:
+            (k, r), (most_k, most_r) = self.group.rank, pair(most)
+            return min(k, most_k), min(r, most_r)
+        stacked = torch.cat(self.cores)
+        k, r = (_enough(torch.linalg.svdvals(stacked.movedim(side, 0).flatten(1)), energy) for side in (1, 2))
         return k, r
 
-    def _enough(self, sigma: Tensor, energy: float) -> int:
-        share = sigma.square().cumsum(0) / sigma.square().sum().clamp_min(1e-300)
-        return min(len(sigma), int((share < energy - 1e-12).sum()) + 1)
-
-    def cut(self, k: int, r: int) -> Numbers:
+    def cut(self, k: int, r: int) -> tuple[Tensor, list[Tensor], Tensor]:
         """Return `U` `(o, k)`, the cores `(sites, k, r)` of each part, and `V` `(i, r)`."""
-        P, Q = self.left[:, :k], self.right[:, :r]
-        return self.Q_U @ P, [P.T @ cores @ Q for cores in self.cores], self.Q_V @ Q
-
-    def kept(self, k: int, r: int) -> float:
-        """Return the share of the energy that ranks leave."""
-        whole = sum(float(cores.square().sum()) for cores in self.cores)
-        left = sum(float(cores.square().sum()) for cores in self.cut(k, r)[1])
-        return left / whole if whole > 0 else 1.0
+        eye_U, eye_V = (torch.eye(n).to(self.Q_U) for n in self.group.rank)
+        P, Q = tucker2([(C, eye_V) for C in torch.cat(self.cores)], eye_U[:, :k], eye_V[:, :r])
+        return self.Q_U @ P, [P.T @ C @ Q for C in self.cores], self.Q_V @ Q
 
 
-def _asked(rank: Any, energy: Any) -> Rank | None:
-    """Return the ranks that were asked for, or nothing where an energy was."""
+def _enough(sigma: Tensor, energy: float) -> int:
+    """Return how many of the falling singular values carry a share of the energy."""
+    share = sigma.square().cumsum(0) / sigma.square().sum().clamp_min(1e-300)
+    return min(len(sigma), int((share < energy - 1e-12).sum()) + 1)
+
+
+def _equal_in_modules(plan: Plan, ranks: Mapping[str, Rank]) -> dict[str, Rank]:
+    """Return ranks of which all groups that meet in a module have the largest: a module has one rank."""
+    ranks, before = dict(ranks), None
+    while ranks != before:  # groups of one module meet others in the next
+        before = dict(ranks)
+        for parts in plan.parts.values():
+            names = {part.group.name for part in parts}
+            largest = max(ranks[name][0] for name in names), max(ranks[name][1] for name in names)
+            ranks |= dict.fromkeys(names, largest)
+    return ranks
+
+
+def _set_ranks(config: LotrConfig, ranks: Mapping[str, Rank]) -> Plan:
+    """Give the groups other ranks in a configuration, so that the adapter loads with them; return the plan."""
+    plan = config.recorded_plan()
+    targets = [replace(t, rank=ranks[plan.parts[t.path][0].group.name]) for t in plan.targets]
+    (common, _), *_ = Counter(target.rank for target in targets).most_common(1)
+    config.r = plain(common)
+    config.rank_pattern = {t.path: plain(t.rank) for t in targets if t.rank != common}
+    config.targets = [target.to_dict() for target in targets]
+    return config.plan_for(targets)
+
+
+def _core(layer: LotrLinear, adapter: str, part: Part) -> Tensor:  # (a·k, b·r)
+    cores = layer.lotr_C[adapter]
+    C: Tensor = cores()[part.name] if part.name else cores.weight
+    return C
+
+
+def _replace(
+    shared: LotrGroup,
+    adapter: str,
+    parts: list[tuple[LotrLinear, Part]],
+    U: Tensor,
+    cores: list[Tensor],
+    V: Tensor,
+) -> None:
+    """Put factors and cores of other shapes in the place of those of a group."""
+    for factors, weight in ((shared.lotr_U, U), (shared.lotr_V, V.T)):
+        factors[adapter] = _like(factors[adapter].weight, weight)
+    for (layer, part), of_part in zip(parts, cores, strict=True):
+        before, after = _core(layer, adapter, part), side_by_side(of_part, part.grid)
+        if isinstance(layer.lotr_C[adapter], NamedNumbers):
+            layer.lotr_C[adapter].register_parameter(part.name, _like(before, after).weight)
+        else:
+            layer.lotr_C[adapter] = _like(before, after)
+
+
+def _like(before: Tensor, weight: Tensor) -> nn.Linear:
+    linear = linear_from(weight.to(before))
+    linear.weight.requires_grad_(before.requires_grad)
+    return linear
+
+
+def _check_size(rank: Any, energy: Any) -> None:
+    """Refuse anything but one rank or one share."""
     if (rank is None) == (energy is None):
         raise ConfigError(f"rank={rank} and energy={energy}: give one of the two.")
     if rank is not None:
-        return pair(checked_rank("rank", rank))
-    if not isinstance(energy, Real) or isinstance(energy, bool) or not 0 < float(energy) <= 1:
+        checked_rank("rank", rank)
+    elif not isinstance(energy, Real) or isinstance(energy, bool) or not 0 < float(energy) <= 1:
         raise ConfigError(f"energy={energy!r} is not a share. Use a number above 0 and at most 1.")
-    return None
 
 
-def _named(model: nn.Module, adapter: str | None) -> tuple[str, LotrConfig]:
-    """Return the name of the adapter to cut down, and its configuration in the model."""
-    configs = getattr(model, "peft_config", {})
-    layers = [module for module in model.modules() if isinstance(module, LotrLayer)]
-    if not configs or not layers:
-        raise ConfigError(
-            f"The model ({type(model).__name__}) has no adapter of this library to cut down. Give the PEFT model: what "
-            "get_peft_model(model, LotrConfig()) or PeftModel.from_pretrained returned."
-        )
-    names = {name for layer in layers for name in layer.active_adapters} if adapter is None else {adapter}
-    if adapter is not None and adapter not in configs:
-        raise ConfigError(f"Adapter {adapter!r} does not exist. {near(adapter, configs)}")
-    if len(names) != 1:
-        raise ConfigError(
-            f"Adapters {sorted(names)} are active, and one is cut down at a time. Name one of {sorted(configs)} as "
-            "adapter."
-        )
-    (name,) = names
-    return name, configs[name]
-
-
-def _check(config: Any) -> None:
+def _check_cut(config: LotrConfig) -> None:
     """Refuse an adapter that has no cut."""
-    if not isinstance(config, LotrConfig) or config.core != "free":
-        core = getattr(config, "core", None)
+    if config.core != "free":
         raise ConfigError(
-            f"Only free cores can be cut down group by group, and the adapter has core={core!r}. Train it with a "
-            "smaller rank."
+            f"Only free cores can be cut down group by group, and the adapter has core={config.core!r}. Train it with "
+            "a smaller rank."
         )
     if config.refers_to_basis:
         raise ConfigError(
             f"Cutting ranks down turns the factors, and here they are those of basis={config.basis!r}, to which the "
             "cores refer, so they stay. Make the adapter with basis_copy=True; then its file holds factors of its own."
         )
-
-
-def _least(have: Rank, asked: Rank) -> Rank:
-    return min(have[0], asked[0]), min(have[1], asked[1])
-
-
-def _equal_where_tied(plan: Plan, ranks: dict[str, Rank]) -> dict[str, Rank]:
-    """Return ranks of which all groups that meet in modules have the largest."""
-    equal: dict[str, Rank] = {}
-    for names in tied(plan):
-        k, r = (max(ranks[name][side] for name in names) for side in (0, 1))
-        equal |= dict.fromkeys(names, (k, r))
-    return equal

@@ -1,0 +1,99 @@
+"""The factors of one adapter in a model: which parts use them, whether they may turn, and how they are replaced."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, near
+from ..math.magnitude import MAGNITUDES
+from ..sharing.plan import Part
+from .config import LotrConfig
+from .group import LotrGroup
+from .layer import LotrLinear
+
+#: The groups of an adapter, each with its parts in model order.
+Parts = dict[LotrGroup, list[tuple[LotrLinear, Part]]]
+
+
+def find_adapter(model: nn.Module, adapter: str | None) -> tuple[str, LotrConfig]:
+    """Return name and configuration of an adapter.
+
+    Args:
+        model: A model with adapters.
+        adapter: Its name; default: the active one.
+
+    Raises:
+        ConfigError: The model has no adapter of this library or none of that name, or several are active.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LotrLinear)]
+    if not layers:
+        raise ConfigError(
+            f"The model ({type(model).__name__}) has no adapter of this library. Give the PEFT model: what "
+            "get_peft_model(model, LotrConfig()) or PeftModel.from_pretrained returned."
+        )
+    known = {name for layer in layers for name in layer.lotr_site}
+    if adapter is not None and adapter not in known:
+        raise ConfigError(f"Adapter {adapter!r} does not exist. {near(adapter, known)}")
+    names = {name for layer in layers for name in layer.active_adapters} if adapter is None else {adapter}
+    if len(names) != 1:
+        raise ConfigError(
+            f"Adapters {sorted(names)} are active, and one is changed at a time. Name one of {sorted(known)} as "
+            "adapter."
+        )
+    (name,) = names
+    configs = (getattr(module, "peft_config", None) or {} for module in model.modules())
+    return name, next(of_model[name] for of_model in configs if name in of_model)
+
+
+def parts_of(model: nn.Module, adapter: str) -> Parts:
+    """Return the groups of an adapter, each with its parts in model order."""
+    parts: Parts = {}
+    for layer in model.modules():
+        if isinstance(layer, LotrLinear) and adapter in layer.lotr_site:
+            for member in layer.lotr_site[adapter].members:
+                parts.setdefault(member.group, []).append((layer, member.part))
+    return parts
+
+
+def check_fresh(adapter: str, config: LotrConfig, parts: Parts) -> None:
+    """Refuse an adapter whose factors may not turn, because other ones would change the model.
+
+    Raises:
+        ConfigError: Its cores are identities, its factors are those of a basis, its magnitude divides by the update,
+            or its update is not zero.
+    """
+    if config.core == "identity":
+        raise ConfigError(
+            f"Adapter {adapter!r} has core='identity': its factors are the update itself, and no core between them is "
+            "zero. Make the adapter with another core, for example core='free'."
+        )
+    if config.refers_to_basis:
+        raise ConfigError(
+            f"The factors are those of basis={config.basis!r}, to which the cores will refer, so they stay. "
+            "Leave the call out, or the basis."
+        )
+    if MAGNITUDES[str(config.magnitude)].divides_by_update:
+        raise ConfigError(
+            f"Adapter {adapter!r} has magnitude={config.magnitude!r}, which divides by the norm of the update, so the "
+            "update never is zero and other factors would change the model. Leave the call out, or make the adapter "
+            "with another magnitude."
+        )
+    for group, of_group in parts.items():
+        core = of_group[0][1].group.core
+        if core.by_site:
+            numbers = [C for layer, _ in of_group for C in layer.lotr_C[adapter].parameters()]
+        else:
+            numbers = [group.lotr_core[adapter].get_parameter(core.zero)]
+        if any(bool(number.any()) for number in numbers):
+            raise ConfigError(
+                f"The update of adapter {adapter!r} is not zero, so other factors would change the model. "
+                "Start before training, with init_weights=True."
+            )
+
+
+@torch.no_grad()
+def set_factors(group: LotrGroup, adapter: str, U: Tensor, V: Tensor) -> None:
+    """Write `U` `(o, k)` and `V` `(i, r)` over those of an adapter."""
+    group.lotr_U[adapter].weight.copy_(U)
+    group.lotr_V[adapter].weight.copy_(V.T)

@@ -201,12 +201,6 @@ def _predicted(
 def plan(
     model: Annotated[str, typer.Argument(help="Local folder, hub id or `minilm`; only its config is read.")],
     dtype: Annotated[str, typer.Option(help="Type of the numbers.")] = "float32",
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Tell in which order products would be taken, and their work.")
-    ] = False,
-    tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens in a batch (rows × length), for --explain.")
-    ] = 2048,
     json: Json = False,
     **given: Any,
 ) -> None:
@@ -216,7 +210,7 @@ def plan(
 
         from .settings import build
 
-        report = plan_model(build({**given, "model": model}), dtype, tokens if explain else None)
+        report = plan_model(build({**given, "model": model}), dtype)
     reports.planned(model, report, json)
 
 

@@ -28,7 +28,6 @@ EXAMPLES = {
         "lotr plan minilm",
         "lotr plan minilm --rank 32 --target-modules all-linear --method lotr_joint",
         "lotr plan minilm --method tenslora_att_qkv_depth --core-ranks 4 --target-modules query,key,value",
-        "lotr plan minilm --target-modules all-linear --explain --tokens 4096",
         "lotr plan minilm --rank auto --budget 9216",
         "lotr plan minilm --rank 64 --json",
     ),

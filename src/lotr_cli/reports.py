@@ -79,17 +79,6 @@ def planned(model: str, report: dict[str, Any], as_json: bool) -> None:
         lines.append(report["said"])
     for line in lines:
         out.print(line, highlight=False, soft_wrap=True)
-    if "orders" in report:
-        names = ("modules", "weight", "rank", "order", "work")
-        rows = [(*(o[name] for name in names[:-1]), f"{o['extra_work']:.1%}") for o in report["orders"]]
-        print_table(f"Training with {report['tokens']:,} tokens a batch", names, rows)
-        out.print(
-            "Order: where the update is merged into the weight for a product. Work: multiplications that it adds to "
-            "the base layer's, forward and backward. On this machine's processor products are taken by "
-            f"{report['library']}.",
-            highlight=False,
-            soft_wrap=True,
-        )
     return None
 
 

@@ -13,7 +13,7 @@ from ..errors import CheckpointError
 from ..files.adapter_folder import CONFIG, WEIGHTS, AdapterFolder, save_tensors, write_task
 from ..files.atomic import check_apart, check_free, whole_folder, write_json
 from ..math.magnitude import MAGNITUDES
-from ..math.update import Factored
+from ..math.update import FactoredUpdate
 from ..sharing.blocks import Target
 from ..sharing.parts import Part
 from .inspection import config_of, take_apart
@@ -57,7 +57,7 @@ def to_lora(adapter: AdapterFolder, output: Path, overwrite: bool = False) -> di
             "Use `lotr merge` to leave with a plain model."
         )
     taken = take_apart(adapter)
-    parts: dict[str, list[tuple[Part, Factored]]] = {}
+    parts: dict[str, list[tuple[Part, FactoredUpdate]]] = {}
     for part, update in taken.parts:
         parts.setdefault(part.sites[0].module, []).append((part, update))
     tensors: dict[str, Tensor] = dict(taken.rest)
@@ -87,7 +87,7 @@ def to_lora(adapter: AdapterFolder, output: Path, overwrite: bool = False) -> di
     }
 
 
-def lora_of(target: Target, parts: list[tuple[Part, Factored]]) -> tuple[Tensor, Tensor]:
+def lora_of(target: Target, parts: list[tuple[Part, FactoredUpdate]]) -> tuple[Tensor, Tensor]:
     """Return the two matrices of plain LoRA for one module; the ranks of its parts add up.
 
     Args:

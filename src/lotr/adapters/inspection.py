@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files.adapter_folder import AdapterFolder
-from ..math.update import Factored, one_by_one, side_by_side
+from ..math.update import FactoredUpdate, one_by_one, side_by_side
 from ..sharing.parts import Part
 from ..sharing.plan import Plan
 from ..tuner.basis import read_basis, used_by
@@ -27,7 +27,7 @@ class Taken:
     """An adapter taken apart: its plan, every part of every module in factored form, and the rest (the head)."""
 
     plan: Plan
-    parts: list[tuple[Part, Factored]]
+    parts: list[tuple[Part, FactoredUpdate]]
     rest: dict[str, Tensor]
 
 
@@ -127,7 +127,7 @@ def take_apart(adapter: AdapterFolder) -> Taken:
             U, Vt = numbers["U"], numbers["V"]
             made = None if core.by_site else side_by_side(core.block(numbers, part.region), part.grid)
             C = tensors[core_key(part)] if made is None else made.to(U.dtype)
-            found.append((part, Factored(U, C, Vt.T, config.scaling, part.grid)))
+            found.append((part, FactoredUpdate(U, C, Vt.T, config.scaling, part.grid)))
     return Taken(plan, found, rest)
 
 

@@ -112,7 +112,7 @@ def _gradients(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """Return `dU`, `dC`, `dV` as they are needed, and `q`."""
-    U, C, V = update.U, update.C, update.V
+    U, C = update.U, update.C
     needs_U, needs_C, needs_V = needs
     D = _matrix(dY[:, update.rows], len(U))  # (n·a, o)
     p = _matrix(product(D, U), len(C))
@@ -133,7 +133,9 @@ def _output(
     # an update of zero has the rounding of the frozen module
     base = F.linear if all(map(_is_zero, updates)) else linear
     n, (rows, columns) = len(X), W.shape
-    if _merging_pays(n * rows if hs is not None else n * (rows + columns), W):  # without gradients no `h` is needed
+    if _merging_pays(
+        n * rows if hs is not None else n * (rows + columns), W
+    ):  # without gradients no `h` is needed
         return base(X, _merged(W, updates), bias)
     Y = base(X, W, bias)
     for update, h in zip(updates, hs or [product(X, update.V) for update in updates], strict=True):
@@ -147,7 +149,7 @@ def _output(
 def _merging_pays(activation: int, W: Tensor) -> bool:
     """Whether building `W + ΔW` costs less than passes over so many numbers of activations.
 
-    Both multiply by `r` for each number, so the rank does not matter. Below float32 the sum would round the update away.
+    Both multiply by `r` for each number, so the rank does not matter. Below float32 the sum would lose the update.
     """
     return torch.finfo(W.dtype).bits >= 32 and activation > _MARGIN * W.numel()
 
@@ -168,10 +170,8 @@ def _is_zero(update: FactoredUpdate) -> bool:
 
 def _updates(layout: _Layout, factors: Sequence[Tensor]) -> list[FactoredUpdate]:
     """Return the parts from their tensors, three each; `C` has the scaling in it."""
-    return [
-        FactoredUpdate(*factors[3 * n : 3 * n + 3], 1.0, (blocks, 1), first_row)
-        for n, (first_row, blocks) in enumerate(layout)
-    ]
+    triples = zip(layout, factors[::3], factors[1::3], factors[2::3], strict=True)
+    return [FactoredUpdate(U, C, V, 1.0, (blocks, 1), row) for (row, blocks), U, C, V in triples]
 
 
 def _matrix(X: Tensor, width: int) -> Tensor:  # (*n, m) -> (n', width)

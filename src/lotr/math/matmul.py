@@ -104,7 +104,11 @@ def _default() -> bool:
         return False
     if choice := os.environ.get("LOTR_ONEDNN"):
         return choice != "0"
-    return "AVX512" in torch.backends.cpu.get_cpu_capability() and torch.backends.mkl.is_available() and _is_amd()
+    return (
+        "AVX512" in torch.backends.cpu.get_cpu_capability()
+        and torch.backends.mkl.is_available()
+        and _is_amd()
+    )
 
 
 #: Whether oneDNN takes the products of adapted modules.

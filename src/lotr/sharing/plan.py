@@ -64,7 +64,6 @@ class Group:
         sites: The members, in model order.
         core: Structure of the core.
         index: Position of each site along the modes.
-        shares_inputs: Whether a layer has several modules of the group, which may read the same input.
     """
 
     name: str
@@ -72,11 +71,6 @@ class Group:
     sites: tuple[Site, ...]
     core: Core
     index: dict[Site, Index] = field(hash=False)
-    shares_inputs: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        shared = len({site.module for site in self.sites}) > len({site.layer for site in self.sites})
-        object.__setattr__(self, "shares_inputs", shared)  # asked in every pass
 
     @property
     def shape(self) -> Shape:

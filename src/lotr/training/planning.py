@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, near
 from ..files.atomic import file_bytes
-from ..math.matmul import ONEDNN_IS_FASTER
-from ..math.orders import choose_order, extra_work
 from ..methods import METHODS
 from ..tuner.basis import check_basis, read_basis
 from ..tuner.state_dict import file_shapes
@@ -20,20 +17,16 @@ from .budget import AUTO, fit
 if TYPE_CHECKING:
     from lotr_cli.settings import TrainSettings
 
-    from ..sharing.plan import Plan
 
-
-def plan_model(settings: TrainSettings, dtype: str = "float32", tokens: int | None = None) -> dict[str, Any]:
+def plan_model(settings: TrainSettings, dtype: str = "float32") -> dict[str, Any]:
     """Plan an adapter for a model on the meta device, so that a 70B model needs no memory.
 
     Args:
         settings: Its `model` and the settings of the adapter are read.
         dtype: Type in which the numbers would be saved.
-        tokens: Tokens in a batch (rows × length), to tell in which order products would be taken.
 
     Returns:
-        Groups with shapes and counts, totals, the LoRA rank of equal cost, bytes on disk; with `tokens` also `orders`
-        and `library`.
+        Groups with shapes and counts, totals, the LoRA rank of equal cost, bytes on disk.
 
     Raises:
         ConfigError: A setting has no meaning.
@@ -87,24 +80,4 @@ def plan_model(settings: TrainSettings, dtype: str = "float32", tokens: int | No
             file_shapes(made, factors=not config.refers_to_basis),
             DTYPES[dtype].itemsize,
         ),
-        **({} if tokens is None else _explained(made, tokens, dtype)),
     }
-
-
-def _explained(made: Plan, tokens: int, dtype: str) -> dict[str, Any]:
-    """Return how the products of a training step would be taken."""
-    onednn = ONEDNN_IS_FASTER and dtype == "float32"
-    library = "oneDNN" if onednn else "PyTorch's own operators"
-    return {"tokens": tokens, "orders": _orders(made, tokens, dtype), "library": library}
-
-
-def _orders(made: Plan, tokens: int, dtype: str) -> list[dict[str, Any]]:
-    """Return in which order the products of the modules would be taken in training, one entry a shape."""
-    counts = Counter((target.shape, target.rank) for target in made.targets)
-    found = []
-    for (shape, rank), modules in counts.items():
-        order = choose_order(tokens, *shape, DTYPES[dtype])
-        work = extra_work(tokens, shape, rank, order, factors=made.trainable == "all")
-        said = {"modules": modules, "weight": "×".join(map(str, shape)), "rank": "×".join(map(str, rank))}
-        found.append({**said, "order": str(order), "extra_work": work})
-    return found

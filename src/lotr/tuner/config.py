@@ -16,7 +16,6 @@ from ..files.card import add_usage
 from ..math.cores import CORES
 from ..math.init import DATA_INITS, INITS, WEIGHT_INITS
 from ..math.magnitude import MAGNITUDES
-from ..math.orders import ORDERS
 from ..methods import method
 from ..sharing.blocks import BLOCKS, Target
 from ..sharing.plan import check_modes
@@ -102,13 +101,6 @@ class LotrConfig(PeftConfig):
     )
     trainable: str | None = field(
         default=None, metadata=_help("What trains: all, or cores (the factors stay as they start).")
-    )
-    order: str = field(
-        default="auto",
-        metadata=_help(
-            "In which order products are taken: auto (by cost), plain, merged, or autograd (PyTorch's own steps). The "
-            "result is the same to rounding."
-        ),
     )
     seed: int | None = field(
         default=None,
@@ -196,7 +188,6 @@ class LotrConfig(PeftConfig):
                 Path(self.basis).resolve()
             )  # it is read again from wherever the adapter is loaded
         self.bias = _one_of("bias", self.bias, ("none", "all", "lotr_only"))  # type: ignore[assignment]
-        self.order = _one_of("order", self.order, ORDERS)
         self.r = checked_rank("r", self.r)
         self.rank_pattern = {
             name: checked_rank(f"rank_pattern[{name!r}]", r) for name, r in (self.rank_pattern or {}).items()

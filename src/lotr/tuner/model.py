@@ -20,10 +20,8 @@ from ..sharing.plan import Group, Plan
 from . import add_weighted as combine
 from . import mixed_batch as mixed
 from . import state_dict as state
-from .adapted import Member
 from .basis import check_basis, factors_for, factors_in, hash_of, read_basis
 from .config import LotrConfig
-from .direct import InputProducts
 from .group import LotrGroup, LotrLayer
 from .group_init import start_group
 from .layer import LotrLinear, base_weight
@@ -53,7 +51,6 @@ class _Injection:
     plan: Plan = field(default_factory=lambda: Plan(()))
     basis: Any = None  # of LotrGroup by name; found once: looking for it means walking the whole model
     scaling: dict[str, float] = field(default_factory=dict)  # of every adapter, one for the whole model
-    products: InputProducts = field(default_factory=InputProducts)  # likewise
     modules: dict[str, nn.Module] = field(default_factory=dict)  # by path, before any is replaced
     cores: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # of each group, as they start
     basis_factors: dict[str, Tensor] = field(default_factory=dict)  # of another adapter, by key
@@ -88,8 +85,7 @@ class LotrModel(BaseTuner):
         self._injection.modules = {normalise(path): module for path, module in model.named_modules()}
         groups = (m for m in self._injection.modules.values() if isinstance(m, LotrGroup))
         if (known := next(groups, None)) is not None:
-            self._injection.scaling, self._injection.products = known.scaling, known.products
-        self._products = self._injection.products
+            self._injection.scaling = known.scaling
         try:
             super().inject_adapter(
                 model,
@@ -142,9 +138,7 @@ class LotrModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
             target = layer
         parts = plan.parts[path]
-        members = [
-            Member(part, self._shared(part.group, adapter_name, peft_config, target)) for part in parts
-        ]
+        with_groups = [(part, self._shared(part.group, adapter_name, peft_config, target)) for part in parts]
         cores = {
             part.name: delta.side_by_side(
                 part.group.core.block(self._injection.cores[part.group.name], part.region), part.grid
@@ -152,7 +146,7 @@ class LotrModel(BaseTuner):
             for part in parts
             if part.group.core.by_site
         }
-        target.add(adapter_name, members, cores, peft_config, self._injection.empty)
+        target.add(adapter_name, with_groups, cores, peft_config, self._injection.empty)
         target.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
     def _shared(self, group: Group, adapter: str, config: LotrConfig, member: LotrLinear) -> LotrGroup:
@@ -161,7 +155,7 @@ class LotrModel(BaseTuner):
             self._injection.basis = self._basis(member)
         basis = self._injection.basis
         if group.name not in basis:
-            basis[group.name] = LotrGroup(group.shape, self._injection.scaling, self._injection.products)
+            basis[group.name] = LotrGroup(group.shape, self._injection.scaling)
             basis[group.name]._active_adapter = list(self.active_adapters)
         shared: LotrGroup = basis[group.name]
         if adapter not in shared.lotr_U:
@@ -172,7 +166,7 @@ class LotrModel(BaseTuner):
                 U, V = factors_in(group, self._injection.basis_factors)
             shared.add(adapter, U, V, {} if group.core.by_site else core, frozen=config.trainable == "cores")
             device, dtype = member._get_base_layer_device_and_dtype(member.get_base_layer())
-            shared.place(adapter, device, dtype)
+            shared.move_adapter(adapter, device, dtype)
             shared.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         return shared
 
@@ -217,7 +211,7 @@ class LotrModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names, beams = kwargs.get("adapter_names"), kwargs.get("num_beams")
-        with self._products.one_pass(), mixed.forward_hooks(self, names, beams):
+        with mixed.forward_hooks(self, names, beams):
             yield
 
     def select(self, names: Sequence[str | None]) -> AbstractContextManager[None]:

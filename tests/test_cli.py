@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 
 import saved_models
 from commands import app, lotr
-from lotr.math.matmul import ONEDNN_IS_FASTER
 from lotr.training.report import METRICS
 
 QUICK = (
@@ -166,17 +165,6 @@ def test_plan_reads_no_weights_and_foretells_the_file(place: Path, trained, tmp_
     assert plan["trained_numbers"] == result["trained_numbers"]["adapter"]
     table = lotr("plan", tmp_path, "--rank", "4")
     assert "query_32x32" in table.stdout
-
-
-def test_plan_explains_in_which_order_products_are_taken(place: Path) -> None:
-    words = ("plan", place / "bert", "--rank", "4", "--target-modules", "query", "--explain")
-    (few,), (many,) = (report(*words, "--tokens", n)["orders"] for n in ("8", "4096"))
-    assert (few["weight"], few["order"], many["order"]) == ("32×32", "plain", "merged")
-    assert many["extra_work"] < few["extra_work"]
-    assert "merged" in lotr(*words, "--tokens", "4096").stdout
-    assert ("oneDNN" in lotr(*words).stdout) == ONEDNN_IS_FASTER
-    assert "oneDNN" not in lotr(*words, "--dtype", "bfloat16").stdout
-    assert "orders" not in report("plan", place / "bert")
 
 
 def test_plan_foretells_the_bytes_of_an_adapter_without_a_head(place: Path, tmp_path: Path) -> None:

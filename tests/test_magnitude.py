@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lotr.math.magnitude import MAGNITUDES, Gains
 from lotr.math.norms import BaseWeight
-from placed_parts import IN, LAYOUTS, OUT, dense, leaves, place
+from factored_parts import IN, LAYOUTS, OUT, dense, leaves, place
 
 Numbers = dict[str, Tensor]
 RESCALING = [name for name, rule in MAGNITUDES.items() if not rule.additive]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lotr.math import norms
 from lotr.math.norms import BaseWeight, Placed, column_energy, row_energy, update_energy
-from placed_parts import IN, LAYOUTS, OUT, dense, leaves, place
+from factored_parts import IN, LAYOUTS, OUT, dense, leaves, place
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 ROWS = 0.5 + torch.arange(OUT, dtype=torch.float64) / 8  # exact in every type

@@ -59,9 +59,7 @@ def random_case(seed: int) -> tuple[Tensor, Tensor, Tensor | None, list[Factored
     if draw.random() < 0.5:  # a second part, over some of the rows
         rows = draw.randint(1, out)
         first = draw.randint(0, out - rows)
-        updates.append(
-            FactoredUpdate(tensor(rows, 3), tensor(3, 2), tensor(width, 2), 2.0, first_row=first)
-        )
+        updates.append(FactoredUpdate(tensor(rows, 3), tensor(3, 2), tensor(width, 2), 2.0, first_row=first))
     bias = tensor(out, trains=draw.random() < 0.5) if draw.random() < 0.7 else None
     return tensor(*lead, width), tensor(out, width, trains=False), bias, updates
 

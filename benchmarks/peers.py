@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lotr import LotrConfig
-from lotr.math import matmul as kernels
+from lotr.math import matmul
 from shapes import SHAPES, Batch
 
 
@@ -155,11 +155,11 @@ def mkl_alone(run: Callable[[], None]) -> Callable[[], None]:
     """Return a run in which the library takes no product with oneDNN."""
 
     def alone() -> None:
-        faster, kernels.ONEDNN_IS_FASTER = kernels.ONEDNN_IS_FASTER, False
+        before, matmul.USE_ONEDNN = matmul.USE_ONEDNN, False
         try:
             run()
         finally:
-            kernels.ONEDNN_IS_FASTER = faster
+            matmul.USE_ONEDNN = before
 
     return alone
 

@@ -111,8 +111,7 @@ def between_started(
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LotrLinear)}
     fits = []
     for name, d in zip(names, D, strict=True):
-        adapted = layers[f"base_model.model.{name}"].adapted("default")
-        update = adapted.placed(adapted.members[0]).update
+        update = layers[f"base_model.model.{name}"].factored("default")[0]
         fits.append(between(d, update.U.detach(), update.V.detach()))
     return fits
 

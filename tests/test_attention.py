@@ -80,9 +80,9 @@ def keep(model: nn.Module, wanted: Callable[[Site], bool]) -> None:
     """Set the free cores of all other sites to zero."""
     kept = 0
     for layer in (m for m in model.modules() if isinstance(m, LotrLinear)):
-        for part in (member.part for member in layer.lotr_site["default"].members):
+        for part, _ in layer.parts["default"]:
             (_, across), (k, r) = part.grid, part.group.rank
-            C = layer.adapted("default").site_core(part)
+            C = layer.site_core("default", part)
             for n, site in enumerate(part.sites):
                 row, column = divmod(n, across)
                 if wanted(site):
@@ -134,7 +134,7 @@ def test_a_head_of_the_output_projection_reads_what_that_head_gives_alone(attent
         for other in range(4):
             alone = torch.zeros_like(values)
             alone[..., other, :] = values[..., other, :]
-            assert bool(layer.adapted("default").update(alone.flatten(-2)).any()) == (other == head)
+            assert bool(layer.update("default", alone.flatten(-2)).any()) == (other == head)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lotr.math.init import INITS, gaussian, generator_for, kaiming, orthonormal, weight
-from lotr.math.update import Factored
+from lotr.math.update import FactoredUpdate
 
 
 @pytest.mark.parametrize("n, rank", [(8, 8), (64, 5), (7, 1)])
@@ -20,7 +20,7 @@ def test_with_orthonormal_factors_the_update_is_as_large_as_the_core() -> None:
     C = torch.randn(4, 4)
     for width in (16, 512):
         U, V = orthonormal(width, 4, generator_for(0)), orthonormal(width, 4, generator_for(1))
-        torch.testing.assert_close(Factored(U, C, V, 0.5).dense().norm(), 0.5 * C.norm())
+        torch.testing.assert_close(FactoredUpdate(U, C, V, 0.5).dense().norm(), 0.5 * C.norm())
 
 
 def test_orthonormal_directions_have_no_preferred_sign() -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from factored_parts import IN, LAYOUTS, OUT, dense, leaves, place
 from lotr.math import norms
-from lotr.math.norms import BaseWeight, Placed, column_energy, row_energy, update_energy
-from placed_parts import IN, LAYOUTS, OUT, dense, leaves, place
+from lotr.math.norms import BaseWeight, column_energy, row_energy, update_energy
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 ROWS = 0.5 + torch.arange(OUT, dtype=torch.float64) / 8  # exact in every type
@@ -18,7 +18,7 @@ ROWS = 0.5 + torch.arange(OUT, dtype=torch.float64) / 8  # exact in every type
 ENERGIES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "rows": (row_energy, lambda W, dW: (W + dW).square().sum(1)),
     "columns": (
-        lambda base, parts: column_energy(base, parts, ROWS.to(base.weight().dtype)),
+        lambda base, parts: column_energy(base, parts, ROWS.to(base.read().dtype)),
         lambda W, dW: (ROWS[:, None] * (W + dW)).square().sum(0),
     ),
     "update": (lambda base, parts: update_energy(parts), lambda W, dW: dW.square().sum()[None]),
@@ -30,17 +30,6 @@ every_layout = pytest.mark.parametrize("layout", PLACED)
 
 def _weight(dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(OUT, IN, dtype=torch.float64).to(dtype)
-
-
-class Counted:
-    """A weight that knows how often it was asked for."""
-
-    def __init__(self, W: Tensor) -> None:
-        self.W, self.times = W, 0
-
-    def __call__(self) -> Tensor:
-        self.times += 1
-        return self.W
 
 
 @every_energy
@@ -107,65 +96,21 @@ def test_a_norm_is_the_same_whatever_is_squared_at_a_time(monkeypatch: pytest.Mo
         )
 
 
-# ---- what is kept
+def test_the_norms_of_the_weight_are_computed_once_and_until_the_cache_is_cleared() -> None:
+    weights = [_weight()]
+    base = BaseWeight(lambda: weights[-1])
+    first = base.row_energy()
+    weights.append(_weight())
+    assert base.row_energy() is first
+    base.cache.clear()
+    torch.testing.assert_close(base.row_energy(), weights[-1].square().sum(1))
 
 
-def test_with_frozen_factors_the_weight_is_read_once() -> None:
-    weight, parts = Counted(_weight()), place("rows are split", frozen=True)
-    base = BaseWeight(weight)
-    first = row_energy(base, parts)
-    times = weight.times
-    assert torch.equal(row_energy(base, parts), first)
-    assert weight.times == times
-
-
-@every_layout
-def test_what_is_kept_gives_the_value_of_what_is_not(layout: str) -> None:
-    W, frozen = _weight(), place(layout, frozen=True)
-    trained = [Placed(part.update, part.row, part.column) for part in frozen]
+def test_the_norms_of_the_weight_carry_no_gradient_and_serve_training_after_inference() -> None:
+    W, parts = _weight().requires_grad_(), place("one part")
     base = BaseWeight(lambda: W)
-    row_energy(base, frozen)
-    torch.testing.assert_close(row_energy(base, frozen), row_energy(BaseWeight(lambda: W), trained))
-
-
-def test_a_kept_product_serves_any_core() -> None:
-    W, (part,) = _weight(), place("one part of a grid", frozen=True)
-    base = BaseWeight(lambda: W)
-    row_energy(base, [part])
-    with torch.no_grad():
-        part.update.C.mul_(3)
-    torch.testing.assert_close(row_energy(base, [part]), (W + dense([part])).square().sum(1))
-
-
-def test_factors_that_train_are_never_kept() -> None:
-    W, (part,) = _weight(), place("one part")
-    base = BaseWeight(lambda: W)
-    row_energy(base, [part])
-    with torch.no_grad():
-        part.update.V.mul_(3)
-    torch.testing.assert_close(row_energy(base, [part]), (W + dense([part])).square().sum(1))
-
-
-@pytest.mark.parametrize("frozen", [False, True], ids=["trained V", "frozen V"])
-def test_a_weight_of_another_version_is_read_again(frozen: bool) -> None:
-    weight, parts = Counted(_weight()), place("both are split", frozen=frozen)
-    base = BaseWeight(weight, lambda: weight.W.data_ptr())
-    stale = row_energy(base, parts)
-    weight.W = _weight()
-    expected = (weight.W + dense(parts)).square().sum(1)
-    torch.testing.assert_close(row_energy(base, parts), expected)
-    assert not torch.allclose(stale, expected)
-
-
-def test_a_weight_that_moved_keeps_its_norms() -> None:
-    weight = Counted(_weight())
-    base = BaseWeight(weight, lambda: weight.W.data_ptr())
-    before, kept = base.version(), base.row_energy()
-    weight.W = weight.W.clone()
-    base.moved(before, weight.W.device)
-    assert base.row_energy() is kept
-
-
-def test_the_norms_of_the_weight_are_kept_without_gradient() -> None:
-    W = _weight().requires_grad_()
-    assert not BaseWeight(lambda: W).row_energy().requires_grad
+    with torch.inference_mode():
+        row_energy(base, parts)
+    assert not base.row_energy().requires_grad and not base.row_energy().is_inference()
+    row_energy(base, parts).sum().backward()
+    assert W.grad is None and all(leaf.grad is not None for leaf in leaves(parts))

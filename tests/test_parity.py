@@ -39,9 +39,9 @@ class Twins:
             if not isinstance(mine, LotrLinear):
                 continue
             theirs = self.theirs.get_base_model().get_submodule(path)
-            (member,) = mine.lotr_site["default"].members
-            found[f"{path} A"] = member.group.lotr_V["default"].weight, theirs.lora_A["default"].weight
-            found[f"{path} B"] = member.group.lotr_U["default"].weight, theirs.lora_B["default"].weight
+            ((_, group),) = mine.parts["default"]
+            found[f"{path} A"] = group.lotr_V["default"].weight, theirs.lora_A["default"].weight
+            found[f"{path} B"] = group.lotr_U["default"].weight, theirs.lora_B["default"].weight
             if "default" in mine.lotr_magnitude:
                 vector = theirs.lora_magnitude_vector["default"].weight
                 found[f"{path} m"] = mine.lotr_magnitude["default"].m, vector

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from lotr.math.update import Factored, side_by_side
+from lotr.math.update import FactoredUpdate, side_by_side
 from lotr.sharing.blocks import BLOCKS, Heads, Target
 from lotr.sharing.make_plan import make_plan
 from lotr.sharing.plan import Group, Part, Plan
@@ -109,7 +109,7 @@ def test_parts_give_the_update_that_the_sites_define(core: str, modes: tuple[str
             U, V, cores = numbers[part.group.name]
             C = side_by_side(part.group.core.block(cores, part.region), part.grid)
             (row, height), (column, width) = part.rows, part.columns
-            update = Factored(U, C, V, 1.0, part.grid)
+            update = FactoredUpdate(U, C, V, 1.0, part.grid)
             by_parts[row : row + height, column : column + width] = update.dense()
         for group in plan.groups:
             U, V, cores = numbers[group.name]

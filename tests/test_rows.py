@@ -181,14 +181,13 @@ def test_the_change_of_the_weight_is_that_of_the_dense_equations(row: Row) -> No
 def test_factored_norms_equal_dense_norms(row: Row) -> None:
     dense, plain = updates(row.plan, row.saved.tensors(), SCALING), row.plain()
     for path, layer in row.layers():
-        adapted = layer.adapted("default")
-        parts = [adapted.placed(member) for member in adapted.members]
+        updates_of_layer = layer.factored("default")
         W, dW = weight_of(plain.get_submodule(path)), dense[path]
         gains = torch.linspace(0.5, 2.0, len(W))
         found = (
-            row_energy(layer.base_weight, parts).sqrt(),
-            column_energy(layer.base_weight, parts, gains).sqrt(),
-            update_energy(parts).sqrt(),
+            row_energy(layer.base_weight, updates_of_layer).sqrt(),
+            column_energy(layer.base_weight, updates_of_layer, gains).sqrt(),
+            update_energy(updates_of_layer).sqrt(),
         )
         columns = (gains[:, None] * (W + dW)).norm(dim=0)
         torch.testing.assert_close(

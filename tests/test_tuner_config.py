@@ -310,12 +310,12 @@ def test_dropout_drops_in_training_only() -> None:
     model = make(bert(), target_modules=["query"], dropout=0.5, init_weights=False)
     layer = next(linears(model))
     x = torch.ones(3, 32)
-    full = layer.eval().adapted("default").update(x)
-    assert torch.equal(layer.adapted("default").update(x), full)
+    full = layer.eval().update("default", x)
+    assert torch.equal(layer.update("default", x), full)
     layer.train()
-    first, second = layer.adapted("default").update(x), layer.adapted("default").update(x)
+    first, second = layer.update("default", x), layer.update("default", x)
     assert not torch.equal(first, full) and not torch.equal(first, second)
-    mean = torch.stack([layer.adapted("default").update(x) for _ in range(2000)]).mean((0, 1))
+    mean = torch.stack([layer.update("default", x) for _ in range(2000)]).mean((0, 1))
     assert (mean - full[0]).abs().max() < 0.15 * full.abs().max()
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lotr.math import update as delta
-from lotr.math.update import Factored, Grid
+from lotr.math.update import FactoredUpdate, Grid
 
 GRIDS = [(1, 1), (3, 1), (1, 4), (2, 3)]
 O, I = 8, 6  # noqa: E741 features of a block
@@ -31,13 +31,13 @@ def _plain(U: Tensor, cores: Tensor, V: Tensor, scaling: float | Tensor) -> Tens
     return scaling * blocks.flatten(2).flatten(0, 1)
 
 
-def _factored(numbers: Numbers, scaling: float | Tensor = 0.5) -> Factored:
+def _factored(numbers: Numbers, scaling: float | Tensor = 0.5) -> FactoredUpdate:
     U, cores, V = numbers
     grid = cores.shape[0], cores.shape[1]
-    return Factored(U, delta.side_by_side(cores, grid), V, scaling, grid)
+    return FactoredUpdate(U, delta.side_by_side(cores, grid), V, scaling, grid)
 
 
-def _apply(x: Tensor, update: Factored) -> Tensor:
+def _apply(x: Tensor, update: FactoredUpdate) -> Tensor:
     return delta.apply(
         x,
         lambda x: x @ update.V,

@@ -88,10 +88,10 @@ class TunerContract:
             for path, layer in model.get_base_model().named_modules():
                 if isinstance(layer, LotrLinear):
                     pieces = []  # of a fused weight, one below the other
-                    for member in layer.lotr_site["default"].members:
-                        U, Vt = (getattr(member.group, f"lotr_{f}")["default"].weight for f in "UV")
+                    for part, group in layer.parts["default"]:
+                        U, Vt = (getattr(group, f"lotr_{f}")["default"].weight for f in "UV")
                         held = layer.lotr_C["default"]
-                        C = held()[member.part.name] if member.part.name else held.weight
+                        C = held()[part.name] if part.name else held.weight
                         pieces.append(2.0 * U @ C @ Vt)
                     dW = torch.cat(pieces)
                     weight = plain.get_submodule(path).weight
@@ -111,7 +111,7 @@ class TunerContract:
         ours = [p for n, p in model.named_parameters(remove_duplicate=False) if "lotr_" in n]
         assert len(ours) == len({id(p) for p in ours}) == len(trained)
         groups = [m for m in model.modules() if isinstance(m, LotrGroup)]
-        parts = sum(len(layer.lotr_site["default"].members) for layer in linears(model))
+        parts = sum(len(layer.parts["default"]) for layer in linears(model))
         assert len(trained) == 2 * len(groups) + parts
         assert model.get_nb_trainable_parameters()[0] == sum(p.numel() for p in trained)
 

@@ -13,7 +13,7 @@ from ..errors import CheckpointError
 from ..files.adapter_folder import CONFIG, WEIGHTS, AdapterFolder, save_tensors, write_task
 from ..files.atomic import check_apart, check_free, whole_folder, write_json
 from ..math.magnitude import MAGNITUDES
-from ..math.update import Factored
+from ..math.update import FactoredUpdate
 from ..sharing.blocks import Target
 from ..sharing.keys import file_shapes, lora_keys
 from ..sharing.plan import Part
@@ -61,7 +61,7 @@ def export(adapter: str | Path, output: str | Path, overwrite: bool = False) -> 
     if not saved.plan.targets:
         raise CheckpointError(f"{saved.path} adapts no module: it holds a trained head alone.")
     tensors = saved.tensors()
-    parts: dict[str, list[tuple[Part, Factored]]] = {}
+    parts: dict[str, list[tuple[Part, FactoredUpdate]]] = {}
     for part, update in updates(saved, tensors):
         parts.setdefault(part.sites[0].module, []).append((part, update))
     lora = {key: tensors[key] for key in tensors.keys() - file_shapes(saved.plan).keys()}
@@ -89,7 +89,7 @@ def export(adapter: str | Path, output: str | Path, overwrite: bool = False) -> 
     }
 
 
-def lora_of(target: Target, parts: list[tuple[Part, Factored]]) -> tuple[Tensor, Tensor]:
+def lora_of(target: Target, parts: list[tuple[Part, FactoredUpdate]]) -> tuple[Tensor, Tensor]:
     """Return the two matrices of plain LoRA for one module; the ranks of its parts add up.
 
     Args:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..math.update import Factored, one_by_one, side_by_side
+from ..math.update import FactoredUpdate, one_by_one, side_by_side
 from ..sharing.keys import core_key, file_shapes, group_keys
 from ..sharing.plan import Part
 from ..tuner.config import LotrConfig
@@ -62,7 +62,7 @@ class Inspection:
         return {**vars(self), "config": self.config.to_dict(), "sites": [asdict(site) for site in self.sites]}
 
 
-def updates(saved: SavedAdapter, tensors: dict[str, Tensor]) -> Iterator[tuple[Part, Factored]]:
+def updates(saved: SavedAdapter, tensors: dict[str, Tensor]) -> Iterator[tuple[Part, FactoredUpdate]]:
     """Yield every part of every module with its update in factored form.
 
     Args:
@@ -77,7 +77,7 @@ def updates(saved: SavedAdapter, tensors: dict[str, Tensor]) -> Iterator[tuple[P
                 C = tensors[core_key(part)]
             else:
                 C = side_by_side(core.block(numbers, part.region), part.grid).to(U.dtype)
-            yield part, Factored(U, C, numbers["V"].T, saved.config.scaling, part.grid)
+            yield part, FactoredUpdate(U, C, numbers["V"].T, saved.config.scaling, part.grid)
 
 
 def inspect(adapter: str | Path) -> Inspection:

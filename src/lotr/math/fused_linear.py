@@ -1,11 +1,21 @@
-"""The adapted linear as one step of autograd: `y = x Wᵀ + b + Σ (x V) Cᵀ Uᵀ`, with `σ` in `C`.
+"""The adapted linear as one function of autograd: `y = x Wᵀ + b + Σ_parts x V Cᵀ Uᵀ`, with `σ` in `C`.
 
-What plain autograd would do in passes of its own over whole activations happens in the products of the base layer:
-the update is added into the base's output, and its share of the input's gradient into the base's. Saved for the way
-back is the input where `V` trains, and `h = x V`, which is as wide as the rank; with frozen factors `h` alone.
+For one part of `a` blocks below each other, and `n` tokens; all other parts add up (legend: `update.py`):
 
-`h` is a second output: another part that shares `V` and reads the same input takes it, and its gradient comes back
-here, so that `V` is multiplied once on the way forward, and once on the way back.
+| way | formula | shape |
+|---|---|---|
+| forward  | `h = x V` | `(n, r)` |
+|          | `y = x Wᵀ + b + h [(I_a ⊗ U) C]ᵀ` | `(n, out)` |
+| backward | `p = dy (I_a ⊗ U)` | `(n, a·k)` |
+|          | `q = p C` | `(n, r)` |
+|          | `dx = dy W + q Vᵀ` | `(n, in)` |
+|          | `dC = pᵀ h` | `(a·k, r)` |
+|          | `dU = Σ_a dy_aᵀ (h C_aᵀ)` | `(o, k)` |
+|          | `dV = xᵀ q` | `(in, r)` |
+
+Plain autograd adds whole activations in passes of their own; here the update is added into the output of the base's
+product, and into its gradient of the input. Or the base's product takes `W + ΔW`, built for it and dropped, where that
+array is smaller than the activation (`_merging_pays`). Kept for the way back are `h`, and `x` only where `V` trains.
 """
 
 from __future__ import annotations
@@ -14,116 +24,161 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from .linear_products import PartOfLinear, Place, gradients, output, rows_of, times_V
-from .orders import Order
+from .matmul import linear, product
+from .update import FactoredUpdate, scaled
+
+#: Merging reads one array and writes another, adding to the activation reads and writes the same one.
+_MARGIN = 1.5
+_Layout = tuple[tuple[int, int], ...]  # first row and number of blocks of each part
 
 
 def adapted_linear(
     x: Tensor,  # (*n, in)
     W: Tensor,  # (out, in)
     bias: Tensor | None,  # (out,)
-    parts: Sequence[PartOfLinear],
-    order: Order,
-) -> tuple[Tensor, list[Tensor | None]]:  # (*n, out), (n, b·r) each
-    """Return `x Wᵀ + bias` plus the updates of all parts, and products that others can use.
+    updates: Sequence[FactoredUpdate],
+) -> Tensor:  # (*n, out)
+    """Return `x Wᵀ + bias` plus the updates; while they are zero, bit for bit what the frozen module gives.
 
     Args:
         x: Input of the module.
         W: Frozen weight.
         bias: Bias, frozen or not.
-        parts: The updates.
-        order: Which way the products are taken; see `orders.choose_order`. The result is the same to rounding.
-
-    Returns:
-        The output, and `h` of each part for others that share its `V` and its input; `None` where the update is merged
-        and no gradient will need it. With `order.with_norms` one more, without a way back: `W V`, `(out, r)`, or `None`
-        where it would have been a product of its own.
+        updates: Parts that read the whole input, `b = 1`; all tensors are of one floating type and device.
 
     Example:
-        >>> import torch
         >>> W, U, C, V = torch.randn(6, 5), torch.randn(6, 2), torch.randn(2, 3), torch.randn(5, 3)
-        >>> part = PartOfLinear(Place(0, 0), V.T, C, U)
-        >>> y, _ = adapted_linear(torch.randn(4, 5), W, None, [part], Order())
-        >>> y.shape
+        >>> adapted_linear(torch.randn(4, 5), W, None, [FactoredUpdate(U, C, V, 1.0)]).shape
         torch.Size([4, 6])
     """
-    if not torch.is_grad_enabled():  # a step of autograd costs as much as a small product
-        X = rows_of(x, W.shape[1])
-        hs = [None if order.merge_forward else times_V(X, part) for part in parts]
-        Y, WV = output(X, W, bias, parts, hs, order)
-        return _shaped(Y, x), [*hs, WV] if order.with_norms else hs
-    places = tuple(part.place for part in parts)
-    numbers = [tensor for part in parts for tensor in (part.Vt, part.C, part.U, part.h)]
-    y, *new = _AdaptedLinear.apply(x, W, bias, places, order, *numbers)
-    found = iter(new)
-    hs = [next(found) if part.h is None else part.h for part in parts]
-    return y, [*hs, next(found)] if order.with_norms else hs
+    layout = tuple((update.first_row, update.grid[0]) for update in updates)
+    factors = [t for update in updates for t in (update.U, scaled(update.C, update.scaling), update.V)]
+    if torch.is_grad_enabled():
+        y, *_ = _AdaptedLinear.apply(x, W, bias, layout, *factors)
+        return y
+    Y = _output(_matrix(x, W.shape[1]), W, bias, _updates(layout, factors), None)
+    return _unflattened(Y, x)
 
 
 class _AdaptedLinear(Function):
-    """Gradients with `p = dY U` and `q = p C`: `dX = dY W + q Vᵀ`, `dC = pᵀ h`, `dU = dYᵀ h Cᵀ`, `dV = Xᵀ q`."""
-
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        W: Tensor,
-        bias: Tensor | None,
-        places: tuple[Place, ...],
-        order: Order,
-        *numbers: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:
-        parts = _parts(places, numbers)
-        X = rows_of(x, W.shape[1])
-        hs = [times_V(X, part) for part in parts]
-        Y, WV = output(X, W, bias, parts, hs, order)
-        needs = ctx.needs_input_grad
-        # also where `h` was given: a checkpoint computes it again by itself, and has to save the same
-        trains_V = any(needs[5 + 4 * n] for n in range(len(parts)))
-        trains = any(needs[5:])
-        ctx.places, ctx.order, ctx.device_type = places, order, W.device.type
-        saved = [t for part, h in zip(parts, hs, strict=True) for t in (part.Vt, part.C, part.U, h)]
-        if not trains:  # the input alone may need a gradient
-            saved = [tensor for n, tensor in enumerate(saved) if n % 4 != 3]
-        ctx.save_for_backward(x if trains_V else None, W, *saved)
-        ctx.shape, ctx.given, ctx.trains = x.shape, [part.h is not None for part in parts], trains
+        ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, layout: _Layout, *factors: Tensor
+    ) -> tuple[Tensor, ...]:
+        updates = _updates(layout, factors)
+        X = _matrix(x, W.shape[1])
+        hs = [product(X, update.V) for update in updates]
+        needs = ctx.needs_input_grad[4:]
+        ctx.save_for_backward(x if any(needs[2::3]) else None, W, *factors, *(hs if any(needs) else []))
+        ctx.layout, ctx.shape = layout, x.shape
         ctx.set_materialize_grads(False)
-        new: list[Tensor | None] = [h for part, h in zip(parts, hs, strict=True) if part.h is None]
-        if order.with_norms:
-            ctx.mark_non_differentiable(*([] if WV is None else [WV]))
-            new.append(WV)
-        return _shaped(Y, x), *new
+        # `h` is an output too, because gradients that are differentiated again pass through it
+        return _unflattened(_output(X, W, bias, updates, hs), x), *hs
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *dhs: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_autocast_enabled(ctx.device_type):  # types were settled on the way forward
-            with torch.autocast(ctx.device_type, enabled=False):
-                return _AdaptedLinear._gradients(ctx, dy, *dhs)
-        return _AdaptedLinear._gradients(ctx, dy, *dhs)
-
-    @staticmethod
-    def _gradients(ctx: Any, dy: Tensor | None, *dhs: Tensor | None) -> tuple[Tensor | None, ...]:
         x, W, *saved = ctx.saved_tensors
-        each = 4 if ctx.trains else 3
-        parts = [PartOfLinear(place, *saved[each * n : each * (n + 1)]) for n, place in enumerate(ctx.places)]
-        needs_x, _, needs_bias, _, _, *needs = ctx.needs_input_grad
-        dY = None if dy is None else rows_of(dy, W.shape[0])
-        X = None if x is None else rows_of(x, W.shape[1])
-        from_others = iter(dhs)
-        others = [None if given else next(from_others) for given in ctx.given]
-        dX, numbers = gradients(dY, others, X, W, parts, ctx.given, ctx.order, [needs_x, *needs])
-        dbias = dY.sum(0) if dY is not None and needs_bias else None
-        return None if dX is None else dX.view(ctx.shape), None, dbias, None, None, *numbers
+        with torch.autocast(W.device.type, enabled=False):  # types were settled on the way forward
+            count = 3 * len(ctx.layout)
+            updates, hs = _updates(ctx.layout, saved[:count]), saved[count:] or [None] * len(ctx.layout)
+            dY = W.new_zeros(ctx.shape.numel() // W.shape[1], len(W)) if dy is None else _matrix(dy, len(W))
+            X = None if x is None else _matrix(x, W.shape[1])
+            needs_x, _, needs_bias, _, *needs = ctx.needs_input_grad
+            dX = None
+            merges = _merging_pays(len(dY) * W.shape[1], W)
+            if needs_x:
+                dX = product(dY, _merged(W, updates) if merges else W).contiguous()
+            gradients: list[Tensor | None] = []
+            for n, (update, h, dh) in enumerate(zip(updates, hs, dhs, strict=True)):
+                *of_factors, q = _gradients(dY, dh, X, h, update, needs[3 * n : 3 * n + 3])
+                gradients += of_factors
+                rest = dh if merges else q
+                if dX is not None and rest is not None:
+                    dX.addmm_(rest, update.V.T)
+            dx = None if dX is None else dX.view(ctx.shape)
+            return dx, None, dY.sum(0) if needs_bias else None, None, *gradients
 
 
-def _parts(places: tuple[Place, ...], numbers: Sequence[Tensor | None]) -> list[PartOfLinear]:
-    return [PartOfLinear(place, *numbers[4 * n : 4 * n + 4]) for n, place in enumerate(places)]  # type: ignore[arg-type]
+def _gradients(
+    dY: Tensor,  # (n, out)
+    dh: Tensor | None,  # (n, r)
+    X: Tensor | None,  # (n, in), where V trains
+    h: Tensor | None,  # (n, r), where a factor or the core trains
+    update: FactoredUpdate,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """Return `dU`, `dC`, `dV` as they are needed, and `q`."""
+    U, C = update.U, update.C
+    needs_U, needs_C, needs_V = needs
+    D = _matrix(dY[:, update.rows], len(U))  # (n·a, o)
+    p = _matrix(product(D, U), len(C))
+    q = p @ C if dh is None else dh.addmm(p, C)
+    dC = p.T @ h if needs_C and h is not None else None
+    dU = product(D.T, _matrix(h @ C.T, U.shape[1])) if needs_U and h is not None else None
+    dV = product(X.T, q) if needs_V and X is not None else None
+    return dU, dC, dV, q
 
 
-def _shaped(Y: Tensor, x: Tensor) -> Tensor:  # (n, out) -> (*n, out)
+def _output(
+    X: Tensor,  # (n, in)
+    W: Tensor,  # (out, in)
+    bias: Tensor | None,  # (out,)
+    updates: Sequence[FactoredUpdate],
+    hs: Sequence[Tensor] | None,  # (n, r) each; None where no gradients will be taken
+) -> Tensor:  # (n, out)
+    # an update of zero has the rounding of the frozen module
+    base = F.linear if all(map(_is_zero, updates)) else linear
+    n, (rows, columns) = len(X), W.shape
+    if _merging_pays(
+        n * rows if hs is not None else n * (rows + columns), W
+    ):  # without gradients no `h` is needed
+        return base(X, _merged(W, updates), bias)
+    Y = base(X, W, bias)
+    for update, h in zip(updates, hs or [product(X, update.V) for update in updates], strict=True):
+        if update.grid[0] == 1 and n < len(update.U):  # fewer tokens than features: the core goes to them
+            Y[:, update.rows].addmm_(h @ update.C.T, update.U.T)
+        else:
+            Y[:, update.rows].addmm_(h, update.left().T)
+    return Y
+
+
+def _merging_pays(activation: int, W: Tensor) -> bool:
+    """Whether building `W + ΔW` costs less than passes over so many numbers of activations.
+
+    Both multiply by `r` for each number, so the rank does not matter. Below float32 the sum would lose the update.
+    """
+    return torch.finfo(W.dtype).bits >= 32 and activation > _MARGIN * W.numel()
+
+
+def _merged(W: Tensor, updates: Sequence[FactoredUpdate]) -> Tensor:  # (out, in)
+    if len(updates) == 1 and len(W) == updates[0].rows.stop - updates[0].rows.start:
+        return torch.addmm(W, updates[0].left(), updates[0].V.T)
+    merged = W.clone()
+    for update in updates:
+        merged[update.rows].addmm_(update.left(), update.V.T)
+    return merged
+
+
+def _is_zero(update: FactoredUpdate) -> bool:
+    # nearly always the first row tells, and the others need not be read
+    return not all(t[:1].any() or t.any() for t in (update.C, update.U, update.V.T))
+
+
+def _updates(layout: _Layout, factors: Sequence[Tensor]) -> list[FactoredUpdate]:
+    """Return the parts from their tensors, three each; `C` has the scaling in it."""
+    triples = zip(layout, factors[::3], factors[1::3], factors[2::3], strict=True)
+    return [FactoredUpdate(U, C, V, 1.0, (blocks, 1), row) for (row, blocks), U, C, V in triples]
+
+
+def _matrix(X: Tensor, width: int) -> Tensor:  # (*n, m) -> (n', width)
+    return X if X.dim() == 2 and X.shape[1] == width else X.reshape(-1, width)
+
+
+def _unflattened(Y: Tensor, x: Tensor) -> Tensor:  # (n, out) -> (*n, out)
     # not a view: models write into the output of a linear, which autograd refuses for a view of a function's own
     result: Tensor = torch.ops.aten._unsafe_view(Y, (*x.shape[:-1], Y.shape[1]))
     return result

@@ -9,15 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from .cores import Numbers, Shapes
-from .matmul import column_sums
-from .norms import BaseWeight, Placed, column_energy, row_energy, update_energy
+from .norms import BaseWeight, column_energy, row_energy, update_energy
+from .update import FactoredUpdate
 
 _TINY = 1e-30  # of a squared norm: a row of zeros has no direction, and must not be divided by
 
@@ -60,33 +59,7 @@ class Gains:
         bias: Tensor | None,  # (out,)
     ) -> Tensor:  # (*n, out)
         """Return the adapted output where the gains are alike. Gains of exactly one give `y` bit for bit."""
-        scaled: Tensor = _Scaled.apply(y, self.base, bias)
-        return scaled
-
-
-class _Scaled(Function):
-    """`gain ⊙ (y - bias) + bias`, in one pass each way over what is as large as an activation, and one for sums."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, gain, bias)
-        ctx.dtype = y.dtype
-        return y * gain if bias is None else torch.addcmul((1 - gain) * bias, y, gain)
-
-    @staticmethod
-    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-        y, gain, bias = ctx.saved_tensors
-        needs_y, needs_gain, needs_bias = ctx.needs_input_grad
-        dgain = dbias = None
-        tokens = dz.reshape(-1, dz.shape[-1])
-        if needs_gain:
-            total, dgain = column_sums(tokens, y.reshape(-1, y.shape[-1]))
-            dgain = dgain if bias is None else dgain - bias * total
-            dgain = dgain.sum_to_size(gain.shape).to(gain.dtype)
-            dbias = total * (1 - gain) if needs_bias else None
-        elif needs_bias:
-            dbias = tokens.sum(0) * (1 - gain)
-        return (dz * gain).to(ctx.dtype) if needs_y else None, dgain, dbias
+        return y * self.base if bias is None else torch.addcmul((1 - self.base) * bias, y, self.base)
 
 
 class Magnitude(ABC):
@@ -96,8 +69,6 @@ class Magnitude(ABC):
     additive: ClassVar[bool] = False
     #: The rule divides by the norm of the update, so the update must not start at zero.
     divides_by_update: ClassVar[bool] = False
-    #: The gains only scale the outputs of `W + ΔW`, and may be found after those.
-    scales_outputs: ClassVar[bool] = False
 
     @abstractmethod
     def shapes(self, out_features: int, in_features: int) -> Shapes:
@@ -109,14 +80,14 @@ class Magnitude(ABC):
 
     @abstractmethod
     def gains(
-        self, numbers: Numbers, base: BaseWeight, update: Sequence[Placed], constant: bool = True
+        self, numbers: Numbers, base: BaseWeight, updates: Sequence[FactoredUpdate], constant: bool = True
     ) -> Gains:
         """Return the gains.
 
         Args:
             numbers: The trained numbers of the module.
             base: The base weight.
-            update: The parts of the update.
+            updates: The parts of the update.
             constant: Norms are constants in the backward pass, as DoRA has them.
         """
 
@@ -133,7 +104,7 @@ class NoMagnitude(Magnitude):
         return {}
 
     def gains(
-        self, numbers: Numbers, base: BaseWeight, update: Sequence[Placed], constant: bool = True
+        self, numbers: Numbers, base: BaseWeight, updates: Sequence[FactoredUpdate], constant: bool = True
     ) -> Gains:
         one = base.row_energy().new_ones(1)
         return Gains(one, one)
@@ -145,8 +116,6 @@ class PerOutput(Magnitude):
     Source: DoRA, arXiv 2402.09353.
     """
 
-    scales_outputs = True
-
     def shapes(self, out_features: int, in_features: int) -> Shapes:
         return {"m": (out_features,)}
 
@@ -154,10 +123,10 @@ class PerOutput(Magnitude):
         return {"m": _root(base.row_energy())}
 
     def gains(
-        self, numbers: Numbers, base: BaseWeight, update: Sequence[Placed], constant: bool = True
+        self, numbers: Numbers, base: BaseWeight, updates: Sequence[FactoredUpdate], constant: bool = True
     ) -> Gains:
         with _norms(constant):
-            norms = _root(row_energy(base, update))
+            norms = _root(row_energy(base, updates))
         gain = numbers["m"] / norms
         return Gains(gain, gain)
 
@@ -178,13 +147,13 @@ class PerOutputAndInput(Magnitude):
         return {"m_out": _root(base.row_energy()), "m_in": _root(column_energy(base, [], one))}
 
     def gains(
-        self, numbers: Numbers, base: BaseWeight, update: Sequence[Placed], constant: bool = True
+        self, numbers: Numbers, base: BaseWeight, updates: Sequence[FactoredUpdate], constant: bool = True
     ) -> Gains:
         with _norms(constant):
-            norms = _root(row_energy(base, update))
+            norms = _root(row_energy(base, updates))
         rows = numbers["m_out"] / norms
         with _norms(constant):
-            columns = _root(column_energy(base, update, rows))
+            columns = _root(column_energy(base, updates, rows))
         return Gains(rows, rows, numbers["m_in"] / columns)
 
 
@@ -207,11 +176,11 @@ class BaseAndUpdate(Magnitude):
         return {"alpha": alpha, "beta": torch.zeros_like(alpha)}
 
     def gains(
-        self, numbers: Numbers, base: BaseWeight, update: Sequence[Placed], constant: bool = True
+        self, numbers: Numbers, base: BaseWeight, updates: Sequence[FactoredUpdate], constant: bool = True
     ) -> Gains:
         with _norms(constant):
             energy = base.row_energy().sum(0, keepdim=True)
-            norm = _root(update_energy(update) + 1e-16 * energy)
+            norm = _root(update_energy(updates) + 1e-16 * energy)
         return Gains(numbers["alpha"] / _root(energy), numbers["beta"] / norm)
 
 

@@ -10,6 +10,8 @@
 | `σ`   | scalar | scaling, multiplies the update |
 | `n`   | | tokens, any number of leading axes |
 
+`o` and `i` are the features of a site's block: the whole weight's, unless the weight is cut into blocks.
+
 Forward, merge and export all call this file; nothing else in the library multiplies `U`, `C` and `V`.
 Source: LoTR, arXiv 2402.01376.
 """
@@ -101,19 +103,21 @@ def scaled(C: Tensor, scaling: float | Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Factored:
-    """An update in factored form: `ΔW = left · (I_b ⊗ V)ᵀ` with `left = σ (I_a ⊗ U) C`.
+class FactoredUpdate:
+    """The update of one part of a weight: `ΔW = left · (I_b ⊗ V)ᵀ` with `left = σ (I_a ⊗ U) C`, and its position.
 
     Args:
         U: Output factor, shape `(o, k)`.
         C: Cores side by side, shape `(a·k, b·r)`.
         V: Input factor, shape `(i, r)`.
-        scaling: `σ`.
+        scaling: `σ`, no unit.
         grid: `(a, b)`, blocks down and across.
+        first_row: First output feature of the weight that the part covers.
+        first_column: First input feature.
 
     Example:
         >>> import torch
-        >>> update = Factored(torch.randn(6, 2), torch.randn(2, 3), torch.randn(5, 3), 1.0)
+        >>> update = FactoredUpdate(torch.randn(6, 2), torch.randn(2, 3), torch.randn(5, 3), 1.0)
         >>> update.dense().shape, [matrix.shape for matrix in update.as_lora()]
         (torch.Size([6, 5]), [torch.Size([2, 5]), torch.Size([6, 2])])
     """
@@ -123,16 +127,26 @@ class Factored:
     V: Tensor
     scaling: float | Tensor
     grid: Grid = (1, 1)
+    first_row: int = 0
+    first_column: int = 0
+
+    @property
+    def rows(self) -> slice:
+        """Output features that the part covers."""
+        return slice(self.first_row, self.first_row + self.grid[0] * self.U.shape[0])
+
+    @property
+    def columns(self) -> slice:
+        """Input features that the part covers."""
+        return slice(self.first_column, self.first_column + self.grid[1] * self.V.shape[0])
 
     def left(self) -> Tensor:  # (a·o, b·r)
         """Return `σ (I_a ⊗ U) C`."""
-        C = scaled(self.C, self.scaling)
-        if self.grid[0] == 1:
+        C, a = scaled(self.C, self.scaling), self.grid[0]
+        if a == 1:
             return self.U @ C
-        blocks = self.U @ C.unflatten(0, (self.grid[0], -1)).transpose(0, 1).flatten(
-            1
-        )  # (o, a·b·r), one product
-        return blocks.unflatten(1, (self.grid[0], -1)).transpose(0, 1).flatten(0, 1)
+        across = C.unflatten(0, (a, -1)).transpose(0, 1).flatten(1)  # (k, a·b·r), for one product
+        return (self.U @ across).unflatten(1, (a, -1)).transpose(0, 1).flatten(0, 1)
 
     def dense(self) -> Tensor:  # (a·o, b·i)
         """Build `ΔW`, for merging and for checks."""

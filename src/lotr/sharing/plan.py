@@ -29,7 +29,6 @@ class Group:
         core: Structure of the core.
         index: Position of each site along the modes.
         asked_rank: `(k, r)` as the configuration has it, before it was cut to the block.
-        shares_inputs: Whether a layer has several modules of the group, which may read the same input.
     """
 
     name: str
@@ -38,11 +37,6 @@ class Group:
     core: Core
     index: dict[Site, Index] = field(hash=False)
     asked_rank: Shape
-    shares_inputs: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        shared = len({site.module for site in self.sites}) > len({site.layer for site in self.sites})
-        object.__setattr__(self, "shares_inputs", shared)  # read in every pass
 
     @property
     def shape(self) -> Shape:

@@ -60,7 +60,7 @@ def add_weighted(
         config.rank_pattern = {
             normalise(path): rank
             for path, module in tuner.model.named_modules()
-            if isinstance(module, LotrLinear) and adapters[0] in module.lotr_site
+            if isinstance(module, LotrLinear) and adapters[0] in module.parts
             if (rank := _sum([_rank(module, adapter) for adapter in adapters])) != config.r
         }
     tuner.peft_config[name] = config
@@ -76,15 +76,15 @@ def add_weighted(
                 for factors, dim in ((module.lotr_U, 1), (module.lotr_V, 0)):
                     weights_of = [factors[adapter].weight for adapter in adapters]
                     factors[name].weight.copy_(torch.cat(weights_of, dim) if concatenated else weights_of[0])
-            elif isinstance(module, LotrLinear) and name in module.lotr_site:
-                for n, member in enumerate(module.lotr_site[name].members):
+            elif isinstance(module, LotrLinear) and name in module.parts:
+                for n, (part, _) in enumerate(module.parts[name]):
                     cores = [
                         w * module.scaling[a] / config.scaling * _cores(module, a, n)
                         for a, w in zip(adapters, weights, strict=True)
                     ]
                     summed = _on_the_diagonal(cores) if concatenated else torch.stack(cores).sum(0)
-                    C = side_by_side(summed, member.part.grid)
-                    module.adapted(name).site_core(member.part).copy_(C)
+                    C = side_by_side(summed, part.grid)
+                    module.site_core(name, part).copy_(C)
 
 
 def _check_fits(tuner: BaseTuner, adapters: list[str]) -> None:
@@ -108,13 +108,13 @@ def _one_basis(configs: list[LotrConfig]) -> bool:
 
 
 def _rank(module: LotrLinear, adapter: str) -> tuple[int, int]:
-    return module.lotr_site[adapter].members[0].part.group.rank
+    part, _ = module.parts[adapter][0]
+    return part.group.rank
 
 
 def _cores(module: LotrLinear, adapter: str, n: int) -> Tensor:  # (a·b, k, r)
     """Return the cores of the n-th part of a module, one a site."""
-    adapted = module.adapted(adapter)
-    update = adapted.placed(adapted.members[n]).update
+    update = module.factored(adapter)[n]
     return one_by_one(update.C, update.grid)
 
 
@@ -173,7 +173,7 @@ def _has(tuner: BaseTuner, adapter: str) -> set[str]:
         path
         for path, module in tuner.model.named_modules()
         if (isinstance(module, LotrGroup) and adapter in module.lotr_U)
-        or (isinstance(module, LotrLinear) and adapter in module.lotr_site)
+        or (isinstance(module, LotrLinear) and adapter in module.parts)
     }
 
 

@@ -32,7 +32,7 @@ def find_adapter(model: nn.Module, adapter: str | None) -> tuple[str, LotrConfig
             f"The model ({type(model).__name__}) has no adapter of this library. Give the PEFT model: what "
             "get_peft_model(model, LotrConfig()) or PeftModel.from_pretrained returned."
         )
-    known = {name for layer in layers for name in layer.lotr_site}
+    known = {name for layer in layers for name in layer.parts}
     if adapter is not None and adapter not in known:
         raise ConfigError(f"Adapter {adapter!r} does not exist. {near(adapter, known)}")
     names = {name for layer in layers for name in layer.active_adapters} if adapter is None else {adapter}
@@ -50,9 +50,9 @@ def parts_of(model: nn.Module, adapter: str) -> Parts:
     """Return the groups of an adapter, each with its parts in model order."""
     parts: Parts = {}
     for layer in model.modules():
-        if isinstance(layer, LotrLinear) and adapter in layer.lotr_site:
-            for member in layer.lotr_site[adapter].members:
-                parts.setdefault(member.group, []).append((layer, member.part))
+        if isinstance(layer, LotrLinear) and adapter in layer.parts:
+            for part, group in layer.parts[adapter]:
+                parts.setdefault(group, []).append((layer, part))
     return parts
 
 

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..math.norms import Frozen
 from ..sharing.blocks import Shape
-from .direct import InputProducts
 
 if TYPE_CHECKING:
     from .batch_cores import Rows
@@ -45,6 +44,38 @@ def weight_of(module: nn.Linear) -> Tensor:
         return module.weight
     with align_module_device(module):
         return module.weight.detach().clone()
+
+
+def call(factor: nn.Linear, x: Tensor) -> Tensor:
+    """Return what a factor makes of an input.
+
+    Sharded and offloaded weights exist only while their module runs, so the module is called; a group may span devices,
+    and only then its weight is brought to the activations.
+    """
+    weight = factor.weight
+    if weight.device == x.device or weight.device.type == "meta" or hasattr(factor, "_hf_hook"):
+        result: Tensor = factor(x)
+        return result
+    return F.linear(x, weight.to(x.device))
+
+
+def is_plain(module: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether calling a linear module multiplies by an ordinary tensor, and does nothing else.
+
+    Not so where its weight is sharded, elsewhere, quantised or of another type, or where a hook runs with it.
+    """
+    weight: Any = module.weight
+    return (
+        type(weight) in (nn.Parameter, Tensor)
+        and weight.dtype == dtype
+        and weight.device == device
+        and not weight.is_meta
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
 
 
 def move(module: nn.Module, device: torch.device | None, dtype: torch.dtype | None = None) -> None:
@@ -87,7 +118,7 @@ class LotrGroup(nn.Module, LotrLayer):
     lotr_core: Any
     _active_adapter: Any
 
-    def __init__(self, shape: Shape, scaling: dict[str, float], products: InputProducts) -> None:
+    def __init__(self, shape: Shape, scaling: dict[str, float]) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
         self.lotr_U = nn.ModuleDict()
@@ -95,7 +126,6 @@ class LotrGroup(nn.Module, LotrLayer):
         self.lotr_core = nn.ModuleDict()
         # one dictionary for the whole model: PEFT's hot-swapping writes it beside whatever tensor it swaps
         self.scaling = scaling
-        self.products = products  # one for the whole model
         self.merged_adapters: list[str] = []
         self._home: torch.device | None = None
         # adapter → cores of each row of the batch that runs, see `rows.Rows`
@@ -110,16 +140,7 @@ class LotrGroup(nn.Module, LotrLayer):
         if frozen:  # PEFT thaws what it activates, except what is named here
             self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter: ("lotr_U", "lotr_V")}
 
-    def frozen(self, adapter: str) -> Frozen | None:
-        """Return what tells the `V` of an adapter from others, or None when it may change."""
-        V = self.lotr_V[adapter].weight
-        if adapter not in self.frozen_peft_weight_names or V.requires_grad:
-            return None
-        if torch.compiler.is_compiling():  # addresses and versions exist only when run
-            return Frozen(adapter)
-        return Frozen(adapter, V, (V.data_ptr(), None if V.is_inference() else V._version, V.dtype))
-
-    def place(self, adapter: str, device: torch.device | None, dtype: torch.dtype | None) -> None:
+    def move_adapter(self, adapter: str, device: torch.device | None, dtype: torch.dtype | None) -> None:
         """Move an adapter's numbers to where its first member lives; meta and integer types are left."""
         for name in self.adapter_layer_names:
             if adapter in getattr(self, name):
@@ -129,7 +150,7 @@ class LotrGroup(nn.Module, LotrLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
         # PEFT calls this after loading with `low_cpu_mem_usage`; a group has no base layer to ask
         if adapter_name in self.lotr_U:
-            self.place(adapter_name, device or self._home, self.lotr_U[adapter_name].weight.dtype)
+            self.move_adapter(adapter_name, device or self._home, self.lotr_U[adapter_name].weight.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Keep the status in step with the layers; a group has no weight to merge into."""

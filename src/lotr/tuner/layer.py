@@ -5,22 +5,28 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..math.magnitude import MAGNITUDES
-from ..math.norms import BaseWeight, Kept
+from ..math import update as formula
+from ..math.fused_linear import adapted_linear
+from ..math.magnitude import MAGNITUDES, Gains, Magnitude
+from ..math.matmul import runs_op_by_op
+from ..math.norms import BaseWeight
+from ..math.update import FactoredUpdate, LinearMap
 from ..sharing.blocks import Shape
-from . import direct
-from .adapted import Adapted, Member, SiteState
+from ..sharing.plan import Part
 from .config import LotrConfig
-from .group import LotrLayer, NamedNumbers, linear_from, move
+from .group import LotrGroup, LotrLayer, NamedNumbers, call, is_plain, linear_from, move, weight_of
 
 
 class LotrLinear(nn.Module, LotrLayer):
@@ -32,7 +38,7 @@ class LotrLinear(nn.Module, LotrLayer):
     """
 
     adapter_layer_names = ("lotr_C", "lotr_magnitude")
-    other_param_names = ("lotr_site", "scaling")
+    other_param_names = ("parts", "scaling", "magnitude", "dropout", "norm_gradient")
     # torch knows no better type of what a module holds than `Tensor | Module`
     base_layer: Any
     lotr_C: Any
@@ -50,17 +56,21 @@ class LotrLinear(nn.Module, LotrLayer):
         self.cast_input_dtype_enabled = True
         self.lotr_C = nn.ModuleDict()
         self.lotr_magnitude = nn.ModuleDict()
-        # plain dictionary: the groups are registered once, on the root of the model
-        self.lotr_site: dict[str, SiteState] = {}
+        # adapter → its parts here, with their groups; plain, because groups are registered once, on the model's root
+        self.parts: dict[str, tuple[tuple[Part, LotrGroup], ...]] = {}
         self.scaling = scaling  # one dictionary for the whole model, see LotrGroup
-        self._kept = Kept()
+        self.magnitude: dict[str, Magnitude] = {}
+        self.dropout: dict[str, float] = {}
+        self.norm_gradient: dict[str, bool] = {}
+        self._norms: dict[str, Tensor] = {}  # of the base weight
+        self.register_load_state_dict_post_hook(_forget_norms)
         self.merged_adapters: list[str] = []
         self._unmerged: Any = None
 
     def add(
         self,
         adapter: str,
-        members: Sequence[Member],
+        parts: Sequence[tuple[Part, LotrGroup]],
         cores: Mapping[str, Tensor],  # part's name -> (a·k, b·r)
         config: LotrConfig,
         empty: bool,
@@ -69,7 +79,8 @@ class LotrLinear(nn.Module, LotrLayer):
         if cores:
             self.lotr_C[adapter] = linear_from(cores[""]) if "" in cores else NamedNumbers(cores)
         magnitude = MAGNITUDES[str(config.magnitude)]
-        self.lotr_site[adapter] = SiteState(tuple(members), magnitude, config.dropout, config.norm_gradient)
+        self.parts[adapter], self.magnitude[adapter] = tuple(parts), magnitude
+        self.dropout[adapter], self.norm_gradient[adapter] = config.dropout, config.norm_gradient
         self.scaling[adapter] = config.scaling
         shapes = magnitude.shapes(self.out_features, self.in_features)
         if shapes:
@@ -87,19 +98,10 @@ class LotrLinear(nn.Module, LotrLayer):
             # in float32 on a half-precision base too: a rounded norm would change the base model
             move(self.lotr_magnitude[adapter_name], device or home)
 
-    def adapted(self, adapter: str) -> Adapted:
-        """Return what an adapter has at this module."""
-        return Adapted(self, adapter, self.lotr_site[adapter])
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, and what was kept for it."""
-        super().delete_adapter(adapter_name)
-        self.base_weight.forget(adapter_name)
-
     @property
     def base_weight(self) -> BaseWeight:
-        """The base weight, and what is kept of it."""
-        return BaseWeight(self._untouched, self._weight_version, self._kept)
+        """The base weight, with its norms; whoever writes to the weight calls `base_weight.cache.clear()`."""
+        return BaseWeight(self._untouched, self._norms)
 
     def _untouched(self) -> Tensor:  # (out, in)
         """Return the base weight as it was before any merge."""
@@ -118,18 +120,14 @@ class LotrLinear(nn.Module, LotrLayer):
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         return device or torch.device("cpu")
 
-    def _weight_version(self) -> object:
-        """Return what differs once the base weight has moved, changed its type or been written to."""
-        weight = getattr(self.get_base_layer(), "weight", None)
-        if weight is None or weight.is_meta:
-            return None
-        return weight.data_ptr(), None if weight.is_inference() else weight._version, weight.dtype
-
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         _, before = self._get_base_layer_device_and_dtype(self.get_base_layer())
         super()._apply(fn, recurse)
         _, after = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        self.base_weight.moved(before == after, self.home)
+        # computed anew on another device, a norm could differ in its last bit from the magnitude that started at it
+        norms = {name: norm.to(self.home) for name, norm in self._norms.items()} if before == after else {}
+        self._norms.clear()
+        self._norms.update(norms)
         return self
 
     # ------------------------------------------------------------------ forward
@@ -142,46 +140,94 @@ class LotrLinear(nn.Module, LotrLayer):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed(x, adapter_names, *args, **kwargs)
-        active = [adapter for adapter in self.active_adapters if adapter in self.lotr_site]
+        active = [adapter for adapter in self.active_adapters if adapter in self.parts]
         if self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
         if len(active) == 1:
-            return self._adapted(active[0], x, *args, **kwargs)
+            return self._adapted(active[0], x, None, *args, **kwargs)
         base = self.base_layer(x, *args, **kwargs)
         result = base
         for adapter in active:  # what each would change alone adds up
-            if self.lotr_site[adapter].magnitude.additive:
-                result = result + self.adapted(adapter).update(x)
+            if self.magnitude[adapter].additive:
+                result = result + self.update(adapter, x)
             else:
-                result = result + (self._adapted(adapter, x, *args, base=base, **kwargs) - base)
+                result = result + (self._adapted(adapter, x, base, *args, **kwargs) - base)
         return result.to(base.dtype)
 
-    def _adapted(
-        self, adapter: str, x: Tensor, *args: Any, base: Tensor | None = None, **kwargs: Any
-    ) -> Tensor:
+    def _adapted(self, adapter: str, x: Tensor, base: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """Return the output with one adapter alone; `base` is that of the base layer where it is known."""
-        adapted = self.adapted(adapter)
         bias = getattr(self.get_base_layer(), "bias", None)
-        alone = base is None and not args and not kwargs
-        if alone and adapted.magnitude.scales_outputs and direct.fits(adapted, x):
-            summed = direct.output(adapted, x)  # before the gains, whose norms may use its products
-            return adapted.gains().of_sum(summed, bias).to(summed.dtype)
-        gains = None if adapted.magnitude.additive else adapted.gains()
+        gains = None if self.magnitude[adapter].additive else self.gains(adapter)
         if gains is not None and gains.input is not None:
             x, base = (x * gains.input).to(x.dtype), None
-        y: Tensor | None = None
-        if alone and (gains is None or gains.alike):
-            y = direct.output(adapted, x) if direct.fits(adapted, x) else direct.output_in_graph(adapted, x)
-        if y is not None:
+        fused = base is None and not args and not kwargs and (gains is None or gains.alike)
+        if fused and self._has_plain_tensors(adapter, x):
+            y = self._fused(adapter, x)
             return y if gains is None else gains.of_sum(y, bias).to(y.dtype)
         if base is None:
-            base = direct.in_graph(self, x) if not args and not kwargs else None
-        if base is None:
             base = self.base_layer(x, *args, **kwargs)
-        update = adapted.update(x)
-        if gains is None:
-            return (base + update).to(base.dtype)
-        return gains.output(base, bias, update).to(base.dtype)
+        update = self.update(adapter, x)
+        adapted = base + update if gains is None else gains.output(base, bias, update)
+        return adapted.to(base.dtype)
+
+    def _has_plain_tensors(self, adapter: str, x: Tensor) -> bool:
+        """Whether the fused function computes what calling the modules would, and every part reads the whole input."""
+        base = self.base_layer
+        if type(base) not in (nn.Linear, Conv1D) or type(x) not in (Tensor, nn.Parameter) or x.is_nested:
+            return False
+        dtype = base.weight.dtype
+        if base.weight.requires_grad or not is_plain(base, dtype, x.device) or not runs_op_by_op():
+            return False
+        if (x.dtype != dtype and _autocast_type(x) is None) or (self.dropout[adapter] and self.training):
+            return False
+        for part, group in self.parts[adapter]:
+            if adapter in group.rows or part.grid[1] > 1 or part.columns[1] != self.in_features:
+                return False
+            modules = [group.lotr_U[adapter], group.lotr_V[adapter]]
+            if part.group.core.by_site and not part.name:
+                modules.append(self.lotr_C[adapter])
+            if not all(type(m) is nn.Linear and is_plain(m, dtype, x.device) for m in modules):
+                return False
+        return True
+
+    def _fused(self, adapter: str, x: Tensor) -> Tensor:  # (*n, in) -> (*n, out)
+        """Return base plus update by one function of autograd."""
+        W, bias = self.base_layer.weight, self.base_layer.bias
+        dtype = _autocast_type(x) or W.dtype
+        W = (W.T if self.fan_in_fan_out else W).to(dtype)
+        updates = self.factored(adapter, x.device, dtype)
+        return adapted_linear(x.to(dtype), W, None if bias is None else bias.to(dtype), updates)
+
+    def update(self, adapter: str, x: Tensor) -> Tensor:  # (*n, in) -> (*n, out)
+        """Return the update of the output, before the magnitude, by calling the adapter's modules."""
+        x = self._cast_input_dtype(x, self.parts[adapter][0][1].lotr_V[adapter].weight.dtype)
+        dropout = self.dropout[adapter]
+        x = F.dropout(x, dropout, self.training) if dropout else x
+        outputs: dict[int, Tensor] = {}  # first row → the sum of what covers those rows
+        for part, group in self.parts[adapter]:
+            first, width = part.columns
+            batch = group.rows.get(adapter)  # cores of a bank's tasks, one for each row of the batch
+            output = formula.apply(
+                x if width == self.in_features else x.narrow(-1, first, width),
+                partial(call, group.lotr_V[adapter]),
+                self._core_map(adapter, part, group) if batch is None else batch.core(part),
+                partial(call, group.lotr_U[adapter]),
+                self.scaling[adapter],
+                part.grid,
+            )
+            row = part.rows[0]
+            outputs[row] = outputs[row] + output if row in outputs else output
+        blocks = [outputs[row] for row in sorted(outputs)]
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1)
+
+    def _core_map(self, adapter: str, part: Part, group: LotrGroup) -> LinearMap:
+        if part.group.core.is_identity:
+            return lambda h: h
+        if part.group.core.by_site and not part.name:
+            module: LinearMap = self.lotr_C[adapter]
+            return module
+        C = self.core(adapter, part, group)
+        return lambda h: F.linear(h, C.to(h.device))
 
     def _mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(x) != len(adapter_names):
@@ -197,13 +243,61 @@ class LotrLinear(nn.Module, LotrLayer):
         base = self.base_layer(x, *args, **kwargs)
         result = base.clone()
         for adapter in dict.fromkeys(adapter_names):
-            if adapter not in self.lotr_site:  # "__base__", or an adapter that does not touch this module
+            if adapter not in self.parts:  # "__base__", or an adapter that does not touch this module
                 continue
             rows = torch.tensor(
                 [i for i, name in enumerate(adapter_names) if name == adapter], device=x.device
             )
-            result[rows] = self._adapted(adapter, x[rows], *args, base=base[rows], **kwargs)
+            result[rows] = self._adapted(adapter, x[rows], base[rows], *args, **kwargs)
         return result
+
+    # ------------------------------------------------------------------ the adapter's tensors
+
+    def core(self, adapter: str, part: Part, group: LotrGroup) -> Tensor:  # (a·k, b·r)
+        """Return the cores of a part, side by side."""
+        core = part.group.core
+        if core.by_site:
+            return self.site_core(adapter, part)
+        if core.is_identity:
+            U = group.lotr_U[adapter].weight
+            return torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
+        numbers = group.lotr_core[adapter]()
+        # autocast would turn some of these small products to another type, and not others
+        with _without_autocast(next(iter(numbers.values())).device):
+            return formula.side_by_side(core.block(numbers, part.region), part.grid)
+
+    def site_core(self, adapter: str, part: Part) -> Tensor:  # (a·k, b·r)
+        """Return the cores of a part that are kept with the layer."""
+        module = self.lotr_C[adapter]
+        return module()[part.name] if part.name else weight_of(module)
+
+    def factored(
+        self, adapter: str, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> list[FactoredUpdate]:
+        """Return the parts of the update with their tensors.
+
+        Args:
+            adapter: Name of the adapter.
+            device: Default: where the base weight is; with an offloaded base, where the factors are.
+            dtype: Default: float32, or float64 where the factors have it.
+        """
+        updates = []
+        for part, group in self.parts[adapter]:
+            U, Vt = weight_of(group.lotr_U[adapter]), weight_of(group.lotr_V[adapter])
+            home = device or (U.device if self.home.type == "meta" else self.home)
+            width = dtype or (torch.float64 if U.dtype == torch.float64 else torch.float32)
+            U, C, Vt = (tensor.to(home, width) for tensor in (U, self.core(adapter, part, group), Vt))
+            position = part.rows[0], part.columns[0]
+            updates.append(FactoredUpdate(U, C, Vt.T, self.scaling[adapter], part.grid, *position))
+        return updates
+
+    def gains(self, adapter: str) -> Gains:
+        """Return what the magnitude does, from the factors as they are now."""
+        numbers = self.lotr_magnitude[adapter]()
+        # norms in half precision would be coarse
+        with _without_autocast(next(iter(numbers.values())).device):
+            updates, constant = self.factored(adapter), not self.norm_gradient[adapter]
+            return self.magnitude[adapter].gains(numbers, self.base_weight, updates, constant)
 
     # ------------------------------------------------------------------ merge
 
@@ -213,17 +307,16 @@ class LotrLinear(nn.Module, LotrLayer):
 
         That is `ΔW`, or `W' - W` with a magnitude; `(out, in)`, or `(in, out)` for `Conv1D`.
         """
-        adapted = self.adapted(adapter)
-        parts = [adapted.placed(member) for member in adapted.members]
-        dW = parts[0].update.dense()
+        updates = self.factored(adapter)
+        dW = updates[0].dense()
         if dW.shape != (self.out_features, self.in_features):
             dW = dW.new_zeros(self.out_features, self.in_features)
-            for part in parts:
-                dW[part.rows, part.columns] = part.update.dense()
-        if not adapted.magnitude.additive:
+            for update in updates:
+                dW[update.rows, update.columns] = update.dense()
+        if not self.magnitude[adapter].additive:
             W = self._untouched().to(dW)
-            dW = adapted.gains().weight(W, dW) - W
-        dtype = adapted.members[0].group.lotr_U[adapter].weight.dtype
+            dW = self.gains(adapter).weight(W, dW) - W
+        dtype = self.parts[adapter][0][1].lotr_U[adapter].weight.dtype
         return (dW.T if self.fan_in_fan_out else dW).to(dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -237,7 +330,7 @@ class LotrLinear(nn.Module, LotrLayer):
             ValueError: `safe_merge` found NaN or infinity.
         """
         for adapter in check_adapters_to_merge(self, adapter_names):
-            if adapter not in self.lotr_site:
+            if adapter not in self.parts:
                 continue
             W = self.get_base_weight()
             dW = self.get_delta_weight(adapter).to(W.device)
@@ -248,9 +341,10 @@ class LotrLinear(nn.Module, LotrLayer):
                     f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken"
                 )
             if self._unmerged is None:
-                self._unmerged = self._keep()
+                self._unmerged = self._copy_of_base()
             self.set_base_weight(merged)
             self.merged_adapters.append(adapter)
+            self._norms.clear()
 
     def unmerge(self) -> None:
         """Restore the base weight bit for bit."""
@@ -258,9 +352,9 @@ class LotrLinear(nn.Module, LotrLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self.merged_adapters = []
-        for state in self.lotr_site.values():  # a forward pass with adapters disabled unmerges layers alone
-            for member in state.members:
-                member.group.unmerge()
+        for parts in self.parts.values():  # a forward pass with adapters disabled unmerges layers alone
+            for _, group in parts:
+                group.unmerge()
         if self._unmerged is None:
             return
         if self.quantization_backend is not None:
@@ -270,7 +364,7 @@ class LotrLinear(nn.Module, LotrLayer):
             weight.data = self._unmerged.to(device=weight.device, dtype=weight.dtype)
         self._unmerged = None
 
-    def _keep(self) -> Any:
+    def _copy_of_base(self) -> Any:
         # quantising again would not give the same numbers, so the whole (small) quantised layer is kept;
         # of a plain weight the tensor itself, because merging puts a new one in its place
         quantised = self.quantization_backend is not None
@@ -278,7 +372,7 @@ class LotrLinear(nn.Module, LotrLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the update is `W + ΔW`, so that plain LoRA can hold it."""
-        return adapter_name in self.lotr_site and self.lotr_site[adapter_name].magnitude.additive
+        return adapter_name in self.magnitude and self.magnitude[adapter_name].additive
 
     def __repr__(self) -> str:
         return "lotr." + super().__repr__()
@@ -292,3 +386,18 @@ def base_weight(module: nn.Module) -> Tensor:  # (out, in)
     with align_module_device(module):
         weight: Any = module.weight.data if backend is None else backend.get_base_weight(module)
     return weight.T if isinstance(module, Conv1D) else weight
+
+
+def _forget_norms(layer: LotrLinear, keys: object) -> None:
+    layer._norms.clear()
+
+
+def _autocast_type(x: Tensor) -> torch.dtype | None:
+    device = x.device.type
+    applies = torch.is_autocast_enabled(device) and x.dtype != torch.float64  # which autocast leaves alone
+    return torch.get_autocast_dtype(device) if applies else None
+
+
+def _without_autocast(device: torch.device) -> Any:
+    # there is no autocast on the meta device
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

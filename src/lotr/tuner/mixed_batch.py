@@ -35,7 +35,7 @@ def forward_hooks(
     if tuner.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
     layers = [m for m in tuner.modules() if isinstance(m, LotrLinear | AuxiliaryTrainingWrapper)]
-    known = {name for m in layers if isinstance(m, LotrLinear) for name in m.lotr_site}
+    known = {name for m in layers if isinstance(m, LotrLinear) for name in m.parts}
     missing = sorted(set(adapter_names) - known - {BASE})
     if missing:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(missing)}")

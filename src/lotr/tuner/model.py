@@ -22,10 +22,8 @@ from ..sharing.plan import Group, Plan
 from . import add_weighted as combine
 from . import mixed_batch as mixed
 from . import state_dict as state
-from .adapted import Member
 from .basis import check_basis, factors_in
 from .config import LotrConfig
-from .direct import InputProducts
 from .group import LotrGroup, LotrLayer
 from .group_init import start_group
 from .layer import LotrLinear, base_weight
@@ -79,7 +77,6 @@ class LotrModel(BaseTuner):
         groups = (module for module in model.modules() if isinstance(module, LotrGroup))
         known = next(groups, None)
         self._scaling = {} if known is None else known.scaling
-        self._products = InputProducts() if known is None else known.products
         try:
             super().inject_adapter(
                 model,
@@ -149,9 +146,7 @@ class LotrModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
             target = layer
         parts = injection.plan.parts[path]
-        members = [
-            Member(part, self._shared(part.group, adapter_name, peft_config, target)) for part in parts
-        ]
+        members = [(part, self._shared(part.group, adapter_name, peft_config, target)) for part in parts]
         cores = {
             part.name: delta.side_by_side(
                 part.group.core.block(injection.cores[part.group.name], part.region), part.grid
@@ -175,7 +170,7 @@ class LotrModel(BaseTuner):
             injection.basis = self._basis(member)
         basis: Any = injection.basis
         if group.name not in basis:
-            basis[group.name] = LotrGroup(group.shape, self._scaling, self._products)
+            basis[group.name] = LotrGroup(group.shape, self._scaling)
             basis[group.name]._active_adapter = list(self.active_adapters)
         shared: LotrGroup = basis[group.name]
         if adapter not in shared.lotr_U:
@@ -186,7 +181,7 @@ class LotrModel(BaseTuner):
                 U, V = factors_in(group, injection.basis_factors)
             shared.add(adapter, U, V, {} if group.core.by_site else core, frozen=config.trainable == "cores")
             device, dtype = member._get_base_layer_device_and_dtype(member.get_base_layer())
-            shared.place(adapter, device, dtype)
+            shared.move_adapter(adapter, device, dtype)
             shared.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         return shared
 
@@ -236,7 +231,7 @@ class LotrModel(BaseTuner):
             rows = self.tasks.select(names)
         else:
             rows = mixed.forward_hooks(self, names, beams)
-        with self._products.one_pass(), rows:
+        with rows:
             yield
 
     def select(self, names: Sequence[str | None]) -> AbstractContextManager[None]:

@@ -87,10 +87,8 @@ def truncate(
         kept = sum(float(C.square().sum()) for C in cores) / max(update.energy, 1e-300)
         report.append(Truncated(update.group.name, update.group.rank, after, kept if update.energy else 1.0))
     for layer in {layer for of_group in parts.values() for layer, _ in of_group}:
-        for member in layer.lotr_site[name].members:
-            member.part = next(
-                part for part in plan.parts[member.part.sites[0].module] if part.name == member.part.name
-            )
+        planned = {part.name: part for part in plan.parts[layer.parts[name][0][0].sites[0].module]}
+        layer.parts[name] = tuple((planned[part.name], group) for part, group in layer.parts[name])
     config.basis = config.basis_hash = None  # a copy of a basis has factors of its own from here on
     return report
 

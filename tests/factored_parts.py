@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lotr.math.norms import Frozen, Placed
-from lotr.math.update import Factored, Grid
+from lotr.math.update import FactoredUpdate, Grid
 
 OUT, IN = 12, 10
 #: Name → first row, first column, height, width and grid of every part.
@@ -29,7 +28,7 @@ LAYOUTS: dict[str, list[tuple[int, int, int, int, Grid]]] = {
 
 def place(
     layout: str, dtype: torch.dtype = torch.float64, frozen: bool = False, zero: bool = False
-) -> list[Placed]:
+) -> list[FactoredUpdate]:
     """Return the parts of a layout with random numbers that take gradients; at `zero` every core is."""
     parts = []
     for row, column, height, width, (a, b) in LAYOUTS[layout]:
@@ -37,25 +36,25 @@ def place(
         shapes = (height // a, k), (a * k, b * r), (width // b, r)
         U, C, V = (torch.randn(shape, dtype=dtype) for shape in shapes)
         C = torch.zeros_like(C) if zero else C
-        update = Factored(U.requires_grad_(), C.requires_grad_(), V.requires_grad_(not frozen), 0.5, (a, b))
-        parts.append(Placed(update, row, column, Frozen("default", V) if frozen else None))
+        trained = (U.requires_grad_(), C.requires_grad_(), V.requires_grad_(not frozen))
+        parts.append(FactoredUpdate(*trained, 0.5, (a, b), row, column))
     return parts
 
 
-def leaves(parts: list[Placed]) -> list[Tensor]:
+def leaves(parts: list[FactoredUpdate]) -> list[Tensor]:
     """Return the numbers of the parts that take gradients."""
-    numbers = [number for part in parts for number in (part.update.U, part.update.C, part.update.V)]
+    numbers = [number for part in parts for number in (part.U, part.C, part.V)]
     return [number for number in numbers if number.requires_grad]
 
 
-def dense(parts: list[Placed], dtype: torch.dtype = torch.float64) -> Tensor:  # (OUT, IN)
+def dense(parts: list[FactoredUpdate], dtype: torch.dtype = torch.float64) -> Tensor:  # (OUT, IN)
     """Return the whole update by the definition of its blocks."""
     whole = torch.zeros(OUT, IN, dtype=dtype)
     for part in parts:
-        U, C, V = (number.to(dtype) for number in (part.update.U, part.update.C, part.update.V))
-        (a, b), k, r = part.update.grid, U.shape[1], V.shape[1]
-        blocks = torch.einsum("ok,akbr,ir->aobi", U, C.reshape(a, k, b, r), V) * part.update.scaling
+        U, C, V = (number.to(dtype) for number in (part.U, part.C, part.V))
+        (a, b), k, r = part.grid, U.shape[1], V.shape[1]
+        blocks = torch.einsum("ok,akbr,ir->aobi", U, C.reshape(a, k, b, r), V) * part.scaling
         block = blocks.reshape(a * len(U), b * len(V))
-        below, right = OUT - part.row - len(block), IN - part.column - block.shape[1]
-        whole = whole + torch.nn.functional.pad(block, (part.column, right, part.row, below))
+        below, right = OUT - part.first_row - len(block), IN - part.first_column - block.shape[1]
+        whole = whole + torch.nn.functional.pad(block, (part.first_column, right, part.first_row, below))
     return whole

@@ -129,7 +129,8 @@ class Adapted:
 
     def _core_map(self, member: Member) -> LinearMap:
         core = member.part.group.core
-        rows = member.group.rows.get(self.adapter)
+        current = member.group.rows.get(self.adapter)  # of a bank's adapter
+        rows = None if current is None else current.get()
         if rows is not None:
             return rows.core(member.part)
         if core.is_identity:

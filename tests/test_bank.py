@@ -15,7 +15,6 @@ import banks
 import lotr
 from conftest import bert, gpt2, tokens
 from lotr import CheckpointError, ConfigError, CoreBank, LotrConfig, Task, UnknownTaskError
-
 from lotr.files.adapter_folder import BASIS_WEIGHTS, WEIGHTS
 from tuner_contract import outputs
 

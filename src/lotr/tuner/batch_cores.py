@@ -128,7 +128,14 @@ class _Remembering:
     checkpoint: Callable[..., Any]
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.checkpoint(partial(self._with_rows, self.current.get(), function), *args, **kwargs)
+        rows = self.current.get()
+        reentrant = getattr(self.checkpoint, "keywords", {}).get("use_reentrant", False)
+        if reentrant and rows is not None and any(own.requires_grad for own in rows.numbers.values()):
+            raise ConfigError(
+                "A reentrant checkpoint cannot train the numbers of tasks, which all layers share. Use "
+                'gradient_checkpointing_enable({"use_reentrant": False}).'
+            )
+        return self.checkpoint(partial(self._with_rows, rows, function), *args, **kwargs)
 
     def _with_rows(self, rows: Rows | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self.current.use(rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -162,8 +163,12 @@ class RowHead(nn.Module):
         # in float32 on a half-precision base too, as heads are trained
         x = x.float().unflatten(0, (rows, -1))
 
+        # a call writes the parameters of its rows into a head of its own, which has the tensors of this one
+        tensors = (*self.head.parameters(), *self.head.buffers())
+        head = copy.deepcopy(self.head, {id(tensor): tensor for tensor in tensors})
+
         def one(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-            logits: Tensor = functional_call(self.head, parameters, (x,))
+            logits: Tensor = functional_call(head, parameters, (x,))
             return logits
 
         logits = torch.vmap(one, randomness="different")(own.parameters, x)[..., : own.width]

@@ -28,6 +28,7 @@ CREATE UNIQUE INDEX task_name ON task (name);
 """
 _WAIT = 60.0  # seconds that a writer waits for another one
 _LOG = 4 << 20  # bytes of the write-ahead log
+_LARGE = 65536  # bytes of the largest page
 _NAME = "coalesce(CAST(name AS TEXT), '')"  # one changed byte makes it anything else
 _COLUMNS = "name, dtype, created, error, about, numbers, head, checksum"  # in the order of `Record`
 _DAMAGED = (
@@ -58,8 +59,9 @@ def create_store(path: Path, basis_hash: str, task_bytes: int) -> None:
         task_bytes: Bytes of the numbers of one task.
     """
     connection = sqlite3.connect(path, isolation_level=None)
-    # many small tasks share a large page; a larger one takes a chain of small pages, of which only one end is unused
-    connection.execute(f"PRAGMA page_size = {65536 if task_bytes < 6000 else 1024}")
+    # large pages where tasks, with some 120 bytes beside their numbers, fill nine tenths of one; otherwise a task is a
+    # chain of small pages, of which one end alone is unused
+    connection.execute(f"PRAGMA page_size = {_LARGE if _LARGE % (task_bytes + 120) < _LARGE / 10 else 1024}")
     connection.execute("PRAGMA journal_mode = WAL")
     connection.executescript(_SCHEMA)
     connection.execute("INSERT INTO bank VALUES (?)", (basis_hash,))

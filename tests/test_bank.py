@@ -148,6 +148,12 @@ def test_a_bank_opened_for_reading_is_not_written(tmp_path: Path) -> None:
             write()
 
 
+def test_a_bank_tells_what_it_is(tmp_path: Path) -> None:
+    bank = banks.bank(tmp_path, tasks=2)
+    text = repr(bank)
+    assert str(tmp_path / "bank") in text and "2 tasks of 96 numbers, 384 bytes each in float32" in text
+
+
 def test_a_bank_travels_to_another_process(tmp_path: Path) -> None:
     bank = banks.bank(tmp_path, tasks=1)
     assert torch.equal(pickle.loads(pickle.dumps(bank)).get("task-0").numbers, bank.get("task-0").numbers)

@@ -187,6 +187,16 @@ def test_a_loss_that_is_not_finite_names_its_task(home: Path, tmp_path: Path) ->
 # ---------------------------------------------------------------------- bad input
 
 
+def test_tasks_that_do_not_fit_into_memory_are_refused_with_their_bytes(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lotr.training.tasks.run.os.sysconf", lambda name: 64)
+    lines: list[str] = []
+    with pytest.raises(ConfigError, match=r"these need [\d,]+ bytes, [\d,]+ a task, and there are 4,096"):
+        train_bank(settings(home, tmp_path / "bank"), lines.append)
+    assert "bytes of memory a task" in lines[0]
+
+
 def test_a_list_of_tasks_is_checked(tmp_path: Path) -> None:
     path = tmp_path / "tasks.yaml"
     for content, message in (

@@ -8,11 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from . import console
-from .bank_reports import said, table, trained
+from .bank_reports import table, trained
 from .console import print_json, print_table, reported
 from .examples import epilog
 from .light import load
 from .options import with_train_options
+from .reports import said
 
 BankSettings = load("lotr.training.tasks.settings").BankSettings
 
@@ -43,8 +44,8 @@ def create(
     with reported(), console.stopwatch("Reading the basis"):
         from lotr.bank import CoreBank
 
-        with CoreBank.create(bank, basis, dtype=dtype) as made:
-            report = {"bank": str(bank), **made.stats()}
+        with CoreBank.create(bank, basis, dtype=dtype) as opened:
+            report = {"bank": str(bank), **opened.stats()}
     said(
         report,
         f"An empty bank is in {bank}: {report['numbers_per_task']:,} numbers a task, which take "
@@ -115,14 +116,8 @@ def add(
                 raise console.usage_error(
                     "--train trains one task: name it with --task, and name no adapters."
                 )
-            source = {
-                "name": task,
-                "train": train,
-                "eval": eval,
-                "text": text,
-                "text2": text2,
-                "label": label,
-            }
+            columns = {"text": text, "text2": text2, "label": label}
+            source = {"name": task, "train": train, "eval": eval, **columns}
             return _train([source], {**given, "output": str(bank), "replace": replace}, json)
         if not adapters:
             raise console.usage_error(

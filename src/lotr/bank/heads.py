@@ -68,12 +68,12 @@ class Heads:
 
     def get(self, slot: int) -> dict[str, Tensor]:
         """Return the head in a slot by its names in an adapter's file, without padding."""
-        found = {}
+        head = {}
         for name, table in self.tables.items():
             padded = table[slot].detach().reshape(self.shapes[name])
             rows = self.n_labels[slot] if self._is_last(name) else len(padded)
-            found[self.prefix + name] = padded[:rows].clone()
-        return found
+            head[self.prefix + name] = padded[:rows].clone()
+        return head
 
     def fresh(self, n_labels: int, seed: int) -> dict[str, Tensor]:
         """Return a new head by its names in an adapter's file: random as transformers begins one, without a bias."""

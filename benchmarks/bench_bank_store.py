@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lotr.bank.codec import DTYPES
+from lotr.bank.pages import page_size, row_bytes
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.progress import track
@@ -29,8 +31,6 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import lotr
 from lotr import CoreBank, LotrConfig, Task
-from lotr.bank.codec import DTYPES
-from lotr.bank.pages import page_size, row_bytes
 
 TARGETS = ["query", "value"]
 SHAPE = BertConfig(

@@ -36,8 +36,8 @@ from lotr.training.run import train
 from lotr.training.settings import TrainSettings
 from lotr.training.tasks.run import train_bank
 from lotr.training.tasks.served import load_served
+from lotr.training.tasks.settings import BankSettings
 from lotr.training.tasks.task_list import TaskSource
-from lotr_cli.bank_settings import BankSettings
 
 #: Which module of the package? Those of its modules that have enough texts.
 PACKAGES = ("tkinter", "idlelib", "importlib", "email", "asyncio", "distutils")

@@ -20,11 +20,12 @@ import datasets  # noqa: F401  (everything is imported once, before children are
 import torch
 import transformers
 
-from lotr import CoreBank, Task
+from lotr import CoreBank
 from lotr.errors import LotrError
+from lotr.training.checkpoint import last_whole
 from lotr.training.tasks import run as train_bank
-from lotr.training.tasks import window
-from lotr_cli.bank_settings import BankSettings
+from lotr.training.tasks.settings import BankSettings
+from lotr.training.tasks.trainer import TABLES
 
 torch.set_num_threads(1)
 
@@ -42,13 +43,8 @@ class SayStepped(transformers.TrainerCallback):
 
 def saved_step(bank: Path) -> int:
     """The step of the last checkpoint."""
-    file = bank / train_bank.RUN / train_bank.STATE
-    if not file.exists():
-        return 0
-    opened = window.Window(file, begin=lambda name: Task(name, torch.zeros(1)))
-    found = opened.last()
-    opened.close()
-    return int(found[0]["step"]) if found else 0
+    checkpoint = last_whole(bank / train_bank.RUN, (TABLES,))
+    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
 
 def main() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from conftest import ARCHITECTURES, tokens
 from lotr import CoreBank, LotrConfig, Task
@@ -306,25 +310,112 @@ def test_a_task_that_changed_is_read_again_when_forgotten(tmp_path: Path) -> Non
     assert not torch.equal(logits(model, inputs, task_ids=["a"] * 4), before)
 
 
-def test_gradient_checkpointing_needs_the_context_manager(trained: tuple[CoreBank, PeftModel]) -> None:
-    _, model = trained
-    inputs, ids = ARCHITECTURES["bert"].inputs(), ["a", "b", None, "a"]
-    with model.select(ids):
-        logits(model, inputs).square().sum().backward()
-    wanted = {task: gradient(model, task) for task in ("a", "b")}
-    model.base_model.tasks.slab.numbers.grad = None
+# ---------------------------------------------------------------------- a choice belongs to its call
+
+
+def in_another_thread(run: Callable[[], Any]) -> Any:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
+
+
+@pytest.mark.parametrize("way", ["named", "selected", "generated"])
+def test_threads_that_choose_at_once_get_what_each_gets_alone(way: str, tmp_path: Path) -> None:
+    name = "gpt2" if way == "generated" else "bert"
+    bank, inputs = make_bank(tmp_path, name), ARCHITECTURES[name].inputs()
+    model = bank.wrap(
+        ARCHITECTURES[name].make(), capacity=3
+    )  # so that tasks push each other out of memory, too
+
+    def answer(ids: list[str | None]) -> Tensor:
+        if way == "named":
+            return logits(model, inputs, task_ids=ids)
+        if way == "generated":
+            options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+            return model.generate(**inputs, **options, task_ids=ids)
+        with model.select(ids):
+            return logits(model, inputs)
+
+    choices = [["a", "b", "a", None], ["c", "d", "d", "c"], [None] * 4]
+    expected = [answer(ids) for ids in choices]
+    assert not torch.equal(expected[0], expected[1])
+    start = threading.Barrier(len(choices))
+
+    def rounds(n: int) -> bool:
+        start.wait()
+        return all(torch.equal(answer(choices[n]), expected[n]) for _ in range(25))
+
+    with torch.no_grad(), ThreadPoolExecutor(len(choices)) as pool:
+        assert all(pool.map(rounds, range(len(choices))))
+
+
+def test_a_choice_of_one_thread_or_model_is_none_of_another(tmp_path: Path) -> None:
+    bank, inputs = make_bank(tmp_path, "bert"), ARCHITECTURES["bert"].inputs()
+    model, other = (bank.wrap(ARCHITECTURES["bert"].make()) for _ in range(2))
+    copied = copy.deepcopy(model)
+    base = logits(model, inputs)
+    with model.select(["a", "b", "c", "d"]):
+        assert not torch.equal(logits(model, inputs), base)
+        assert torch.equal(in_another_thread(lambda: logits(model, inputs)), base)
+        assert torch.equal(logits(other, inputs), base) and torch.equal(logits(copied, inputs), base)
+    assert torch.equal(logits(copied, inputs, task_ids=["a"] * 4), logits(model, inputs, task_ids=["a"] * 4))
+
+
+def checkpointed(model: PeftModel, reentrant: bool) -> None:
+    """Every layer runs again in the backward pass; nothing is dropped."""
     model.train()
-    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-    model.get_base_model().config.hidden_dropout_prob = 0.0
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.get_base_model().enable_input_require_grads()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    with pytest.raises(ConfigError, match=r"with model\.select"):
-        logits(model, inputs, task_ids=ids)
-    with model.select(ids):
-        logits(model, inputs).square().sum().backward()
-    for task, expected in wanted.items():
-        assert torch.allclose(gradient(model, task), expected, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_a_layer_that_runs_again_in_the_backward_pass_has_the_tasks_of_its_call(
+    trained: tuple[CoreBank, PeftModel],
+) -> None:
+    _, model = trained
+    inputs, ids, tasks = ARCHITECTURES["bert"].inputs(), ["a", "b", None, "a"], ("a", "b")
+    logits(model, inputs, task_ids=ids).square().sum().backward()
+    expected = {task: gradient(model, task) for task in tasks}
+    checkpointed(model, reentrant=False)
+    for _ in range(2):  # the second time the functions that checkpoint remember already
+        model.base_model.tasks.slab.numbers.grad = None
+        loss = logits(model, inputs, task_ids=ids).square().sum()
+        with model.select(["d", "c", "d", "c"]):  # what is chosen meanwhile is another call's
+            in_another_thread(loss.backward)  # as on an accelerator, where torch has a thread a device
+        for task in tasks:
+            largest = float(expected[task].abs().max())
+            assert torch.allclose(gradient(model, task), expected[task], atol=1e-5 * largest)
+
+
+def test_a_reentrant_checkpoint_is_refused_where_tasks_train(trained: tuple[CoreBank, PeftModel]) -> None:
+    _, model = trained
+    checkpointed(model, reentrant=True)
+    with pytest.raises(ConfigError, match=r"use_reentrant.*False"):
+        logits(model, ARCHITECTURES["bert"].inputs(), task_ids=["a"] * 4)
+
+
+def test_a_checkpoint_that_forgets_the_tasks_of_its_call_is_refused(
+    trained: tuple[CoreBank, PeftModel],
+) -> None:
+    _, model = trained
+    inputs = ARCHITECTURES["bert"].inputs()
+    with model.select(["a"] * 4):
+        loss = checkpoint(lambda: logits(model, inputs), use_reentrant=False).square().sum()
+    with pytest.raises(ConfigError, match="tasks of its call are not known"):
+        loss.backward()
+
+
+def test_a_compiled_model_has_the_tasks_of_each_call(tmp_path: Path) -> None:
+    bank, inputs = make_bank(tmp_path, "bert"), ARCHITECTURES["bert"].inputs()
+    model = bank.wrap(ARCHITECTURES["bert"].make())
+    torch.compiler.reset()
+    graphs: list[object] = []
+    compiled = torch.compile(model.get_base_model(), backend=lambda graph, _: graphs.append(graph) or graph)
+    for ids in (["a", "b", None, "d"], ["c", "c", "a", "b"], ["d", "a", "b", "c"]):
+        with model.select(ids), torch.no_grad():
+            assert torch.allclose(logits(compiled, inputs), logits(model, inputs), atol=1e-6)
+    assert graphs
 
 
 @pytest.mark.parametrize("names", [["a"], ["a", "b", "a", "b", "a"], [None], "abcd"])

@@ -12,7 +12,7 @@ from torch import Tensor
 from lotr.bank.cache import take
 from lotr.errors import ConfigError
 from lotr.training.tasks.row_adam import RowAdam
-from lotr.training.tasks.sampler import TaskSampler, temperature_of
+from lotr.training.tasks.trainer import TaskSampler, temperature_of
 
 
 def loss(core: Tensor, head: Tensor, target: float) -> Tensor:
@@ -47,28 +47,6 @@ def test_each_task_is_trained_as_adamw_trains_it_alone(decay: float, max_norm: f
         for table, expected in zip(tables, own, strict=True):
             assert torch.allclose(table[slot], expected, atol=1e-6)
     assert torch.equal(tables[0][[0, 2]], cores[[0, 2]])
-
-
-def test_a_task_that_left_and_came_back_goes_on_as_if_it_had_stayed() -> None:
-    def run(leave: bool) -> Tensor:
-        torch.manual_seed(1)
-        table = torch.randn(3, 4).requires_grad_()
-        optimizer = RowAdam([table], lr=0.1)
-        slot = 1
-        for n in range(6):
-            (take(table, torch.tensor([slot])) ** 2).sum().backward()
-            optimizer.step()
-            if leave and n == 2:
-                moments, numbers = optimizer.moments(1), table[1].detach().clone()
-                optimizer.set_moments(1, {})
-                assert not optimizer.state[table]["exp_avg"][1].any()
-                slot = 2
-                optimizer.set_moments(2, moments)
-                with torch.no_grad():
-                    table[2] = numbers
-        return table[slot].detach()
-
-    assert torch.equal(run(leave=True), run(leave=False))
 
 
 def test_proportional_sampling_shows_every_row_once_a_round() -> None:

@@ -20,8 +20,8 @@ from lotr.errors import ConfigError, DataError, TrainingError, UnknownTaskError
 from lotr.training.tasks.predict import predict
 from lotr.training.tasks.run import RUN, train_bank
 from lotr.training.tasks.served import load_served
+from lotr.training.tasks.settings import BankSettings
 from lotr.training.tasks.task_list import TaskSource, read_tasks
-from lotr_cli.bank_settings import BankSettings
 
 PAIRS = {"first": ("red", "green"), "second": ("green", "blue", "red"), "third": ("blue", "green")}
 
@@ -85,20 +85,10 @@ def test_a_task_is_trained_the_same_with_others_and_alone(home: Path, tmp_path: 
     """Batches hold the same rows of the task in both runs: the others must not be felt."""
     common = {"max_steps": 6, "sampling": "uniform", "batch_size": 30}
     train_bank(settings(home, tmp_path / "all", **common), quiet)
-    wide = train_bank(settings(home, tmp_path / "narrow", capacity="3", **common), quiet)
+    wide = train_bank(settings(home, tmp_path / "narrow", **common), quiet)
     a, b = (CoreBank.open(tmp_path / name).get("first").numbers for name in ("all", "narrow"))
     assert torch.equal(a, b)
     assert wide["steps"] == 6
-
-
-def test_a_window_smaller_than_the_run_trains_the_same_numbers(home: Path, tmp_path: Path) -> None:
-    common = {"max_steps": 30, "batch_size": 1}
-    train_bank(settings(home, tmp_path / "all", capacity="3", **common), quiet)
-    train_bank(settings(home, tmp_path / "one", capacity="1", **common), quiet)
-    for name in PAIRS:
-        whole, spilled = (CoreBank.open(tmp_path / bank).get(name) for bank in ("all", "one"))
-        assert torch.equal(whole.numbers, spilled.numbers) and whole.numbers.any()
-        assert all(torch.equal(value, spilled.head[key]) for key, value in whole.head.items())
 
 
 def test_a_task_is_added_later_and_the_others_stay(home: Path, tmp_path: Path) -> None:
@@ -163,7 +153,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(home: Path, tmp_path: Pa
             if state.global_step == 14:
                 raise KeyboardInterrupt
 
-    common = {"max_steps": 20, "save_steps": 5, "capacity": "2", "batch_size": 2}
+    common = {"max_steps": 20, "save_steps": 5, "batch_size": 2}
     train_bank(settings(home, tmp_path / "whole", **common), quiet)
     with pytest.raises(KeyboardInterrupt):
         train_bank(settings(home, tmp_path / "cut", **common), quiet, [Kill()])
@@ -179,7 +169,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(home: Path, tmp_path: Pa
 
 def test_runs_killed_at_random_points_lose_nothing_that_was_saved(home: Path, tmp_path: Path) -> None:
     """In a process of its own, which forks: a child trains, is killed, and another one goes on."""
-    chosen = vars(settings(home, tmp_path / "bank", max_steps=400, save_steps=2, capacity="2", batch_size=2))
+    chosen = vars(settings(home, tmp_path / "bank", max_steps=400, save_steps=2, batch_size=2))
     command = [sys.executable, str(Path(__file__).with_name("killed_training.py")), json.dumps(chosen), "12"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -195,6 +185,16 @@ def test_a_loss_that_is_not_finite_names_its_task(home: Path, tmp_path: Path) ->
 
 
 # ---------------------------------------------------------------------- bad input
+
+
+def test_tasks_that_do_not_fit_into_memory_are_refused_with_their_bytes(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lotr.training.tasks.run.os.sysconf", lambda name: 64)
+    lines: list[str] = []
+    with pytest.raises(ConfigError, match=r"these need [\d,]+ bytes, [\d,]+ a task, and there are 4,096"):
+        train_bank(settings(home, tmp_path / "bank"), lines.append)
+    assert "bytes of memory a task" in lines[0]
 
 
 def test_a_list_of_tasks_is_checked(tmp_path: Path) -> None:

@@ -8,11 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from . import console
-from .bank_reports import said, table, trained
-from .bank_settings import BankSettings
+from .bank_reports import table, trained
 from .console import print_json, print_table, reported
 from .examples import epilog
+from .light import load
 from .options import with_train_options
+from .reports import said
+
+BankSettings = load("lotr.training.tasks.settings").BankSettings
 
 app = typer.Typer(
     name="bank",
@@ -33,7 +36,7 @@ def create(
         str, typer.Option(help="LoTR adapter, folder or hub id, whose factors all tasks will share.")
     ],
     dtype: Annotated[
-        str, typer.Option(help="How numbers are kept: float32, bfloat16, float16, int8.")
+        str, typer.Option(help="How numbers are kept: float32, bfloat16 or float16.")
     ] = "bfloat16",
     json: Json = False,
 ) -> None:
@@ -41,8 +44,8 @@ def create(
     with reported(), console.stopwatch("Reading the basis"):
         from lotr.bank import CoreBank
 
-        with CoreBank.create(bank, basis, dtype=dtype) as made:
-            report = {"bank": str(bank), **made.stats()}
+        with CoreBank.create(bank, basis, dtype=dtype) as opened:
+            report = {"bank": str(bank), **opened.stats()}
     said(
         report,
         f"An empty bank is in {bank}: {report['numbers_per_task']:,} numbers a task, which take "
@@ -77,7 +80,7 @@ def _train(tasks: list[dict[str, Any]], given: dict[str, Any], json: bool) -> No
     named = {name: value for name, value in given.items() if value is not None}
     bar = TrainingProgress()
     try:
-        report = train_bank(BankSettings(**named, tasks=tasks), console.say, [bar])
+        report = train_bank(BankSettings(**named, tasks=tuple(tasks)), console.say, [bar])
     finally:
         bar.close()
     trained(report, json)
@@ -113,14 +116,8 @@ def add(
                 raise console.usage_error(
                     "--train trains one task: name it with --task, and name no adapters."
                 )
-            source = {
-                "name": task,
-                "train": train,
-                "eval": eval,
-                "text": text,
-                "text2": text2,
-                "label": label,
-            }
+            columns = {"text": text, "text2": text2, "label": label}
+            source = {"name": task, "train": train, "eval": eval, **columns}
             return _train([source], {**given, "output": str(bank), "replace": replace}, json)
         if not adapters:
             raise console.usage_error(
@@ -153,10 +150,9 @@ def list_tasks(
     """List tasks in the order of their names."""
     with reported(), console.stopwatch("Reading"):
         from lotr.bank import CoreBank
-        from lotr.bank.report import overview
 
         with CoreBank.open(bank) as opened:
-            total, shown = len(opened), overview(opened, after, limit or -1)
+            total, shown = len(opened), opened.overview(after, limit or -1)
     if json:
         return print_json({"bank": str(bank), "tasks": total, "shown": shown})
     print_table(str(bank), ("task", "kind", "classes", "created"), [tuple(row.values()) for row in shown])

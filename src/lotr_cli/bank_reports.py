@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .console import out, print_json, print_table
-
-
-def said(report: dict[str, Any], line: str, as_json: bool) -> None:
-    """Show a report as one line, or as JSON."""
-    if as_json:
-        print_json(report)
-    else:  # names are data: nothing in them is markup
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+from .console import print_json, print_table
+from .reports import said
 
 
 def table(title: str, report: dict[str, Any], as_json: bool) -> None:
@@ -33,8 +26,7 @@ def trained(report: dict[str, Any], as_json: bool) -> None:
     if as_json:
         return print_json(report)
     rows = [
-        (name, found["task"], found["rows"]["train"], *_score(found))
-        for name, found in report["tasks"].items()
+        (name, task["task"], task["rows"]["train"], *_score(task)) for name, task in report["tasks"].items()
     ]
     print_table(report["bank"], ("task", "kind", "rows", "measured", "score"), rows)
     return said(
@@ -45,9 +37,9 @@ def trained(report: dict[str, Any], as_json: bool) -> None:
     )
 
 
-def _score(found: dict[str, Any]) -> tuple[str, float]:
-    name = next(name for name in ("accuracy", "pearson", "loss") if name in found)
-    return name, found[name]
+def _score(task: dict[str, Any]) -> tuple[str, float]:
+    name = next(name for name in ("accuracy", "pearson", "loss") if name in task)
+    return name, task[name]
 
 
 def _plain(value: Any) -> Any:

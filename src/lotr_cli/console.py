@@ -75,8 +75,8 @@ def say(line: str) -> None:
 
 
 def print_line(line: str) -> None:
-    """Print a line of a report on stdout, whole."""
-    out.print(line, highlight=False, soft_wrap=True)
+    """Print a line of a report on stdout, whole; names are data, so nothing in it is markup."""
+    out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_json(content: Any) -> None:

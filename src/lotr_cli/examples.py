@@ -37,7 +37,7 @@ EXAMPLES = {
     "methods": ("lotr methods", "lotr methods --json"),
     "bank create": (
         "lotr bank create runs/bank --basis runs/first",
-        "lotr bank create runs/small-bank --basis runs/first --dtype int8",
+        "lotr bank create runs/exact-bank --basis runs/first --dtype float32",
     ),
     "bank add": (
         "lotr bank add runs/bank runs/first runs/other-task",

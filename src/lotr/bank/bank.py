@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..files.adapter_folder import read_adapter
-from ..sharing.plan import Plan
+from ..files.adapter_folder import fingerprint, read_adapter
 from ..tuner.config import LotrConfig
 from ..tuner.saved_adapter import read_basis, read_saved
-from . import folder, report
-from . import transfer as adapters
-from .codec import n_bytes
-from .layout import Layout
-from .record import to_row, to_tasks
+from . import recover, transfer
+from .layout import TASKS, Description, Layout, create_folder
 from .store import TaskStore
-from .task import Task, check_name
+from .task import Task, check_name, to_record, to_tasks
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from .wrap import BankModel
 
 
 class CoreBank:
@@ -36,9 +34,9 @@ class CoreBank:
         >>> from peft import get_peft_model
         >>> from transformers import BertConfig, BertModel
         >>> base = BertModel(BertConfig(hidden_size=48, num_hidden_layers=2, intermediate_size=64))
-        >>> place = tempfile.mkdtemp()
-        >>> get_peft_model(base, lotr.LotrConfig(r=4)).save_pretrained(f"{place}/basis")
-        >>> bank = CoreBank.create(f"{place}/bank", basis=f"{place}/basis", dtype="float32")
+        >>> folder = tempfile.mkdtemp()
+        >>> get_peft_model(base, lotr.LotrConfig(r=4)).save_pretrained(f"{folder}/basis")
+        >>> bank = CoreBank.create(f"{folder}/bank", basis=f"{folder}/basis", dtype="float32")
         >>> bank.add(Task("reviews", torch.randn(bank.layout.size)))
         0.0
         >>> len(bank), "reviews" in bank, bank.get("reviews").numbers.shape
@@ -47,41 +45,37 @@ class CoreBank:
 
     def __init__(self, path: Path, writable: bool = False) -> None:
         self.path = path
-        self.description = folder.Description.read(path)
+        self.description = Description.read(path)
         saved = read_saved(path)
-        self.plan: Plan = saved.plan
+        self._config, self.plan = saved.config, saved.plan
         self.layout = Layout.of(self.plan)
-        self._config = saved.config
-        self.store = TaskStore(path / folder.TASKS, writable)
-        self._check_folder()
-
-    def _check_folder(self) -> None:
-        said = self.description
-        if said.layout != self.layout.to_list():
+        self.store = TaskStore(path / TASKS, writable)
+        if self.description.layout != self.layout.to_list():
             raise CheckpointError(
-                f"{self.path}: bank.json tells of {said.numbers} numbers a task, and adapter_config.json beside it of "
-                f"{self.layout.size}, or of the same in another order. They were put together from different banks."
+                f"{path}: bank.json tells of {self.description.numbers} numbers a task, and adapter_config.json beside "
+                f"it of {self.layout.size}, or of the same in another order. They were put together from different "
+                "banks."
             )
-        if said.basis_hash != self.store.basis_hash:
+        if self.description.basis_hash != self.store.basis_hash:
             raise CheckpointError(
-                f"The tasks in {self.path / folder.TASKS} belong to a basis with hash {self.store.basis_hash}, and "
-                f"bank.json tells of {said.basis_hash}. The files were put together from different banks."
+                f"The tasks in {path / TASKS} belong to a basis with hash {self.store.basis_hash}, and bank.json tells "
+                f"of {self.description.basis_hash}. The files were put together from different banks."
             )
 
     @classmethod
     def create(cls, path: str | Path, basis: str | Path, *, dtype: str = "bfloat16") -> CoreBank:
-        """Make an empty bank and open it for writing.
+        """Make an empty bank and open it for writing; the folder is there whole or not at all.
 
         Args:
             path: Folder to make.
             basis: Folder or hub id of a LoTR adapter with cores, without a magnitude; its factors are copied.
-            dtype: Type in which tasks are kept: float32, bfloat16, float16, or int8 with one scale a core.
+            dtype: Type in which tasks are kept: float32, bfloat16 or float16.
 
         Raises:
             ConfigError: The folder is not free, the type is not known, or the adapter cannot be a basis.
             CheckpointError: The adapter is damaged.
         """
-        folder.create(Path(path), basis, dtype)
+        create_folder(Path(path), basis, dtype)
         return cls(Path(path), writable=True)
 
     @classmethod
@@ -89,12 +83,18 @@ class CoreBank:
         """Open a bank; the time does not depend on how many tasks it has.
 
         Raises:
-            CheckpointError: There is no bank, it is damaged, or a newer version of the library made it.
+            CheckpointError: There is no bank, it is damaged, or another version of the library made it.
         """
         return cls(Path(path), writable)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CoreBank, (self.path, self.store.writable)
+
+    def __repr__(self) -> str:
+        return (
+            f"CoreBank({str(self.path)!r}: {len(self):,} tasks of {self.layout.size:,} numbers, {self.task_bytes:,} "
+            f"bytes each in {self.dtype}, for {self.base_model!r})"
+        )
 
     def close(self) -> None:
         """Let go of the files."""
@@ -106,8 +106,6 @@ class CoreBank:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # ------------------------------------------------------------------ the basis
-
     @property
     def base_model(self) -> str | None:
         """Name or path of the base model, where the basis told one."""
@@ -117,6 +115,11 @@ class CoreBank:
     def dtype(self) -> str:
         """Type in which tasks are kept."""
         return self.description.dtype
+
+    @property
+    def task_bytes(self) -> int:
+        """Bytes of the numbers of one task."""
+        return self.description.task_bytes
 
     @property
     def config(self) -> LotrConfig:
@@ -135,23 +138,29 @@ class CoreBank:
         return read_basis(self.config)
 
     def check_base(self, model: nn.Module) -> None:
-        """Refuse a base model on which the tasks were not trained.
-
-        Args:
-            model: The bare base model.
+        """Refuse a bare base model whose adapted weights are others than those that the basis was made for.
 
         Raises:
-            CheckpointError: Its adapted weights are others than those that the basis was made for.
+            CheckpointError: The message names both.
         """
-        self.description.check_base(model, [target.path for target in self.plan.targets], self.path)
+        name, expected = self.base_model, self.description.base_fingerprint
+        try:
+            actual = fingerprint(model, [target.path for target in self.plan.targets])
+        except AttributeError as error:
+            raise CheckpointError(
+                f"The bank in {self.path} is for {name!r}, and this model has another structure: {error}."
+            ) from None
+        if expected and actual and expected != actual:
+            raise CheckpointError(
+                f"The weights of this model are not those that the bank in {self.path} is for ({name!r}): "
+                f"fingerprint {actual}, not {expected}. Load the right base model."
+            )
 
-    def wrap(self, base: nn.Module, capacity: int | str = 1024) -> PeftModel:
+    def wrap(self, base: nn.Module, capacity: int | str = 1024) -> BankModel:
         """Put the bank on its base model: every row of a batch uses a task of its own; see `lotr.bank.wrap.wrap`."""
         from .wrap import wrap
 
         return wrap(self, base, capacity)
-
-    # ------------------------------------------------------------------ reading
 
     def __len__(self) -> int:
         return len(self.store)
@@ -167,12 +176,7 @@ class CoreBank:
             page = self.store.names(after=page[-1], limit=1000)
 
     def get(self, name: str) -> Task:
-        """Return a task, its numbers in float32.
-
-        Raises:
-            UnknownTaskError: There is none of this name.
-            CheckpointError: It is damaged; the others stay readable.
-        """
+        """Return a task, its numbers in float32; see `read`."""
         return self.read([name])[1][0]
 
     def read(self, names: Sequence[str]) -> tuple[Tensor, list[Task]]:  # (n, size)
@@ -188,36 +192,7 @@ class CoreBank:
             UnknownTaskError: There is none of one of the names.
             CheckpointError: One of them is damaged; the others stay readable.
         """
-        return to_tasks([self.store.read(name) for name in names], self.layout)
-
-    def about(self, name: str) -> dict[str, Any]:
-        """Return what is known of a task, as plain values. See `report.about`."""
-        return report.about(self, name)
-
-    def stats(self) -> dict[str, Any]:
-        """Return counts and bytes of the bank, as plain values. See `report.stats`."""
-        return report.stats(self)
-
-    def verify(self, tick: report.Tick | None = None) -> dict[str, Any]:
-        """Read everything and report all that is damaged. See `report.verify`."""
-        return report.verify(self, tick)
-
-    def export(
-        self,
-        name: str,
-        output: str | Path,
-        *,
-        as_lora: bool = False,
-        refer: bool = False,
-        overwrite: bool = False,
-    ) -> dict[str, Any]:
-        """Write a task as a LoTR adapter that stands alone, as one that refers to this bank, or as plain LoRA.
-
-        See `adapters.export`.
-        """
-        return adapters.export(self, name, Path(output), as_lora, refer, overwrite)
-
-    # ------------------------------------------------------------------ writing
+        return to_tasks([self.store.read(name) for name in names], self.layout.size)
 
     def add(self, task: Task, *, replace: bool = False) -> float:
         """Add a task; once this returns, it is on the disk.
@@ -236,17 +211,13 @@ class CoreBank:
         return self.add_many([task], replace=replace)
 
     def add_many(self, tasks: Iterable[Task], *, replace: bool = False) -> float:
-        """Add all of the tasks or, when one of them cannot be, none; see `add`.
-
-        Returns:
-            The largest error of rounding; zero without tasks.
-        """
+        """Add all of the tasks or, when one of them cannot be, none; returns the largest error of rounding."""
         worst = 0.0
         with self.store.transaction():
             for task in tasks:
-                row = to_row(task, self.layout, self.dtype)
-                self.store.write(row, replace)
-                worst = max(worst, row.error)
+                record = to_record(task, self.layout.size, self.dtype)
+                self.store.write(record, replace)
+                worst = max(worst, record.error)
         return worst
 
     def add_adapter(self, name: str, adapter: str | Path, *, replace: bool = False, **metadata: Any) -> float:
@@ -254,8 +225,20 @@ class CoreBank:
         return self.add(self.from_adapter(name, adapter, **metadata), replace=replace)
 
     def from_adapter(self, name: str, adapter: str | Path, **metadata: Any) -> Task:
-        """Return a saved adapter as a task of this bank, without adding it. See `adapters.task_of`."""
-        return adapters.task_of(self, name, read_adapter(adapter), metadata)
+        """Return a saved adapter as a task of this bank, without adding it. See `transfer.task_of`."""
+        return transfer.task_of(self, name, read_adapter(adapter), metadata)
+
+    def export(
+        self,
+        name: str,
+        output: str | Path,
+        *,
+        as_lora: bool = False,
+        refer: bool = False,
+        overwrite: bool = False,
+    ) -> dict[str, Any]:
+        """Write a task as an adapter that stands alone or refers to this bank, or as LoRA. See `transfer.export`."""
+        return transfer.export(self, name, Path(output), as_lora, refer, overwrite)
 
     def remove(self, *names: str) -> None:
         """Remove tasks, damaged or not: all of those named, or none.
@@ -264,9 +247,8 @@ class CoreBank:
             UnknownTaskError: There is none of one of the names.
         """
         with self.store.transaction():
-            places = [self.store.place(name) for name in names]  # before any is gone, for what an error says
-            for place in places:
-                self.store.remove_at(place)
+            for number in [self.store.id_of(name) for name in names]:  # all, before any is gone
+                self.store.remove_id(number)
 
     def rename(self, old: str, new: str) -> None:
         """Give a task another name.
@@ -279,7 +261,69 @@ class CoreBank:
         with self.store.transaction():
             self.store.rename(old, check_name(new))
 
-    @property
-    def task_bytes(self) -> int:
-        """Bytes of the numbers of one task."""
-        return n_bytes(self.layout, self.dtype)
+    def about(self, name: str) -> dict[str, Any]:
+        """Return what is known of a task, as plain values.
+
+        Raises:
+            UnknownTaskError: There is none of this name.
+            CheckpointError: It is damaged.
+        """
+        record = self.store.read(name)
+        _, (task,) = to_tasks([record], self.layout.size)
+        return {
+            "name": task.name,
+            "task": task.task,
+            "labels": list(task.labels),
+            "created": _time(record.created),
+            "dtype": record.dtype,
+            "numbers": task.numbers.numel(),
+            "bytes": len(record.numbers),
+            "rounding_error": record.error,
+            "norm": float(task.numbers.norm()),
+            "head": {key: list(tensor.shape) for key, tensor in task.head.items()},
+            "head_bytes": len(record.head),
+            "checksum": record.checksum.hex(),
+            "metadata": dict(task.metadata),
+        }
+
+    def overview(self, after: str = "", limit: int = -1) -> list[dict[str, Any]]:
+        """Return name, kind, number of classes and time of tasks behind a name, in the order of their names."""
+        rows: list[dict[str, Any]] = []
+        for name in self.store.names(after, limit):
+            try:
+                record = self.store.read(name)
+            except CheckpointError:
+                rows.append({"name": name, "kind": "damaged", "classes": "", "created": ""})
+                continue
+            about = json.loads(record.about)
+            kind, classes = about.get("task", ""), len(about.get("labels", ())) or ""
+            rows.append({"name": name, "kind": kind, "classes": classes, "created": _time(record.created)})
+        return rows
+
+    def stats(self) -> dict[str, Any]:
+        """Return counts and bytes, as plain values; reads every record once for the errors of rounding."""
+        tasks, kinds, worst = self.store.summary()
+        files = [self.path / f"{TASKS}{end}" for end in ("", "-wal")]
+        file_bytes = sum(file.stat().st_size for file in files if file.exists())
+        numbers = tasks * self.task_bytes
+        return {
+            "tasks": tasks,
+            "kinds": kinds,
+            "base_model": self.base_model,
+            "dtype": self.dtype,
+            "numbers_per_task": self.layout.size,
+            "bytes_per_task": self.task_bytes,
+            "bytes_of_numbers": numbers,
+            "bytes_of_tasks": file_bytes,
+            "over_the_numbers": round(file_bytes / numbers, 4) if numbers else None,
+            "basis_numbers": self.plan.n_factors,
+            "worst_rounding_error": worst,
+        }
+
+    def verify(self, tick: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+        """Read everything and report all that is damaged. See `recover.verify`."""
+        return recover.verify(self, tick)
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

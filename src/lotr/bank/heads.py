@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import CheckpointError
+from ..tuner.batch_cores import HeadRows, RowsOfCall
 from .cache import take
 
 if TYPE_CHECKING:
@@ -21,23 +22,6 @@ if TYPE_CHECKING:
 #: Where transformers' models have the head of a task; PEFT trains and saves modules of these names in full.
 NAMES = ("classifier", "score")
 _ROOT = "base_model.model."
-
-
-@dataclass(frozen=True)
-class HeadRows:
-    """The heads of the rows of a batch.
-
-    Args:
-        parameters: Name in the head → `(rows, *shape)`, padded to the widest head in memory.
-        n_labels: Labels of every row's task, `(rows,)`.
-        regression: Whether the only output of a row is a number, `(rows,)`.
-        width: The most labels of a row.
-    """
-
-    parameters: dict[str, Tensor]
-    n_labels: Tensor
-    regression: Tensor
-    width: int
 
 
 class Heads:
@@ -84,48 +68,36 @@ class Heads:
 
     def get(self, slot: int) -> dict[str, Tensor]:
         """Return the head in a slot by its names in an adapter's file, without padding."""
-        found = {}
+        head = {}
         for name, table in self.tables.items():
             padded = table[slot].detach().reshape(self.shapes[name])
             rows = self.n_labels[slot] if self._is_last(name) else len(padded)
-            found[self.prefix + name] = padded[:rows].clone()
-        return found
+            head[self.prefix + name] = padded[:rows].clone()
+        return head
 
     def fresh(self, n_labels: int, seed: int) -> dict[str, Tensor]:
         """Return a new head by its names in an adapter's file: random as transformers begins one, without a bias."""
-        draw = torch.Generator().manual_seed(seed)
-        found = {}
+        generator = torch.Generator().manual_seed(seed)
+        head = {}
         for name, shape in self.shapes.items():
-            if self._is_last(name):
-                shape = (n_labels, *shape[1:])
-                bias = len(shape) == 1
-                value = torch.zeros(shape) if bias else 0.02 * torch.randn(shape, generator=draw)
-            else:
+            if not self._is_last(name):
                 value = self.tables[name][0].detach().reshape(shape).cpu()
-            found[self.prefix + name] = value
-        return found
+            elif len(shape) == 1:  # a bias
+                value = torch.zeros(n_labels)
+            else:
+                value = 0.02 * torch.randn((n_labels, *shape[1:]), generator=generator)
+            head[self.prefix + name] = value
+        return head
 
-    def widen(self, n_labels: int) -> None:
-        """Make place for heads with so many labels."""
-        self.reserve(
-            {
-                name: (n_labels if self._is_last(name) else shape[0], *shape[1:])
-                for name, shape in self.shapes.items()
-            }
-        )
-
-    def rows(self, slots: Tensor, places: Sequence[int]) -> HeadRows:  # (rows,)
-        """Return the heads of the rows of a batch."""
+    def rows(self, slots: Sequence[int], device: torch.device) -> HeadRows:
+        """Return the heads of the rows of a batch, which have these slots."""
+        at = torch.tensor(slots, device=device)
         parameters = {
-            name: take(table, slots).unflatten(1, self.shapes[name]) for name, table in self.tables.items()
+            name: take(table, at).unflatten(1, self.shapes[name]) for name, table in self.tables.items()
         }
-        labels = [self.n_labels[place] for place in places]
-        return HeadRows(
-            parameters,
-            torch.tensor(labels, device=slots.device),
-            torch.tensor([self.regression[place] for place in places], device=slots.device),
-            max(labels),
-        )
+        labels = [self.n_labels[slot] for slot in slots]
+        regression = torch.tensor([self.regression[slot] for slot in slots], device=device)
+        return HeadRows(parameters, torch.tensor(labels, device=device), regression, max(labels))
 
     def reserve(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Make every head in memory at least as large as these shapes."""
@@ -172,28 +144,35 @@ class RowHead(nn.Module):
 
     Args:
         head: The head of the base model, in use while no rows are selected.
+        current: Tells the rows of the call that runs.
     """
 
-    def __init__(self, head: nn.Module) -> None:
+    def __init__(self, head: nn.Module, current: RowsOfCall) -> None:
         super().__init__()
         self.head = head
-        self.rows: HeadRows | None = None
+        self.current = current
 
     def forward(self, x: Tensor) -> Tensor:  # (m·rows, *n, in) -> (m·rows, *n, width)
         """Return logits; those of labels that a row's task does not have are the lowest number there is."""
-        if self.rows is None:
+        selected = self.current.get()
+        own = None if selected is None else selected.head
+        if own is None:
             logits: Tensor = self.head(x)
             return logits
-        rows = len(self.rows.n_labels)
+        rows = len(own.n_labels)
         # in float32 on a half-precision base too, as heads are trained
         x = x.float().unflatten(0, (rows, -1))
 
+        # a call writes the parameters of its rows into a head of its own, which has the tensors of this one
+        tensors = (*self.head.parameters(), *self.head.buffers())
+        head = copy.deepcopy(self.head, {id(tensor): tensor for tensor in tensors})
+
         def one(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-            logits: Tensor = functional_call(self.head, parameters, (x,))
+            logits: Tensor = functional_call(head, parameters, (x,))
             return logits
 
-        logits = torch.vmap(one, randomness="different")(self.rows.parameters, x)[..., : self.rows.width]
-        known = torch.arange(self.rows.width, device=x.device) < self.rows.n_labels[:, None]
+        logits = torch.vmap(one, randomness="different")(own.parameters, x)[..., : own.width]
+        known = torch.arange(own.width, device=x.device) < own.n_labels[:, None]
         known = known.view(rows, *[1] * (logits.dim() - 2), -1)
         return logits.masked_fill(~known, torch.finfo(logits.dtype).min).flatten(0, 1)
 

@@ -1,30 +1,67 @@
-"""What can still be read of a damaged file of tasks, put into a new bank."""
+"""Damaged banks: what is wrong with one, and what can still be read of it, put into a new bank."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError
 from ..files.adapter_folder import BASIS_WEIGHTS, CONFIG
-from ..files.atomic import whole_folder
-from . import database
-from .folder import BANK, TASKS, Description
-from .row import Row
-from .store import TaskStore
+from ..files.atomic import check_free, whole_folder
+from .layout import BANK, TASKS, Description
+from .store import TaskStore, create_store
+from .task import Record, to_tasks
 
+if TYPE_CHECKING:
+    from .bank import CoreBank
+
+Tick = Callable[[int, int], None]  # tasks done, tasks in all
 _LEAF = 13  # first byte of a page that holds rows of a table
 
 
-def recover(path: Path, output: Path, tick: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+def verify(bank: CoreBank, tick: Tick | None = None) -> dict[str, Any]:
+    """Read everything: the basis, every page of the file of tasks, and every task with its checksum.
+
+    Args:
+        bank: The bank.
+        tick: Called as tasks are done.
+
+    Returns:
+        `ok`; `tasks`, how many there are; `damaged`, each with its name and the reason; `file`, what is wrong with the
+        file itself; `basis`, what is wrong with the basis.
+    """
+    basis: str | None = None
+    damaged: list[dict[str, str]] = []
+    tasks: list[tuple[int, str]] = []
+    try:
+        bank.basis_tensors()
+    except CheckpointError as error:
+        basis = str(error)
+    file = bank.store.complaints()
+    try:
+        tasks = bank.store.ids()
+    except CheckpointError as error:
+        file.append(f"The names of the tasks cannot be read. {error}")
+    for done, (number, name) in enumerate(tasks, start=1):
+        try:
+            to_tasks([bank.store.read_id(number, name)], bank.layout.size)
+        except CheckpointError as error:
+            damaged.append({"task": name, "reason": str(error)})
+        if tick is not None:
+            tick(done, len(tasks))
+    ok = not (basis or file or damaged)
+    return {"ok": ok, "tasks": len(tasks), "damaged": damaged, "file": file, "basis": basis}
+
+
+def recover(path: Path, output: Path, tick: Tick | None = None) -> dict[str, Any]:
     """Save every task that can still be read; the damaged bank is not touched.
 
     Args:
         path: The damaged bank.
         output: Folder of the new bank.
-        tick: Called as rows are done.
+        tick: Called as records are done.
 
     Returns:
         `saved`, how many tasks; `lost`, the names of the others, or `None` where the list of names is damaged too.
@@ -33,54 +70,48 @@ def recover(path: Path, output: Path, tick: Callable[[int, int], None] | None = 
         ConfigError: The output folder is not free.
         CheckpointError: The description of the bank, or the first page of its file of tasks, is damaged.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"{output} is not an empty folder. Choose another one for the new bank.")
-    described = Description.read(path)
+    check_free(output, overwrite=False)
+    description = Description.read(path)
     source = TaskStore(path / TASKS, truncated=True)
-    places = sorted(set(rows_in(path / TASKS)) | set(rows_in(path / f"{TASKS}-wal")))
+    numbers = sorted({*row_numbers(path / TASKS), *row_numbers(path / f"{TASKS}-wal")})
     names: set[str] | None = None
     try:
-        named = source.places()
-        names, places = {name for _, name in named}, [place for place, _ in named]
+        known = source.ids()
+        names, numbers = {name for _, name in known}, [number for number, _ in known]
     except CheckpointError:
-        pass  # then every place where a row may be is looked at
-    with whole_folder(output) as made:
+        pass  # then every number that a record may have is looked at
+    with whole_folder(output) as folder:
         for name in (BANK, CONFIG, BASIS_WEIGHTS):
-            shutil.copyfile(path / name, made / name)
-        database.create(made / TASKS, described.basis_hash, source.page_size)
-        saved = _copy(source, TaskStore(made / TASKS, writable=True), places, tick)
-    return {
-        "saved": len(saved),
-        "lost": None if names is None else sorted(names - saved),
-        "output": str(output),
-    }
+            shutil.copyfile(path / name, folder / name)
+        create_store(folder / TASKS, description.basis_hash, description.task_bytes)
+        saved = _copy(source, TaskStore(folder / TASKS, writable=True), numbers, tick)
+    lost = None if names is None else sorted(names - saved)
+    return {"saved": len(saved), "lost": lost, "output": str(output)}
 
 
-def _copy(
-    source: TaskStore, target: TaskStore, places: list[int], tick: Callable[[int, int], None] | None
-) -> set[str]:
-    """Copy the rows that are whole; returns their names."""
+def _copy(source: TaskStore, target: TaskStore, numbers: list[int], tick: Tick | None) -> set[str]:
+    """Copy the records that are whole; returns their names."""
     saved: set[str] = set()
     with target.transaction():
-        for done, place in enumerate(places, start=1):
-            row = _whole_row(source, place)
-            if row is not None:
-                target.write(row, replace=True)
-                saved.add(row.name)
+        for done, number in enumerate(numbers, start=1):
+            record = _readable(source, number)
+            if record is not None:
+                target.write(record, overwrite=True)
+                saved.add(record.name)
             if tick is not None:
-                tick(done, len(places))
+                tick(done, len(numbers))
     target.close()
     return saved
 
 
-def _whole_row(source: TaskStore, place: int) -> Row | None:
+def _readable(source: TaskStore, number: int) -> Record | None:
     try:
-        return source.read_at(place)
-    except CheckpointError:  # no row, or a damaged one
+        return source.read_id(number)
+    except CheckpointError:  # none, or a damaged one
         return None
 
 
-def rows_in(file: Path) -> Iterator[int]:
+def row_numbers(file: Path) -> Iterator[int]:
     """Yield the numbers of all rows on the pages of a database, or of its log; of other tables and of the past too.
 
     Source: https://www.sqlite.org/fileformat.html, sections 1.6 and 4.1
@@ -99,16 +130,16 @@ def rows_in(file: Path) -> Iterator[int]:
         while page := stream.read(size + 24 if log else size)[24 if log else 0 :]:
             if page[0] == _LEAF and len(page) == size:
                 for n in range(min(int.from_bytes(page[3:5]), size // 8)):
-                    at = int.from_bytes(page[8 + 2 * n : 10 + 2 * n])
-                    _, at = _varint(page, at)
-                    yield _varint(page, at)[0]
+                    offset = int.from_bytes(page[8 + 2 * n : 10 + 2 * n])
+                    _, offset = _varint(page, offset)
+                    yield _varint(page, offset)[0]
 
 
-def _varint(page: bytes, at: int) -> tuple[int, int]:
+def _varint(page: bytes, offset: int) -> tuple[int, int]:
     """Return a number of seven bits a byte, and where it ends."""
     value = 0
-    for byte in page[at : at + 8]:
-        value, at = value << 7 | byte & 127, at + 1
+    for byte in page[offset : offset + 8]:
+        value, offset = value << 7 | byte & 127, offset + 1
         if byte < 128:
             break
-    return value, at
+    return value, offset

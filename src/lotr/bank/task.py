@@ -1,15 +1,24 @@
-"""One task of a bank: its numbers, its head, and what is known of it."""
+"""One task of a bank: its numbers, its head, what is known of it, and how that becomes a record of plain values."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import time
 import unicodedata
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError, near
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: How a row of a batch without a task is written: PEFT's name, or `None`.
+BASE = "__base__"
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +65,8 @@ def check_name(name: str) -> str:
     """
     if not isinstance(name, str) or not name.strip():
         raise ConfigError(f"A task cannot be called {name!r}: a name is text that is not empty.")
-    if name == "__base__":
-        raise ConfigError("A task cannot be called '__base__': rows of that name are rows without a task.")
+    if name == BASE:
+        raise ConfigError(f"A task cannot be called {BASE!r}: rows of that name are rows without a task.")
     bad = [character for character in name if unicodedata.category(character) in ("Cc", "Cs")]
     if bad:
         raise ConfigError(
@@ -65,3 +74,125 @@ def check_name(name: str) -> str:
             "table could show. Leave it out."
         )
     return name
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise ConfigError if a bank cannot keep numbers in this type."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not a type of a bank's numbers. {near(dtype, DTYPES)}")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A task as it is kept.
+
+    Args:
+        name: Its name.
+        dtype: Type of its numbers.
+        created: When it was written, in seconds since 1970.
+        error: What rounding to `dtype` cost, relative.
+        about: JSON with everything that is no number.
+        numbers: Its cores.
+        head: Its head as a safetensors file; empty without one.
+        checksum: Of all the above.
+    """
+
+    name: str
+    dtype: str
+    created: float
+    error: float
+    about: str
+    numbers: bytes
+    head: bytes
+    checksum: bytes = b""
+
+    def sealed(self) -> Record:
+        """Return the record with its checksum."""
+        return replace(self, checksum=self._digest())
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every byte is the one that was written."""
+        return self.checksum == self._digest()
+
+    def _digest(self) -> bytes:
+        digest = hashlib.blake2b(digest_size=16)
+        for column in fields(self)[:-1]:
+            value = getattr(self, column.name)
+            plain = value if isinstance(value, bytes) else str(value).encode()
+            digest.update(len(plain).to_bytes(8, "little") + plain)
+        return digest.digest()
+
+
+def to_record(task: Task, size: int, dtype: str) -> Record:
+    """Return a task as it is kept.
+
+    Args:
+        task: The task.
+        size: Numbers of a task of the bank.
+        dtype: The bank's type, a key of `DTYPES`.
+
+    Raises:
+        ConfigError: Its numbers do not fit the bank or the type, or its metadata is no JSON.
+    """
+    if tuple(task.numbers.shape) != (size,):
+        raise ConfigError(
+            f"Task {task.name!r} has numbers of shape {tuple(task.numbers.shape)}, and a task of this bank has "
+            f"({size},). Train it on the bank's basis, with the bank's rank."
+        )
+    numbers = task.numbers.detach().float().cpu()
+    about = {"task": task.task, "labels": list(task.labels), "metadata": dict(task.metadata)}
+    try:
+        rounded = _rounded(numbers, dtype)
+        text = json.dumps({key: value for key, value in about.items() if value}, ensure_ascii=False)
+    except (ConfigError, TypeError, ValueError) as error:
+        raise ConfigError(f"Task {task.name!r} cannot be kept: {error}") from None
+    norm = float(torch.linalg.norm(numbers.double()))
+    lost = float(torch.linalg.norm(rounded.double() - numbers.double())) / norm if norm else 0.0
+    head = {key: _plain(tensor, DTYPES[dtype]) for key, tensor in task.head.items()}
+    blob = rounded.contiguous().view(torch.uint8).numpy().tobytes()
+    return Record(task.name, dtype, time.time(), lost, text, blob, save(head) if head else b"")
+
+
+def _rounded(numbers: Tensor, dtype: str) -> Tensor:
+    odd = int((~torch.isfinite(numbers)).sum())
+    if odd:
+        raise ConfigError(f"{odd} of its {len(numbers)} numbers are not finite. Train it with a lower rate.")
+    rounded = numbers.to(DTYPES[dtype])
+    if torch.isinf(rounded).any():
+        raise ConfigError(
+            f"{float(numbers.abs().max()):.3g} is too large for {dtype}, whose largest number is "
+            f"{torch.finfo(rounded.dtype).max:.3g}. Make the bank with dtype='bfloat16'."
+        )
+    return rounded
+
+
+def to_tasks(records: Sequence[Record], size: int) -> tuple[Tensor, list[Task]]:  # (n, size)
+    """Return the numbers of records in float32, and the tasks, whose numbers are rows of them.
+
+    Raises:
+        CheckpointError: A record is whole, and yet no task of this bank.
+    """
+    numbers = torch.empty(len(records), size)
+    for record, own in zip(records, numbers, strict=True):
+        dtype = DTYPES.get(record.dtype)
+        if dtype is None or len(record.numbers) != size * dtype.itemsize:
+            raise CheckpointError(
+                f"Task {record.name!r} has {len(record.numbers)} bytes of {record.dtype}, and a task of this bank has "
+                f"{size} numbers: another program wrote it. Remove it, or write it again."
+            )
+        own.copy_(torch.frombuffer(bytearray(record.numbers), dtype=dtype))
+    return numbers, [_task(record, own) for record, own in zip(records, numbers, strict=True)]
+
+
+def _task(record: Record, numbers: Tensor) -> Task:
+    about = json.loads(record.about)
+    tensors = load(record.head) if record.head else {}
+    head = {key: _plain(tensor, torch.float32) for key, tensor in tensors.items()}
+    labels = tuple(about.get("labels", ()))
+    return Task(record.name, numbers, head, labels, about.get("task"), about.get("metadata", {}))
+
+
+def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    plain = tensor.detach().cpu().contiguous()
+    return plain.to(dtype) if plain.is_floating_point() else plain

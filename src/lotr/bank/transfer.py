@@ -39,14 +39,14 @@ def task_of(bank: CoreBank, name: str, adapter: AdapterFolder, metadata: Mapping
     config, tensors = read_saved(adapter).config, adapter.tensors()
     _check_same_update(bank, adapter, config)
     factors = factors_of(tensors)
-    found = config.basis_hash if config.refers_to_basis else hash_of(factors)
-    known = {bank.description.basis_hash}
-    if not config.refers_to_basis and found not in known:
+    basis_hash = config.basis_hash if config.refers_to_basis else hash_of(factors)
+    allowed = {bank.description.basis_hash}
+    if not config.refers_to_basis and basis_hash not in allowed:
         # a file that stands alone has the factors of the bank's groups, and of no others
-        known.add(hash_of(used_by(bank.plan, bank.basis_tensors())))
-    if found not in known:
+        allowed.add(hash_of(used_by(bank.plan, bank.basis_tensors())))
+    if basis_hash not in allowed:
         raise CheckpointError(
-            f"{adapter.path} was trained on factors with hash {found}, and those of the bank in {bank.path} have "
+            f"{adapter.path} was trained on factors with hash {basis_hash}, and those of the bank in {bank.path} have "
             f"{bank.description.basis_hash}. Cores mean nothing beside other factors; train the task with "
             f"basis={str(bank.path)!r}."
         )
@@ -64,9 +64,9 @@ def task_of(bank: CoreBank, name: str, adapter: AdapterFolder, metadata: Mapping
             f"{adapter.path} has {len(foreign)} tensors that a task of the bank in {bank.path} lacks, first "
             f"{foreign[0]!r}. Train the task with basis={str(bank.path)!r}."
         )
-    said = {key: value for key, value in adapter.task.items() if key not in _KNOWN}
+    recorded = {key: value for key, value in adapter.task.items() if key not in _KNOWN}
     labels = tuple(adapter.task.get("labels", ()))
-    return Task(name, numbers, head, labels, adapter.task.get("task"), {**said, **metadata})
+    return Task(name, numbers, head, labels, adapter.task.get("task"), {**recorded, **metadata})
 
 
 def _check_same_update(bank: CoreBank, adapter: AdapterFolder, config: LotrConfig) -> None:
@@ -106,31 +106,26 @@ def export(
     check_free(output, overwrite)
     task = bank.get(name)
     if not as_lora:
-        with whole_folder(output, overwrite) as made:
-            numbers = _write(bank, task, made, refer)
-        return {
-            "task": name,
-            "numbers": numbers,
-            "bytes": (output / WEIGHTS).stat().st_size,
-            "output": str(output),
-        }
-    with tempfile.TemporaryDirectory() as between:
-        _write(bank, task, Path(between), refer=False)
-        report = write_lora(between, output, overwrite)
+        with whole_folder(output, overwrite) as folder:
+            numbers = _write(bank, task, folder, refer)
+        size = (output / WEIGHTS).stat().st_size
+        return {"task": name, "numbers": numbers, "bytes": size, "output": str(output)}
+    with tempfile.TemporaryDirectory() as alone:
+        _write(bank, task, Path(alone), refer=False)
+        report = write_lora(alone, output, overwrite)
     return {"task": name, **{key: report[key] for key in ("numbers", "bytes", "rank", "modules", "output")}}
 
 
 def _write(bank: CoreBank, task: Task, folder: Path, refer: bool) -> int:
     """Write the files of an adapter; returns how many numbers of the method it has."""
     factors = used_by(bank.plan, bank.basis_tensors())
-    ours = {**bank.layout.unflatten(task.numbers), **({} if refer else factors)}
-    save_tensors({key: tensor.clone() for key, tensor in {**ours, **task.head}.items()}, folder)
+    own = {**bank.layout.unflatten(task.numbers), **({} if refer else factors)}
+    save_tensors({key: tensor.clone() for key, tensor in {**own, **task.head}.items()}, folder)
     write_json(folder / CONFIG, _config(bank, task, refer))
     if task.task is not None and {"columns", "max_length"} <= set(task.metadata):
-        described = bank.description
-        known = {"base_model": described.base_model, "base_fingerprint": described.base_fingerprint}
-        write_task(folder, {**task.metadata, **known, "task": task.task, "labels": list(task.labels)})
-    return sum(tensor.numel() for tensor in ours.values())
+        base = {"base_model": bank.base_model, "base_fingerprint": bank.description.base_fingerprint}
+        write_task(folder, {**task.metadata, **base, "task": task.task, "labels": list(task.labels)})
+    return sum(tensor.numel() for tensor in own.values())
 
 
 def _config(bank: CoreBank, task: Task, refer: bool) -> dict[str, Any]:
@@ -140,6 +135,6 @@ def _config(bank: CoreBank, task: Task, refer: bool) -> dict[str, Any]:
     config.inference_mode = True
     config.task_type = _TASK_TYPES.get(str(task.task), config.task_type)
     # a head of the same name as the basis had; else the modules that its keys name
-    own = sorted({key.removeprefix(_ROOT).rpartition(".")[0] for key in task.head})
-    config.modules_to_save = (config.modules_to_save or own) if task.head else None
+    modules = sorted({key.removeprefix(_ROOT).rpartition(".")[0] for key in task.head})
+    config.modules_to_save = (config.modules_to_save or modules) if task.head else None
     return config.to_dict()

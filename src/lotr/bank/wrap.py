@@ -2,47 +2,44 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..tuner.batch_cores import Rows
+from ..tuner.batch_cores import Rows, RowsOfCall
 from ..tuner.group import LotrGroup
-from .cache import Slab, tasks_in
-from .heads import NAMES, HeadRows, Heads, RowHead, row_losses
-from .layout import Layout
+from .cache import Slab, take, tasks_in
+from .heads import NAMES, Heads, RowHead, row_losses
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-
     from .bank import CoreBank
 
 ADAPTER = "bank"
+#: Held while tasks are read into memory and copied out; one for all models: with one of its own none could be copied.
+_MEMORY = threading.RLock()
 
 
 class TaskRows:
-    """Which task each row of a batch has, and the numbers that make it so.
+    """Finds what each row of a batch has of its own, and selects it for the call that runs.
 
     Args:
         groups: What the sites of the basis share.
-        layout: The order of a task's numbers.
         slab: The tasks in memory.
-        head: The head of the model, where it has one.
+        current: Where the modules of the model look for the rows of their call.
     """
 
-    def __init__(
-        self, groups: Sequence[LotrGroup], layout: Layout, slab: Slab, head: RowHead | None = None
-    ) -> None:
-        self.groups, self.layout, self.slab, self.head = tuple(groups), layout, slab, head
-        self._forwards: list[Any] = []  # selections that a forward pass opened
+    def __init__(self, groups: Sequence[LotrGroup], slab: Slab, current: RowsOfCall) -> None:
+        self.groups, self.slab, self.current = tuple(groups), slab, current
 
     @contextmanager
     def select(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Use a task in each row of the batches that run inside; see `wrap`.
+        """Use a task in each row of the batches that this thread runs inside; see `wrap`.
 
         Raises:
             ConfigError: More tasks than the capacity.
@@ -60,98 +57,89 @@ class TaskRows:
                 f"Rows cannot have tasks while adapters are merged, or while {ADAPTER!r} is not the active one. "
                 f"Call unmerge_adapter(), or set_adapter({ADAPTER!r})."
             )
-        before = self._rows, self._head_rows
-        self._set(*self._gather(names))
-        try:
+        with self.current.use(self._rows(names)):
             yield
-        finally:
-            self._set(*before)
 
-    @property
-    def _rows(self) -> Rows | None:
-        return self.groups[0].rows.get(ADAPTER)
-
-    @property
-    def _head_rows(self) -> HeadRows | None:
-        return None if self.head is None else self.head.rows
-
-    def _gather(self, names: Sequence[str | None]) -> tuple[Rows | None, HeadRows | None]:
-        home = self.groups[0].lotr_V[ADAPTER].weight.device
-        self.slab.to(home)
-        places = self.slab.slots_of(names)
-        if not any(places):
-            return None, None  # the base model itself, bit for bit
-        slots = torch.tensor(places, device=home)
-        rows = Rows(self.layout.unflatten(self.slab.gather(slots)))
-        return rows, None if self.slab.heads is None else self.slab.heads.rows(slots, places)
-
-    def _set(self, rows: Rows | None, head: HeadRows | None) -> None:
-        for group in self.groups:
-            if rows is None:
-                group.rows.pop(ADAPTER, None)
-            else:
-                group.rows[ADAPTER] = rows
-        if self.head is not None:
-            self.head.rows = head
-
-    # ------------------------------------------------------------------ what the hooks of the model call
-
-    def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Select the tasks that a call names, and keep the labels from a loss that knows one head only."""
-        given = [kwargs.pop(key, None) for key in ("task_ids", "adapter_names")]
-        names: Any = next((names for names in given if names is not None), None)
-        if names is not None:
-            batch = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            if batch is not None and not isinstance(names, str | Tensor) and len(names) != len(batch):
-                raise ConfigError(
-                    f"{len(names)} tasks are named for a batch of {len(batch)} rows. Name one task a row, None for the "
-                    "base model."
-                )
-            if torch.is_grad_enabled() and _checkpoints(model):
-                raise ConfigError(
-                    "With gradient checkpointing the layers run again in the backward pass, when the tasks of the call "
-                    "are gone. Put forward and backward into `with model.select(task_ids):`."
-                )
-            selection = self.select(names)
-            selection.__enter__()
-            self._forwards.append(selection)
-        else:
-            self._forwards.append(None)
-        labels = None if self._head_rows is None else kwargs.pop("labels", None)
-        self._forwards.append(labels)
-        return args, kwargs
-
-    def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Add the loss, and end the selection of the call; also runs when the call failed."""
-        if not self._forwards:  # the selection itself was refused
-            return output
-        labels, selection = self._forwards.pop(), self._forwards.pop()
-        try:
-            if labels is not None and output is not None:
-                loss = self.losses(output["logits"], labels).mean()
-                return type(output)(**{"loss": loss, **output})
-            return output
-        finally:
-            if selection is not None:
-                selection.__exit__(None, None, None)
+    def _rows(self, names: Sequence[str | None]) -> Rows | None:
+        slab, device = self.slab, self.groups[0].lotr_V[ADAPTER].weight.device
+        with _MEMORY:
+            slab.to(device)
+            slots = slab.slots_of(names)
+            if not any(slots):
+                return None  # the base model itself, bit for bit
+            numbers = take(slab.numbers, torch.tensor(slots, device=device))
+            head = None if slab.heads is None else slab.heads.rows(slots, device)
+        return Rows(slab.bank.layout.unflatten(numbers), head)
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:  # (rows,)
         """Return the loss of each row of the selected tasks."""
-        head = self._head_rows
-        return row_losses(logits, labels, None if head is None else head.regression)
+        rows = self.current.get()
+        return row_losses(logits, labels, None if rows is None or rows.head is None else rows.head.regression)
 
 
-def _checkpoints(model: nn.Module) -> bool:
-    return model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+class BankModel(PeftModel):
+    """A base model with a bank on it; see `wrap`."""
+
+    @property
+    def tasks(self) -> TaskRows:
+        """The tasks in memory, and which of them a call uses."""
+        tasks: TaskRows = self.base_model.tasks  # type: ignore[assignment]
+        return tasks
+
+    def forward(
+        self,
+        *args: Any,
+        task_ids: Sequence[str | None] | None = None,
+        adapter_names: Sequence[str | None] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return what the base model returns, row `i` of the batch with task `task_ids[i]`.
+
+        Raises:
+            ConfigError: There is not one name a row, or the model is a replica of `DataParallel`.
+        """
+        if getattr(self, "_is_replica", False):
+            raise ConfigError(
+                "DataParallel runs a model in threads that do not know the tasks of the call. Use one process a device."
+            )
+        names = adapter_names if task_ids is None else task_ids
+        if names is not None:
+            _check_one_a_row(names, (*args, *kwargs.values()))
+        if torch.is_grad_enabled() and self.training:
+            self.tasks.current.remember_in_checkpoints(self.base_model)
+        with nullcontext() if names is None else self.tasks.select(names):
+            rows = self.tasks.current.get()
+            # a loss of the base model knows one head only
+            labels = kwargs.pop("labels", None) if rows is not None and rows.head is not None else None
+            output = super().forward(*args, **kwargs)
+            if labels is None:
+                return output
+            loss = self.tasks.losses(output["logits"], labels).mean()
+        return type(output)(**{"loss": loss, **output})
+
+    def generate(self, *args: Any, task_ids: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
+        """Generate as the base model does, row `i` of the batch with task `task_ids[i]`."""
+        names = {} if task_ids is None else {"adapter_names": task_ids}
+        return super().generate(*args, **kwargs, **names)
 
 
-def wrap(bank: CoreBank, base: nn.Module, capacity: int | str = 1024) -> PeftModel:
+def _check_one_a_row(names: Sequence[str | None], inputs: Sequence[Any]) -> None:
+    batch = next((value for value in inputs if isinstance(value, Tensor)), None)
+    if batch is not None and not isinstance(names, str | Tensor) and len(names) != len(batch):
+        raise ConfigError(
+            f"{len(names)} tasks are named for a batch of {len(batch)} rows. Name one task a row, None for the base "
+            "model."
+        )
+
+
+def wrap(bank: CoreBank, base: nn.Module, capacity: int | str = 1024) -> BankModel:
     """Put a bank on its base model.
 
     Row `i` of a batch uses task `task_ids[i]`: `model(**batch, task_ids=["a", None, "b"])`; `None` (or
-    `"__base__"`) is the base model. PEFT's `adapter_names=` does the same, in `generate` too, and
-    `with model.select(["a", None, "b"]):` serves code that can pass neither. Tasks are read when they are first
-    used. A batch may have several sequences a row in a run, as beam search does.
+    `"__base__"`) is the base model. PEFT's `adapter_names=` does the same, `model.generate` takes both, and
+    `with model.select(["a", None, "b"]):` serves code that can pass neither. A choice belongs to its call: threads
+    that use one model at once never see each other's. Tasks are read when they are first used. A batch may have
+    several sequences a row in a run, as beam search does.
 
     Where the model has a head, each row goes through its task's own; `logits` are as wide as the most labels in
     the batch, the lowest finite number where a row's task has no such label, and `loss` is the mean over rows.
@@ -174,8 +162,6 @@ def wrap(bank: CoreBank, base: nn.Module, capacity: int | str = 1024) -> PeftMod
         >>> model(**batch, task_ids=["mail", "news", None]).logits.shape  # doctest: +SKIP
         torch.Size([3, 4])
     """
-    from peft import PeftModel
-
     if any(isinstance(module, LotrGroup | RowHead) for module in base.modules()):
         raise ConfigError(
             "The model has a bank or an adapter on it already. Give the bare base model, loaded anew."
@@ -185,21 +171,20 @@ def wrap(bank: CoreBank, base: nn.Module, capacity: int | str = 1024) -> PeftMod
     # everything is frozen, and loss and head are the bank's: a task type would make PEFT train a head of its own
     config.inference_mode, config.task_type, config.modules_to_save = True, None, None
     config.init, config.init_weights = "orthonormal", None
-    model = PeftModel(base, config, adapter_name=ADAPTER)
+    model = BankModel(base, config, adapter_name=ADAPTER)
     groups = [module for module in model.modules() if isinstance(module, LotrGroup)]
+    current = RowsOfCall()
+    for group in groups:
+        group.rows[ADAPTER] = current
     factor = groups[0].lotr_V[ADAPTER].weight
     width = bank.layout.size * factor.element_size()
     path = next((name for name in NAMES if isinstance(getattr(base, name, None), nn.Module)), None)
-    head = heads = None
+    heads = None
     if path is not None:
         module = getattr(base, path)
         width += sum(4 * p.numel() for p in module.parameters())
         heads = Heads(path, module, tasks_in(capacity, width) + 1)
-        head = RowHead(module)
-        setattr(base, path, head)
-    slab = Slab(bank, bank.layout.size, tasks_in(capacity, width), factor.dtype, factor.device, heads)
-    rows = TaskRows(groups, bank.layout, slab, head)
-    model.base_model.tasks = rows  # type: ignore[assignment]
-    model.register_forward_pre_hook(rows.before, with_kwargs=True)
-    model.register_forward_hook(rows.after, with_kwargs=True, always_call=True)
+        setattr(base, path, RowHead(module, current))
+    slab = Slab(bank, tasks_in(capacity, width), factor.dtype, factor.device, heads)
+    model.base_model.tasks = TaskRows(groups, slab, current)  # type: ignore[assignment]
     return model.eval()

@@ -49,6 +49,8 @@ class EpochSampler(Sampler[int]):
 class AdapterTrainer(Trainer):
     """Trains the adapter of a PEFT model."""
 
+    model_files: tuple[str, ...] = (WEIGHTS, CONFIG)  # of a checkpoint, beside the state of the run
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         grouped = super()._get_train_sampler(train_dataset)
         if not isinstance(grouped, LengthGroupedSampler):
@@ -67,7 +69,7 @@ class AdapterTrainer(Trainer):
         return loss
 
     def _diverged(self, what: str, step: int) -> str:
-        last = last_whole(Path(str(self.args.output_dir)))
+        last = last_whole(Path(str(self.args.output_dir)), self.model_files)
         kept = f"The last good checkpoint is {last}." if last else "No checkpoint was written before."
         return f"{what} at step {step}. {kept} Lower the learning rates, or look for bad rows in the data."
 
@@ -146,13 +148,13 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from None
 
 
-def last_whole(folder: Path) -> Path | None:
+def last_whole(folder: Path, model_files: tuple[str, ...] = (WEIGHTS, CONFIG)) -> Path | None:
     """Return the newest checkpoint in a folder that is complete, or `None`."""
     for path in map(Path, reversed(sort_checkpoints(str(folder)) if folder.is_dir() else [])):
         try:
             json.loads((path / TRAINER_STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if all((path / name).is_file() for name in (WEIGHTS, CONFIG, OPTIMIZER, RANDOM.format(0))):
+        if all((path / name).is_file() for name in (*model_files, OPTIMIZER, RANDOM.format(0))):
             return path
     return None

@@ -1,12 +1,16 @@
-"""Batches whose rows have cores of their own on the same shared factors."""
+"""Batches whose rows have cores of their own on the same shared factors, and a head of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..math import update as delta
@@ -16,14 +20,33 @@ from ..sharing.plan import Part
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The numbers of the cores that each row of a batch uses.
+class HeadRows:
+    """The heads of the rows of a batch.
 
     Args:
-        numbers: Name in an adapter's file → numbers of every row, shape `(rows, *shape)`.
+        parameters: Name in the head → `(rows, *shape)`, padded to the widest head in memory.
+        n_labels: Labels of every row's task, `(rows,)`.
+        regression: Whether the only output of a row is a number, `(rows,)`.
+        width: The most labels of a row.
+    """
+
+    parameters: dict[str, Tensor]
+    n_labels: Tensor
+    regression: Tensor
+    width: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What each row of a batch has of its own.
+
+    Args:
+        numbers: Name in an adapter's file → numbers of every row's cores, shape `(rows, *shape)`.
+        head: The heads of the rows, where the model has one.
     """
 
     numbers: Mapping[str, Tensor]
+    head: HeadRows | None = None
 
     def core(self, part: Part) -> LinearMap:  # (m·rows, *n, b·r) -> (m·rows, *n, a·k)
         """Return the map that multiplies each row of a batch by its own cores of a part."""
@@ -39,6 +62,91 @@ class Rows:
         build = torch.vmap(lambda one: delta.side_by_side(core.block(one, part.region), part.grid))
         cores: Tensor = build(own)
         return cores
+
+
+class RowsOfCall:
+    """The `Rows` of the call that runs: a thread, or a task of asyncio, sees those that it selected itself.
+
+    The modules of a model share one such object, and nothing is ever written into them.
+
+    Example:
+        >>> current = RowsOfCall()
+        >>> with current.use(Rows({})):
+        ...     current.get()
+        Rows(numbers={}, head=None)
+        >>> current.get() is None
+        True
+    """
+
+    def __init__(self) -> None:
+        self._rows: ContextVar[Rows | object | None] = ContextVar("rows", default=_NOTHING_SELECTED)
+
+    def get(self) -> Rows | None:
+        """Return the rows of this call, or `None` where it uses the base model.
+
+        Raises:
+            ConfigError: A layer runs again in the backward pass, in a thread that does not know the call.
+        """
+        rows = self._rows.get()
+        if isinstance(rows, Rows):
+            return rows
+        if rows is _NOTHING_SELECTED and not torch.compiler.is_compiling() and _in_backward():
+            raise ConfigError(
+                "A checkpointed layer runs again in the backward pass, where the tasks of its call are not known. "
+                "Checkpoint with the model's own gradient_checkpointing_enable(), which remembers them."
+            )
+        return None
+
+    @contextmanager
+    def use(self, rows: Rows | None) -> Iterator[None]:
+        """Use these rows in what this thread runs inside; `None` for the base model."""
+        token = self._rows.set(rows)
+        try:
+            yield
+        finally:
+            self._rows.reset(token)
+
+    def remember_in_checkpoints(self, model: nn.Module) -> None:
+        """Let checkpointed layers run again with the rows of their call, whatever thread runs the backward pass.
+
+        transformers keeps in each such module the function that checkpoints it; this puts one around it.
+        """
+        for module in model.modules():
+            checkpoint: Any = getattr(module, "_gradient_checkpointing_func", None)
+            if checkpoint is not None and not isinstance(checkpoint, _Remembering):
+                module._gradient_checkpointing_func = _Remembering(self, checkpoint)  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[type[RowsOfCall], tuple[()]]:
+        return RowsOfCall, ()  # a copy of a model has calls of its own
+
+
+@dataclass(frozen=True)
+class _Remembering:
+    """A checkpointing function that calls what it checkpoints with the rows of the call, both times."""
+
+    current: RowsOfCall
+    checkpoint: Callable[..., Any]
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        rows = self.current.get()
+        reentrant = getattr(self.checkpoint, "keywords", {}).get("use_reentrant", False)
+        if reentrant and rows is not None and any(own.requires_grad for own in rows.numbers.values()):
+            raise ConfigError(
+                "A reentrant checkpoint cannot train the numbers of tasks, which all layers share. Use "
+                'gradient_checkpointing_enable({"use_reentrant": False}).'
+            )
+        return self.checkpoint(partial(self._with_rows, rows, function), *args, **kwargs)
+
+    def _with_rows(self, rows: Rows | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self.current.use(rows):
+            return function(*args, **kwargs)
+
+
+_NOTHING_SELECTED = object()
+
+
+def _in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)  # torch tells it nowhere else
 
 
 def by_row(

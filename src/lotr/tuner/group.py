@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..sharing.blocks import Shape
 
 if TYPE_CHECKING:
-    from .batch_cores import Rows
+    from .batch_cores import RowsOfCall
 
 
 class NamedNumbers(nn.Module):
@@ -128,8 +128,8 @@ class LotrGroup(nn.Module, LotrLayer):
         self.scaling = scaling
         self.merged_adapters: list[str] = []
         self._home: torch.device | None = None
-        # adapter → cores of each row of the batch that runs, see `rows.Rows`
-        self.rows: dict[str, Rows] = {}
+        # adapter of a bank → what tells the cores of each row of the call that runs
+        self.rows: dict[str, RowsOfCall] = {}
 
     def add(self, adapter: str, U: Tensor, V: Tensor, core: Mapping[str, Tensor], frozen: bool) -> None:
         """Add the numbers of an adapter: `U` `(o, k)`, `V` `(i, r)`, the shared ones of the core."""

@@ -206,7 +206,8 @@ class LotrLinear(nn.Module, LotrLayer):
         outputs: dict[int, Tensor] = {}  # first row → the sum of what covers those rows
         for part, group in self.parts[adapter]:
             first, width = part.columns
-            batch = group.rows.get(adapter)  # cores of a bank's tasks, one for each row of the batch
+            of_bank = group.rows.get(adapter)
+            batch = None if of_bank is None else of_bank.get()  # cores of a task for each row of this call
             output = formula.apply(
                 x if width == self.in_features else x.narrow(-1, first, width),
                 partial(call, group.lotr_V[adapter]),

@@ -29,19 +29,19 @@ Tick = Callable[[int, int], None]  # rows done, rows in all
 def _logits(
     served: Served, rows: Sequence[tuple[str, dict[str, Any]]], batch_size: int, tick: Tick | None
 ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """Yield place, logits and labels of every row; long rows go with long rows, whatever their tasks."""
+    """Yield number, logits and labels of every row; long rows go with long rows, whatever their tasks."""
     collate = served.collator()
     size = min(batch_size, served.rows.slab.capacity)
     order = sorted(range(len(rows)), key=lambda n: -len(rows[n][1]["input_ids"]))
     for at in range(0, len(order), size):
-        places = order[at : at + size]
-        batch = collate([{k: v for k, v in rows[n][1].items() if k != "length"} for n in places])
+        numbers = order[at : at + size]
+        batch = collate([{k: v for k, v in rows[n][1].items() if k != "length"} for n in numbers])
         labels = batch.pop("labels", None)
         with torch.inference_mode():
             inputs = {name: value.to(served.model.device) for name, value in batch.items()}
-            logits = served.model(**inputs, task_ids=[rows[n][0] for n in places]).logits.float().cpu()
-        for n, place in enumerate(places):
-            yield place, logits[n], None if labels is None else labels[n]
+            logits = served.model(**inputs, task_ids=[rows[n][0] for n in numbers]).logits.float().cpu()
+        for n, number in enumerate(numbers):
+            yield number, logits[n], None if labels is None else labels[n]
         if tick is not None:
             tick(min(at + size, len(order)), len(order))
 
@@ -55,20 +55,18 @@ def scores_of_tasks(
         Task → scores by name, and the number of rows.
     """
     flat = [(name, row) for name, data in rows.items() for row in cast("Any", data)]
-    seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in rows}
+    outputs: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in rows}
     losses: dict[str, list[float]] = {name: [] for name in rows}
-    for place, logits, labels in _logits(served, flat, batch_size, tick):
-        name = flat[place][0]
+    for n, logits, labels in _logits(served, flat, batch_size, tick):
+        name = flat[n][0]
         assert labels is not None
         if served.kind == "causal-lm":
             losses[name].append(float(row_losses(logits[None, :-1], labels[None, 1:])[0]))
         else:
-            seen[name].append((logits, labels))
+            outputs[name].append((logits, labels))
     if served.kind == "causal-lm":
-        return {
-            name: {"rows": len(values), "loss": float(np.mean(values))} for name, values in losses.items()
-        }
-    return {name: _scores(served.bank.get(name), pairs) for name, pairs in seen.items()}
+        return {name: {"rows": len(own), "loss": float(np.mean(own))} for name, own in losses.items()}
+    return {name: _scores(served.bank.get(name), pairs) for name, pairs in outputs.items()}
 
 
 def _scores(task: Task, pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
@@ -120,27 +118,26 @@ def predict(
         raise DataError(
             f'{source} has a column "{min(clash)}" already. Rename it, so that nothing is overwritten.'
         )
-    names = [str(task)] * len(data) if task_column is None else _named(data, task_column, source)
+    names = [str(task)] * len(data) if task_column is None else _task_names(data, task_column, source)
     tasks = {name: served.bank.get(name) for name in dict.fromkeys(names)}
     columns_of = {
-        name: Columns(**found.metadata.get("columns", {})).named(**columns or {})
-        for name, found in tasks.items()
+        name: Columns(**own.metadata.get("columns", {})).named(**columns or {}) for name, own in tasks.items()
     }
     plain = [dict(row) for row in cast("Any", data)]
     if served.kind == "causal-lm":
         return _answered(served, data, plain, names, columns_of, max_new_tokens, tick)
     rows: list[tuple[str, dict[str, Any]]] = [("", {})] * len(names)
-    for name, found in tasks.items():
-        places = [n for n, other in enumerate(names) if other == name]
-        encoded = _encoded(served, data.select(places), found, columns_of[name])
-        for place, row in zip(places, cast("Any", encoded), strict=True):
-            rows[place] = (name, row)
-    for place, logits, _ in _logits(served, rows, batch_size, tick):
-        plain[place] |= _prediction(tasks[names[place]], logits)
+    for name, own in tasks.items():
+        numbers = [n for n, other in enumerate(names) if other == name]
+        encoded = _encoded(served, data.select(numbers), own, columns_of[name])
+        for n, row in zip(numbers, cast("Any", encoded), strict=True):
+            rows[n] = (name, row)
+    for n, logits, _ in _logits(served, rows, batch_size, tick):
+        plain[n] |= _prediction(tasks[names[n]], logits)
     return plain
 
 
-def _named(data: Dataset, column: str, source: str) -> list[str]:
+def _task_names(data: Dataset, column: str, source: str) -> list[str]:
     if column not in data.column_names:
         raise DataError(
             f'{source} has no column "{column}"; its columns are: {", ".join(data.column_names)}. Name the right one '
@@ -178,7 +175,7 @@ def _answered(
     max_new_tokens: int,
     tick: Tick | None,
 ) -> list[dict[str, Any]]:
-    made = []
+    answered = []
     for n, (row, name) in enumerate(zip(plain, names, strict=True), 1):
         columns = columns_of[name]
         with served.model.select([name]):
@@ -186,7 +183,7 @@ def _answered(
             (text,) = answers(
                 served.model, served.tokenizer, [row], columns.text, chats, max_new_tokens, None
             )
-        made.append({**row, "prediction": text})
+        answered.append({**row, "prediction": text})
         if tick is not None:
             tick(n, len(plain))
-    return made
+    return answered

@@ -91,17 +91,3 @@ class RowAdam(Optimizer):
 
     def _tables(self) -> list[Tensor]:
         return [table for group in self.param_groups for table in group["params"]]
-
-    def moments(self, slot: int) -> dict[str, Tensor]:
-        """Return the moments and steps of the task in a slot, by name."""
-        return {
-            f"{n}.{name}": values[slot].clone()
-            for n, table in enumerate(self._tables())
-            for name, values in self.state[table].items()
-        }
-
-    def set_moments(self, slot: int, moments: dict[str, Tensor]) -> None:
-        """Go on with these moments in a slot; without any, begin anew."""
-        for n, table in enumerate(self._tables()):
-            for name, values in self.state[table].items():
-                values[slot] = moments.get(f"{n}.{name}", torch.zeros(())).to(values)

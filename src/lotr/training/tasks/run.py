@@ -3,39 +3,39 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zlib import crc32
 
 import torch
 
 from ...bank import CoreBank, Task
-from ...errors import Interrupted
-from ...files.atomic import write_json
+from ...bank.layout import Layout
+from ...errors import ConfigError, Interrupted
+from ...files.atomic import read_json, write_json
+from ...tuner.saved_adapter import read_saved
+from ..adapter import check_positive
 from ..base_model import load_tokenizer, locate, skeleton, text_length
+from ..checkpoint import last_whole
 from ..process import StopOnRequest, finish_on_interrupt
 from ..rates import default_rates
 from ..report import SETTINGS, versions
-from .bank import RUN, bank_of, base_of_basis, check, resumed
 from .predict import scores_of_tasks
 from .row_adam import RowAdam
-from .sampler import TaskSampler, temperature_of
 from .served import Served, base_of, load_served
+from .settings import BankSettings
 from .task_list import Prepared, TaskSource, prepare, together
-from .trainer import TaskTrainer
-from .window import Window
+from .trainer import TABLES, TaskSampler, TaskTrainer, temperature_of
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-    from lotr_cli.bank_settings import BankSettings
-
-#: The file of an unfinished run, beside its settings.
-STATE = "window.sqlite"
+#: Folder of an unfinished run inside a bank.
+RUN = "training"
 
 
 def train_bank(
@@ -43,8 +43,8 @@ def train_bank(
 ) -> dict[str, Any]:
     """Train tasks at once on a basis that stays as it is, and keep them in a bank.
 
-    At every checkpoint the bank holds all tasks as they are then, in one transaction; a run that was stopped or killed
-    goes on from there with `resume`.
+    All tasks of a run are in memory. At every checkpoint the bank has all of them as they are then, in one transaction;
+    a run that was stopped or killed goes on from there with `resume`.
 
     Args:
         settings: What to train on what; see `BankSettings`.
@@ -52,7 +52,7 @@ def train_bank(
         callbacks: More callbacks for the Trainer, for example a progress bar.
 
     Returns:
-        The scores of every task, as the bank holds it, with counts and cost.
+        The scores of every task, as the bank has it, with counts and cost.
 
     Raises:
         ConfigError: A setting has no meaning, a task exists already, or there is no run to go on with.
@@ -61,20 +61,78 @@ def train_bank(
         TrainingError: The loss of a task is not finite.
         Interrupted: The user stopped the run.
     """
-    check(settings)
+    _check(settings)
     path = Path(str(settings.output))
-    settings = resumed(settings, path) if settings.resume else settings
-    bank = bank_of(settings, path)
-    name = base_of(bank, settings.model) if bank is not None else base_of_basis(settings)
-    sources = [TaskSource(**said) for said in settings.tasks]
-    settings.max_length = text_length(skeleton(name)[0], name, settings.max_length)
-    prepared = prepare(sources, load_tokenizer(name), settings.max_length, settings.seed)
+    settings = _settings_to_resume(settings, path) if settings.resume else settings
+    bank = _open(settings, path)
+    name = base_of(bank, settings.model) if bank is not None else _base_of_basis(settings)
+    settings = replace(settings, max_length=text_length(skeleton(name)[0], name, settings.max_length))
+    sources = [TaskSource(**source) for source in settings.tasks]
+    prepared = prepare(sources, load_tokenizer(name), settings.max_length or 0, settings.seed)
     if bank is None:  # only now: data that cannot be used leaves no bank behind
         bank = CoreBank.create(path, str(settings.basis), dtype=settings.keep)
     if not settings.resume:
         shutil.rmtree(path / RUN, ignore_errors=True)
     with bank:
         return _run(settings, bank, name, prepared, say, callbacks)
+
+
+def _check(settings: BankSettings) -> None:
+    if settings.output is None:
+        raise ConfigError("--output is missing. `lotr bank train --help` shows examples.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "Tasks of a bank train in one process. Start it without torchrun or accelerate launch."
+        )
+    numbers = ("epochs", "batch_size", "max_length", "max_steps", "save_steps", "core_lr", "head_lr")
+    check_positive(settings, *numbers)
+    temperature_of(settings.sampling, settings.temperature)
+
+
+def _settings_to_resume(settings: BankSettings, path: Path) -> BankSettings:
+    unfinished = path / RUN / SETTINGS
+    if not unfinished.is_file():
+        raise ConfigError(f"There is no unfinished run in {path}; there is nothing to resume.")
+    saved = read_json(unfinished, "the folder of a run that was started")
+    return replace(settings, **{**saved, "tasks": tuple(saved["tasks"]), "output": str(path)})
+
+
+def _open(settings: BankSettings, path: Path) -> CoreBank | None:
+    """Open the bank, or return nothing where a new one is to be made."""
+    if settings.resume:
+        return CoreBank.open(path, writable=True)
+    if (path / RUN / SETTINGS).is_file() and not settings.replace:
+        raise ConfigError(
+            f"A run in {path} was not finished. Go on with it with --resume, or drop it with --replace; the bank keeps "
+            "its tasks as of the last checkpoint."
+        )
+    if not settings.tasks:
+        raise ConfigError("There are no tasks to train. Name them with --tasks.")
+    if not path.is_dir() or not any(path.iterdir()):
+        if settings.basis is None:
+            raise ConfigError(
+                f"{path} holds no bank yet. Name the adapter that gives its factors with --basis."
+            )
+        return None
+    bank = CoreBank.open(path, writable=True)
+    if settings.basis is not None:
+        raise ConfigError(f"{path} is a bank and has its basis. Leave out --basis={settings.basis}.")
+    taken = [source["name"] for source in settings.tasks if source["name"] in bank]
+    if taken and not settings.replace:
+        raise ConfigError(
+            f"The bank in {path} has a task {taken[0]!r} already. Choose another name, or use --replace."
+        )
+    return bank
+
+
+def _base_of_basis(settings: BankSettings) -> str:
+    """Return the base model of the adapter that gives a new bank its factors."""
+    saved = read_saved(str(settings.basis))
+    Layout.of(saved.plan)  # refused before any data is read
+    name = settings.model or saved.config.base_model_name_or_path or saved.folder.task.get("base_model")
+    if name is None:
+        raise ConfigError(f"{settings.basis} does not tell its base model. Name it with --model.")
+    return str(name)
 
 
 def _run(
@@ -85,75 +143,65 @@ def _run(
     say: Callable[[str], None],
     callbacks: Sequence[TrainerCallback],
 ) -> dict[str, Any]:
-    served = load_served(bank, base, prepared[0].data.task, settings.capacity, settings.dtype)
-    rows = sum(len(p.train) for p in prepared)
+    served = load_served(bank, base, prepared[0].data.task, len(prepared), settings.dtype)
+    tasks = [_task(p, settings) for p in prepared]
+    served.begin(tasks, settings.seed)
+    # the numbers themselves, and two moments of each
+    memory = 3 * sum(table.numel() * table.element_size() for table in served.tables().values())
+    each = memory // (len(tasks) + 1)
     say(
-        f"Tasks: {len(prepared)}, with {rows} rows to train on; {bank.layout.size:,} numbers each, beside a head."
+        f"Tasks: {len(tasks)}, with {sum(len(p.train) for p in prepared)} rows to train on; {bank.layout.size:,} "
+        f"numbers each, beside a head: {each:,} bytes of memory a task while it trains."
     )
+    _check_memory(memory, each)
     folder = bank.path / RUN
     folder.mkdir(exist_ok=True)
-    write_json(folder / SETTINGS, settings.record())
-    window, stop = Window(folder / STATE, _beginner(served, prepared, settings)), StopOnRequest()
-    started = time.perf_counter()
-    try:
-        trainer = _trainer(settings, served, prepared, window, [*callbacks, stop])
-        with finish_on_interrupt(stop, say):
-            trainer.train(resume_from_checkpoint=trainer.resume())
-        step, steps = trainer.state.global_step, trainer.state.max_steps
-        if stop.requested and step < steps:
-            raise Interrupted(
-                f"Stopped at step {step} of {steps}. Go on with: lotr bank train --resume --output {bank.path}"
-            )
-    finally:
-        window.close()
+    write_json(folder / SETTINGS, settings.to_dict())
+    stop, started = StopOnRequest(), time.perf_counter()
+    trainer = _trainer(settings, served, prepared, tasks, [*callbacks, stop])
+    checkpoint = last_whole(folder, (TABLES,)) if settings.resume else None
+    with finish_on_interrupt(stop, say):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    if stop.requested and step < steps:
+        raise Interrupted(
+            f"Stopped at step {step} of {steps}. Go on with: lotr bank train --resume --output {bank.path}"
+        )
     return _finish(settings, served, prepared, time.perf_counter() - started, step)
 
 
-def _beginner(served: Served, prepared: Sequence[Prepared], settings: BankSettings) -> Callable[[str], Task]:
-    """Return what makes the task of a name as it is before its first step."""
-    by_name = {p.source.name: p for p in prepared}
-    numbers, heads = served.fresh_numbers(), served.rows.slab.heads
-
-    def begin(name: str) -> Task:
-        p = by_name[name]
-        labels = p.data.labels
-        outputs = len(labels) or 1
-        head = {} if heads is None else heads.fresh(outputs, crc32(f"{settings.seed} {name}".encode()))
-        about = {
-            "max_length": settings.max_length,
-            "pairs": p.pairs,
-            "columns": vars(p.source.columns),
-            "dtype": settings.dtype,
-            "rows": {"train": len(p.train), "eval": len(p.eval)},
-        }
-        return Task(name, numbers, head, labels, p.data.task, about)
-
-    return begin
+def _task(p: Prepared, settings: BankSettings) -> Task:
+    """Return a task without numbers, as its record tells of it."""
+    metadata = {
+        "max_length": settings.max_length,
+        "pairs": p.pairs,
+        "columns": vars(p.source.columns),
+        "dtype": settings.dtype,
+        "rows": {"train": len(p.train), "eval": len(p.eval)},
+    }
+    return Task(p.source.name, torch.empty(0), {}, p.data.labels, p.data.task, metadata)
 
 
-def _optimizer(settings: BankSettings, served: Served, outputs: int) -> RowAdam:
-    """Return what steps the tasks in memory, once their heads have place for so many outputs."""
-    slab = served.rows.slab
-    if slab.heads is not None:
-        slab.heads.widen(outputs)
-    rates = default_rates(str(served.bank.config.core), "none", "cores")
-    heads = [] if slab.heads is None else list(slab.heads.tables.values())
-    groups = [
-        {"params": [table.requires_grad_() for table in tables], "lr": lr, "name": name}
-        for name, tables, lr in (
-            ("cores", [slab.numbers], settings.core_lr or rates.core_lr),
-            ("heads", heads, settings.head_lr or rates.head_lr),
+def _check_memory(needed: int, each: int) -> None:
+    """Refuse tasks that do not fit into the memory of the device beside each other."""
+    if torch.cuda.is_available():
+        there = torch.cuda.mem_get_info()[1]
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:  # nothing tells
+        return
+    if needed > there:
+        raise ConfigError(
+            f"All tasks of a run are in memory: these need {needed:,} bytes, {each:,} a task, and there are {there:,}. "
+            "Train them in several runs; the bank keeps the tasks of all."
         )
-        if tables
-    ]
-    return RowAdam(groups, weight_decay=settings.weight_decay)
 
 
 def _trainer(
     settings: BankSettings,
     served: Served,
     prepared: Sequence[Prepared],
-    window: Window,
+    tasks: Sequence[Task],
     callbacks: Sequence[TrainerCallback],
 ) -> TaskTrainer:
     from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
@@ -161,9 +209,6 @@ def _trainer(
     set_seed(settings.seed)
     rows = together(prepared)
     steps = settings.max_steps or math.ceil(len(rows) * settings.epochs / settings.batch_size)
-    every = settings.save_steps or max(1, math.ceil(steps / 5))
-    optimizer = _optimizer(settings, served, max(len(p.data.labels) or 1 for p in prepared))
-    window.attach(served.rows.slab, optimizer)
     args = TrainingArguments(
         output_dir=str(served.bank.path / RUN),
         max_steps=steps,
@@ -172,7 +217,8 @@ def _trainer(
         max_grad_norm=0.0,  # clipped task by task, in the optimiser
         eval_strategy="no",
         save_strategy="steps",
-        save_steps=every,
+        save_steps=settings.save_steps or max(1, math.ceil(steps / 5)),
+        save_total_limit=1,
         logging_steps=max(1, steps // 50),
         remove_unused_columns=False,
         label_names=["labels"],
@@ -181,45 +227,50 @@ def _trainer(
         seed=settings.seed,
         disable_tqdm=True,
     )
+    args._n_gpu = min(args.n_gpu, 1)  # threads of DataParallel do not know the tasks
     temperature = temperature_of(settings.sampling, settings.temperature)
-    sampler = TaskSampler(
-        [len(p.train) for p in prepared], steps * settings.batch_size, temperature, settings.seed
-    )
+    drawn = steps * settings.batch_size
     trainer = TaskTrainer(
         model=served.model,
         args=args,
         train_dataset=rows,
         data_collator=served.collator(),
-        optimizers=(optimizer, None),
+        optimizers=(_optimizer(settings, served), None),
         callbacks=list(callbacks),
-        bank=served.bank,
-        window=window,
-        names=[p.source.name for p in prepared],
-        sampler=sampler,
+        served=served,
+        tasks=tasks,
+        sampler=TaskSampler([len(p.train) for p in prepared], drawn, temperature, settings.seed),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
 
 
+def _optimizer(settings: BankSettings, served: Served) -> RowAdam:
+    rates = default_rates(str(served.bank.config.core), "none", "cores")
+    numbers, *heads = (table.requires_grad_() for table in served.tables().values())
+    groups = [{"params": [numbers], "lr": settings.core_lr or rates.core_lr, "name": "cores"}]
+    if heads:
+        groups.append({"params": heads, "lr": settings.head_lr or rates.head_lr, "name": "heads"})
+    return RowAdam(groups, weight_decay=settings.weight_decay)
+
+
 def _finish(
     settings: BankSettings, served: Served, prepared: Sequence[Prepared], seconds: float, steps: int
 ) -> dict[str, Any]:
-    """Measure every task as the bank holds it, keep the scores with it, and forget the run."""
+    """Measure every task as the bank has it, keep the scores with it, and forget the run."""
     served.rest()
+    bank = served.bank
     scores = scores_of_tasks(served, {p.source.name: p.eval for p in prepared})
-
-    def with_scores() -> Iterator[Task]:
-        for name, score in scores.items():
-            task = served.bank.get(name)
-            yield replace(task, metadata={**task.metadata, "scores": score})
-
-    served.bank.add_many(with_scores(), replace=True)
-    shutil.rmtree(served.bank.path / RUN, ignore_errors=True)
-    _, model = locate(base_of(served.bank, settings.model))
+    tasks = (bank.get(name) for name in scores)
+    bank.add_many(
+        (replace(task, metadata={**task.metadata, "scores": scores[task.name]}) for task in tasks),
+        replace=True,
+    )
+    shutil.rmtree(bank.path / RUN, ignore_errors=True)
     return {
-        "bank": str(served.bank.path),
-        "model": model,
+        "bank": str(bank.path),
+        "model": locate(base_of(bank, settings.model))[1],
         "tasks": {
             p.source.name: {
                 "task": p.data.task,
@@ -229,10 +280,10 @@ def _finish(
             }
             for p in prepared
         },
-        "numbers_a_task": served.bank.layout.size,
-        "bytes_a_task": served.bank.task_bytes,
+        "numbers_a_task": bank.layout.size,
+        "bytes_a_task": bank.task_bytes,
         "steps": steps,
         "seconds": round(seconds, 2),
-        "settings": settings.record(),
+        "settings": settings.to_dict(),
         "versions": versions(),
     }

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 from torch import Tensor, nn
 
-from ...bank import CoreBank
+from ...bank import CoreBank, Task
 from ...errors import ConfigError
 from ..base_model import load_model, load_tokenizer
 from ..data.encode import collator
 from ..process import device
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-
-    from ...bank.wrap import TaskRows
+    from ...bank.wrap import BankModel, TaskRows
 
 
 @dataclass
@@ -27,38 +26,57 @@ class Served:
     """A bank, and a model on which its tasks answer."""
 
     bank: CoreBank
-    model: PeftModel
+    model: BankModel
     tokenizer: Any
     kind: str
 
     @property
     def rows(self) -> TaskRows:
         """Which task each row has."""
-        rows: TaskRows = self.model.base_model.tasks  # type: ignore[assignment]
-        return rows
-
-    def fresh_numbers(self) -> Tensor:  # (size,)
-        """Return the numbers with which a task begins: those that the adapter on the model has."""
-        from peft import get_peft_model_state_dict
-
-        own = get_peft_model_state_dict(
-            self.model, adapter_name=self.model.active_adapter, save_embedding_layers=False
-        )
-        return self.bank.layout.flatten(own).float().cpu()
+        return self.model.tasks
 
     def collator(self) -> Callable[[list[Any]], dict[str, Tensor]]:
         """Return what makes a batch of rows of any tasks; class ids are real numbers beside those of a regression."""
         return collator(self.tokenizer, "causal-lm" if self.kind == "causal-lm" else "regression")
 
-    def rest(self) -> None:
-        """Answer with the tasks as the bank holds them."""
-        self.model.eval()
+    # ------------------------------------------------------------------ while tasks train
+
+    def begin(self, tasks: Sequence[Task], seed: int) -> None:
+        """Put tasks into memory as they begin: the numbers that the adapter on the model has, and new heads.
+
+        Args:
+            tasks: New tasks, with their labels; all of them fit.
+            seed: Seed of the heads.
+        """
+        from peft import get_peft_model_state_dict
+
+        name = self.model.active_adapter
+        own = get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False)
+        numbers, heads = self.bank.layout.flatten(own).float().cpu(), self.rows.slab.heads
+        for task in tasks:
+            outputs, drawn = len(task.labels) or 1, crc32(f"{seed} {task.name}".encode())
+            head = {} if heads is None else heads.fresh(outputs, drawn)
+            self.rows.slab.put([replace(task, numbers=numbers, head=head)], {})
+
+    def tables(self) -> dict[str, Tensor]:  # (slots, numbers) each
+        """Return what the tasks in memory have: numbers of cores, and of heads by their names in the head."""
         slab = self.rows.slab
-        slab.source, slab.came, slab.leaves = self.bank, None, None
-        slab.numbers.requires_grad_(False)
-        for table in slab.heads.tables.values() if slab.heads is not None else ():
+        heads = {} if slab.heads is None else slab.heads.tables
+        return {"numbers": slab.numbers, **{f"head.{name}": table for name, table in heads.items()}}
+
+    def in_memory(self, task: Task) -> Task:
+        """Return a task as it is in memory now."""
+        slab = self.rows.slab
+        slot = slab.slots[task.name]
+        head = {} if slab.heads is None else slab.heads.get(slot)
+        return replace(task, numbers=slab.numbers[slot].detach().cpu(), head=head)
+
+    def rest(self) -> None:
+        """Answer with the tasks as the bank has them."""
+        self.model.eval()
+        for table in self.tables().values():
             table.requires_grad_(False)
-        slab.forget()
+        self.rows.slab.forget()
 
 
 def load_served(
@@ -94,8 +112,7 @@ def load_served(
     tokenizer = load_tokenizer(name)
     labels = ("0", "1") if kind == "classification" else ()
     base: nn.Module = load_model(name, kind, labels, dtype, tokenizer)
-    limit = int(capacity) if isinstance(capacity, str) and capacity.isdigit() else capacity
-    return Served(bank, bank.wrap(base.to(device()), limit), tokenizer, kind)
+    return Served(bank, bank.wrap(base.to(device()), capacity), tokenizer, kind)
 
 
 def base_of(bank: CoreBank, model: str | None = None) -> str:

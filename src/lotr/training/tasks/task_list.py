@@ -90,11 +90,11 @@ def read_tasks(path: Path) -> list[TaskSource]:
         raise ConfigError(f"--tasks {path} is not valid YAML: {error}") from None
     if not isinstance(content, dict) or not content:
         raise ConfigError(f"--tasks {path} must hold tasks by name, for example `mail: mail.csv`.")
-    return [_source(path, str(name), said) for name, said in content.items()]
+    return [_source(path, str(name), entry) for name, entry in content.items()]
 
 
-def _source(path: Path, name: str, said: Any) -> TaskSource:
-    values = {"train": said} if isinstance(said, str) else said
+def _source(path: Path, name: str, entry: Any) -> TaskSource:
+    values = {"train": entry} if isinstance(entry, str) else entry
     known = [field.name for field in fields(TaskSource)][1:]
     if not isinstance(values, dict) or "train" not in values:
         raise ConfigError(
@@ -105,12 +105,12 @@ def _source(path: Path, name: str, said: Any) -> TaskSource:
             raise ConfigError(
                 f"--tasks {path}: task {name!r} has {key!r}, which is not known. {near(str(key), known)}"
             )
-    near_by = {
+    paths = {
         key: str(path.parent / values[key])
         for key in ("train", "eval")
         if values.get(key) is not None and (path.parent / str(values[key])).exists()
     }
-    return TaskSource(check_name(name), **{**values, **near_by})
+    return TaskSource(check_name(name), **{**values, **paths})
 
 
 def prepare(
@@ -129,7 +129,7 @@ def prepare(
         DataError: The data of a task cannot be used; the message names the task.
         ConfigError: Tasks of a bank need one kind of model, and these are texts to learn and labels to tell.
     """
-    found = []
+    prepared = []
     for n, source in enumerate(sources, 1):
         try:
             data = load_task(source.train, source.eval, source.columns, source.task, seed=seed)  # type: ignore[arg-type]
@@ -139,16 +139,16 @@ def prepare(
             ]
         except DataError as error:
             raise DataError(f"Task {source.name!r}: {error}") from error
-        found.append(Prepared(source, data, *rows))
+        prepared.append(Prepared(source, data, *rows))
         if tick is not None:
             tick(n, len(sources))
-    causal = [p.source.name for p in found if p.data.task == "causal-lm"]
-    if 0 < len(causal) < len(found):
+    causal = [p.source.name for p in prepared if p.data.task == "causal-lm"]
+    if 0 < len(causal) < len(prepared):
         raise ConfigError(
             f"Task {causal[0]!r} is causal-lm and others are not: tasks that are trained at once run on one kind of "
             "model. Say task: classification for it, or train the two kinds in banks of their own."
         )
-    return found
+    return prepared
 
 
 def together(prepared: Sequence[Prepared]) -> Dataset:

@@ -2,52 +2,48 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ...bank import CoreBank
+from ...bank import Task
 from ...bank.heads import row_losses
-from ...errors import TrainingError
+from ...errors import CheckpointError, ConfigError, TrainingError, near
 from ..checkpoint import TRAINER_STATE, AdapterTrainer
-from .sampler import TaskSampler
-from .window import Window
+from .served import Served
 
-CHECKPOINT = f"{PREFIX_CHECKPOINT_DIR}-0"
+TABLES = "tasks.safetensors"
+SAMPLING = ("proportional", "uniform", "temperature")
 
 
 class TaskTrainer(AdapterTrainer):
     """Trains the tasks of a bank on a model that `CoreBank.wrap` made.
 
     The loss of a batch is the sum over its tasks of the mean over the task's rows, so that a task's gradient does not
-    depend on which others are in the batch.
+    depend on which others are in the batch. A checkpoint has the numbers of all tasks in float32; once it is written,
+    the bank holds the tasks as they are then, too, in one transaction.
 
     Args:
-        bank: Open for writing; brought up to date at every checkpoint.
-        window: The tasks that train.
-        names: Names of the tasks by their number in the rows.
+        served: The bank, open for writing, on its base model.
+        tasks: The tasks as they begin, by their number in the rows.
         sampler: Which rows come.
     """
 
+    model_files = (TABLES,)
+
     def __init__(
-        self,
-        *args: Any,
-        bank: CoreBank,
-        window: Window,
-        names: Sequence[str],
-        sampler: TaskSampler,
-        **kwargs: Any,
+        self, *args: Any, served: Served, tasks: Sequence[Task], sampler: Sampler[int], **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.bank, self.window, self.names, self.sampler = bank, window, names, sampler
+        self.served, self.tasks, self.sampler = served, tasks, sampler
         self.data_collator = _WithTasks(self.data_collator)
         self._in_batch = 1
 
@@ -65,83 +61,47 @@ class TaskTrainer(AdapterTrainer):
             TrainingError: The loss of a task is NaN or infinite; the message names it.
         """
         inputs = dict(inputs)
-        names = [self.names[n] for n in inputs.pop("task")]
+        names = [self.tasks[n].name for n in inputs.pop("task")]
         labels = inputs.pop("labels")
-        self.window.changed(names)
-        tasks = self.accelerator.unwrap_model(model).base_model.tasks
-        with tasks.select(names):
+        with self.served.rows.select(names):
             logits = model(**inputs).logits
+            causal = labels.dim() == 2
             losses = (
                 row_losses(logits[:, :-1], labels[:, 1:])
-                if labels.dim() == 2
-                else tasks.losses(logits, labels)
+                if causal
+                else self.served.rows.losses(logits, labels)
             )
         bad = sorted(
-            {name for name, loss in zip(names, losses.tolist(), strict=True) if not abs(loss) < torch.inf}
+            {name for name, loss in zip(names, losses.tolist(), strict=True) if not math.isfinite(loss)}
         )
         if bad:
-            step = self.state.global_step + 1
-            raise TrainingError(
-                self._diverged(f"The loss of task {', '.join(map(repr, bad[:5]))} is not finite", step)
-            )
+            what = f"The loss of task {', '.join(map(repr, bad[:5]))} is not finite"
+            raise TrainingError(self._diverged(what, self.state.global_step + 1))
         rows = Counter(names)
         self._in_batch = len(rows)
         return (losses / torch.tensor([rows[name] for name in names], device=losses.device)).sum()
 
-    def _diverged(self, what: str, step: int) -> str:
-        saved = self.window.last()
-        kept = (
-            f"The bank has the tasks as of step {saved[0]['step']}."
-            if saved
-            else "No checkpoint was written before."
-        )
-        return f"{what} at step {step}. {kept} Lower the learning rates, or look for bad rows in the data."
-
     # ------------------------------------------------------------------ checkpoints
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        assert self.lr_scheduler is not None and self.optimizer is not None  # a step was taken
-        scheduler = {
-            k: v for k, v in self.lr_scheduler.state_dict().items() if isinstance(v, int | float | list)
-        }
-        content = {
-            "step": self.state.global_step,
-            "trainer": asdict(self.state),
-            "scheduler": scheduler,
-            "rates": [group["lr"] for group in self.optimizer.param_groups],
-        }
-        tensors = {"rng.torch": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            tensors["rng.cuda"] = torch.cuda.get_rng_state()
-        self.window.checkpoint(self.bank, content, tensors)
-
-    def resume(self) -> str | None:
-        """Return the folder to go on from, or nothing where the run has no checkpoint yet."""
-        saved = self.window.last()
-        if saved is None:
-            return None
-        folder = Path(str(self.args.output_dir)) / CHECKPOINT
-        folder.mkdir(exist_ok=True)
-        (folder / TRAINER_STATE).write_text(json.dumps(saved[0]["trainer"]), encoding="utf-8")
-        return str(folder)
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(str(output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / TRAINER_STATE).unlink(missing_ok=True)  # of the same step, before it was gone back on
+        tables = {name: table.detach().cpu().contiguous() for name, table in self.served.tables().items()}
+        save_file(tables, folder / TABLES)
+        # killed before the rest is written, the bank is a step ahead until the run that goes on comes here again
+        self.served.bank.add_many(map(self.served.in_memory, self.tasks), replace=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Do nothing: tasks come from the window when they are first used."""
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        saved = self.window.last() if checkpoint else None
-        if saved is not None:
-            assert self.lr_scheduler is not None and self.optimizer is not None  # made just before
-            self.lr_scheduler.load_state_dict(saved[0]["scheduler"])
-            for group, rate in zip(self.optimizer.param_groups, saved[0]["rates"], strict=True):
-                group["lr"] = rate
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        saved = self.window.last() if checkpoint else None
-        if saved is not None:
-            torch.set_rng_state(saved[1]["rng.torch"])
-            if "rng.cuda" in saved[1] and torch.cuda.is_available():
-                torch.cuda.set_rng_state(saved[1]["rng.cuda"])
+        file = Path(resume_from_checkpoint) / TABLES
+        saved = load_file(file)
+        for name, table in self.served.tables().items():
+            if name not in saved or saved[name].shape != table.shape:
+                raise CheckpointError(
+                    f"{file} has other tasks or labels than the data now. Restore the data, or drop the run with "
+                    "--replace."
+                )
+            table.data.copy_(saved[name])
 
 
 class _WithTasks:
@@ -152,3 +112,71 @@ class _WithTasks:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self.collate(rows), "task": [row["task"] for row in rows]}
+
+
+def temperature_of(sampling: str, temperature: float) -> float:
+    """Return the temperature of a way to sample.
+
+    Raises:
+        ConfigError: The way is not known, or the temperature is not positive.
+    """
+    if sampling not in SAMPLING:
+        raise ConfigError(f"sampling={sampling!r} is not known. {near(sampling, SAMPLING)}")
+    if not temperature > 0:
+        raise ConfigError(f"temperature={temperature} is out of range. Use 1 (proportional) or more.")
+    return {"proportional": 1.0, "uniform": math.inf, "temperature": temperature}[sampling]
+
+
+class TaskSampler(Sampler[int]):
+    """Draws rows of many tasks: task `t` with its `n_t` rows takes a share `n_t^(1/T) / Σ n^(1/T)`.
+
+    T = 1 is proportional to size, T = ∞ uniform over tasks. Shares are kept exactly, round after round, and a task's
+    rows come in a new order each time all of them have been seen.
+
+    Args:
+        sizes: Rows of each task; the rows of a task stand one behind the other.
+        total: Rows to draw.
+        temperature: `T`.
+        seed: Seed of the order.
+
+    Source: https://arxiv.org/abs/1907.05019
+
+    Example:
+        >>> rows = list(TaskSampler([9, 1], total=20, temperature=math.inf))
+        >>> rows.count(9)
+        10
+    """
+
+    def __init__(self, sizes: Sequence[int], total: int, temperature: float = 1.0, seed: int = 0) -> None:
+        self.sizes, self.total, self.seed = np.asarray(sizes), total, seed
+        weights = self.sizes ** (0.0 if math.isinf(temperature) else 1.0 / temperature)
+        self.shares = weights / weights.sum()
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[int]:
+        starts = np.concatenate([[0], np.cumsum(self.sizes)[:-1]])
+        a_round = int(self.sizes.sum())
+        drawn = np.zeros(len(self.sizes), dtype=np.int64)
+        for n in range(-(-self.total // a_round)):
+            upto = np.floor(self.shares * a_round * (n + 1) + 1e-9).astype(np.int64)
+            rows = np.concatenate(
+                [
+                    starts[t] + self._rows(t, int(drawn[t]), int(upto[t]))
+                    for t in np.flatnonzero(upto > drawn).tolist()
+                ]
+            )
+            drawn = upto
+            np.random.default_rng([self.seed, n]).shuffle(rows)
+            yield from rows[: self.total - n * a_round].tolist()
+
+    def _rows(self, task: int, start: int, stop: int) -> np.ndarray:
+        """Return what stands from `start` to `stop` in a task's endless sequence of shuffled rows."""
+        size = int(self.sizes[task])
+        first = start // size
+        orders = [
+            np.random.default_rng([self.seed, task, n]).permutation(size)
+            for n in range(first, -(-stop // size))
+        ]
+        return np.concatenate(orders)[start - first * size : stop - first * size]

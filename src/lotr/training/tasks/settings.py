@@ -1,18 +1,16 @@
-"""Every setting of a run that trains many tasks at once, described once."""
+"""Every setting of a run that trains many tasks at once, described once; imports what `lotr.training.settings` may."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .light import load
-
-setting = load("lotr.training.settings").setting
+from ..settings import setting
 
 _DATA, _TRAINING, _RUN = "Model and data", "Training", "Run"
 
 
-@dataclass
+@dataclass(frozen=True)
 class BankSettings:
     """What `lotr bank train` and `lotr bank add --train` are told."""
 
@@ -25,7 +23,7 @@ class BankSettings:
         None, _DATA, "Longest text, in tokens.", "default: 128, or as many as the model takes"
     )
     keep: str = setting(
-        "bfloat16", _DATA, "Type in which a new bank keeps its tasks: float32, bfloat16, float16 or int8."
+        "bfloat16", _DATA, "Type in which a new bank keeps its tasks: float32, bfloat16 or float16."
     )
 
     epochs: float = setting(3.0, _TRAINING, "Passes over the rows of all tasks.")
@@ -42,16 +40,13 @@ class BankSettings:
     dtype: str = setting("float32", _TRAINING, "Type of the base model: float32, bfloat16, float16.")
     seed: int = setting(0, _TRAINING, "Seed of everything random.")
 
-    capacity: str = setting(
-        "1024", _RUN, "Tasks in memory: a number or bytes (`256MB`); the others wait on disk."
-    )
     save_steps: int | None = setting(None, _RUN, "Steps between checkpoints.", "default: five a run")
     resume: bool = setting(False, _RUN, "Go on from the last checkpoint of the run in OUTPUT.")
     replace: bool = setting(False, _RUN, "Train tasks anew that the bank has, and drop an unfinished run.")
 
     #: The tasks, as plain values; see `lotr.training.tasks.task_list.TaskSource`.
-    tasks: list[dict[str, Any]] = field(default_factory=list, metadata={"panel": ""})
+    tasks: tuple[dict[str, Any], ...] = field(default=(), metadata={"panel": ""})
 
-    def record(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values; how the run was called is not one of them."""
         return {name: value for name, value in asdict(self).items() if name not in ("resume", "replace")}

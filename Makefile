@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-bank test setup check bench bench-performance bench-methods bench-bank docs clean
+.PHONY: demo demo-bank test setup check bench bench-performance bench-methods bench-bank bench-quality bench-quality-report docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -32,23 +32,19 @@ check: $(READY)  ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## sizes, step times and what bounds them, memory, inference, start, a few scores beside PEFT's methods: short forms, under ten minutes
-	$(BIN)/python benchmarks/bench_size.py --json out/bench_size.json
-	$(BIN)/python benchmarks/bench_start.py --short
-	$(BIN)/python benchmarks/bench_products.py --short
-	$(BIN)/python benchmarks/bench_norms.py --short
-	$(BIN)/python benchmarks/bench_inference.py --short
-	$(BIN)/python benchmarks/bench_memory.py --short
-	$(BIN)/python benchmarks/bench_train_step.py --short
-	$(BIN)/python benchmarks/quality.py --grid benchmarks/quality_short.yaml --lines out/quality_short --json out/quality_short.json
+# `make bench DATA=docs/data PAGE=docs/performance.md` writes the page from the short form
+DATA ?= out/bench
+bench: FORM := --short
+bench-performance: DATA := docs/data
+bench-performance: PAGE := docs/performance.md
 
-bench-performance: $(READY)  ## the same over all sizes, ranks and models (an hour or two); writes the page in the docs
-	$(BIN)/python benchmarks/bench_products.py --json docs/data/products.json
-	$(BIN)/python benchmarks/bench_norms.py --json docs/data/norms.json
-	for what in start inference memory train_step; do \
-		$(BIN)/python benchmarks/bench_$$what.py --json docs/data/$$what.json --picture docs/images/$$what.png || exit 1; \
-	done
-	$(BIN)/python benchmarks/report_performance.py
+bench bench-performance: $(READY)  ## step times, inference, memory, start and sizes beside PEFT: a short form, under ten minutes; the whole writes the page in the docs
+	$(BIN)/python benchmarks/bench_size.py
+	$(BIN)/python benchmarks/bench_start.py $(FORM) --json $(DATA)/start.json
+	$(BIN)/python benchmarks/bench_memory.py $(FORM) --json $(DATA)/memory.json
+	$(BIN)/python benchmarks/bench_inference.py $(FORM) --compiled --json $(DATA)/inference.json
+	$(BIN)/python benchmarks/bench_train_step.py $(FORM) --compiled --json $(DATA)/train_step.json
+	$(BIN)/python benchmarks/performance_page.py --data $(DATA) $(if $(PAGE),--page $(PAGE))
 
 bench-methods: $(READY)  ## every row of the table of methods on real text (half an hour); writes the table in the docs
 	$(BIN)/python benchmarks/bench_methods.py --json docs/data/methods.json --picture docs/images/methods.png
@@ -56,6 +52,12 @@ bench-methods: $(READY)  ## every row of the table of methods on real text (half
 bench-bank: $(READY)  ## batches of 64 rows with 64 tasks and banks of 100,000, beside one task and beside PEFT
 	$(BIN)/python benchmarks/bench_bank.py --json out/bench_bank.json
 	$(BIN)/python benchmarks/bench_bank_store.py --json out/bench_bank_store.json
+
+bench-quality: $(READY)  ## three methods trained on real text, a short form of the grid of results
+	$(BIN)/python benchmarks/quality.py --grid benchmarks/quality_short.yaml --runs out/bench/quality.csv
+
+bench-quality-report: $(READY)  ## tables and picture of docs/results.md, from the runs in docs/data/grid.csv
+	$(BIN)/python benchmarks/quality.py --report --page docs/results.md
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -12,42 +12,39 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 from torch import nn
-from transformers.utils import logging
+from transformers import AutoModelForSequenceClassification
 
 from lotr import CoreBank, LotrConfig, Task
-from lotr.training.base_model import load_model
+from records import calm, progress, show
+from shapes import minilm
+from timing import interleaved
 
 TARGETS = {"query, value": ["query", "value"], "all linears": "all-linear"}
-#: What is compared with what, and the ratio that is asked for.
+#: What is compared with what.
 RATIOS = {
-    "64 tasks / one task": ("bank, 64 tasks", "bank, one task", 1.05),
-    "large bank / small bank": ("large bank, 64 tasks", "bank, 64 tasks", 1.02),
-    "one task / ordinary adapter": ("bank, one task", "ordinary adapter", None),
-    "64 tasks / base model": ("bank, 64 tasks", "base model", None),
-    "PEFT: 64 adapters / one": ("PEFT, 64 adapters", "PEFT, one adapter", None),
-    "PEFT: 64 adapters / base model": ("PEFT, 64 adapters", "base model", None),
+    "64 tasks / one task": ("bank, 64 tasks", "bank, one task"),
+    "large bank / small bank": ("large bank, 64 tasks", "bank, 64 tasks"),
+    "one task / ordinary adapter": ("bank, one task", "ordinary adapter"),
+    "64 tasks / base model": ("bank, 64 tasks", "base model"),
+    "PEFT: 64 adapters / one": ("PEFT, 64 adapters", "PEFT, one adapter"),
+    "PEFT: 64 adapters / base model": ("PEFT, 64 adapters", "base model"),
 }
 
 Run = Callable[[], object]
 
 
 def base() -> nn.Module:
-    return load_model("minilm", "classification", ("a", "b"))
+    return AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=2).eval()
 
 
 def bank_of(folder: Path, tasks: int, targets: list[str] | str, rank: int) -> CoreBank:
@@ -137,24 +134,6 @@ def resident() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def measured(timed: dict[str, Run], rounds: int, tick: Callable[[], object]) -> dict[str, list[float]]:
-    """Return the seconds of every run, round by round."""
-    draw, seconds = random.Random(0), {name: [] for name in timed}
-    with torch.inference_mode():
-        for n in range(rounds + 1):
-            for name in draw.sample(list(timed), len(timed)):
-                started = time.perf_counter()
-                timed[name]()
-                if n:  # the first round reads tasks and warms up
-                    seconds[name].append(time.perf_counter() - started)
-                tick()
-    return seconds
-
-
-def quartiles(values: list[float]) -> list[float]:
-    return [round(value, 4) for value in statistics.quantiles(values, n=4, method="inclusive")]
-
-
 def main() -> None:
     """Print the tables and write them as JSON."""
     parser = argparse.ArgumentParser(
@@ -169,47 +148,37 @@ def main() -> None:
         "--large", type=int, default=100_000, help="tasks of the large bank (query, value); 0: none"
     )
     options = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    console, reports = Console(), []
-    for where, targets in TARGETS.items():
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            Progress(console=Console(stderr=True), transient=True) as bar,
-        ):
-            task = bar.add_task(f"Making banks: {where}", total=None)
-            timed = runs(Path(folder), targets, options, options.large if where == "query, value" else 0)
-            bar.update(task, description=where, total=(options.rounds + 1) * len(timed))
-            seconds = measured(timed, options.rounds, lambda bar=bar, task=task: bar.advance(task))
-            grown = {}
-            if where == "query, value" and options.large and sys.platform == "linux":
-                bank = large_bank(Path(folder), targets, options, options.large)
-                bar.update(task, description="tasks one after the other", total=None)
-                grown = growth(bank, options.rows)
-        times = {name: quartiles([1000 * s for s in values]) for name, values in seconds.items()}
+    calm()
+    reports = []
+    for modules, targets in TARGETS.items():
+        large = options.large if modules == "query, value" else 0
+        with tempfile.TemporaryDirectory() as folder:
+            timed = runs(Path(folder), targets, options, large)
+            with progress(modules, (options.rounds + 1) * len(timed)) as bar, torch.inference_mode():
+                samples = interleaved(
+                    timed, options.rounds, tick=lambda bar=bar: bar.advance(bar.task_ids[0])
+                )
+            memory = {}
+            if large and sys.platform == "linux":
+                memory = growth(large_bank(Path(folder), targets, options, large), options.rows)
         ratios = {
-            name: {
-                "quartiles": quartiles([x / y for x, y in zip(seconds[a], seconds[b], strict=True)]),
-                "asked": asked,
-            }
-            for name, (a, b, asked) in RATIOS.items()
-            if a in seconds
+            name: samples.ratio(run, reference)
+            for name, (run, reference) in RATIOS.items()
+            if run in samples.seconds
         }
-        reports.append({"modules": where, "milliseconds": times, "ratios": ratios, "memory": grown})
-        table = Table(title=f"{where}: {options.rows} rows of {options.length} tokens", title_justify="left")
-        for column in ("", "median", "quartiles", "asked"):
-            table.add_column(column, justify="left" if not column else "right")
-        for name, (low, middle, high) in times.items():
-            table.add_row(f"{name}, ms", f"{middle:.1f}", f"{low:.1f} … {high:.1f}", "")
-        table.add_section()
-        for name, said in ratios.items():
-            low, middle, high = said["quartiles"]
-            table.add_row(name, f"{middle:.3f}", f"{low:.3f} … {high:.3f}", f"{said['asked'] or ''}")
-        if grown:
-            table.add_section()
-        for name, number in grown.items():
-            table.add_row(name, f"{number:,.0f}", "", "")
-        console.print(table)
+        rows = [
+            [f"{name}, ms", *(f"{1e3 * s:.1f}" for s in asdict(samples.spread(name)).values())]
+            for name in timed
+        ]
+        rows += [
+            [name, *(f"{value:.3f}" for value in asdict(spread).values())] for name, spread in ratios.items()
+        ]
+        rows += [[name, f"{number:,.0f}", "", ""] for name, number in memory.items()]
+        title = f"{modules}: {options.rows} rows of {options.length} tokens"
+        show(title, ("", "median", "quartiles", ""), rows)
+        spreads = {name: asdict(samples.spread(name)) for name in timed}
+        report = {"modules": modules, "seconds": spreads, "memory": memory}
+        reports.append({**report, "ratios": {name: asdict(spread) for name, spread in ratios.items()}})
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from lotr.bank.codec import DTYPES
-from lotr.bank.pages import page_size, row_bytes
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.progress import track
@@ -32,6 +31,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 import lotr
 from lotr import CoreBank, LotrConfig, Task
 
+DTYPES = ("float32", "bfloat16", "float16")
 TARGETS = ["query", "value"]
 SHAPE = BertConfig(
     hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, vocab_size=1000
@@ -129,12 +129,10 @@ def worked_out(n_tasks: int = 1_000_000) -> dict[str, Any]:
         model = LlamaForCausalLM(LlamaConfig())  # 32 layers, 4,096 wide
     plan = lotr.plan(model, LotrConfig(r=16, target_modules=["q_proj", "v_proj"]))
     numbers = 2 * plan.n_cores
-    row = row_bytes(numbers + 65, page_size(numbers))  # 65: name, checksum, times
     return {
         "tasks": n_tasks,
         "numbers": plan.n_cores,
         "bytes_of_numbers": numbers * n_tasks,
-        "bytes_of_tasks": round(row * n_tasks),
         "basis_bytes": 4 * plan.n_factors,
         "lora_numbers": 16 * plan.lora_per_rank,
         "bytes_of_loras": 2 * 16 * plan.lora_per_rank * n_tasks,
@@ -180,9 +178,7 @@ def main() -> None:
     reads = (f"{peft[kind]['p50_ms']:.1f} / {peft[kind]['p99_ms']:.1f}" for kind in ("cold", "warm"))
     table.add_row("PEFT load_adapter", f"{peft['folder_bytes']:,}", "", "", *reads)
     large = worked_out()
-    size = large["bytes_of_tasks"] / large["tasks"]
-    over = f"{large['bytes_of_tasks'] / large['bytes_of_numbers']:.3f}"
-    table.add_row("7B, worked out", f"{size:,.0f}", over)
+    table.add_row("7B, numbers alone", f"{large['bytes_of_numbers'] / large['tasks']:,.0f}")
     table.add_row("7B as LoRA", f"{large['bytes_of_loras'] / large['tasks']:,.0f}")
     Console().print(table)
     if options.json:

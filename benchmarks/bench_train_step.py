@@ -1,11 +1,12 @@
 """Seconds of a training step beside the frozen model's: PEFT's methods, full fine-tuning and ours.
 
     python benchmarks/bench_train_step.py --short
-    python benchmarks/bench_train_step.py --shape bert-base --batch 8 --length 128 --methods peft_lora lotr --ranks 8 16
+    python benchmarks/bench_train_step.py --shapes bert-base --methods peft_lora lotr --rank 8
+    python benchmarks/bench_train_step.py --shapes minilm --compiled
 
 A step sets the gradients to none, runs forward, backward and AdamW over the trained numbers. All linear modules of the
-blocks are adapted; no dropout, one attention kernel, the same tokens. The floor is the frozen model with gradients
-flowing through every layer and no adapter. Every ratio is the median over rounds of a ratio within a round.
+blocks are adapted; no dropout, one attention kernel, the same tokens. The frozen model has gradients flowing through
+every layer and no adapter. Every ratio is the median over rounds of a ratio within a round.
 """
 
 from __future__ import annotations
@@ -14,94 +15,66 @@ import argparse
 
 import torch
 
-from grids import Setting, grid, one
-from peers import FLOOR, MKL, label, make, mkl_alone, trained, training_step
-from pictures import panels
-from records import (
-    Row,
-    begin,
-    case_options,
-    keep_memory,
-    parser,
-    progress,
-    ratio,
-    resumed,
-    rounded,
-    show,
-    size,
-    write,
-)
+from peers import FROZEN, LORA, case_options, make, settings, trained, training_step, variant, with_graphs
+from records import Row, begin, keep_memory, parser, progress, ratio, rounded, show, write
 from shapes import batch_for, build
-from timing import Samples, interleaved
+from timing import interleaved
 
-HEADER = ("batch × tokens", "method", "r", "trained", "ms a step", "of the floor", "of LoRA, same r")
-
-
-def measure(setting: Setting, options: argparse.Namespace, device: torch.device) -> list[Row]:
-    """Time all cases of a setting beside each other."""
-    base = build(setting.shape, device)
-    batch = batch_for(base, setting.batch, setting.length)
-    models = {label(*case): make(*case, setting.shape, base) for case in setting.cases}
-    steps = {name: training_step(model, batch) for name, model in models.items()}
-    steps |= {name: mkl_alone(steps[name]) for name in steps if MKL in name}
-    with progress(str(setting), len(steps) * (options.rounds + 1)) as bar:
-        samples = interleaved(
-            steps,
-            options.rounds,
-            device,
-            patience=options.patience,
-            tick=lambda: bar.advance(bar.task_ids[0]),
-        )
-    counts = {name: sum(p.numel() for p in trained(model)) for name, model in models.items()}
-    return [row(setting, method, rank, counts, samples) for method, rank in setting.cases]
+HEADER = ("batch × tokens", "method", "trained", "ms a step", "of the frozen model", "of LoRA")
 
 
-def row(setting: Setting, method: str, rank: int | None, counts: dict[str, int], samples: Samples) -> Row:
-    """Return what is recorded of one case."""
-    name, lora = label(method, rank), label("peft_lora", rank)
-    return {
-        "shape": setting.shape,
-        "batch": setting.batch,
-        "length": setting.length,
-        "method": method,
-        "rank": rank,
-        "trained": counts[name],
-        "seconds": rounded(samples.spread(name)),
-        "of_floor": rounded(samples.ratio(name, FLOOR)),
-        "of_lora": rounded(samples.ratio(name, lora)),
-        "rounds": [float(f"{seconds:.4g}") for seconds in samples.seconds[name]],
-        "disturbed": samples.disturbed,
-    }
+def measure(
+    setting: tuple[str, int, int, list[str]], options: argparse.Namespace, device: torch.device
+) -> list[Row]:
+    """Time all methods beside each other."""
+    shape, size, length, methods = setting
+    if options.compiled:
+        methods = with_graphs(shape, size, methods)
+    base = build(shape, device)
+    batch = batch_for(base, size, length)
+    models = {method: make(method, options.rank, shape, base) for method in methods}
+    steps = {method: variant(method, training_step(model, batch)) for method, model in models.items()}
+    with progress(shape, len(steps) * (options.rounds + 1)) as bar:
+        samples = interleaved(steps, options.rounds, device, lambda: bar.advance(bar.task_ids[0]))
+    return [
+        {
+            "shape": shape,
+            "batch": size,
+            "length": length,
+            "method": method,
+            "rank": options.rank,
+            "trained": sum(p.numel() for p in trained(model)),
+            "seconds": rounded(samples.spread(method)),
+            "of_frozen": rounded(samples.ratio(method, FROZEN)),
+            "of_lora": rounded(samples.ratio(method, LORA)),
+            "disturbed": samples.disturbed,
+        }
+        for method, model in models.items()
+    ]
 
 
 def cells(row: Row) -> list[str]:
     """Return a row of the table."""
-    return [
-        size(row),
-        row["method"],
-        str(row["rank"] or ""),
-        f"{row['trained']:,}",
-        f"{1e3 * row['seconds']['median']:.1f}",
-        ratio(row["of_floor"]),
-        ratio(row["of_lora"]),
-    ]
+    size = f"{row['shape']} {row['batch']}×{row['length']}"
+    seconds = f"{1e3 * row['seconds']['median']:.1f}"
+    ratios = ratio(row["of_frozen"]), ratio(row["of_lora"])
+    return [size, row["method"], f"{row['trained']:,}", seconds, *ratios]
 
 
 def main() -> None:
-    """Measure, print the table, write JSON and picture."""
-    made = parser(__doc__, "train_step")
-    case_options(made)
-    options = made.parse_args()
+    """Measure, print the table, write the record."""
+    parsed = parser(__doc__, "train_step")
+    case_options(parsed)
+    parsed.add_argument("--compiled", action="store_true", help="on MiniLM also by torch.compile")
+    options = parsed.parse_args()
     keep_memory()
     device = begin(options)
-
-    settings = grid(options.short, device.type == "cuda") if options.shape is None else [one(options)]
-    rows, missing = resumed(options, settings)
-    for setting in missing:
+    rows: list[Row] = []
+    for setting in settings(options, device):
         rows += measure(setting, options, device)
-        write(options.json, "train_step", rows)
-        panels(rows, "of_floor", "step, ratio to the floor", options.picture)
-    show("Training step; median and quartiles of ratios within a round", HEADER, [cells(r) for r in rows], 2)
+        write(options.json, rows)
+    title = f"Training step, rank {options.rank}; median and quartiles of ratios within a round"
+    show(title, HEADER, [cells(row) for row in rows], 2)
 
 
 if __name__ == "__main__":

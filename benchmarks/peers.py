@@ -1,9 +1,11 @@
-"""What is compared: the floor, full fine-tuning, PEFT's methods and ours, all on the same frozen weights."""
+"""What is compared: the frozen model, full fine-tuning, PEFT's methods and ours, all on the same frozen weights."""
 
 from __future__ import annotations
 
+import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lotr import LotrConfig
 from lotr.math import matmul
-from shapes import SHAPES, Batch
+from shapes import SHAPES, SIZES, SIZES_CUDA, Batch
 
 
 def _lora(r: int, linears: list[str], **more: Any) -> PeftConfig:
@@ -36,40 +38,64 @@ ADAPTERS: dict[str, Callable[[int, list[str]], PeftConfig]] = {
     "lotr_base_and_update": _lotr(magnitude="base_and_update"),
 }
 
-FLOOR, TIGHT, FULL, BASE = "floor", "floor_tight", "full", "base"
-# behind the name of a method: its update is in the weights; torch.compile has made one graph of the model
-# all products are taken by MKL, as PyTorch takes those of the frozen model
-MERGED, COMPILED, MKL = "_merged", "_compiled", "_mkl"
-TEXT = {
-    FLOOR: "frozen model, gradients flow through every layer, no adapter",
-    TIGHT: "the same, without the gradient of the first layer's input, which no adapter needs",
-    FULL: "full fine-tuning",
-    "peft_lora": "PEFT's LoRA",
-    "peft_dora": "PEFT's DoRA",
-    "peft_vera": "PEFT's VeRA",
-    "lotr": "LoTR, factors and cores trained",
-    "lotr_cores": "LoTR, cores trained",
-    "lotr_per_output": "LoTR with a norm for every output",
-    "lotr_per_output_cores": "the same, cores and norms trained",
-    "lotr_per_output_and_input": "LoTR with norms for every output and input",
-    "lotr_base_and_update": "LoTR with a size of the base and of the update",
-    "…"
-    + COMPILED: "the method in front, by `torch.compile(fullgraph=True)`; the floor then trains one number",
-    "…" + MKL: "the method in front, with all products by MKL, as PyTorch has them",
-}
+FROZEN, FULL, LORA = "frozen", "full", "peft_lora"
+#: Behind the name of a method: `torch.compile` has made one graph of the model; its update is in the weights; all
+#: products are those of PyTorch, as for the frozen model and for PEFT.
+COMPILED, MERGED, PLAIN = "_compiled", "_merged", "_without_onednn"
+SHORT = (LORA, "lotr", "lotr_cores", f"lotr{PLAIN}")
 
 
-def label(method: str, rank: int | None) -> str:
-    """Return the name of a method at a rank."""
-    return method if rank is None else f"{method} r={rank}"
+def case_options(options: argparse.ArgumentParser) -> None:
+    """Add the options that say which models and methods are measured."""
+    endings = f"with {COMPILED} or {PLAIN} behind it for a variant"
+    options.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: all, short: the first")
+    options.add_argument("--batch", type=int, help="rows, instead of the size of each model")
+    options.add_argument("--length", type=int, default=128, help="tokens of a row, where --batch is given")
+    options.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help=f"of {FULL}, {', '.join(ADAPTERS)}; {endings}"
+    )
+
+
+def settings(
+    options: argparse.Namespace, device: torch.device, variants: bool = True
+) -> Iterator[tuple[str, int, int, list[str]]]:
+    """Yield model, batch, tokens and methods of what the options ask for; the frozen model is always the first.
+
+    Args:
+        options: Those of `case_options`.
+        device: Where the models compute; it decides the sizes.
+        variants: Whether methods with something behind their name are measured by default.
+    """
+    methods = options.methods or [
+        *(SHORT if options.short else [*ADAPTERS, f"lotr{PLAIN}", f"lotr_cores{PLAIN}"])
+    ]
+    if not options.methods and not variants:
+        methods = [name for name in methods if name in ADAPTERS]
+    for name in methods:
+        if plain(name) not in (*ADAPTERS, FULL, FROZEN):
+            raise SystemExit(f"{name!r} is no method. There are {FULL}, {', '.join(ADAPTERS)}.")
+    sizes = SIZES_CUDA if device.type == "cuda" else SIZES
+    sizes = sizes[: 3 if options.short and not options.shapes else None]
+    if options.batch:
+        sizes = tuple((shape, options.batch, options.length) for shape in dict.fromkeys(s[0] for s in sizes))
+    for shape, batch, length in sizes:
+        if options.shapes is None or shape in options.shapes:
+            yield shape, batch, length, [FROZEN, *methods]
+
+
+def with_graphs(shape: str, batch: int, methods: list[str]) -> list[str]:
+    """Return methods, and at the one size of graphs the compiled frozen model, LoRA and LoTR."""
+    if (shape, batch) != (SIZES[0][0], SIZES[0][1]):
+        return methods
+    return [*methods, *(name + COMPILED for name in (FROZEN, LORA, "lotr"))]
 
 
 def plain(method: str) -> str:
     """Return the name of a method without what stands behind it."""
-    return method.removesuffix(MERGED).removesuffix(COMPILED).removesuffix(MKL)
+    return method.removesuffix(MERGED).removesuffix(COMPILED).removesuffix(PLAIN)
 
 
-def make(method: str, rank: int | None, shape: str, base: PreTrainedModel, graph: bool = False) -> nn.Module:
+def make(method: str, rank: int, shape: str, base: PreTrainedModel, trains: bool = True) -> nn.Module:
     """Return a model for a method; it shares the frozen weights of `base`, which stays as it is.
 
     Args:
@@ -77,36 +103,36 @@ def make(method: str, rank: int | None, shape: str, base: PreTrainedModel, graph
         rank: Of an adapter.
         shape: Name of the architecture.
         base: The frozen model.
-        graph: Whether the model will be compiled.
+        trains: Whether it will be trained; gradients then flow through every layer of the frozen model too.
     """
     if method == FULL:
         return copy.deepcopy(base).requires_grad_(True)
     if method.endswith(COMPILED):
-        return torch.compile(make(plain(method), rank, shape, base, True), fullgraph=True)  # type: ignore[return-value]
+        if method == FROZEN + COMPILED and trains:
+            return torch.compile(_frozen(shape, base, graph=True), fullgraph=True)  # type: ignore[return-value]
+        return torch.compile(make(plain(method), rank, shape, base, trains), fullgraph=True)  # type: ignore[return-value]
     if method.endswith(MERGED):
-        own = copy.deepcopy(base)
-        return _adapted(plain(method), rank, shape, own).merge_and_unload()
-    model = copy.deepcopy(base, {id(p): p for p in base.parameters()})
-    if method == BASE:
-        return model
+        return _adapted(plain(method), rank, shape, copy.deepcopy(base)).merge_and_unload()
+    if method == FROZEN:
+        return _frozen(shape, base) if trains else _sharing(base)
+    return _adapted(plain(method), rank, shape, _sharing(base))
+
+
+def _sharing(base: PreTrainedModel) -> PreTrainedModel:
+    return copy.deepcopy(base, {id(p): p for p in base.parameters()})
+
+
+def _frozen(shape: str, base: PreTrainedModel, graph: bool = False) -> PreTrainedModel:
+    """Return the frozen model; a graph cannot ask for a gradient inside, but can have one number that trains."""
+    model = _sharing(base)
     first = model.get_submodule(SHAPES[shape].blocks)[0]
-    if method == FLOOR and graph:  # which cannot ask for a gradient inside, but can have a number that trains
+    if graph:
         first.register_parameter("start", nn.Parameter(torch.zeros(())))
-        first.register_forward_pre_hook(_input_has_gradient, with_kwargs=True)
-        return model
-    if method == FLOOR:
-        first.register_forward_pre_hook(_input_requires_grad, with_kwargs=True)
-        return model
-    if method == TIGHT:
-        for path, module in first.named_modules():
-            if path.rpartition(".")[2] in SHAPES[shape].linears:
-                module.register_forward_hook(_output_requires_grad)
-        return model
-    return _adapted(plain(method), rank, shape, model)
+    first.register_forward_pre_hook(_input_has_gradient if graph else _input_requires_grad, with_kwargs=True)
+    return model
 
 
-def _adapted(method: str, rank: int | None, shape: str, model: PreTrainedModel) -> PeftModel:
-    assert rank is not None
+def _adapted(method: str, rank: int, shape: str, model: PreTrainedModel) -> PeftModel:
     torch.manual_seed(0)
     return get_peft_model(model, ADAPTERS[method](rank, list(SHAPES[shape].linears)))
 
@@ -123,13 +149,8 @@ def _input_has_gradient(module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     return args, {**kwargs, "hidden_states": kwargs["hidden_states"] + module.start}
 
 
-def _output_requires_grad(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-    if torch.is_grad_enabled() and not output.requires_grad:
-        output.requires_grad_()
-
-
 def trained(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that a method trains; the floor has none."""
+    """Return the parameters that a method trains; the frozen model has none."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
@@ -151,17 +172,24 @@ def training_step(model: nn.Module, batch: Batch) -> Callable[[], None]:
     return step
 
 
-def mkl_alone(run: Callable[[], None]) -> Callable[[], None]:
-    """Return a run in which the library takes no product with oneDNN."""
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Leave all products to PyTorch. The only place that knows how the library's switch is called."""
+    before, matmul.USE_ONEDNN = matmul.USE_ONEDNN, False
+    try:
+        yield
+    finally:
+        matmul.USE_ONEDNN = before
+
+
+def variant(method: str, run: Callable[[], None]) -> Callable[[], None]:
+    """Return a run as the name of its method asks: with all products taken by PyTorch, or as it is."""
 
     def alone() -> None:
-        before, matmul.USE_ONEDNN = matmul.USE_ONEDNN, False
-        try:
+        with _without_onednn():
             run()
-        finally:
-            matmul.USE_ONEDNN = before
 
-    return alone
+    return alone if method.endswith(PLAIN) else run
 
 
 def inference_step(model: nn.Module, batch: Batch) -> Callable[[], None]:

@@ -1,121 +1,147 @@
-"""One picture a benchmark: a panel a model, a line a method over ranks, and over tokens where there are several."""
+"""Pictures of the documents: scores against trained numbers, with the names beside the points."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.transforms import Bbox
 
-Row = dict[str, Any]
-Point = tuple[float, float, float, float]  # x, median, low, high
-
-COLOURS = {
-    "peft_lora": "#d9822b",
-    "peft_dora": "#b5591b",
-    "peft_vera": "#e6b566",
-    "full": "#8a8f98",
-    "lotr": "#3b6fb6",
-    "lotr_cores": "#2a9d8f",
-    "lotr_per_output": "#7b5ea7",
-    "lotr_per_output_cores": "#b089d6",
-    "lotr_per_output_and_input": "#c05f8e",
-    "lotr_base_and_update": "#5f8ec0",
-}
+COLOURS = {"this library": "#3b6fb6", "PEFT": "#c96a12"}
+_GREY = "#8a8f98"
+_PLAIN = {"Software": None}  # without a version in it, equal content gives equal bytes
 
 
-def panels(rows: Sequence[Row], value: str, axis: str, path: Path, level: float | None = 1.0) -> None:
-    """Draw a value of the rows.
+@dataclass(frozen=True)
+class Point:
+    """A method in a picture.
 
     Args:
-        rows: With `shape`, `batch`, `length`, `method`, `rank` and the value: a median with quartiles, or a number.
-        value: Name of the value.
-        axis: What it is.
-        path: PNG file.
-        level: Where a dashed line stands for "no difference".
+        label: Written beside the point; none if empty.
+        method: Points of one method are joined by a line.
+        numbers: Trained numbers; a method without any is a line through all.
+        score: In percent.
+        error: Its standard error.
+        whose: A key of `COLOURS`.
     """
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    sweeps = [shape for shape in shapes if len(_sizes(rows, shape)) > 1]
-    figure = Figure(figsize=(3.6 * len(shapes) + 2, 6.4 if sweeps else 3.6), dpi=120, layout="constrained")
-    grid = figure.subplots(2 if sweeps else 1, len(shapes), squeeze=False)
-    for column, shape in enumerate(shapes):
-        mine = [row for row in rows if row["shape"] == shape and row.get(value) and row["method"] in COLOURS]
-        first = _sizes(rows, shape)[0]
-        at_first = [row for row in mine if (row["batch"], row["length"]) == first and row["rank"]]
-        _draw(grid[0][column], at_first, lambda row: row["rank"], value, level)
-        grid[0][column].set_title(f"{shape}, {first[0]} × {first[1]} tokens", fontsize=10)
-        grid[0][column].set_xlabel("rank")
-        if sweeps:
-            others = [row for row in mine if (row["batch"], row["length"]) != first and row["rank"]]
-            alike = {(row["method"], row["rank"], row["length"]) for row in others}
-            swept = [row for row in mine if (row["method"], row["rank"], row["length"]) in alike]
-            _draw(grid[1][column], swept, lambda row: row["batch"] * row["length"], value, level)
-            grid[1][column].set_xlabel(f"tokens, rank {swept[0]['rank']}" if swept else "tokens")
-    for line in grid:
-        line[0].set_ylabel(axis)
-    labels = {
-        name: handle
-        for line in grid
-        for ax in line
-        for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(labels.values(), labels.keys(), loc="outside right center", frameon=False, fontsize=9)
+
+    label: str
+    method: str
+    numbers: int
+    score: float
+    error: float
+    whose: str
+
+
+def scores(panels: dict[str, Sequence[Point]], axis: str, path: Path) -> None:
+    """Draw panels under each other, each with its title.
+
+    Args:
+        panels: Points of each, by title.
+        axis: Label of the score.
+        path: PNG file.
+    """
+    figure = Figure(figsize=(8, 5.2 * len(panels)), dpi=160, layout="constrained")
+    grid = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axes, (title, points) in zip(grid, panels.items(), strict=True):
+        _panel(axes, points, title, axis)
+    figure.draw_without_rendering()
+    for axes, points in zip(grid, panels.values(), strict=True):
+        _label(figure, axes, [point for point in points if point.numbers])
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Software": None})
+    figure.savefig(path, metadata=_PLAIN)
 
 
-def _sizes(rows: Sequence[Row], shape: str) -> list[tuple[int, int]]:
-    return list(dict.fromkeys((row["batch"], row["length"]) for row in rows if row["shape"] == shape))
-
-
-def _draw(axes: Axes, rows: Sequence[Row], x: Any, value: str, level: float | None) -> None:
-    if level is not None:
-        axes.axhline(level, color="#8a8f98", linestyle="--", linewidth=1)
-    for method in dict.fromkeys(row["method"] for row in rows):
-        points = sorted(_point(x(row), row[value]) for row in rows if row["method"] == method)
-        at, median, low, high = zip(*points, strict=True)
-        errors = [
-            [m - v for m, v in zip(median, low, strict=True)],
-            [v - m for m, v in zip(median, high, strict=True)],
-        ]
-        axes.errorbar(
-            at, median, yerr=errors, fmt="o-", color=COLOURS[method], label=method, capsize=2, markersize=4
-        )
-    axes.set_xscale("log", base=2)
-    ticks = sorted({x(row) for row in rows})
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
+def _panel(axes: Any, points: Sequence[Point], title: str, axis: str) -> None:
+    axes.set_xscale("log")
+    for whose, colour in COLOURS.items():
+        mine = [point for point in points if point.whose == whose and point.numbers]
+        if mine:
+            sizes, values = [point.numbers for point in mine], [point.score for point in mine]
+            errors = [0.0 if math.isnan(point.error) else point.error for point in mine]
+            axes.errorbar(sizes, values, errors, fmt="o", ms=6, color=colour, elinewidth=1.2, label=whose)
+    for method in {point.method for point in points}:
+        mine = sorted((point.numbers, point.score, point.whose) for point in points if point.method == method)
+        axes.plot(*zip(*[some[:2] for some in mine], strict=True), color=COLOURS[mine[0][2]], lw=1, alpha=0.4)
+    for point in points:
+        if not point.numbers:
+            axes.axhline(point.score, color=_GREY, linestyle="--", lw=1.2, label=point.label)
+    sizes = [point.numbers for point in points if point.numbers]
+    axes.set_xlim(min(sizes) / 2.5, max(sizes) * 3.5)
+    axes.margins(y=0.15)
+    axes.set_xlabel("trained numbers, without the head", fontsize=13)
+    axes.set_ylabel(axis, fontsize=13)
+    axes.set_title(title, fontsize=15, loc="left")
+    axes.tick_params(labelsize=12)
+    axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper left", frameon=False, fontsize=14)
 
 
-def _point(x: float, value: Any) -> Point:
-    spread = value if isinstance(value, dict) else dict.fromkeys(("median", "low", "high"), value)
-    return x, spread["median"], spread["low"], spread["high"]
+def _label(figure: Figure, axes: Any, points: Sequence[Point]) -> None:
+    """Write the names where nothing else is, as near to their points as that allows."""
+    centres = [axes.transData.transform((point.numbers, point.score)) for point in points]
+    taken = [axes.get_legend().get_window_extent()]
+    for point, (x, y) in zip(points, centres, strict=True):
+        error = 0.0 if math.isnan(point.error) else point.error
+        height = axes.transData.transform((point.numbers, point.score + error))[1] - y
+        taken += [Bbox.from_bounds(x - 8, y - 8, 16, 16), Bbox.from_bounds(x - 3, y - height, 6, 2 * height)]
+    for point, (x, y) in zip(points, centres, strict=True):
+        if not point.label:
+            continue
+        text = axes.annotate(
+            point.label,
+            (point.numbers, point.score),
+            textcoords="offset points",
+            xytext=(0, 0),
+            fontsize=14,
+            color=COLOURS[point.whose],
+            ha="center",
+            va="center",
+            path_effects=[withStroke(linewidth=3, foreground="white")],
+            arrowprops={"arrowstyle": "-", "color": _GREY, "lw": 0.6, "shrinkA": 0, "shrinkB": 4},
+        )
+        size = text.get_window_extent()
+        for dx, dy in _around(size.width, size.height):
+            box = Bbox.from_bounds(x + dx - size.width / 2, y + dy - size.height / 2, size.width, size.height)
+            inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 < box.y0
+            if inside and box.y1 < axes.bbox.y1 and not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box.padded(8, 2))
+        text.set_position((dx * 72 / figure.dpi, dy * 72 / figure.dpi))
 
 
-def bars(rows: Sequence[Row], axis: str, path: Path) -> None:
-    """Draw the ratio to LoRA of every method for each action, as points with quartiles."""
-    actions = list(dict.fromkeys(row["action"] for row in rows))
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    figure = Figure(figsize=(7, 0.8 * len(actions) + 1.4), dpi=120, layout="constrained")
+def _around(width: float, height: float) -> Iterator[tuple[float, float]]:
+    """Yield shifts of a label's centre, in pixels, the nearest first."""
+    for ring in range(30):
+        for turn in (0.0, 1.0, 0.5, -0.5, 0.25, -0.25, 0.75, -0.75):  # in half turns
+            reach = 12 + 8 * ring
+            across, up = math.cos(turn * math.pi), math.sin(turn * math.pi)
+            yield across * (width / 2 + reach), up * (height / 2 + reach)
+
+
+def bars(
+    names: Sequence[str], sizes: Sequence[int], values: Sequence[float], error: float, path: Path
+) -> None:
+    """Draw a line a method, the smallest at the bottom: its accuracy with an error bar, its size beside its name."""
+    order = sorted((at for at in range(len(names)) if sizes[at]), key=lambda at: sizes[at])
+    figure = Figure(figsize=(7.2, 0.24 * len(order) + 1.2), dpi=130, layout="constrained")
     axes = figure.subplots()
-    axes.axvline(1.0, color="#8a8f98", linestyle="--", linewidth=1)
-    for number, method in enumerate(methods):
-        mine = [row for row in rows if row["method"] == method]
-        heights = [actions.index(row["action"]) + 0.13 * (number - len(methods) / 2) for row in mine]
-        spreads = [row["of_lora"] for row in mine]
-        middle = [spread["median"] for spread in spreads]
-        errors = [[abs(spread[side] - spread["median"]) for spread in spreads] for side in ("low", "high")]
-        axes.errorbar(middle, heights, xerr=errors, fmt="o", color=COLOURS[method], label=method, capsize=2)
-    axes.set_yticks(range(len(actions)), actions)
-    axes.invert_yaxis()
-    axes.set_xlabel(axis)
-    axes.set_xlim(left=0)
+    for height, at in enumerate(order):
+        colour = COLOURS["PEFT" if names[at].startswith("peft") else "this library"]
+        axes.errorbar(values[at], height, xerr=error, fmt="o", color=colour, capsize=2)
+    for at in range(len(names)):
+        if not sizes[at]:
+            axes.axvline(values[at], color=_GREY, linestyle="--")
+            axes.text(values[at], len(order) - 0.3, f" {names[at]}", color=_GREY)
+    axes.set_yticks(range(len(order)), [f"{names[at]}   {sizes[at]:,}" for at in order])
+    axes.set_xlabel("accuracy, one standard error")
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right center", frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Software": None})
+    figure.savefig(path, metadata=_PLAIN)

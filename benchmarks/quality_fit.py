@@ -14,24 +14,17 @@ import argparse
 import itertools
 import statistics
 import tempfile
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
-from transformers.utils import logging
 
-from lotr.files.atomic import write_json
-from lotr.math.hooi import Subspaces
-from lotr.tuner.layer import LotrLinear
-from quality_run import Bench, train
+from quality_training import Bench, train
+from records import calm, show, write_rows
 
-HERE = Path(__file__).parent
 RATES = (1e-4, 3e-4, 1e-3)
 ROUNDS = 5  # of HOOI
 Updates = list[Tensor]  # of each site, (o, i)
@@ -48,21 +41,17 @@ def low_rank(D: Updates, rank: int) -> Updates:
 
 
 def shared(D: Updates, groups: Groups, rank: int) -> Updates:
-    """Return the best fit with factors shared in groups of sites: what a LoTR can hold."""
-    factors: dict[int, tuple[Tensor, Tensor]] = {}
+    """Return the best fit with factors shared in groups of sites: what a LoTR can hold (Tucker-2, by HOOI)."""
+    fits = list(D)
     for group in groups:
-        spaces = Subspaces(
-            tuple(D[group[0]].shape), (rank, rank), torch.Generator().manual_seed(0), normalise=False
-        )
+        rank = min(rank, *D[group[0]].shape)
+        V = torch.linalg.svd(torch.cat([D[n] for n in group]), full_matrices=False).Vh[:rank].mT
         for _ in range(ROUNDS):
-            spaces.turn([D[n] @ spaces.V for n in group], [D[n].T @ spaces.U for n in group])
-        factors |= dict.fromkeys(group, spaces.factors())
-    return [between(d, *factors[n]) for n, d in enumerate(D)]
-
-
-def between(d: Tensor, U: Tensor, V: Tensor) -> Tensor:
-    """Return the part of an update between orthonormal factors: what cores alone can hold."""
-    return U @ (U.mT @ d @ V) @ V.mT
+            U = torch.linalg.svd(torch.cat([D[n] @ V for n in group], 1), full_matrices=False).U[:, :rank]
+            V = torch.linalg.svd(torch.cat([D[n].mT @ U for n in group], 1), full_matrices=False).U[:, :rank]
+        for n in group:
+            fits[n] = U @ (U.mT @ D[n] @ V) @ V.mT
+    return fits
 
 
 def largest(D: Updates, groups: Groups, numbers: int) -> int:
@@ -79,53 +68,33 @@ def size(D: Updates, groups: Groups, rank: int) -> int:
 
 
 def trained_in_full(
-    bench: Bench, run: dict[str, Any]
-) -> tuple[nn.Module, list[tuple[str, nn.Linear]], Updates, float]:
-    """Return the model whose adapted weights were trained, the modules, the change, and the rate that dev chose."""
-    task, found = bench.task(run["task"]), []
+    bench: Bench, modules: str, name: str, seed: int
+) -> tuple[nn.Module, list[tuple[str, nn.Linear]], Updates]:
+    """Return the model whose adapted weights were trained at the rate that dev chose, the modules, the change."""
+    task, settings, trials = bench.task(name), bench.grid["settings"], []
     for rate in RATES:
-        model = bench.fresh(run, bench.grid["settings"])
-        model.requires_grad_(False)
-        ends = tuple(bench.grid["targets"][run["target"]])
+        model = bench.fresh(name, seed, settings).requires_grad_(False)
+        ends = tuple(bench.grid["modules"][modules])
         blocks = (pair for pair in model.named_modules() if ".layer." in pair[0])
-        modules = [(name, m) for name, m in blocks if name.endswith(ends) and isinstance(m, nn.Linear)]
-        before = [m.weight.detach().clone() for _, m in modules]
+        linears = [(path, m) for path, m in blocks if path.endswith(ends) and isinstance(m, nn.Linear)]
+        before = [m.weight.detach().clone() for _, m in linears]
         groups = [
-            {"params": [m.weight.requires_grad_() for _, m in modules], "lr": rate},
-            {
-                "params": [p.requires_grad_() for p in model.classifier.parameters()],
-                "lr": bench.grid["settings"]["head_lr"],
-            },
+            {"params": [m.weight.requires_grad_() for _, m in linears], "lr": rate},
+            {"params": list(model.classifier.requires_grad_().parameters()), "lr": settings["head_lr"]},
         ]
-        train(model, groups, task, run["seed"], bench.grid["settings"]["warmup"])
-        change = [m.weight.detach() - W for (_, m), W in zip(modules, before, strict=True)]
-        found.append((task.accuracy(model, task.dev), model, modules, change, rate))
-    return max(found, key=lambda trial: trial[0])[1:]
+        train(model, groups, task, seed, settings["warmup"], task.steps)
+        change = [m.weight.detach() - W for (_, m), W in zip(linears, before, strict=True)]
+        trials.append((task.accuracy(model, task.dev), model, linears, change))
+    return max(trials, key=lambda trial: trial[0])[1:]
 
 
-def between_started(
-    bench: Bench, run: dict[str, Any], names: Sequence[str], D: Updates, fields: dict[str, Any]
-) -> Updates:
-    """Return the part of updates between the factors that a start from gradients makes."""
-    model, _ = bench.started(run, {"fields": fields}, bench.grid["settings"])
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LotrLinear)}
-    fits = []
-    for name, d in zip(names, D, strict=True):
-        update = layers[f"base_model.model.{name}"].factored("default")[0]
-        fits.append(between(d, update.U.detach(), update.V.detach()))
-    return fits
-
-
-def measure(bench: Bench, run: dict[str, Any]) -> list[dict[str, Any]]:
+def measure(bench: Bench, modules: str, name: str, seed: int) -> list[dict[str, Any]]:
     """Return, for every structure, the share of the change that it holds and the accuracy with it."""
-    task = bench.task(run["task"])
-    model, modules, D, rate = trained_in_full(bench, run)
-    names = [name for name, _ in modules]
-    before = [m.weight.detach() - d for (_, m), d in zip(modules, D, strict=True)]
-    projections = _alike((name.rpartition(".")[2], d.shape) for name, d in zip(names, D, strict=True))
+    task = bench.task(name)
+    model, linears, D = trained_in_full(bench, modules, name, seed)
+    before = [m.weight.detach() - d for (_, m), d in zip(linears, D, strict=True)]
+    projections = _alike((path.rpartition(".")[2], d.shape) for (path, _), d in zip(linears, D, strict=True))
     shapes = _alike(d.shape for d in D)
-    own = {"method": "lora_xs", "r": 16, "init": "gradient"}
-    together = {"method": "lotr", "r": 16, "init": "gradient", "trainable": "cores"}
     cores = len(D) * 16**2
     fits: dict[str, tuple[int, Updates]] = {
         "the trained update": (sum(d.numel() for d in D), D),
@@ -138,27 +107,23 @@ def measure(bench: Bench, run: dict[str, Any]) -> list[dict[str, Any]]:
         fits[f"LoTR as large as LoRA of rank {rank}"] = size(D, shapes, mine), shared(D, shapes, mine)
     fits["cores, best factors of a projection, rank 16"] = cores, shared(D, projections, 16)
     fits["cores, best factors of a site, rank 16"] = cores, low_rank(D, 16)
-    for what, fields in (("projection", together), ("site", own)):
-        started = between_started(bench, run, names, D, fields)
-        fits[f"cores, gradient factors of a {what}, rank 16"] = cores, started
     rows = []
     energy = sum(float(d.norm()) ** 2 for d in D)
-    for name, (numbers, fit) in fits.items():
+    for structure, (numbers, fit) in fits.items():
         with torch.no_grad():
-            for (_, module), W, d in zip(modules, before, fit, strict=True):
+            for (_, module), W, d in zip(linears, before, fit, strict=True):
                 module.weight.copy_(W + d)
         lost = sum(float((d - f).norm()) ** 2 for d, f in zip(D, fit, strict=True))
-        score = task.accuracy(model, task.test)
-        rows.append(
-            {**run, "rate": rate, "fit": name, "numbers": numbers, "kept": 1 - lost / energy, "test": score}
-        )
+        score = round(task.accuracy(model, task.test), 4)
+        row = {"target": modules, "task": name, "seed": seed, "fit": structure, "numbers": numbers}
+        rows.append({**row, "kept": round(1 - lost / energy, 4), "test": score})
     return rows
 
 
-def _alike(kinds: Iterable[object]) -> Groups:
-    groups: dict[object, list[int]] = {}
-    for n, kind in enumerate(kinds):
-        groups.setdefault(kind, []).append(n)
+def _alike(keys: Iterable[Hashable]) -> Groups:
+    groups: dict[Hashable, list[int]] = {}
+    for number, key in enumerate(keys):
+        groups.setdefault(key, []).append(number)
     return list(groups.values())
 
 
@@ -189,27 +154,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder with the tasks' files")
+    parser.add_argument("--grid", type=Path, default=Path(__file__).with_name("quality.yaml"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--json", type=Path, default=Path("out/quality_fit.json"))
-    asked = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    grid = yaml.safe_load((HERE / "quality.yaml").read_text())
+    options = parser.parse_args()
+    calm()
+    grid = yaml.safe_load(options.grid.read_text())
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(grid, asked.data, Path(folder))
-        for target, task, seed in itertools.product(grid["targets"], grid["frontier"], asked.seeds):
-            rows += measure(bench, {"task": task, "target": target, "method": "fit", "seed": seed})
-    asked.json.parent.mkdir(parents=True, exist_ok=True)
-    write_json(asked.json, rows)
-    for target in grid["targets"]:
-        table = Table(
-            "fit of the trained update", "numbers", "of its energy", *grid["frontier"], title=target
-        )
-        for cells in summary([row for row in rows if row["target"] == target]):
-            table.add_row(*cells)
-        Console().print(table)
+        bench = Bench(grid, options.data, Path(folder))
+        for modules, task, seed in itertools.product(grid["modules"], grid["mean"], options.seeds):
+            rows += measure(bench, modules, task, seed)
+    write_rows(options.json, {}, "rows", rows)
+    for modules in grid["modules"]:
+        header = ("fit of the trained update", "numbers", "of its energy", *grid["mean"])
+        show(modules, header, summary([row for row in rows if row["target"] == modules]))
 
 
 if __name__ == "__main__":

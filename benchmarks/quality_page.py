@@ -1,236 +1,173 @@
-"""The page of the docs that `quality.py` writes: everything on it comes from the runs and the grid."""
+"""Tables and picture of docs/results.md: all that stands between its marks comes from the data files."""
 
 from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pictures
 import quality_defaults
 import quality_fit
-import quality_picture
-import quality_report
-from quality_report import Estimate, Results, Row
+from quality_runs import Estimate, Results
+from records import fill, markdown
 
-_FAMILIES = {"head": "", "lotr": "**LoTR**", "table": "in the table", "lora": "our start", "peft": "PEFT"}
-_TARGETS = {"qv": "Query and value", "all": "All linear layers"}
-
-
-def write(results: Results, page: Path) -> None:
-    """Write the page, and its pictures beside it.
-
-    Args:
-        results: See `Results`.
-        page: Markdown file; pictures go into `images/`.
-    """
-    (page.parent / "images").mkdir(parents=True, exist_ok=True)
-    lines = ["# What each number buys", "", *_method(results)]
-    rows = results.rows()
-    for target in results.grid["targets"]:
-        mine = [row for row in rows if row["target"] == target]
-        if mine:
-            lines += _section(results, target, mine, page)
-    lines += [*_claims(results), *_steps(results), *_fits(page), *_defaults(page), *_rates(results, rows)]
-    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _method(results: Results) -> list[str]:
-    grid = results.grid
-    settings, sweep = grid["settings"], grid["sweep"]
-    passes = settings["start_rounds"] + 1
-    counts = sorted({len(method["rates"]) for method in grid["methods"].values()} - {1})
-    lines = [
-        "Written by `python benchmarks/quality.py --report --page docs/quality.md` from "
-        f"{results.n_runs} runs, which are kept in `benchmarks/results`. What we lose stands beside what we win.",
-        "",
-        "**How it is measured.** The packaged MiniLM (6 layers, 384 wide), frozen, on a CPU; numbers are float32, and "
-        f"products are taken in {settings.get('products', 'float32')} (autocast). A new head is trained alone for "
-        f"{settings['head_warmup']} steps, then with the adapter; both are the same for every method, as are the order "
-        "of the batches, AdamW, the schedule and the clipping. Runs are short, so the table says what a method learns "
-        "quickly. "
-        f"A method has {' or '.join(map(str, counts))} rates, all tried on "
-        f"{' and '.join(sweep['tasks'])} with seeds {' and '.join(map(str, sweep['seeds']))}; the best mean score on "
-        "dev decides for all tasks and seeds, and those seeds count among them. The last table says which rates won, "
-        "and which methods (transfers, defaults) have one given rate. Trained numbers are without the head. "
-        "Scores are accuracies on test; ± is the standard error over the seeds.",
-        "",
-        *(f"- {note}" for note in grid.get("notes", ())),
-        "",
-        f"A start from gradients looks at {settings['start_batches']} batches {passes} times before the first step: "
-        f"as much computing as {settings['start_batches'] * passes} steps. A start from updates trains a LoRA for as "
-        "many steps as the table of results says, and throws it away.",
-        "",
-        "| task | steps | rows a step | longest text, tokens | rows of test |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for name in results.tasks:
-        task = grid["tasks"][name]
-        lines.append(
-            f"| {name} | {task['steps']} | {task['batch_size']} | {task['max_length']} | {task['test_rows']:,} |"
-        )
-    return lines
+MODULES = {"qv": "query and value", "all": "all linear modules"}
+LABELS = {  # of the methods that the picture shows
+    "lotr_joint gaussian r": "LoTR, authors' start",
+    "lotr_joint gradient r": "LoTR",
+    "lotr_joint norms gradient r": "LoTR with norms",
+    "lotr cores gradient r": "LoTR, cores",
+    "lora_xs gradient r": "LoRA-XS",
+    "peft_lora r": "LoRA",
+    "peft_dora r": "DoRA",
+    "peft_tinylora u": "TinyLoRA",
+    "peft_vera r": "VeRA",
+    "peft_fourierft ": "FourierFT",
+    "peft_waveft ": "WaveFT",
+    "peft_unilora ": "Uni-LoRA",
+    "peft_c3a": "C3A",
+    "peft_ia3": "IA³",
+    "metatt_4d r": "MetaTT",
+    "lorta r": "LoRTA",
+}
+#: Printed by the authors of LoTR (arXiv 2402.01376, table 3): RoBERTa-base, one pair of factors for query and value.
+PUBLISHED = {
+    "CoLA": (0.526, 0.547),
+    "MRPC": (0.879, 0.853),
+    "QNLI": (0.900, 0.912),
+    "RTE": (0.668, 0.686),
+    "SST-2": (0.933, 0.938),
+    "STS-B": (0.886, 0.896),
+}
 
 
-def _section(results: Results, target: str, rows: Sequence[Row], page: Path) -> list[str]:
-    title = _TARGETS.get(target, target)
-    frontier = results.grid["frontier"]
-    tasks = [task for task in results.grid["tasks"] if any(task in row["tasks"] for row in rows)]
-    lines = ["", f"## {title}", ""]
-    drawn = [row for row in rows if row["test"]]
-    if drawn:
-        picture = page.parent / "images" / f"quality_{target}.png"
-        quality_picture.draw(drawn, f"{title}: mean of {', '.join(frontier)}", picture)
-        lines += [
-            f"![test accuracy against trained numbers](images/{picture.name})",
-            "",
-            "The lines are the frontiers of this library and of PEFT: the best score with at most so many numbers. *In "
-            "the table*: a row of this library's table that is no LoTR, or LoTR as its authors start it. *Our start*: "
-            "LoRA, with this library's start; it is not in the frontier. *+50 steps*: so many more than the others, in "
-            "the start or after it; not in the frontier either. *Slow*: a third of the swept rates. *On books*: cores "
-            "alone, on factors that were trained on another kind of reviews; *from books* goes on from that update. "
-            "*Default*: the settings of `lotr train`; *warm* with the head trained alone first, *cold* without, *fast* "
-            "with higher rates. *Seeds*: of the task with the fewest.",
-            "",
-        ]
-    lines += [
-        f"| method | whose | numbers | {' | '.join(tasks)} | mean of {len(frontier)} | seeds |",
-        "|---|---|---:|" + "---:|" * (len(tasks) + 2),
-    ]
-    for row in rows:
-        scores = [_score(row["tasks"].get(task)) for task in tasks]
-        whose = _FAMILIES[row["family"]] + (f", {row['more']:+} steps" if row["more"] else "")
-        cells = [row["method"], whose, f"{row['numbers']:,}", *scores, _score(row["test"])]
-        lines.append(f"| {' | '.join(cells)} | {row['seeds']} |")
-    return lines
+def comparisons(results: Results) -> list[str]:
+    """Return the tables of wins and losses."""
+    lines: list[str] = []
+    for modules, title in MODULES.items():
+        rows = []
+        for where, name, peer in results.grid["comparisons"]:
+            if where == modules:
+                above, _ = results.above(modules, name, peer)
+                sizes = [f"{some}: {results.numbers[modules, some]:,}" for some in (name, peer)]
+                points = f"{100 * above.mean:+.1f} ± {100 * above.error:.1f}"
+                rows.append([*sizes, points, verdict(above)])
+        if rows:
+            lines += ["", *markdown((f"ours, on {title}", "against", "points", ""), rows, left=2)]
+    return lines[1:]
 
 
-def _claims(results: Results) -> list[str]:
-    lines = [
-        "",
-        "## Against each other",
-        "",
-        "Differences of test accuracy in points between runs of the same task and seed, which see the same batches. "
-        "*Above* and *below*: outside of the 95 % interval (Student's t, degrees of freedom added over the tasks); "
-        "else *level*, which says that these runs cannot tell them apart. Of twenty comparisons one is called by "
-        "chance. With fewer than three seeds the error is itself a guess, and the question stays *open*.",
-        "",
-        "| what | against | on | points | verdict | task by task |",
-        "|---|---|---|---:|---|---|",
-    ]
-    for claim in results.grid["compare"]:
-        found, seeds, freedom = results.against(claim["target"], claim["method"], claim["peer"])
-        if not found:
-            continue
-        mean, error = found.pop("all")
-        doubt = quality_report.quantile(freedom) * error
-        verdict = "above" if mean > doubt else "below" if mean < -doubt else "level"
-        verdict = verdict if seeds > 2 else f"open: {seeds} seed{'s' * (seeds > 1)}"
-        by_task = ", ".join(f"{task} {100 * d:+.1f}" for task, (d, _) in found.items())
-        lines.append(
-            f"| {claim['method']} | {claim['peer']} | {_TARGETS.get(claim['target'], claim['target']).lower()} | "
-            f"{_points(mean, error)} | {verdict} | {by_task} |"
-        )
-    return lines
+def verdict(above: Estimate) -> str:
+    """Return which side of the 95 % interval a difference is on."""
+    if above.mean > above.interval:
+        return "**above**"
+    return "*below*" if above.mean < -above.interval else "level"
 
 
-def _steps(results: Results) -> list[str]:
-    compare, rows = results.grid["steps"], []
-    for method in compare["methods"]:
-        found = results.steps(compare["target"], method, compare["peer"])
-        if found:
-            rows.append(f"| {method} | " + " | ".join(f"{m:.0f}" for m, _ in found.values()) + " |")
-            tasks = list(found)
-    if not rows:
-        return []
-    return [
-        "",
-        "## Steps to 95 % of LoRA's last dev score",
-        "",
-        f"{_TARGETS[compare['target']]}; dev is measured five times a run, so a step is known to a fifth of the run. "
-        "A run that does not get there counts with all its steps. The passes of a start from gradients come on top.",
-        "",
-        f"| method | {' | '.join(tasks)} |",
-        "|---|" + "---:|" * len(tasks),
-        *rows,
-    ]
+def all_scores(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the table of all methods, the smallest first."""
+    tasks = list(results.grid["tasks"])
+    order = sorted(results.numbers, key=lambda cell: (cell[0] != "qv", results.numbers[cell], cell[1]))
+    rows = []
+    for modules, name in order:
+        some = [results.score(modules, name, [task]) for task in tasks]
+        mean = results.score(modules, name, results.grid["mean"])
+        rows.append([modules, name, f"{results.numbers[modules, name]:,}", *map(_score, [*some, mean])])
+    return ["modules", "method", "numbers", *tasks, "mean"], rows
 
 
-def _fits(page: Path) -> list[str]:
-    record = page.parent / "data" / "quality_fit.json"
-    if not record.is_file():
-        return []
-    rows = json.loads(record.read_text(encoding="utf-8"))
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    lines = [
-        "",
-        "## What limits",
-        "",
-        "The adapted weights trained in full, and their change replaced by its best fit in a structure; nothing is "
-        "trained again. A structure whose best fit scores well can express what is to be learnt: what it lacks above, "
-        "it lacks by its start or its optimisation. LoTR has one pair of factors for all modules of a shape. Accuracy "
-        f"on test, mean of {len({row['seed'] for row in rows})} seeds; `python benchmarks/quality_fit.py`.",
-    ]
-    for target in dict.fromkeys(row["target"] for row in rows):
-        lines += [
-            "",
-            f"| {_TARGETS.get(target, target)}: fit | numbers | of the energy | {' | '.join(tasks)} |",
-            "|---|---:|---:|" + "---:|" * len(tasks),
-            *(
-                f"| {' | '.join(c)} |"
-                for c in quality_fit.summary([r for r in rows if r["target"] == target])
-            ),
-        ]
-    return lines
-
-
-def _defaults(page: Path) -> list[str]:
-    record = page.parent / "data" / "defaults.json"
-    if not record.is_file():
-        return []
-    runs = json.loads(record.read_text(encoding="utf-8"))
-    return [
-        "",
-        "## `lotr train` without options",
-        "",
-        f"The command itself, three epochs in float32; {len(runs)} runs. "
-        "`python benchmarks/quality_defaults.py`.",
-        "",
-        f"| {' | '.join(quality_defaults.HEADER)} |",
-        "|---|---:|---|",
-        *(f"| {' | '.join(cells)} |" for cells in quality_defaults.summary(runs)),
-    ]
-
-
-def _rates(results: Results, rows: Sequence[Row]) -> list[str]:
-    lines = [
-        "",
-        "## Rates",
-        "",
-        "What the sweep chose. *Edge*: the lowest or highest rate that was tried won, so a better one may lie beyond.",
-        "",
-        "| method | on | rates | tried |",
-        "|---|---|---|---|",
-    ]
-    for row in rows:
-        planned = results.grid["methods"][row["method"]]["rates"]
-        tried = [rates for rates in planned if rates in results.tried[row["target"], row["method"]]]
-        edge = ", edge" if row["rates"] in (tried[0], tried[-1]) else ""
-        count = str(len(tried)) if len(tried) == len(planned) else f"{len(tried)} of {len(planned)}"
-        rates = ", ".join(f"`{name}` {rate:g}" for name, rate in row["rates"].items())
-        on = _TARGETS.get(row["target"], row["target"]).lower()
-        lines.append(
-            f"| {row['method']} | {on} | {rates} | {count + edge if len(planned) > 1 else 'given'} |"
-        )
-    return lines
-
-
-def _points(mean: float, error: float) -> str:
-    return f"{100 * mean:+.1f}" + ("" if math.isnan(error) else f" ± {100 * error:.1f}")
-
-
-def _score(score: Estimate | None) -> str:
-    if score is None:
+def _score(estimate: Estimate | None) -> str:
+    if estimate is None:
         return ""
-    mean, error = score
-    return f"{100 * mean:.1f}" + ("" if math.isnan(error) else f" ± {100 * error:.1f}")
+    error = "" if math.isnan(estimate.error) else f" ± {100 * estimate.error:.1f}"
+    return f"{100 * estimate.mean:.1f}{error}"
+
+
+def draw(results: Results, path: Path) -> None:
+    """Draw the mean score of every method of `LABELS` against its trained numbers, a panel for each set of modules."""
+    panels = {}
+    for modules, title in MODULES.items():
+        points = []
+        for where, name in results.numbers:
+            score = results.score(where, name, results.grid["mean"])
+            label = next((LABELS[start] for start in LABELS if _is(name, start)), None)
+            if where == modules and score is not None and (label or name == "head alone"):
+                whose = "PEFT" if name.startswith("peft_") else "this library"
+                numbers = results.numbers[where, name]
+                mean, error = 100 * score.mean, 100 * score.error
+                points.append(pictures.Point(label or name, label or name, numbers, mean, error, whose))
+        if points:
+            panels[title[0].upper() + title[1:]] = _once(points)
+    axis = f"accuracy, mean of {' and '.join(results.grid['mean'])}, %"
+    pictures.scores(panels, axis, path)
+
+
+def _is(name: str, start: str) -> bool:
+    """Whether a name is the start and a size."""
+    return name == start or (name.startswith(start) and name.removeprefix(start).replace("x", "").isdigit())
+
+
+def _once(points: Sequence[pictures.Point]) -> list[pictures.Point]:
+    """Return points of which only the largest of equal labels keeps it, so that names do not crowd."""
+    largest = {
+        label: max(p.numbers for p in points if p.label == label) for label in {p.label for p in points}
+    }
+    return [p if p.numbers == largest[p.label] else replace(p, label="") for p in points]
+
+
+def published() -> list[str]:
+    """Return the table that the authors of LoTR printed."""
+    rows = [
+        [name, "75,264", *(f"{scores[at]:.3f}" for scores in PUBLISHED.values())]
+        for at, name in enumerate(("LoTR, rank 32", "LoRA, rank 2"))
+    ]
+    return markdown(("RoBERTa-base", "numbers", *PUBLISHED), rows)
+
+
+def limits(data: Path) -> list[str]:
+    """Return the table of what the structures can hold of a fully trained update."""
+    rows = _rows(data / "quality_fit.json")
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    lines: list[str] = []
+    for modules in dict.fromkeys(row["target"] for row in rows):
+        some = [row for row in rows if row["target"] == modules]
+        header = (f"{MODULES[modules]}: fit", "numbers", "of the energy", *tasks)
+        lines += ["", *markdown(header, quality_fit.summary(some))]
+    return lines[1:]
+
+
+def defaults(data: Path) -> list[str]:
+    """Return the table of `lotr train` without options."""
+    return markdown(quality_defaults.HEADER, quality_defaults.summary(_rows(data / "defaults.json")))
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return rows
+
+
+def sections(results: Results, data: Path) -> dict[str, list[str]]:
+    """Return what stands between the marks of the page, by name."""
+    seeds = statistics.median(len(s) for tasks in results.scores.values() for s in tasks.values())
+    count = (
+        f"{results.n_runs:,} runs, {len(results.numbers)} methods and sizes; in the median {seeds:.0f} seeds."
+    )
+    return {
+        "comparisons": comparisons(results),
+        "published": published(),
+        "defaults": defaults(data),
+        "limits": limits(data),
+        "runs": [count],
+    }
+
+
+def renew(results: Results, page: Path) -> None:
+    """Write the tables into the page, and its picture beside it."""
+    for name, lines in sections(results, page.parent / "data").items():
+        fill(page, name, lines)
+    draw(results, page.parent / "images" / "results.png")

@@ -1,8 +1,9 @@
-"""What every benchmark shares: options, what the record says of the machine, the table, the JSON file."""
+"""What every benchmark shares: options, what its record says of the machine, tables, files, pages."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import shlex
@@ -22,70 +23,33 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import lotr
-from grids import Setting
-from lotr.files.atomic import read_json, write_json
-from peers import ADAPTERS, COMPILED, FLOOR, MKL, TEXT
-from shapes import SHAPES
 from timing import Spread
 
 Row = dict[str, Any]
-#: Measurements, and seconds of waiting for other programs: of a whole run, and of a short one.
-ROUNDS, PATIENCE = {False: 9, True: 3}, {False: 300, True: 5}
+ROUNDS = {False: 9, True: 3}  # measurements of a whole run, and of a short one
+
+#: glibc gives freed memory back to the system and faults it in again, more or less of it by the order in which blocks
+#: of all models happen to lie: up to a tenth of a step, and not of the method that happens to be running.
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "8000000000", "MALLOC_MMAP_THRESHOLD_": "8000000000"}
 
 
-def parser(what: str, name: str, pictured: bool = True) -> argparse.ArgumentParser:
-    """Return a parser with the options that all benchmarks have."""
-    made = argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--short", action="store_true", help="fewer sizes and rounds, for `make bench`")
-    made.add_argument(
-        "--rounds",
-        type=int,
-        help=f"measurements of everything; default {ROUNDS[False]}, short {ROUNDS[True]}",
-    )
-    made.add_argument(
-        "--patience",
-        type=float,
-        help="seconds a setting for waiting until other programs rest; "
-        f"default {PATIENCE[False]}, short {PATIENCE[True]}",
-    )
-    made.add_argument("--threads", type=int, default=os.cpu_count(), help="of the processor; default: all")
-    made.add_argument("--json", type=Path, default=Path("out") / f"{name}.json")
-    if pictured:
-        made.add_argument("--picture", type=Path, default=Path("out") / f"{name}.png")
-    return made
-
-
-def case_options(made: argparse.ArgumentParser) -> None:
-    """Add the options that measure one model at one size instead of the grid."""
-    made.add_argument("--shape", choices=SHAPES, help="one model instead of the grid")
-    made.add_argument("--batch", type=int, default=8)
-    made.add_argument("--length", type=int, default=128, help="tokens of a row")
-    names = [name for name in TEXT if "…" not in name]
-    names += [method + how for how in (COMPILED, MKL) for method in ADAPTERS]
-    names.append(FLOOR + COMPILED)
-    made.add_argument(
-        "--methods", nargs="+", choices=names, default=[*ADAPTERS], metavar="METHOD", help=", ".join(names)
-    )
-    made.add_argument("--ranks", nargs="+", type=int, default=[16])
-    made.add_argument(
-        "--resume",
-        action="store_true",
-        help="keep what the JSON file has of this machine, and measure the rest",
-    )
+def parser(what: str, name: str) -> argparse.ArgumentParser:
+    """Return a parser with the options that all benchmarks of time and memory have."""
+    options = argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--short", action="store_true", help="fewer models, methods and rounds")
+    options.add_argument("--rounds", type=int, help=f"default {ROUNDS[False]}, short {ROUNDS[True]}")
+    options.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all processors")
+    options.add_argument("--rank", type=int, default=16)
+    options.add_argument("--json", type=Path, default=Path("out/bench") / f"{name}.json", help="the record")
+    return options
 
 
 def begin(options: argparse.Namespace) -> torch.device:
     """Set the threads and return where to compute."""
     options.rounds = options.rounds or ROUNDS[options.short]
-    options.patience = PATIENCE[options.short] if options.patience is None else options.patience
     torch.set_num_threads(options.threads)
     calm()
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-#: glibc gives freed memory back to the system and faults it in again, more or less of it by the order in which blocks
-#: of all models happen to lie: up to a tenth of a step, and not of the method that happens to be running.
-KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "8000000000", "MALLOC_MMAP_THRESHOLD_": "8000000000"}
 
 
 def keep_memory() -> None:
@@ -98,17 +62,16 @@ def calm() -> None:
     """Silence what libraries say on every use."""
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def machine() -> dict[str, Any]:
     """Return what the times depend on beside the code."""
+    on_cuda = torch.cuda.is_available()
     return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
+        "processor": torch.cuda.get_device_name() if on_cuda else _processor(),
         "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "allocator": "keeps freed memory" if KEEP_MEMORY.keys() <= os.environ.keys() else "as it is",
-        "numbers": "bfloat16" if torch.cuda.is_available() else "float32",
+        "numbers": "bfloat16" if on_cuda else "float32",
         "versions": {
             "python": platform.python_version(),
             **{library.__name__: library.__version__ for library in (torch, peft, transformers, lotr)},
@@ -127,47 +90,53 @@ def _processor() -> str:
     return f"{told['model name']} ({', '.join(numbers)})" if numbers else told["model name"]
 
 
-def command() -> str:
-    """Return the command that is running, as one would type it in a checkout."""
-    script = Path(sys.argv[0]).resolve()
-    root = Path(__file__).resolve().parent.parent
-    shown = script.relative_to(root) if script.is_relative_to(root) else script
-    return shlex.join(["python", str(shown), *sys.argv[1:]])
+def write(path: Path, rows: Sequence[Row], **more: Any) -> None:
+    """Write a record: date, command, machine, and a row a line."""
+    script = Path(sys.argv[0]).name
+    command = shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]])
+    head = {"date": str(date.today()), "command": command, "machine": machine(), **more}
+    write_rows(path, head, "rows", rows)
 
 
-def resumed(options: argparse.Namespace, settings: Sequence[Setting]) -> tuple[list[Row], list[Setting]]:
-    """Return the rows that a run goes on from, and the settings of which there are none yet.
-
-    Raises:
-        SystemExit: The record to go on from is of another machine, or of other versions.
-    """
-    if not (options.resume and options.json.is_file()):
-        return [], list(settings)
-    record = read_json(options.json, "the record of a benchmark")
-    if record["machine"] != machine():
-        raise SystemExit(f"{options.json} was measured on {record['machine']}; this is {machine()}")
-    rows: list[Row] = record["rows"]
-    done = {(row["shape"], row["batch"], row["length"]) for row in rows}
-    return rows, [one for one in settings if (one.shape, one.batch, one.length) not in done]
-
-
-def write(path: Path, what: str, rows: Sequence[Row], **more: Any) -> None:
-    """Write the record of a benchmark."""
+def write_rows(path: Path, head: dict[str, Any], name: str, rows: Sequence[Row]) -> None:
+    """Write JSON with a line a row."""
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
+    body = ",\n".join(f"  {json.dumps(row)}" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    said = {"what": what, "date": str(date.today()), "command": command(), "machine": machine()}
-    write_json(path, {**said, **more, "rows": list(rows)})
+    path.write_text("\n".join(["{", *lines, f' "{name}": [', body, " ]", "}"]) + "\n", encoding="utf-8")
 
 
 def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
-    """Print a table; all but the first columns are numbers, and equal values of the very first make a section."""
+    """Print a table; all but the `left` first columns are numbers. With two of words, the first makes sections."""
     table = Table(title=title, title_justify="left")
     for at, name in enumerate(header):
         table.add_column(name, justify="left" if at < left else "right", no_wrap=True)
     for before, row in zip([None, *rows], rows, strict=False):
-        if before is not None and before[0] != row[0]:
+        if left > 1 and before is not None and before[0] != row[0]:
             table.add_section()
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Return a table of Markdown; all but the first columns are numbers."""
+    sides = ["---" if at < left else "---:" for at in range(len(header))]
+    return [f"| {' | '.join(cells)} |" for cells in (header, sides, *rows)]
+
+
+def fill(page: Path, name: str, lines: Sequence[str]) -> None:
+    """Replace what stands in a page between `<!-- name -->` and `<!-- /name -->`.
+
+    Raises:
+        ValueError: The page has no such marks.
+    """
+    text = page.read_text(encoding="utf-8")
+    start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, _, rest = text.partition(start)
+    _, mark, after = rest.partition(end)
+    if not mark:
+        raise ValueError(f"{page} has no {start.strip()} … {end}")
+    page.write_text("".join([before, start, "\n", "\n".join(lines), "\n\n", end, after]), encoding="utf-8")
 
 
 def rounded(spread: Spread | None) -> dict[str, float] | None:
@@ -175,17 +144,12 @@ def rounded(spread: Spread | None) -> dict[str, float] | None:
     return spread and {name: float(f"{value:.4g}") for name, value in asdict(spread).items()}
 
 
-def size(row: Row) -> str:
-    """Return model and size of a row."""
-    return f"{row['shape']} {row['batch']}×{row['length']}"
-
-
 def ratio(spread: dict[str, float] | None) -> str:
     """Return a median and its quartiles."""
     return "" if spread is None else f"{spread['median']:.3f} ({spread['low']:.3f}–{spread['high']:.3f})"
 
 
-def progress(text: str, total: int) -> Progress:
+def progress(text: str, total: int | None) -> Progress:
     """Return a bar on stderr that is advanced with `bar.advance(bar.task_ids[0])`."""
     columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
     bar = Progress(*columns, console=Console(stderr=True), transient=True)

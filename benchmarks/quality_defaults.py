@@ -24,8 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lotr.files.atomic import write_json
-from lotr.training.data.columns import Columns
-from lotr.training.data.load import load_task
+from lotr.training.data import Columns, load_task
 from lotr.training.run import train
 from lotr_cli.settings import TrainSettings
 

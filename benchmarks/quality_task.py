@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lotr.training.base_model import load_tokenizer
-from lotr.training.data.encode import collator, encode
-from lotr.training.data.load import Columns, TaskData, load_task
+from lotr.training.data import Columns, TaskData, collator, encode, load_task
 
 COLUMNS = Columns("text", "text2", "label")
 Rows = list[dict[str, Any]]

@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lotr.errors import DataError
-from lotr.training.data.load import Columns
+from lotr.training.data import Columns
 from tiny_tokenizers import ids, language, run
 
 PLAIN_TEMPLATE = (

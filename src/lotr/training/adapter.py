@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError, near
 from ..methods import METHODS
 from .budget import AUTO, check_budget_is_meant
-from .data.columns import check_task
+from .data import check_task
 from .parsing import check_positive, read_core_ranks, read_modes, read_rank, target_modules
 from .rates import Rates, default_rates
 

@@ -10,8 +10,7 @@ import torch
 
 from ..errors import DataError
 from . import metrics
-from .data.encode import collator, encode
-from .data.load import chat_column, load_rows
+from .data import chat_column, collator, encode, load_rows
 from .generate import answers
 from .trained import Trained
 
@@ -49,9 +48,7 @@ def evaluate(trained: Trained, source: str, batch_size: int = 64, tick: Tick | N
 
 
 def _rows(trained: Trained, source: str, need_label: bool) -> Dataset:
-    # measuring on what an adapter may have been trained on says little
-    split = "test" if source == "docstrings" else None
-    rows = load_rows(source, trained.columns, trained.task, trained.labels, need_label, split)
+    rows = load_rows(source, trained.columns, trained.task, trained.labels, need_label)
     second = trained.columns.text2
     if trained.pairs and second not in rows.column_names:
         raise DataError(

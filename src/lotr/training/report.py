@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from lotr_cli.settings import TrainSettings
 
-    from .data.load import TaskData
+    from .data import TaskData
 
 SETTINGS, METRICS, CURVE, START = "settings.json", "metrics.json", "curve.png", "start.png"
 CHECKPOINTS = "checkpoints"

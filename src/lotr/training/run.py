@@ -17,8 +17,7 @@ from ..files.adapter_folder import fingerprint, read_adapter
 from . import adapter as adapt
 from . import budget, metrics, resume
 from .base_model import check_dtype, load_model, load_tokenizer, locate, text_length
-from .data.encode import collator, encode
-from .data.load import Columns, load_task
+from .data import Columns, collator, encode, load_task
 from .output_folder import begun_folder, check_apart, check_output
 from .parsing import check_logger, check_positive
 from .rates import parameter_groups

@@ -13,7 +13,7 @@ from ..errors import CheckpointError
 from ..files.adapter_folder import CONFIG, AdapterFolder, fingerprint, read_adapter
 from .adapter import full_precision_head
 from .base_model import load_model, load_tokenizer, locate
-from .data.load import Columns, Task
+from .data import Columns, Task
 from .report import CHECKPOINTS
 
 if TYPE_CHECKING:

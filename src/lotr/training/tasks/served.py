@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...bank import CoreBank
 from ...errors import ConfigError
 from ..base_model import load_model, load_tokenizer
-from ..data.encode import collator
+from ..data import collator
 from ..trained import device
 
 if TYPE_CHECKING:

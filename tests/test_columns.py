@@ -30,6 +30,11 @@ def test_a_second_text_must_exist_only_if_it_was_named():
         check(rows(1), Columns(text2="other"))
 
 
+def test_a_column_is_not_text_and_label_at_once():
+    with pytest.raises(DataError, match=r'Column "text2" of here is used twice, for --text2 and --label'):
+        check(rows(1, text2=["a"]), Columns(label="text2"))
+
+
 @pytest.mark.parametrize("missing", [None, "", "  "])
 def test_missing_texts_are_refused_with_their_rows(missing):
     dataset = Dataset.from_dict({"text": ["a", missing, "c", missing], "label": [1, 0, 1, 0]})

@@ -100,6 +100,7 @@ def test_a_pandas_categorical_in_parquet_is_read_as_its_values(tmp_path):
         ("a.csv", 'text,label\n"open,1\n', r"a\.csv, line 2: unexpected end of data"),
         ("a.csv", 'label,text\n0,"a\n1,b\n', r"a\.csv, line 3: unexpected end of data"),
         ("a.csv", 'label,text\n0,"a\n1,"b\n', r"a\.csv, line 3: ',' expected after"),
+        ("a.csv", "text;label\na;1\n", r"a\.csv separates its fields with semicolons"),
         ("a.csv", "text,text\na,1\n", r"two columns of one name"),
         ("a.jsonl", '{"text": "a"}\n{"text": \n', r"a\.jsonl, line 2: not JSON"),
         ("a.jsonl", '{"text": "a"}\n7\n', r"entry 2 is not an object"),

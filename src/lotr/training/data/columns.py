@@ -90,6 +90,13 @@ def check_rows(
         # a test split of the hub that hides its labels has -1
         is_label = _is_declared if _declared_names(rows, columns) else _is_label
         checks.append(("--label", columns.label, is_label, "one label"))
+    used = [name for _, name, *_ in checks]
+    if len(set(used)) < len(used):
+        twice = max(used, key=used.count)
+        raise DataError(
+            f'Column "{twice}" of {source} is used twice, for {" and ".join(c[0] for c in checks if c[1] == twice)}. '
+            "Name different columns."
+        )
     for option, name, is_valid, what in checks:
         check_column(rows, name, option, source)
         _check_values(rows, name, source, is_valid, what)

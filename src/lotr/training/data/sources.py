@@ -135,6 +135,10 @@ def _read_csv(path: Path, label: str | None) -> Table:
         raise DataError(f"{path} has no rows{' under its header' * len(rows)}.")
     if len(set(rows[0])) != len(rows[0]):
         raise DataError(f"{path} has two columns of one name; its header is: {', '.join(rows[0])}.")
+    if len(rows[0]) == 1 and ";" in rows[0][0]:
+        raise DataError(
+            f"{path} separates its fields with semicolons. Save it with commas, or as .tsv with tabs."
+        )
     columns: dict[str, Sequence[Any]] = dict(zip(rows[0], zip(*rows[1:], strict=True), strict=True))
     if label in columns:
         columns[label] = _as_numbers(columns[label])

@@ -1,7 +1,7 @@
 """Rows from files, saved folders, the Hugging Face hub and the built-in set, as `datasets.Dataset`.
 
-Python's own modules parse CSV and JSON. The loaders of `datasets` cut a first row that is too long, fill up short
-rows, join rows at a stray quote, turn texts into dates, all without a word, and they write to a cache.
+Python's own modules parse CSV and JSON. The loaders of `datasets` shift or cut a first row that is too long, fill up
+short rows, join rows at a stray quote, turn texts into dates, all without a word, and they write to a cache.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lotr.bank.codec import DTYPES
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.progress import track

@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lotr.errors import DataError
-from lotr.training.data.load import Columns
+from lotr.training.data import Columns
 from tiny_tokenizers import ids, language, run
 
 PLAIN_TEMPLATE = (
@@ -88,25 +88,21 @@ def test_without_labels_no_conversation_is_dropped():
     assert encoded[0]["input_ids"] == ids("user : a #")
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused():
-    template = "{{ 'a ' * (messages | length) }}" + PLAIN_TEMPLATE
-    with pytest.raises(DataError, match=r"Row 1: .* turn 2 change .*\{% generation %\}"):
-        run(language(chat_template=template), messages=[TALK])
+REFUSING = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}"
 
 
-def test_a_conversation_that_starts_with_an_answer_is_refused():
-    with pytest.raises(DataError, match=r"Row 2 starts with an answer"):
-        run(language(chat_template=PLAIN_TEMPLATE), messages=[TALK, TALK[1:]])
-
-
-def test_a_template_that_refuses_a_conversation_is_quoted_with_the_row():
-    template = (
-        "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}" + PLAIN_TEMPLATE
-    )
-    with pytest.raises(
-        DataError, match=r"Row 1: .*\(user first\)\. Its roles are: assistant, user, assistant"
-    ):
-        run(language(chat_template=template), messages=[TALK[1:]])
+@pytest.mark.parametrize(
+    ("before", "talks", "message"),
+    [
+        ("{{ 'a ' * (messages | length) }}", [TALK], r"Row 1: .* turn 2 change .*\{% generation %\}"),
+        ("", [TALK, TALK[1:]], r"Row 2 starts with an answer"),
+        (REFUSING, [TALK[1:]], r"Row 1: .*\(user first\)\. Its roles are: assistant, user, assistant"),
+    ],
+    ids=["earlier turns are rewritten", "an answer first", "the template refuses"],
+)
+def test_a_conversation_that_cannot_be_encoded_is_refused_with_its_row(before, talks, message):
+    with pytest.raises(DataError, match=message):
+        run(language(chat_template=before + PLAIN_TEMPLATE), messages=talks)
 
 
 def test_conversations_need_a_chat_template():

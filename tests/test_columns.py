@@ -4,46 +4,55 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from lotr.errors import DataError
-from lotr.training.data.columns import Columns, check_columns, guess_task, label_names, label_values
+from lotr.training.data.columns import Columns, check_rows, guess_task, label_names, label_values
 
 
 def rows(*labels: object, **columns: list) -> Dataset:
     return Dataset.from_dict({"text": ["a text"] * len(labels), "label": list(labels), **columns})
 
 
+def check(dataset: Dataset, columns: Columns | None = None, **options) -> None:
+    check_rows(dataset, columns or Columns(), options.pop("task", "classification"), "here", **options)
+
+
 def test_a_missing_column_is_named_with_its_option_and_the_columns_there_are():
     dataset = Dataset.from_dict({"sentence": ["a"], "label": [1]})
     with pytest.raises(DataError, match=r'no column "text"; its columns are: sentence, label\..*--text\.'):
-        check_columns(dataset, Columns(), True, "here")
+        check(dataset)
     with pytest.raises(DataError, match=r'no column "class".*--label\.'):
-        check_columns(dataset, Columns(text="sentence", label="class"), True, "here")
-    check_columns(dataset, Columns(text="sentence", label="class"), False, "here")
+        check(dataset, Columns(text="sentence", label="class"))
+    check(dataset, Columns(text="sentence", label="class"), need_label=False)
 
 
 def test_a_second_text_must_exist_only_if_it_was_named():
-    check_columns(rows(1), Columns(), True, "here")
+    check(rows(1))
     with pytest.raises(DataError, match=r'no column "other".*--text2\.'):
-        check_columns(rows(1), Columns(text2="other"), True, "here")
+        check(rows(1), Columns(text2="other"))
+
+
+def test_a_column_is_not_text_and_label_at_once():
+    with pytest.raises(DataError, match=r'Column "text2" of here is used twice, for --text2 and --label'):
+        check(rows(1, text2=["a"]), Columns(label="text2"))
 
 
 @pytest.mark.parametrize("missing", [None, "", "  "])
 def test_missing_texts_are_refused_with_their_rows(missing):
     dataset = Dataset.from_dict({"text": ["a", missing, "c", missing], "label": [1, 0, 1, 0]})
     with pytest.raises(DataError, match=r'Column "text" of here .* 2 of 4 rows do not: 2, 4 '):
-        check_columns(dataset, Columns(), True, "here")
+        check(dataset)
 
 
 @pytest.mark.parametrize("labels", [[1, None], [1.0, float("nan")], ["a", ""], [[1], [2, 3]]])
 def test_missing_or_many_labels_are_refused(labels):
     with pytest.raises(DataError, match=r'Column "label" of here must hold one label'):
-        check_columns(rows(*labels), Columns(), True, "here")
+        check(rows(*labels))
 
 
 def test_hidden_labels_of_a_hub_test_split_are_refused():
     features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
     dataset = Dataset.from_dict({"text": ["a"], "label": [-1]}, features=features)
     with pytest.raises(DataError, match="must hold one label"):
-        check_columns(dataset, Columns(), True, "here")
+        check(dataset)
 
 
 @pytest.mark.parametrize(

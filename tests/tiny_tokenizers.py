@@ -6,8 +6,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lotr.training.data.encode import encode
-from lotr.training.data.load import Columns
+from lotr.training.data import Columns, encode
 
 WORDS = ["[PAD]", "[UNK]", "[EOS]", "[CLS]", "[SEP]", "user", ":", "assistant", "#", *"abcdefg"]
 ID = {word: index for index, word in enumerate(WORDS)}

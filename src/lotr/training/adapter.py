@@ -11,7 +11,7 @@ from ..methods import METHODS
 from ..tuner.basis import resolve_basis
 from ..tuner.config import LotrConfig
 from .budget import AUTO, check_budget_is_meant
-from .data.columns import check_task
+from .data import check_task
 from .rates import Rates, default_rates
 
 if TYPE_CHECKING:

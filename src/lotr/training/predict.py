@@ -12,8 +12,7 @@ import torch
 from ..bank.layout import BANK
 from ..errors import ConfigError, DataError
 from . import metrics
-from .data.encode import collator, encode
-from .data.load import chat_column, load_rows
+from .data import chat_column, collator, encode, load_rows
 from .trained import Trained, load_trained
 
 if TYPE_CHECKING:
@@ -144,9 +143,7 @@ def predict(
 
 def _rows(trained: Trained, source: str, need_label: bool) -> Dataset:
     task = trained.task
-    # measuring on what an adapter may have been trained on says little
-    split = "test" if source == "docstrings" else None
-    rows = load_rows(source, task.columns, task.task, task.labels, need_label, split)
+    rows = load_rows(source, task.columns, task.task, task.labels, need_label)
     if task.pairs and task.columns.text2 not in rows.column_names:
         raise DataError(
             f'The adapter was trained on pairs of texts, and {source} has no column "{task.columns.text2}"; its '

@@ -18,8 +18,7 @@ from . import budget
 from .adapter import TASK_TYPES, adapter_config, add_adapter, check_positive, rates, resolve
 from .base_model import check_dtype, load_model, load_tokenizer, locate, text_length
 from .checkpoint import last_whole
-from .data.encode import collator, encode
-from .data.load import Columns, load_task
+from .data import Columns, collator, encode, load_task
 from .output_folder import check_apart, check_output
 from .process import is_main_process
 from .report import CHECKPOINTS, TaskRecord

@@ -14,7 +14,7 @@ from ..files.adapter_folder import WEIGHTS, write_adapter
 from ..files.atomic import move_into, whole_folder, write_json
 from ..files.card import Card
 from ..tuner.config import LotrConfig
-from .data.columns import Columns, Task
+from .data import Columns, Task
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -4,38 +4,42 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ...errors import DataError
-from .collate import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+IGNORED = -100
+"""The label of a token that takes no part in the loss, as in `torch.nn.CrossEntropyLoss`."""
+
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Turns = list[dict[str, Any]]
-ChatEncoder = Callable[[Turns, int], dict[str, list[int]]]
-"""Takes a conversation and the number of its row, for messages; gives the tokenizer's output and labels."""
 
 
-def chat_encoder(tokenizer: PreTrainedTokenizerBase, with_labels: bool = True) -> ChatEncoder:
-    """Resolve how a tokenizer's chat template is used, and return the function that applies it.
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, turns: Turns, row: int, max_length: int, with_labels: bool = True
+) -> dict[str, list[Any]]:
+    """Turn a conversation into token ids with the tokenizer's chat template.
 
     A template that marks answers with `{% generation %}` says itself what is learned. With any other, the
     tokens of an answer are those between the prompt for it and the end of its turn, which is checked.
 
     Args:
         tokenizer: A tokenizer with a chat template.
+        turns: The conversation.
+        row: Number of its row, for messages.
+        max_length: The most tokens; what is behind them is cut away.
         with_labels: Whether to make labels.
 
     Returns:
-        The function; what it gives is not cut to any length.
+        The tokenizer's output and `labels`.
 
     Raises:
-        DataError: The tokenizer has no chat template. The function raises it for a row that the template
-            refuses, or whose answers cannot be told from the rest.
+        DataError: The tokenizer has no chat template, the template refuses the conversation, or the answers
+            cannot be told from the rest.
     """
     try:
         template = tokenizer.get_chat_template()
@@ -45,22 +49,19 @@ def chat_encoder(tokenizer: PreTrainedTokenizerBase, with_labels: bool = True) -
             "conversations cannot be encoded. Use an instruction-tuned model, set tokenizer.chat_template, "
             "or give plain texts and name their column with --text."
         ) from error
-    # slow tokenizers do not know which token a character went to
-    is_tagged = tokenizer.is_fast and GENERATION_TAG.search(template) is not None
-
-    def encode(turns: Turns, row: int) -> dict[str, list[int]]:
-        # Arrow gives every turn every key
-        turns = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
-        encoded = _render(tokenizer, turns, row)
-        if with_labels:
-            ids = encoded["input_ids"]
-            learned = _tagged(tokenizer, turns, row) if is_tagged else None
-            if learned is None:
-                learned = _between_prefixes(tokenizer, turns, row, ids)
-            encoded["labels"] = [token if yes else IGNORED for token, yes in zip(ids, learned, strict=True)]
-        return encoded
-
-    return encode
+    # Arrow gives every turn every key
+    turns = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
+    encoded = _render(tokenizer, turns, row)
+    if with_labels:
+        ids = encoded["input_ids"]
+        # slow tokenizers do not know which token a character went to
+        is_marked = tokenizer.is_fast and GENERATION_TAG.search(template) is not None
+        mask = _answers_marked(tokenizer, turns, row) if is_marked else None
+        mask = mask or _answers_between_prompts(tokenizer, turns, row, ids)
+        encoded["labels"] = [
+            token if is_answer else IGNORED for token, is_answer in zip(ids, mask, strict=True)
+        ]
+    return {name: values[:max_length] for name, values in encoded.items()}
 
 
 def _render(
@@ -80,7 +81,7 @@ def _render(
         ) from error
 
 
-def _tagged(tokenizer: PreTrainedTokenizerBase, turns: Turns, row: int) -> list[int] | None:
+def _answers_marked(tokenizer: PreTrainedTokenizerBase, turns: Turns, row: int) -> list[int] | None:
     """Return 1 for the tokens that the template marks; None where the tokenizer's offsets have gaps.
 
     transformers finds the marked tokens by their characters. At a character without a token, such as a
@@ -98,10 +99,10 @@ def _tagged(tokenizer: PreTrainedTokenizerBase, turns: Turns, row: int) -> list[
     return None if has_gaps else encoded["assistant_masks"]
 
 
-def _between_prefixes(
+def _answers_between_prompts(
     tokenizer: PreTrainedTokenizerBase, turns: Turns, row: int, ids: list[int]
 ) -> list[int]:
-    learned = [0] * len(ids)
+    mask = [0] * len(ids)
     for index, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
@@ -119,5 +120,5 @@ def _between_prefixes(
                 "tokenizer.chat_template with {% generation %} around the answers, or give rows of one "
                 "question and one answer."
             )
-        learned[len(prompt) : len(through)] = [1] * (len(through) - len(prompt))
-    return learned
+        mask[len(prompt) : len(through)] = [1] * (len(through) - len(prompt))
+    return mask

@@ -47,63 +47,88 @@ def check_task(task: str) -> None:
         raise ConfigError(f"task={task!r} is not known. {near(task, get_args(Task))}")
 
 
-def chat_column(dataset: Dataset, columns: Columns) -> str | None:
+def chat_column(rows: Dataset, columns: Columns) -> str | None:
     """Return the column of conversations: `messages`, or the text column that the user named."""
     for name in (CHAT, columns.text) if columns.text == Columns.text else (columns.text,):
-        if name in dataset.column_names and isinstance(dataset[0][name], list):
+        if name in rows.column_names and isinstance(rows[0][name], list):
             return name
     return None
 
 
-def check_columns(
-    dataset: Dataset, columns: Columns, need_label: bool, source: str, chat: bool = False
+def check_rows(
+    rows: Dataset,
+    columns: Columns,
+    task: Task,
+    source: str,
+    labels: Sequence[str] | None = None,
+    owner: str = "the model",
+    need_label: bool = True,
 ) -> None:
-    """Check that the columns exist and that no text and no label is missing in any row.
+    """Check that the columns exist and that every row has what the task needs.
 
     Args:
-        dataset: The rows.
+        rows: The rows.
         columns: Names of the columns.
-        need_label: Whether the label column is needed.
+        task: What is learned. Only a language model takes conversations in place of texts, and no label.
         source: What to call the rows in a message.
-        chat: Whether a column of conversations will do in place of texts.
+        labels: The classes there are; default: any.
+        owner: What to call in a message that which has these classes.
+        need_label: Whether the rows must have labels; not needed to predict.
 
     Raises:
-        DataError: A column or a value is missing, or a text is no text.
+        DataError: A column or a value is missing, or a value does not fit the task.
     """
-    conversations = chat_column(dataset, columns) if chat else None
-    texts = [] if conversations else [("--text", columns.text)]
-    if columns.text2 != Columns.text2 or (not chat and columns.text2 in dataset.column_names):
-        texts.append(("--text2", columns.text2))
-    for option, name in [*texts, *([("--label", columns.label)] if need_label else [])]:
-        if name not in dataset.column_names:
-            raise DataError(
-                f'{source} has no column "{name}"; its columns are: {", ".join(dataset.column_names)}. '
-                f"Name the right one with {option}."
-            )
-    for _, name in texts:
-        _all(_is_text, dataset, name, source, "a text that is not empty")
+    conversations = chat_column(rows, columns) if task == "causal-lm" else None
+    checks = [("--text", columns.text, _is_text, "a text that is not empty")]
     if conversations:
-        _all(_is_conversation, dataset, conversations, source, 'a list of {"role": …, "content": …}')
-    if need_label:
-        hidden = -1 if _class_names(dataset, columns) else None
-        _all(lambda v: _is_label(v) and v != hidden, dataset, columns.label, source, "one label")
-
-
-def _all(holds: Callable[[Any], bool], dataset: Dataset, name: str, source: str, what: str) -> None:
-    values = dataset[name][:]
-    bad = [index for index, value in enumerate(values) if not holds(value)]
-    if bad:
-        rows = ", ".join(str(index + 1) for index in bad[:5]) + (", …" if len(bad) > 5 else "")
+        checks = [("--text", conversations, _is_conversation, 'a list of {"role": …, "content": …}')]
+    if columns.text2 != Columns.text2 or (task != "causal-lm" and columns.text2 in rows.column_names):
+        checks.append(("--text2", columns.text2, _is_text, "a text that is not empty"))
+    if need_label and task == "regression":
+        checks.append(("--label", columns.label, _is_number, "a number (classification needs none)"))
+    elif need_label and task == "classification":
+        # a test split of the hub that hides its labels has -1
+        is_label = _is_declared if _declared_names(rows, columns) else _is_label
+        checks.append(("--label", columns.label, is_label, "one label"))
+    used = [name for _, name, *_ in checks]
+    if len(set(used)) < len(used):
+        twice = max(used, key=used.count)
         raise DataError(
-            f'Column "{name}" of {source} must hold {what} in every row. {len(bad)} of {len(values)} rows do '
-            f"not: {rows} (the first row is 1; it holds {_short(values[bad[0]])} in row {bad[0] + 1}). "
-            "Fill or drop these rows, or name another column."
+            f'Column "{twice}" of {source} is used twice, for {" and ".join(c[0] for c in checks if c[1] == twice)}. '
+            "Name different columns."
+        )
+    for option, name, is_valid, what in checks:
+        check_column(rows, name, option, source)
+        _check_values(rows, name, source, is_valid, what)
+    if need_label and task == "classification" and labels is not None:
+        unknown = sorted(set(label_values(rows, columns)) - set(labels))
+        if unknown:
+            raise DataError(
+                f"{source} has labels that {owner} does not have: {', '.join(unknown[:10])}"
+                f"{', …' if len(unknown) > 10 else ''}. {near(unknown[0], labels)} "
+                "Drop these rows, or train on rows that have these labels."
+            )
+
+
+def check_column(rows: Dataset, name: str, option: str, source: str) -> None:
+    """Raise DataError if there is no such column; `option` is how the user names it."""
+    if name not in rows.column_names:
+        raise DataError(
+            f'{source} has no column "{name}"; its columns are: {", ".join(rows.column_names)}. '
+            f"Name the right one with {option}."
         )
 
 
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:59]}…"
+def _check_values(rows: Dataset, name: str, source: str, is_valid: Callable[[Any], bool], what: str) -> None:
+    values = rows[name][:]
+    invalid = [n for n, value in enumerate(values, start=1) if not is_valid(value)]
+    if invalid:
+        numbers = ", ".join(map(str, invalid[:5])) + (", …" if len(invalid) > 5 else "")
+        raise DataError(
+            f'Column "{name}" of {source} must hold {what} in every row. {len(invalid)} of {len(values)} rows '
+            f"do not: {numbers} (the first row is 1; row {invalid[0]} holds {values[invalid[0] - 1]!r:.60}). "
+            "Fill or drop these rows, or name another column."
+        )
 
 
 def _is_text(value: Any) -> bool:
@@ -114,6 +139,17 @@ def _is_label(value: Any) -> bool:
     return _is_text(value) or (isinstance(value, int | float) and math.isfinite(value))
 
 
+def _is_declared(value: Any) -> bool:
+    return value is not None and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
+
+
 def _is_conversation(value: Any) -> bool:
     return (
         isinstance(value, list)
@@ -122,18 +158,17 @@ def _is_conversation(value: Any) -> bool:
     )
 
 
-def label_values(dataset: Dataset, columns: Columns) -> list[str]:
+def label_values(rows: Dataset, columns: Columns) -> list[str]:
     """Return the class of each row by name; 1, 1.0 and "1" are one class, whatever a file made of it."""
-    names = _class_names(dataset, columns)
-    return [names[value] if names else _label_name(value) for value in dataset[columns.label][:]]
+    declared = _declared_names(rows, columns)
+    values = rows[columns.label][:]
+    if declared:
+        return [declared[value] for value in values]
+    return [str(int(v)) if isinstance(v, float) and v.is_integer() else str(v) for v in values]
 
 
-def label_names(dataset: Dataset, columns: Columns) -> tuple[str, ...]:
+def label_names(rows: Dataset, columns: Columns) -> tuple[str, ...]:
     """Return the names of the classes in the order of their ids.
-
-    Args:
-        dataset: Rows with labels.
-        columns: Names of the columns.
 
     Returns:
         The names that a `ClassLabel` column declares; else those that occur, sorted as numbers if all are.
@@ -143,34 +178,35 @@ def label_names(dataset: Dataset, columns: Columns) -> tuple[str, ...]:
         >>> label_names(Dataset.from_dict({"label": [10, 9, 10]}), Columns())
         ('9', '10')
     """
-    declared = _class_names(dataset, columns)
-    if declared:
-        return declared
-    names = sorted(set(label_values(dataset, columns)))
-    return tuple(names if any(to_number(name) is None for name in names) else sorted(names, key=float))
+    names = set(label_values(rows, columns))
+    are_numbers = all(map(_is_number, names))
+    return _declared_names(rows, columns) or tuple(sorted(names, key=float if are_numbers else None))
 
 
-def guess_task(dataset: Dataset, columns: Columns) -> tuple[Task, str]:
+def _declared_names(rows: Dataset, columns: Columns) -> tuple[str, ...]:
+    from datasets import ClassLabel
+
+    feature = rows.features.get(columns.label)
+    return tuple(feature.names) if isinstance(feature, ClassLabel) else ()
+
+
+def guess_task(rows: Dataset, columns: Columns) -> tuple[Task, str]:
     """Guess the task from the columns and their values.
-
-    Args:
-        dataset: The rows.
-        columns: Names of the columns.
 
     Returns:
         The task and one sentence why.
     """
     label = f'column "{columns.label}"'
-    conversations = chat_column(dataset, columns)
+    conversations = chat_column(rows, columns)
     if conversations:
         return "causal-lm", f'Column "{conversations}" holds conversations: learn to answer.'
-    if columns.label not in dataset.column_names:
-        others = ", ".join(dataset.column_names)
+    if columns.label not in rows.column_names:
+        others = ", ".join(rows.column_names)
         return "causal-lm", f"There is no {label} (only {others}; --label names it): learn the text itself."
-    values = dataset[columns.label][:]
-    names = _class_names(dataset, columns)
+    values = rows[columns.label][:]
+    names = _declared_names(rows, columns)
     if names or not all(type(value) in (int, float) for value in values):
-        n_classes = len(names or set(label_values(dataset, columns)))
+        n_classes = len(names or set(label_values(rows, columns)))
         return "classification", f"The {label} holds names: {n_classes} classes."
     if any(math.isfinite(value) and value != int(value) for value in values):
         return "regression", f"The {label} holds numbers with fractions."
@@ -181,44 +217,3 @@ def guess_task(dataset: Dataset, columns: Columns) -> tuple[Task, str]:
             "are taken for classes."
         )
     return "classification", f"The {label} holds {n_values} different whole numbers."
-
-
-def check_classes(dataset: Dataset, columns: Columns, labels: Sequence[str], source: str, known: str) -> None:
-    """Raise DataError if a row's class is not among `labels`, which `known` has."""
-    unknown = sorted(set(label_values(dataset, columns)) - set(labels))
-    if unknown:
-        raise DataError(
-            f"{source} has labels that {known} does not have: {', '.join(unknown[:10])}"
-            f"{', …' if len(unknown) > 10 else ''}. {near(unknown[0], labels)} "
-            "Drop these rows, or train on rows that have these labels."
-        )
-
-
-def check_numbers(dataset: Dataset, columns: Columns, source: str) -> None:
-    """Raise DataError if a label is no number."""
-    for row, value in enumerate(dataset[columns.label][:], start=1):
-        if to_number(value) is None:
-            raise DataError(
-                f'{source}, row {row}: the label {_short(value)} in column "{columns.label}" is not a number; '
-                "regression needs numbers. Mend the row, or ask for task classification."
-            )
-
-
-def to_number(value: Any) -> float | None:
-    """Return the finite number that a label stands for, or None."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _label_name(value: Any) -> str:
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def _class_names(dataset: Dataset, columns: Columns) -> tuple[str, ...]:
-    from datasets import ClassLabel
-
-    feature = dataset.features.get(columns.label)
-    return tuple(feature.names) if isinstance(feature, ClassLabel) else ()

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import re
 import sysconfig
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ...errors import DataError
 
@@ -24,19 +26,15 @@ Not a word such as "this": the texts are full of it, and a masked name should no
 """
 
 SHORTEST, LONGEST = 30, 400
-SKIPPED_FOLDERS = frozenset(
-    {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages", "_bundled"}
-)
+SKIPPED_FOLDERS = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages", "_bundled"}
 KINDS: dict[type[ast.AST], str] = {
     ast.Module: "module",
     ast.ClassDef: "class",
     ast.FunctionDef: "function",
     ast.AsyncFunctionDef: "async function",
 }
-BLOCKS = ("body", "handlers", "orelse", "finalbody")
 
 Row = dict[str, str]
-Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def load_docstrings(root: Path | None = None, packages: int = 16) -> dict[str, list[Row]]:
@@ -62,95 +60,68 @@ def load_docstrings(root: Path | None = None, packages: int = 16) -> dict[str, l
         (['test', 'train'], ['kind', 'label', 'module', 'text'])
     """
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
-    rows = _once([row for file in _sources(root) for row in _rows(file, root)])
-    sizes = Counter(row["label"] for row in rows)
-    chosen = set(sorted(sizes, key=lambda label: (-sizes[label], label))[:packages])
-    if len(chosen) < 2:
+    rows = [row for file in _sources(root) for row in _rows(file, root)]
+    labels: dict[str, set[str]] = {}
+    unique: dict[str, Row] = {}
+    for row in rows:
+        labels.setdefault(row["text"].casefold(), set()).add(row["label"])
+        unique.setdefault(row["text"].casefold(), row)
+    # a text that two labels claim says nothing of either
+    unique = {text: row for text, row in unique.items() if len(labels[text]) == 1}
+    sizes = Counter(row["label"] for row in unique.values())
+    largest = sorted(sizes, key=lambda label: (-sizes[label], label))[:packages]
+    if len(largest) < 2:
         raise DataError(
             f"The data set docstrings needs Python sources of two packages or more; {root} has "
             f"{len(sizes)} with usable docstrings. This Python may come without its .py files: "
             "use another installation, or a file of your own."
         )
     splits: dict[str, list[Row]] = {"train": [], "test": []}
-    for row in rows:
-        if row["label"] in chosen:
-            splits[_split(row["text"])].append(row)
+    for text, row in unique.items():
+        if row["label"] in largest:
+            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+            splits["test" if int.from_bytes(digest, "big") % 5 == 0 else "train"].append(row)
     return splits
 
 
 def _sources(root: Path) -> list[Path]:
-    # Path.rglob would also walk site-packages, which can be a hundred times as large
+    # os.walk and not Path.rglob, which would also walk site-packages, a hundred times as large
     files: list[Path] = []
-    folders = [root] if root.is_dir() else []
-    while folders:
-        for entry in folders.pop().iterdir():
-            if entry.suffix == ".py":
-                files.append(entry)
-            elif entry.name not in SKIPPED_FOLDERS and entry.is_dir() and not entry.is_symlink():
-                folders.append(entry)
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name not in SKIPPED_FOLDERS]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
     return sorted(files, key=lambda file: file.relative_to(root).parts)
 
 
 def _rows(file: Path, root: Path) -> Iterator[Row]:
     parts = file.relative_to(root).with_suffix("").parts
     parts = parts[:-1] if parts[-1] == "__init__" else parts
-    tree = _parse(file)
-    if tree is None or not parts:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # old sources have invalid escapes, which is not the reader's business
+            tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):
         return
-    label = _public(parts[0], root)
-    own_names = re.compile(
-        rf"\b(?:{'|'.join(re.escape(name) for name in {*parts[:1], label, parts[-1]})})\b", re.IGNORECASE
-    )
-    for node in _documented(tree):
-        docstring = ast.get_docstring(node)
-        if not docstring:
-            continue
-        text = " ".join(re.split(r"\n\s*\n", docstring.strip(), maxsplit=1)[0].split())
-        text = own_names.sub(MARK, text)
+    if not parts:
+        return
+    # _pydecimal is the Python half of a module that users know as decimal
+    public = parts[0].removeprefix("_py")
+    label = public if (root / f"{public}.py").is_file() else parts[0]
+    names = "|".join(map(re.escape, {parts[0], label, parts[-1]}))
+    own_names = re.compile(rf"\b(?:{names})\b", re.IGNORECASE)
+    for node in _definitions(tree):
+        paragraph = re.split(r"\n\s*\n", (ast.get_docstring(node) or "").strip(), maxsplit=1)[0]
+        text = own_names.sub(MARK, " ".join(paragraph.split()))
         if SHORTEST <= len(text) <= LONGEST:
             yield {"text": text, "label": label, "kind": KINDS[type(node)], "module": ".".join(parts)}
 
 
-def _public(name: str, root: Path) -> str:
-    """Return `decimal` for `_pydecimal`: the Python half of a module that users know by one name."""
-    public = name.removeprefix("_py")
-    return public if (root / f"{public}.py").is_file() else name
-
-
-def _parse(file: Path) -> ast.Module | None:
-    with warnings.catch_warnings():
-        # old sources have invalid escapes, which is not the reader's business
-        warnings.simplefilter("ignore")
-        try:
-            return ast.parse(file.read_bytes())
-        except (OSError, SyntaxError, ValueError):
-            return None
-
-
-def _documented(tree: ast.Module) -> Iterator[Documented]:
+def _definitions(node: ast.AST) -> Iterator[Any]:
     # only statements hold definitions; ast.walk would visit every expression and take twice as long
-    waiting: list[ast.AST] = [tree]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, Documented):
-            yield node
-        inner = [child for block in BLOCKS for child in getattr(node, block, ())]
-        waiting.extend(reversed(inner))
-
-
-def _once(rows: list[Row]) -> list[Row]:
-    """Keep the first of equal texts, and none of a text that two labels claim."""
-    claims: dict[str, set[str]] = {}
-    for row in rows:
-        claims.setdefault(row["text"].casefold(), set()).add(row["label"])
-    kept: dict[str, Row] = {}
-    for row in rows:
-        text = row["text"].casefold()
-        if len(claims[text]) == 1:
-            kept.setdefault(text, row)
-    return list(kept.values())
-
-
-def _split(text: str) -> str:
-    digest = hashlib.blake2b(text.casefold().encode(), digest_size=8).digest()
-    return "test" if int.from_bytes(digest, "big") % 5 == 0 else "train"
+    if type(node) in KINDS:
+        yield node
+    for block in ("body", "handlers", "orelse", "finalbody"):
+        for child in getattr(node, block, ()):
+            yield from _definitions(child)

@@ -1,40 +1,29 @@
-"""Rows to token ids, and token ids to batches."""
+"""Rows to token ids, and token ids to padded batches."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ...errors import DataError
-from .chat import chat_encoder
-from .collate import IGNORED, collator
-from .columns import (
-    Columns,
-    Task,
-    chat_column,
-    check_classes,
-    check_columns,
-    check_numbers,
-    label_values,
-    to_number,
-)
+from .chat import IGNORED, encode_chat
+from .columns import Columns, Task, chat_column, check_rows, label_values
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["collator", "encode"]
-
-BATCH = 1000
+ROWS_AT_ONCE = 1000
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-MASKS = MODEL_INPUTS[1:]
 
 Row = dict[str, Any]
 
 
 def encode(
-    dataset: Dataset,
+    rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     columns: Columns,
@@ -48,7 +37,7 @@ def encode(
     token behind it; of a conversation it learns the assistant's turns only.
 
     Args:
-        dataset: Rows with the columns that the task needs.
+        rows: Rows with the columns that the task needs.
         tokenizer: The model's tokenizer; for conversations it needs a chat template.
         task: What is learned.
         columns: Names of the columns.
@@ -64,115 +53,71 @@ def encode(
     Raises:
         DataError: A column or value does not fit the task, or a conversation cannot be encoded.
     """
-    source = "the data set"
-    check_columns(dataset, columns, with_labels and task != "causal-lm", source, chat=task == "causal-lm")
-    if task == "causal-lm":
-        conversations = chat_column(dataset, columns)
-        encoder = _language_encoder(tokenizer, conversations, columns, max_length, with_labels)
-        return _encode_batches(dataset.select_columns(conversations or columns.text), encoder, max_length)
-    targets: list[Any] | None = None
-    if with_labels and task == "classification":
-        check_classes(dataset, columns, labels, source, "the model")
-        ids = {name: index for index, name in enumerate(labels)}
-        targets = [ids[name] for name in label_values(dataset, columns)]
-    elif with_labels:
-        check_numbers(dataset, columns, source)
-        targets = [to_number(value) for value in dataset[columns.label][:]]
-    texts = [name for name in (columns.text, columns.text2) if name in dataset.column_names]
-    encoder = _text_encoder(tokenizer, columns, max_length, targets)
-    return _encode_batches(dataset.select_columns(texts), encoder, max_length)
-
-
-Encoder = Callable[[dict[str, list[Any]], int], list[Row]]
-"""Takes a batch of columns and the index of its first row; gives one encoded row each."""
-
-
-def _text_encoder(
-    tokenizer: PreTrainedTokenizerBase, columns: Columns, max_length: int, targets: list[Any] | None
-) -> Encoder:
-    def rows(batch: dict[str, list[Any]], first: int) -> list[Row]:
-        pairs = batch.get(columns.text2)
-        encoded = tokenizer(
-            batch[columns.text], pairs, truncation=True, max_length=max_length, return_attention_mask=True
-        )
-        made = _by_row(encoded)
-        if targets is not None:
-            for row, target in zip(made, targets[first : first + len(made)], strict=True):
-                row["labels"] = target
-        return made
-
-    return rows
-
-
-def _language_encoder(
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: str | None,
-    columns: Columns,
-    max_length: int,
-    with_labels: bool,
-) -> Encoder:
-    def texts(batch: dict[str, list[Any]], first: int) -> list[Row]:
-        encoded = tokenizer(
-            batch[columns.text], truncation=True, max_length=max_length, return_attention_mask=True
-        )
-        made = [_ended(row, tokenizer.eos_token_id, max_length) for row in _by_row(encoded)]
-        return [{**row, "labels": list(row["input_ids"])} for row in made] if with_labels else made
-
-    if conversations is None:
-        return texts
-    encode_chat = chat_encoder(tokenizer, with_labels)
-
-    def chats(batch: dict[str, list[Any]], first: int) -> list[Row]:
-        numbered = enumerate(batch[conversations], start=first + 1)
-        made = [encode_chat(turns, number) for number, turns in numbered]
-        return [{name: values[:max_length] for name, values in row.items()} for row in made]
-
-    return chats
-
-
-def _by_row(encoded: Any) -> list[Row]:
-    names = [name for name in MODEL_INPUTS if name in encoded]
-    return [
-        dict(zip(names, values, strict=True)) for values in zip(*(encoded[n] for n in names), strict=True)
-    ]
-
-
-def _ended(row: Row, eos: int | None, max_length: int) -> Row:
-    """Append the end-of-text token, unless the text was cut: its end is not where the cut is."""
-    ids = row["input_ids"]
-    if eos is None or len(ids) >= max_length or (ids and ids[-1] == eos):
-        return row
-    extra = {"input_ids": eos, "attention_mask": 1, "token_type_ids": 0}
-    return {name: [*values, extra[name]] for name, values in row.items()}
-
-
-def _encode_batches(dataset: Dataset, encoder: Encoder, max_length: int) -> Dataset:
     from datasets import Dataset, concatenate_datasets
     from tqdm import tqdm
 
+    check_rows(rows, columns, task, "the data set", labels, need_label=with_labels)
+    conversations = chat_column(rows, columns) if task == "causal-lm" else None
+    names = [conversations or columns.text]
+    if task != "causal-lm" and columns.text2 in rows.column_names:
+        names.append(columns.text2)
+    targets: list[Any] | None = None
+    if with_labels and task == "classification":
+        ids = {name: index for index, name in enumerate(labels)}
+        targets = [ids[name] for name in label_values(rows, columns)]
+    elif with_labels and task == "regression":
+        targets = [float(value) for value in rows[columns.label][:]]
+    texts = rows.select_columns(names)
     parts = []
-    n_rows = n_kept = 0
-    with tqdm(total=len(dataset), desc="Tokenizing", unit=" rows", delay=2, leave=False, disable=None) as bar:
-        for first in range(0, len(dataset), BATCH):
-            made = encoder(dataset[first : first + BATCH], first)
-            kept = [{**row, "length": len(row["input_ids"])} for row in made if _teaches(row)]
-            n_rows, n_kept = n_rows + len(made), n_kept + len(kept)
-            if kept:
-                columns = {name: [row[name] for row in kept] for name in kept[0]}
-                parts.append(Dataset.from_dict(columns, features=_features(columns)))
-            bar.update(len(made))
+    n_dropped = 0
+    with tqdm(total=len(rows), desc="Tokenizing", unit=" rows", delay=2, leave=False, disable=None) as bar:
+        for first in range(0, len(rows), ROWS_AT_ONCE):
+            batch = texts[first : first + ROWS_AT_ONCE]
+            if conversations:
+                numbered = enumerate(batch[conversations], start=first + 1)
+                encoded: list[Row] = [
+                    encode_chat(tokenizer, turns, n, max_length, with_labels) for n, turns in numbered
+                ]
+            else:
+                encoded = _encode_texts(tokenizer, [batch[name] for name in names], max_length)
+            if task == "causal-lm" and not conversations:
+                encoded = [_with_end(row, tokenizer.eos_token_id, max_length, with_labels) for row in encoded]
+            for n, row in enumerate(encoded, start=first):
+                row["length"] = len(row["input_ids"])
+                if targets is not None:
+                    row["labels"] = targets[n]
+            taught = [row for row in encoded if _teaches(row)]
+            n_dropped += len(encoded) - len(taught)
+            if taught:
+                parts.append(Dataset.from_dict({name: [row[name] for row in taught] for name in taught[0]}))
+            bar.update(len(encoded))
     if not parts:
         raise DataError(
-            f"None of the {n_rows} rows has a token to learn within {max_length} tokens. Raise --max-length; "
+            f"None of the {len(rows)} rows has a token to learn within {max_length} tokens. Raise --max-length; "
             'a conversation needs a turn of the role "assistant".'
         )
-    if n_kept < n_rows:
+    if n_dropped:
         warnings.warn(
-            f"{n_rows - n_kept} of {n_rows} rows have no token to learn within {max_length} tokens and were "
+            f"{n_dropped} of {len(rows)} rows have no token to learn within {max_length} tokens and were "
             "dropped; raise --max-length to keep them.",
-            stacklevel=3,
+            stacklevel=2,
         )
     return concatenate_datasets(parts)
+
+
+def _encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[list[str]], max_length: int) -> list[Row]:
+    encoded = tokenizer(*texts, truncation=True, max_length=max_length, return_attention_mask=True)
+    names = [name for name in MODEL_INPUTS if name in encoded]
+    return [{name: encoded[name][n] for name in names} for n in range(len(texts[0]))]
+
+
+def _with_end(row: Row, eos: int | None, max_length: int, with_labels: bool) -> Row:
+    """Append the end-of-text token, unless the text was cut: its end is not where the cut is."""
+    ids = row["input_ids"]
+    if eos is not None and len(ids) < max_length and not (ids and ids[-1] == eos):
+        end = {"input_ids": eos, "attention_mask": 1, "token_type_ids": 0}
+        row = {name: [*values, end[name]] for name, values in row.items()}
+    return {**row, "labels": row["input_ids"]} if with_labels else row
 
 
 def _teaches(row: Row) -> bool:
@@ -181,12 +126,32 @@ def _teaches(row: Row) -> bool:
     return not isinstance(labels, list) or any(label != IGNORED for label in labels[1:])
 
 
-def _features(columns: dict[str, list[Any]]) -> Any:
-    from datasets import Features, Sequence, Value
+def collator(tokenizer: PreTrainedTokenizerBase, task: Task) -> Callable[[list[Row]], dict[str, Tensor]]:
+    """Return the function that makes a batch of encoded rows.
 
-    def feature(name: str, example: Any) -> Any:
-        if isinstance(example, list):
-            return Sequence(Value("int8" if name in MASKS else "int32"))
-        return Value("float32" if isinstance(example, float) else "int64")
+    Args:
+        tokenizer: Gives the padding token, or else the end-of-text token in its place, and the side.
+        task: What is learned; labels of a language model are padded with -100.
 
-    return Features({name: feature(name, values[0]) for name, values in columns.items()})
+    Returns:
+        A function from a list of rows to tensors of shape (rows, width), and labels of shape (rows,) where
+        a row has one label. It can be pickled, for worker processes.
+
+    Raises:
+        DataError: The tokenizer has neither of the two tokens.
+    """
+    from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
+
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise DataError(
+                f"The tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no padding token and no "
+                "end-of-text token to pad with. Set tokenizer.pad_token."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    pad = DataCollatorForSeq2Seq if task == "causal-lm" else DataCollatorWithPadding
+    return partial(_collate, pad(tokenizer))
+
+
+def _collate(pad: Callable[[list[Row]], Any], rows: list[Row]) -> dict[str, Tensor]:
+    return dict(pad([{name: row[name] for name in row if name in (*MODEL_INPUTS, "labels")} for row in rows]))

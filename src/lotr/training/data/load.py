@@ -3,52 +3,28 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ...errors import ConfigError, DataError
+from ...errors import DataError
 from .columns import (
     Columns,
     Task,
-    chat_column,
-    check_classes,
-    check_columns,
-    check_numbers,
+    check_column,
+    check_rows,
     check_task,
     guess_task,
     label_names,
     label_values,
 )
-from .sources import choose_split, read, read_splits
+from .sources import read_splits
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = [
-    "Columns",
-    "Task",
-    "TaskData",
-    "chat_column",
-    "check_columns",
-    "guess_task",
-    "label_names",
-    "label_values",
-    "load_rows",
-    "load_task",
-    "read",
-]
-
-
-class _Every(tuple[str, ...]):
-    """All column names: rows that are written back keep what stood in the file, digit by digit."""
-
-    def __contains__(self, name: object) -> bool:
-        return True
-
-
-EVERY = _Every()
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")
+HELD_OUT_PART = 0.1
 
 
 @dataclass(frozen=True)
@@ -77,25 +53,20 @@ def load_task(
     eval: str | None = None,
     columns: Columns | None = None,
     task: Task | None = None,
-    holdout: float = 0.1,
     seed: int = 0,
 ) -> TaskData:
     """Read the rows of a training run, find out the task, and check that both parts fit it.
 
     Args:
-        train: Source of the rows to learn from, see `lotr.training.data.sources.read`.
+        train: Source of the rows to learn from, see `lotr.training.data.sources.read_splits`.
         eval: Source of the rows to measure on. Default: the validation (else test) split of `train`; where
-            it has neither, a part of its rows, drawn by a seeded shuffle.
+            it has neither, a tenth of its rows, drawn by a seeded shuffle.
         columns: Names of the columns.
         task: Default: guessed from the columns, see `guess_task`.
-        holdout: The part of the rows to hold out, between 0 and 1.
         seed: Seed of that shuffle.
 
-    Returns:
-        The task with its rows.
-
     Raises:
-        ConfigError: `task` is unknown, or `holdout` is no part of a whole.
+        ConfigError: `task` is unknown.
         DataError: A source cannot be read, a column is missing, or values do not fit the task.
 
     Example:
@@ -106,36 +77,39 @@ def load_task(
     columns = columns or Columns()
     if task is not None:
         check_task(task)
-    if not 0 < holdout < 1:
-        raise ConfigError(f"holdout={holdout} is no part of the rows: give a number between 0 and 1.")
-    splits = read_splits(train, (columns.text, columns.text2))
-    rows = choose_split(splits, train)
+    splits = read_splits(train, columns.label)
+    rows = _split(splits, train, "train")
+    reason = f"task={task} was asked for."
     if task is None:
         # a label column that was named but is missing must not turn the task into another
         if columns.label != Columns.label:
-            check_columns(rows, columns, True, train, chat=True)
+            check_column(rows, columns.label, "--label", train)
         task, reason = guess_task(rows, columns)
-    else:
-        reason = f"task={task} was asked for."
-    labels = _check_rows(rows, columns, task, train)
-    present = set(label_values(rows, columns)) if labels else set()
-    if len(present) == 1:
+    check_rows(rows, columns, task, train)
+    labels = label_names(rows, columns) if task == "classification" else ()
+    if labels and len(set(label_values(rows, columns))) == 1:
         raise DataError(
-            f'All rows of {train} have one label, "{present.pop()}"; there is nothing to tell apart. '
-            "Name another column with --label."
+            f'All rows of {train} have one label, "{label_values(rows, columns)[0]}"; there is nothing to tell '
+            "apart. Name another column with --label."
         )
-
-    inner = _held_out_split(splits)
     if eval is not None:
-        eval_rows, eval_source = _read_held_out(eval, (columns.text, columns.text2))
-    elif inner is not None:
-        eval_rows, eval_source = choose_split(splits, train, inner), f'split "{inner}" of {train}'
+        eval_rows, eval_source = read(eval, columns.label)
+    elif _held_out_split(splits):
+        eval_rows, eval_source = _held_out(splits, train)
     else:
-        whole = len(rows)
-        rows, eval_rows = _hold_out(rows, holdout, seed, train)
-        eval_source = f"{len(eval_rows)} of the {whole} rows of {train}, held out by a shuffle, seed {seed}"
+        n_rows = len(rows)
+        n_held_out = max(1, round(n_rows * HELD_OUT_PART))
+        if n_held_out == n_rows:
+            raise DataError(
+                f"{train} has 1 rows, which would be held out: none is left to learn from. Add rows, or name "
+                "others to measure on with --eval."
+            )
+        order = random.Random(seed).sample(range(n_rows), n_rows)
+        eval_rows = rows.select(sorted(order[:n_held_out]))
+        rows = rows.select(sorted(order[n_held_out:]))
+        eval_source = f"{n_held_out} of the {n_rows} rows of {train}, held out by a shuffle, seed {seed}"
         reason += f" Measured on {eval_source}."
-    _check_rows(eval_rows, columns, task, eval_source, labels, train)
+    check_rows(eval_rows, columns, task, eval_source, labels, train)
     if task != "causal-lm" and (columns.text2 in rows.column_names) != (
         columns.text2 in eval_rows.column_names
     ):
@@ -147,84 +121,48 @@ def load_task(
 
 
 def load_rows(
-    source: str,
-    columns: Columns,
-    task: Task,
-    labels: Sequence[str] = (),
-    need_label: bool = True,
-    split: str | None = None,
+    source: str, columns: Columns, task: Task, labels: Sequence[str] = (), need_label: bool = True
 ) -> Dataset:
-    """Read rows for an adapter that is trained already.
+    """Read rows to evaluate a trained adapter on, or to predict, and check them.
 
     Args:
-        source: See `lotr.training.data.sources.read`.
+        source: See `read`.
         columns: Names of the columns.
         task: The adapter's task.
         labels: The adapter's classes, in the order of their ids.
         need_label: Whether the rows must have labels that the adapter knows; not needed to predict.
-        split: Default: the validation split, else test, else the only one.
-
-    Returns:
-        The rows, checked.
 
     Raises:
         DataError: The source cannot be read, a column is missing, or values do not fit the task.
     """
-    strings = (columns.text, columns.text2) if need_label else EVERY
-    if split is None:
-        rows, name = _read_held_out(source, strings)
-    else:
-        rows, name = read(source, split, strings), f'split "{split}" of {source}'
-    if need_label:
-        _check_rows(rows, columns, task, name, labels, "the adapter")
-    else:
-        check_columns(rows, columns, False, name, chat=task == "causal-lm")
+    rows, name = read(source, columns.label if need_label else None)
+    check_rows(rows, columns, task, name, labels, "the adapter", need_label)
     return rows
 
 
-def _check_rows(
-    rows: Dataset,
-    columns: Columns,
-    task: Task,
-    source: str,
-    labels: Sequence[str] | None = None,
-    known: str = "",
-) -> tuple[str, ...]:
-    """Check rows against the task and, where `labels` are given, against the classes that `known` has."""
-    check_columns(rows, columns, task != "causal-lm", source, chat=task == "causal-lm")
-    if task == "regression":
-        check_numbers(rows, columns, source)
-    if task != "classification":
-        return ()
-    if labels is None:
-        return label_names(rows, columns)
-    check_classes(rows, columns, labels, source, known)
-    return tuple(labels)
+def read(source: str, label: str | None = None) -> tuple[Dataset, str]:
+    """Read rows that are not for training: the validation split of a source, else test, else train.
+
+    Arguments and errors are those of `read_splits`; the second value is what to call the rows in a message.
+    """
+    return _held_out(read_splits(source, label), source)
+
+
+def _held_out(splits: dict[str, Dataset], source: str) -> tuple[Dataset, str]:
+    name = _held_out_split(splits) or "train"
+    return _split(splits, source, name), source if len(splits) == 1 else f'split "{name}" of {source}'
 
 
 def _held_out_split(splits: dict[str, Dataset]) -> str | None:
-    # MNLI has validation_matched; "train" alone is never a split to measure on
-    for wanted in HELD_OUT_SPLITS:
-        for name in splits:
-            if name == wanted or name.startswith(f"{wanted}_"):
-                return name
-    return None
+    # MNLI has validation_matched
+    names = [name for wanted in HELD_OUT_SPLITS for name in splits if name.split("_")[0] == wanted]
+    return names[0] if names and len(splits) > 1 else None
 
 
-def _read_held_out(source: str, strings: Collection[str]) -> tuple[Dataset, str]:
-    splits = read_splits(source, strings)
-    inner = _held_out_split(splits)
-    name = source if len(splits) == 1 else f'split "{inner or "train"}" of {source}'
-    return choose_split(splits, source, inner), name
-
-
-def _hold_out(rows: Dataset, part: float, seed: int, source: str) -> tuple[Dataset, Dataset]:
-    n_held_out = max(1, round(len(rows) * part))
-    if n_held_out >= len(rows):
-        raise DataError(
-            f"{source} has {len(rows)} rows, of which {n_held_out} would be held out: none is left to learn "
-            "from. Add rows, or name others to measure on with --eval."
-        )
-    order = random.Random(seed).sample(range(len(rows)), len(rows))
-    held_out, kept = sorted(order[:n_held_out]), sorted(order[n_held_out:])
-    return rows.select(kept), rows.select(held_out)
+def _split(splits: dict[str, Dataset], source: str, name: str) -> Dataset:
+    name = next(iter(splits)) if len(splits) == 1 else name
+    if name not in splits:
+        raise DataError(f'{source} has no split "{name}". Its splits: {", ".join(splits)}.')
+    if not len(splits[name]):
+        raise DataError(f'Split "{name}" of {source} has no rows; there is nothing to read.')
+    return splits[name]

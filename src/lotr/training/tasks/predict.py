@@ -13,10 +13,7 @@ from ...bank import Task
 from ...bank.heads import row_losses
 from ...errors import ConfigError, DataError
 from .. import metrics
-from ..data.columns import Columns, chat_column
-from ..data.encode import encode
-from ..data.load import EVERY
-from ..data.sources import BUILT_IN, read
+from ..data import Columns, chat_column, encode, read
 from ..predict import answers
 from .served import Served
 
@@ -112,7 +109,7 @@ def predict(
         raise ConfigError(
             "Which task answers? Give one of --task (for all rows) and --task-column (row by row)."
         )
-    data = read(source, "test" if source == BUILT_IN else None, EVERY)
+    data, _ = read(source)
     clash = {"prediction", "confidence"} & set(data.column_names)
     if clash:
         raise DataError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...bank import CoreBank, Task
 from ...errors import ConfigError
 from ..base_model import load_model, load_tokenizer
-from ..data.encode import collator
+from ..data import collator
 from ..process import device
 
 if TYPE_CHECKING:

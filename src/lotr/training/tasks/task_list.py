@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...bank.task import check_name
 from ...errors import ConfigError, DataError, near
-from ..data.encode import encode
-from ..data.load import Columns, TaskData, load_task
+from ..data import Columns, TaskData, encode, load_task
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -46,6 +46,7 @@ def lora_and_lotr() -> str:
         text(398, 28, "LoTR", 18, more=f"{middle} {bold}"),
     ]
     shapes += [text(130, 50, "B · A", 15, QUIET, middle), text(398, 50, "U · C · Vᵀ", 15, QUIET, middle)]
+    half = top + 1.5 * step + wide / 2
     for layer in range(4):
         y = top + layer * step
         centre = y + wide / 2
@@ -54,10 +55,9 @@ def lora_and_lotr() -> str:
             box(92, y, thin, wide, OWN),
             box(118, centre - thin / 2, wide, thin, OWN),
             box(392, centre - thin / 2, thin, thin, CORE),
-            f'<path d="M342 {top + 1.5 * step + wide / 2} L386 {centre} M412 {centre} L440 {top + 1.5 * step + wide / 2}" '
-            f'stroke="{OWN}" fill="none"/>',
+            f'<path d="M342 {half} L386 {centre} M412 {centre} L440 {half}" stroke="{OWN}" fill="none"/>',
         ]
-    centre = top + 1.5 * step + wide / 2
+    centre = half
     shapes += [
         box(322, centre - wide / 2, thin, wide, SHARED),
         box(446, centre - thin / 2, wide, thin, SHARED),

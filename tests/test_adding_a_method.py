@@ -10,11 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from conftest import bert, tokens
-from lotr import METHODS, LotrConfig, Method
-from lotr.adapters.export import to_lora
-from lotr.adapters.inspection import inspect
-from lotr.errors import CheckpointError
-from lotr.files.adapter_folder import read_adapter
+from lotr import METHODS, CheckpointError, LotrConfig, Method, export, inspect
 from lotr.math.cores import CORES
 
 PAGE = Path(__file__).parents[1] / "docs" / "adding_a_method.md"
@@ -46,7 +42,7 @@ def _through_everything(config: LotrConfig, folder: Path) -> None:
     model.save_pretrained(folder)
     loaded = PeftModel.from_pretrained(bert(), folder)
     torch.testing.assert_close(loaded(tokens()).logits, expected, atol=1e-6, rtol=0)
-    assert all(site.norm > 0 for site in inspect(read_adapter(folder)).sites)
+    assert all(site.norm > 0 for site in inspect(folder).sites)
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(tokens()).logits, expected, atol=2e-6, rtol=1e-5)
 
@@ -56,13 +52,13 @@ def test_a_new_row_needs_only_the_row(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setitem(METHODS, row.name, row)
     _through_everything(LotrConfig(method="example", r=4, target_modules=TARGETS), tmp_path / "adapter")
     with pytest.raises(CheckpointError, match=r"per_output.*merge"):
-        to_lora(read_adapter(tmp_path / "adapter"), tmp_path / "lora")
+        export(tmp_path / "adapter", tmp_path / "lora")
 
 
 def test_a_new_core_needs_only_its_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(CORES, "scaled", globals()["ScaledCore"])
     config = LotrConfig(core="scaled", modes=("layer", "projection"), r=4, target_modules=TARGETS)
     _through_everything(config, tmp_path / "adapter")
-    to_lora(read_adapter(tmp_path / "adapter"), tmp_path / "lora")
+    export(tmp_path / "adapter", tmp_path / "lora")
     ours, lora = (PeftModel.from_pretrained(bert(), tmp_path / name) for name in ("adapter", "lora"))
     torch.testing.assert_close(lora(tokens()).logits, ours(tokens()).logits, atol=2e-6, rtol=1e-5)

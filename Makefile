@@ -3,17 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# The versions of everything: pinned; `CONSTRAINTS=constraints-lowest.txt` takes the oldest, `/dev/null` the newest.
+CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo demo-bank test setup check bench bench-performance bench-methods bench-bank bench-quality bench-quality-report docs clean
+.PHONY: demo demo-bank test setup check wheel-test bench bench-performance bench-methods bench-bank bench-quality bench-quality-report docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lotr needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing lotr and its pinned dependencies into $(VENV) (minutes, the first time) …"
-	@PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
+	@PIP_CONSTRAINT=$(abspath $(CONSTRAINTS)) PIP_DISABLE_PIP_VERSION_CHECK=1 \
 		$(BIN)/pip install --quiet --editable '.[dev]'
 	@$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/peft-lowest peft==0.21.0
 	@touch $(READY)
@@ -27,10 +29,18 @@ demo-bank: $(READY)  ## twenty tasks trained at once on one basis, beside a LoRA
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-check: $(READY)  ## format, lint, types
+check: $(READY)  ## format, lint, types, who imports whom
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
+
+wheel-test: $(READY)  ## the wheel, installed into an empty environment, imports and answers
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(PYTHON) -m venv build/wheel/venv
+	PIP_CONSTRAINT=$(abspath $(CONSTRAINTS)) build/wheel/venv/bin/pip install --quiet build/wheel/*.whl
+	cd build/wheel && venv/bin/lotr --help && venv/bin/python -c 'import lotr; print(lotr.__version__)'
 
 # `make bench DATA=docs/data PAGE=docs/performance.md` writes the page from the short form
 DATA ?= out/bench

@@ -17,8 +17,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lotr.adapters import plots
-
 METHODS = {
     "head": [],
     "peft_lora": ["--rank", "16"],
@@ -52,18 +50,8 @@ def main() -> None:
     for method, words in METHODS.items():
         reports[method] = lotr(
             *("train", "--model", "minilm", "--train", "docstrings", "--method", method, *words),
-            *(
-                "--epochs",
-                options.epochs,
-                "--batch-size",
-                "16",
-                "--max-length",
-                "64",
-                "--eval-steps",
-                "95",
-                "--seed",
-                options.seed,
-            ),
+            *("--epochs", options.epochs, "--batch-size", "16", "--max-length", "64"),
+            *("--eval-steps", "95", "--seed", options.seed),
             *("--output", str(out / method), "--overwrite"),
         )
 
@@ -72,37 +60,17 @@ def main() -> None:
     same = again["accuracy"] == reports["lotr"]["accuracy"]
     inspected = lotr("inspect", str(adapter))
 
-    rows = [
-        (
-            method,
-            report["trained_numbers"]["adapter"],
-            report["trained_numbers"]["head"],
-            report["adapter_bytes"],
-            report["accuracy"],
-            report["seconds"],
-        )
-        for method, report in reports.items()
-    ]
     table = Table(title="MiniLM on docstrings: 16 classes", title_justify="left")
     for name in ("method", "adapter numbers", "head numbers", "bytes on disk", "accuracy", "seconds"):
         table.add_column(name, justify="left" if name == "method" else "right")
-    for method, adapter_numbers, head, size, accuracy, seconds in rows:
-        table.add_row(
-            method, f"{adapter_numbers:,}", f"{head:,}", f"{size:,}", f"{accuracy:.4f}", f"{seconds:.1f}"
-        )
+    for method, report in reports.items():
+        numbers, size = report["trained_numbers"], report["adapter_bytes"]
+        cells = f"{numbers['adapter']:,}", f"{numbers['head']:,}", f"{size:,}"
+        table.add_row(method, *cells, f"{report['accuracy']:.4f}", f"{report['seconds']:.1f}")
     console = Console()
     console.print(table)
 
-    picture = out / "demo.png"
-    plots.score_against_size(
-        [row[0] for row in rows],
-        [row[3] for row in rows],
-        [row[4] for row in rows],
-        ("bytes on disk, head included", "accuracy"),
-        picture,
-    )
     for what, path in {
-        "score against size": picture,
         "training curve": adapter / "curve.png",
         "confusion matrix": again["picture"],
         "updates by layer": inspected["picture"],

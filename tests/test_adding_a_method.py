@@ -10,10 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from conftest import bert, tokens
-from lotr import METHODS, LotrConfig, Method
-from lotr.adapters.export import export
-from lotr.adapters.inspection import inspect
-from lotr.errors import CheckpointError
+from lotr import METHODS, CheckpointError, LotrConfig, Method, export, inspect
 from lotr.math.cores import CORES
 
 PAGE = Path(__file__).parents[1] / "docs" / "adding_a_method.md"

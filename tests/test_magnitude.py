@@ -233,11 +233,18 @@ def test_a_row_that_was_zero_and_is_updated_trains() -> None:
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_scaling_a_sum_is_the_formula(with_bias: bool) -> None:
-    y, gain = torch.randn(3, 7, 5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
-    bias = torch.randn(5, dtype=torch.float64) if with_bias else None
+def test_scaling_a_sum_is_the_formula_and_can_be_differentiated_twice(with_bias: bool) -> None:
+    y = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    gain = torch.rand(5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(5, dtype=torch.float64, requires_grad=True) if with_bias else None
     gains = Gains(gain, gain)
     torch.testing.assert_close(gains.of_sum(y, bias), gains.output(y, bias, torch.zeros_like(y)))
+
+    def scaled(y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+        return Gains(gain, gain).of_sum(y, bias)
+
+    assert torch.autograd.gradcheck(scaled, (y, gain, bias))
+    assert torch.autograd.gradgradcheck(scaled, (y[:1], gain, bias))
 
 
 def test_gains_of_one_leave_every_bit_of_a_sum() -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from .cores import Numbers, Shapes
 from .norms import BaseWeight, column_energy, row_energy, update_energy
@@ -59,7 +60,30 @@ class Gains:
         bias: Tensor | None,  # (out,)
     ) -> Tensor:  # (*n, out)
         """Return the adapted output where the gains are alike. Gains of exactly one give `y` bit for bit."""
-        return y * self.base if bias is None else torch.addcmul((1 - self.base) * bias, y, self.base)
+        scaled: Tensor = _Scaled.apply(y, self.base, bias)
+        return scaled
+
+
+class _Scaled(Function):
+    """`gain ⊙ (y - bias) + bias`; PyTorch's own steps pass over the activation three more times."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, gain, bias)
+        return y * gain if bias is None else torch.addcmul((1 - gain) * bias, y, gain)
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        y, gain, bias = ctx.saved_tensors
+        needs_y, needs_gain, needs_bias = ctx.needs_input_grad
+        total = dz.sum_to_size(gain.shape) if bias is not None else None
+        dgain = dbias = None
+        if needs_gain:
+            dgain = (dz * y).sum_to_size(gain.shape)
+            dgain = dgain if bias is None else dgain - bias * total
+        if needs_bias:
+            dbias = total * (1 - gain)
+        return dz * gain if needs_y else None, dgain, dbias
 
 
 class Magnitude(ABC):

@@ -26,9 +26,10 @@ from .basis import check_basis, factors_in
 from .config import LotrConfig
 from .group import LotrGroup, LotrLayer
 from .group_init import start_group
-from .layer import LotrLinear, base_weight
+from .layer import LotrLinear
 from .saved_adapter import hash_of, read_basis, used_by
 from .targets import DEFAULT_TARGETS, is_basis, plan_adapter
+from .weight import base_weight
 
 
 @dataclass

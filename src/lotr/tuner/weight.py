@@ -1,0 +1,265 @@
+"""The weight of an adapted module: the frozen one, what each adapter adds, and merging."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..math import update as formula
+from ..math.magnitude import MAGNITUDES, Gains, Magnitude
+from ..math.norms import BaseWeight
+from ..math.update import FactoredUpdate
+from ..sharing.blocks import Shape
+from ..sharing.plan import Part
+from .config import LotrConfig
+from .group import LotrGroup, LotrLayer, NamedNumbers, linear_from, move, weight_of
+
+
+class AdaptedWeight(nn.Module, LotrLayer):
+    """The weight of a `Linear`, a `Conv1D` or a quantised linear, with updates in factored form.
+
+    `lotr_C[adapter].weight` holds the cores that belong to the module's sites, side by side as their blocks are,
+    shape `(a·k, b·r)`; `lotr_C[adapter][part]` where the module has parts in several groups.
+    `lotr_magnitude[adapter]` has the numbers of the magnitude.
+    """
+
+    adapter_layer_names = ("lotr_C", "lotr_magnitude")
+    other_param_names = ("parts", "scaling", "magnitude", "dropout", "norm_gradient")
+    # torch knows no better type of what a module holds than `Tensor | Module`
+    base_layer: Any
+    lotr_C: Any
+    lotr_magnitude: Any
+    _active_adapter: Any
+
+    def __init__(
+        self, base_layer: nn.Module, shape: Shape, scaling: dict[str, float], **quantization: Any
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.out_features, self.in_features = shape
+        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization)
+        self.cast_input_dtype_enabled = True
+        self.lotr_C = nn.ModuleDict()
+        self.lotr_magnitude = nn.ModuleDict()
+        # adapter → its parts here, with their groups; plain, because groups are registered once, on the model's root
+        self.parts: dict[str, tuple[tuple[Part, LotrGroup], ...]] = {}
+        self.scaling = scaling  # one dictionary for the whole model, see LotrGroup
+        self.magnitude: dict[str, Magnitude] = {}
+        self.dropout: dict[str, float] = {}
+        self.norm_gradient: dict[str, bool] = {}
+        self._norms: dict[str, Tensor] = {}  # of the base weight
+        self.register_load_state_dict_post_hook(_forget_norms)
+        self.merged_adapters: list[str] = []
+        self._unmerged: Any = None
+
+    def add(
+        self,
+        adapter: str,
+        parts: Sequence[tuple[Part, LotrGroup]],
+        cores: Mapping[str, Tensor],  # part's name -> (a·k, b·r)
+        config: LotrConfig,
+        empty: bool,
+    ) -> None:
+        """Add an adapter: the parts of the module, and the cores that are kept with it."""
+        if cores:
+            self.lotr_C[adapter] = linear_from(cores[""]) if "" in cores else NamedNumbers(cores)
+        magnitude = MAGNITUDES[str(config.magnitude)]
+        self.parts[adapter], self.magnitude[adapter] = tuple(parts), magnitude
+        self.dropout[adapter], self.norm_gradient[adapter] = config.dropout, config.norm_gradient
+        self.scaling[adapter] = config.scaling
+        shapes = magnitude.shapes(self.out_features, self.in_features)
+        if shapes:
+            numbers = (
+                {n: torch.empty(s) for n, s in shapes.items()} if empty else magnitude.init(self.base_weight)
+            )
+            self.lotr_magnitude[adapter] = NamedNumbers(numbers)
+        self._move_adapter_to_device_of_base_layer(adapter)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
+        home, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if adapter_name in self.lotr_C:
+            move(self.lotr_C[adapter_name], device or home, dtype)
+        if adapter_name in self.lotr_magnitude:
+            # in float32 on a half-precision base too: a rounded norm would change the base model
+            move(self.lotr_magnitude[adapter_name], device or home)
+
+    @property
+    def base_weight(self) -> BaseWeight:
+        """The base weight, with its norms; whoever writes to the weight calls `base_weight.cache.clear()`."""
+        return BaseWeight(self._untouched, self._norms)
+
+    def _untouched(self) -> Tensor:  # (out, in)
+        """Return the base weight as it was before any merge."""
+        if self._unmerged is None:
+            with align_module_device(self.get_base_layer()):
+                W = self.get_base_weight()
+        elif self.quantization_backend is not None:
+            W = self.quantization_backend.get_base_weight(self._unmerged)
+        else:
+            W = self._unmerged
+        return W.T if self.fan_in_fan_out else W
+
+    @property
+    def home(self) -> torch.device:
+        """Where the base weight is; the meta device while it is offloaded."""
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        return device or torch.device("cpu")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        _, before = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        super()._apply(fn, recurse)
+        _, after = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        # computed anew on another device, a norm could differ in its last bit from the magnitude that started at it
+        norms = {name: norm.to(self.home) for name, norm in self._norms.items()} if before == after else {}
+        self._norms.clear()
+        self._norms.update(norms)
+        return self
+
+    def core(self, adapter: str, part: Part, group: LotrGroup) -> Tensor:  # (a·k, b·r)
+        """Return the cores of a part, side by side."""
+        core = part.group.core
+        if core.by_site:
+            return self.site_core(adapter, part)
+        if core.is_identity:
+            U = group.lotr_U[adapter].weight
+            return torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
+        numbers = group.lotr_core[adapter]()
+        # autocast would turn some of these small products to another type, and not others
+        with _without_autocast(next(iter(numbers.values())).device):
+            return formula.side_by_side(core.block(numbers, part.region), part.grid)
+
+    def site_core(self, adapter: str, part: Part) -> Tensor:  # (a·k, b·r)
+        """Return the cores of a part that are kept with the layer."""
+        module = self.lotr_C[adapter]
+        return module()[part.name] if part.name else weight_of(module)
+
+    def factored(
+        self, adapter: str, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> list[FactoredUpdate]:
+        """Return the parts of the update with their tensors.
+
+        Args:
+            adapter: Name of the adapter.
+            device: Default: where the base weight is; with an offloaded base, where the factors are.
+            dtype: Default: float32, or float64 where the factors have it.
+        """
+        updates = []
+        for part, group in self.parts[adapter]:
+            U, Vt = weight_of(group.lotr_U[adapter]), weight_of(group.lotr_V[adapter])
+            home = device or (U.device if self.home.type == "meta" else self.home)
+            width = dtype or (torch.float64 if U.dtype == torch.float64 else torch.float32)
+            U, C, Vt = (tensor.to(home, width) for tensor in (U, self.core(adapter, part, group), Vt))
+            position = part.rows[0], part.columns[0]
+            updates.append(FactoredUpdate(U, C, Vt.T, self.scaling[adapter], part.grid, *position))
+        return updates
+
+    def gains(self, adapter: str) -> Gains:
+        """Return what the magnitude does, from the factors as they are now."""
+        numbers = self.lotr_magnitude[adapter]()
+        # norms in half precision would be coarse
+        with _without_autocast(next(iter(numbers.values())).device):
+            updates, constant = self.factored(adapter), not self.norm_gradient[adapter]
+            return self.magnitude[adapter].gains(numbers, self.base_weight, updates, constant)
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return what the adapter changes, in the layout of the base weight.
+
+        That is `ΔW`, or `W' - W` with a magnitude; `(out, in)`, or `(in, out)` for `Conv1D`.
+        """
+        updates = self.factored(adapter)
+        dW = updates[0].dense()
+        if dW.shape != (self.out_features, self.in_features):
+            dW = dW.new_zeros(self.out_features, self.in_features)
+            for update in updates:
+                dW[update.rows, update.columns] = update.dense()
+        if not self.magnitude[adapter].additive:
+            W = self._untouched().to(dW)
+            dW = self.gains(adapter).weight(W, dW) - W
+        dtype = self.parts[adapter][0][1].lotr_U[adapter].weight.dtype
+        return (dW.T if self.fan_in_fan_out else dW).to(dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the updates to the base weight; the untouched weight is kept, so `unmerge` is exact.
+
+        Args:
+            safe_merge: Refuse a result that is not finite, leaving the weight as it was.
+            adapter_names: Default: the active adapters.
+
+        Raises:
+            ValueError: `safe_merge` found NaN or infinity.
+        """
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if adapter not in self.parts:
+                continue
+            W = self.get_base_weight()
+            dW = self.get_delta_weight(adapter).to(W.device)
+            exact = torch.promote_types(W.dtype, dW.dtype)
+            merged = (W.to(exact) + dW.to(exact)).to(W.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken"
+                )
+            if self._unmerged is None:
+                self._unmerged = self._copy_of_base()
+            self.set_base_weight(merged)
+            self.merged_adapters.append(adapter)
+            self._norms.clear()
+
+    def unmerge(self) -> None:
+        """Restore the base weight bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.merged_adapters = []
+        for parts in self.parts.values():  # a forward pass with adapters disabled unmerges layers alone
+            for _, group in parts:
+                group.unmerge()
+        if self._unmerged is None:
+            return
+        if self.quantization_backend is not None:
+            self.base_layer = self._unmerged
+        else:
+            weight = self.get_base_layer().weight
+            weight.data = self._unmerged.to(device=weight.device, dtype=weight.dtype)
+        self._unmerged = None
+
+    def _copy_of_base(self) -> Any:
+        # quantising again would not give the same numbers, so the whole (small) quantised layer is kept;
+        # of a plain weight the tensor itself, because merging puts a new one in its place
+        quantised = self.quantization_backend is not None
+        return copy.deepcopy(self.base_layer) if quantised else self.get_base_weight()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the update is `W + ΔW`, so that plain LoRA can hold it."""
+        return adapter_name in self.magnitude and self.magnitude[adapter_name].additive
+
+
+def base_weight(module: nn.Module) -> Tensor:  # (out, in)
+    """Return the weight of a linear module, adapted or not, dequantised."""
+    if isinstance(module, AdaptedWeight):
+        return module._untouched()
+    backend = resolve_quantization_backend(module)
+    with align_module_device(module):
+        weight: Any = module.weight.data if backend is None else backend.get_base_weight(module)
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def _forget_norms(layer: AdaptedWeight, keys: object) -> None:
+    layer._norms.clear()
+
+
+def _without_autocast(device: torch.device) -> Any:
+    # there is no autocast on the meta device
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

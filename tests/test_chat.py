@@ -5,7 +5,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lotr.errors import DataError
-from lotr.training.data import Columns
 from tiny_tokenizers import ids, language, run
 
 PLAIN_TEMPLATE = (
@@ -61,11 +60,6 @@ def test_blanks_that_the_offsets_leave_out_do_not_spill_the_loss():
     assert tokenizer.decode(learned(row)) == " b c#\n e#\n"
 
 
-def test_a_named_text_column_may_hold_the_conversations():
-    row = run(language(chat_template=PLAIN_TEMPLATE), columns=Columns(text="talk"), talk=[TALK])[0]
-    assert learned(row) == ids("b c # e #")
-
-
 def test_keys_that_only_other_turns_have_do_not_reach_the_template():
     template = PLAIN_TEMPLATE.replace("turn.content", "turn.content + (' g' if turn.name is defined else '')")
     talk = [{"role": "user", "content": "a", "name": "x"}, {"role": "assistant", "content": "b"}]
@@ -108,8 +102,3 @@ def test_a_conversation_that_cannot_be_encoded_is_refused_with_its_row(before, t
 def test_conversations_need_a_chat_template():
     with pytest.raises(DataError, match=r"no chat template.*--text"):
         run(language(), messages=[TALK])
-
-
-def test_turns_without_a_role_are_refused():
-    with pytest.raises(DataError, match=r'Column "messages" .* a list of \{"role"'):
-        run(language(chat_template=PLAIN_TEMPLATE), messages=[[{"role": None, "content": "a"}]])

@@ -1,18 +1,12 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from lotr.errors import DataError
 from lotr.training.data.docstrings import MARK, load_docstrings
-
-
-@pytest.fixture(scope="module")
-def standard_library() -> dict[str, list[dict[str, str]]]:
-    return load_docstrings()
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -35,44 +29,30 @@ def texts(root: Path, **options: int) -> dict[str, str]:
 OTHER = {"other.py": functions("Something else that nobody has said before.")}
 
 
-def test_the_standard_library_gives_sixteen_labels_and_thousands_of_rows_a_fifth_for_the_test(
-    standard_library,
-):
+def test_the_standard_library_gives_thousands_of_rows_of_sixteen_labels_without_their_names():
+    standard_library = load_docstrings()
     train, test = standard_library["train"], standard_library["test"]
     assert {row["label"] for row in train} == {row["label"] for row in test}
     assert len({row["label"] for row in train}) == 16
     assert len(train + test) > 2000
     assert 0.17 < len(test) / len(train + test) < 0.23
-
-
-def test_no_text_occurs_twice(standard_library):
-    counts = Counter(row["text"].casefold() for row in standard_library["train"] + standard_library["test"])
-    assert counts.most_common(1)[0][1] == 1
-
-
-def test_texts_are_one_line_of_thirty_to_four_hundred_characters_without_their_module(standard_library):
-    for row in standard_library["train"] + standard_library["test"]:
+    assert len({row["text"].casefold() for row in train + test}) == len(train + test)  # none occurs twice
+    for row in train + test:
         assert 30 <= len(row["text"]) <= 400
         assert row["text"] == " ".join(row["text"].split())
         for name in (row["label"], row["module"].split(".")[-1]):
             assert not re.search(rf"\b{re.escape(name)}\b", row["text"], re.IGNORECASE), row
 
 
-def test_reading_twice_gives_the_same_rows_in_the_same_order(tmp_path):
-    root = write(
-        tmp_path, {f"m{n}.py": functions(*(f"Text {k} of {n}: {'x' * 30}" for k in range(9))) for n in "ab"}
-    )
-    assert load_docstrings(root) == load_docstrings(root)
-
-
 def test_the_split_of_a_text_depends_on_nothing_but_the_text(tmp_path):
     sentences = [f"Sentence number {n} is long enough to be taken." for n in range(40)]
     one = load_docstrings(write(tmp_path / "one", {"a.py": functions(*sentences), **OTHER}))
     two = load_docstrings(write(tmp_path / "two", {"z.py": functions(*sentences[::-1]), **OTHER}))
+    assert load_docstrings(tmp_path / "one") == one  # in the same order, too
     for rows in (one, two):
         # written down, since Python's own hash differs from process to process
-        found = {row["text"] for row in rows["test"] if row["label"] != "other"}
-        assert found == {sentences[n] for n in [11, 15, 25, 27, 29]}
+        tested = {row["text"] for row in rows["test"] if row["label"] != "other"}
+        assert tested == {sentences[n] for n in [11, 15, 25, 27, 29]}
 
 
 def test_all_four_kinds_are_found_wherever_they_stand(tmp_path):
@@ -93,8 +73,8 @@ if True:
                 """An async function in an else block."""
 '''
     rows = load_docstrings(write(tmp_path, {"pack/inner.py": source, **OTHER}))
-    found = {row["kind"]: row["text"] for row in rows["train"] + rows["test"] if row["label"] == "pack"}
-    assert found == {
+    kinds = {row["kind"]: row["text"] for row in rows["train"] + rows["test"] if row["label"] == "pack"}
+    assert kinds == {
         "module": "The module's own docstring, first paragraph.",
         "class": "A class in a branch of a module, and then a second line.",
         "function": "A function in a try block of a class.",
@@ -104,16 +84,16 @@ if True:
 
 def test_names_are_masked_as_words_in_any_case_and_in_dotted_names(tmp_path):
     source = functions("Use Mail.parse or pack.mail, not mailbox or email, of the PACK.")
-    found = texts(write(tmp_path, {"pack/mail.py": source, **OTHER}))
-    assert f"Use {MARK}.parse or {MARK}.{MARK}, not mailbox or email, of the {MARK}." in found
+    rows = texts(write(tmp_path, {"pack/mail.py": source, **OTHER}))
+    assert f"Use {MARK}.parse or {MARK}.{MARK}, not mailbox or email, of the {MARK}." in rows
 
 
 def test_a_text_that_two_packages_claim_is_in_neither(tmp_path):
     shared = functions("Return the number of the things.", "RETURN the number of THINGS here.")
     files = {"a.py": shared, "b.py": shared.lower() + functions("Only b says this sentence here."), **OTHER}
-    found = texts(write(tmp_path, files))
-    assert set(found.values()) == {"b", "other"}
-    assert len(found) == 2
+    rows = texts(write(tmp_path, files))
+    assert set(rows.values()) == {"b", "other"}
+    assert len(rows) == 2
 
 
 def test_the_python_half_of_a_module_goes_by_the_public_name(tmp_path):
@@ -134,23 +114,13 @@ def test_the_largest_labels_are_kept_and_ties_go_by_name(tmp_path):
     assert set(texts(write(tmp_path, files), packages=2).values()) == {"large", "tie_a"}
 
 
-@pytest.mark.parametrize(
-    "folder", ["test", "pack/tests", "idlelib/idle_test", "site-packages/x", "__pycache__"]
-)
-def test_tests_and_installed_packages_are_left_out(tmp_path, folder):
-    files = {f"{folder}/hidden.py": functions("This must not be read by anyone."), **OTHER}
-    files["more.py"] = functions("Another sentence of another file.")
-    assert "This must not be read by anyone." not in texts(write(tmp_path, files))
-
-
-def test_files_that_are_not_python_are_skipped_without_a_warning(tmp_path):
-    files = {
-        "broken.py": "def (",
-        "escape.py": functions(r"An invalid escape \d in a docstring here."),
-        **OTHER,
-    }
+def test_tests_installed_packages_and_what_is_not_python_are_left_out_without_a_warning(tmp_path):
+    folders = ("test", "pack/tests", "idlelib/idle_test", "site-packages/x", "__pycache__")
+    hidden = {f"{folder}/hidden.py": functions("This must not be read by anyone.") for folder in folders}
+    escape = functions(r"An invalid escape \d in a docstring here.")
+    write(tmp_path, {**hidden, "broken.py": "def (", "escape.py": escape, "__init__.py": "", **OTHER})
     (tmp_path / "binary.py").write_bytes(b"\x00\xff\xfe")
-    assert set(texts(write(tmp_path, files)).values()) == {"escape", "other"}
+    assert set(texts(tmp_path).values()) == {"escape", "other"}
 
 
 def test_a_folder_without_sources_is_refused_with_a_way_out(tmp_path):

@@ -7,7 +7,8 @@ import torch
 from datasets import Dataset, load_from_disk
 
 from lotr.errors import DataError
-from lotr.training.data import Columns, collator, encode
+from lotr.training.base_model import load_tokenizer
+from lotr.training.data import collator, encode
 from tiny_tokenizers import CLS, EOS, ID, PAD, SEP, WORDS, bert, ids, language, run, words
 
 
@@ -17,6 +18,7 @@ def test_a_class_is_encoded_as_its_place_among_the_labels():
     assert encoded["input_ids"][:] == [[CLS, ID["a"], SEP], [CLS, ID["b"], ID["c"], SEP]]
     assert encoded["length"][:] == [3, 4]
     assert set(encoded.column_names) == {"input_ids", "attention_mask", "token_type_ids", "labels", "length"}
+    assert "labels" not in run(bert(), "classification", with_labels=False, text=["a"]).column_names
 
 
 def test_a_second_text_is_the_second_segment():
@@ -30,26 +32,12 @@ def test_texts_are_cut_to_the_longest_allowed():
     assert encoded[0]["input_ids"] == [CLS, ID["a"], ID["b"], SEP]
 
 
-def test_a_number_stays_a_number_in_regression():
-    encoded = run(bert(), "regression", text=["a", "b"], label=[1, 0])
-    assert encoded["labels"][:] == [1.0, 0.0]
-    assert isinstance(encoded[0]["labels"], float)
-
-
-def test_without_labels_the_label_column_is_not_needed():
-    assert "labels" not in run(bert(), "classification", with_labels=False, text=["a"]).column_names
-
-
-def test_a_label_that_the_model_does_not_have_is_refused():
-    with pytest.raises(DataError, match=r"the model does not have: maybe\."):
-        run(bert(), "classification", labels=("no", "yes"), text=["a"], label=["maybe"])
-
-
-def test_columns_may_have_other_names():
-    columns = Columns(text="premise", text2="claim", label="verdict")
-    rows = {"premise": ["a"], "claim": ["b"], "verdict": ["y"]}
-    encoded = run(bert(), "classification", columns=columns, labels=("x", "y"), **rows)
-    assert (encoded[0]["input_ids"], encoded[0]["labels"]) == ([CLS, ID["a"], SEP, ID["b"], SEP], 1)
+@pytest.mark.parametrize("labels", [[1, 0], ["1", "0"]])
+def test_labels_of_a_regression_are_real_numbers(labels):
+    encoded = run(bert(), "regression", text=["a", "b"], label=labels)
+    batch = collator(bert(), "regression")(encoded.to_list())
+    assert batch["labels"].dtype == torch.float32
+    assert batch["labels"].tolist() == [1.0, 0.0]
 
 
 def test_more_rows_than_a_batch_keep_their_order_and_labels(capsys):
@@ -61,19 +49,12 @@ def test_more_rows_than_a_batch_keep_their_order_and_labels(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_every_token_of_a_plain_text_and_its_end_are_learned():
-    row = run(language(), text=["a b c"])[0]
-    assert row["input_ids"] == row["labels"] == [*ids("a b c"), EOS]
-    assert row["attention_mask"] == [1, 1, 1, 1]
-
-
-def test_the_end_is_not_appended_twice_nor_behind_a_cut():
+def test_every_token_of_a_plain_text_and_its_end_are_learned_but_no_end_behind_a_cut():
     encoded = run(language(), max_length=3, text=["a [EOS]", "a b c d", "a b c", "a b"])
     assert encoded["input_ids"][:] == [[ID["a"], EOS], ids("a b c"), ids("a b c"), [*ids("a b"), EOS]]
-
-
-def test_a_tokenizer_without_an_end_token_appends_none():
-    assert run(words(), text=["a b"])[0]["input_ids"] == ids("a b")
+    assert encoded["labels"][:] == encoded["input_ids"][:]
+    assert encoded[3]["attention_mask"] == [1, 1, 1]
+    assert run(words(), text=["a b"])[0]["input_ids"] == ids("a b")  # a tokenizer without an end token
 
 
 def test_a_single_token_teaches_nothing_and_is_dropped_with_its_count():
@@ -84,53 +65,37 @@ def test_a_single_token_teaches_nothing_and_is_dropped_with_its_count():
 def test_a_saved_folder_is_encoded_without_a_file_written(tmp_path):
     Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "saved")
     before = sorted(tmp_path.rglob("*"))
-    saved = load_from_disk(tmp_path / "saved")
-    encoded = encode(saved, language(), "causal-lm", Columns(), (), 64)
+    encoded = encode(load_from_disk(tmp_path / "saved"), language(), "causal-lm", (), 64)
     assert not encoded.cache_files
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_batch_is_padded_to_its_longest_row_on_the_tokenizers_side():
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_is_padded_to_its_longest_row_on_the_tokenizers_side(side):
     encoded = run(bert(), "classification", labels=("0", "1"), text=["a", "b c"], label=[1, 0])
-    batch = collator(bert(), "classification")(encoded.to_list())
+    tokenizer = bert()
+    tokenizer.padding_side = side
+    batch = collator(tokenizer, "classification")(encoded.to_list())
     assert set(batch) == {"input_ids", "attention_mask", "token_type_ids", "labels"}
-    assert batch["input_ids"].tolist() == [[CLS, ID["a"], SEP, PAD], [CLS, ID["b"], ID["c"], SEP]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    short, padding = [CLS, ID["a"], SEP], [PAD]
+    rows = [short + padding if side == "right" else padding + short, [CLS, ID["b"], ID["c"], SEP]]
+    assert batch["input_ids"].tolist() == rows
+    assert batch["attention_mask"].tolist() == [[int(token != PAD) for token in row] for row in rows]
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
 
-    tokenizer = bert()
-    tokenizer.padding_side = "left"
-    assert collator(tokenizer, "classification")(encoded.to_list())["attention_mask"].tolist()[0] == [
-        0,
-        1,
-        1,
-        1,
-    ]
+
+def test_padding_is_never_learned_here_or_in_another_process():
+    make, rows = collator(language(), "causal-lm"), run(language(), text=["a", "b c"]).to_list()
+    for collate in (make, pickle.loads(pickle.dumps(make))):
+        assert collate(rows)["labels"].tolist() == [[ID["a"], EOS, -100], [*ids("b c"), EOS]]
 
 
-def test_padding_is_never_learned():
-    batch = collator(language(), "causal-lm")(run(language(), text=["a", "b c"]).to_list())
-    assert batch["labels"].tolist() == [[ID["a"], EOS, -100], [*ids("b c"), EOS]]
-
-
-def test_the_end_token_pads_if_there_is_no_padding_token():
-    tokenizer = words(eos_token="[EOS]")
+def test_the_end_token_pads_if_there_is_no_padding_token(tmp_path):
+    words(eos_token="[EOS]").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    tokenizer = load_tokenizer(str(tmp_path))
     batch = collator(tokenizer, "causal-lm")(run(tokenizer, text=["a", "b c"]).to_list())
     assert batch["input_ids"].tolist() == [[ID["a"], EOS, EOS], [*ids("b c"), EOS]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
     with pytest.raises(DataError, match=r"no padding token and no end-of-text token"):
         collator(words(), "causal-lm")
-
-
-def test_labels_of_a_regression_are_real_numbers():
-    encoded = run(bert(), "regression", text=["a", "b"], label=[1, 2])
-    batch = collator(bert(), "regression")(encoded.to_list())
-    assert batch["labels"].dtype == torch.float32
-    assert batch["labels"].tolist() == [1.0, 2.0]
-
-
-def test_a_collator_makes_the_same_batch_in_another_process():
-    rows = run(language(), text=["a", "b c"]).to_list()
-    make = collator(language(), "causal-lm")
-    copy = pickle.loads(pickle.dumps(make))
-    assert all(torch.equal(tensor, copy(rows)[name]) for name, tensor in make(rows).items())

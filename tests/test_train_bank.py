@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import saved_models
 from lotr import CoreBank, LotrConfig
@@ -48,21 +47,22 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings(home: Path, output: Path, **more: Any) -> BankSettings:
-    tasks = [task.to_dict() for task in read_tasks(home / "tasks.yaml")]
-    common = {
-        "basis": str(home / "basis"),
-        "tasks": tasks,
-        "max_steps": 20,
-        "max_length": 16,
-        "keep": "float32",
-    }
-    return BankSettings(output=str(output), **{**common, **more})
+def settings(home: Path, output: Path, sources: list[TaskSource] | None = None, **more: Any) -> BankSettings:
+    """Few steps on some tasks, or on those of the list."""
+    tasks = tuple(vars(source) for source in sources or read_tasks(home / "tasks.yaml"))
+    few = {"basis": str(home / "basis"), "max_steps": 20, "max_length": 16, "keep": "float32"}
+    return BankSettings(output=str(output), **{"tasks": tasks, **few, **more})
+
+
+def jsonl(file: Path, rows: list[dict[str, Any]]) -> str:
+    """Write rows and return the path."""
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return str(file)
 
 
 def test_all_tasks_are_learned_at_once_and_kept_with_their_labels(home: Path, tmp_path: Path) -> None:
     report = train_bank(settings(home, tmp_path / "bank", max_steps=150), quiet)
-    assert {name: found["accuracy"] for name, found in report["tasks"].items()} == dict.fromkeys(PAIRS, 1.0)
+    assert {name: own["accuracy"] for name, own in report["tasks"].items()} == dict.fromkeys(PAIRS, 1.0)
     bank = CoreBank.open(tmp_path / "bank")
     assert not (tmp_path / "bank" / RUN).exists()
     for name, labels in PAIRS.items():
@@ -72,74 +72,74 @@ def test_all_tasks_are_learned_at_once_and_kept_with_their_labels(home: Path, tm
         assert {len(value) for value in task.head.values()} == {len(labels)}
 
     rows = [("a red thing is", "first"), ("a blue thing is", "third"), ("blue very", "second")]
-    mixed = tmp_path / "mixed.csv"
-    with mixed.open("w", newline="") as file:
-        csv.writer(file).writerows([("text", "which"), *rows])
-    answered = predict(load_served(bank), str(mixed), task_column="which")
+    mixed = jsonl(tmp_path / "mixed.jsonl", [{"text": text, "which": name} for text, name in rows])
+    served = load_served(bank)
+    answered = predict(served, mixed, task_column="which")
     assert [row["prediction"] for row in answered] == ["red", "blue", "blue"]
-    alone = predict(load_served(bank), str(mixed), task="second")
+    alone = predict(served, mixed, task="second")
     assert [row["prediction"] for row in alone[::2]] == ["red", "blue"]
+    for more, error, message in (
+        ({"task": "firts"}, UnknownTaskError, "'firts'"),
+        ({}, ConfigError, "Give one of"),
+        ({"task_column": "what"}, DataError, 'no column "what".*--task-column'),
+    ):
+        with pytest.raises(error, match=message):
+            predict(served, mixed, **more)
 
 
 def test_a_task_is_trained_the_same_with_others_and_alone(home: Path, tmp_path: Path) -> None:
-    """Batches hold the same rows of the task in both runs: the others must not be felt."""
-    common = {"max_steps": 6, "sampling": "uniform", "batch_size": 30}
-    train_bank(settings(home, tmp_path / "all", **common), quiet)
-    wide = train_bank(settings(home, tmp_path / "narrow", **common), quiet)
-    a, b = (CoreBank.open(tmp_path / name).get("first").numbers for name in ("all", "narrow"))
-    assert torch.equal(a, b)
-    assert wide["steps"] == 6
+    """A batch holds all rows of the task in both runs: the others must not be felt."""
+    rows = 54  # of the 60; the others are held out
+    without_dropout = AutoModelForSequenceClassification.from_pretrained(
+        home / "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    without_dropout.save_pretrained(tmp_path / "bert")
+    AutoTokenizer.from_pretrained(home / "bert").save_pretrained(tmp_path / "bert")
+    common = {"max_steps": 6, "sampling": "uniform", "model": str(tmp_path / "bert")}
+    train_bank(settings(home, tmp_path / "all", batch_size=3 * rows, **common), quiet)
+    first = [source for source in read_tasks(home / "tasks.yaml") if source.name == "first"]
+    train_bank(settings(home, tmp_path / "alone", first, batch_size=rows, **common), quiet)
+    a, b = (CoreBank.open(tmp_path / name).get("first") for name in ("all", "alone"))
+    assert torch.allclose(a.numbers, b.numbers, atol=1e-5) and a.numbers.abs().max() > 1e-3
+    assert all(torch.allclose(value, b.head[name], atol=1e-5) for name, value in a.head.items())
 
 
 def test_a_task_is_added_later_and_the_others_stay(home: Path, tmp_path: Path) -> None:
     train_bank(settings(home, tmp_path / "bank"), quiet)
     before = CoreBank.open(tmp_path / "bank").get("first").numbers
-    late = [TaskSource("late", str(home / "second.csv")).to_dict()]
-    train_bank(settings(home, tmp_path / "bank", basis=None, tasks=late), quiet)
+    late = settings(home, tmp_path / "bank", [TaskSource("late", str(home / "second.csv"))], basis=None)
+    train_bank(late, quiet)
     bank = CoreBank.open(tmp_path / "bank")
     assert sorted(bank.names()) == ["first", "late", "second", "third"]
     assert torch.equal(bank.get("first").numbers, before)
     with pytest.raises(ConfigError, match="task 'late' already"):
-        train_bank(settings(home, tmp_path / "bank", basis=None, tasks=late), quiet)
+        train_bank(late, quiet)
 
 
-def test_language_models_and_numbers_are_tasks_too(home: Path, tmp_path: Path) -> None:
+def test_language_models_are_tasks_too(home: Path, tmp_path: Path) -> None:
     saved_models.save_llama(tmp_path / "llama")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
     get_peft_model(base, LotrConfig(r=8, target_modules="all-linear")).save_pretrained(tmp_path / "basis")
+    question, sources = {"role": "user", "content": "what"}, []
     for name, answer in (("p", "red"), ("q", "blue")):
-        with (tmp_path / f"{name}.jsonl").open("w") as file:
-            for _ in range(20):
-                turns = [{"role": "user", "content": "what"}, {"role": "assistant", "content": answer}]
-                file.write(json.dumps({"messages": turns}) + "\n")
-    tasks = [TaskSource(name, str(tmp_path / f"{name}.jsonl")).to_dict() for name in "pq"]
-    chosen = settings(home, tmp_path / "bank", basis=str(tmp_path / "basis"), tasks=tasks, max_steps=60)
+        turns = [question, {"role": "assistant", "content": answer}]
+        sources.append(TaskSource(name, jsonl(tmp_path / f"{name}.jsonl", [{"messages": turns}] * 20)))
+    chosen = settings(home, tmp_path / "bank", sources, basis=str(tmp_path / "basis"), max_steps=60)
     report = train_bank(chosen, quiet)
-    assert all(found["loss"] < 0.5 for found in report["tasks"].values())
-    with (tmp_path / "ask.jsonl").open("w") as file:
-        for name in "pqp":
-            turns = [{"role": "user", "content": "what"}]
-            file.write(json.dumps({"messages": turns, "task": name}) + "\n")
-    made = predict(
-        load_served(tmp_path / "bank"), str(tmp_path / "ask.jsonl"), task_column="task", max_new_tokens=1
-    )
-    assert [row["prediction"].strip() for row in made] == ["red", "blue", "red"]
+    assert all(own["loss"] < 0.5 for own in report["tasks"].values())
+    asked = jsonl(tmp_path / "ask.jsonl", [{"messages": [question], "task": name} for name in "pqp"])
+    answered = predict(load_served(tmp_path / "bank"), asked, task_column="task", max_new_tokens=1)
+    assert [row["prediction"].strip() for row in answered] == ["red", "blue", "red"]
 
 
 def test_a_regression_stands_beside_classes(home: Path, tmp_path: Path) -> None:
-    numbers = tmp_path / "numbers.csv"
-    with numbers.open("w", newline="") as file:
-        csv.writer(file).writerow(("text", "label"))
-        for n in range(60):
-            csv.writer(file).writerow((("red " * 2 + "a the" if n % 2 else "blue is was"), n % 2 + 0.5))
-    tasks = [
-        TaskSource("size", str(numbers)).to_dict(),
-        TaskSource("colour", str(home / "first.csv")).to_dict(),
-    ]
-    report = train_bank(settings(home, tmp_path / "bank", tasks=tasks, max_steps=80), quiet)
+    rows = [{"text": "red red a the", "label": 1.5}, {"text": "blue is was", "label": 0.5}] * 30
+    numbers = jsonl(tmp_path / "numbers.jsonl", rows)
+    sources = [TaskSource("size", numbers), TaskSource("colour", str(home / "first.csv"))]
+    report = train_bank(settings(home, tmp_path / "bank", sources, max_steps=80), quiet)
     assert report["tasks"]["size"]["mse"] < 0.05 and report["tasks"]["colour"]["accuracy"] == 1.0
-    made = predict(load_served(tmp_path / "bank"), str(numbers), task="size")
-    assert abs(made[1]["prediction"] - 1.5) < 0.5
+    answered = predict(load_served(tmp_path / "bank"), numbers, task="size")
+    assert abs(answered[0]["prediction"] - 1.5) < 0.5
 
 
 # ---------------------------------------------------------------------- runs that stop
@@ -173,8 +173,8 @@ def test_runs_killed_at_random_points_lose_nothing_that_was_saved(home: Path, tm
     command = [sys.executable, str(Path(__file__).with_name("killed_training.py")), json.dumps(chosen), "12"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    said = json.loads(done.stdout.splitlines()[-1])
-    assert said["killed"] >= 10 and said["advanced"] >= 3
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["killed"] >= 10 and report["advanced"] >= 3
     train_bank(BankSettings(output=str(tmp_path / "bank"), resume=True), quiet)
     assert sorted(CoreBank.open(tmp_path / "bank").names()) == sorted(PAIRS)
 
@@ -213,27 +213,21 @@ def test_a_list_of_tasks_is_checked(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_trained_says_so(home: Path, tmp_path: Path) -> None:
-    bad = tmp_path / "bad.csv"
-    bad.write_text("text,label\nred,a\nblue,a\n")
-    for more, error, message in (
-        ({"tasks": [TaskSource("x", str(bad)).to_dict()]}, DataError, "Task 'x': All rows"),
-        ({"tasks": []}, ConfigError, "no tasks to train"),
-        ({"basis": None}, ConfigError, "holds no bank yet"),
-        ({"sampling": "often"}, ConfigError, "sampling='often'"),
-        ({"resume": True}, ConfigError, "nothing to resume"),
+    one_label = jsonl(tmp_path / "bad.jsonl", [{"text": "red", "label": "a"}, {"text": "blue", "label": "a"}])
+    texts = TaskSource("x", str(home / "first.csv"), task="causal-lm")
+    for sources, more, error, message in (
+        ([TaskSource("x", one_label)], {}, DataError, "Task 'x': All rows"),
+        (
+            [texts, TaskSource("y", str(home / "first.csv"))],
+            {},
+            ConfigError,
+            "'x' is causal-lm and others are",
+        ),
+        (None, {"tasks": ()}, ConfigError, "no tasks to train"),
+        (None, {"basis": None}, ConfigError, "holds no bank yet"),
+        (None, {"sampling": "often"}, ConfigError, "sampling='often'"),
+        (None, {"resume": True}, ConfigError, "nothing to resume"),
     ):
         with pytest.raises(error, match=message):
-            train_bank(settings(home, tmp_path / "bank", **more), quiet)
+            train_bank(settings(home, tmp_path / "bank", sources, **more), quiet)
         assert not (tmp_path / "bank").exists()
-
-
-def test_prediction_names_what_is_wrong(home: Path, tmp_path: Path) -> None:
-    train_bank(settings(home, tmp_path / "bank", max_steps=1), quiet)
-    served = load_served(tmp_path / "bank")
-    data = str(home / "first.csv")
-    with pytest.raises(UnknownTaskError, match="'firts'"):
-        predict(served, data, task="firts")
-    with pytest.raises(ConfigError, match="Give one of"):
-        predict(served, data)
-    with pytest.raises(DataError, match='no column "which"'):
-        predict(served, data, task_column="which")

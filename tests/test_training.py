@@ -135,7 +135,7 @@ def test_two_processes_train_one_adapter(place: Path, tmp_path: Path) -> None:
 
     trained = load_trained(tmp_path / "o")
     task = trained.task
-    rows = load_rows(str(tmp_path / "dev.csv"), task.columns, task.task, task.labels)
+    _, rows = load_rows(str(tmp_path / "dev.csv"), task.columns, task.task, task.labels, task.pairs)
     scores, labels = (torch.from_numpy(part) for part in scores_of(trained, rows, with_labels=True))
     loss = torch.nn.functional.cross_entropy(scores, labels.long()).item()
     assert report["eval"]["loss"] == pytest.approx(loss, abs=1e-4)  # 21 rows fill no batches of two processes
@@ -327,7 +327,7 @@ def test_pairs_of_texts_are_one_input_and_are_asked_for_later(place: Path, tmp_p
     trained = load_trained(tmp_path / "o")
     (tmp_path / "pair.csv").write_text("text,text2\nred thing,red\nred thing,blue\n")
     assert len(predict(trained, str(tmp_path / "pair.csv"))) == 2
-    logits, _ = scores_of(trained, read(str(tmp_path / "pair.csv"))[0])
+    logits, _ = scores_of(trained, read(str(tmp_path / "pair.csv"))[0].select_columns(["text", "text2"]))
     assert (logits[0] != logits[1]).any()  # the second text is seen
     (tmp_path / "single.csv").write_text("text\nred thing\n")
     with pytest.raises(DataError, match="pairs"):

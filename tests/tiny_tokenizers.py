@@ -6,7 +6,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lotr.training.data import Columns, encode
+from lotr.training.data import Columns, encode, rows_of_task
 
 WORDS = ["[PAD]", "[UNK]", "[EOS]", "[CLS]", "[SEP]", "user", ":", "assistant", "#", *"abcdefg"]
 ID = {word: index for index, word in enumerate(WORDS)}
@@ -35,8 +35,8 @@ def bert() -> PreTrainedTokenizerFast:
 
 
 def run(tokenizer, task="causal-lm", max_length=64, columns=None, labels=(), with_labels=True, **rows):
-    dataset = Dataset.from_dict(rows)
-    return encode(dataset, tokenizer, task, columns or Columns(), labels, max_length, with_labels)
+    needed = rows_of_task(Dataset.from_dict(rows), columns or Columns(), task, "here", with_labels)
+    return encode(needed, tokenizer, task, labels, max_length, with_labels)
 
 
 def ids(text: str) -> list[int]:

@@ -68,7 +68,7 @@ def train(
     with reported(), console.stopwatch("Starting"):
         from lotr.training.tasks.task_list import read_tasks
 
-        listed = [] if tasks is None else [task.to_dict() for task in read_tasks(tasks)]
+        listed = [] if tasks is None else [vars(task) for task in read_tasks(tasks)]
         _train(listed, given, json)
 
 

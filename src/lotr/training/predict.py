@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ..bank.layout import BANK
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
 from . import metrics
-from .data import chat_column, collator, encode, load_rows
+from .data import collator, encode, load_rows
+from .data.chat import IGNORED
+from .inference import Batch, Tick, answers, batches, check_new_columns, prediction
+from .tasks.predict import predict as predict_with_bank
+from .tasks.served import load_served
 from .trained import Trained, load_trained
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-Tick = Callable[[int, int], None]  # rows done, rows in all
-_NEW_COLUMNS = {"prediction", "confidence"}
 
 
 def evaluate(
@@ -58,18 +60,19 @@ def evaluate(
         raise ConfigError(f"--picture {picture}: the folder {Path(picture).parent} does not exist.")
     trained = adapter if isinstance(adapter, Trained) else load_trained(adapter, model)
     trained = trained.with_columns(text=text, text2=text2, label=label)
-    rows = _rows(trained, data, need_label=True)
-    report: dict[str, Any] = {"rows": len(rows), "labels": list(trained.task.labels)}
-    if trained.task.task == "causal-lm":
+    task = trained.task
+    _, rows = load_rows(data, task.columns, task.task, task.labels, task.pairs)
+    report: dict[str, Any] = {"rows": len(rows), "labels": list(task.labels)}
+    if task.task == "causal-lm":
         return report | _language_loss(trained, rows, batch_size, tick)
     scores, labels = scores_of(trained, rows, batch_size, tick, with_labels=True)
-    if trained.task.task == "regression":
+    if task.task == "regression":
         return report | metrics.regression(scores, labels)
     counts = metrics.confusion(scores, labels)
     if picture is not None:
         from ..adapters import plots
 
-        plots.confusion(counts, trained.task.labels, Path(picture))
+        plots.confusion(counts, task.labels, Path(picture))
     return report | metrics.classification(scores, labels) | {"confusion": counts.tolist()}
 
 
@@ -109,47 +112,21 @@ def predict(
     """
     columns = {"text": text, "text2": text2}
     if not isinstance(adapter, Trained) and (Path(adapter) / BANK).is_file():
-        from .tasks.predict import predict as predict_with_bank
-        from .tasks.served import load_served
-
         bank = load_served(adapter, model)
         return predict_with_bank(bank, data, task, task_column, columns, batch_size, max_new_tokens, tick)
     if task is not None or task_column is not None:
         raise ConfigError(f"{adapter} is no bank, so it has no tasks. Leave out --task and --task-column.")
     trained = adapter if isinstance(adapter, Trained) else load_trained(adapter, model)
-    trained = trained.with_columns(**columns)
-    rows = _rows(trained, data, need_label=False)
-    clash = _NEW_COLUMNS & set(rows.column_names)
-    if clash:
-        raise DataError(
-            f'{data} has a column "{min(clash)}" already. Rename it, so that nothing is overwritten.'
-        )
-    plain = [dict(row) for row in cast("Any", rows)]
-    if trained.task.task == "causal-lm":
-        chats = chat_column(rows, trained.task.columns)
-        texts = answers(
-            trained.model, trained.tokenizer, plain, trained.task.columns.text, chats, max_new_tokens, tick
-        )
-        return [{**row, "prediction": text} for row, text in zip(plain, texts, strict=True)]
-    scores, _ = scores_of(trained, rows, batch_size, tick)
-    if trained.task.task == "regression":
-        return [{**row, "prediction": float(s)} for row, s in zip(plain, scores.reshape(-1), strict=True)]
-    shares = torch.softmax(torch.from_numpy(scores), -1).numpy()
-    return [
-        {**row, "prediction": trained.task.labels[int(p.argmax())], "confidence": round(float(p.max()), 6)}
-        for row, p in zip(plain, shares, strict=True)
-    ]
-
-
-def _rows(trained: Trained, source: str, need_label: bool) -> Dataset:
-    task = trained.task
-    rows = load_rows(source, task.columns, task.task, task.labels, need_label)
-    if task.pairs and task.columns.text2 not in rows.column_names:
-        raise DataError(
-            f'The adapter was trained on pairs of texts, and {source} has no column "{task.columns.text2}"; its '
-            f"columns are: {', '.join(rows.column_names)}. Add the second text."
-        )
-    return rows
+    record = trained.with_columns(**columns).task
+    plain, rows = load_rows(data, record.columns, record.task, record.labels, record.pairs, need_label=False)
+    check_new_columns(plain, data)
+    predicted: list[dict[str, Any]]
+    if record.task == "causal-lm":
+        predicted = answers(trained.model, trained.tokenizer, rows.to_list(), max_new_tokens, tick)
+    else:
+        scores, _ = scores_of(trained, rows, batch_size, tick)
+        predicted = [prediction(record.task, record.labels, row) for row in torch.from_numpy(scores)]
+    return [{**row, **own} for row, own in zip(cast("Any", plain), predicted, strict=True)]
 
 
 def scores_of(
@@ -157,78 +134,28 @@ def scores_of(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return logits `(n, classes)` (or predictions `(n, 1)`) and labels `(n,)` in the order of the rows."""
     logits, labels, order = [], [], []
-    with torch.inference_mode():
-        for indices, batch in _batches(trained, rows, batch_size, with_labels, tick):
-            targets = batch.pop("labels", None)
-            logits.append(trained.model(**batch).logits.float().cpu())
-            labels.append(torch.zeros(len(indices)) if targets is None else targets.cpu())
-            order += indices
+    for indices, scores, targets in _batches(trained, rows, batch_size, with_labels, tick):
+        logits.append(scores.cpu())
+        labels.append(torch.zeros(len(indices)) if targets is None else targets.cpu())
+        order += indices
     back = np.argsort(np.array(order))
     return torch.cat(logits).numpy()[back], torch.cat(labels).numpy()[back]
 
 
 def _language_loss(trained: Trained, rows: Dataset, batch_size: int, tick: Tick | None) -> dict[str, float]:
     total, tokens = 0.0, 0
-    with torch.inference_mode():
-        for _, batch in _batches(trained, rows, batch_size, True, tick):
-            labels = batch.pop("labels")[:, 1:]
-            logits = trained.model(**batch).logits[:, :-1].float()
-            total += float(
-                torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-            )
-            tokens += int((labels != -100).sum())
+    for _, logits, labels in _batches(trained, rows, batch_size, True, tick):
+        assert labels is not None
+        targets = labels[:, 1:].flatten()
+        total += float(F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="sum"))
+        tokens += int((targets != IGNORED).sum())
     loss = total / max(tokens, 1)
     return {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0))), "tokens": tokens}
 
 
 def _batches(
     trained: Trained, rows: Dataset, batch_size: int, with_labels: bool, tick: Tick | None
-) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-    """Yield indices of rows and batches, long rows with long rows, so that little is padded."""
+) -> Iterator[Batch]:
     task, tokenizer = trained.task, trained.tokenizer
-    if not task.pairs and task.columns.text2 in rows.column_names:
-        rows = rows.remove_columns(task.columns.text2)
-    encoded = encode(rows, tokenizer, task.task, task.columns, task.labels, task.max_length, with_labels)
-    collate = collator(tokenizer, task.task)
-    lengths = encoded["length"][:]
-    order = sorted(range(len(encoded)), key=lambda i: -lengths[i])
-    for at in range(0, len(order), batch_size):
-        indices = order[at : at + batch_size]
-        batch = collate([encoded[i] for i in indices])
-        yield indices, {name: value.to(trained.model.device) for name, value in batch.items()}
-        if tick is not None:
-            tick(min(at + batch_size, len(order)), len(order))
-
-
-def answers(
-    model: Any,  # a transformers model, bare or in PEFT: what generates is not in the type of either
-    tokenizer: Any,
-    rows: list[dict[str, Any]],
-    text: str,
-    chats: str | None,
-    max_new_tokens: int,
-    tick: Callable[[int, int], None] | None,
-) -> Iterator[str]:
-    """Yield the answer to each row: to its column `text`, or to the last question of the conversation in `chats`."""
-    for n, row in enumerate(rows, 1):
-        if chats is not None:
-            # Arrow gives every turn every key
-            turns = [{key: value for key, value in turn.items() if value is not None} for turn in row[chats]]
-            asked = turns[: max((i for i, t in enumerate(turns) if t["role"] != "assistant"), default=-1) + 1]
-            if not asked:
-                raise DataError(f"Row {n} holds only answers; there is nothing to answer to. Drop it.")
-            prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-            inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-        else:
-            inputs = tokenizer(row[text], return_tensors="pt")
-        inputs = {k: v.to(model.device) for k, v in inputs.items() if k != "token_type_ids"}
-        with torch.inference_mode():
-            made = model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        yield tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        if tick is not None:
-            tick(n, len(rows))
+    encoded = encode(rows, tokenizer, task.task, task.labels, task.max_length, with_labels)
+    return batches(trained.model, collator(tokenizer, task.task), encoded, batch_size, tick)

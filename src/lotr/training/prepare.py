@@ -129,14 +129,13 @@ def prepare(
         max_length=int(settings.max_length or 0),
         columns=columns,
         base_model=locate(name)[1],
-        pairs=data.task != "causal-lm" and columns.text2 in data.train.column_names,
+        pairs=data.pairs,
         method=settings.method,
         dtype=settings.dtype,
         base_fingerprint=fingerprint(base, sorted(adapted.targeted_module_names)),
     )
     rows = tuple(
-        encode(part, tokenizer, data.task, columns, data.labels, task.max_length)
-        for part in (data.train, data.eval)
+        encode(part, tokenizer, data.task, data.labels, task.max_length) for part in (data.train, data.eval)
     )
     return Run(
         settings,

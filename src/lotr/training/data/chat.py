@@ -22,24 +22,14 @@ Turns = list[dict[str, Any]]
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, turns: Turns, row: int, max_length: int, with_labels: bool = True
 ) -> dict[str, list[Any]]:
-    """Turn a conversation into token ids with the tokenizer's chat template.
+    """Return the first `max_length` tokens of a conversation in the tokenizer's chat template, and `labels`.
 
     A template that marks answers with `{% generation %}` says itself what is learned. With any other, the
     tokens of an answer are those between the prompt for it and the end of its turn, which is checked.
 
-    Args:
-        tokenizer: A tokenizer with a chat template.
-        turns: The conversation.
-        row: Number of its row, for messages.
-        max_length: The most tokens; what is behind them is cut away.
-        with_labels: Whether to make labels.
-
-    Returns:
-        The tokenizer's output and `labels`.
-
     Raises:
         DataError: The tokenizer has no chat template, the template refuses the conversation, or the answers
-            cannot be told from the rest.
+            cannot be told from the rest. The message names the `row`.
     """
     try:
         template = tokenizer.get_chat_template()
@@ -49,19 +39,21 @@ def encode_chat(
             "conversations cannot be encoded. Use an instruction-tuned model, set tokenizer.chat_template, "
             "or give plain texts and name their column with --text."
         ) from error
-    # Arrow gives every turn every key
-    turns = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
+    turns = without_empty_keys(turns)
     encoded = _render(tokenizer, turns, row)
     if with_labels:
-        ids = encoded["input_ids"]
         # slow tokenizers do not know which token a character went to
-        is_marked = tokenizer.is_fast and GENERATION_TAG.search(template) is not None
+        is_marked = tokenizer.is_fast and GENERATION_TAG.search(template)
         mask = _answers_marked(tokenizer, turns, row) if is_marked else None
+        ids = encoded["input_ids"]
         mask = mask or _answers_between_prompts(tokenizer, turns, row, ids)
-        encoded["labels"] = [
-            token if is_answer else IGNORED for token, is_answer in zip(ids, mask, strict=True)
-        ]
+        encoded["labels"] = [token if taught else IGNORED for token, taught in zip(ids, mask, strict=True)]
     return {name: values[:max_length] for name, values in encoded.items()}
+
+
+def without_empty_keys(turns: Turns) -> Turns:
+    """Return turns with the keys that each had in its file; Arrow gives every turn every key."""
+    return [{key: value for key, value in turn.items() if value is not None} for turn in turns]
 
 
 def _render(
@@ -87,13 +79,8 @@ def _answers_marked(tokenizer: PreTrainedTokenizerBase, turns: Turns, row: int) 
     transformers finds the marked tokens by their characters. At a character without a token, such as a
     blank that the offsets leave out, it silently marks nothing, or all the rest.
     """
-    encoded = _render(
-        tokenizer,
-        turns,
-        row,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"return_offsets_mapping": True},
-    )
+    options = {"return_assistant_tokens_mask": True, "tokenizer_kwargs": {"return_offsets_mapping": True}}
+    encoded = _render(tokenizer, turns, row, **options)
     offsets = [(0, 0), *encoded["offset_mapping"]]
     has_gaps = any(after[0] > before[1] for before, after in itertools.pairwise(offsets))
     return None if has_gaps else encoded["assistant_masks"]

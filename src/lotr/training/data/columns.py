@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -18,6 +19,10 @@ MOST_CLASSES = 64
 """Whole numbers with more distinct values than this are taken for a quantity, not for classes."""
 
 CHAT = "messages"
+
+# "007" is a name and stays one; 18 digits fit an int64
+WHOLE = re.compile(r"-?(?:0|[1-9][0-9]{0,17})")
+NUMBER = re.compile(r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -55,59 +60,58 @@ def chat_column(rows: Dataset, columns: Columns) -> str | None:
     return None
 
 
-def check_rows(
+def rows_of_task(
     rows: Dataset,
     columns: Columns,
     task: Task,
     source: str,
-    labels: Sequence[str] | None = None,
-    owner: str = "the model",
     need_label: bool = True,
-) -> None:
-    """Check that the columns exist and that every row has what the task needs.
+    pairs: bool | None = None,
+) -> Dataset:
+    """Return what a task needs of rows: columns of the names `text` or `messages`, `text2` and `label`.
 
     Args:
-        rows: The rows.
-        columns: Names of the columns.
-        task: What is learned. Only a language model takes conversations in place of texts, and no label.
+        rows: The rows as they were read.
+        columns: Names of the columns there.
+        task: Only a language model takes conversations in place of texts, and no label.
         source: What to call the rows in a message.
-        labels: The classes there are; default: any.
-        owner: What to call in a message that which has these classes.
         need_label: Whether the rows must have labels; not needed to predict.
+        pairs: Whether a second text belongs to each. Default: where there is a column of it.
 
     Raises:
-        DataError: A column or a value is missing, or a value does not fit the task.
+        DataError: A column is missing, or a value does not fit the task.
     """
-    conversations = chat_column(rows, columns) if task == "causal-lm" else None
-    checks = [("--text", columns.text, _is_text, "a text that is not empty")]
-    if conversations:
-        checks = [("--text", conversations, _is_conversation, 'a list of {"role": …, "content": …}')]
-    if columns.text2 != Columns.text2 or (task != "causal-lm" and columns.text2 in rows.column_names):
-        checks.append(("--text2", columns.text2, _is_text, "a text that is not empty"))
+    chat = chat_column(rows, columns) if task == "causal-lm" else None
+    needed = {CHAT: (chat, "chat")} if chat else {"text": (columns.text, "text")}
+    if pairs is None:
+        pairs = columns.text2 != Columns.text2 or columns.text2 in rows.column_names
+    if pairs and task != "causal-lm":
+        needed["text2"] = (columns.text2, "text")
     if need_label and task == "regression":
-        checks.append(("--label", columns.label, _is_number, "a number (classification needs none)"))
+        needed["label"] = (columns.label, "number")
     elif need_label and task == "classification":
-        # a test split of the hub that hides its labels has -1
-        is_label = _is_declared if _declared_names(rows, columns) else _is_label
-        checks.append(("--label", columns.label, is_label, "one label"))
-    used = [name for _, name, *_ in checks]
-    if len(set(used)) < len(used):
-        twice = max(used, key=used.count)
-        raise DataError(
-            f'Column "{twice}" of {source} is used twice, for {" and ".join(c[0] for c in checks if c[1] == twice)}. '
-            "Name different columns."
-        )
-    for option, name, is_valid, what in checks:
-        check_column(rows, name, option, source)
-        _check_values(rows, name, source, is_valid, what)
-    if need_label and task == "classification" and labels is not None:
-        unknown = sorted(set(label_values(rows, columns)) - set(labels))
-        if unknown:
+        needed["label"] = (columns.label, "class id" if _declared_names(rows, columns.label) else "class")
+    names: dict[str, str] = {}
+    for name, (column, kind) in needed.items():
+        option = _OPTIONS[name]
+        if column in names:
             raise DataError(
-                f"{source} has labels that {owner} does not have: {', '.join(unknown[:10])}"
-                f"{', …' if len(unknown) > 10 else ''}. {near(unknown[0], labels)} "
-                "Drop these rows, or train on rows that have these labels."
+                f'Column "{column}" of {source} is used twice, for {_OPTIONS[names[column]]} and {option}. Name '
+                "different columns."
             )
+        names[column] = name
+        check_column(rows, column, option, source)
+        values = rows[column][:]
+        what, is_valid = _KINDS[kind]
+        invalid = [n for n, value in enumerate(values, start=1) if not is_valid(value)]
+        if invalid:
+            numbers = ", ".join(map(str, invalid[:5])) + (", …" if len(invalid) > 5 else "")
+            raise DataError(
+                f'Column "{column}" of {source} must hold {what} in every row. {len(invalid)} of {len(values)} '
+                f"rows do not: {numbers} (the first row is 1; row {invalid[0]} holds "
+                f"{values[invalid[0] - 1]!r:.60}). Fill or drop these rows, or name another column."
+            )
+    return rows.select_columns(list(names)).rename_columns(names)
 
 
 def check_column(rows: Dataset, name: str, option: str, source: str) -> None:
@@ -119,15 +123,14 @@ def check_column(rows: Dataset, name: str, option: str, source: str) -> None:
         )
 
 
-def _check_values(rows: Dataset, name: str, source: str, is_valid: Callable[[Any], bool], what: str) -> None:
-    values = rows[name][:]
-    invalid = [n for n, value in enumerate(values, start=1) if not is_valid(value)]
-    if invalid:
-        numbers = ", ".join(map(str, invalid[:5])) + (", …" if len(invalid) > 5 else "")
+def check_labels(rows: Dataset, labels: Sequence[str], source: str, owner: str) -> None:
+    """Raise DataError if a row has a label that is none of the classes of `owner`."""
+    unknown = sorted(set(label_values(rows)) - set(labels))
+    if unknown:
         raise DataError(
-            f'Column "{name}" of {source} must hold {what} in every row. {len(invalid)} of {len(values)} rows '
-            f"do not: {numbers} (the first row is 1; row {invalid[0]} holds {values[invalid[0] - 1]!r:.60}). "
-            "Fill or drop these rows, or name another column."
+            f"{source} has labels that {owner} does not have: {', '.join(unknown[:10])}"
+            f"{', …' if len(unknown) > 10 else ''}. {near(unknown[0], labels)} "
+            "Drop these rows, or train on rows that have these labels."
         )
 
 
@@ -135,12 +138,8 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _is_label(value: Any) -> bool:
+def _is_class(value: Any) -> bool:
     return _is_text(value) or (isinstance(value, int | float) and math.isfinite(value))
-
-
-def _is_declared(value: Any) -> bool:
-    return value is not None and value >= 0
 
 
 def _is_number(value: Any) -> bool:
@@ -150,70 +149,77 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _is_conversation(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(turn, dict) and turn.get("role") and "content" in turn for turn in value)
-    )
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value.get("role")) and "content" in value
 
 
-def label_values(rows: Dataset, columns: Columns) -> list[str]:
+_OPTIONS = {CHAT: "--text", "text": "--text", "text2": "--text2 (the second of a pair)", "label": "--label"}
+
+#: What a column must hold in every row, in words and as a test.
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "text": ("a text that is not empty", _is_text),
+    "chat": ('a list of {"role": …, "content": …}', lambda turns: bool(turns) and all(map(_is_turn, turns))),
+    "number": ("a number (classification needs none)", _is_number),
+    "class": ("one label", _is_class),
+    # a test split of the hub that hides its labels has -1
+    "class id": ("one label", lambda value: value is not None and value >= 0),
+}
+
+
+def _numbers(values: Sequence[Any]) -> list[float] | None:
+    """Return labels as numbers if all of them are or, as in a CSV file, are written so; a bool is a name."""
+    if all(type(value) in (int, float) for value in values):
+        return list(values)
+    if not all(isinstance(value, str) and NUMBER.fullmatch(value) for value in values):
+        return None
+    return [int(value) if WHOLE.fullmatch(value) else float(value) for value in values]
+
+
+def label_values(rows: Dataset, label: str = "label") -> list[str]:
     """Return the class of each row by name; 1, 1.0 and "1" are one class, whatever a file made of it."""
-    declared = _declared_names(rows, columns)
-    values = rows[columns.label][:]
-    if declared:
+    values = rows[label][:]
+    if declared := _declared_names(rows, label):
         return [declared[value] for value in values]
-    return [str(int(v)) if isinstance(v, float) and v.is_integer() else str(v) for v in values]
+    return [
+        str(int(v)) if isinstance(v, float) and v.is_integer() else str(v) for v in _numbers(values) or values
+    ]
 
 
-def label_names(rows: Dataset, columns: Columns) -> tuple[str, ...]:
-    """Return the names of the classes in the order of their ids.
-
-    Returns:
-        The names that a `ClassLabel` column declares; else those that occur, sorted as numbers if all are.
+def label_names(rows: Dataset) -> tuple[str, ...]:
+    """Return the classes in the order of their ids: as a `ClassLabel` column declares them, else sorted.
 
     Example:
         >>> from datasets import Dataset
-        >>> label_names(Dataset.from_dict({"label": [10, 9, 10]}), Columns())
+        >>> label_names(Dataset.from_dict({"label": [10, 9, 10]}))
         ('9', '10')
     """
-    names = set(label_values(rows, columns))
-    are_numbers = all(map(_is_number, names))
-    return _declared_names(rows, columns) or tuple(sorted(names, key=float if are_numbers else None))
+    names = sorted(set(label_values(rows)))
+    if numbers := _numbers(names):
+        names = [name for _, name in sorted(zip(numbers, names, strict=True))]
+    return _declared_names(rows) or tuple(names)
 
 
-def _declared_names(rows: Dataset, columns: Columns) -> tuple[str, ...]:
-    from datasets import ClassLabel
-
-    feature = rows.features.get(columns.label)
-    return tuple(feature.names) if isinstance(feature, ClassLabel) else ()
+def _declared_names(rows: Dataset, label: str = "label") -> tuple[str, ...]:
+    return tuple(getattr(rows.features.get(label), "names", ()))
 
 
 def guess_task(rows: Dataset, columns: Columns) -> tuple[Task, str]:
-    """Guess the task from the columns and their values.
-
-    Returns:
-        The task and one sentence why.
-    """
+    """Return the task that the columns and their values suggest, and one sentence why."""
     label = f'column "{columns.label}"'
-    conversations = chat_column(rows, columns)
-    if conversations:
-        return "causal-lm", f'Column "{conversations}" holds conversations: learn to answer.'
+    if chat := chat_column(rows, columns):
+        return "causal-lm", f'Column "{chat}" holds conversations: learn to answer.'
     if columns.label not in rows.column_names:
         others = ", ".join(rows.column_names)
         return "causal-lm", f"There is no {label} (only {others}; --label names it): learn the text itself."
-    values = rows[columns.label][:]
-    names = _declared_names(rows, columns)
-    if names or not all(type(value) in (int, float) for value in values):
-        n_classes = len(names or set(label_values(rows, columns)))
-        return "classification", f"The {label} holds names: {n_classes} classes."
-    if any(math.isfinite(value) and value != int(value) for value in values):
+    declared = _declared_names(rows, columns.label)
+    numbers = None if declared else _numbers(rows[columns.label][:])
+    if numbers is None:
+        names = declared or set(label_values(rows, columns.label))
+        return "classification", f"The {label} holds names: {len(names)} classes."
+    if any(math.isfinite(value) and value != int(value) for value in numbers):
         return "regression", f"The {label} holds numbers with fractions."
-    n_values = len(set(values))
+    n_values = len(set(numbers))
+    why = f"The {label} holds {n_values} different whole numbers"
     if n_values > MOST_CLASSES:
-        return "regression", (
-            f"The {label} holds {n_values} different whole numbers, more than the {MOST_CLASSES} that "
-            "are taken for classes."
-        )
-    return "classification", f"The {label} holds {n_values} different whole numbers."
+        return "regression", f"{why}, more than the {MOST_CLASSES} that are taken for classes."
+    return "classification", f"{why}."

@@ -47,10 +47,6 @@ def load_docstrings(root: Path | None = None, packages: int = 16) -> dict[str, l
         root: Folder with Python sources. Default: the standard library of the running Python.
         packages: How many labels to keep: those with the most texts, ties broken by name.
 
-    Returns:
-        Rows under "train" and "test", each with "text", "label", "kind" (function, async function, class
-        or module) and "module" (the dotted name).
-
     Raises:
         DataError: The folder holds no usable docstrings, or those of one package only.
 
@@ -60,14 +56,12 @@ def load_docstrings(root: Path | None = None, packages: int = 16) -> dict[str, l
         (['test', 'train'], ['kind', 'label', 'module', 'text'])
     """
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
-    rows = [row for file in _sources(root) for row in _rows(file, root)]
-    labels: dict[str, set[str]] = {}
-    unique: dict[str, Row] = {}
-    for row in rows:
-        labels.setdefault(row["text"].casefold(), set()).add(row["label"])
-        unique.setdefault(row["text"].casefold(), row)
+    same: dict[str, list[Row]] = {}
+    for file in _sources(root):
+        for row in _rows(file, root):
+            same.setdefault(row["text"].casefold(), []).append(row)
     # a text that two labels claim says nothing of either
-    unique = {text: row for text, row in unique.items() if len(labels[text]) == 1}
+    unique = {text: rows[0] for text, rows in same.items() if len({row["label"] for row in rows}) == 1}
     sizes = Counter(row["label"] for row in unique.values())
     largest = sorted(sizes, key=lambda label: (-sizes[label], label))[:packages]
     if len(largest) < 2:
@@ -98,9 +92,7 @@ def _rows(file: Path, root: Path) -> Iterator[Row]:
     parts = parts[:-1] if parts[-1] == "__init__" else parts
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # old sources have invalid escapes, which is not the reader's business
+            warnings.simplefilter("ignore")  # of invalid escapes in old sources
             tree = ast.parse(file.read_bytes())
     except (OSError, SyntaxError, ValueError):
         return

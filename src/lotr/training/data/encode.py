@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import DataError
 from .chat import IGNORED, encode_chat
-from .columns import Columns, Task, chat_column, check_rows, label_values
+from .columns import CHAT, Task, label_values
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROWS_AT_ONCE = 1000
-MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+LENGTH = "length"
+"""Column with the number of tokens of a row, which groups rows of one length and is no input of a model."""
 
 Row = dict[str, Any]
 
@@ -26,72 +27,55 @@ def encode(
     rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    columns: Columns,
     labels: Sequence[str],
     max_length: int,
     with_labels: bool = True,
 ) -> Dataset:
-    """Turn rows into token ids and labels.
+    """Turn rows that `rows_of_task` made into token ids and labels, in memory.
 
     Texts are cut to `max_length`. A language model learns every token of a plain text and the end-of-text
-    token behind it; of a conversation it learns the assistant's turns only.
-
-    Args:
-        rows: Rows with the columns that the task needs.
-        tokenizer: The model's tokenizer; for conversations it needs a chat template.
-        task: What is learned.
-        columns: Names of the columns.
-        labels: Names of the classes in the order of their ids.
-        max_length: The most tokens of a row.
-        with_labels: Whether to make labels. Without them no row is dropped.
+    token behind it; of a conversation it learns the assistant's turns only. Its rows that have nothing left to
+    learn are dropped with a warning, unless no labels are asked for.
 
     Returns:
         `input_ids`, `attention_mask`, `token_type_ids` if the tokenizer makes them, `labels` (a class id, a
-        number or token ids) and `length`, in memory. Rows of a language model that have nothing left to
-        learn are dropped with a warning.
+        number or token ids) and `length`.
 
     Raises:
-        DataError: A column or value does not fit the task, or a conversation cannot be encoded.
+        DataError: No row is left, or a conversation cannot be encoded.
     """
     from datasets import Dataset, concatenate_datasets
     from tqdm import tqdm
 
-    check_rows(rows, columns, task, "the data set", labels, need_label=with_labels)
-    conversations = chat_column(rows, columns) if task == "causal-lm" else None
-    names = [conversations or columns.text]
-    if task != "causal-lm" and columns.text2 in rows.column_names:
-        names.append(columns.text2)
-    targets: list[Any] | None = None
+    targets: list[Any] = []
     if with_labels and task == "classification":
         ids = {name: index for index, name in enumerate(labels)}
-        targets = [ids[name] for name in label_values(rows, columns)]
+        targets = [ids[name] for name in label_values(rows)]
     elif with_labels and task == "regression":
-        targets = [float(value) for value in rows[columns.label][:]]
-    texts = rows.select_columns(names)
+        targets = [float(value) for value in rows["label"][:]]
     parts = []
-    n_dropped = 0
     with tqdm(total=len(rows), desc="Tokenizing", unit=" rows", delay=2, leave=False, disable=None) as bar:
         for first in range(0, len(rows), ROWS_AT_ONCE):
-            batch = texts[first : first + ROWS_AT_ONCE]
-            if conversations:
-                numbered = enumerate(batch[conversations], start=first + 1)
-                encoded: list[Row] = [
-                    encode_chat(tokenizer, turns, n, max_length, with_labels) for n, turns in numbered
+            batch = rows[first : first + ROWS_AT_ONCE]
+            if CHAT in batch:
+                encoded = [
+                    encode_chat(tokenizer, turns, n, max_length, with_labels)
+                    for n, turns in enumerate(batch[CHAT], start=first + 1)
                 ]
             else:
-                encoded = _encode_texts(tokenizer, [batch[name] for name in names], max_length)
-            if task == "causal-lm" and not conversations:
-                encoded = [_with_end(row, tokenizer.eos_token_id, max_length, with_labels) for row in encoded]
-            for n, row in enumerate(encoded, start=first):
-                row["length"] = len(row["input_ids"])
-                if targets is not None:
-                    row["labels"] = targets[n]
-            taught = [row for row in encoded if _teaches(row)]
-            n_dropped += len(encoded) - len(taught)
-            if taught:
-                parts.append(Dataset.from_dict({name: [row[name] for row in taught] for name in taught[0]}))
+                texts = [batch[name] for name in ("text", "text2") if name in batch]
+                encoded = _encode_texts(tokenizer, texts, max_length)
+                if task == "causal-lm":
+                    eos = tokenizer.eos_token_id
+                    encoded = [_with_end(row, eos, max_length, with_labels) for row in encoded]
             bar.update(len(encoded))
-    if not parts:
+            for row, target in zip(encoded, targets[first:], strict=False):
+                row["labels"] = target
+            taught = filter(_teaches, encoded)
+            parts.append(Dataset.from_list([{**row, LENGTH: len(row["input_ids"])} for row in taught]))
+    encoded_rows = concatenate_datasets([part for part in parts if len(part)] or parts)
+    n_dropped = len(rows) - len(encoded_rows)
+    if n_dropped == len(rows):
         raise DataError(
             f"None of the {len(rows)} rows has a token to learn within {max_length} tokens. Raise --max-length; "
             'a conversation needs a turn of the role "assistant".'
@@ -102,13 +86,12 @@ def encode(
             "dropped; raise --max-length to keep them.",
             stacklevel=2,
         )
-    return concatenate_datasets(parts)
+    return encoded_rows
 
 
 def _encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[list[str]], max_length: int) -> list[Row]:
     encoded = tokenizer(*texts, truncation=True, max_length=max_length, return_attention_mask=True)
-    names = [name for name in MODEL_INPUTS if name in encoded]
-    return [{name: encoded[name][n] for name in names} for n in range(len(texts[0]))]
+    return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
 
 
 def _with_end(row: Row, eos: int | None, max_length: int, with_labels: bool) -> Row:
@@ -126,32 +109,25 @@ def _teaches(row: Row) -> bool:
     return not isinstance(labels, list) or any(label != IGNORED for label in labels[1:])
 
 
-def collator(tokenizer: PreTrainedTokenizerBase, task: Task) -> Callable[[list[Row]], dict[str, Tensor]]:
-    """Return the function that makes a batch of encoded rows.
+def collator(tokenizer: PreTrainedTokenizerBase, task: str) -> Callable[[list[Row]], dict[str, Tensor]]:
+    """Return the function that makes a batch of encoded rows: tensors `(rows, width)`, and labels `(rows,)`
+    where a row has one label.
 
-    Args:
-        tokenizer: Gives the padding token, or else the end-of-text token in its place, and the side.
-        task: What is learned; labels of a language model are padded with -100.
-
-    Returns:
-        A function from a list of rows to tensors of shape (rows, width), and labels of shape (rows,) where
-        a row has one label. It can be pickled, for worker processes.
+    Labels of a language model are padded with -100. The function can be pickled, for worker processes.
 
     Raises:
-        DataError: The tokenizer has neither of the two tokens.
+        DataError: The tokenizer has no padding token.
     """
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
     if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise DataError(
-                f"The tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no padding token and no "
-                "end-of-text token to pad with. Set tokenizer.pad_token."
-            )
-        tokenizer.pad_token = tokenizer.eos_token
+        raise DataError(
+            f"The tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no padding token and no "
+            "end-of-text token to pad with. Set tokenizer.pad_token."
+        )
     pad = DataCollatorForSeq2Seq if task == "causal-lm" else DataCollatorWithPadding
     return partial(_collate, pad(tokenizer))
 
 
 def _collate(pad: Callable[[list[Row]], Any], rows: list[Row]) -> dict[str, Tensor]:
-    return dict(pad([{name: row[name] for name in row if name in (*MODEL_INPUTS, "labels")} for row in rows]))
+    return dict(pad([{name: value for name, value in row.items() if name != LENGTH} for row in rows]))

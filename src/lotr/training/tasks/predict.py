@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -13,56 +14,36 @@ from ...bank import Task
 from ...bank.heads import row_losses
 from ...errors import ConfigError, DataError
 from .. import metrics
-from ..data import Columns, chat_column, encode, read
-from ..predict import answers
+from ..data import Columns, encode, read, rows_of_task
+from ..data.columns import check_column
+from ..inference import Tick, answers, batches, check_new_columns, prediction
 from .served import Served
+from .task_list import together
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Tick = Callable[[int, int], None]  # rows done, rows in all
 
-
-def _logits(
-    served: Served, rows: Sequence[tuple[str, dict[str, Any]]], batch_size: int, tick: Tick | None
-) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """Yield number, logits and labels of every row; long rows go with long rows, whatever their tasks."""
-    collate = served.collator()
-    size = min(batch_size, served.rows.slab.capacity)
-    order = sorted(range(len(rows)), key=lambda n: -len(rows[n][1]["input_ids"]))
-    for at in range(0, len(order), size):
-        numbers = order[at : at + size]
-        batch = collate([{k: v for k, v in rows[n][1].items() if k != "length"} for n in numbers])
-        labels = batch.pop("labels", None)
-        with torch.inference_mode():
-            inputs = {name: value.to(served.model.device) for name, value in batch.items()}
-            logits = served.model(**inputs, task_ids=[rows[n][0] for n in numbers]).logits.float().cpu()
-        for n, number in enumerate(numbers):
-            yield number, logits[n], None if labels is None else labels[n]
-        if tick is not None:
-            tick(min(at + size, len(order)), len(order))
-
-
-def scores_of_tasks(
-    served: Served, rows: Mapping[str, Dataset], batch_size: int = 64, tick: Tick | None = None
-) -> dict[str, dict[str, float]]:
+def scores_of_tasks(served: Served, rows: Mapping[str, Dataset]) -> dict[str, dict[str, float]]:
     """Measure tasks on encoded rows with labels, all in mixed batches.
 
     Returns:
         Task → scores by name, and the number of rows.
     """
-    flat = [(name, row) for name, data in rows.items() for row in cast("Any", data)]
-    outputs: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in rows}
-    losses: dict[str, list[float]] = {name: [] for name in rows}
-    for n, logits, labels in _logits(served, flat, batch_size, tick):
-        name = flat[n][0]
+    names, mixed = list(rows), together(list(rows.values()))
+    task_of = mixed["task"][:]
+    outputs: dict[str, list[Any]] = {name: [] for name in names}
+    size = min(64, served.rows.slab.capacity)
+    for numbers, logits, labels in batches(served.model, served.collator(), mixed, size, tasks=names):
         assert labels is not None
         if served.kind == "causal-lm":
-            losses[name].append(float(row_losses(logits[None, :-1], labels[None, 1:])[0]))
+            values: Any = row_losses(logits[:, :-1], labels[:, 1:]).tolist()
         else:
-            outputs[name].append((logits, labels))
+            values = zip(logits.cpu(), labels.cpu(), strict=True)
+        for number, value in zip(numbers, values, strict=True):
+            outputs[names[task_of[number]]].append(value)
     if served.kind == "causal-lm":
-        return {name: {"rows": len(own), "loss": float(np.mean(own))} for name, own in losses.items()}
+        return {name: {"rows": len(own), "loss": float(np.mean(own))} for name, own in outputs.items()}
     return {name: _scores(served.bank.get(name), pairs) for name, pairs in outputs.items()}
 
 
@@ -87,18 +68,7 @@ def predict(
 ) -> list[dict[str, Any]]:
     """Return the rows of the data with a prediction each, by one task or by the task that each row names.
 
-    Args:
-        served: See `load_served`.
-        source: Data; labels are not needed.
-        task: The task of all rows.
-        task_column: Column with the name of each row's task, instead.
-        columns: Names of the columns `text` and `text2`, where they are not those of the training.
-        batch_size: Rows at a time, of any tasks.
-        max_new_tokens: Longest answer of a language model, in tokens.
-        tick: Called as rows are done.
-
-    Returns:
-        Rows with `prediction`, and for classification `confidence`, the probability of the predicted class.
+    Args are those of `lotr.training.predict.predict`, where `adapter` is a bank that `load_served` made ready.
 
     Raises:
         ConfigError: Neither or both of task and task_column are given.
@@ -110,36 +80,35 @@ def predict(
             "Which task answers? Give one of --task (for all rows) and --task-column (row by row)."
         )
     data, _ = read(source)
-    clash = {"prediction", "confidence"} & set(data.column_names)
-    if clash:
-        raise DataError(
-            f'{source} has a column "{min(clash)}" already. Rename it, so that nothing is overwritten.'
-        )
+    check_new_columns(data, source)
     names = [str(task)] * len(data) if task_column is None else _task_names(data, task_column, source)
-    tasks = {name: served.bank.get(name) for name in dict.fromkeys(names)}
-    columns_of = {
-        name: Columns(**own.metadata.get("columns", {})).named(**columns or {}) for name, own in tasks.items()
-    }
-    plain = [dict(row) for row in cast("Any", data)]
-    if served.kind == "causal-lm":
-        return _answered(served, data, plain, names, columns_of, max_new_tokens, tick)
-    rows: list[tuple[str, dict[str, Any]]] = [("", {})] * len(names)
+    numbers: dict[str, list[int]] = {}
+    for n, name in enumerate(names):
+        numbers.setdefault(name, []).append(n)
+    tasks = {name: served.bank.get(name) for name in numbers}
+    parts = []
     for name, own in tasks.items():
-        numbers = [n for n, other in enumerate(names) if other == name]
-        encoded = _encoded(served, data.select(numbers), own, columns_of[name])
-        for n, row in zip(numbers, cast("Any", encoded), strict=True):
-            rows[n] = (name, row)
-    for n, logits, _ in _logits(served, rows, batch_size, tick):
-        plain[n] |= _prediction(tasks[names[n]], logits)
-    return plain
+        own_columns = Columns(**own.metadata.get("columns", {})).named(**columns or {})
+        rows, pairs = data.select(numbers[name]), own.metadata.get("pairs", False)
+        parts.append(rows_of_task(rows, own_columns, own.task, source, False, pairs))  # type: ignore[arg-type]
+    order = [n for own in numbers.values() for n in own]
+    predicted: list[dict[str, Any]] = [{}] * len(order)
+    if served.kind == "causal-lm":
+        for n, row in zip(order, itertools.chain.from_iterable(parts), strict=True):
+            predicted[n] = row
+        predicted = answers(served.model, served.tokenizer, predicted, max_new_tokens, tick, names)
+    else:
+        encoded = [_encoded(served, part, own) for part, own in zip(parts, tasks.values(), strict=True)]
+        mixed = together(encoded).select(np.argsort(order))
+        size = min(batch_size, served.rows.slab.capacity)
+        for at, logits, _ in batches(served.model, served.collator(), mixed, size, tick, list(tasks)):
+            for n, row in zip(at, logits.cpu(), strict=True):
+                predicted[n] = prediction(str(tasks[names[n]].task), tasks[names[n]].labels, row)
+    return [{**row, **own} for row, own in zip(cast("Any", data), predicted, strict=True)]
 
 
 def _task_names(data: Dataset, column: str, source: str) -> list[str]:
-    if column not in data.column_names:
-        raise DataError(
-            f'{source} has no column "{column}"; its columns are: {", ".join(data.column_names)}. Name the right one '
-            "with --task-column."
-        )
+    check_column(data, column, "--task-column", source)
     values = data[column][:]
     empty = [n for n, value in enumerate(values, 1) if value is None or str(value) == ""]
     if empty:
@@ -149,38 +118,6 @@ def _task_names(data: Dataset, column: str, source: str) -> list[str]:
     return [str(value) for value in values]
 
 
-def _encoded(served: Served, rows: Dataset, task: Task, columns: Columns) -> Dataset:
-    if columns.text2 in rows.column_names and not task.metadata.get("pairs", False):
-        rows = rows.remove_columns(columns.text2)
+def _encoded(served: Served, rows: Dataset, task: Task) -> Dataset:
     length = int(task.metadata.get("max_length", 128))
-    return encode(rows, served.tokenizer, str(task.task), columns, task.labels, length, with_labels=False)  # type: ignore[arg-type]
-
-
-def _prediction(task: Task, logits: Tensor) -> dict[str, Any]:
-    if task.task == "regression":
-        return {"prediction": float(logits[0])}
-    share = torch.softmax(logits[: len(task.labels)], -1)
-    return {"prediction": task.labels[int(share.argmax())], "confidence": round(float(share.max()), 6)}
-
-
-def _answered(
-    served: Served,
-    data: Dataset,
-    plain: list[dict[str, Any]],
-    names: Sequence[str],
-    columns_of: Mapping[str, Columns],
-    max_new_tokens: int,
-    tick: Tick | None,
-) -> list[dict[str, Any]]:
-    answered = []
-    for n, (row, name) in enumerate(zip(plain, names, strict=True), 1):
-        columns = columns_of[name]
-        with served.model.select([name]):
-            chats = chat_column(data, columns)
-            (text,) = answers(
-                served.model, served.tokenizer, [row], columns.text, chats, max_new_tokens, None
-            )
-        answered.append({**row, "prediction": text})
-        if tick is not None:
-            tick(n, len(plain))
-    return answered
+    return encode(rows, served.tokenizer, str(task.task), task.labels, length, with_labels=False)  # type: ignore[arg-type]

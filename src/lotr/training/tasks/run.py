@@ -47,7 +47,7 @@ def train_bank(
     a run that was stopped or killed goes on from there with `resume`.
 
     Args:
-        settings: What to train on what; see `BankSettings`.
+        settings: What to train on what.
         say: Called with lines for the user.
         callbacks: More callbacks for the Trainer, for example a progress bar.
 
@@ -162,22 +162,32 @@ def _run(
     checkpoint = last_whole(folder, (TABLES,)) if settings.resume else None
     with finish_on_interrupt(stop, say):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    step, steps = trainer.state.global_step, trainer.state.max_steps
+    seconds, step, steps = time.perf_counter() - started, trainer.state.global_step, trainer.state.max_steps
     if stop.requested and step < steps:
         raise Interrupted(
             f"Stopped at step {step} of {steps}. Go on with: lotr bank train --resume --output {bank.path}"
         )
-    return _finish(settings, served, prepared, time.perf_counter() - started, step)
+    return {
+        "bank": str(bank.path),
+        "model": locate(base)[1],
+        "tasks": _measure(served, prepared),
+        "numbers_a_task": bank.layout.size,
+        "bytes_a_task": bank.task_bytes,
+        "steps": step,
+        "seconds": round(seconds, 2),
+        "settings": settings.to_dict(),
+        "versions": versions(),
+    }
 
 
 def _task(p: Prepared, settings: BankSettings) -> Task:
     """Return a task without numbers, as its record tells of it."""
     metadata = {
         "max_length": settings.max_length,
-        "pairs": p.pairs,
+        "pairs": p.data.pairs,
         "columns": vars(p.source.columns),
         "dtype": settings.dtype,
-        "rows": {"train": len(p.train), "eval": len(p.eval)},
+        "rows": p.sizes,
     }
     return Task(p.source.name, torch.empty(0), {}, p.data.labels, p.data.task, metadata)
 
@@ -202,12 +212,12 @@ def _trainer(
     served: Served,
     prepared: Sequence[Prepared],
     tasks: Sequence[Task],
-    callbacks: Sequence[TrainerCallback],
+    callbacks: list[TrainerCallback],
 ) -> TaskTrainer:
     from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
     set_seed(settings.seed)
-    rows = together(prepared)
+    rows = together([p.train for p in prepared])
     steps = settings.max_steps or math.ceil(len(rows) * settings.epochs / settings.batch_size)
     args = TrainingArguments(
         output_dir=str(served.bank.path / RUN),
@@ -236,7 +246,7 @@ def _trainer(
         train_dataset=rows,
         data_collator=served.collator(),
         optimizers=(_optimizer(settings, served), None),
-        callbacks=list(callbacks),
+        callbacks=callbacks,
         served=served,
         tasks=tasks,
         sampler=TaskSampler([len(p.train) for p in prepared], drawn, temperature, settings.seed),
@@ -255,35 +265,23 @@ def _optimizer(settings: BankSettings, served: Served) -> RowAdam:
     return RowAdam(groups, weight_decay=settings.weight_decay)
 
 
-def _finish(
-    settings: BankSettings, served: Served, prepared: Sequence[Prepared], seconds: float, steps: int
-) -> dict[str, Any]:
+def _measure(served: Served, prepared: Sequence[Prepared]) -> dict[str, Any]:
     """Measure every task as the bank has it, keep the scores with it, and forget the run."""
     served.rest()
     bank = served.bank
     scores = scores_of_tasks(served, {p.source.name: p.eval for p in prepared})
-    tasks = (bank.get(name) for name in scores)
-    bank.add_many(
-        (replace(task, metadata={**task.metadata, "scores": scores[task.name]}) for task in tasks),
-        replace=True,
+    measured = (
+        replace(task, metadata={**task.metadata, "scores": scores[task.name]})
+        for task in map(bank.get, scores)
     )
+    bank.add_many(measured, replace=True)
     shutil.rmtree(bank.path / RUN, ignore_errors=True)
     return {
-        "bank": str(bank.path),
-        "model": locate(base_of(bank, settings.model))[1],
-        "tasks": {
-            p.source.name: {
-                "task": p.data.task,
-                "labels": len(p.data.labels),
-                **scores[p.source.name],
-                "rows": {"train": len(p.train), "eval": len(p.eval)},
-            }
-            for p in prepared
-        },
-        "numbers_a_task": bank.layout.size,
-        "bytes_a_task": bank.task_bytes,
-        "steps": steps,
-        "seconds": round(seconds, 2),
-        "settings": settings.to_dict(),
-        "versions": versions(),
+        p.source.name: {
+            "task": p.data.task,
+            "labels": len(p.data.labels),
+            **scores[p.source.name],
+            "rows": p.sizes,
+        }
+        for p in prepared
     }

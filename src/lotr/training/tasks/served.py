@@ -28,7 +28,7 @@ class Served:
     bank: CoreBank
     model: BankModel
     tokenizer: Any
-    kind: str
+    kind: str  # of the model: causal-lm, or classification, which answers regressions, too
 
     @property
     def rows(self) -> TaskRows:
@@ -36,8 +36,8 @@ class Served:
         return self.model.tasks
 
     def collator(self) -> Callable[[list[Any]], dict[str, Tensor]]:
-        """Return what makes a batch of rows of any tasks; class ids are real numbers beside those of a regression."""
-        return collator(self.tokenizer, "causal-lm" if self.kind == "causal-lm" else "regression")
+        """Return what makes a batch of rows of any tasks."""
+        return collator(self.tokenizer, self.kind)
 
     # ------------------------------------------------------------------ while tasks train
 
@@ -94,10 +94,6 @@ def load_served(
         kind: classification (or regression), or causal-lm; default: what the bank's tasks are.
         capacity: Tasks in memory, a number or bytes.
         dtype: Type of the base model.
-
-    Raises:
-        CheckpointError: The bank or the base model is not the right one.
-        ConfigError: The base model cannot be loaded.
     """
     from transformers.utils import logging
 
@@ -106,8 +102,7 @@ def load_served(
     bank = bank if isinstance(bank, CoreBank) else CoreBank.open(bank)
     name = base_of(bank, model)
     if kind is None:
-        first = next(islice(bank.names(), 1), None)
-        kind = str(bank.get(first).task) if first is not None else "classification"
+        kind = next((str(bank.get(first).task) for first in islice(bank.names(), 1)), None)
     kind = "causal-lm" if kind == "causal-lm" else "classification"
     tokenizer = load_tokenizer(name)
     labels = ("0", "1") if kind == "classification" else ()
@@ -116,11 +111,7 @@ def load_served(
 
 
 def base_of(bank: CoreBank, model: str | None = None) -> str:
-    """Return the name of a bank's base model.
-
-    Raises:
-        ConfigError: It is not recorded, and no other is given.
-    """
+    """Return the name of a bank's base model, unless another is given."""
     name = model or bank.base_model
     if name is None:
         raise ConfigError(f"The bank in {bank.path} does not tell its base model. Name it with --model.")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,6 @@ class TaskTrainer(AdapterTrainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.served, self.tasks, self.sampler = served, tasks, sampler
-        self.data_collator = _WithTasks(self.data_collator)
         self._in_batch = 1
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
@@ -61,7 +61,7 @@ class TaskTrainer(AdapterTrainer):
             TrainingError: The loss of a task is NaN or infinite; the message names it.
         """
         inputs = dict(inputs)
-        names = [self.tasks[n].name for n in inputs.pop("task")]
+        names = [self.tasks[n].name for n in inputs.pop("task").tolist()]
         labels = inputs.pop("labels")
         with self.served.rows.select(names):
             logits = model(**inputs).logits
@@ -71,11 +71,9 @@ class TaskTrainer(AdapterTrainer):
                 if causal
                 else self.served.rows.losses(logits, labels)
             )
-        bad = sorted(
-            {name for name, loss in zip(names, losses.tolist(), strict=True) if not math.isfinite(loss)}
-        )
+        bad = {name for name, loss in zip(names, losses.tolist(), strict=True) if not math.isfinite(loss)}
         if bad:
-            what = f"The loss of task {', '.join(map(repr, bad[:5]))} is not finite"
+            what = f"The loss of task {', '.join(map(repr, sorted(bad)[:5]))} is not finite"
             raise TrainingError(self._diverged(what, self.state.global_step + 1))
         rows = Counter(names)
         self._in_batch = len(rows)
@@ -104,22 +102,8 @@ class TaskTrainer(AdapterTrainer):
             table.data.copy_(saved[name])
 
 
-class _WithTasks:
-    """Keeps the task's number of each row beside the batch that a collator makes."""
-
-    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]) -> None:
-        self.collate = collate
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self.collate(rows), "task": [row["task"] for row in rows]}
-
-
 def temperature_of(sampling: str, temperature: float) -> float:
-    """Return the temperature of a way to sample.
-
-    Raises:
-        ConfigError: The way is not known, or the temperature is not positive.
-    """
+    """Return the temperature of a way to sample; raise ConfigError if there is no such way or temperature."""
     if sampling not in SAMPLING:
         raise ConfigError(f"sampling={sampling!r} is not known. {near(sampling, SAMPLING)}")
     if not temperature > 0:
@@ -156,27 +140,21 @@ class TaskSampler(Sampler[int]):
         return self.total
 
     def __iter__(self) -> Iterator[int]:
-        starts = np.concatenate([[0], np.cumsum(self.sizes)[:-1]])
-        a_round = int(self.sizes.sum())
+        starts = np.cumsum(self.sizes) - self.sizes
+        orders = [self._endless(task) for task in range(len(self.sizes))]
         drawn = np.zeros(len(self.sizes), dtype=np.int64)
-        for n in range(-(-self.total // a_round)):
-            upto = np.floor(self.shares * a_round * (n + 1) + 1e-9).astype(np.int64)
-            rows = np.concatenate(
-                [
-                    starts[t] + self._rows(t, int(drawn[t]), int(upto[t]))
-                    for t in np.flatnonzero(upto > drawn).tolist()
-                ]
-            )
+        for n in range(-(-self.total // self.sizes.sum())):
+            upto = np.floor(self.shares * self.sizes.sum() * (n + 1) + 1e-9).astype(np.int64)
+            rows = [
+                start + row
+                for start, order, count in zip(starts.tolist(), orders, (upto - drawn).tolist(), strict=True)
+                for row in itertools.islice(order, count)
+            ]
             drawn = upto
             np.random.default_rng([self.seed, n]).shuffle(rows)
-            yield from rows[: self.total - n * a_round].tolist()
+            yield from rows[: self.total - n * self.sizes.sum()]
 
-    def _rows(self, task: int, start: int, stop: int) -> np.ndarray:
-        """Return what stands from `start` to `stop` in a task's endless sequence of shuffled rows."""
-        size = int(self.sizes[task])
-        first = start // size
-        orders = [
-            np.random.default_rng([self.seed, task, n]).permutation(size)
-            for n in range(first, -(-stop // size))
-        ]
-        return np.concatenate(orders)[start - first * size : stop - first * size]
+    def _endless(self, task: int) -> Iterator[int]:
+        """Yield the rows of a task in one order after another, which depend on the seed and the task alone."""
+        for n in itertools.count():
+            yield from np.random.default_rng([self.seed, task, n]).permutation(self.sizes[task]).tolist()

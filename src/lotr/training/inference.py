@@ -1,0 +1,99 @@
+"""Rows of data through a model: logits in batches, what they predict, and answers that are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from .data import CHAT
+from .data.chat import without_empty_keys
+from .data.encode import LENGTH
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Tick = Callable[[int, int], None]  # rows done, rows in all
+Batch = tuple[list[int], Tensor, Tensor | None]  # numbers of the rows, their logits in float32, their labels
+
+
+def batches(
+    model: Any,  # in PEFT, or with a bank: what is called is not in the type of either
+    collate: Callable[[list[Any]], dict[str, Tensor]],
+    rows: Dataset,
+    batch_size: int,
+    tick: Tick | None = None,
+    tasks: Sequence[str] = (),
+) -> Iterator[Batch]:
+    """Run encoded rows, long ones with long ones, so that little is padded; the column `task` numbers `tasks`."""
+    lengths = rows[LENGTH][:]
+    order = sorted(range(len(rows)), key=lambda n: -lengths[n])
+    for at in range(0, len(order), batch_size):
+        numbers = order[at : at + batch_size]
+        inputs = {name: value.to(model.device) for name, value in collate([rows[n] for n in numbers]).items()}
+        labels, own = inputs.pop("labels", None), inputs.pop("task", None)
+        named = {} if own is None else {"task_ids": [tasks[n] for n in own.tolist()]}
+        with torch.inference_mode():
+            logits = model(**inputs, **named).logits.float()
+        yield numbers, logits, labels
+        if tick is not None:
+            tick(at + len(numbers), len(order))
+
+
+def check_new_columns(rows: Dataset, source: str) -> None:
+    """Raise DataError if the rows have a column that predictions would overwrite."""
+    clash = {"prediction", "confidence"} & set(rows.column_names)
+    if clash:
+        raise DataError(
+            f'{source} has a column "{min(clash)}" already. Rename it, so that nothing is overwritten.'
+        )
+
+
+def prediction(task: str, labels: Sequence[str], logits: Tensor) -> dict[str, Any]:
+    """Return what the logits `(outputs,)` of a row predict; of a class also how probable it is."""
+    if task == "regression":
+        return {"prediction": float(logits[0])}
+    shares = torch.softmax(logits[: len(labels)], -1)
+    return {"prediction": labels[int(shares.argmax())], "confidence": round(float(shares.max()), 6)}
+
+
+def answers(
+    model: Any,  # a transformers model in PEFT, or with a bank
+    tokenizer: Any,
+    rows: Sequence[dict[str, Any]],
+    max_new_tokens: int,
+    tick: Tick | None = None,
+    tasks: Sequence[str] = (),
+) -> list[dict[str, str]]:
+    """Return the answer to each row, to its `text` or the last question of its `messages`, by its task of `tasks`."""
+    written = []
+    for n, row in enumerate(rows):
+        inputs = _prompt(tokenizer, row, n + 1).to(model.device)
+        inputs.pop("token_type_ids", None)
+        with torch.inference_mode(), model.select([tasks[n]]) if tasks else nullcontext():
+            tokens = model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        new = tokens[0, inputs["input_ids"].shape[1] :]
+        written.append({"prediction": tokenizer.decode(new, skip_special_tokens=True)})
+        if tick is not None:
+            tick(n + 1, len(rows))
+    return written
+
+
+def _prompt(tokenizer: Any, row: dict[str, Any], number: int) -> Any:
+    if CHAT not in row:
+        return tokenizer(row["text"], return_tensors="pt")
+    turns = without_empty_keys(row[CHAT])
+    asked = turns[: max((i for i, t in enumerate(turns) if t["role"] != "assistant"), default=-1) + 1]
+    if not asked:
+        raise DataError(f"Row {number} holds only answers; there is nothing to answer to. Drop it.")
+    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    return tokenizer(prompt, return_tensors="pt", add_special_tokens=False)

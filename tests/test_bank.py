@@ -124,11 +124,10 @@ def test_tasks_are_renamed_and_removed(tmp_path: Path) -> None:
     assert bank.get("другая").metadata["seed"] == 1 and "task-1" not in bank
     with pytest.raises(ConfigError, match="'task-2' already"):
         bank.rename("task-0", "task-2")
-    with pytest.raises(UnknownTaskError, match=r"no task 'nothing'.*task-0"):  # which is still there
+    with pytest.raises(UnknownTaskError, match="no task 'nothing'"):
         bank.remove("task-0", "nothing")
-    bank.remove("task-0", "другая")
+    bank.remove("task-0", "другая")  # which are both still there
     assert list(bank.names()) == ["task-2"] and bank.verify()["ok"]
-    banks.task(bank, "x")
     assert bank.stats()["tasks"] == 1
 
 
@@ -330,14 +329,14 @@ def test_another_base_model_is_refused(tmp_path: Path) -> None:
     paths = [target["path"] for target in read_adapter(folder).config["targets"]]
     write_task(folder, {"base_model": "pico", "base_fingerprint": fingerprint(bert(), paths)})
     bank = CoreBank.create(tmp_path / "bank", folder)
-    bank.check_base(bert())
+    bank.basis.check_base(bert())
     other = bert()
     with torch.no_grad():
         other.get_submodule(paths[0]).weight[0, 0] += 1
     with pytest.raises(CheckpointError, match=r"is for \('pico'\): fingerprint \w{16}, not \w{16}"):
-        bank.check_base(other)
+        bank.basis.check_base(other)
     with pytest.raises(CheckpointError, match="another structure"):
-        bank.check_base(gpt2())
+        bank.basis.check_base(gpt2())
     task = banks.stirred(bank.config)
     task.save_pretrained(tmp_path / "task")
     write_task(tmp_path / "task", {"base_model": "other", "base_fingerprint": "0" * 16})
@@ -348,9 +347,9 @@ def test_another_base_model_is_refused(tmp_path: Path) -> None:
 def test_a_new_task_trains_cores_on_the_factors_of_the_bank(tmp_path: Path) -> None:
     bank = banks.bank(tmp_path)
     model = get_peft_model(bert(), bank.config)
-    factors = {key: tensor for key, tensor in bank.basis_tensors().items() if "lotr_U" in key}
+    factors = {key: tensor for key, tensor in bank.basis.factors().items() if "lotr_U" in key}
     mine = {name.replace(".default", ""): p for name, p in model.named_parameters()}
     assert factors and all(torch.equal(mine[key], tensor) for key, tensor in factors.items())
     trained = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and ".lotr_" in n)
     assert trained == bank.layout.size
-    assert load_file(tmp_path / "bank" / BASIS_WEIGHTS).keys() == bank.basis_tensors().keys()
+    assert load_file(tmp_path / "bank" / BASIS_WEIGHTS).keys() == bank.basis.factors().keys()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from ..bank.layout import BANK
+from ..bank.basis import BANK
 from ..errors import ConfigError, DataError
 from . import metrics
 from .data import chat_column, collator, encode, load_rows

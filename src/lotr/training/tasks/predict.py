@@ -28,7 +28,7 @@ def _logits(
 ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """Yield number, logits and labels of every row; long rows go with long rows, whatever their tasks."""
     collate = served.collator()
-    size = min(batch_size, served.rows.slab.capacity)
+    size = min(batch_size, served.rows.cache.capacity)
     order = sorted(range(len(rows)), key=lambda n: -len(rows[n][1]["input_ids"]))
     for at in range(0, len(order), size):
         numbers = order[at : at + size]

@@ -12,7 +12,7 @@ from torch import Tensor
 from lotr import ConfigError, Task
 from lotr.bank.layout import Layout
 from lotr.bank.store import TaskStore, create_store
-from lotr.bank.task import DTYPES, Record, to_record, to_tasks
+from lotr.bank.task import DTYPES, Record, to_record, to_task
 from lotr.errors import CheckpointError
 from lotr.math.cores import CORES
 from lotr.sharing.blocks import Heads, Target
@@ -68,8 +68,8 @@ def test_numbers_are_rounded_to_their_type_alone(dtype: str) -> None:
     numbers = torch.randn(96) * 10 ** torch.linspace(-3, 3, 96)
     record = to_record(Task("a", numbers), 96, dtype)
     assert len(record.numbers) == 96 * DTYPES[dtype].itemsize
-    kept, _ = to_tasks([record, record], 96)
-    assert kept.dtype == torch.float32 and torch.equal(kept[1], numbers.to(DTYPES[dtype]).float())
+    kept = to_task(record, 96).numbers
+    assert kept.dtype == torch.float32 and torch.equal(kept, numbers.to(DTYPES[dtype]).float())
 
 
 def test_numbers_that_a_type_cannot_hold_are_refused() -> None:

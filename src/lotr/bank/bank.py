@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
@@ -16,7 +16,7 @@ from ..tuner.config import LotrConfig
 from . import recover, transfer
 from .basis import TASKS, Basis, create_folder
 from .store import TaskStore
-from .task import Task, check_name, to_record, to_tasks
+from .task import Task, check_name, to_record, to_task
 from .wrap import BankModel, wrap
 
 
@@ -24,6 +24,12 @@ class CoreBank:
     """One basis, and tasks that differ in their cores (and heads) alone: `ΔW_{t,s} = σ · U · C_{t,s} · Vᵀ`.
 
     Make one with `CoreBank.create`, open one with `CoreBank.open`. Opening reads no task.
+
+    Attributes:
+        layout: Which numbers a task has, in which order.
+        base_model: Name or path of the base model, where the basis told one.
+        dtype: Type in which tasks are kept.
+        task_bytes: Bytes of the numbers of one task.
 
     Example:
         >>> import tempfile, lotr, torch
@@ -41,12 +47,14 @@ class CoreBank:
 
     def __init__(self, path: Path, writable: bool = False) -> None:
         self.path, self.basis = path, Basis(path)
-        self.description, self.plan, self.layout = self.basis.description, self.basis.plan, self.basis.layout
+        self.plan, self.layout = self.basis.plan, self.basis.layout
+        self.description = known = self.basis.description
+        self.base_model, self.dtype, self.task_bytes = known.base_model, known.dtype, known.task_bytes
         self.store = TaskStore(path / TASKS, writable)
-        if self.description.basis_hash != self.store.basis_hash:
+        if known.basis_hash != self.store.basis_hash:
             raise CheckpointError(
                 f"The tasks in {path / TASKS} belong to a basis with hash {self.store.basis_hash}, and bank.json tells "
-                f"of {self.description.basis_hash}. The files were put together from different banks."
+                f"of {known.basis_hash}. The files were put together from different banks."
             )
 
     @classmethod
@@ -94,21 +102,6 @@ class CoreBank:
         self.close()
 
     @property
-    def base_model(self) -> str | None:
-        """Name or path of the base model, where the basis told one."""
-        return self.description.base_model
-
-    @property
-    def dtype(self) -> str:
-        """Type in which tasks are kept."""
-        return self.description.dtype
-
-    @property
-    def task_bytes(self) -> int:
-        """Bytes of the numbers of one task."""
-        return self.description.task_bytes
-
-    @property
     def config(self) -> LotrConfig:
         """Configuration of a new task on this basis, for `get_peft_model`: its factors are the bank's."""
         return self.basis.config
@@ -128,23 +121,20 @@ class CoreBank:
         return iter(self.store.names())
 
     def get(self, name: str) -> Task:
-        """Return a task, its numbers in float32; see `read`."""
-        return self.read([name])[1][0]
-
-    def read(self, names: Sequence[str]) -> tuple[Tensor, list[Task]]:  # (n, size)
-        """Return many tasks.
-
-        Args:
-            names: Their names, in any order.
-
-        Returns:
-            Their numbers in float32, shape `(n, size)`, and the tasks, whose numbers are rows of it.
+        """Return a task, its numbers in float32.
 
         Raises:
-            UnknownTaskError: There is none of one of the names.
-            CheckpointError: One of them is damaged; the others stay readable.
+            UnknownTaskError: There is none of this name.
+            CheckpointError: It is damaged; the others stay readable.
         """
-        return to_tasks([self.store.read(name) for name in names], self.layout.size)
+        return to_task(self.store.read(name), self.layout.size)
+
+    def read(self, names: Sequence[str]) -> tuple[Tensor, list[Task]]:  # (n, size)
+        """Return the numbers of tasks in float32, shape `(n, size)`, and the tasks, in the order of the names."""
+        tasks = [self.get(name) for name in names]
+        return torch.stack([task.numbers for task in tasks]) if tasks else torch.empty(
+            0, self.layout.size
+        ), tasks
 
     def add(self, task: Task, *, replace: bool = False) -> float:
         """Add a task; once this returns, it is on the disk.
@@ -221,7 +211,7 @@ class CoreBank:
             CheckpointError: It is damaged.
         """
         record = self.store.read(name)
-        _, (task,) = to_tasks([record], self.layout.size)
+        task = to_task(record, self.layout.size)
         return {
             "name": task.name,
             "task": task.task,
@@ -243,13 +233,11 @@ class CoreBank:
         rows: list[dict[str, Any]] = []
         for name in self.store.names(after, limit):
             try:
-                record = self.store.read(name)
+                task = self.about(name)
             except CheckpointError:
-                rows.append({"name": name, "kind": "damaged", "classes": "", "created": ""})
-                continue
-            about = json.loads(record.about)
-            kind, classes = about.get("task", ""), len(about.get("labels", ())) or ""
-            rows.append({"name": name, "kind": kind, "classes": classes, "created": _time(record.created)})
+                task = {"task": "damaged", "labels": (), "created": ""}
+            kind, classes = task["task"] or "", len(task["labels"]) or ""
+            rows.append({"name": name, "kind": kind, "classes": classes, "created": task["created"]})
         return rows
 
     def stats(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, near
 from ..files.adapter_folder import BASIS_WEIGHTS, CONFIG, fingerprint
 from ..files.atomic import read_json, whole_folder, write_json
 from ..tuner.basis import check_basis
@@ -18,7 +18,7 @@ from ..tuner.config import LotrConfig
 from ..tuner.saved_adapter import hash_of, read_basis, read_saved
 from .layout import Layout
 from .store import create_store
-from .task import DTYPES, check_dtype
+from .task import DTYPES
 
 BANK, TASKS = "bank.json", "tasks.sqlite"
 FORMAT = 2
@@ -26,17 +26,7 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Description:
-    """Content of `bank.json`.
-
-    Args:
-        base_model: Name or path of the base model, where the basis told one.
-        base_fingerprint: Of the base model's adapted weights, where the basis told one.
-        basis_hash: Of every number of the shared factors.
-        dtype: Type in which tasks are kept.
-        numbers: Numbers of a task.
-        layout: Key and shape of every tensor of a task, in the order of its numbers.
-        format: Version of the folder.
-    """
+    """Content of `bank.json`, whose fields docs/file_format.md describes."""
 
     base_model: str | None
     base_fingerprint: str | None
@@ -136,7 +126,8 @@ class Basis:
 
 def create_folder(path: Path, basis: str | Path, dtype: str) -> None:
     """Make an empty bank: the basis, the description, and a file without tasks. See `CoreBank.create`."""
-    check_dtype(dtype)
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not a type of a bank's numbers. {near(dtype, DTYPES)}")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         what = "a bank already; add tasks to it" if (path / BANK).is_file() else "not an empty folder"
         raise ConfigError(f"{path} is {what}, or choose another folder.")

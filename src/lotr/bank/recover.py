@@ -13,7 +13,7 @@ from ..files.adapter_folder import BASIS_WEIGHTS, CONFIG
 from ..files.atomic import check_free, whole_folder
 from .basis import BANK, TASKS, Basis, Description
 from .store import TaskStore, create_store
-from .task import to_tasks
+from .task import to_task
 
 Tick = Callable[[int, int], None]  # tasks done, tasks in all
 _LEAF = 13  # first byte of a page that holds rows of a table
@@ -45,7 +45,7 @@ def verify(basis: Basis, store: TaskStore, tick: Tick | None = None) -> dict[str
         file.append(f"The names of the tasks cannot be read. {error}")
     for done, (number, name) in enumerate(tasks, start=1):
         try:
-            to_tasks([store.read_id(number, name)], basis.layout.size)
+            to_task(store.read_id(number, name), basis.layout.size)
         except CheckpointError as error:
             damaged.append({"task": name, "reason": str(error)})
         if tick is not None:

@@ -18,7 +18,7 @@ from .cache import LoadedTask, TaskCache
 from .heads import NAMES, RowHead, row_losses, side_by_side
 from .layout import Layout
 from .store import TaskStore
-from .task import BASE, Record, Task, to_tasks
+from .task import BASE, Record, Task, to_task
 
 ADAPTER = "bank"
 
@@ -76,7 +76,7 @@ class TaskRows:
         return Rows(self.layout.unflatten(torch.stack([task.numbers for task in rows])), heads)
 
     def _read(self, record: Record) -> LoadedTask:
-        return self.load(to_tasks([record], self.layout.size)[1][0])
+        return self.load(to_task(record, self.layout.size))
 
     def load(self, task: Task) -> LoadedTask:
         """Return what a batch needs of a task, where the model is.

@@ -31,7 +31,7 @@ def tensors(layout: Layout) -> dict[str, Tensor]:
     return {key: torch.randn(shape) for key, shape in layout.shapes.items()}
 
 
-@pytest.mark.parametrize("core", ["free", "tucker", "cp", "tt"])
+@pytest.mark.parametrize("core", sorted(set(CORES) - {"identity"}))
 def test_numbers_of_every_core_survive_being_laid_flat(core: str) -> None:
     made = plan(core)
     layout = Layout.of(made)
@@ -39,13 +39,9 @@ def test_numbers_of_every_core_survive_being_laid_flat(core: str) -> None:
     after = layout.unflatten(layout.flatten(before))
     assert layout.size == made.n_cores == sum(t.numel() for t in before.values())
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-
-
-def test_tasks_are_a_leading_mode_and_tensors_are_views_of_it() -> None:
-    layout = Layout.of(plan())
-    slab = torch.zeros(5, 2, layout.size)
-    for key, tensor in layout.unflatten(slab).items():
-        assert tensor.shape[:2] == (5, 2) and tensor.untyped_storage().data_ptr() == slab.data_ptr(), key
+    many = torch.zeros(5, 2, layout.size)  # any number of tasks, whose tensors are views
+    for key, tensor in layout.unflatten(many).items():
+        assert tensor.shape == (5, 2, *before[key].shape) and tensor._base is many
 
 
 def test_what_has_no_numbers_of_its_own_cannot_be_a_basis() -> None:
@@ -92,7 +88,3 @@ def test_a_file_takes_at_most_15_percent_more_than_the_numbers_in_it(tmp_path: P
             store.write(Record(f"task-{i}", "bfloat16", 0.0, 0.0, "{}", bytes(task_bytes), b""))
     store.database.close()
     assert (tmp_path / "tasks.sqlite").stat().st_size <= 1.15 * n * task_bytes + 2 * 65536
-
-
-def test_every_core_is_covered() -> None:
-    assert set(CORES) == {"free", "identity", "tucker", "cp", "tt"}

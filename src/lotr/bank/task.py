@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..errors import CheckpointError, ConfigError, near
+from ..errors import CheckpointError, ConfigError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: How a row of a batch without a task is written: PEFT's name, or `None`.
@@ -76,26 +76,9 @@ def check_name(name: str) -> str:
     return name
 
 
-def check_dtype(dtype: str) -> None:
-    """Raise ConfigError if a bank cannot keep numbers in this type."""
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is not a type of a bank's numbers. {near(dtype, DTYPES)}")
-
-
 @dataclass(frozen=True)
 class Record:
-    """A task as it is kept.
-
-    Args:
-        name: Its name.
-        dtype: Type of its numbers.
-        created: When it was written, in seconds since 1970.
-        error: What rounding to `dtype` cost, relative.
-        about: JSON with everything that is no number.
-        numbers: Its cores.
-        head: Its head as a safetensors file; empty without one.
-        checksum: Of all the above.
-    """
+    """A task as it is kept; docs/file_format.md describes the columns."""
 
     name: str
     dtype: str
@@ -167,25 +150,19 @@ def _rounded(numbers: Tensor, dtype: str) -> Tensor:
     return rounded
 
 
-def to_tasks(records: Sequence[Record], size: int) -> tuple[Tensor, list[Task]]:  # (n, size)
-    """Return the numbers of records in float32, and the tasks, whose numbers are rows of them.
+def to_task(record: Record, size: int) -> Task:
+    """Return the task of a record, its numbers in float32.
 
     Raises:
-        CheckpointError: A record is whole, and yet no task of this bank.
+        CheckpointError: The record is whole, and yet no task of this bank.
     """
-    numbers = torch.empty(len(records), size)
-    for record, own in zip(records, numbers, strict=True):
-        dtype = DTYPES.get(record.dtype)
-        if dtype is None or len(record.numbers) != size * dtype.itemsize:
-            raise CheckpointError(
-                f"Task {record.name!r} has {len(record.numbers)} bytes of {record.dtype}, and a task of this bank has "
-                f"{size} numbers: another program wrote it. Remove it, or write it again."
-            )
-        own.copy_(torch.frombuffer(bytearray(record.numbers), dtype=dtype))
-    return numbers, [_task(record, own) for record, own in zip(records, numbers, strict=True)]
-
-
-def _task(record: Record, numbers: Tensor) -> Task:
+    dtype = DTYPES.get(record.dtype)
+    if dtype is None or len(record.numbers) != size * dtype.itemsize:
+        raise CheckpointError(
+            f"Task {record.name!r} has {len(record.numbers)} bytes of {record.dtype}, and a task of this bank has "
+            f"{size} numbers: another program wrote it. Remove it, or write it again."
+        )
+    numbers = torch.frombuffer(bytearray(record.numbers), dtype=dtype).float()
     about = json.loads(record.about)
     tensors = load(record.head) if record.head else {}
     head = {key: _plain(tensor, torch.float32) for key, tensor in tensors.items()}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..bank.layout import BANK
+from ..bank.basis import BANK
 from ..errors import ConfigError
 from . import metrics
 from .data import collator, encode, load_rows

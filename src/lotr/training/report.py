@@ -115,15 +115,17 @@ def _card(model: PeftModel, report: RunReport) -> str:
     ours = isinstance(config, LotrConfig)
     adapter = config.card(len(task.labels)) if ours else Card(settings.method, is_lotr=False)
     results = card.results(
-        train=str(settings.train),
+        report.eval,
+        task.labels,
+        train=settings.train,
         task=task.task,
-        labels=task.labels,
-        rows=(report.rows["train"], report.rows["eval"]),
+        rows=report.rows["train"],
+        eval_rows=report.rows["eval"],
         steps=report.steps,
         seed=settings.seed,
-        numbers=(numbers["adapter"], numbers["head"]),
+        adapter=numbers["adapter"],
+        head=numbers["head"],
         bytes=report.adapter_bytes,
-        scores=report.eval,
     )
     return replace(adapter, method=settings.method, base_model=task.base_model).text(results)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..bank.layout import BANK
+from ..bank.basis import BANK
 from ..errors import CheckpointError
 from ..files.adapter_folder import CONFIG, AdapterFolder, fingerprint, read_adapter
 from ..files.atomic import check_apart, check_free

@@ -24,14 +24,14 @@ class HeadRows:
     """The heads of the rows of a batch.
 
     Args:
-        parameters: Name in the head → `(rows, *shape)`, padded to the widest head in memory.
-        n_labels: Labels of every row's task, `(rows,)`.
+        groups: Numbers of rows whose heads have equal shapes, and their parameters: name in the head → `(n, *shape)`.
+        outputs: Of every row's head, `(rows,)`.
         regression: Whether the only output of a row is a number, `(rows,)`.
-        width: The most labels of a row.
+        width: The most outputs of a row.
     """
 
-    parameters: dict[str, Tensor]
-    n_labels: Tensor
+    groups: list[tuple[Tensor | slice, dict[str, Tensor]]]
+    outputs: Tensor
     regression: Tensor
     width: int
 

@@ -44,8 +44,8 @@ def check_lora_words(fields: Mapping[str, Any]) -> None:
     """
     if not fields.keys() & _LORA_WORDS.keys():
         return
-    k_r = checked_rank("r", fields.get("r") or 16)
-    r, alpha = pair(k_r)[1], fields.get("lora_alpha", 8)
+    rank, alpha = checked_rank("r", fields.get("r") or 16), fields.get("lora_alpha", 8)
+    r = rank if isinstance(rank, int) else rank[1]
     is_rslora, start = bool(fields.get("use_rslora")), fields.get("init_lora_weights")
     scaling = f"scaling={alpha / (r**0.5 if is_rslora else r):g}"
     known = isinstance(start, bool | str) and start in _LORA_INITS
@@ -64,7 +64,7 @@ def one_of(name: str, value: str, known: Iterable[str]) -> str:
     """Return a value that is among those known.
 
     Raises:
-        ConfigError: It is not.
+        ConfigError: It is not among them.
     """
     if value not in known:
         raise ConfigError(f"{name}={value!r} is not known. {near(str(value), known)}")
@@ -109,14 +109,7 @@ def check_core(
 def check_magnitude(
     magnitude: str, init: str, init_weights: bool | None, norm_gradient: bool, is_new: bool
 ) -> None:
-    """Refuse fields that have no meaning beside the magnitude.
-
-    Args:
-        magnitude: A key of `MAGNITUDES`.
-        init: How the factors start.
-        init_weights: Whether the update starts at zero.
-        norm_gradient: Whether gradients go through the norms.
-        is_new: Whether the factors have still to start: they are neither those of a basis nor of a file.
+    """Refuse fields that have no meaning beside the magnitude; `is_new` where the factors have still to start.
 
     Raises:
         ConfigError: The message names the field.
@@ -138,32 +131,8 @@ def check_magnitude(
         )
 
 
-def pair(r: int | tuple[int, int]) -> tuple[int, int]:
-    """Return `(k, r)`.
-
-    Example:
-        >>> pair(8), pair((4, 8))
-        ((8, 8), (4, 8))
-    """
-    return (r, r) if isinstance(r, int) else (r[0], r[1])
-
-
-def plain(rank: tuple[int, int]) -> int | tuple[int, int]:
-    """Return `(k, r)` as a configuration has it.
-
-    Example:
-        >>> plain((8, 8)), plain((4, 8))
-        (8, (4, 8))
-    """
-    return rank[0] if rank[0] == rank[1] else rank
-
-
 def checked_rank(name: str, r: Any) -> int | tuple[int, int]:
-    """Return a rank as a configuration has it.
-
-    Args:
-        name: Field that the rank is of.
-        r: A number, or a pair of them.
+    """Return the rank of the field `name` as a configuration has it: one number, or `(k, r)` where they differ.
 
     Raises:
         ConfigError: It is no rank.
@@ -172,4 +141,4 @@ def checked_rank(name: str, r: Any) -> int | tuple[int, int]:
     good = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in numbers)
     if not good or len(numbers) not in (1, 2):
         raise ConfigError(f"{name}={r!r} is not a rank. Use a positive integer, or a pair (k, r) of them.")
-    return plain((numbers[0], numbers[-1]))
+    return numbers[0] if numbers[0] == numbers[-1] else (numbers[0], numbers[-1])

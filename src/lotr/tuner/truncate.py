@@ -15,8 +15,8 @@ from ..errors import ConfigError
 from ..math.hooi import tucker2
 from ..math.update import one_by_one, side_by_side
 from ..sharing.plan import Group, Part, Plan
-from .checks import checked_rank, pair, plain
-from .config import LotrConfig
+from .checks import checked_rank
+from .config import LotrConfig, pair
 from .factors import find_adapter, parts_of
 from .group import LotrGroup, NamedNumbers, linear_from
 from .layer import LotrLinear
@@ -75,7 +75,7 @@ def truncate(
     _check_cut(config)
     parts = parts_of(model, name)
     updates = {group: _Update(group, name, of_group) for group, of_group in parts.items()}
-    ranks = {update.group.name: update.ranks(rank, energy) for update in updates.values()}
+    ranks = {update.group.name: update.ranks(rank, energy or 0.0) for update in updates.values()}
     ranks = _equal_in_modules(config.recorded_plan(), ranks)
     plan = _set_ranks(config, ranks)
     ranks = {group.name: group.rank for group in plan.groups}  # of a module with smaller blocks, cut to those
@@ -107,9 +107,9 @@ class _Update:
         ]
         self.energy = sum(float(C.square().sum()) for C in self.cores)
 
-    def ranks(self, most: Any, energy: float | None) -> Rank:
+    def ranks(self, most: int | Rank | None, energy: float) -> Rank:
         """Return the ranks that are asked for, or the smallest of which each keeps a share of the energy."""
-        if energy is None:
+        if most is not None:
             (k, r), (most_k, most_r) = self.group.rank, pair(most)
             return min(k, most_k), min(r, most_r)
         stacked = torch.cat(self.cores)
@@ -146,8 +146,8 @@ def _set_ranks(config: LotrConfig, ranks: Mapping[str, Rank]) -> Plan:
     plan = config.recorded_plan()
     targets = [replace(t, rank=ranks[plan.parts[t.path][0].group.name]) for t in plan.targets]
     (common, _), *_ = Counter(target.rank for target in targets).most_common(1)
-    config.r = plain(common)
-    config.rank_pattern = {t.path: plain(t.rank) for t in targets if t.rank != common}
+    config.r = checked_rank("r", common)
+    config.rank_pattern = {t.path: checked_rank("r", t.rank) for t in targets if t.rank != common}
     config.targets = [target.to_dict() for target in targets]
     return config.plan_for(targets)
 

@@ -58,7 +58,9 @@ def heads_of(model: nn.Module, path: str, shape: Shape) -> Heads | None:
 def fused_projections(model: nn.Module, path: str, shape: Shape) -> tuple[tuple[str, int], ...]:
     """Return the projections of a fused weight with their output features, in order; nothing for other weights."""
     config = getattr(model, "config", None)
-    interleaved = getattr(config, "model_type", None) in _INTERLEAVED and not getattr(config, "multi_query", False)
+    interleaved = getattr(config, "model_type", None) in _INTERLEAVED and not getattr(
+        config, "multi_query", False
+    )
     if path.rpartition(".")[2] not in _FUSED or interleaved:
         return ()
     sizes = _head_sizes(model, path)

@@ -38,11 +38,7 @@ def resolve_basis(config: LotrConfig) -> None:
 
 
 def check_basis(plan: Plan, factors: dict[str, Tensor], basis: str) -> None:
-    """Refuse a basis that lacks a group of the plan, or has it with another rank.
-
-    Raises:
-        PlanError: The message names the group.
-    """
+    """Refuse a basis that lacks a group of the plan, or has it with another rank (PlanError)."""
     for group in plan.groups:
         keys = group_keys(group)
         if keys["U"] not in factors or keys["V"] not in factors:

@@ -44,7 +44,10 @@ def forward_hooks(
     in_encoder = set(_encoder_modules(tuner.model))
 
     def pass_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, "adapter_names": list(adapter_names) if module in in_encoder else decoder_rows}
+        return args, {
+            **kwargs,
+            "adapter_names": list(adapter_names) if module in in_encoder else decoder_rows,
+        }
 
     with ExitStack() as hooks:
         for layer in layers:

@@ -30,15 +30,7 @@ def heads_of(model: nn.Module, path: str, shape: Shape) -> Heads | None:
     """Return how a module's features are attention heads, or `None` when they are not.
 
     The features must be as many as the model says that all heads have together; a query with a gate beside each head,
-    or heads of several sizes, are not cut.
-
-    Args:
-        model: The model.
-        path: Path of the module.
-        shape: `(out, in)` features.
-
-    Returns:
-        Size of a head, and whether heads are rows (query, key, value) or columns (the output projection).
+    or heads of several sizes, are not cut. Heads are rows of query, key and value, columns of the output projection.
     """
     name, sizes = path.rpartition(".")[2], _head_sizes(model, path)
     if sizes is None:

@@ -97,10 +97,6 @@ class LotrLayer(BaseTunerLayer):
             if adapter in numbers:
                 del numbers[adapter]
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return False unless a subclass knows better."""
-        return False
-
 
 class LotrGroup(nn.Module, LotrLayer):
     """What the sites of one group share, for every adapter that has the group.

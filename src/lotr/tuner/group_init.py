@@ -23,13 +23,7 @@ def start_group(
 
     Where the update starts at zero, exactly one thing is zero: the number that the core names, or `U` where the core
     has none. Every number comes from a generator of its own, which depends on the seed and on the adapter's name.
-
-    Args:
-        group: The group.
-        config: Its `init`, `init_weights` and `seed` are read.
-        modules: The modules of the model by path, for the starts that look at their weights.
-        adapter: Name of the adapter.
-        empty: The values do not matter, because they are loaded afterwards.
+    Some starts look at the weights of `modules`, which are by path. `empty` values are loaded afterwards.
     """
     (o, i), (k, r), core = group.shape, group.rank, group.core
     if empty:

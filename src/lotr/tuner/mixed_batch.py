@@ -19,12 +19,9 @@ BASE = "__base__"  # PEFT's name for rows without an adapter
 def forward_hooks(
     tuner: BaseTuner, adapter_names: Sequence[str] | None, num_beams: int | None = None
 ) -> Iterator[None]:
-    """Give `adapter_names` to every adapted module during one forward pass or generation.
+    """Give the adapter of each row (`"__base__"`: none) to every adapted module in one forward pass or generation.
 
-    Args:
-        tuner: The model.
-        adapter_names: Adapter of each row; `"__base__"` for none.
-        num_beams: Beams of a beam search, which repeats every row of the decoder so many times.
+    A beam search repeats every row of the decoder `num_beams` times.
 
     Raises:
         ValueError: The model is in training mode, or an adapter does not exist.

@@ -64,8 +64,6 @@ class LotrModel(BaseTuner):
     _inner_names: frozenset[str] = frozenset()  # of the numbers inside the adapters of this model
     _injection: _Injection | None = None
 
-    # ------------------------------------------------------------------ injection: plan, then apply
-
     def inject_adapter(
         self,
         model: nn.Module,
@@ -80,13 +78,7 @@ class LotrModel(BaseTuner):
             paths = {normalise(key.rsplit(f".{PREFIX}", 1)[0]) for key in state_dict}
         self._injection = _Injection(adapter_name, paths, low_cpu_mem_usage)
         try:
-            super().inject_adapter(
-                model,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                state_dict=state_dict,
-            )
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         finally:
             self._injection = None
 
@@ -202,8 +194,6 @@ class LotrModel(BaseTuner):
         (member if container else root).add_module(BASIS, basis)
         return basis
 
-    # ------------------------------------------------------------------ removal
-
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and the groups that no adapter has any more."""
         super().delete_adapter(adapter_name)
@@ -215,8 +205,6 @@ class LotrModel(BaseTuner):
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         _uncompiled(model)._modules.pop(BASIS, None)
         return model
-
-    # ------------------------------------------------------------------ mixed batches, combinations, files
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

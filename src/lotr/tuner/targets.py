@@ -65,15 +65,9 @@ def plan(model: nn.Module, config: LotrConfig) -> Plan:
 
 
 def plan_adapter(model: nn.Module, config: LotrConfig, only: Collection[str] | None = None) -> Plan:
-    """Return the plan of an adapter that is about to be made, and complete its configuration.
+    """Return the plan of an adapter that is about to be made, and fill in what basis and model add to `config`.
 
-    Args:
-        model: The model, bare or with adapters.
-        config: What its basis and the model contribute is filled in.
-        only: Paths to adapt instead of those that the configuration matches (when loading a state dict).
-
-    Raises:
-        ConfigError, CheckpointError, PlanError: See `plan`.
+    `only` are the paths of a state dict, to adapt instead of what the configuration matches. Raises as `plan` does.
     """
     if config.basis is not None and config.basis_hash is None:  # one that was made has its structure already
         resolve_basis(config)

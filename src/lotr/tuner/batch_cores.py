@@ -50,18 +50,14 @@ class Rows:
 
     def core(self, part: Part) -> LinearMap:  # (m·rows, *n, b·r) -> (m·rows, *n, a·k)
         """Return the map that multiplies each row of a batch by its own cores of a part."""
-        C = self._cores(part)  # (rows, a·k, b·r)
-        return lambda h: by_row(h, C.to(h.device))
-
-    def _cores(self, part: Part) -> Tensor:
         core = part.group.core
         if core.by_site:
-            return self.numbers[core_key(part)]
-        keys = group_keys(part.group)
-        own = {name: self.numbers[keys[name]] for name in core.shapes}
-        build = torch.vmap(lambda one: delta.side_by_side(core.block(one, part.region), part.grid))
-        cores: Tensor = build(own)
-        return cores
+            C = self.numbers[core_key(part)]  # (rows, a·k, b·r)
+        else:
+            keys = group_keys(part.group)
+            own = {name: self.numbers[keys[name]] for name in core.shapes}
+            C = torch.vmap(lambda one: delta.side_by_side(core.block(one, part.region), part.grid))(own)
+        return lambda h: by_row(h, C.to(h.device))
 
 
 class RowsOfCall:

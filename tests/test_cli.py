@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import saved_models
 from commands import app, lotr
-from lotr.training.report import METRICS
+from lotr.training.output import METRICS
 
 QUICK = (
     *("--epochs", "10", "--batch-size", "8", "--rank", "4"),

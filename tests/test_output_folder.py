@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 import saved_models
 from lotr.errors import ConfigError, Interrupted
-from lotr.training import warmup as beginning
+from lotr.training import prepare as beginning
 from lotr.training.checkpoint import TRAINER_STATE
-from lotr.training.report import CURVE, METRICS, PICTURES
+from lotr.training.output import CURVE, METRICS, PICTURES
 from lotr.training.run import train
 from lotr.training.settings import TrainSettings
 from lotr_cli.app import app

@@ -24,7 +24,7 @@ from lotr.training import checkpoint
 from lotr.training.base_model import MINILM, locate
 from lotr.training.checkpoint import last_whole
 from lotr.training.data import load_rows, load_task, read
-from lotr.training.output_folder import settings_to_resume
+from lotr.training.output import options_to_resume
 from lotr.training.predict import evaluate, predict, scores_of
 from lotr.training.rates import parameter_groups
 from lotr.training.run import train
@@ -191,7 +191,7 @@ def test_resume_refuses_other_settings_and_a_finished_run(place: Path, tmp_path:
     train(settings(place, tmp_path / "done", max_steps=1), say=quiet)
     for name, says in (("done", "finished"), ("nothing", r"nothing does not exist")):
         with pytest.raises(ConfigError, match=says):
-            settings_to_resume({"output": str(tmp_path / name), "resume": True})
+            options_to_resume({"output": str(tmp_path / name), "resume": True})
 
 
 @pytest.mark.parametrize("file", ["optimizer.safetensors", "random-0.safetensors", "trainer_state.json"])

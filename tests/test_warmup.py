@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import saved_models
-from lotr.training.report import METRICS
-from lotr.training.warmup import warm_head
+from lotr.training.output import METRICS
+from lotr.training.prepare import warm_head
 from test_cli import QUICK, lotr, report
 
 WEIGHTS = "adapter_model.safetensors"

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from lotr.training.settings import TrainSettings, read_options, read_settings
+from lotr.training.settings import TrainSettings, read_options
 
 from . import bank, console, reports
 from .command import command
@@ -141,7 +141,7 @@ def plan(
     """Show what would share what, and what it costs, before anything is trained. Needs no weights."""
     from lotr.training.planning import plan_model
 
-    settings = read_settings(TrainSettings, {**options, "model": model})
+    settings = TrainSettings(**read_options({**options, "model": model}))
     return reports.planned(model, plan_model(settings, dtype))
 
 

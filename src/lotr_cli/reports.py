@@ -15,7 +15,7 @@ from .console import Report, table
 
 if TYPE_CHECKING:
     from lotr.adapters.inspection import Inspection
-    from lotr.training.report import RunReport
+    from lotr.training.output import RunReport
 
 
 def trained(report: RunReport) -> Report:

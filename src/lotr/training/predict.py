@@ -65,7 +65,9 @@ def evaluate(
     scores, labels = scores_of(trained, rows, batch_size, tick, with_labels=True)
     if trained.task.task == "regression":
         return report | metrics.regression(scores, labels)
-    counts = metrics.confusion(scores, labels)
+    from sklearn.metrics import confusion_matrix
+
+    counts = confusion_matrix(labels, scores.argmax(-1), labels=range(scores.shape[-1]))
     if picture is not None:
         from ..adapters import plots
 
@@ -171,14 +173,11 @@ def _language_loss(trained: Trained, rows: Dataset, batch_size: int, tick: Tick 
     total, tokens = 0.0, 0
     with torch.inference_mode():
         for _, batch in _batches(trained, rows, batch_size, True, tick):
-            labels = batch.pop("labels")[:, 1:]
-            logits = trained.model(**batch).logits[:, :-1].float()
-            total += float(
-                torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-            )
-            tokens += int((labels != -100).sum())
+            learned = int((batch["labels"][:, 1:] != -100).sum())
+            total += float(trained.model(**batch).loss) * learned
+            tokens += learned
     loss = total / max(tokens, 1)
-    return {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0))), "tokens": tokens}
+    return {"loss": loss, "perplexity": metrics.perplexity(loss), "tokens": tokens}
 
 
 def _batches(
@@ -223,12 +222,12 @@ def answers(
             inputs = tokenizer(row[text], return_tensors="pt")
         inputs = {k: v.to(model.device) for k, v in inputs.items() if k != "token_type_ids"}
         with torch.inference_mode():
-            made = model.generate(
+            output = model.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
             )
-        yield tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        yield tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         if tick is not None:
             tick(n, len(rows))

@@ -14,11 +14,35 @@ from ..files.adapter_folder import CONFIG, AdapterFolder, fingerprint, read_adap
 from ..files.atomic import check_apart, check_free
 from .adapter import full_precision_head
 from .base_model import load_model, load_tokenizer, locate
+from .data import Columns, Task
 from .process import device
-from .report import CHECKPOINTS, TaskRecord
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+#: Folder of an unfinished run inside its output.
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """What an adapter was trained for, beside its numbers: content of `task.json`."""
+
+    task: Task
+    labels: tuple[str, ...]
+    max_length: int
+    columns: Columns
+    base_model: str
+    pairs: bool = False
+    method: str = "lotr"
+    dtype: str = "float32"
+    base_fingerprint: str | None = None
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> TaskRecord:
+        """Read the content of `task.json`."""
+        known = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
+        return cls(**{**known, "labels": tuple(content["labels"]), "columns": Columns(**content["columns"])})
 
 
 @dataclass(frozen=True)
@@ -51,10 +75,7 @@ def load_trained(path: str | Path, model: str | None = None, dtype: str | None =
         ConfigError: The base model cannot be loaded.
     """
     from peft import PeftModel, set_peft_model_state_dict
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     _check_finished(Path(path))
     adapter = read_adapter(path)
     if not adapter.task:
@@ -68,21 +89,18 @@ def load_trained(path: str | Path, model: str | None = None, dtype: str | None =
     bare = load_model(base, task.task, task.labels, dtype or task.dtype, tokenizer)
     try:
         loaded = PeftModel.from_pretrained(bare, str(adapter.path), is_trainable=False)
+    except CheckpointError:
+        raise
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        reason = next(
-            (line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error)
+        lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        why = (
+            f"It was trained on that model, so {CONFIG} is not the one that was saved with it, or the model has "
+            "changed. Copy the folder again."
         )
-        other = locate(base)[1] != task.base_model
+        if locate(base)[1] != task.base_model:
+            why = f"It was trained on {task.base_model!r}; name that one with --model."
         raise CheckpointError(
-            f"The adapter in {adapter.path} does not fit the base model {base!r}: {reason} "
-            + (
-                f"It was trained on {task.base_model!r}; name that one with --model."
-                if other
-                else f"It was trained on that model, so {CONFIG} is not the one that was saved with it, or the model "
-                "has changed. Copy the folder again."
-            )
+            f"The adapter in {adapter.path} does not fit the base model {base!r}: {[*lines, str(error)][0]} {why}"
         ) from error
     if full_precision_head(loaded).dtype != torch.float32:
         set_peft_model_state_dict(loaded, adapter.tensors())  # the head again, without rounding

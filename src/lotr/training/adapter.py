@@ -32,11 +32,7 @@ _AS_IN_CONFIG = ("basis", "core", "blocks", "magnitude", "trainable", "init", "d
 
 
 def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConfig:
-    """Return the PEFT configuration that the settings describe.
-
-    Args:
-        settings: Its settings of the adapter are read.
-        task: classification, regression or causal-lm, where that is known; it decides the type of the model alone.
+    """Return the PEFT configuration that the settings describe; the task decides the type of the model alone.
 
     Raises:
         ConfigError: A setting has no meaning; the message names it.
@@ -127,9 +123,6 @@ def complete(settings: TrainSettings, config: PeftConfig, task: str) -> TrainSet
 
     Cores that train alone start from gradients, where nothing else was asked for: factors that stay as they are would
     stay as random as they begin.
-
-    Raises:
-        ConfigError: A setting has no meaning for the task.
     """
     config.task_type = TASK_TYPES[task]
     if task == "causal-lm" and settings.method == "head":
@@ -152,29 +145,18 @@ def complete(settings: TrainSettings, config: PeftConfig, task: str) -> TrainSet
     return settings
 
 
-def fit_rank(settings: TrainSettings, config: Any, model: nn.Module, done: Path | None = None) -> str:
-    """Set the rank with which an adapter is made to what the budget allows, and return a line that tells it.
+def fit_rank(settings: TrainSettings, config: Any, model: nn.Module, checkpoint: Path | None = None) -> str:
+    """Give a configuration the rank that the budget allows, and return a line that tells it.
 
-    Args:
-        settings: `budget` is read.
-        config: Gets its rank.
-        model: The base model; on the meta device for a plan.
-        done: Checkpoint of a run that goes on; it has the rank already.
-
-    Raises:
-        ConfigError: See `largest_rank`.
+    A checkpoint of a run that goes on has the rank already.
     """
     budget = settings.budget or 0
-    config.r = largest_rank(model, config, budget) if done is None else read_saved(done).config.r
+    config.r = read_saved(checkpoint).config.r if checkpoint else largest_rank(model, config, budget)
     return f"Rank: {config.r} is the largest that trains at most {budget:,} numbers."
 
 
 def add_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
-    """Wrap a base model.
-
-    Raises:
-        ConfigError: A named target module matches nothing, or PEFT refuses the configuration.
-    """
+    """Wrap a base model; what PEFT refuses is a ConfigError too."""
     from peft import get_peft_model
 
     check_targets(model, config)
@@ -205,11 +187,7 @@ def full_precision_head(model: PeftModel) -> PeftModel:
 
 
 def check_targets(model: nn.Module, config: PeftConfig) -> None:
-    """Refuse names in `target_modules` that match no module, which PEFT passes over in silence, and such a regex.
-
-    Raises:
-        ConfigError: The message says what would match.
-    """
+    """Refuse names in `target_modules` that match no module, which PEFT passes over in silence, and such a regex."""
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
     from ..tuner.targets import linear_paths, match_nothing

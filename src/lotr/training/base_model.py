@@ -46,11 +46,7 @@ def locate(model: str) -> tuple[str, str]:
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a base model; one without a token to pad with takes the end of a text.
-
-    Raises:
-        ConfigError: There is none to be had.
-    """
+    """Load the tokenizer of a base model; one without a token to pad with takes the end of a text."""
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, model, "tokenizer")
@@ -68,12 +64,7 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a base model with the head that a task needs, in evaluation mode.
 
-    Args:
-        model: Local folder, hub id, or `minilm`.
-        task: classification, regression or causal-lm.
-        labels: Names of the classes, for classification.
-        dtype: A key of `DTYPES`.
-        tokenizer: Tells a model without a padding token which one to use.
+    The tokenizer tells a model without a padding token which one to use.
 
     Raises:
         ConfigError: The model or the type is unknown, or the model has no such head.
@@ -107,9 +98,6 @@ def text_length(model: nn.Module, name: str, max_length: int | None) -> int:
     """Return the longest text in tokens: what was asked for, else 128, or less where a model takes less.
 
     A model with a table of positions takes as many tokens as that has.
-
-    Raises:
-        ConfigError: More was asked for than the model takes.
     """
     limits = [
         table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
@@ -139,11 +127,7 @@ def _check_writes(model: str, config: Any, missing: list[str]) -> None:
 
 
 def skeleton(model: str) -> tuple[nn.Module, str]:
-    """Return a model without weights, from its configuration alone, and the task that its architecture suggests.
-
-    Raises:
-        ConfigError: The configuration cannot be had.
-    """
+    """Return a model without weights, from its configuration alone, and the task that its architecture suggests."""
     import transformers
 
     config = _load(transformers.AutoConfig, model, "configuration")

@@ -31,8 +31,8 @@ OPTIMIZER, RANDOM, TRAINER_STATE = "optimizer.safetensors", "random-{}.safetenso
 class EpochSampler(Sampler[int]):
     """Rows of about one length together, in an order drawn from the seed and the number of the epoch alone.
 
-    transformers draws it from the process's random numbers. Then a run that goes on inside an epoch would see other
-    rows than one that never stopped, and processes whose dropout differs would see rows twice.
+    Drawn from the process's random numbers, as in transformers, a run that goes on inside an epoch would see other rows
+    than one that never stopped, and processes whose dropout differs would see rows twice.
     """
 
     def __init__(self, grouped: LengthGroupedSampler, seed: int, epoch: Callable[[], int]) -> None:
@@ -60,11 +60,7 @@ class AdapterTrainer(Trainer):
         return EpochSampler(grouped, self.args.seed, lambda: int(self.state.epoch or 0))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Take one step.
-
-        Raises:
-            TrainingError: The loss is NaN or infinite.
-        """
+        """Take one step; a loss that is not finite is a TrainingError."""
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not math.isfinite(loss.item()):
             raise TrainingError(self._diverged(f"The loss is {loss.item()}", self.state.global_step + 1))

@@ -35,11 +35,8 @@ _FREE_ON_RESUME = frozenset({"resume", "overwrite", "output", "eval_steps", "rep
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
-    """Refuse an output folder that holds something; what a killed run left before its first checkpoint is nothing.
-
-    Raises:
-        ConfigError: The folder is not free, or is a bank, whose factors would be read in place of the new weights.
-    """
+    """Refuse an output folder that holds something; what a killed run left before its first checkpoint is nothing."""
+    # the factors of a bank would be read in place of the new weights
     if (folder / BASIS_WEIGHTS).is_file():
         raise ConfigError(
             f"{folder} is a bank, and an adapter cannot replace it. Choose another output folder."
@@ -84,15 +81,7 @@ def started_run(folder: Path, settings: TrainSettings, say: Callable[[str], None
 
 
 def options_to_resume(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of the interrupted run in an output folder, by name.
-
-    Args:
-        options: The settings that were named now; `output` is the folder.
-
-    Raises:
-        ConfigError: A setting was named that differs from the run's, or there is nothing to resume.
-        CheckpointError: There is no run in the folder.
-    """
+    """Return the settings of the stopped run in the folder `output`; those named now must not differ from them."""
     named = read_options(options)
     if "output" not in named:
         raise ConfigError("--resume needs --output, the folder of the run to go on with.")

@@ -19,17 +19,8 @@ from .settings import TrainSettings
 def plan_model(settings: TrainSettings, dtype: str = "float32") -> dict[str, Any]:
     """Plan an adapter for a model on the meta device, so that a 70B model needs no memory.
 
-    Args:
-        settings: Its `model` and the settings of the adapter are read.
-        dtype: Type in which the numbers would be saved.
-
     Returns:
-        Groups with shapes and counts, totals, the LoRA rank of equal cost, bytes on disk.
-
-    Raises:
-        ConfigError: A setting has no meaning.
-        PlanError: Sites cannot share what was asked for, or the basis lacks a group.
-        CheckpointError: The basis cannot be read.
+        Groups with shapes and counts, totals, the LoRA rank of equal cost, bytes on disk in the type.
     """
     check_dtype(dtype)
     if settings.method not in METHODS:

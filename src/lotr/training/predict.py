@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -56,9 +57,8 @@ def evaluate(
     """
     if picture is not None and not Path(picture).parent.is_dir():
         raise ConfigError(f"--picture {picture}: the folder {Path(picture).parent} does not exist.")
-    trained = adapter if isinstance(adapter, Trained) else load_trained(adapter, model)
-    trained = trained.with_columns(text=text, text2=text2, label=label)
-    rows = _rows(trained, data, need_label=True)
+    columns = {"text": text, "text2": text2, "label": label}
+    trained, rows = _opened(adapter, model, columns, data, need_label=True)
     report: dict[str, Any] = {"rows": len(rows), "labels": list(trained.task.labels)}
     if trained.task.task == "causal-lm":
         return report | _language_loss(trained, rows, batch_size, tick)
@@ -118,9 +118,7 @@ def predict(
         return predict_with_bank(bank, data, task, task_column, columns, batch_size, max_new_tokens, tick)
     if task is not None or task_column is not None:
         raise ConfigError(f"{adapter} is no bank, so it has no tasks. Leave out --task and --task-column.")
-    trained = adapter if isinstance(adapter, Trained) else load_trained(adapter, model)
-    trained = trained.with_columns(**columns)
-    rows = _rows(trained, data, need_label=False)
+    trained, rows = _opened(adapter, model, columns, data, need_label=False)
     clash = _NEW_COLUMNS & set(rows.column_names)
     if clash:
         raise DataError(
@@ -129,9 +127,8 @@ def predict(
     plain = [dict(row) for row in cast("Any", rows)]
     if trained.task.task == "causal-lm":
         chats = chat_column(rows, trained.task.columns)
-        texts = answers(
-            trained.model, trained.tokenizer, plain, trained.task.columns.text, chats, max_new_tokens, tick
-        )
+        column = trained.task.columns.text
+        texts = answers(trained.model, trained.tokenizer, plain, column, chats, max_new_tokens, tick)
         return [{**row, "prediction": text} for row, text in zip(plain, texts, strict=True)]
     scores, _ = scores_of(trained, rows, batch_size, tick)
     if trained.task.task == "regression":
@@ -143,15 +140,23 @@ def predict(
     ]
 
 
-def _rows(trained: Trained, source: str, need_label: bool) -> Dataset:
-    task = trained.task
+def _opened(
+    adapter: str | Path | Trained,
+    model: str | None,
+    columns: dict[str, str | None],
+    source: str,
+    need_label: bool,
+) -> tuple[Trained, Dataset]:
+    """Return the adapter on its model, with other names of columns where they are given, and the rows."""
+    trained = adapter if isinstance(adapter, Trained) else load_trained(adapter, model)
+    task = replace(trained.task, columns=trained.task.columns.named(**columns))
     rows = load_rows(source, task.columns, task.task, task.labels, need_label)
     if task.pairs and task.columns.text2 not in rows.column_names:
         raise DataError(
             f'The adapter was trained on pairs of texts, and {source} has no column "{task.columns.text2}"; its '
             f"columns are: {', '.join(rows.column_names)}. Add the second text."
         )
-    return rows
+    return replace(trained, task=task), rows
 
 
 def scores_of(

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from .settings import TrainSettings
 
 _LIMITS = {"warmup": 1.0, "weight_decay": math.inf, "seed": 2**32 - 1, "head_warmup": math.inf}
-_POSITIVE = ("epochs", "batch_size", "max_length", "max_steps", "eval_steps", "start_batches")
+_COUNTS = ("epochs", "batch_size", "max_length", "max_steps", "eval_steps", "start_batches")
+_POSITIVE = (*_COUNTS, *Rates.__dataclass_fields__)
 _HEAD = ".modules_to_save."
-_RATES = ("lr", "core_lr", "magnitude_lr", "head_lr")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def check(settings: TrainSettings, config: PeftConfig | None) -> TrainSettings:
     for name in ("model", "train", "output"):
         if getattr(settings, name) is None:
             raise ConfigError(f"--{name} is missing. `lotr train --help` shows examples.")
-    check_positive(settings, *_POSITIVE, *_RATES)
+    check_positive(settings, *_POSITIVE)
     for name, most in _LIMITS.items():
         value = getattr(settings, name)
         if value is not None and not 0 <= value <= most:
@@ -146,10 +146,6 @@ def begin(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
     Every process sees the same batches, so all do the same. A new head trains alone for as many steps as asked, else
     for a fifth of all and at most 20; a head without an adapter has nothing to go before.
 
-    Args:
-        run: Its model has a fresh adapter, and is on its device.
-        say: Called with lines for the user.
-
     Returns:
         What was done, for the report of the run.
     """
@@ -179,9 +175,6 @@ def warm_head(model: PeftModel, batches: Iterator[Any], steps: int, lr: float) -
     """Train the modules that are saved in full, and nothing else, for some steps.
 
     Cold, the gradients that reach the adapter are those of a random head.
-
-    Raises:
-        TrainingError: The loss is not finite.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     adapter = [p for name, p in trained if _HEAD not in name]

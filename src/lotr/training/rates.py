@@ -25,16 +25,7 @@ class Rates:
 
 
 def default_rates(core: str, magnitude: str, train: str = "all") -> Rates:
-    """Return rates that worked for a structure, on a part of the built-in training data with the packaged MiniLM.
-
-    Args:
-        core: A key of `CORES`.
-        magnitude: A key of `MAGNITUDES`.
-        train: `"all"`, or `"cores"` when nothing else moves.
-
-    Returns:
-        Rates for AdamW.
-    """
+    """Return rates of AdamW that worked for a structure, on a part of the built-in data with the packaged MiniLM."""
     # a product of several trained matrices moves faster than one; cores alone have the way to themselves;
     # two numbers that are as large as whole norms have further to go than norms of single features
     return Rates(

@@ -91,11 +91,7 @@ class _Progress(TrainerCallback, ExportableState):
 
 
 def _train(run: Run, callbacks: Sequence[TrainerCallback], say: Callable[[str], None]) -> RunReport:
-    """Begin or go on, train to the end, and measure.
-
-    Raises:
-        Interrupted: The user stopped the run.
-    """
+    """Begin or go on, train to the end, and measure."""
     if run.checkpoint is None:
         run.model.to(device())
         progress = _Progress(begin(run, say))
@@ -165,11 +161,7 @@ def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
 
 
 def _report(run: Run, trainer: AdapterTrainer, scores: dict[str, float], progress: _Progress) -> RunReport:
-    """Put the report together.
-
-    Raises:
-        TrainingError: The final score is not finite.
-    """
+    """Put the report together; a final score must be finite."""
     values = {
         name.removeprefix("eval_"): value
         for name, value in scores.items()

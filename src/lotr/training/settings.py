@@ -59,47 +59,37 @@ class TrainSettings:
         "16", _ADAPTER, "Rank of the shared factors: one number, `k,r`, or `auto` with a budget."
     )
     budget: int | None = unset(_ADAPTER, "Numbers that `--rank auto` may train.", "none")
-    target_modules: str | None = setting(
-        None,
-        _ADAPTER,
-        "Modules to adapt: names with commas, a regex, or `all-linear`.",
-        "default: by architecture",
+    target_modules: str | None = unset(
+        _ADAPTER, "Modules to adapt: names with commas, a regex, or `all-linear`.", "by architecture"
     )
-    modes: str | None = setting(
-        None,
-        _ADAPTER,
-        "What shares factors: any of `layer,projection,head`; `site`; or `none`.",
-        "default: by method",
+    modes: str | None = unset(
+        _ADAPTER, "What shares factors: any of `layer,projection,head`; `site`; or `none`.", "by method"
     )
     core: str | None = unset(_ADAPTER, "Structure of the cores: free, identity, tucker, cp, tt.", "by method")
-    core_ranks: str | None = setting(
-        None,
+    core_ranks: str | None = unset(
         _ADAPTER,
         "Tucker cores: rank of every mode (`4`), or of each (`layer=8,head=4`).",
-        "default: the rank, at most the mode's extent",
+        "the rank, at most the mode's extent",
     )
     blocks: str | None = unset(_ADAPTER, "How weights are cut: none, head, square.", "by method")
-    magnitude: str | None = setting(
-        None,
+    magnitude: str | None = unset(
         _ADAPTER,
         "Rule on the whole weight: none, per_output, per_output_and_input, base_and_update.",
-        "default: by method",
+        "by method",
     )
     trainable: str | None = unset(
         _ADAPTER, "What trains: all, or cores (the factors stay as they start).", "by method"
     )
-    basis: str | None = setting(
-        None,
+    basis: str | None = unset(
         _ADAPTER,
         "Adapter whose factors are kept: its structure is taken, and only cores and a head train.",
-        "default: none",
+        "none",
     )
     scaling: float = setting(1.0, _ADAPTER, "σ: multiplies the update; not divided by the rank.")
-    init: str | None = setting(
-        None,
+    init: str | None = unset(
         _ADAPTER,
         "How the factors start: orthonormal, gaussian, kaiming, weight; or gradient, from the first batches.",
-        "default: by method; gradient where cores alone train",
+        "by method; gradient where cores alone train",
     )
     start_batches: int | None = unset(_ADAPTER, "Batches whose gradients a start from data takes.", "8")
     dropout: float = setting(0.0, _ADAPTER, "Dropout on the input of the update.")
@@ -108,11 +98,10 @@ class TrainSettings:
     core_lr: float | None = unset(_TRAINING, "Learning rate of the cores.", "by method")
     magnitude_lr: float | None = unset(_TRAINING, "Learning rate of the magnitudes.", "by method")
     head_lr: float | None = unset(_TRAINING, "Learning rate of a new head.", "by method")
-    head_warmup: int | None = setting(
-        None,
+    head_warmup: int | None = unset(
         _TRAINING,
         "Steps in which a new head trains alone, before the adapter starts.",
-        "default: a fifth of the steps, at most 20, where a head is new",
+        "a fifth of the steps, at most 20, where a head is new",
     )
     epochs: float = setting(3.0, _TRAINING, "Passes over the training data.")
     max_steps: int | None = unset(_TRAINING, "Steps, instead of epochs.", "by epochs")
@@ -138,15 +127,7 @@ class TrainSettings:
 
 
 def read_options(options: Mapping[str, Any], file: str | Path | None = None) -> dict[str, Any]:
-    """Return the settings that were named, options over a config file.
-
-    Args:
-        options: Settings by name; `None` means not given.
-        file: YAML file with any of the settings; dashes and underscores both do.
-
-    Raises:
-        ConfigError: The file is not a mapping, a setting does not exist, or a value of the file has another type.
-    """
+    """Return the settings that were named: options, where they are not `None`, over a YAML file."""
     known = {f.name: str(f.type) for f in fields(TrainSettings)}
     values = {} if file is None else _read_yaml(Path(file), known)
     for name, value in options.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,21 +54,9 @@ class Trained:
     tokenizer: Any
     task: TaskRecord
 
-    def with_columns(self, **names: str | None) -> Trained:
-        """Return the same with other names of columns, where one is given."""
-        return replace(self, task=replace(self.task, columns=self.task.columns.named(**names)))
 
-
-def load_trained(path: str | Path, model: str | None = None, dtype: str | None = None) -> Trained:
-    """Load an adapter that `lotr train` made, and its base model.
-
-    Args:
-        path: Folder or hub id of the adapter.
-        model: Base model to use instead of the recorded one.
-        dtype: Type of the base model; default: the one it was trained in.
-
-    Returns:
-        The model in evaluation mode, and the task.
+def load_trained(path: str | Path, model: str | None = None) -> Trained:
+    """Load an adapter that `lotr train` made, on the base model in evaluation mode: the recorded one, or `model`.
 
     Raises:
         CheckpointError: The adapter is damaged, does not tell its task, or belongs to another base model.
@@ -86,7 +74,7 @@ def load_trained(path: str | Path, model: str | None = None, dtype: str | None =
     task = TaskRecord.from_dict(adapter.task)
     base = model or adapter.config.get("base_model_name_or_path") or task.base_model
     tokenizer = load_tokenizer(base)
-    bare = load_model(base, task.task, task.labels, dtype or task.dtype, tokenizer)
+    bare = load_model(base, task.task, task.labels, task.dtype, tokenizer)
     try:
         loaded = PeftModel.from_pretrained(bare, str(adapter.path), is_trainable=False)
     except CheckpointError:
@@ -116,11 +104,7 @@ def load_trained(path: str | Path, model: str | None = None, dtype: str | None =
 
 
 def _check_finished(folder: Path) -> None:
-    """Say of a folder that holds something else than an adapter what it holds.
-
-    Raises:
-        CheckpointError: It is a bank, or a run that was stopped.
-    """
+    """Say of a folder that holds a bank, or a run that was stopped, how to go on with it."""
     if (folder / BANK).is_file():
         raise CheckpointError(
             f"{folder} is a bank of tasks, not an adapter. `lotr predict {folder} --task NAME` answers with one of "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..bank.task import DTYPES
 from ..errors import ConfigError, near
 from ..files.atomic import file_bytes
 from ..methods import METHODS
@@ -12,7 +13,7 @@ from ..tuner.basis import check_basis
 from ..tuner.saved_adapter import read_basis
 from ..tuner.targets import plan
 from .adapter import AUTO, adapter_config, check_targets, fit_rank
-from .base_model import DTYPES, check_dtype, skeleton
+from .base_model import check_dtype, skeleton
 from .settings import TrainSettings
 
 

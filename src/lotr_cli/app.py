@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import bank, console, reports
+from . import bank, compress, console, reports
 from .console import reported
 from .examples import epilog
 from .light import load
@@ -24,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bank.app)
+app.command(epilog=epilog("compress"))(compress.compress)
 
 Adapter = Annotated[str, typer.Argument(help="Adapter folder or hub id.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")]

@@ -34,6 +34,11 @@ EXAMPLES = {
     "inspect": ("lotr inspect runs/first", "lotr inspect runs/first --json"),
     "merge": ("lotr merge runs/first --output plain-model",),
     "export": ("lotr export runs/first --output plain-lora",),
+    "compress": (
+        "lotr compress plain-lora runs/first --output runs/compressed --rank 16",
+        "lotr compress 'runs/*' --output runs/small --max-error 0.2 --json",
+        "lotr compress adapters.txt --base minilm --output runs/from-list --max-bytes 20MB --modes task,layer",
+    ),
     "methods": ("lotr methods", "lotr methods --json"),
     "bank create": (
         "lotr bank create runs/bank --basis runs/first",

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
+from ..files.adapter_folder import CONFIG
 from ..sharing.blocks import Target
 from ..sharing.plan import Plan
 from ..training.base_model import load_model, locate
@@ -29,6 +32,21 @@ def base_of(sources: Mapping[str, Any]) -> tuple[str | None, Source]:
     return (told.most_common(1)[0][0] if told else None), first[0]
 
 
+def check_same_base(source: Source, told: str | None) -> None:
+    """Refuse an adapter that tells another base model than most; where a model lies may differ.
+
+    Raises:
+        CheckpointError: The message names both.
+    """
+    own = source.base_model
+    if own and told and PurePath(own).name != PurePath(told).name:
+        raise CheckpointError(
+            f"{source.path} was trained on {own!r}, and the others on {told!r}. A bank has one base model: "
+            "compress them apart. If both are the same weights, correct base_model_name_or_path in "
+            f"{source.path / CONFIG}."
+        )
+
+
 def load_base(name: str, kind: str | None) -> tuple[str, nn.Module]:
     """Load a base model with the head that its adapters have, and return its name too.
 
@@ -42,9 +60,9 @@ def load_base(name: str, kind: str | None) -> tuple[str, nn.Module]:
     logging.disable_progress_bar()
     source, told = locate(name)
     if kind is not None:
-        return told, load_model(name, kind, ("0", "1") if kind == "classification" else ())
+        return told, load_model(name, kind, ("0", "1") if kind == "classification" else (), "bfloat16")
     try:
-        return told, AutoModel.from_pretrained(source)
+        return told, AutoModel.from_pretrained(source, dtype=torch.bfloat16)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"The model {name!r} cannot be loaded: {str(error).splitlines()[0]} Name a local folder, a hub id that can "

@@ -29,38 +29,43 @@ class GroupFit:
     """What is known of one group between two passes.
 
     Args:
-        shape: Block `(o, i)`.
         energy: `Σ w² ‖Δ‖²` over its tasks and sites.
         Q_U: Directions in which the updates have energy at all, output side, by falling energy, shape `(o, K)`.
-        Q_V: The same on the input side.
-        kept: Energy that the HOSVD keeps at rank `n + 1`, for every rank.
-        U: Output factor in the coordinates of `Q_U`; set by `begin`.
+        Q_V: The same on the input side, shape `(i, L)`.
+        squares: Energy between each two of these directions, shape `(K, L)`.
+        U: Output factor in the coordinates of `Q_U`.
         V: Input factor in the coordinates of `Q_V`.
-        errors: Relative error `√(1 − kept)` at the start and after every sweep.
+        errors: Relative error at the start and after every sweep.
     """
 
-    shape: Shape
     energy: float
     Q_U: Tensor
     Q_V: Tensor
-    kept: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
-    U: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
-    V: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
+    squares: Tensor
+    U: Tensor
+    V: Tensor
     errors: list[float] = field(default_factory=list)
 
-    def begin(self, rank: int) -> None:
-        """Start at the HOSVD of a rank."""
-        self.U, self.V = (torch.eye(Q.shape[1], min(rank, Q.shape[1])).double() for Q in (self.Q_U, self.Q_V))
-        kept = float(self.kept[min(rank, len(self.kept)) - 1]) if len(self.kept) else 0.0
-        self.errors = [self.error(kept)]
+    @property
+    def kept(self) -> Tensor:
+        """Energy that the HOSVD keeps at rank `n + 1`, for every rank."""
+        corner = self.squares.cumsum(0).cumsum(1)
+        n = torch.arange(max(self.squares.shape) if self.squares.numel() else 0)
+        K, L = self.squares.shape
+        return corner[n.clamp_max(K - 1), n.clamp_max(L - 1)]
 
     def error(self, kept: float) -> float:
         """Return the relative error that leaves this energy."""
         return max(1 - kept / self.energy, 0.0) ** 0.5 if self.energy else 0.0
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:  # (o, rank), (i, rank)
-        """Return `U` and `V`, orthonormal; directions that no update has fill up what is missing."""
+        """Return `U` and `V`; directions that no update has fill up what is missing."""
         return completed(self.Q_U @ self.U, rank), completed(self.Q_V @ self.V, rank)
+
+    def reduced(self, updates: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield `B` `(n, K, q)` and `A` `(n, q, L)` in the coordinates of the directions that have energy."""
+        for B, A in updates:
+            yield self.Q_U.T @ B, A @ self.Q_V
 
 
 def directions(groups: Mapping[str, Shape], batches: Batches, widest: int = 1024) -> dict[str, GroupFit]:
@@ -77,26 +82,30 @@ def directions(groups: Mapping[str, Shape], batches: Batches, widest: int = 1024
     for batch in batches():
         for name in groups:
             for B, A in batch[name]:
-                P = B @ _triangle(A.mT)
+                P = B @ triangle(A.mT)
                 left[name].add(P)
-                right[name].add(A.mT @ _triangle(B))
+                right[name].add(A.mT @ triangle(B))
                 energy[name] += float(P.square().sum())
-    fits = {
-        name: GroupFit(shape, energy[name], left[name].leading(widest)[0], right[name].leading(widest)[0])
-        for name, shape in groups.items()
-    }
-    squares = {name: torch.zeros(f.Q_U.shape[1], f.Q_V.shape[1]).double() for name, f in fits.items()}
+    none = torch.zeros(0, 0, dtype=torch.float64)
+    fits: dict[str, GroupFit] = {}
+    for name in groups:
+        Q_U, Q_V = left[name].leading(widest)[0], right[name].leading(widest)[0]
+        squares = torch.zeros(Q_U.shape[1], Q_V.shape[1], dtype=torch.float64)
+        fits[name] = GroupFit(energy[name], Q_U, Q_V, squares, none, none)
     for batch in batches():
         for name, of_group in fits.items():
-            for B, A in _reduced(batch[name], of_group):
+            for B, A in of_group.reduced(batch[name]):
                 for B_t, A_t in zip(B, A, strict=True):  # one at a time: the product is as large as the block
-                    squares[name] += (B_t @ A_t).square_()
-    for name, square in squares.items():
-        corner = square.cumsum(0).cumsum(1)
-        n = max(square.shape)
-        last = (torch.arange(n).clamp_max(size - 1) for size in square.shape)
-        fits[name].kept = corner[tuple(last)] if square.numel() else torch.zeros(1).double()
+                    of_group.squares += (B_t @ A_t).square_()
     return fits
+
+
+def begin(fits: Mapping[str, GroupFit], ranks: Mapping[str, int], batches: Batches) -> None:
+    """Start every group at its HOSVD; no pass is needed for it."""
+    for name, of_group in fits.items():
+        r = ranks[name]
+        of_group.U, of_group.V = (torch.eye(n, min(r, n)).double() for n in of_group.squares.shape)
+        of_group.errors = [of_group.error(float(of_group.squares[:r, :r].sum()))]
 
 
 def sweep(fits: Mapping[str, GroupFit], batches: Batches) -> None:
@@ -108,11 +117,11 @@ def sweep(fits: Mapping[str, GroupFit], batches: Batches) -> None:
         }
         for batch in batches():
             for name, of_group in fits.items():
-                for B, A in _reduced(batch[name], of_group):
+                for B, A in of_group.reduced(batch[name]):
                     if side == "U":
-                        moments[name].add(B @ _triangle((A @ of_group.V).mT))
+                        moments[name].add(B @ triangle((A @ of_group.V).mT))
                     else:
-                        moments[name].add(A.mT @ _triangle(of_group.U.T @ B))
+                        moments[name].add(A.mT @ triangle(of_group.U.T @ B))
         for name, of_group in fits.items():
             before = getattr(of_group, side)
             vectors, energies = moments[name].leading(before.shape[1])
@@ -123,19 +132,11 @@ def sweep(fits: Mapping[str, GroupFit], batches: Batches) -> None:
 
 def is_settled(of_group: GroupFit, tolerance: float) -> bool:
     """Whether the last sweep gained less than `tolerance`, relative to the error."""
-    if len(of_group.errors) < 2:
-        return of_group.errors[-1] == 0.0 or of_group.U.shape[1] == len(of_group.U)
-    before, after = of_group.errors[-2:]
-    return before - after <= tolerance * before or after < 1e-7
+    before, after = [1.0, *of_group.errors][-2:]
+    return after < 1e-7 or (len(of_group.errors) > 1 and before - after <= tolerance * before)
 
 
-def _reduced(updates: list[tuple[Tensor, Tensor]], of_group: GroupFit) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield updates in the coordinates of the directions that have energy."""
-    for B, A in updates:
-        yield of_group.Q_U.T @ B, A @ of_group.Q_V
-
-
-def _triangle(M: Tensor) -> Tensor:  # (n, d, q) -> (n, q, min(d, q))
+def triangle(M: Tensor) -> Tensor:  # (n, d, q) -> (n, q, min(d, q))
     """Return `Rᵀ` of `M = Q R`: what `M` scales and mixes, without the rotation that no energy depends on."""
     return torch.linalg.qr(M, mode="r").R.mT
 
@@ -152,6 +153,6 @@ def project(
     """
     UB, AV = U.T @ B, A @ V
     beside_U, beside_V = B - U @ UB, A - AV @ V.T
-    left = (beside_U @ _triangle(A.mT)).square().sum((1, 2))
-    right = (beside_V.mT @ _triangle(UB)).square().sum((1, 2))
+    left = (beside_U @ triangle(A.mT)).square().sum((1, 2))
+    right = (beside_V.mT @ triangle(UB)).square().sum((1, 2))
     return UB @ AV, left + right

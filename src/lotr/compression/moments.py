@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -49,51 +47,44 @@ class SecondMoment:
         if self._n_columns <= self.d:
             return
         if self.d <= self.widest:
-            self._sum = sum_of_squares(self._columns, self.d)
-            self._columns = []
+            columns = torch.cat(self._columns, 1)
+            self._sum, self._columns = columns @ columns.T, []
         elif self._n_columns > 2 * self.widest:
             columns = torch.cat(self._columns, 1)
-            vectors, energies = _eigen(columns)
-            vectors, energies = vectors[:, : self.widest], energies[: self.widest]
+            vectors, energies = (leading[..., : self.widest] for leading in _left(columns))
             self.lost += max(float(columns.square().sum() - energies.sum()), 0.0)
             self._columns = [vectors * energies.sqrt()]
             self._n_columns = len(energies)
 
     def leading(self, n: int | None = None) -> tuple[Tensor, Tensor]:  # (d, m), (m,)
         """Return at most `n` eigenvectors, by falling energy, and the energies; what is rounding is left out."""
-        if self._sum is None:
-            columns = torch.cat(self._columns, 1) if self._columns else torch.zeros(self.d, 0).double()
-            vectors, energies = _eigen(columns)
+        if self._sum is not None:
+            vectors, energies = _eigen(self._sum)
+        elif self._columns:
+            vectors, energies = _left(torch.cat(self._columns, 1))
         else:
-            energies, vectors = torch.linalg.eigh(self._sum)
-            energies, vectors = energies.flip(0), vectors.flip(1)
-            alive = int((energies > _ROUNDING * energies[:1]).sum())
-            energies, vectors = energies[:alive], vectors[:, :alive]
-        most = len(energies) if n is None else min(n, len(energies))
-        vectors = vectors[:, :most]
-        if most:  # the library leaves the signs open
+            vectors, energies = torch.zeros(self.d, 0).double(), torch.zeros(0).double()
+        vectors, energies = vectors[:, :n], energies[:n]
+        if len(energies):  # the library leaves the signs open
             vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
-        return vectors.contiguous(), energies[:most]
+        return vectors.contiguous(), energies
 
 
-def sum_of_squares(matrices: Iterable[Tensor], d: int) -> Tensor:  # (d, d)
-    """Return `Σ P Pᵀ`."""
-    total = torch.zeros(d, d, dtype=torch.float64)
-    for P in matrices:
-        total.addmm_(P, P.T)
-    return total
-
-
-def _eigen(columns: Tensor) -> tuple[Tensor, Tensor]:  # (d, m) -> (d, q), (q,)
+def _left(columns: Tensor) -> tuple[Tensor, Tensor]:  # (d, m) -> (d, q), (q,)
     """Return left singular vectors and squared singular values of a thin matrix, without those that are rounding."""
-    if not columns.shape[1]:
-        return columns, columns.new_zeros(0)
-    Q, R = torch.linalg.qr(columns) if columns.shape[0] > columns.shape[1] else (None, columns)
-    left, sigma, _ = torch.linalg.svd(R, full_matrices=False)
-    energies = sigma.square()
-    alive = int((energies > _ROUNDING * energies[:1]).sum())
-    left = left[:, :alive]
-    return (left if Q is None else Q @ left), energies[:alive]
+    if columns.shape[0] <= columns.shape[1]:
+        return _eigen(columns @ columns.T)
+    Q, R = torch.linalg.qr(columns)
+    vectors, energies = _eigen(R @ R.T)
+    return Q @ vectors, energies
+
+
+def _eigen(S: Tensor) -> tuple[Tensor, Tensor]:  # (d, d) -> (d, q), (q,)
+    """Return eigenvectors and eigenvalues by falling value, without those that are rounding."""
+    energies, vectors = torch.linalg.eigh(S)
+    energies, vectors = energies.flip(0), vectors.flip(1)
+    alive = int((energies > _ROUNDING * energies[:1].clamp_min(0)).sum())
+    return vectors[:, :alive], energies[:alive]
 
 
 def completed(vectors: Tensor, n: int) -> Tensor:  # (d, m) -> (d, n)

@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..bank import CoreBank, Task
 from ..bank.cache import tasks_in
+from ..bank.layout import TASKS
 from ..bank.task import DTYPES, check_dtype
-from ..errors import ConfigError
-from ..files.adapter_folder import CONFIG, fingerprint, save_tensors, write_task
-from ..files.atomic import check_apart, check_free, whole_folder, write_json
-from ..math.update import side_by_side
-from ..sharing.keys import core_key, group_keys
-from ..sharing.plan import Group, Plan
-from ..tuner.config import LotrConfig
-from .base import bank_config, base_of, linear_shapes, load_base, with_ranks
-from .fit import GroupFit, directions, is_settled, project, sweep
+from ..errors import ConfigError, Interrupted
+from ..files.atomic import check_apart, check_free, move_into, whole_folder
+from ..sharing.plan import Group
+from .base import bank_config, base_of, check_same_base, linear_shapes, load_base, with_ranks
+from .diagonal import sorted_kept
+from .fit import GroupFit
+from .passes import find_directions, run_sweeps
 from .ranks import Curve, chosen_ranks
-from .report import Outcome, report_of
-from .sources import Source, find_adapters, open_source
-from .stack import Entry, Stack, read_entry, weights_of
-
-#: What is going on, how much of it is done, and how much there is.
-Tick = Callable[[str, int, int], None]
-_MEMORY = 1 << 30  # bytes of the sums of the groups that are fitted at once
-#: What of an adapter's `task.json` the bank, or a task's own fields, know already.
-_KNOWN = {"task", "labels", "base_model", "base_fingerprint", "weights_sha256"}
+from .report import Outcome, write_report
+from .sources import find_adapters
+from .stack import Entry, Stack, Tick, read_entry, weights_of
+from .state import State
+from .write import write_bank
 
 
 def compress(
@@ -46,8 +39,8 @@ def compress(
     core: str = "free",
     weights: str | Mapping[str, float] = "relative",
     dtype: str = "bfloat16",
-    sweeps: int = 20,
-    tolerance: float = 1e-3,
+    sweeps: int = 50,
+    tolerance: float = 1e-4,
     overwrite: bool = False,
     tick: Tick | None = None,
 ) -> dict[str, Any]:
@@ -89,39 +82,45 @@ def compress(
     places = find_adapters(adapters)
     for path in places.values():
         check_apart(output, "adapter", path)
-    told, first = base_of(places)
-    if base is None and told is None:
-        raise ConfigError("No adapter tells its base model. Name it with --base.")
-    name, model = (
-        (str(told), base) if isinstance(base, nn.Module) else load_base(str(base or told), first.kind)
-    )
-    stack, task_types = _read(places, model, name, weights, tick)
-    order = linear_shapes(model)
-    modules = [module for module in order if any(module in entry.energies for entry in stack.entries)]
+    name, model, trained_on = _base(base, places)
+    stack, task_types = _read(places, model, name, trained_on, weights, tick)
+    changed = {module for entry in stack.entries for module in entry.energies}
+    modules = [module for module in linear_shapes(model) if module in changed]
     config = bank_config(model, modules, modes, core, task_types)
     config.base_model_name_or_path = name
-    fits = _directions(config.recorded_plan().groups, stack, tick)
-    curves = {
-        group.name: Curve(
-            fits[group.name].energy,
-            fits[group.name].kept,
-            4 * sum(group.shape),
-            len(stack) * len(group.sites) * DTYPES[dtype].itemsize,
-        )
-        for group in config.recorded_plan().groups
-    }
-    ranks = _ranks(curves, size, sum(entry.head_bytes for entry in stack.entries))
-    config, plan = with_ranks(config, ranks)
-    _fit(plan.groups, fits, stack, sweeps, tolerance, tick)
-    factors = {group.name: fits[group.name].factors(max(group.rank)) for group in plan.groups}
-    outcome = Outcome(stack, plan, curves, fits, dtype)
-    with whole_folder(output, overwrite) as folder:
-        _write(folder / "bank", config, plan, factors, model, outcome, tick)
-        report = report_of(outcome, output, folder / "bank", time.monotonic() - begun)
-        for file in (folder / "bank").iterdir():
-            file.replace(folder / file.name)
-        (folder / "bank").rmdir()
+    state = State(output, repr((stack.digest(), size, config.to_dict(), weights, dtype, sweeps, tolerance)))
+    try:
+        groups = config.recorded_plan().groups
+        fits = find_directions(groups, stack, state, tick)
+        curves = {group.name: _curve(group, fits[group.name], len(stack), dtype) for group in groups}
+        ranks = _ranks(curves, size, sum(entry.head_bytes for entry in stack.entries))
+        config, plan = with_ranks(config, ranks)
+        run_sweeps(plan.groups, fits, stack, state, sweeps, tolerance, tick)
+        outcome = Outcome(stack, plan, curves, fits, dtype)
+        with whole_folder(output, overwrite) as folder:
+            write_bank(folder / "bank", config, model, outcome, tick)
+            report = write_report(outcome, output, folder / "bank", trained_on, time.monotonic() - begun)
+            move_into(folder / "bank", folder)
+            for log in ("-wal", "-shm"):  # of a bank that is replaced
+                (output / f"{TASKS}{log}").unlink(missing_ok=True)
+    except KeyboardInterrupt:
+        if not state.exists:
+            raise
+        raise Interrupted(
+            f"Stopped. The same command goes on from the last pass; {state.folder} keeps it."
+        ) from None
+    state.clear()
     return report
+
+
+def _base(base: str | nn.Module | None, places: Mapping[str, Path]) -> tuple[str, nn.Module, str | None]:
+    """Return name and model of the base, and the name that the adapters tell."""
+    told, first = base_of(places)
+    if isinstance(base, nn.Module):
+        return str(told), base, told
+    if base is None and told is None:
+        raise ConfigError("No adapter tells its base model. Name it with --base.")
+    return (*load_base(str(base or told), first.kind), told)
 
 
 def _checked_size(
@@ -150,7 +149,7 @@ def _in_bytes(size: int | str | None) -> int | None:
 
 
 def _read(
-    places: Mapping[str, Path], model: nn.Module, base: str, weights: Any, tick: Tick
+    places: Mapping[str, Path], model: nn.Module, base: str, trained_on: str | None, weights: Any, tick: Tick
 ) -> tuple[Stack, set[str | None]]:
     """Read every adapter once and check it."""
     known = linear_shapes(model)
@@ -158,6 +157,7 @@ def _read(
     task_types: set[str | None] = set()
     for name, path in places.items():
         entry, source = read_entry(name, path, known, base)
+        check_same_base(source, trained_on)
         entries.append(entry)
         task_types.add(source.task_type)
         tick("Reading", len(entries), len(places))
@@ -166,26 +166,11 @@ def _read(
     return Stack(tuple(entries), weights_of(entries, weights)), task_types
 
 
-def _chunks(groups: Sequence[Group]) -> Iterator[list[Group]]:
-    """Yield groups, as many at once as fit in memory."""
-    chunk: list[Group] = []
-    used = 0
-    for group in groups:
-        need = sum(8 * width * min(width, 2048) for width in group.shape)
-        if chunk and used + need > _MEMORY:
-            yield chunk
-            chunk, used = [], 0
-        chunk.append(group)
-        used += need
-    yield chunk
-
-
-def _directions(groups: Sequence[Group], stack: Stack, tick: Tick) -> dict[str, GroupFit]:
-    fits: dict[str, GroupFit] = {}
-    for chunk in _chunks(groups):
-        batches = stack.batches(chunk, True, lambda done, of: tick("Directions", done, of))
-        fits |= directions({group.name: group.shape for group in chunk}, batches)
-    return fits
+def _curve(group: Group, of_group: GroupFit, tasks: int, dtype: str) -> Curve:
+    is_diagonal = not group.core.by_site
+    kept = sorted_kept(of_group)[: min(group.shape)] if is_diagonal else of_group.kept
+    cores = tasks * len(group.sites) * DTYPES[dtype].itemsize
+    return Curve(of_group.energy, kept, 4 * sum(group.shape), cores, is_diagonal)
 
 
 def _ranks(curves: dict[str, Curve], size: tuple[str, float], head_bytes: int) -> dict[str, int]:
@@ -201,114 +186,3 @@ def _ranks(curves: dict[str, Curve], size: tuple[str, float], head_bytes: int) -
             "heads). Allow more, or share along layers too (modes: task, layer)."
         )
     return chosen_ranks(curves, max_bytes=int(value) - head_bytes)
-
-
-def _fit(
-    groups: Sequence[Group],
-    fits: dict[str, GroupFit],
-    stack: Stack,
-    sweeps: int,
-    tolerance: float,
-    tick: Tick,
-) -> None:
-    for group in groups:
-        fits[group.name].begin(max(group.rank))
-    for chunk in _chunks(groups):
-        batches = stack.batches(chunk, True, lambda done, of: tick("Fitting", done, of))
-        for _ in range(sweeps):
-            open_ones = {g.name: fits[g.name] for g in chunk if not is_settled(fits[g.name], tolerance)}
-            if not open_ones:
-                break
-            sweep(open_ones, batches)
-
-
-def _write(
-    path: Path,
-    config: LotrConfig,
-    plan: Plan,
-    factors: Mapping[str, tuple[Tensor, Tensor]],
-    model: nn.Module,
-    outcome: Outcome,
-    tick: Tick,
-) -> None:
-    """Write the bank: a basis of the factors, and a task an adapter."""
-    basis = path.with_name("basis")
-    basis.mkdir()
-    tensors: dict[str, Tensor] = {}
-    for group in plan.groups:
-        U, V = factors[group.name]
-        keys = group_keys(group)
-        tensors |= {keys["U"]: U.float().contiguous(), keys["V"]: V.T.float().contiguous()}
-    save_tensors(tensors, basis)
-    write_json(basis / CONFIG, config.to_dict())
-    print_ = fingerprint(model, [target.path for target in plan.targets])
-    write_task(basis, {"base_model": config.base_model_name_or_path, "base_fingerprint": print_})
-    with CoreBank.create(path, basis, dtype=outcome.dtype) as bank:
-        bank.add_many(_tasks(bank, plan, tensors, outcome, tick))
-    for file in basis.iterdir():
-        file.unlink()
-    basis.rmdir()
-
-
-def _tasks(
-    bank: CoreBank, plan: Plan, tensors: Mapping[str, Tensor], outcome: Outcome, tick: Tick
-) -> Iterator[Task]:
-    """Yield every adapter as a task, and note what its projection lost."""
-    stack = outcome.stack
-    batches = stack.batches(plan.groups, False, lambda done, of: tick("Cores", done, of))
-    at = 0
-    for batch in batches():
-        cores, lost = projected(plan, tensors, batch)
-        n = len(next(iter(cores.values())))
-        for t, entry in enumerate(stack.entries[at : at + n]):
-            own = bank.layout.flatten({key: core[t] for key, core in cores.items()})
-            rounded = own.to(DTYPES[bank.dtype]).double()
-            outcome.add(
-                entry,
-                {module: float(loss[t]) for module, loss in lost.items()},
-                float((rounded - own.double()).square().sum()),
-            )
-            yield task_of(open_source(entry.name, entry.path), own, outcome.error(entry.name))
-        at += n
-
-
-def projected(
-    plan: Plan, tensors: Mapping[str, Tensor], batch: Mapping[str, list[tuple[Tensor, Tensor]]]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the cores of some tasks by their keys in an adapter's file, and what each module loses, `(n,)`.
-
-    Args:
-        plan: The plan of the bank.
-        tensors: Orthonormal factors by key.
-        batch: Updates of the tasks at every site of every group.
-    """
-    by_site: dict[Any, Tensor] = {}
-    lost: dict[str, Tensor] = {}
-    for group in plan.groups:
-        keys = group_keys(group)
-        U, V = tensors[keys["U"]].double(), tensors[keys["V"]].T.double()
-        for site, (B, A) in zip(group.sites, batch[group.name], strict=True):
-            by_site[site], left = project(B, A, U, V)
-            lost[site.module] = lost.get(site.module, torch.zeros(())) + left
-    cores = {
-        core_key(part): torch.stack(
-            [side_by_side(C, part.grid) for C in torch.stack([by_site[site] for site in part.sites], 1)]
-        ).float()
-        for parts in plan.parts.values()
-        for part in parts
-    }
-    return cores, lost
-
-
-def task_of(source: Source, numbers: Tensor, error: float) -> Task:
-    """Return an adapter as a task, with its head and what its folder tells."""
-    head = source.head()
-    labels = tuple(source.record.get("labels", ()))
-    kind = source.kind
-    if head and not labels and kind == "classification":
-        n = min(tensor.shape[0] for tensor in head.values() if tensor.dim())
-        labels = tuple(f"LABEL_{label}" for label in range(n)) if n > 1 else ()
-        kind = "classification" if n > 1 else "regression"
-    recorded = {key: value for key, value in source.record.items() if key not in _KNOWN}
-    metadata = {**recorded, "compressed_from": str(source.path), "error": round(error, 9)}
-    return Task(source.name, numbers, head, labels, kind, metadata)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..adapters.export import lora_of
 from ..adapters.inspection import updates
 from ..bank.heads import NAMES
+from ..bank.layout import BANK
 from ..errors import CheckpointError, ConfigError
 from ..files.adapter_folder import CONFIG, read_adapter
 from ..files.peft_lora import read_lora
@@ -73,6 +74,10 @@ def open_source(name: str, path: Path) -> Source:
         CheckpointError: The folder is not whole, or its update is not `B A` beside the base weight.
     """
     folder = read_adapter(path)
+    if (path / BANK).is_file():
+        raise CheckpointError(
+            f"{path} is a bank, and not an adapter. Name adapters: `lotr bank export` writes its tasks as such."
+        )
     base, task_type = folder.config.get("base_model_name_or_path"), folder.config.get("task_type")
     if folder.is_lotr:
         return _lotr_source(name, path, task_type, base)

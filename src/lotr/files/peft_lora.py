@@ -79,13 +79,9 @@ class LoraFolder:
     @cached_property
     def head_keys(self) -> dict[str, str]:
         """Key in the file of every tensor that was trained in full → its key as PEFT saves it today."""
+        paths = {key: normalise(key.removeprefix(_ROOT)) for key in self._shapes if not _KEY.fullmatch(key)}
         return {
-            key: _ROOT
-            + key.removeprefix(_ROOT)
-            .replace(".modules_to_save.default.", ".modules_to_save.")
-            .replace(".modules_to_save.", ".")
-            for key in self._shapes
-            if not _KEY.fullmatch(key)
+            key: _ROOT + re.sub(r"\.modules_to_save(\.default)?\.", ".", path) for key, path in paths.items()
         }
 
     def scaling(self, module: str, rank: int) -> float:

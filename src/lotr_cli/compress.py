@@ -1,4 +1,4 @@
-"""`lotr compress`: many LoRAs become one bank."""
+"""`lotr compress`: many LoRAs become one bank; or one adapter a smaller one."""
 
 from __future__ import annotations
 
@@ -8,23 +8,31 @@ from typing import Annotated, Any
 import typer
 
 from . import console
-from .console import print_json, print_line, print_table, reported
+from .console import print_json, print_line, print_table, reported, usage_error
 
-_WORST = 5  # tasks that the table shows
+_ROWS = 5  # tasks and modules that the tables show, the worst first
+_MANY = 24  # groups that are shown one by one
 
 
 def compress(
     adapters: Annotated[
         list[str],
         typer.Argument(
-            help="PEFT LoRAs or adapters of this library: folders, globs, hub ids, or a .txt file with a path a line.",
+            help="PEFT LoRAs or adapters of this library: folders, globs, hub ids, or a .txt file with a path a line. "
+            "With --add, the bank first. One adapter of this library alone is cut down to a smaller one.",
             show_default=False,
         ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder of the new bank.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the new bank, or of the smaller adapter.")
+    ] = None,
     base: Annotated[
         str | None, typer.Option(help="Base model.", show_default="the one that the adapters tell")
     ] = None,
+    add: Annotated[bool, typer.Option("--add", help="Add the adapters to a bank, on its factors.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="With --add: replace tasks that have the names already.")
+    ] = False,
     rank: Annotated[
         int | None, typer.Option(min=1, help="Rank of every group.", show_default="16 without any size")
     ] = None,
@@ -51,6 +59,25 @@ def compress(
 ) -> None:
     """Fit one bank to many LoRAs: shared factors, and a core of a few kilobytes a task."""
     with reported(), console.stopwatch("Starting"):
+        if add:
+            if len(adapters) < 2 or output is not None:
+                raise usage_error(
+                    "--add takes a bank and then adapters, and no --output: lotr compress BANK --add A B"
+                )
+            from lotr.compression.add import add as project
+
+            with console.working() as tick:
+                report = project(adapters[0], adapters[1:], replace=replace, tick=tick)
+            return _added(report, json)
+        if output is None:
+            raise usage_error("Name the folder of the bank to make with --output.")
+        from lotr.compression.sources import is_one_adapter
+
+        if is_one_adapter(adapters):
+            from lotr.compression.cut import cut
+
+            smaller = cut(adapters[0], output, base, rank=rank, max_error=max_error, overwrite=overwrite)
+            return _cut(smaller, json)
         from lotr.compression.run import compress as fit
 
         with console.working() as tick:
@@ -68,37 +95,54 @@ def compress(
                 overwrite=overwrite,
                 tick=tick,
             )
-    _show(report, json)
+    return _fitted(report, json)
 
 
-def _show(report: dict[str, Any], as_json: bool) -> None:
+def _fitted(report: dict[str, Any], as_json: bool) -> None:
+    """Show what became of many adapters."""
     if as_json:
         return print_json(report)
-    print_table(
-        report["bank"],
-        ("group", "sites", "block", "rank", "error"),
-        [
-            (
-                group["group"],
-                group["sites"],
-                "×".join(map(str, group["block"])),
-                group["rank"],
-                group["error"],
-            )
-            for group in report["groups"]
-        ],
-    )
-    by_task = {task["task"]: task for task in report["by_task"]}
-    print_table(
-        "the least well kept",
-        ("task", "error", "energy kept", "rank before", "bytes before"),
-        [
-            (name, *(by_task[name][key] for key in ("error", "kept", "rank_before", "bytes_before")))
-            for name in report["worst"][:_WORST]
-        ],
-    )
+    groups = report["groups"]
+    if len(groups) > _MANY:
+        ranks = [group["rank"] for group in groups]
+        print_line(f"{len(groups)} groups of ranks {min(ranks)} to {max(ranks)}; the JSON report has each.")
+    else:
+        rows = [
+            (g["group"], g["sites"], "×".join(map(str, g["block"])), g["rank"], g["errors"][-1])
+            for g in groups
+        ]
+        print_table("", ("group", "sites", "block", "rank", "error"), rows)
+    names = ("task", "error", "kept", "rank_before", "bytes_before")
+    rows = [tuple(task[name] for name in names) for task in report["by_task"][:_ROWS]]
+    print_table("Tasks that lose most", ("task", "error", "energy kept", "rank before", "bytes before"), rows)
+    worst = sorted(report["by_module"].items(), key=lambda pair: -pair[1])[:_ROWS]
+    print_table("Modules that lose most", ("module", "error"), worst)
+    for line in report["advice"]:
+        print_line(line)
     print_line(
-        f"{report['tasks']:,} tasks in {report['bank']}: relative error {report['error']:.3g}, "
-        f"{report['bytes_after']:,} bytes instead of {report['bytes_before']:,}."
+        f"{report['tasks']:,} tasks are in {report['bank']}: relative error {report['error']:.3g}, "
+        f"{report['bytes_after']:,} bytes instead of {report['bytes_before']:,}. The report is in compress.json there, "
+        "and error against bytes in compress.png."
     )
     return None
+
+
+def _added(report: dict[str, Any], as_json: bool) -> None:
+    """Show what became of later adapters."""
+    if as_json:
+        return print_json(report)
+    print_table("", ("task", "error"), sorted(report["added"].items(), key=lambda pair: -pair[1]))
+    for line in report["advice"]:
+        print_line(line)
+    return print_line(f"The bank in {report['bank']} has {report['tasks']:,} tasks.")
+
+
+def _cut(report: dict[str, Any], as_json: bool) -> None:
+    """Show what became of one adapter."""
+    if as_json:
+        return print_json(report)
+    rows = [(g["group"], str(g["before"]), str(g["after"]), g["kept"]) for g in report["groups"]]
+    print_table("", ("group", "rank before", "rank after", "energy kept"), rows)
+    return print_line(
+        f"The adapter is in {report['output']}: {report['bytes_after']:,} bytes instead of {report['bytes_before']:,}."
+    )

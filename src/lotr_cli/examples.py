@@ -38,6 +38,8 @@ EXAMPLES = {
         "lotr compress plain-lora runs/first --output runs/compressed --rank 16",
         "lotr compress 'runs/*' --output runs/small --max-error 0.2 --json",
         "lotr compress adapters.txt --base minilm --output runs/from-list --max-bytes 20MB --modes task,layer",
+        "lotr compress runs/compressed --add runs/second runs/turned",
+        "lotr compress runs/first --output runs/first-rank-8 --rank 8",
     ),
     "methods": ("lotr methods", "lotr methods --json"),
     "bank create": (

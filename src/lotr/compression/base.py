@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError
 from ..files.adapter_folder import CONFIG
 from ..sharing.blocks import Target
 from ..sharing.plan import Plan
-from ..training.base_model import load_model, locate
+from ..training.base_model import DTYPES, load_model, locate
 from ..tuner.config import LotrConfig
 from ..tuner.targets import find_targets, linear_paths
 from .sources import Source, open_source
@@ -47,7 +46,7 @@ def check_same_base(source: Source, told: str | None) -> None:
         )
 
 
-def load_base(name: str, kind: str | None) -> tuple[str, nn.Module]:
+def load_base(name: str, kind: str | None, labels: int = 2, dtype: str = "bfloat16") -> tuple[str, nn.Module]:
     """Load a base model with the head that its adapters have, and return its name too.
 
     Raises:
@@ -60,9 +59,10 @@ def load_base(name: str, kind: str | None) -> tuple[str, nn.Module]:
     logging.disable_progress_bar()
     source, told = locate(name)
     if kind is not None:
-        return told, load_model(name, kind, ("0", "1") if kind == "classification" else (), "bfloat16")
+        names = tuple(map(str, range(labels))) if kind == "classification" else ()
+        return told, load_model(name, kind, names, dtype)
     try:
-        return told, AutoModel.from_pretrained(source, dtype=torch.bfloat16)
+        return told, AutoModel.from_pretrained(source, dtype=DTYPES[dtype])
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"The model {name!r} cannot be loaded: {str(error).splitlines()[0]} Name a local folder, a hub id that can "

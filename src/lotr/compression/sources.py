@@ -153,6 +153,11 @@ def find_adapters(places: Sequence[str | Path]) -> dict[str, Path]:
     return dict(sorted(zip(_names(resolved), resolved, strict=True)))
 
 
+def is_one_adapter(places: Sequence[str]) -> bool:
+    """Whether these name one adapter of this library: that becomes a smaller adapter, and no bank."""
+    return len(places) == 1 and Path(places[0]).is_dir() and read_adapter(places[0]).is_lotr
+
+
 def _folders(place: str) -> list[Path]:
     path = Path(place).expanduser()
     if path.is_dir():

@@ -209,8 +209,9 @@ def test_settings_without_meaning_are_refused(tmp_path: Path) -> None:
         lotr.compress([tmp_path / "zero"], tmp_path / "bank", bert())
 
 
-def _zero(folder: Path) -> None:
-    save_file({key: 0 * tensor for key, tensor in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
+def _zero(folder: Path, part: str = "") -> None:
+    tensors = load_file(folder / WEIGHTS)
+    save_file({key: tensor * (part not in key) for key, tensor in tensors.items()}, folder / WEIGHTS)
 
 
 def test_an_adapter_that_is_zero_becomes_a_task_that_is_the_base_model(tmp_path: Path) -> None:
@@ -223,6 +224,16 @@ def test_an_adapter_that_is_zero_becomes_a_task_that_is_the_base_model(tmp_path:
     with torch.no_grad():
         logits = model(input_ids=tokens(), task_ids=["zero"] * 4).logits
         torch.testing.assert_close(logits, bert()(input_ids=tokens()).logits)
+
+
+@pytest.mark.parametrize("core", ["free", "diagonal"])
+def test_a_module_that_no_adapter_changes_costs_one_rank(core: str, tmp_path: Path) -> None:
+    for n in range(2):
+        lora(tmp_path / f"a-{n}", n)
+        _zero(tmp_path / f"a-{n}", "layer.1.attention.self.query")
+    report = lotr.compress([tmp_path / "a-*"], tmp_path / "bank", bert(), rank=6, core=core)
+    ranks = {group["group"]: group["rank"] for group in report["groups"]}
+    assert {name for name, rank in ranks.items() if rank == 1} == {"bert-encoder-layer-1-query_32x32"}
 
 
 def test_names_are_as_long_as_it_takes_to_tell_folders_apart(tmp_path: Path) -> None:

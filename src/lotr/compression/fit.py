@@ -33,8 +33,8 @@ class GroupFit:
         Q_U: Directions in which the updates have energy at all, output side, by falling energy, shape `(o, K)`.
         Q_V: The same on the input side, shape `(i, L)`.
         squares: Energy between each two of these directions, shape `(K, L)`.
-        U: Output factor in the coordinates of `Q_U`.
-        V: Input factor in the coordinates of `Q_V`.
+        U: Output factor, in the coordinates of `Q_U` unless that is empty.
+        V: Input factor, in those of `Q_V`.
         errors: Relative error at the start and after every sweep.
     """
 
@@ -58,14 +58,27 @@ class GroupFit:
         """Return the relative error that leaves this energy."""
         return max(1 - kept / self.energy, 0.0) ** 0.5 if self.energy else 0.0
 
+    def turn_back(self) -> None:
+        """Leave the coordinates of the directions on a side where they are hardly fewer than those of the block."""
+        for side, factor in (("Q_U", "U"), ("Q_V", "V")):
+            Q = getattr(self, side)
+            if 2 * Q.shape[1] > Q.shape[0] > 0:
+                setattr(self, factor, Q @ getattr(self, factor))
+                setattr(self, side, Q.new_zeros(0, 0))
+
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:  # (o, rank), (i, rank)
         """Return `U` and `V`; directions that no update has fill up what is missing."""
-        return completed(self.Q_U @ self.U, rank), completed(self.Q_V @ self.V, rank)
+        U = self.Q_U @ self.U if len(self.Q_U) else self.U
+        V = self.Q_V @ self.V if len(self.Q_V) else self.V
+        return completed(U, rank), completed(V, rank)
 
     def reduced(self, updates: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield `B` `(n, K, q)` and `A` `(n, q, L)` in the coordinates of the directions that have energy."""
+        """Yield `B` `(n, K, q)` and `A` `(n, q, L)` in the coordinates of `U` and `V`."""
         for B, A in updates:
-            yield self.Q_U.T @ B, A @ self.Q_V
+            n, _, q = B.shape
+            if len(self.Q_U):  # one product of matrices, and not one a task
+                B = (self.Q_U.T @ B.movedim(1, 0).flatten(1)).unflatten(1, (n, q)).movedim(0, 1)
+            yield B, A @ self.Q_V if len(self.Q_V) else A
 
 
 def directions(groups: Mapping[str, Shape], batches: Batches, widest: int = 1024) -> dict[str, GroupFit]:

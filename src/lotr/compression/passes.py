@@ -8,30 +8,31 @@ from types import ModuleType
 from ..sharing.plan import Group
 from . import diagonal, fit
 from .fit import GroupFit
-from .stack import Stack, Tick
+from .stack import CACHE, Stack, Tick
 from .state import State
 
-_MEMORY = 1 << 30  # bytes of the sums of the groups that are fitted at once
+_SUMS = 1 << 30  # bytes of the sums of the groups that are fitted at once
 
 
-def chunks(groups: Sequence[Group]) -> Iterator[list[Group]]:
-    """Yield groups, as many at once as fit in memory."""
+def chunks(groups: Sequence[Group], stack: Stack) -> Iterator[list[Group]]:
+    """Yield groups: as many at once as have their sums in memory, and their updates too where that is possible."""
     chunk: list[Group] = []
-    used = 0
     for group in groups:
-        need = sum(8 * width * min(width, 2048) for width in group.shape)
-        if chunk and used + need > _MEMORY:
+        wider = [*chunk, group]
+        sums = sum(8 * width * min(width, 2048) for g in wider for width in g.shape)
+        fits_cache = len(stack) * stack.bytes_a_task(wider) <= CACHE
+        alone = len(stack) * stack.bytes_a_task([group]) > CACHE  # it is read again in every pass anyway
+        if chunk and (sums > _SUMS or not (fits_cache or alone)):
             yield chunk
-            chunk, used = [], 0
-        chunk.append(group)
-        used += need
+            chunk = []
+        chunk = [*chunk, group]
     yield chunk
 
 
 def find_directions(groups: Sequence[Group], stack: Stack, state: State, tick: Tick) -> dict[str, GroupFit]:
     """Return the HOSVD of all groups."""
     fits: dict[str, GroupFit] = {}
-    for chunk in chunks(groups):
+    for chunk in chunks(groups, stack):
         names = [group.name for group in chunk]
         known = state.load(names)
         if known is None:
@@ -63,11 +64,13 @@ def run_sweeps(
         tick: Called as tasks are done.
     """
     kind: ModuleType = fit if groups[0].core.by_site else diagonal
-    for chunk in chunks(groups):
+    for chunk in chunks(groups, stack):
         names = [group.name for group in chunk]
         batches = stack.batches(chunk, True, lambda done, of: tick("Fitting", done, of))
         new = {group.name: group.core.r for group in chunk if not fits[group.name].errors}
         kind.begin({name: fits[name] for name in new}, new, batches)
+        for name in new:
+            fits[name].turn_back()
         while unsettled := {
             name: fits[name]
             for name in names

@@ -17,8 +17,9 @@ from .sources import Source, open_source
 
 Tick = Callable[[str, int, int], None]  # what is done, how many, of how many
 Shape = tuple[int, int]
-_BATCH = 64 << 20  # bytes of the updates in memory
-_CACHE = 256 << 20  # bytes up to which the updates of all tasks are read once
+Pairs = dict[str, tuple[Tensor, Tensor]]  # `B` `(n, out, q)` and `A` `(n, q, in)` of some tasks, by module
+BATCH = 32 << 20  # bytes of the updates that are worked on at once, in float32
+CACHE = 256 << 20  # bytes up to which the updates of all tasks are read once
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,10 @@ class Stack:
         """Largest rank of any update."""
         return max(entry.rank for entry in self.entries)
 
+    def bytes_a_task(self, groups: Sequence[Group]) -> int:
+        """Return the bytes of one task's updates at the sites of some groups, in float32."""
+        return sum(4 * self.rank * len(group.sites) * sum(group.shape) for group in groups)
+
     def batches(self, groups: Sequence[Group], weighted: bool, tick: Callable[[int, int], None]) -> _Batches:
         """Return a function that yields the updates at the sites of some groups, a few tasks at a time.
 
@@ -125,77 +130,64 @@ class Stack:
 
 
 class _Batches:
-    """Yields batches; those of a small stack stay in memory after the first time."""
+    """Yields batches; updates that fit into the cache stay there after the first time, as the files have them."""
 
     def __init__(
         self, stack: Stack, groups: Sequence[Group], weighted: bool, tick: Callable[[int, int], None]
     ) -> None:
         self.stack, self.groups, self.tick = stack, tuple(groups), tick
-        self.weights = stack.weights if weighted else (1.0,) * len(stack)
-        self.modules = tuple(dict.fromkeys(site.module for group in self.groups for site in group.sites))
-        a_task = sum(8 * stack.rank * sum(site.shape) for group in self.groups for site in group.sites)
-        self.size = max(1, min(64, _BATCH // a_task))
-        self._cache: list[Batch] | None = [] if a_task * len(stack) <= _CACHE else None
-        self._cached = False
+        self.weights = torch.tensor(stack.weights if weighted else [1.0] * len(stack), dtype=torch.float64)
+        self.shapes: dict[str, Shape] = {}  # of the part of each module that the groups cover
+        for site in (site for group in self.groups for site in group.sites):
+            out, width = self.shapes.get(site.module, (0, 0))
+            (o, i), row, column = site.shape, site.row, site.column
+            self.shapes[site.module] = max(out, row + o), max(width, column + i)
+        self.size = max(1, min(64, BATCH // stack.bytes_a_task(self.groups)))
+        self._cache: list[Pairs] | None = (
+            [] if len(stack) * stack.bytes_a_task(self.groups) <= CACHE else None
+        )
+        self._is_cached = False
 
     def __call__(self) -> Iterator[Batch]:
-        if self._cached and self._cache is not None:
-            yield from self._cache
+        starts = range(0, len(self.stack), self.size)
+        if self._is_cached and self._cache is not None:
+            for at, pairs in zip(starts, self._cache, strict=True):
+                yield self._batch(pairs, at)
             return
-        for at in range(0, len(self.stack), self.size):
-            batch = self._read(slice(at, at + self.size))
+        cache = []
+        for at in starts:
+            pairs = self._read(at)
+            yield self._batch(pairs, at)
             if self._cache is not None:
-                self._cache.append(batch)
-            yield batch
+                cache.append(pairs)
             self.tick(min(at + self.size, len(self.stack)), len(self.stack))
-        self._cached = True
+        if self._cache is not None:
+            self._cache, self._is_cached = cache, True
 
-    def _read(self, tasks: slice) -> Batch:
-        entries, weights = self.stack.entries[tasks], self.weights[tasks]
-        pairs: dict[str, list[tuple[Tensor, Tensor] | None]] = {module: [] for module in self.modules}
-        for entry, weight in zip(entries, weights, strict=True):
+    def _read(self, at: int) -> Pairs:
+        entries = self.stack.entries[at : at + self.size]
+        n, q = len(entries), max(entry.rank for entry in entries)
+        pairs = {m: (torch.zeros(n, out, q), torch.zeros(n, q, i)) for m, (out, i) in self.shapes.items()}
+        for t, entry in enumerate(entries):
             with open_source(entry.name, entry.path).read() as read:
-                for module in self.modules:
-                    if module in entry.energies:
-                        A, B = read(module)
-                        pairs[module].append((weight * B.double(), A.double()))
-                    else:
-                        pairs[module].append(None)
-        shapes = {site.module: site.shape for group in self.groups for site in group.sites}
-        whole = {module: _padded(of_module) for module, of_module in pairs.items() if any(of_module)}
-        n = len(entries)
+                for module in entry.energies.keys() & self.shapes.keys():
+                    A, B = read(module)
+                    (Bs, As), rank = pairs[module], len(A)
+                    Bs[t, :, :rank], As[t, :rank] = B[: Bs.shape[1]], A[:, : As.shape[2]]
+        return pairs
+
+    def _batch(self, pairs: Pairs, at: int) -> Batch:
+        weights = self.weights[at : at + self.size, None, None]
         return {
             group.name: [
-                _cut(whole[site.module], site.row, site.column, site.shape)
-                if site.module in whole
-                else (
-                    torch.zeros(n, shapes[site.module][0], 1).double(),
-                    torch.zeros(n, 1, shapes[site.module][1]).double(),
+                (
+                    pairs[site.module][0][:, site.row : site.row + site.shape[0]].double() * weights,
+                    pairs[site.module][1][:, :, site.column : site.column + site.shape[1]].double(),
                 )
                 for site in group.sites
             ]
             for group in self.groups
         }
-
-
-def _padded(
-    pairs: Sequence[tuple[Tensor, Tensor] | None],
-) -> tuple[Tensor, Tensor]:  # (n, out, q), (n, q, in)
-    """Put the matrices of a module together, with zeros up to the largest rank, and where a task has none."""
-    q = max(pair[0].shape[1] for pair in pairs if pair is not None)
-    out, width = next((len(B), A.shape[1]) for B, A in (pair for pair in pairs if pair is not None))
-    Bs = torch.zeros(len(pairs), out, q, dtype=torch.float64)
-    As = torch.zeros(len(pairs), q, width, dtype=torch.float64)
-    for n, pair in enumerate(pairs):
-        if pair is not None:
-            B, A = pair
-            Bs[n, :, : B.shape[1]], As[n, : len(A)] = B, A
-    return Bs, As
-
-
-def _cut(pair: tuple[Tensor, Tensor], row: int, column: int, shape: Shape) -> tuple[Tensor, Tensor]:
-    B, A = pair
-    return B[:, row : row + shape[0]], A[:, :, column : column + shape[1]]
 
 
 def weights_of(entries: Sequence[Entry], weights: str | Mapping[str, float]) -> tuple[float, ...]:

@@ -38,7 +38,7 @@ class LoraFolder:
     def keys(self) -> dict[str, tuple[str, str]]:
         """Path of a module → its keys of `A` and `B` in the file."""
         sides: dict[str, dict[str, str]] = {}
-        for key in self._shapes:
+        for key in self.tensors:
             if match := _KEY.fullmatch(key):
                 module = normalise(match["module"])
                 if match["side"] in sides.setdefault(module, {}):
@@ -55,7 +55,8 @@ class LoraFolder:
         return {module: (keys["A"], keys["B"]) for module, keys in sides.items()}
 
     @cached_property
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Key and shape of every tensor in the file."""
         return self.folder.shapes()
 
     @cached_property
@@ -67,7 +68,7 @@ class LoraFolder:
         """
         shapes = {}
         for module, (key_A, key_B) in self.keys.items():
-            A, B = self._shapes[key_A], self._shapes[key_B]
+            A, B = self.tensors[key_A], self.tensors[key_B]
             if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
                 raise CheckpointError(
                     f"{self.folder.path} holds a LoRA of shapes {A} and {B} for {module!r}, which is not that of a "
@@ -79,7 +80,7 @@ class LoraFolder:
     @cached_property
     def head_keys(self) -> dict[str, str]:
         """Key in the file of every tensor that was trained in full → its key as PEFT saves it today."""
-        paths = {key: normalise(key.removeprefix(_ROOT)) for key in self._shapes if not _KEY.fullmatch(key)}
+        paths = {key: normalise(key.removeprefix(_ROOT)) for key in self.tensors if not _KEY.fullmatch(key)}
         return {
             key: _ROOT + re.sub(r"\.modules_to_save(\.default)?\.", ".", path) for key, path in paths.items()
         }
@@ -147,14 +148,14 @@ def read_lora(path: str | Path | AdapterFolder) -> LoraFolder:
             f"The LoRA in {folder.path} started with init_lora_weights={init!r}, which changes the base weight too. "
             f"Convert it when you save it: {_CONVERT}."
         )
-    other = [key for key in folder.shapes() if ".lora_" in key and not _KEY.fullmatch(key)]
+    lora = LoraFolder(folder)
+    other = [key for key in lora.tensors if ".lora_" in key and not _KEY.fullmatch(key)]
     if folder.config.get("use_dora") or other:
         kind = "is a DoRA" if folder.config.get("use_dora") else f"holds {other[0]!r}"
         raise CheckpointError(
             f"The LoRA in {folder.path} {kind}, so its update is not B A alone. Train it without use_dora, lora_bias "
             "and embeddings."
         )
-    lora = LoraFolder(folder)
     if not lora.keys:
         raise CheckpointError(f"{folder.path} holds no matrices of a LoRA (….lora_A.weight).")
     return lora

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import show, write
 from safetensors.torch import save_file
 from torch import Tensor
+
+from records import show, write
 
 Row = dict[str, Any]
 TASKS, WIDTH, RANK = 32, 768, 8
@@ -36,12 +37,15 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def stack(seed: int, tasks: int = TASKS, width: int = WIDTH) -> tuple[Tensor, Tensor]:  # (n, d, q), (n, q, d)
-    """LoRAs that share part of their directions: 24 of their own kind, and noise."""
-    generator = torch.Generator().manual_seed(seed)
+def stack(
+    module: int, first: int = 0, tasks: int = TASKS, width: int = WIDTH
+) -> tuple[Tensor, Tensor]:  # (n, d, q), (n, q, d)
+    """LoRAs of some tasks for one module: they share 24 directions a side, and have noise of their own."""
+    of_module = torch.Generator().manual_seed(module)
+    generator = torch.Generator().manual_seed(1000 * (1 + module) + first)
 
     def side() -> Tensor:
-        common = torch.linalg.qr(torch.randn(width, 24, generator=generator)).Q
+        common = torch.linalg.qr(torch.randn(width, 24, generator=of_module)).Q
         mixed = common @ torch.randn(tasks, 24, RANK, generator=generator) / RANK
         return mixed + 0.6 * torch.randn(tasks, width, RANK, generator=generator) / width**0.5
 
@@ -94,7 +98,7 @@ def save_loras(folder: Path, n: int) -> None:
     config = json.dumps({**config, "base_model_name_or_path": "minilm-shape"}, default=sorted)
     width = MINILM["hidden_size"]
     for at in range(0, n, 50):
-        sides = {path: stack(1000 * at + m, 50, width) for m, path in enumerate(paths)}
+        sides = {path: stack(m, at, 50, width) for m, path in enumerate(paths)}
         for t in range(min(50, n - at)):
             own = folder / f"task-{at + t:05d}"
             own.mkdir(parents=True)

@@ -265,13 +265,13 @@ def test_the_base_that_adapters_tell_is_loaded(tmp_path: Path) -> None:
     lotr.compress([tmp_path / "a-*"], tmp_path / "bank", rank=2)
     with lotr.CoreBank.open(tmp_path / "bank") as bank:
         assert bank.base_model == str(tmp_path / BASE)
-        bank.check_base(bert())
+        bank.basis.check_base(bert())
         other = bert()
         with torch.no_grad():
             for parameter in other.parameters():
                 parameter += 1
         with pytest.raises(CheckpointError, match="fingerprint"):
-            bank.check_base(other)
+            bank.basis.check_base(other)
 
 
 def _stir(folder: Path, seed: int) -> None:

@@ -57,7 +57,7 @@ def add(
             tick("Reading", len(entries), len(places))
         stack = Stack(tuple(entries), (1.0,) * len(entries))
         outcome = Outcome(stack, plan, {}, {}, opened.dtype)
-        projection = Projection(plan, opened.basis_tensors(), config.scaling, DTYPES[opened.dtype])
+        projection = Projection(plan, opened.basis.factors(), config.scaling, DTYPES[opened.dtype])
         opened.add_many(tasks_of(opened, projection, outcome, tick), replace=replace)
         errors = {entry.name: outcome.error(entry) for entry in entries}
         return {"bank": str(bank), "added": errors, "tasks": len(opened), "advice": _advice(errors, fit)}

@@ -16,7 +16,7 @@ from ..sharing.blocks import Target
 from ..sharing.plan import Plan
 from ..training.base_model import DTYPES, load_model, locate
 from ..tuner.config import LotrConfig
-from ..tuner.targets import find_targets, linear_paths
+from ..tuner.targets import linear_paths, plan_adapter
 from .sources import Source, open_source
 
 #: Of a mode, `task` alone says that nothing else is shared.
@@ -72,8 +72,8 @@ def load_base(name: str, kind: str | None, labels: int = 2, dtype: str = "bfloat
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Return path and shape `(out, in)` of every linear module."""
-    config = LotrConfig(r=1, modes=(), target_modules=[])
-    return {target.path: target.shape for target in find_targets(model, config, linear_paths(model))}
+    paths = linear_paths(model)
+    return plan_adapter(model, LotrConfig(r=1, modes=(), target_modules=paths), set(paths)).shape_of
 
 
 def bank_config(
@@ -106,7 +106,7 @@ def bank_config(
         target_modules=sorted(modules),
         task_type=next(iter(task_types)) if len(task_types) == 1 else None,
     )
-    config.targets = [target.to_dict() for target in find_targets(model, config, modules)]
+    config.targets = [target.to_dict() for target in plan_adapter(model, config, set(modules)).targets]
     return config
 
 

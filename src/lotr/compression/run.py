@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,10 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from ..bank.cache import tasks_in
-from ..bank.layout import TASKS
-from ..bank.task import DTYPES, check_dtype
-from ..errors import ConfigError, Interrupted
+from ..bank.basis import TASKS
+from ..bank.task import DTYPES
+from ..errors import ConfigError, Interrupted, near
 from ..files.atomic import check_apart, check_free, move_into, whole_folder
 from ..sharing.plan import Group
 from .base import bank_config, base_of, check_same_base, linear_shapes, load_base, with_ranks
@@ -77,7 +77,8 @@ def compress(
     begun, output = time.monotonic(), Path(output)
     tick = tick or (lambda what, done, of: None)
     size = _checked_size(rank, max_error, max_bytes)
-    check_dtype(dtype)
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not a type of a bank's numbers. {near(dtype, DTYPES)}")
     check_free(output, overwrite)
     places = find_adapters(adapters)
     for path in places.values():
@@ -142,10 +143,10 @@ def _checked_size(
 def _in_bytes(size: int | str | None) -> int | None:
     if size is None or isinstance(size, int):
         return size
-    try:
-        return int(size) if size.isdigit() else tasks_in(size, 1)
-    except ConfigError:
-        raise ConfigError(f"max_bytes={size!r} is not understood. Use 20000000, or '20MB'.") from None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMGT]?)B?", size)
+    if match is None:
+        raise ConfigError(f"max_bytes={size!r} is not understood. Use 20000000, or '20MB'.")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
 
 def _read(

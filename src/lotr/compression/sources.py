@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..adapters.export import lora_of
 from ..adapters.inspection import updates
+from ..bank.basis import BANK
 from ..bank.heads import NAMES
-from ..bank.layout import BANK
 from ..errors import CheckpointError, ConfigError
 from ..files.adapter_folder import CONFIG, read_adapter
 from ..files.peft_lora import read_lora

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,23 +71,29 @@ def dense_run(which: str, rank: int, modules: int) -> Row:
 
     tl.set_backend("pytorch")
     torch.linalg.eigh(torch.eye(8).double())  # loads the library
-    errors, seconds, before = [], 0.0, peak_mb()
+    fitted, seconds, before = [], 0.0, peak_mb()
     for module in range(modules):
         B, A = stack(module)
         begun = time.perf_counter()
         if which == "lotr":
-            batch = {"module": [(B.double(), A.double())]}
-            fits = fit.directions({"module": (WIDTH, WIDTH)}, lambda batch=batch: iter([batch]))
-            fit.begin(fits, {"module": rank}, lambda batch=batch: iter([batch]))
+
+            def batches(B: Tensor = B, A: Tensor = A) -> Iterator[fit.Batch]:
+                for own_B, own_A in zip(B.split(8), A.split(8), strict=True):
+                    yield {"module": [(own_B.double(), own_A.double())]}
+
+            fits = fit.directions({"module": (WIDTH, WIDTH)}, batches)
+            fit.begin(fits, {"module": rank}, batches)
             while not fit.is_settled(fits["module"], 1e-4):
-                fit.sweep(fits, lambda batch=batch: iter([batch]))
+                fit.sweep(fits, batches)
             U, V = fits["module"].factors(rank)
         else:
             (_, (U, V)), _ = partial_tucker(B @ A, [rank, rank], modes=[1, 2], n_iter_max=100, tol=1e-4)
         seconds += time.perf_counter() - begun
-        errors.append(error_of(B, A, U, V))
+        fitted.append((U, V))
+    memory = peak_mb() - before
+    errors = [error_of(*stack(module), U, V) for module, (U, V) in enumerate(fitted)]
     mean = (sum(error**2 for error in errors) / len(errors)) ** 0.5
-    return {"rank": rank, "which": which, "seconds": seconds, "memory_mb": peak_mb() - before, "error": mean}
+    return {"rank": rank, "which": which, "seconds": seconds, "memory_mb": memory, "error": mean}
 
 
 def save_loras(folder: Path, n: int) -> None:

@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 from lotr.training.settings import TrainSettings, read_options
 
-from . import bank, console, reports
+from . import bank, compress, console, reports
 from .command import command
 from .console import Report
 
@@ -25,6 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bank.app)
+command(app, "compress", "Starting")(compress.compress)
 
 Adapter = Annotated[str, Argument(help="Adapter folder or hub id.", show_default=False)]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an output that exists.")]

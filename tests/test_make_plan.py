@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from lotr import ConfigError, Plan, PlanError
-from lotr.sharing.blocks import Heads, Site, Target
+from lotr.sharing.blocks import Heads, Target
 from lotr.sharing.make_plan import MODES, check_modes, make_plan
 from lotr.sharing.plan import Group
 
@@ -16,11 +16,6 @@ def _plan(paths: list[str], modes: tuple[str, ...] = LAYER, **kwargs: object) ->
     return make_plan([Target(path, (8, 8), (2, 2)) for path in paths], modes, **kwargs)
 
 
-def _sharing(plan: Plan) -> set[frozenset[Site]]:
-    """Return which sites share factors, whatever the groups are called."""
-    return {frozenset(group.sites) for group in plan.groups}
-
-
 def _at(group: Group) -> dict[tuple[str, int | None], tuple[int, ...]]:
     """Return the index of every site by its module's last name and its head."""
     return {(site.module.rpartition(".")[2], site.head): group.index[site] for site in group.sites}
@@ -29,15 +24,24 @@ def _at(group: Group) -> dict[tuple[str, int | None], tuple[int, ...]]:
 # ---- groups
 
 
-def test_layers_share_factors_and_projections_do_not() -> None:
-    plan = _plan([f"h.{n}.{p}" for n in range(3) for p in "qv"])
-    assert [(group.projections, len(group.sites)) for group in plan.groups] == [(("q",), 3), (("v",), 3)]
-
-
-def test_with_both_modes_all_sites_share_factors() -> None:
-    (group,) = _plan([f"h.{n}.{p}" for n in range(3) for p in "qv"], BOTH).groups
-    assert group.projections == ("q", "v") and group.core.sizes == (3, 2)
-    assert {site.module: index for site, index in group.index.items()}["h.2.v"] == (2, 1)
+@pytest.mark.parametrize(
+    "modes, sharing",
+    [
+        ((), [((p,), (), 1) for _ in range(3) for p in "qv"]),
+        (LAYER, [(("q",), (3,), 3), (("v",), (3,), 3)]),
+        (("projection",), [(("q", "v"), (2,), 2)] * 3),
+        (BOTH, [(("q", "v"), (3, 2), 6)]),
+        (("site",), [(("q", "v"), (6,), 6)]),
+    ],
+    ids=str,
+)
+def test_sites_share_along_the_modes(modes: tuple[str, ...], sharing: list[object]) -> None:
+    groups = _plan([f"h.{n}.{p}" for n in range(3) for p in "qv"], modes).groups
+    assert [(group.projections, group.core.sizes, len(group.sites)) for group in groups] == sharing
+    assert len(dict.fromkeys(groups, 1)) == len(groups), "a group can be a key"
+    *_, (site, index) = groups[-1].index.items()
+    assert site.module == "h.2.v"
+    assert index == {(): (), LAYER: (2,), ("projection",): (1,), BOTH: (2, 1), ("site",): (5,)}[modes]
 
 
 @pytest.mark.parametrize("modes", [(), *([mode] for mode in MODES), BOTH, ALL, ("site", "head")], ids=str)
@@ -45,12 +49,6 @@ def test_the_order_of_modes_does_not_matter(modes: tuple[str, ...]) -> None:
     targets = [Target(f"h.{n}.{p}", (8, 8), (2, 2), heads=Heads(2)) for n in range(2) for p in "qkv"]
     plans = [make_plan(targets, order, blocks="head") for order in itertools.permutations(modes)]
     assert all(plan == plans[0] for plan in plans)
-
-
-def test_the_projection_as_a_mode_means_nothing_for_one_projection() -> None:
-    paths = [f"h.{n}.q" for n in range(3)]
-    alone, joint = _plan(paths, LAYER), _plan(paths, BOTH)
-    assert _sharing(alone) == _sharing(joint) and alone.n_parameters == joint.n_parameters
 
 
 def test_along_sites_everything_of_one_shape_is_in_one_mode() -> None:
@@ -67,10 +65,6 @@ def test_squares_of_all_weights_are_sites_of_one_group() -> None:
     assert group.shape == (8, 8) and group.core.sizes == (2 * (1 + 4),)
 
 
-def test_without_modes_every_site_is_alone() -> None:
-    assert len(_plan([f"h.{n}.{p}" for n in range(3) for p in "qv"], ()).groups) == 6
-
-
 def test_sites_of_unequal_shape_fall_into_separate_groups() -> None:
     plan = make_plan([Target(f"h.{n}.fc", (8 + n // 2, 8), (2, 2)) for n in range(4)], LAYER)
     assert [(group.name, len(group.sites)) for group in plan.groups] == [("fc_8x8", 2), ("fc_9x8", 2)]
@@ -80,11 +74,6 @@ def test_group_names_are_unique_without_dots_and_without_the_prefix() -> None:
     names = [group.name for group in _plan(["a.b-c.q", "a-b.c.q", "h.lotr_x.q"], ()).groups]
     assert len(set(names)) == 3
     assert all("." not in name and "lotr_" not in name and name.endswith("_8x8") for name in names)
-
-
-def test_a_group_can_be_a_key_of_a_dictionary() -> None:
-    (group,) = _plan(["h.0.q", "h.1.q"]).groups
-    assert {group: 1}[group] == 1
 
 
 # ---- heads

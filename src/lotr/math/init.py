@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Generator, Tensor
 
+#: `(n, rank, generator)` → a factor of shape `(n, rank)` in float32: one column a rank, for a block `n` features wide.
 FactorInit = Callable[[int, int, Generator], Tensor]
 WeightInit = Callable[[Sequence[Tensor], int, int, Generator], tuple[Tensor, Tensor]]
 
@@ -20,15 +21,7 @@ WeightInit = Callable[[Sequence[Tensor], int, int, Generator], tuple[Tensor, Ten
 def orthonormal(n: int, rank: int, generator: Generator) -> Tensor:  # (n, rank)
     """Random orthonormal columns, uniformly distributed: `UᵀU = I`.
 
-    Then `‖ΔW‖_F = σ ‖C‖_F` whatever the width and the rank, so one learning rate serves them all.
-
-    Args:
-        n: Width of the block, features.
-        rank: Columns, at most `n`.
-        generator: CPU generator that the numbers come from.
-
-    Returns:
-        Factor of shape `(n, rank)`, float32.
+    Then `‖ΔW‖_F = σ ‖C‖_F` whatever the width and the rank (at most `n`), so one learning rate serves them all.
 
     Example:
         >>> U = orthonormal(8, 3, torch.Generator().manual_seed(0))
@@ -47,14 +40,6 @@ def gaussian(n: int, rank: int, generator: Generator) -> Tensor:  # (n, rank)
 
     The size of the update, and so the learning rate, then depends on the width of the layer.
 
-    Args:
-        n: Width of the block, features.
-        rank: Columns.
-        generator: CPU generator that the numbers come from.
-
-    Returns:
-        Factor of shape `(n, rank)`, float32.
-
     Example:
         >>> gaussian(8, 3, torch.Generator().manual_seed(0)).shape
         torch.Size([8, 3])
@@ -64,14 +49,6 @@ def gaussian(n: int, rank: int, generator: Generator) -> Tensor:  # (n, rank)
 
 def kaiming(n: int, rank: int, generator: Generator) -> Tensor:  # (n, rank)
     """Uniform numbers in `±1/√n`, as LoRA starts its `A` (arXiv 2106.09685, and PEFT).
-
-    Args:
-        n: Width of the block, features.
-        rank: Columns.
-        generator: CPU generator that the numbers come from.
-
-    Returns:
-        Factor of shape `(n, rank)`, float32.
 
     Example:
         >>> bool(kaiming(16, 3, torch.Generator().manual_seed(0)).abs().max() <= 0.25)

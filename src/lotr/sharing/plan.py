@@ -168,11 +168,6 @@ class Plan:
         return sum(sum(shape[0] for shape in rule.shapes(*target.shape).values()) for target in self.targets)
 
     @property
-    def widest_rank(self) -> int:
-        """Largest rank, the same for all groups, that fits every block."""
-        return min(min(group.shape) for group in self.groups)
-
-    @property
     def lora_per_rank(self) -> int:
         """Numbers that plain LoRA has at rank 1 on the same modules: `Σ (in + out)`."""
         return sum(sum(target.shape) for target in self.targets)

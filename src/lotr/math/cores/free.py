@@ -43,6 +43,3 @@ class FreeCore(Core):
 
     def block(self, numbers: Numbers, region: Region) -> Tensor:
         return numbers["C"][region]
-
-    def from_tensor(self, tensor: Tensor) -> dict[str, Tensor]:
-        return {"C": tensor}

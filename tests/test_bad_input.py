@@ -121,9 +121,10 @@ def test_rank_above_the_block_is_cut_to_it(place: Path) -> None:
 
 def test_sharing_that_cannot_be_names_blocks_and_the_way_out(tmp_path: Path) -> None:
     llama = saved_models.save_llama(tmp_path / "llama")
-    text = refused(2, "plan", llama, "--modes", "layer,projection")
-    assert "q_proj|v_proj" in text
-    assert "(32, 32) and (16, 32)" in text
+    targets = ("--target-modules", "q_proj,down_proj")
+    text = refused(2, "plan", llama, "--modes", "layer,projection", *targets)
+    assert "q_proj|down_proj" in text
+    assert "(32, 32) and (32, 64)" in text
     assert 'drop "projection" from modes' in text and 'blocks="head"' in text
 
 

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from core_contract import CoreContract, Numbers
 from lotr import ConfigError
-from lotr.math.cores import CORES, Core, CPCore, FreeCore, IdentityCore, TTCore, TuckerCore
+from lotr.math.cores import CORES, Core, CPCore, FreeCore, IdentityCore, ScaledCPCore, TTCore, TuckerCore
 
 # ---- the contract, core by core
 
@@ -74,6 +74,20 @@ class TestCPCore(CoreContract):
         return core.r * sum(core.sizes) if core.sizes else core.r
 
 
+class TestScaledCPCore(TestCPCore):
+    core_class = ScaledCPCore
+    sizes = CoreContract.sizes
+
+    def oracle(self, core: Core, numbers: Numbers) -> Tensor:
+        factors = [numbers[f"factor_{n}"] for n in range(len(core.sizes))]
+        sides = [torch.eye(core.r, dtype=torch.float64)] * 2
+        with tl.backend_context("pytorch"):
+            return tl.cp_to_tensor((numbers["weights"], [*factors, *sides]))
+
+    def count(self, core: Core) -> int:
+        return core.r * (1 + sum(core.sizes))
+
+
 class TestTTCore(CoreContract):
     core_class = TTCore
     ranks = (*CoreContract.ranks, (1, 5))
@@ -90,7 +104,9 @@ class TestTTCore(CoreContract):
 
 
 def test_every_core_is_under_contract() -> None:
-    assert {contract.core_class for contract in CoreContract.__subclasses__()} >= set(CORES.values())
+    assert {contract.core_class for contract in (*CoreContract.__subclasses__(), TestScaledCPCore)} >= set(
+        CORES.values()
+    )
 
 
 # ---- identities between cores
@@ -181,4 +197,4 @@ def test_what_is_not_refused_works(name: str) -> None:
         numbers = {number: core.init(number, Generator()) for number in core.shapes}
         assert core.to_tensor(numbers).shape == (*core.sizes, k, r)
         accepted += 1
-    assert accepted == {"free": 6, "identity": 1, "tucker": 4, "cp": 3, "tt": 4}[name]
+    assert accepted == {"free": 6, "identity": 1, "tucker": 4, "cp": 3, "scaled_cp": 3, "tt": 4}[name]

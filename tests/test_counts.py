@@ -47,8 +47,10 @@ COUNTS = {
     "lorta": (d + dh + L + P + H) * r,
     "metatt_4d": 2 * d * r + (L + P) * r**2,
     "metatt_5d": d * r + dh * r + (L + P + H) * r**2,
-    "cara": (d + dh + S + H) * r,
+    "cara": (d + dh + S + H + 1) * r,
     "lora_xs": S * r**2,
+    "lora_sb": S * r**2,
+    "moslora": S * (2 * d * r + r**2),
 }
 
 TENSLORA = {  # arXiv 2509.19391, all ranks 4
@@ -94,6 +96,30 @@ def test_every_row_has_a_formula() -> None:
 def test_a_row_trains_as_many_numbers_as_its_formula_says(roberta: nn.Module, row: str) -> None:
     core_ranks = q if METHODS[row].core == "tucker" else None
     assert count(roberta, row, ["query", "key", "value"], r, core_ranks) == COUNTS[row]
+
+
+def test_with_all_weights_lorta_and_cara_have_the_counts_of_their_papers(roberta: nn.Module) -> None:
+    attention = ["query", "key", "value", "attention.output.dense"]
+    assert count(roberta, "lorta", attention, r) == (d + dh + L + H + 4) * r
+    every = [*attention, "intermediate.dense", r"output.dense"]
+    # λ and four factors of query, key and value; λ and three of (9 L) × d × d
+    assert count(roberta, "cara", every, r) == (1 + 3 * L + d + H + dh) * r + (1 + 9 * L + 2 * d) * r
+
+
+@pytest.mark.parametrize("row", METHODS)
+def test_every_row_exists_on_grouped_queries(row: str) -> None:
+    config = tf.LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=2,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
+    with torch.device("meta"):
+        model = tf.LlamaModel(config)
+    plan = lotr.plan(model, LotrConfig(method=row, r=8))
+    if "projection" in METHODS[row].modes:
+        assert all(group.core.sizes[group.modes.index("projection")] == 2 for group in plan.groups)
 
 
 @pytest.mark.parametrize("construction", TENSLORA)

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from lotr.math.init import INITS, gaussian, generator_for, kaiming, orthonormal, weight
+from lotr.math.init import (
+    CORE_INITS,
+    INITS,
+    gaussian,
+    generator_for,
+    kaiming,
+    orthonormal,
+    weight,
+    weight_values,
+)
 
 
 @pytest.mark.parametrize("n, rank", [(8, 8), (64, 5), (7, 1)])
@@ -25,7 +34,7 @@ def test_a_start_follows_its_generator_and_leaves_the_global_random_state(start:
     before = torch.get_rng_state()
     first, again, other = (INITS[start](9, 4, generator_for(seed)) for seed in (0, 0, 1))
     assert first.shape == (9, 4) and first.dtype == torch.float32
-    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(first, again) and torch.equal(first, other) == (start == "identity")
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -117,3 +126,36 @@ def test_the_weight_start_follows_its_generator_and_leaves_the_global_random_sta
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     assert not first[0].requires_grad and not first[1].requires_grad
+
+
+def test_the_values_of_a_weight_go_to_the_output_side() -> None:
+    W = _decaying().double()
+    U, V = weight_values([W], 3, 3, generator_for(0))
+    left, S, right = torch.linalg.svd(W)
+    torch.testing.assert_close(U @ U.T, left[:, :3] @ S[:3].square().diag() @ left[:, :3].T)
+    torch.testing.assert_close(V @ V.T, right[:3].T @ right[:3])
+
+
+# ---- starts of the rows
+
+
+def test_starts_of_cores_are_those_of_torch() -> None:
+    def bound(name: str, *shape: int) -> float:
+        numbers = CORE_INITS[name](shape, generator_for(0))
+        assert numbers.shape == shape and numbers.dtype == torch.float32
+        return float(numbers.abs().max())
+
+    assert 0.99 / 5 < bound("uniform", 400, 25) <= 1 / 5  # as a linear layer that reads the last extent
+    assert 0.99 * 3**0.5 / 16 < bound("xavier", 16, 16, 16) <= 3**0.5 / 16  # FacT's core of rank 16
+    assert float(CORE_INITS["tiny"]((100, 100), generator_for(0)).std()) == pytest.approx(1e-5, rel=0.05)
+    assert torch.equal(CORE_INITS["identity"]((3, 2, 2), generator_for(0)), torch.eye(2).expand(3, 2, 2))
+
+
+@pytest.mark.parametrize("start", INITS)
+def test_starts_are_the_same_numbers_whatever_torchs_default_type_is(start: str) -> None:
+    single = INITS[start](9, 4, generator_for(0))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(INITS[start](9, 4, generator_for(0)), single)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -118,10 +118,15 @@ def listed(methods: dict[str, Any], as_json: bool) -> None:
         along = f"Shared along {', '.join(row.modes)}" if row.modes else "Nothing shared"
         cuts = "" if row.blocks == "none" else f", cut by {row.blocks}"
         scale = "" if row.magnitude == "none" else f", magnitude {row.magnitude}"
-        scale += f", starts at {row.init}" if row.init != "orthonormal" else ""
+        scale += f", starts {row.init}" if row.init != "orthonormal" else ""
+        scale += f", σ = {row.alpha:g} / r" if row.alpha else ""
         scale += ", trains cores" if row.trainable == "cores" else ""
+        differs = f"\n{row.differs}" if row.differs else ""
         rows.append(
-            (row.name, f"{row.purpose}\n{along}, {row.core} core{cuts}{scale}. {row.year}, {row.url}")
+            (
+                row.name,
+                f"{row.purpose}\n{along}, {row.core} core{cuts}{scale}. {row.year}, {row.url}{differs}",
+            )
         )
     print_table("", ("method", "what it is"), rows)
     return None

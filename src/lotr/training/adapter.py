@@ -57,7 +57,7 @@ def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConf
             raise ConfigError(f"rank={settings.rank!r} is a pair, and LoRA has one rank. Use one number.")
         return peft.LoraConfig(
             r=r,
-            lora_alpha=settings.scaling * r,  # type: ignore[arg-type]
+            lora_alpha=(settings.scaling or 1.0) * r,  # type: ignore[arg-type]
             lora_dropout=settings.dropout,
             use_dora=settings.method == "peft_dora",
             **common,
@@ -105,6 +105,8 @@ def resolve(settings: TrainSettings, config: PeftConfig, task: str) -> TrainSett
     if settings.basis is not None:  # what the report says is what was trained
         rank = ",".join(map(str, dict.fromkeys(config.rank)))
         return replace(settings, method=config.method, scaling=config.scaling, rank=rank)
+    if settings.init is None and config.init == "first_step":
+        return replace(settings, init="first_step")
     if (
         settings.init is None
         and (config.trainable, config.init) == ("cores", "orthonormal")

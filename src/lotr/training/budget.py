@@ -63,7 +63,7 @@ def fit(settings: TrainSettings, config: LotrConfig, model: nn.Module, done: Pat
     """
     assert settings.budget is not None
     if done is not None:
-        config.r = read_saved(done).config.r
+        config.set_rank(read_saved(done).config.r)
     else:
-        config.r = largest_rank(model, config, settings.budget)
+        config.set_rank(largest_rank(model, config, settings.budget))
     return f"Rank: {config.r} is the largest that trains at most {settings.budget:,} numbers."

@@ -101,7 +101,9 @@ class TrainSettings:
         "Adapter whose factors are kept: its structure is taken, and only cores and a head train.",
         "default: none",
     )
-    scaling: float = setting(1.0, _ADAPTER, "σ: multiplies the update; not divided by the rank.")
+    scaling: float | None = setting(
+        None, _ADAPTER, "σ: multiplies the update; not divided by the rank.", "default: by method, mostly 1"
+    )
     init: str | None = setting(
         None,
         _ADAPTER,

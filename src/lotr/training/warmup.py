@@ -50,11 +50,11 @@ def begin(
     if steps:
         warm_head(model, batches, steps, rate)
         say(f"Head: warmed up for {steps} steps.")
-    if settings.init == "gradient":
+    if settings.init in ("gradient", "first_step"):
         from ..tuner.data_init import init_from_data
 
         init_from_data(model, [next(batches) for _ in range(looks)], seed=settings.seed)
-        done |= {"init": "gradient", "start_batches": looks}
+        done |= {"init": settings.init, "start_batches": looks}
         stay = model.active_peft_config.trainable == "cores"
         why = ", because they stay as they start (--init orthonormal keeps them random)" if stay else ""
         say(f"Start: the factors turned towards the gradients of {looks} batches{why}.")

@@ -42,8 +42,8 @@ class CPCore(Core):
 
     def init(self, name: str, generator: Generator) -> Tensor:
         if name == self.zero:
-            return torch.randn(self.shapes[name], generator=generator)
-        return torch.ones(self.shapes[name])
+            return torch.randn(self.shapes[name], generator=generator, dtype=torch.float32)
+        return torch.ones(self.shapes[name], dtype=torch.float32)
 
     def block(self, numbers: Numbers, region: Region) -> Tensor:
         if not self.sizes:

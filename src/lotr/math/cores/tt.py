@@ -41,8 +41,8 @@ class TTCore(Core):
 
     def init(self, name: str, generator: Generator) -> Tensor:
         if name == self.zero:
-            return torch.randn(self.shapes[name], generator=generator) / self.r**0.5
-        return torch.eye(self.r).expand(self.shapes[name]).clone()
+            return torch.randn(self.shapes[name], generator=generator, dtype=torch.float32) / self.r**0.5
+        return torch.eye(self.r, dtype=torch.float32).expand(self.shapes[name]).clone()
 
     def block(self, numbers: Numbers, region: Region) -> Tensor:
         tensor = numbers["core_0"][region[0]]

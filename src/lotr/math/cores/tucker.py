@@ -45,7 +45,7 @@ class TuckerCore(Core):
         return "core"
 
     def init(self, name: str, generator: Generator) -> Tensor:
-        normal = torch.randn(self.shapes[name], generator=generator)
+        normal = torch.randn(self.shapes[name], generator=generator, dtype=torch.float32)
         if name == "core":
             return normal / self.r**0.5
         # columns where they fit, else rows: more ranks than positions

@@ -135,3 +135,11 @@ def adapted(
         W = rescaled(weight_of(module).detach(), dW, plan.magnitude, numbers, constant=True)
         weights[f"{path}.weight"] = W.T if isinstance(module, Conv1D) else W
     return weights
+
+
+def adapt(
+    model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], scaling: float = 1.0, row: str = "lotr"
+) -> nn.Module:
+    """Write the adapted weights into a plain model."""
+    model.load_state_dict(adapted(row, model, plan, tensors, scaling), strict=False)
+    return model

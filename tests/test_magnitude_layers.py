@@ -25,7 +25,8 @@ SHARING = ["lora", "lotr", "lotr_joint", "tenslora_qkv_depth", "lorta", "metatt_
 
 def config(row: str = "lotr", magnitude: str = "per_output", seed: int = 0, **kwargs: Any) -> LotrConfig:
     scaling = 1.0 if MAGNITUDES[magnitude].divides_by_update else 1.5  # which would cancel it
-    defaults = {"r": 4, "scaling": scaling, "target_modules": ["query", "value", "dense"]}
+    zero = "core" if row == "lora_xs" else None  # which starts at random cores
+    defaults = {"r": 4, "scaling": scaling, "zero": zero, "target_modules": ["query", "value", "dense"]}
     return LotrConfig(method=row, magnitude=magnitude, seed=seed, **(defaults | kwargs))
 
 

@@ -113,7 +113,7 @@ def check_zero(
         raise ConfigError(
             f"zero={zero!r} with trainable='cores' keeps a factor at zero, so nothing would train. Use zero='core'."
         )
-    if init in DATA_INITS:
+    if init in DATA_INITS and not CORES[core].is_identity:
         raise ConfigError(
             f"zero={zero!r} starts a factor at zero, and init={init!r} turns it. Use zero='core'."
         )

@@ -221,9 +221,8 @@ class LotrConfig(PeftConfig):
         """Return what starts at zero where nothing was said: as in the row, where that can train."""
         if CORES[self.core].is_identity:
             return "output"
-        needs_factors = self.trainable == "cores" or self.init in DATA_INITS
-        starts_at_zero = row.zero != "none" or self.init_weights
-        return "core" if needs_factors and starts_at_zero else row.zero
+        factors_stay = self.trainable == "cores" and row.zero != "none"
+        return "core" if factors_stay or self.init in DATA_INITS or self.init_weights else row.zero
 
     def _fill_scaling(self, row: Method) -> None:
         """Fill in `σ`: as given, or `alpha / r`; what was left open is as in the row."""

@@ -64,7 +64,7 @@ def methods() -> str:
         "--method …` take a name; fields that you set beside it override the row. [Which method when](which_method.md) "
         "helps to choose.",
         "",
-        "Sizes are trained numbers at rank 16 on query and value: of BERT-base (12 layers, 768 wide), and of a Llama of "
+        "Sizes are trained numbers at rank 16 on query and value: of BERT-base (12 layers, 768 wide) and a Llama of "
         "8 billion numbers (32 layers, 4,096 wide, 32 query heads, 8 key-value heads).",
     ]
     sizes = _sizes()

@@ -176,6 +176,14 @@ def test_the_change_of_the_weight_is_that_of_the_equations(row: Row) -> None:
         torch.testing.assert_close(layer.get_delta_weight("default"), change, atol=1e-12, rtol=1e-9)
 
 
+def test_the_modules_called_one_by_one_compute_the_same_update(row: Row) -> None:
+    dense = updates(row.name, row.plan, row.saved.tensors(), row.config.scaling)
+    with torch.no_grad():
+        for path, layer in row.layers():
+            x = torch.randn(3, 2, layer.in_features, dtype=torch.float64)
+            torch.testing.assert_close(layer.update("default", x), x @ dense[path].T, atol=1e-12, rtol=1e-9)
+
+
 def test_factored_norms_equal_dense_norms(row: Row) -> None:
     dense = updates(row.name, row.plan, row.saved.tensors(), row.config.scaling)
     for path, layer in row.layers():
@@ -237,6 +245,21 @@ def test_an_additive_row_leaves_as_a_lora_and_others_are_told_to_merge(row: Row,
     loaded = PeftModel.from_pretrained(copy.deepcopy(row.plain), tmp_path / "lora")
     assert not list(linears(loaded))
     torch.testing.assert_close(outputs(loaded, row.inputs), outputs(row.model, row.inputs))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_row_works_where_double_precision_is_torchs_default(name: str) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        base = llama(8, 2)
+        config = LotrConfig(method=name, r=4, target_modules=MODELS["llama 8/2"][1], seed=0)
+        model = get_peft_model(copy.deepcopy(base), config).eval()
+        logits = model(tokens()).logits
+        logits.square().mean().backward()
+        close = torch.allclose(logits, base(tokens()).logits, rtol=0, atol=1e-3)
+        assert close and all(p.dtype == torch.float64 for p in model.parameters())
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_the_order_of_more_than_ten_layers_is_kept_in_the_file(tmp_path: Path) -> None:

@@ -291,7 +291,7 @@ def test_the_structure_is_that_of_the_basis_where_nothing_is_said(tmp_path: Path
     for name, value in structure.items():
         found = getattr(config, name)
         assert (sorted(found) if name == "target_modules" else found) == value, name
-    assert (config.modes, config.core, config.trainable) == (("layer", "projection", "head"), "tt", "cores")
+    assert (config.modes, config.core, config.trainable) == (("head", "projection", "layer"), "tt", "cores")
     assert LotrConfig(**config.to_dict()) == config  # what was filled in is no contradiction
     assert not [n for n, p in model.named_parameters() if p.requires_grad and ("_U" in n or "_V" in n)]
     plain = LotrConfig(basis=str(tmp_path / "basis"), magnitude="none")

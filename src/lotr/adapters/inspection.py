@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..math.update import FactoredUpdate, one_by_one, side_by_side
+from ..math.update import FactoredUpdate, one_by_one
 from ..sharing.keys import core_key, file_shapes, group_keys
 from ..sharing.plan import Part
 from ..tuner.config import LotrConfig
@@ -73,11 +73,8 @@ def updates(saved: SavedAdapter, tensors: dict[str, Tensor]) -> Iterator[tuple[P
         for part in saved.plan.parts[target.path]:
             numbers = {name: tensors[key] for name, key in group_keys(part.group).items()}
             core, U = part.group.core, numbers["U"]
-            if core.by_site:
-                C = tensors[core_key(part)]
-            else:
-                C = side_by_side(core.block(numbers, part.region), part.grid).to(U.dtype)
-            yield part, FactoredUpdate(U, C, numbers["V"].T, saved.config.scaling, part.grid)
+            C = tensors[core_key(part)] if core.by_site else part.lay(core.block(numbers, part.region))
+            yield part, part.factored(U, C.to(U.dtype), numbers["V"].T, saved.config.scaling)
 
 
 def inspect(adapter: str | Path) -> Inspection:

@@ -53,7 +53,7 @@ def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConf
             raise ConfigError(f"rank={settings.rank!r} is a pair, and LoRA has one rank. Use one number.")
         return peft.LoraConfig(
             r=r,
-            lora_alpha=settings.scaling * r,  # type: ignore[arg-type]
+            lora_alpha=(settings.scaling or 1.0) * r,  # type: ignore[arg-type]
             lora_dropout=settings.dropout,
             use_dora=settings.method == "peft_dora",
             **common,
@@ -66,7 +66,7 @@ def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConf
     rank = (1, 1) if settings.rank == AUTO else read_rank(settings.rank)  # the model decides: `fit_rank`
     fields: dict[str, Any] = {"r": rank, "method": settings.method, "scaling": settings.scaling}
     if settings.basis is not None:  # what was left at its default is as in the basis
-        default = {"r": read_rank(TrainSettings.rank), "method": TrainSettings.method, "scaling": 1.0}
+        default = {"r": read_rank(TrainSettings.rank), "method": TrainSettings.method, "scaling": None}
         fields = {name: value for name, value in fields.items() if value != default[name]}
     fields |= {"modes": read_modes(settings.modes), "core_ranks": read_core_ranks(settings.core_ranks)}
     fields |= {name: getattr(settings, name) for name in _AS_IN_CONFIG}
@@ -138,6 +138,8 @@ def complete(settings: TrainSettings, config: PeftConfig, task: str) -> TrainSet
     if settings.basis is not None:  # what the report says is what was trained
         rank = ",".join(map(str, dict.fromkeys(config.rank)))
         return replace(settings, method=config.method, scaling=config.scaling, rank=rank)
+    if settings.init is None and config.init == "first_step":
+        return replace(settings, init="first_step")
     is_open = settings.init is None and config.starts_at_zero
     if is_open and (config.trainable, config.init) == ("cores", "orthonormal"):
         config.init = "gradient"
@@ -151,7 +153,7 @@ def fit_rank(settings: TrainSettings, config: Any, model: nn.Module, checkpoint:
     A checkpoint of a run that goes on has the rank already.
     """
     budget = settings.budget or 0
-    config.r = read_saved(checkpoint).config.r if checkpoint else largest_rank(model, config, budget)
+    config.set_rank(read_saved(checkpoint).config.r if checkpoint else largest_rank(model, config, budget))
     return f"Rank: {config.r} is the largest that trains at most {budget:,} numbers."
 
 

@@ -59,6 +59,12 @@ def call(factor: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, weight.to(x.device))
 
 
+def call_transposed(factor: nn.Linear, x: Tensor) -> Tensor:
+    """Return the product with the transpose of a factor, for sites that use `V` at the output and `U` at the input."""
+    weight = weight_of(factor)
+    return F.linear(x, weight.T.to(x.device, x.dtype))
+
+
 def is_plain(module: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether calling a linear module multiplies by an ordinary tensor, and does nothing else.
 

@@ -14,7 +14,6 @@ from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..math import update as delta
 from ..math.magnitude import MAGNITUDES
 from ..sharing.keys import BASIS, PREFIX, file_key, group_keys, without_adapter
 from ..sharing.paths import normalise
@@ -159,7 +158,7 @@ class LotrModel(BaseTuner):
             members.append((part, self._shared(group, peft_config, target)))
             if core.by_site:
                 numbers = core.block(injection.cores[group.name], part.region)
-                cores[part.name] = delta.side_by_side(numbers, part.grid)
+                cores[part.name] = part.lay(numbers)
         target.add(adapter_name, members, cores, peft_config, injection.empty)
         target.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 

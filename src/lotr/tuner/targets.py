@@ -24,7 +24,7 @@ from ..sharing.blocks import Target
 from ..sharing.keys import BASIS
 from ..sharing.paths import normalise
 from ..sharing.plan import Plan
-from .attention import fused_projections, heads_of
+from .attention import fused_projections, heads_of, is_query_key_value
 from .basis import resolve_basis
 from .config import LotrConfig
 
@@ -172,5 +172,6 @@ def _target(model: nn.Module, path: str, module: nn.Module, config: LotrConfig) 
         shape,
         config.rank_of(clean),
         fused=fused_projections(model, path, shape) if config.modes else (),
-        heads=heads_of(model, path, shape) if config.blocks == "head" else None,
+        heads=heads_of(model, path, shape) if config.blocks.startswith("head") else None,
+        attention=bool(config.modes) and is_query_key_value(path),
     )

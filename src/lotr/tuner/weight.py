@@ -15,7 +15,6 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..math import update as formula
 from ..math.magnitude import MAGNITUDES, Gains, Magnitude
 from ..math.norms import BaseWeight
 from ..math.update import FactoredUpdate
@@ -136,7 +135,7 @@ class AdaptedWeight(nn.Module, LotrLayer):
         numbers = group.lotr_core[adapter]()
         # autocast would turn some of these small products to another type, and not others
         with _without_autocast(next(iter(numbers.values())).device):
-            return formula.side_by_side(core.block(numbers, part.region), part.grid)
+            return part.lay(core.block(numbers, part.region))
 
     def site_core(self, adapter: str, part: Part) -> Tensor:  # (a·k, b·r)
         """Return the cores of a part that are kept with the layer."""
@@ -157,8 +156,7 @@ class AdaptedWeight(nn.Module, LotrLayer):
             home = device or (U.device if self._home[0].type == "meta" else self._home[0])
             width = dtype or (torch.float64 if U.dtype == torch.float64 else torch.float32)
             U, C, Vt = (tensor.to(home, width) for tensor in (U, self.core(adapter, part, group), Vt))
-            position = part.rows[0], part.columns[0]
-            updates.append(FactoredUpdate(U, C, Vt.T, self.scaling[adapter], part.grid, *position))
+            updates.append(part.factored(U, C, Vt.T, self.scaling[adapter]))
         return updates
 
     def gains(self, adapter: str) -> Gains:

@@ -25,7 +25,7 @@ from lotr.errors import LotrError
 from lotr.training.checkpoint import last_whole
 from lotr.training.tasks import run as train_bank
 from lotr.training.tasks.settings import BankSettings
-from lotr.training.tasks.trainer import TABLES
+from lotr.training.tasks.trainer import TASKS
 
 torch.set_num_threads(1)
 
@@ -43,7 +43,7 @@ class SayStepped(transformers.TrainerCallback):
 
 def saved_step(bank: Path) -> int:
     """The step of the last checkpoint."""
-    checkpoint = last_whole(bank / train_bank.RUN, (TABLES,))
+    checkpoint = last_whole(bank / train_bank.RUN, (TASKS,))
     return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
 

@@ -195,7 +195,17 @@ def test_what_has_no_meaning_is_refused_by_name(fields: dict[str, Any], said: st
 # ---- sums
 
 
-SUMS = ["tenslora_qkv_depth", "tenslora_depth_cp", "lorta", "metatt_5d", "lora", "lora_xs", "fact_tk", "cara"]
+SUMS = [
+    "lotr",
+    "tenslora_qkv_depth",
+    "tenslora_depth_cp",
+    "lorta",
+    "metatt_5d",
+    "lora",
+    "lora_xs",
+    "fact_tk",
+    "cara",
+]
 
 
 @pytest.mark.parametrize("row", SUMS)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import banks
 import lotr
 from conftest import bert, gpt2, tokens
-from lotr import CheckpointError, ConfigError, CoreBank, LotrConfig, Task, UnknownTaskError
+from lotr import CheckpointError, ConfigError, CoreBank, LotrConfig, UnknownTaskError
 from lotr.files.adapter_folder import BASIS_WEIGHTS, WEIGHTS
 from tuner_contract import outputs
 
@@ -29,7 +29,7 @@ NAMES = [
     "%",
     "[red]",
     "nul",
-    "." * 300,
+    "." * 200,
 ]
 
 
@@ -80,7 +80,22 @@ def test_names_are_data(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"bank", "basis", *(f"out-{n}" for n in range(len(NAMES)))}
 
 
-@pytest.mark.parametrize("name", ["", "  ", "a\nb", "a\x00b", "\x1b[31m", "\ud800", 3, None])
+NO_NAMES = [
+    "",
+    "  ",
+    "a\nb",
+    "a\x00b",
+    "\x1b[31m",
+    "\ud800",
+    "a\u202eb",
+    "a\u2066b",
+    "a\u200bb",
+    "\ufeffa",
+    "a\u2028b",
+]
+
+
+@pytest.mark.parametrize("name", [*NO_NAMES, "x" * 201, "x" * 2**20, 3, None])
 def test_a_name_that_no_table_can_show_is_refused(tmp_path: Path, name: object) -> None:
     bank = banks.bank(tmp_path, tasks=1)
     with pytest.raises(ConfigError, match="cannot be called"):
@@ -90,13 +105,6 @@ def test_a_name_that_no_table_can_show_is_refused(tmp_path: Path, name: object) 
     with pytest.raises(UnknownTaskError, match="no task"):
         bank.get(name)  # type: ignore[arg-type]
     assert name not in bank and list(bank.names()) == ["task-0"]
-
-
-def test_more_names_than_a_page_are_all_listed(tmp_path: Path) -> None:
-    bank = banks.bank(tmp_path)
-    one = banks.task(bank, "x")
-    bank.add_many(replace(one, name=f"{n:04d}", head={}) for n in range(2100))
-    assert list(bank.names()) == [f"{n:04d}" for n in range(2100)] and len(bank) == 2100
 
 
 def test_what_is_taken_is_replaced_only_when_asked(tmp_path: Path) -> None:
@@ -124,20 +132,18 @@ def test_tasks_are_renamed_and_removed(tmp_path: Path) -> None:
     assert bank.get("другая").metadata["seed"] == 1 and "task-1" not in bank
     with pytest.raises(ConfigError, match="'task-2' already"):
         bank.rename("task-0", "task-2")
-    with pytest.raises(UnknownTaskError, match=r"no task 'nothing'.*task-0"):  # which is still there
+    with pytest.raises(UnknownTaskError, match="no task 'nothing'"):
         bank.remove("task-0", "nothing")
-    bank.remove("task-0", "другая")
+    bank.remove("task-0", "другая")  # which are both still there
     assert list(bank.names()) == ["task-2"] and bank.verify()["ok"]
-    banks.task(bank, "x")
     assert bank.stats()["tasks"] == 1
 
 
 def test_an_unknown_name_shows_near_ones(tmp_path: Path) -> None:
     bank = banks.bank(tmp_path, tasks=40)
-    with pytest.raises(UnknownTaskError, match=r"no task 'task-400'. Near matches: .*task-4"):
-        bank.get("task-400")
-    with pytest.raises(LookupError, match="`lotr bank list` shows"):
-        bank.get("zzz")
+    for name, says in (("task-400", "Near matches: .*task-4"), ("zzz", "`lotr bank list` shows")):
+        with pytest.raises(UnknownTaskError, match=f"no task '{name}'. {says}"):
+            bank.get(name)
 
 
 def test_a_bank_opened_for_reading_is_not_written(tmp_path: Path) -> None:
@@ -148,26 +154,16 @@ def test_a_bank_opened_for_reading_is_not_written(tmp_path: Path) -> None:
             write()
 
 
-def test_a_bank_tells_what_it_is(tmp_path: Path) -> None:
+def test_a_bank_tells_what_it_is_and_travels_to_another_process(tmp_path: Path) -> None:
     bank = banks.bank(tmp_path, tasks=2)
-    text = repr(bank)
-    assert str(tmp_path / "bank") in text and "2 tasks of 96 numbers, 384 bytes each in float32" in text
-
-
-def test_a_bank_travels_to_another_process(tmp_path: Path) -> None:
-    bank = banks.bank(tmp_path, tasks=1)
-    assert torch.equal(pickle.loads(pickle.dumps(bank)).get("task-0").numbers, bank.get("task-0").numbers)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_tasks_take_little_more_than_their_numbers(tmp_path: Path, dtype: str) -> None:
-    bank = banks.bank(tmp_path, dtype=dtype, r=16)
-    bank.add_many(Task(f"task-{n}", torch.randn(bank.layout.size)) for n in range(2000))
-    bank.close()
-    found = CoreBank.open(tmp_path / "bank").stats()
-    assert found["bytes_of_numbers"] == 2000 * bank.task_bytes
-    assert found["bytes_of_tasks"] == (tmp_path / "bank" / "tasks.sqlite").stat().st_size
-    assert 1 < found["over_the_numbers"] < 1.15
+    numbers = bank.get("task-0").numbers
+    for same in (bank, pickle.loads(pickle.dumps(bank))):
+        assert f"{tmp_path / 'bank'}': 2 tasks of 96 numbers, 384 bytes each in float32" in repr(same)
+        assert torch.equal(same.get("task-0").numbers, numbers)
+        same.close()
+    counted = CoreBank.open(tmp_path / "bank").stats()
+    assert counted["bytes_of_numbers"] == 2 * bank.task_bytes
+    assert counted["bytes_of_tasks"] == (tmp_path / "bank" / "tasks.sqlite").stat().st_size
 
 
 # ---- adapters in and out
@@ -330,14 +326,14 @@ def test_another_base_model_is_refused(tmp_path: Path) -> None:
     paths = [target["path"] for target in read_adapter(folder).config["targets"]]
     write_task(folder, {"base_model": "pico", "base_fingerprint": fingerprint(bert(), paths)})
     bank = CoreBank.create(tmp_path / "bank", folder)
-    bank.check_base(bert())
+    bank.basis.check_base(bert())
     other = bert()
     with torch.no_grad():
         other.get_submodule(paths[0]).weight[0, 0] += 1
     with pytest.raises(CheckpointError, match=r"is for \('pico'\): fingerprint \w{16}, not \w{16}"):
-        bank.check_base(other)
+        bank.basis.check_base(other)
     with pytest.raises(CheckpointError, match="another structure"):
-        bank.check_base(gpt2())
+        bank.basis.check_base(gpt2())
     task = banks.stirred(bank.config)
     task.save_pretrained(tmp_path / "task")
     write_task(tmp_path / "task", {"base_model": "other", "base_fingerprint": "0" * 16})
@@ -348,9 +344,9 @@ def test_another_base_model_is_refused(tmp_path: Path) -> None:
 def test_a_new_task_trains_cores_on_the_factors_of_the_bank(tmp_path: Path) -> None:
     bank = banks.bank(tmp_path)
     model = get_peft_model(bert(), bank.config)
-    factors = {key: tensor for key, tensor in bank.basis_tensors().items() if "lotr_U" in key}
+    factors = {key: tensor for key, tensor in bank.basis.factors().items() if "lotr_U" in key}
     mine = {name.replace(".default", ""): p for name, p in model.named_parameters()}
     assert factors and all(torch.equal(mine[key], tensor) for key, tensor in factors.items())
     trained = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and ".lotr_" in n)
     assert trained == bank.layout.size
-    assert load_file(tmp_path / "bank" / BASIS_WEIGHTS).keys() == bank.basis_tensors().keys()
+    assert load_file(tmp_path / "bank" / BASIS_WEIGHTS).keys() == bank.basis.factors().keys()

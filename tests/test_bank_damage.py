@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import banks
 from lotr import CheckpointError, ConfigError, CoreBank, LotrError, Task
-from lotr.bank.layout import BANK, TASKS
+from lotr.bank.basis import BANK, TASKS
 from lotr.bank.recover import recover
 from lotr.bank.store import TaskStore, create_store
 from lotr.files.adapter_folder import BASIS_WEIGHTS, CONFIG
@@ -203,7 +203,7 @@ def test_a_basis_with_other_numbers_is_refused_and_tasks_stay_readable(folder: P
     save_file(tensors, folder / BASIS_WEIGHTS, metadata={"format": "pt"})
     bank = CoreBank.open(folder)
     with pytest.raises(CheckpointError, match=r"factors in basis=.*hash \w{16}, not \w{16}"):
-        bank.basis_tensors()
+        bank.basis.factors()
     with pytest.raises(CheckpointError, match="hash"):
         bank.export("task-0", folder.parent / "out")
     assert not (folder.parent / "out").exists()
@@ -259,7 +259,7 @@ def test_what_is_no_bank_is_named(tmp_path: Path) -> None:
 
 def test_a_full_disk_loses_nothing(folder: Path) -> None:
     bank = CoreBank.open(folder, writable=True)
-    with bank.store._connected() as connection:
+    with bank.store.database.connected() as connection:
         pages = connection.execute("PRAGMA page_count").fetchone()[0]
         connection.execute(f"PRAGMA max_page_count = {pages + 2}")
     with pytest.raises(
@@ -310,7 +310,7 @@ def test_a_leftover_of_an_unfinished_creation_is_no_bank(
     def fails(*args: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("lotr.bank.layout.create_store", fails)
+    monkeypatch.setattr("lotr.bank.basis.create_store", fails)
     with pytest.raises(OSError, match="no space"):
         banks.bank(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["basis"]

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from conftest import ARCHITECTURES, VOCABULARY
 from lotr import CoreBank, LotrConfig, Task
 from lotr.bank.heads import row_losses
-from lotr.errors import CheckpointError
 from test_bank_rows import alone, logits, numbers_of
 
 LABELS = {"two": 2, "five": 5, "number": 1}
@@ -121,41 +120,13 @@ def test_gradients_reach_the_own_head_alone(tmp_path: Path) -> None:
     make, path = MODELS["bert"]
     bank, inputs = with_heads(tmp_path, make(), path), ARCHITECTURES["bert"].inputs()
     model = bank.wrap(make())
-    slab = model.base_model.tasks.slab
-    slab.slots_of(list(LABELS))  # all in memory, so that the tables have their size
-    for table in slab.heads.tables.values():
-        table.requires_grad_()
+    heads = {}
+    for name in LABELS:
+        model.tasks.cache.training[name] = loaded = model.tasks.load(bank.get(name))
+        heads[name] = loaded.head.parameters["weight"].requires_grad_()
     labels = torch.tensor([1, 0, 0, 1])
-    loss = model(**inputs, labels=labels, task_ids=["two", None, "two", "two"]).loss
-    loss.backward()
-    grads = slab.heads.tables["weight"].grad.to_dense()
-    touched = {name: bool(grads[slot].any()) for name, slot in slab.slots.items()}
-    assert touched == {"two": True, "five": False, "number": False}
-    assert not grads[0].any()
-    padded = grads[slab.slots["two"]].reshape(5, -1)
-    assert padded[:2].abs().sum() > 0 and not padded[2:].any()
-
-
-def test_the_head_of_another_kind_of_model_is_refused(tmp_path: Path) -> None:
-    make, path = MODELS["bert"]
-    bank = with_heads(tmp_path, make(), path)
-    odd = {"base_model.model.score.weight": torch.randn(2, 32)}
-    bank.add(Task("odd", numbers_of(bank, 1), odd, ("a", "b"), "classification"))
-    model, inputs = bank.wrap(make()), ARCHITECTURES["bert"].inputs()
-    with pytest.raises(CheckpointError, match="head of task 'odd' is not that of this base model"):
-        logits(model, inputs, task_ids=["two", "odd", None, "two"])
-    assert torch.isfinite(logits(model, inputs, task_ids=["two", None, None, "two"])[:, :2]).all()
-
-
-def test_heads_leave_the_slab_as_they_came(tmp_path: Path) -> None:
-    make, path = MODELS["bert"]
-    bank = with_heads(tmp_path, make(), path)
-    slab = bank.wrap(make(), capacity=3).base_model.tasks.slab
-    slots = slab.slots_of(["two", "five", "number"])
-    for slot, name in zip(slots, ["two", "five", "number"], strict=True):
-        head = slab.heads.get(slot)
-        assert head.keys() == bank.get(name).head.keys()
-        assert all(torch.equal(head[key], value) for key, value in bank.get(name).head.items())
+    model(**inputs, labels=labels, task_ids=["two", None, "two", "two"]).loss.backward()
+    assert heads["two"].grad.any() and heads["five"].grad is heads["number"].grad is None
 
 
 def test_row_losses_are_torchs_losses_row_by_row() -> None:

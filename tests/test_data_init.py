@@ -233,14 +233,6 @@ def test_what_shows_no_gradient_is_refused_by_name() -> None:
         lotr.init_from_data(model, [{"input_ids": tokens()}])
     with pytest.raises(ConfigError, match="A batch is a Tensor"):
         lotr.init_from_data(model, [tokens()])
-    with pytest.raises(ConfigError, match="no adapter of this library"):
-        lotr.init_from_data(bert(), _batches("bert"))
-    with pytest.raises(ConfigError, match="'other' does not exist"):
-        lotr.init_from_data(model, _batches("bert"), adapter="other")
-    model.add_adapter("other", LotrConfig(r=4, target_modules=["query"]))
-    model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(ConfigError, match="Name one of"):
-        lotr.init_from_data(model, _batches("bert"))
 
 
 class _OneUnused(nn.Module):

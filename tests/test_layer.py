@@ -132,15 +132,6 @@ def test_models_of_transformers_take_the_fused_function(
         assert set(fused) == {m for m in model.modules() if isinstance(m, LotrLinear)}, (method, trainable)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("method", ["lotr", "lotr_joint"])
-def test_checkpointing_gives_the_same_gradients(method: str, reentrant: bool) -> None:
-    model = adapted(method=method)
-    wanted = run(model, x_of())
-    model.base_model.model.run = partial(checkpoint, use_reentrant=reentrant)
-    torch.testing.assert_close(run(model, x_of()), wanted, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("kept", ["mm", "tanh"])
 def test_selective_checkpointing_gives_the_same_gradients(kept: str) -> None:
     def policy(context: object, operation: object, *args: object, **kwargs: object) -> CheckpointPolicy:

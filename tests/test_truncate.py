@@ -86,33 +86,28 @@ def test_an_energy_keeps_that_share_on_each_side_with_the_fewest_directions() ->
     assert group.after[0] <= 5 and group.kept > 0.98
 
 
-def test_what_cannot_be_truncated_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="give one of the two"):
-        lotr.truncate(_model())
-    with pytest.raises(ConfigError, match=r"energy=1\.5"):
-        lotr.truncate(_model(), energy=1.5)
-    with pytest.raises(ConfigError, match="core='tt'"):
-        lotr.truncate(_model(method="metatt_4d"), rank=2)
-    with pytest.raises(ConfigError, match="'other' does not exist"):
-        lotr.truncate(_model(), rank=2, adapter="other")
-
-
 @pytest.mark.parametrize(
-    "how, says",
+    "fields, how, says",
     [
-        ({"rank": 2.5}, r"rank=2\.5 is not a rank"),
-        ({"rank": "4"}, "rank='4' is not a rank"),
-        ({"rank": 0}, "rank=0 is not a rank"),
-        ({"rank": True}, "rank=True is not a rank"),
-        ({"rank": (2, 3, 4)}, r"rank=\(2, 3, 4\) is not a rank"),
-        ({"energy": "0.9"}, "energy='0.9' is not a share"),
-        ({"energy": True}, "energy=True is not a share"),
-        ({"energy": float("nan")}, "energy=nan is not a share"),
+        ({}, {}, "give one of the two"),
+        ({}, {"rank": 2.5}, r"rank=2\.5 is not a rank"),
+        ({}, {"rank": "4"}, "rank='4' is not a rank"),
+        ({}, {"rank": 0}, "rank=0 is not a rank"),
+        ({}, {"rank": True}, "rank=True is not a rank"),
+        ({}, {"rank": (2, 3, 4)}, r"rank=\(2, 3, 4\) is not a rank"),
+        ({}, {"energy": 1.5}, r"energy=1\.5 is not a share"),
+        ({}, {"energy": "0.9"}, "energy='0.9' is not a share"),
+        ({}, {"energy": True}, "energy=True is not a share"),
+        ({}, {"energy": float("nan")}, "energy=nan is not a share"),
+        ({}, {"rank": 2, "adapter": "other"}, "'other' does not exist"),
+        ({"method": "metatt_4d"}, {"rank": 2}, "core='tt'"),
     ],
     ids=str,
 )
-def test_what_is_no_rank_and_no_share_is_refused(how: dict[str, Any], says: str) -> None:
-    model = _model()
+def test_what_cannot_be_truncated_is_refused_by_name(
+    fields: dict[str, Any], how: dict[str, Any], says: str
+) -> None:
+    model = _model(**fields)
     before = _deltas(model)
     with pytest.raises(ConfigError, match=says):
         lotr.truncate(model, **how)

@@ -172,12 +172,6 @@ def test_generating_with_a_cache_gives_the_same_tokens(make: Any, target: str) -
 # ---- sums
 
 
-def test_concatenating_is_the_weighted_sum_of_the_updates(model: PeftModel) -> None:
-    model.add_weighted_adapter(["a", "b"], [0.7, -2.0], "sum", combination_type="cat")
-    torch.testing.assert_close(deltas(model, "sum"), 0.7 * deltas(model, "a") - 2.0 * deltas(model, "b"))
-    assert next(linears(model)).lotr_C["sum"].weight.shape == (8, 8)
-
-
 def test_adapters_with_the_same_factors_are_added_without_growing(model: PeftModel) -> None:
     model.add_adapter("c", config(0))
     with torch.no_grad():
@@ -213,13 +207,6 @@ def test_adapters_on_different_modules_are_not_added(model: PeftModel) -> None:
         model.add_weighted_adapter(["a", "c"], [1.0, 1.0], "new", "cat")
 
 
-def test_a_sum_that_outgrows_its_block_leaves_the_model(model: PeftModel) -> None:
-    model.add_adapter("c", config(r=30))
-    with pytest.raises(ValueError, match="add up to"):
-        model.add_weighted_adapter(["a", "c"], [1.0, 1.0], "new", "cat")
-    assert "new" not in model.peft_config
-
-
 def test_ranks_of_single_modules_add_up_too() -> None:
     model = get_peft_model(bert(), config(rank_pattern={"value": 2}), adapter_name="a")
     model.add_adapter("b", config(1, rank_pattern={"value": 6}))
@@ -228,17 +215,6 @@ def test_ranks_of_single_modules_add_up_too() -> None:
 
 
 # ---- swapping
-
-
-def test_hot_swapping_gives_the_output_of_the_new_adapter(tmp_path: Path) -> None:
-    new = get_peft_model(bert(), config(1, scaling=0.5)).eval()
-    new.save_pretrained(tmp_path)
-    model = get_peft_model(bert(), config(0)).eval()
-    parameters = dict(model.named_parameters())
-    assert not torch.equal(outputs(model, INPUTS), outputs(new, INPUTS))
-    hotswap_adapter(model, str(tmp_path), adapter_name="default", torch_device="cpu")
-    torch.testing.assert_close(outputs(model, INPUTS), outputs(new, INPUTS))
-    assert all(parameters[name] is p for name, p in model.named_parameters())
 
 
 def test_hot_swapping_another_rank_is_refused(tmp_path: Path) -> None:

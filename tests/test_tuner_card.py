@@ -6,8 +6,8 @@ from pathlib import Path
 
 from peft import get_peft_model
 
-from conftest import bert, tokens, vit
-from lotr import LotrConfig, plan
+from conftest import bert, tokens
+from lotr import LotrConfig
 
 
 def test_the_card_that_peft_writes_says_how_to_load(tmp_path: Path) -> None:
@@ -26,10 +26,6 @@ def test_disabling_a_merged_adapter_leaves_a_regular_status() -> None:
     with model.disable_adapter():
         model(input_ids=tokens())
     assert model.get_model_status().merged_adapters == []
-
-
-def test_a_vision_transformer_has_default_targets() -> None:
-    assert set(plan(vit(), LotrConfig(r=2)).groups[0].projections) <= {"q_proj", "v_proj"}
 
 
 def test_the_card_of_cores_names_their_basis_and_no_folder_of_this_machine(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import lotr
 from conftest import ARCHITECTURES, bert, gpt2, t5, tokens
 from lotr import CheckpointError, LotrConfig, inspect
 from tuner_contract import outputs
@@ -300,16 +301,14 @@ def test_an_adapter_of_another_architecture_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_loaded_adapter_keeps_the_order_of_modules_that_it_was_made_in(tmp_path: Path) -> None:
-    from lotr.tuner.targets import in_recorded_order, plan
-
-    made = LotrConfig(r=4, target_modules=["query", "value"], method="tenslora_qkv", init_weights=False)
-    model = get_peft_model(bert(), made)
-    model.save_pretrained(tmp_path)
+    adapted(method="tenslora_qkv").save_pretrained(tmp_path)
     loaded = LotrConfig.from_pretrained(tmp_path)
-    targets = list(loaded.recorded_plan().targets)
-    assert in_recorded_order(targets[::-1], loaded) == targets
-    assert in_recorded_order(targets[:0:-1], loaded) == targets[:0:-1]  # another set of modules: left alone
-    assert plan(bert(), loaded).targets == tuple(targets)
+    targets = loaded.recorded_plan().targets
+    assert lotr.plan(bert(), loaded).targets == targets
+    loaded.targets = loaded.targets[::-1]
+    assert lotr.plan(bert(), loaded).targets == targets[::-1]
+    loaded.targets = loaded.targets[1:]  # another set of modules: left alone
+    assert lotr.plan(bert(), loaded).targets == targets
 
 
 def test_a_head_alone_is_an_adapter_of_any_method() -> None:

@@ -26,10 +26,11 @@ def test_any_row_can_be_swapped_in_place(make: Any, row: str, tmp_path: Path) ->
     other.save_pretrained(tmp_path)
     expected = outputs(other.eval(), INPUTS)
     model = get_peft_model(make(), config(0, **options)).eval()
-    before = outputs(model, INPUTS)
-    assert (before - expected).abs().max() > 1e-4
+    parameters = dict(model.named_parameters())
+    assert (outputs(model, INPUTS) - expected).abs().max() > 1e-4
     hotswap_adapter(model, str(tmp_path), adapter_name="default", torch_device="cpu")
     torch.testing.assert_close(outputs(model, INPUTS), expected, atol=1e-6, rtol=1e-5)
+    assert all(parameters[name] is p for name, p in model.named_parameters())
 
 
 def test_norms_kept_of_frozen_factors_are_not_swapped_behind_their_back(tmp_path: Path) -> None:

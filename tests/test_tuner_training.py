@@ -60,21 +60,18 @@ def test_a_resumed_run_ends_with_the_numbers_of_an_uninterrupted_one(tmp_path: P
         assert not torch.equal(end[name], start[name]), name
 
 
-def test_training_lowers_the_loss_and_leaves_the_base(tmp_path: Path) -> None:
+def test_the_trainer_lowers_the_loss_leaves_the_base_and_holds_every_shared_number_once(
+    tmp_path: Path,
+) -> None:
     trainer = _trainer(tmp_path, max_steps=40, save_strategy="no")
     before = {n: p.clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.8 * losses[0]
     assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n in before)
-
-
-def test_the_optimiser_holds_every_shared_number_once(tmp_path: Path) -> None:
-    trainer = _trainer(tmp_path)
-    trainer.create_optimizer()
-    held = [p for group in trainer.optimizer.param_groups for p in group["params"]]
-    assert len(held) == len({id(p) for p in held})
-    assert sum(p.numel() for p in held) == trainer.model.get_nb_trainable_parameters()[0]
+    optimised = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert len(optimised) == len({id(p) for p in optimised})
+    assert sum(p.numel() for p in optimised) == trainer.model.get_nb_trainable_parameters()[0]
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -99,17 +96,14 @@ def test_gradients_of_shared_factors_are_sums_over_the_layers() -> None:
         for group in every.values():
             group.lotr_U["default"].weight.copy_(one.lotr_U["default"].weight)
             group.lotr_V["default"].weight.copy_(one.lotr_V["default"].weight)
-        for (_, mine), (_, theirs) in zip(_cores(alone), _cores(shared), strict=True):
+        cores = ([p for n, p in m.named_parameters() if "lotr_C" in n] for m in (alone, shared))
+        for mine, theirs in zip(*cores, strict=True):
             mine.copy_(theirs)
     for model in (shared, alone):
         model(input_ids=tokens()).logits.square().sum().backward()
     for factor in ("lotr_U", "lotr_V"):
         total = sum(getattr(group, factor)["default"].weight.grad for group in every.values())
         torch.testing.assert_close(getattr(one, factor)["default"].weight.grad, total)
-
-
-def _cores(model: PeftModel) -> list[tuple[str, torch.nn.Parameter]]:
-    return [(n, p) for n, p in model.named_parameters() if "lotr_C" in n]
 
 
 @pytest.mark.parametrize("make, target", [(bert, "query"), (gpt2, "c_attn")])

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from .inspection import Inspection
+from .inspection import Inspection, SiteReport
 
-_BLUE, _ORANGE, _GREY = "#3b6fb6", "#d9822b", "#8a8f98"
+_BLUE, _ORANGE = "#3b6fb6", "#d9822b"
 # without a date or a version in it, equal content gives equal bytes
 _PLAIN = {"Software": None}
 
@@ -76,93 +76,38 @@ def confusion(counts: np.ndarray, labels: Sequence[str], path: Path) -> None:
     _save(figure, path)
 
 
-def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, path: Path) -> None:
-    """Draw one number a layer and projection; places without a site stay white.
-
-    Args:
-        values: Shape `(rows, columns)`, NaN where there is nothing.
-        rows: Names of the layers.
-        columns: Names of the projections.
-        title: What the numbers are.
-        path: PNG file.
-    """
-    figure = _figure(max(4.0, 0.8 * len(columns) + 2.6), max(2.4, 0.28 * len(rows) + 1.8))
-    axis = figure.subplots()
-    image = axis.imshow(values, cmap="viridis", aspect="auto", vmin=0)
-    axis.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
-    axis.set_yticks(range(len(rows)), rows)
-    axis.set_ylabel("layer")
-    axis.set_title(title)
-    figure.colorbar(image, ax=axis)
-    _save(figure, path)
-
-
-def by_place(
-    places: Sequence[tuple[str, str]],
-    values: Sequence[float],
-    title: str,
-    path: Path,
-    together: Any = np.mean,
-) -> None:
-    """Draw a heat map of one number a site.
-
-    Args:
-        places: Layer and projection of each site.
-        values: One number a site.
-        title: What the numbers are.
-        path: PNG file.
-        together: Joins the numbers of sites of one place, as heads are.
-    """
-    layers = sorted({layer for layer, _ in places}, key=_natural)
-    projections = list(dict.fromkeys(projection for _, projection in places))
-    grid = np.full((len(layers), len(projections)), np.nan)
-    for layer, projection in set(places):
-        here = [value for place, value in zip(places, values, strict=True) if place == (layer, projection)]
-        grid[layers.index(layer), projections.index(projection)] = together(here)
-    heat_map(grid, layers, projections, title, path)
-
-
 def draw(inspection: Inspection, path: Path) -> None:
-    """Draw the norms of the updates by layer and projection.
+    """Draw the norms of the updates, one number a layer and projection.
 
     Args:
         inspection: See `lotr.inspect`.
         path: PNG file.
     """
-    places = [(site.layer, site.projection) for site in inspection.sites]
-    norms = [site.norm for site in inspection.sites]
-    by_place(places, norms, "norm of the update, ‖ΔW‖", path, together=np.linalg.norm)
+    layers, projections, norms = norms_by_place(inspection.sites)
+    figure = _figure(max(4.0, 0.8 * len(projections) + 2.6), max(2.4, 0.28 * len(layers) + 1.8))
+    axis = figure.subplots()
+    image = axis.imshow(norms, cmap="viridis", aspect="auto", vmin=0)
+    axis.set_xticks(range(len(projections)), projections, rotation=30, ha="right")
+    axis.set_yticks(range(len(layers)), layers)
+    axis.set_ylabel("layer")
+    axis.set_title("norm of the update, ‖ΔW‖")
+    figure.colorbar(image, ax=axis)
+    _save(figure, path)
+
+
+def norms_by_place(sites: Sequence[SiteReport]) -> tuple[list[str], list[str], np.ndarray]:
+    """Return layers, projections, and the norm of the updates in each, NaN where there is no site.
+
+    Heads of one layer and projection are blocks of one matrix: their norms are joined.
+    """
+    layers = sorted({site.layer for site in sites}, key=_natural)
+    projections = list(dict.fromkeys(site.projection for site in sites))
+    squares = np.full((len(layers), len(projections)), np.nan)
+    for site in sites:
+        at = layers.index(site.layer), projections.index(site.projection)
+        squares[at] = np.nan_to_num(squares[at]) + site.norm**2
+    return layers, projections, np.sqrt(squares)
 
 
 def _natural(path: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.split(".")]
-
-
-def score_by_name(
-    names: Sequence[str], sizes: Sequence[int], scores: Sequence[float], error: float, axis: str, path: Path
-) -> None:
-    """Draw one line a method, the smallest at the bottom: its score with an error bar, its size beside its name.
-
-    Args:
-        names: Methods.
-        sizes: Trained numbers; a method without any is drawn as a line through all.
-        scores: Scores.
-        error: Standard error of a score.
-        axis: Label of the score.
-        path: PNG file.
-    """
-    order = sorted((at for at in range(len(names)) if sizes[at]), key=lambda at: sizes[at])
-    figure = _figure(7.2, 0.24 * len(order) + 1.2)
-    plot = figure.subplots()
-    for height, at in enumerate(order):
-        colour = _BLUE if names[at].startswith("lotr") else _ORANGE if names[at].startswith("peft") else _GREY
-        plot.errorbar(scores[at], height, xerr=error, fmt="o", color=colour, capsize=2)
-    for at in range(len(names)):
-        if not sizes[at]:
-            plot.axvline(scores[at], color=_GREY, linestyle="--")
-            plot.text(scores[at], len(order) - 0.3, f" {names[at]}", color=_GREY)
-    plot.set_yticks(range(len(order)), [f"{names[at]}   {sizes[at]:,}" for at in order])
-    plot.set_xlabel(axis)
-    plot.grid(axis="x", alpha=0.3)
-    plot.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)

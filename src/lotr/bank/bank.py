@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
-from ..files.adapter_folder import fingerprint, read_adapter
+from ..errors import CheckpointError, ConfigError
+from ..files.adapter_folder import read_adapter
 from ..tuner.config import LotrConfig
-from ..tuner.saved_adapter import read_basis, read_saved
 from . import recover, transfer
-from .layout import TASKS, Description, Layout, create_folder
+from .basis import TASKS, Basis, create_folder
 from .store import TaskStore
-from .task import Task, check_name, to_record, to_tasks
-
-if TYPE_CHECKING:
-    from .wrap import BankModel
+from .task import Task, check_name, head_form, to_record, to_task
+from .wrap import BankModel, wrap
 
 
 class CoreBank:
     """One basis, and tasks that differ in their cores (and heads) alone: `ΔW_{t,s} = σ · U · C_{t,s} · Vᵀ`.
 
     Make one with `CoreBank.create`, open one with `CoreBank.open`. Opening reads no task.
+
+    Attributes:
+        layout: Which numbers a task has, in which order.
+        base_model: Name or path of the base model, where the basis told one.
+        dtype: Type in which tasks are kept.
+        task_bytes: Bytes of the numbers of one task.
 
     Example:
         >>> import tempfile, lotr, torch
@@ -44,22 +46,15 @@ class CoreBank:
     """
 
     def __init__(self, path: Path, writable: bool = False) -> None:
-        self.path = path
-        self.description = Description.read(path)
-        saved = read_saved(path)
-        self._config, self.plan = saved.config, saved.plan
-        self.layout = Layout.of(self.plan)
+        self.path, self.basis = path, Basis(path)
+        self.plan, self.layout = self.basis.plan, self.basis.layout
+        self.description = known = self.basis.description
+        self.base_model, self.dtype, self.task_bytes = known.base_model, known.dtype, known.task_bytes
         self.store = TaskStore(path / TASKS, writable)
-        if self.description.layout != self.layout.to_list():
-            raise CheckpointError(
-                f"{path}: bank.json tells of {self.description.numbers} numbers a task, and adapter_config.json beside "
-                f"it of {self.layout.size}, or of the same in another order. They were put together from different "
-                "banks."
-            )
-        if self.description.basis_hash != self.store.basis_hash:
+        if known.basis_hash != self.store.basis_hash:
             raise CheckpointError(
                 f"The tasks in {path / TASKS} belong to a basis with hash {self.store.basis_hash}, and bank.json tells "
-                f"of {self.description.basis_hash}. The files were put together from different banks."
+                f"of {known.basis_hash}. The files were put together from different banks."
             )
 
     @classmethod
@@ -88,7 +83,7 @@ class CoreBank:
         return cls(Path(path), writable)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CoreBank, (self.path, self.store.writable)
+        return CoreBank, (self.path, self.store.database.writable)
 
     def __repr__(self) -> str:
         return (
@@ -98,7 +93,7 @@ class CoreBank:
 
     def close(self) -> None:
         """Let go of the files."""
-        self.store.close()
+        self.store.database.close()
 
     def __enter__(self) -> CoreBank:
         return self
@@ -107,60 +102,13 @@ class CoreBank:
         self.close()
 
     @property
-    def base_model(self) -> str | None:
-        """Name or path of the base model, where the basis told one."""
-        return self.description.base_model
-
-    @property
-    def dtype(self) -> str:
-        """Type in which tasks are kept."""
-        return self.description.dtype
-
-    @property
-    def task_bytes(self) -> int:
-        """Bytes of the numbers of one task."""
-        return self.description.task_bytes
-
-    @property
     def config(self) -> LotrConfig:
         """Configuration of a new task on this basis, for `get_peft_model`: its factors are the bank's."""
-        config = copy.copy(self._config)
-        config.basis, config.basis_hash = str(self.path.resolve()), self.description.basis_hash
-        config.trainable, config.inference_mode = "cores", False
-        return config
-
-    def basis_tensors(self) -> dict[str, Tensor]:
-        """Return `U` and `V` (transposed) of every group, by their key in an adapter's file.
-
-        Raises:
-            CheckpointError: They are damaged, or of another bank.
-        """
-        return read_basis(self.config)
-
-    def check_base(self, model: nn.Module) -> None:
-        """Refuse a bare base model whose adapted weights are others than those that the basis was made for.
-
-        Raises:
-            CheckpointError: The message names both.
-        """
-        name, expected = self.base_model, self.description.base_fingerprint
-        try:
-            actual = fingerprint(model, [target.path for target in self.plan.targets])
-        except AttributeError as error:
-            raise CheckpointError(
-                f"The bank in {self.path} is for {name!r}, and this model has another structure: {error}."
-            ) from None
-        if expected and actual and expected != actual:
-            raise CheckpointError(
-                f"The weights of this model are not those that the bank in {self.path} is for ({name!r}): "
-                f"fingerprint {actual}, not {expected}. Load the right base model."
-            )
+        return self.basis.config
 
     def wrap(self, base: nn.Module, capacity: int | str = 1024) -> BankModel:
         """Put the bank on its base model: every row of a batch uses a task of its own; see `lotr.bank.wrap.wrap`."""
-        from .wrap import wrap
-
-        return wrap(self, base, capacity)
+        return wrap(self.basis, base, capacity)
 
     def __len__(self) -> int:
         return len(self.store)
@@ -170,29 +118,23 @@ class CoreBank:
 
     def names(self) -> Iterator[str]:
         """Yield the names of all tasks in the order of their characters, without reading a task."""
-        page = self.store.names(limit=1000)
-        while page:
-            yield from page
-            page = self.store.names(after=page[-1], limit=1000)
+        return iter(self.store.names())
 
     def get(self, name: str) -> Task:
-        """Return a task, its numbers in float32; see `read`."""
-        return self.read([name])[1][0]
-
-    def read(self, names: Sequence[str]) -> tuple[Tensor, list[Task]]:  # (n, size)
-        """Return many tasks.
-
-        Args:
-            names: Their names, in any order.
-
-        Returns:
-            Their numbers in float32, shape `(n, size)`, and the tasks, whose numbers are rows of it.
+        """Return a task, its numbers in float32.
 
         Raises:
-            UnknownTaskError: There is none of one of the names.
-            CheckpointError: One of them is damaged; the others stay readable.
+            UnknownTaskError: There is none of this name.
+            CheckpointError: It is damaged; the others stay readable.
         """
-        return to_tasks([self.store.read(name) for name in names], self.layout.size)
+        return to_task(self.store.read(name), self.layout.size)
+
+    def read(self, names: Sequence[str]) -> tuple[Tensor, list[Task]]:  # (n, size)
+        """Return the numbers of tasks in float32, shape `(n, size)`, and the tasks, in the order of the names."""
+        tasks = [self.get(name) for name in names]
+        return torch.stack([task.numbers for task in tasks]) if tasks else torch.empty(
+            0, self.layout.size
+        ), tasks
 
     def add(self, task: Task, *, replace: bool = False) -> float:
         """Add a task; once this returns, it is on the disk.
@@ -212,13 +154,26 @@ class CoreBank:
 
     def add_many(self, tasks: Iterable[Task], *, replace: bool = False) -> float:
         """Add all of the tasks or, when one of them cannot be, none; returns the largest error of rounding."""
-        worst = 0.0
-        with self.store.transaction():
+        worst, other = 0.0, None
+        with self.store.database.transaction():
             for task in tasks:
                 record = to_record(task, self.layout.size, self.dtype)
+                if task.head:
+                    other = self._check_head(task, other)
                 self.store.write(record, replace)
                 worst = max(worst, record.error)
         return worst
+
+    def _check_head(self, task: Task, other: Task | None) -> Task:
+        """Refuse a head unlike those of other tasks; returns the task, for the next one."""
+        if other is None and (record := self.store.with_head(task.name)) is not None:
+            other = to_task(record, self.layout.size)
+        if other is not None and head_form(task.head) != head_form(other.head):
+            raise ConfigError(
+                f"The head of task {task.name!r} is {head_form(task.head)}, and that of task {other.name!r} is "
+                f"{head_form(other.head)}. Tasks of a bank have one base model: train it on that, or remove the other."
+            )
+        return task
 
     def add_adapter(self, name: str, adapter: str | Path, *, replace: bool = False, **metadata: Any) -> float:
         """Add an adapter that was saved on this basis (or is the basis itself); see `add` and `from_adapter`."""
@@ -226,7 +181,7 @@ class CoreBank:
 
     def from_adapter(self, name: str, adapter: str | Path, **metadata: Any) -> Task:
         """Return a saved adapter as a task of this bank, without adding it. See `transfer.task_of`."""
-        return transfer.task_of(self, name, read_adapter(adapter), metadata)
+        return transfer.task_of(self.basis, name, read_adapter(adapter), metadata)
 
     def export(
         self,
@@ -238,7 +193,7 @@ class CoreBank:
         overwrite: bool = False,
     ) -> dict[str, Any]:
         """Write a task as an adapter that stands alone or refers to this bank, or as LoRA. See `transfer.export`."""
-        return transfer.export(self, name, Path(output), as_lora, refer, overwrite)
+        return transfer.export(self.basis, self.get(name), Path(output), as_lora, refer, overwrite)
 
     def remove(self, *names: str) -> None:
         """Remove tasks, damaged or not: all of those named, or none.
@@ -246,9 +201,9 @@ class CoreBank:
         Raises:
             UnknownTaskError: There is none of one of the names.
         """
-        with self.store.transaction():
-            for number in [self.store.id_of(name) for name in names]:  # all, before any is gone
-                self.store.remove_id(number)
+        with self.store.database.transaction():
+            for name in dict.fromkeys(names):
+                self.store.remove(name)
 
     def rename(self, old: str, new: str) -> None:
         """Give a task another name.
@@ -258,7 +213,7 @@ class CoreBank:
             ConfigError: There is a task `new`, or it cannot be a name.
             CheckpointError: The task is damaged.
         """
-        with self.store.transaction():
+        with self.store.database.transaction():
             self.store.rename(old, check_name(new))
 
     def about(self, name: str) -> dict[str, Any]:
@@ -269,7 +224,7 @@ class CoreBank:
             CheckpointError: It is damaged.
         """
         record = self.store.read(name)
-        _, (task,) = to_tasks([record], self.layout.size)
+        task = to_task(record, self.layout.size)
         return {
             "name": task.name,
             "task": task.task,
@@ -291,13 +246,11 @@ class CoreBank:
         rows: list[dict[str, Any]] = []
         for name in self.store.names(after, limit):
             try:
-                record = self.store.read(name)
+                task = self.about(name)
             except CheckpointError:
-                rows.append({"name": name, "kind": "damaged", "classes": "", "created": ""})
-                continue
-            about = json.loads(record.about)
-            kind, classes = about.get("task", ""), len(about.get("labels", ())) or ""
-            rows.append({"name": name, "kind": kind, "classes": classes, "created": _time(record.created)})
+                task = {"task": "damaged", "labels": (), "created": ""}
+            kind, classes = task["task"] or "", len(task["labels"]) or ""
+            rows.append({"name": name, "kind": kind, "classes": classes, "created": task["created"]})
         return rows
 
     def stats(self) -> dict[str, Any]:
@@ -322,7 +275,7 @@ class CoreBank:
 
     def verify(self, tick: Callable[[int, int], None] | None = None) -> dict[str, Any]:
         """Read everything and report all that is damaged. See `recover.verify`."""
-        return recover.verify(self, tick)
+        return recover.verify(self.basis, self.store, tick)
 
 
 def _time(seconds: float) -> str:

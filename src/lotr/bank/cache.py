@@ -1,139 +1,148 @@
-"""The tasks of a bank that are in memory: one row of numbers each, the least recently used out first."""
+"""The tasks of a bank that are in memory, as the bank has them now; the least recently used make place."""
 
 from __future__ import annotations
 
 import re
+import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
-from .task import BASE, Task
+from .heads import Head
+from .store import TaskStore
+from .task import Record
 
-if TYPE_CHECKING:
-    from .bank import CoreBank
-    from .heads import Heads
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
 
-class Slab:
-    """Numbers of tasks in one preallocated tensor; slot 0 is all zeros, which is no task.
-
-    A task is read when it is first used. With a full slab the least recently used one makes place.
+@dataclass(frozen=True)
+class LoadedTask:
+    """What a batch needs of a task. It never changes, so a call that has it is not touched by what the cache does.
 
     Args:
-        bank: Where tasks are read from.
-        capacity: Tasks in memory, at least those of one batch.
-        dtype: Type of the numbers in memory.
-        device: Where they are.
-        heads: What is kept beside the numbers of a task.
+        numbers: Of its cores, `(size,)`, where and in the type that the model needs them.
+        head: Its own head, where it has one.
+    """
+
+    numbers: Tensor
+    head: Head | None = None
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All tensors."""
+        return [self.numbers, *(self.head.parameters.values() if self.head is not None else ())]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return sum(tensor.nbytes for tensor in self.parameters)
+
+
+class TaskCache:
+    """The tasks in memory.
+
+    Every look at it asks SQLite whether anything was committed since, by whichever handle or process; then a task is
+    used only where its checksum is still the same.
+
+    Args:
+        store: Where tasks are read from; its connection is used for nothing else, so that it sees all commits.
+        capacity: Tasks, or bytes with a unit: `"256MB"`, `"1GiB"`.
+        bytes_a_task: Bytes of a usual task.
 
     Attributes:
-        numbers: Shape `(capacity + 1, size)`.
-        slots: Task → its slot, the least recently used first.
-    """
-
-    def __init__(
-        self,
-        bank: CoreBank,
-        capacity: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | None = None,
-        heads: Heads | None = None,
-    ) -> None:
-        self.bank, self.capacity, self.heads = bank, capacity, heads
-        self.numbers = torch.zeros(capacity + 1, bank.layout.size, dtype=dtype, device=device)
-        self.slots: OrderedDict[str, int] = OrderedDict()
-        self._free = list(range(capacity, 0, -1))
-
-    def slots_of(self, names: Sequence[str | None]) -> list[int]:
-        """Return the slot of each row's task, reading those that are not in memory.
-
-        Args:
-            names: A task a row, in any order; `None` or `"__base__"` for none.
-
-        Raises:
-            ConfigError: A batch has more tasks than the slab holds.
-            CheckpointError: A task does not exist or is damaged. No task in memory is lost.
-        """
-        needed = dict.fromkeys(name for name in names if name is not None and name != BASE)
-        if len(needed) > self.capacity:
-            raise ConfigError(
-                f"A batch with {len(needed)} tasks does not fit: capacity={self.capacity} tasks are kept in memory. "
-                "Raise the capacity, or make smaller batches."
-            )
-        missing = [name for name in needed if name not in self.slots]
-        if missing:
-            self.put(self.bank.read(missing)[1], needed)
-        for name in needed:
-            self.slots.move_to_end(name)
-        slots: dict[str | None, int] = {None: 0, BASE: 0, **{name: self.slots[name] for name in needed}}
-        return [slots[name] for name in names]
-
-    @torch.no_grad()
-    def put(self, tasks: Sequence[Task], needed: dict[str, None]) -> None:
-        """Write tasks that are not in memory into slots, none of which is that of a needed task."""
-        if self.heads is not None:
-            for task in tasks:
-                self.heads.check(task)
-        for task in tasks:
-            slot = self._free.pop() if self._free else self._least_recent(needed)
-            self.numbers[slot] = task.numbers
-            if self.heads is not None:
-                self.heads.put(slot, task)
-            self.slots[task.name] = slot
-
-    def _least_recent(self, needed: dict[str, None]) -> int:
-        return self.slots.pop(next(name for name in self.slots if name not in needed))
-
-    def forget(self, names: Sequence[str] | None = None) -> None:
-        """Read tasks anew when they are next used, because they changed in the bank; default: all."""
-        for name in list(self.slots) if names is None else names:
-            if name in self.slots:
-                self._free.append(self.slots.pop(name))
-
-    def to(self, device: torch.device) -> None:
-        """Move what is in memory, when the model has moved."""
-        if self.numbers.device != device:
-            self.numbers = self.numbers.to(device)
-            if self.heads is not None:
-                self.heads.to(device)
-
-
-def take(table: Tensor, slots: Tensor) -> Tensor:  # (slots, size), (rows,) -> (rows, size)
-    """Return rows of a table; a gradient reaches only the rows that were taken, and never slot 0."""
-    return F.embedding(slots, table, padding_idx=0, sparse=table.requires_grad)
-
-
-def tasks_in(capacity: int | str, bytes_a_task: int) -> int:
-    """Return a capacity as a number of tasks.
-
-    Args:
-        capacity: Tasks, or bytes with a unit: `"256MB"`, `"1GiB"`.
-        bytes_a_task: Bytes of one task in memory.
+        capacity: Usual tasks that there is room for.
+        training: Tasks that are being trained: they are as they are here, and leave on request alone.
 
     Raises:
-        ConfigError: It is neither, or holds no task.
+        ConfigError: The capacity is neither, or holds no task.
+    """
+
+    def __init__(self, store: TaskStore, capacity: int | str, bytes_a_task: int) -> None:
+        self.store, self._given, self._bytes_a_task = store, capacity, bytes_a_task
+        self.in_bytes = isinstance(capacity, str)
+        self._room = _room(capacity)
+        self.capacity = self._room // bytes_a_task if self.in_bytes else self._room
+        if self.capacity < 1:
+            raise ConfigError(
+                f"capacity={capacity!r} holds no task; one needs {bytes_a_task:,} bytes. Use a larger number."
+            )
+        self.training: dict[str, LoadedTask] = {}
+        self._lock = (
+            threading.Lock()
+        )  # held while tasks are looked up, never while one is read or a model runs
+        self._tasks: OrderedDict[str, tuple[LoadedTask, bytes, object]] = OrderedDict()
+        self.used = 0
+
+    def __reduce__(self) -> tuple[type[TaskCache], tuple[TaskStore, int | str, int]]:
+        return TaskCache, (self.store, self._given, self._bytes_a_task)  # a copy begins empty
+
+    def get(self, names: Sequence[str], load: Callable[[Record], LoadedTask]) -> Mapping[str, LoadedTask]:
+        """Return tasks, reading those that are not in memory.
+
+        Args:
+            names: Their names, each once.
+            load: Makes a task of its record.
+
+        Raises:
+            ConfigError: There is no room for all of them.
+            CheckpointError: A task does not exist, is damaged, or does not fit the model; the others stay.
+        """
+        if self.training:
+            return {name: self.training[name] for name in names}
+        version = self.store.database.version
+        with self._lock:
+            known = {name: self._tasks[name] for name in names if name in self._tasks}
+        stale = [name for name, (_, _, seen) in known.items() if seen != version]
+        checksums = self.store.checksums(stale) if stale else {}
+        tasks, room = {}, self._room
+        for name in names:
+            task, checksum, seen = known.get(name, (None, b"", None))
+            if task is None or (seen != version and checksums.get(name) != checksum):
+                record = self.store.read(name)
+                task, checksum = load(record), record.checksum
+            tasks[name] = task, checksum, version
+            room -= self._cost(task)
+            if room < 0:
+                raise ConfigError(
+                    f"A batch with {len(names)} tasks does not fit: capacity={self._given!r} is kept in memory, and "
+                    f"task {name!r} takes {task.nbytes:,} bytes more. Raise the capacity, or make smaller batches."
+                )
+        self._keep(tasks)
+        return {name: task for name, (task, *_) in tasks.items()}
+
+    def _keep(self, tasks: Mapping[str, tuple[LoadedTask, bytes, object]]) -> None:
+        with self._lock:
+            for name, entry in tasks.items():
+                if name in self._tasks:
+                    self.used -= self._cost(self._tasks.pop(name)[0])
+                self._tasks[name] = entry
+                self.used += self._cost(entry[0])
+            while self.used > self._room:
+                self.used -= self._cost(self._tasks.popitem(last=False)[1][0])
+
+    def clear(self) -> None:
+        """Read every task anew when it is next used."""
+        with self._lock:
+            self._tasks.clear()
+            self.used = 0
+
+    def _cost(self, task: LoadedTask) -> int:
+        return task.nbytes if self.in_bytes else 1
+
+
+def _room(capacity: int | str) -> int:
+    """Return a capacity as a number, of tasks or of bytes.
 
     Example:
-        >>> tasks_in("1MB", bytes_a_task=12_288)
-        81
+        >>> _room("1.5 KiB"), _room(1000)
+        (1536, 1000)
     """
-    tasks = capacity
-    if isinstance(capacity, str):
-        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]?i?)B", capacity)
-        if match is None or match[2] not in _UNITS:
-            raise ConfigError(
-                f"capacity={capacity!r} is not understood. Use tasks (1000) or bytes ('256MB')."
-            )
-        tasks = int(float(match[1]) * _UNITS[match[2]]) // bytes_a_task
-    if not isinstance(tasks, int) or tasks < 1:
-        raise ConfigError(
-            f"capacity={capacity!r} holds no task; one needs {bytes_a_task:,} bytes. Use a larger number."
-        )
-    return tasks
+    if isinstance(capacity, int):
+        return capacity
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMG]?i?)B", str(capacity))
+    if match is None or match[2] not in _UNITS:
+        raise ConfigError(f"capacity={capacity!r} is not understood. Use tasks (1000) or bytes ('256MB').")
+    return int(float(match[1]) * _UNITS[match[2]])

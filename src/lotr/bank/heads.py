@@ -3,163 +3,96 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DataError
 from ..tuner.batch_cores import HeadRows, RowsOfCall
-from .cache import take
-
-if TYPE_CHECKING:
-    from .task import Task
+from .task import ROOT, Task, head_form, n_outputs, output_names
 
 #: Where transformers' models have the head of a task; PEFT trains and saves modules of these names in full.
 NAMES = ("classifier", "score")
-_ROOT = "base_model.model."
 
 
-class Heads:
-    """Heads of the tasks in memory, slot by slot; slot 0 has the head of the base model.
+@dataclass(frozen=True)
+class Head:
+    """A head in memory.
 
     Args:
-        path: Path of the head in the base model.
-        module: The head.
-        slots: Number of slots.
+        parameters: By their names in the head.
+        outputs: How many labels it tells, or 1.
+        regression: Whether the only output is a number.
     """
 
-    def __init__(self, path: str, module: nn.Module, slots: int) -> None:
-        self.prefix = f"{_ROOT}{path}."
-        own = {name: p.detach().float() for name, p in module.named_parameters()}
-        self.shapes = {name: tuple(p.shape) for name, p in own.items()}
-        #: Flat tables, so that their gradients are sparse: name in the head → (slots, numbers).
-        self.tables = {name: p.new_zeros(slots, p.numel()) for name, p in own.items()}
-        self.n_labels, self.regression = [0] * slots, [False] * slots
-        self._last = [*own][-1].rpartition(".")[0]  # the linear module whose outputs are the labels
-        self._write(0, own, False)
-
-    def check(self, task: Task) -> None:
-        """Refuse a head that the base model does not have.
-
-        Raises:
-            CheckpointError: The message names what is extra or missing.
-        """
-        odd = {key.removeprefix(self.prefix) for key in task.head} ^ self.shapes.keys()
-        if task.head and odd:
-            raise CheckpointError(
-                f"The head of task {task.name!r} is not that of this base model at {self.prefix[len(_ROOT) : -1]!r}: "
-                f"{', '.join(sorted(odd))} differ. Use the kind of model that the task was trained on."
-            )
-
-    def put(self, slot: int, task: Task) -> None:
-        """Write the head of a task into a slot; a task without one has the base model's."""
-        if task.head:
-            own = {key.removeprefix(self.prefix): value for key, value in task.head.items()}
-            self._write(slot, own, task.task == "regression")
-            return
-        for table in self.tables.values():
-            table[slot] = table[0]
-        self.n_labels[slot], self.regression[slot] = self.n_labels[0], False
-
-    def get(self, slot: int) -> dict[str, Tensor]:
-        """Return the head in a slot by its names in an adapter's file, without padding."""
-        head = {}
-        for name, table in self.tables.items():
-            padded = table[slot].detach().reshape(self.shapes[name])
-            rows = self.n_labels[slot] if self._is_last(name) else len(padded)
-            head[self.prefix + name] = padded[:rows].clone()
-        return head
-
-    def fresh(self, n_labels: int, seed: int) -> dict[str, Tensor]:
-        """Return a new head by its names in an adapter's file: random as transformers begins one, without a bias."""
-        generator = torch.Generator().manual_seed(seed)
-        head = {}
-        for name, shape in self.shapes.items():
-            if not self._is_last(name):
-                value = self.tables[name][0].detach().reshape(shape).cpu()
-            elif len(shape) == 1:  # a bias
-                value = torch.zeros(n_labels)
-            else:
-                value = 0.02 * torch.randn((n_labels, *shape[1:]), generator=generator)
-            head[self.prefix + name] = value
-        return head
-
-    def rows(self, slots: Sequence[int], device: torch.device) -> HeadRows:
-        """Return the heads of the rows of a batch, which have these slots."""
-        at = torch.tensor(slots, device=device)
-        parameters = {
-            name: take(table, at).unflatten(1, self.shapes[name]) for name, table in self.tables.items()
-        }
-        labels = [self.n_labels[slot] for slot in slots]
-        regression = torch.tensor([self.regression[slot] for slot in slots], device=device)
-        return HeadRows(parameters, torch.tensor(labels, device=device), regression, max(labels))
-
-    def reserve(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Make every head in memory at least as large as these shapes."""
-        for name, shape in shapes.items():
-            have = self.shapes[name]
-            need = tuple(max(a, b) for a, b in zip(have, shape, strict=True))
-            if need != have:
-                table = self.tables[name].unflatten(1, have)
-                self.tables[name] = F.pad(table, _padding(have, need)).flatten(1)
-                self.shapes[name] = need
-
-    def to(self, device: torch.device) -> None:
-        """Move the heads."""
-        self.tables = {name: table.to(device) for name, table in self.tables.items()}
-
-    @property
-    def bytes_a_task(self) -> int:
-        """Bytes of one head in memory."""
-        return sum(4 * math.prod(shape) for shape in self.shapes.values())
-
-    @torch.no_grad()
-    def _write(self, slot: int, own: dict[str, Tensor], regression: bool) -> None:
-        self.reserve({name: tuple(value.shape) for name, value in own.items()})
-        for name, value in own.items():
-            shape = self.shapes[name]
-            self.tables[name][slot] = F.pad(
-                value.to(self.tables[name]), _padding(value.shape, shape)
-            ).flatten()
-            if self._is_last(name):
-                self.n_labels[slot] = len(value)
-        self.regression[slot] = regression
-
-    def _is_last(self, name: str) -> bool:
-        return name.rpartition(".")[0] == self._last
-
-
-def _padding(have: Sequence[int], need: Sequence[int]) -> list[int]:
-    """Return what `torch.nn.functional.pad` adds to the end of every axis."""
-    return [n for a, b in reversed(list(zip(have, need, strict=True))) for n in (0, b - a)]
+    parameters: Mapping[str, Tensor]
+    outputs: int
+    regression: bool = False
 
 
 class RowHead(nn.Module):
     """A head whose parameters can be different in every row of a batch.
 
     Args:
-        head: The head of the base model, in use while no rows are selected.
+        path: Where the base model has its head.
+        head: That head, in use while no rows are selected.
         current: Tells the rows of the call that runs.
     """
 
-    def __init__(self, head: nn.Module, current: RowsOfCall) -> None:
+    def __init__(self, path: str, head: nn.Module, current: RowsOfCall) -> None:
         super().__init__()
+        self.prefix = f"{ROOT}{path}."
         self.head = head
         self.current = current
 
-    def forward(self, x: Tensor) -> Tensor:  # (m·rows, *n, in) -> (m·rows, *n, width)
+    @property
+    def of_base(self) -> Head:
+        """The head of the base model, in float32."""
+        own = {name: p.detach().float() for name, p in self.head.named_parameters()}
+        return Head(own, n_outputs(own))
+
+    def of(self, task: Task, device: torch.device) -> Head | None:
+        """Return the head of a task, in float32, or nothing where it has none.
+
+        Raises:
+            CheckpointError: It is not one of this base model.
+        """
+        if not task.head:
+            return None
+        base = self.of_base.parameters
+        form, expected = (
+            head_form(head) for head in (task.head, {self.prefix + name: p for name, p in base.items()})
+        )
+        if form != expected:
+            raise CheckpointError(
+                f"The head of task {task.name!r} is not that of this base model: it is {form}, and not {expected}. "
+                "Use the kind of model that the task was trained on."
+            )
+        own = {name: task.head[self.prefix + name].to(device, torch.float32) for name in base}
+        return Head(own, n_outputs(own), task.task == "regression")
+
+    def fresh(self, outputs: int, seed: int) -> dict[str, Tensor]:
+        """Return a new head by its names in an adapter's file: random as transformers begins one, without a bias."""
+        generator = torch.Generator().manual_seed(seed)
+        head = {self.prefix + name: p.cpu() for name, p in self.of_base.parameters.items()}
+        for name in output_names(head):
+            shape = (outputs, *head[name].shape[1:])
+            head[name] = 0.02 * torch.randn(shape, generator=generator) if shape[1:] else torch.zeros(shape)
+        return head
+
+    def forward(self, x: Tensor) -> Tensor:  # (m·rows, *n, in) -> (m·rows, *n, outputs)
         """Return logits; those of labels that a row's task does not have are the lowest number there is."""
-        selected = self.current.get()
-        own = None if selected is None else selected.head
-        if own is None:
-            logits: Tensor = self.head(x)
-            return logits
-        rows = len(own.n_labels)
+        rows = self.current.get()
+        logits: Tensor = self.head(x) if rows is None or rows.head is None else self._by_row(x, rows.head)
+        return logits
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # other tasks have other shapes
+    def _by_row(self, x: Tensor, own: HeadRows) -> Tensor:
+        rows = len(own.outputs)
         # in float32 on a half-precision base too, as heads are trained
         x = x.float().unflatten(0, (rows, -1))
 
@@ -171,30 +104,70 @@ class RowHead(nn.Module):
             logits: Tensor = functional_call(head, parameters, (x,))
             return logits
 
-        logits = torch.vmap(one, randomness="different")(own.parameters, x)[..., : own.width]
-        known = torch.arange(own.width, device=x.device) < own.n_labels[:, None]
-        known = known.view(rows, *[1] * (logits.dim() - 2), -1)
-        return logits.masked_fill(~known, torch.finfo(logits.dtype).min).flatten(0, 1)
+        several = torch.vmap(one, randomness="different")
+        parts = [(at, several(parameters, x[at])) for at, parameters in own.groups]
+        first = parts[0][1]
+        logits = first.new_full((rows, *first.shape[1:-1], own.width), torch.finfo(first.dtype).min)
+        for at, part in parts:
+            logits[at, ..., : part.shape[-1]] = part
+        return logits.flatten(0, 1)
+
+
+def side_by_side(heads: Sequence[Head]) -> HeadRows:
+    """Return the heads of the rows of a batch, those with as many outputs beside each other."""
+    rows: dict[int, list[int]] = {}
+    for row, head in enumerate(heads):
+        rows.setdefault(head.outputs, []).append(row)
+    names = heads[0].parameters
+    device = next(iter(names.values())).device
+    groups = [
+        (
+            torch.tensor(at, device=device) if len(rows) > 1 else slice(None),
+            {name: torch.stack([heads[row].parameters[name] for row in at]) for name in names},
+        )
+        for at in rows.values()
+    ]
+    outputs = torch.tensor([head.outputs for head in heads], device=device)
+    regression = torch.tensor([head.regression for head in heads], device=device)
+    return HeadRows(groups, outputs, regression, max(rows))
 
 
 def row_losses(
     logits: Tensor,  # (rows, *n, classes)
     labels: Tensor,  # (rows, *n)
-    regression: Tensor | None = None,  # (rows,)
+    heads: HeadRows | None = None,
 ) -> Tensor:  # (rows,)
     """Return the loss of every row: cross entropy, or the squared error of a regression's only output.
 
     Labels of -100 take no part, as in `torch.nn.CrossEntropyLoss`.
 
+    Raises:
+        DataError: A label is none of those that the task of its row has.
+
     Example:
         >>> row_losses(torch.zeros(2, 4), torch.tensor([0, 3])).shape
         torch.Size([2])
     """
-    numbers = torch.zeros(len(logits), dtype=torch.bool) if regression is None else regression
-    numbers = numbers.to(logits.device).view(-1, *[1] * (labels.dim() - 1))
-    classes = labels.long().masked_fill(numbers, 0)
-    entropy = F.cross_entropy(logits.float().movedim(-1, 1), classes, reduction="none", ignore_index=-100)
-    error = (logits[..., 0].float() - labels.float()).square()
-    losses = torch.where(numbers, error, entropy).reshape(len(logits), -1)
-    taking_part = (labels != -100).reshape(len(logits), -1)
-    return losses.sum(1) / taking_part.sum(1).clamp_min(1)
+    labels = labels.reshape(logits.shape[:-1])
+    classes, ignored = labels.long(), labels == -100
+    if heads is None:
+        losses = _entropy(logits, classes)
+    else:
+        like = (-1, *[1] * (labels.dim() - 1))
+        is_number, outputs = heads.regression.view(like), heads.outputs.view(like)
+        known = ignored | is_number | (classes == labels) & (classes >= 0) & (classes < outputs)
+        if not known.all():
+            row = int((~known).nonzero()[0, 0])
+            raise DataError(
+                f"Row {row} has the label {float(labels[~known][0]):g}, and its task has labels from 0 to "
+                f"{int(heads.outputs[row]) - 1}. Give each row a label of its own task, or -100."
+            )
+        error = (logits[..., 0].float() - labels.float()).square()
+        losses = torch.where(is_number, error, _entropy(logits, classes.masked_fill(is_number, 0)))
+        ignored = ignored & ~is_number
+    taking_part = (~ignored).reshape(len(logits), -1).sum(1)
+    return losses.reshape(len(logits), -1).sum(1) / taking_part.clamp_min(1)
+
+
+def _entropy(logits: Tensor, classes: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float().movedim(-1, 1), classes, reduction="none", ignore_index=-100)

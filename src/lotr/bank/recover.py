@@ -4,55 +4,61 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import CheckpointError
 from ..files.adapter_folder import BASIS_WEIGHTS, CONFIG
 from ..files.atomic import check_free, whole_folder
-from .layout import BANK, TASKS, Description
+from .basis import BANK, TASKS, Basis, Description
 from .store import TaskStore, create_store
-from .task import Record, to_tasks
-
-if TYPE_CHECKING:
-    from .bank import CoreBank
+from .task import head_form, to_task
 
 Tick = Callable[[int, int], None]  # tasks done, tasks in all
 _LEAF = 13  # first byte of a page that holds rows of a table
 
 
-def verify(bank: CoreBank, tick: Tick | None = None) -> dict[str, Any]:
+def verify(basis: Basis, store: TaskStore, tick: Tick | None = None) -> dict[str, Any]:
     """Read everything: the basis, every page of the file of tasks, and every task with its checksum.
 
     Args:
-        bank: The bank.
+        basis: The basis of the bank.
+        store: Its tasks.
         tick: Called as tasks are done.
 
     Returns:
         `ok`; `tasks`, how many there are; `damaged`, each with its name and the reason; `file`, what is wrong with the
         file itself; `basis`, what is wrong with the basis.
     """
-    basis: str | None = None
+    broken_basis: str | None = None
     damaged: list[dict[str, str]] = []
     tasks: list[tuple[int, str]] = []
+    forms: dict[str, list[str]] = {}  # of heads → tasks
     try:
-        bank.basis_tensors()
+        basis.factors()
     except CheckpointError as error:
-        basis = str(error)
-    file = bank.store.complaints()
+        broken_basis = str(error)
+    file = store.complaints()
     try:
-        tasks = bank.store.ids()
+        tasks = store.ids()
     except CheckpointError as error:
         file.append(f"The names of the tasks cannot be read. {error}")
     for done, (number, name) in enumerate(tasks, start=1):
         try:
-            to_tasks([bank.store.read_id(number, name)], bank.layout.size)
+            head = to_task(store.read_id(number, name), basis.layout.size).head
+            if head:
+                forms.setdefault(head_form(head), []).append(name)
         except CheckpointError as error:
             damaged.append({"task": name, "reason": str(error)})
         if tick is not None:
             tick(done, len(tasks))
-    ok = not (basis or file or damaged)
-    return {"ok": ok, "tasks": len(tasks), "damaged": damaged, "file": file, "basis": basis}
+    usual = max(forms, key=lambda form: len(forms[form]), default="")
+    for form, names in forms.items():
+        reason = f"Its head is {form}, and those of most tasks are {usual}: it is of another base model. Remove it."
+        damaged += [{"task": name, "reason": reason} for name in names if form != usual]
+    ok = not (broken_basis or file or damaged)
+    return {"ok": ok, "tasks": len(tasks), "damaged": damaged, "file": file, "basis": broken_basis}
 
 
 def recover(path: Path, output: Path, tick: Tick | None = None) -> dict[str, Any]:
@@ -92,23 +98,18 @@ def recover(path: Path, output: Path, tick: Tick | None = None) -> dict[str, Any
 def _copy(source: TaskStore, target: TaskStore, numbers: list[int], tick: Tick | None) -> set[str]:
     """Copy the records that are whole; returns their names."""
     saved: set[str] = set()
-    with target.transaction():
+    with target.database.transaction():
         for done, number in enumerate(numbers, start=1):
-            record = _readable(source, number)
+            record = None
+            with suppress(CheckpointError):  # there is none of the number, or a damaged one
+                record = source.read_id(number)
             if record is not None:
                 target.write(record, overwrite=True)
                 saved.add(record.name)
             if tick is not None:
                 tick(done, len(numbers))
-    target.close()
+    target.database.close()
     return saved
-
-
-def _readable(source: TaskStore, number: int) -> Record | None:
-    try:
-        return source.read_id(number)
-    except CheckpointError:  # none, or a damaged one
-        return None
 
 
 def row_numbers(file: Path) -> Iterator[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..adapters.export import export as write_lora
 from ..errors import CheckpointError, ConfigError
@@ -13,10 +13,8 @@ from ..files.adapter_folder import CONFIG, WEIGHTS, AdapterFolder, save_tensors,
 from ..files.atomic import check_free, whole_folder, write_json
 from ..tuner.config import LotrConfig
 from ..tuner.saved_adapter import factors_of, hash_of, read_saved, used_by
+from .basis import Basis
 from .task import Task
-
-if TYPE_CHECKING:
-    from .bank import CoreBank
 
 _ROOT = "base_model.model."
 _TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
@@ -24,11 +22,11 @@ _TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal-lm"
 _KNOWN = {"task", "labels", "base_model", "base_fingerprint", "weights_sha256"}
 
 
-def task_of(bank: CoreBank, name: str, adapter: AdapterFolder, metadata: Mapping[str, Any]) -> Task:
+def task_of(basis: Basis, name: str, adapter: AdapterFolder, metadata: Mapping[str, Any]) -> Task:
     """Return a saved adapter as a task of a bank.
 
     Args:
-        bank: The bank.
+        basis: The basis of the bank.
         name: What the task shall be called.
         adapter: A LoTR adapter whose factors are those of the bank, in its file or by reference.
         metadata: Added to what the adapter's `task.json` tells.
@@ -37,57 +35,57 @@ def task_of(bank: CoreBank, name: str, adapter: AdapterFolder, metadata: Mapping
         CheckpointError: The adapter has other factors, another structure, or another base model.
     """
     config, tensors = read_saved(adapter).config, adapter.tensors()
-    _check_same_update(bank, adapter, config)
+    _check_same_update(basis, adapter, config)
     factors = factors_of(tensors)
     basis_hash = config.basis_hash if config.refers_to_basis else hash_of(factors)
-    allowed = {bank.description.basis_hash}
+    description = basis.description
+    allowed = {description.basis_hash}
     if not config.refers_to_basis and basis_hash not in allowed:
         # a file that stands alone has the factors of the bank's groups, and of no others
-        allowed.add(hash_of(used_by(bank.plan, bank.basis_tensors())))
+        allowed.add(hash_of(used_by(basis.plan, basis.factors())))
     if basis_hash not in allowed:
         raise CheckpointError(
-            f"{adapter.path} was trained on factors with hash {basis_hash}, and those of the bank in {bank.path} have "
-            f"{bank.description.basis_hash}. Cores mean nothing beside other factors; train the task with "
-            f"basis={str(bank.path)!r}."
+            f"{adapter.path} was trained on factors with hash {basis_hash}, and those of the bank in {basis.path} have "
+            f"{description.basis_hash}. Cores mean nothing beside other factors; train the task with "
+            f"basis={str(basis.path)!r}."
         )
-    mine, theirs = bank.description.base_fingerprint, adapter.task.get("base_fingerprint")
+    mine, theirs = description.base_fingerprint, adapter.task.get("base_fingerprint")
     if mine and theirs and mine != theirs:
         raise CheckpointError(
             f"{adapter.path} was trained on another base model ({adapter.task.get('base_model')!r}, fingerprint "
-            f"{theirs}) than the bank in {bank.path} is for ({bank.base_model!r}, fingerprint {mine})."
+            f"{theirs}) than the bank in {basis.path} is for ({description.base_model!r}, fingerprint {mine})."
         )
-    numbers = bank.layout.flatten(tensors)
-    cores = {entry.key for entry in bank.layout.entries}
-    head = {key: tensor for key, tensor in tensors.items() if key not in cores and key not in factors}
-    if foreign := [key for key in head if ".lotr_" in key]:
+    numbers = basis.layout.flatten(tensors)
+    head = {key: tensors[key] for key in tensors.keys() - basis.layout.shapes.keys() - factors.keys()}
+    if foreign := sorted(key for key in head if ".lotr_" in key):
         raise CheckpointError(
-            f"{adapter.path} has {len(foreign)} tensors that a task of the bank in {bank.path} lacks, first "
-            f"{foreign[0]!r}. Train the task with basis={str(bank.path)!r}."
+            f"{adapter.path} has {len(foreign)} tensors that a task of the bank in {basis.path} lacks, first "
+            f"{foreign[0]!r}. Train the task with basis={str(basis.path)!r}."
         )
     recorded = {key: value for key, value in adapter.task.items() if key not in _KNOWN}
     labels = tuple(adapter.task.get("labels", ()))
     return Task(name, numbers, head, labels, adapter.task.get("task"), {**recorded, **metadata})
 
 
-def _check_same_update(bank: CoreBank, adapter: AdapterFolder, config: LotrConfig) -> None:
+def _check_same_update(basis: Basis, adapter: AdapterFolder, config: LotrConfig) -> None:
     """Refuse what would make another update of the same numbers."""
     for field in ("scaling", "magnitude", "core", "modes", "blocks"):
-        theirs, mine = getattr(config, field), getattr(bank.config, field)
+        theirs, mine = getattr(config, field), getattr(basis.config, field)
         if theirs != mine:
             raise CheckpointError(
-                f"{adapter.path} has {field}={theirs!r}, and the bank in {bank.path} has {field}={mine!r}. Train the "
-                f"task with basis={str(bank.path)!r} and the bank's own settings."
+                f"{adapter.path} has {field}={theirs!r}, and the bank in {basis.path} has {field}={mine!r}. Train the "
+                f"task with basis={str(basis.path)!r} and the bank's own settings."
             )
 
 
 def export(
-    bank: CoreBank, name: str, output: Path, as_lora: bool, refer: bool, overwrite: bool
+    basis: Basis, task: Task, output: Path, as_lora: bool, refer: bool, overwrite: bool
 ) -> dict[str, Any]:
     """Write a task as an adapter.
 
     Args:
-        bank: The bank.
-        name: The task.
+        basis: The basis of its bank.
+        task: The task.
         output: Folder to make; the name of the task is no part of it.
         as_lora: Write plain PEFT LoRA, which needs nothing of this library.
         refer: Leave the factors out; the file refers to the bank as its basis.
@@ -98,38 +96,42 @@ def export(
 
     Raises:
         ConfigError: The folder is not free, or a LoRA was asked to refer to a basis.
-        UnknownTaskError: There is no such task.
-        CheckpointError: The task or the basis is damaged.
+        CheckpointError: The basis is damaged.
     """
     if as_lora and refer:
         raise ConfigError("A plain LoRA stands alone; it cannot refer to a basis. Leave out one of the two.")
-    check_free(output, overwrite)
-    task = bank.get(name)
     if not as_lora:
         with whole_folder(output, overwrite) as folder:
-            numbers = _write(bank, task, folder, refer)
+            numbers = _write(basis, task, folder, refer)
         size = (output / WEIGHTS).stat().st_size
-        return {"task": name, "numbers": numbers, "bytes": size, "output": str(output)}
+        return {"task": task.name, "numbers": numbers, "bytes": size, "output": str(output)}
+    check_free(output, overwrite)
     with tempfile.TemporaryDirectory() as alone:
-        _write(bank, task, Path(alone), refer=False)
+        _write(basis, task, Path(alone), refer=False)
         report = write_lora(alone, output, overwrite)
-    return {"task": name, **{key: report[key] for key in ("numbers", "bytes", "rank", "modules", "output")}}
+    return {
+        "task": task.name,
+        **{key: report[key] for key in ("numbers", "bytes", "rank", "modules", "output")},
+    }
 
 
-def _write(bank: CoreBank, task: Task, folder: Path, refer: bool) -> int:
+def _write(basis: Basis, task: Task, folder: Path, refer: bool) -> int:
     """Write the files of an adapter; returns how many numbers of the method it has."""
-    factors = used_by(bank.plan, bank.basis_tensors())
-    own = {**bank.layout.unflatten(task.numbers), **({} if refer else factors)}
+    factors = used_by(basis.plan, basis.factors())
+    own = {**basis.layout.unflatten(task.numbers), **({} if refer else factors)}
     save_tensors({key: tensor.clone() for key, tensor in {**own, **task.head}.items()}, folder)
-    write_json(folder / CONFIG, _config(bank, task, refer))
+    write_json(folder / CONFIG, _config(basis, task, refer))
     if task.task is not None and {"columns", "max_length"} <= set(task.metadata):
-        base = {"base_model": bank.base_model, "base_fingerprint": bank.description.base_fingerprint}
-        write_task(folder, {**task.metadata, **base, "task": task.task, "labels": list(task.labels)})
+        known = {
+            "base_model": basis.description.base_model,
+            "base_fingerprint": basis.description.base_fingerprint,
+        }
+        write_task(folder, {**task.metadata, **known, "task": task.task, "labels": list(task.labels)})
     return sum(tensor.numel() for tensor in own.values())
 
 
-def _config(bank: CoreBank, task: Task, refer: bool) -> dict[str, Any]:
-    config = bank.config
+def _config(basis: Basis, task: Task, refer: bool) -> dict[str, Any]:
+    config = basis.config
     if not refer:
         config.basis = config.basis_hash = None
     config.inference_mode = True

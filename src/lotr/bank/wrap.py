@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -14,35 +13,42 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..tuner.batch_cores import Rows, RowsOfCall
 from ..tuner.group import LotrGroup
-from .cache import Slab, take, tasks_in
-from .heads import NAMES, Heads, RowHead, row_losses
-
-if TYPE_CHECKING:
-    from .bank import CoreBank
+from .basis import TASKS, Basis
+from .cache import LoadedTask, TaskCache
+from .heads import NAMES, RowHead, row_losses, side_by_side
+from .layout import Layout
+from .store import TaskStore
+from .task import BASE, Record, Task, to_task
 
 ADAPTER = "bank"
-#: Held while tasks are read into memory and copied out; one for all models: with one of its own none could be copied.
-_MEMORY = threading.RLock()
 
 
 class TaskRows:
     """Finds what each row of a batch has of its own, and selects it for the call that runs.
 
     Args:
-        groups: What the sites of the basis share.
-        slab: The tasks in memory.
+        group: One of those that the sites of the basis share.
+        layout: Of the numbers of a task.
+        cache: The tasks in memory.
         current: Where the modules of the model look for the rows of their call.
+        head: The head of the model, where it has one.
     """
 
-    def __init__(self, groups: Sequence[LotrGroup], slab: Slab, current: RowsOfCall) -> None:
-        self.groups, self.slab, self.current = tuple(groups), slab, current
+    def __init__(
+        self, group: LotrGroup, layout: Layout, cache: TaskCache, current: RowsOfCall, head: RowHead | None
+    ) -> None:
+        self.group, self.layout, self.cache, self.current, self.head = group, layout, cache, current, head
 
-    @contextmanager
-    def select(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Use a task in each row of the batches that this thread runs inside; see `wrap`.
+    def select(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
+        """Use a task in each row of the batches that this thread, or task of asyncio, runs inside; see `wrap`."""
+        return self.current.use(self.rows(names))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it reads files
+    def rows(self, names: Sequence[str | None]) -> Rows | None:
+        """Return what rows with these tasks have of their own; nothing where all are of the base model.
 
         Raises:
-            ConfigError: More tasks than the capacity.
+            ConfigError: More tasks than the capacity, or the bank is not in use.
             CheckpointError: A task does not exist or is damaged.
         """
         if isinstance(names, str | Tensor):
@@ -51,30 +57,41 @@ class TaskRows:
             )
         if not names:
             raise ConfigError("No rows are named. Name one task a row, None for the base model.")
-        group = self.groups[0]
-        if group.merged_adapters or ADAPTER not in group.active_adapters:
+        if self.group.merged_adapters or ADAPTER not in self.group.active_adapters:
             raise ConfigError(
                 f"Rows cannot have tasks while adapters are merged, or while {ADAPTER!r} is not the active one. "
                 f"Call unmerge_adapter(), or set_adapter({ADAPTER!r})."
             )
-        with self.current.use(self._rows(names)):
-            yield
+        needed = list(dict.fromkeys(name for name in names if name is not None and name != BASE))
+        if not needed:
+            return None  # the base model itself, bit for bit
+        tasks = self.cache.get(needed, self._read)
+        numbers = tasks[needed[0]].numbers
+        if numbers.device != self.group.lotr_V[ADAPTER].weight.device:  # the model has moved
+            self.cache.clear()
+            return self.rows(names)
+        base = LoadedTask(torch.zeros_like(numbers))
+        own = [tasks.get(str(name), base) for name in names]
+        heads = None if self.head is None else side_by_side([task.head or self.head.of_base for task in own])
+        return Rows(self.layout.unflatten(torch.stack([task.numbers for task in own])), heads)
 
-    def _rows(self, names: Sequence[str | None]) -> Rows | None:
-        slab, device = self.slab, self.groups[0].lotr_V[ADAPTER].weight.device
-        with _MEMORY:
-            slab.to(device)
-            slots = slab.slots_of(names)
-            if not any(slots):
-                return None  # the base model itself, bit for bit
-            numbers = take(slab.numbers, torch.tensor(slots, device=device))
-            head = None if slab.heads is None else slab.heads.rows(slots, device)
-        return Rows(slab.bank.layout.unflatten(numbers), head)
+    def _read(self, record: Record) -> LoadedTask:
+        return self.load(to_task(record, self.layout.size))
+
+    def load(self, task: Task) -> LoadedTask:
+        """Return what a batch needs of a task, where the model is.
+
+        Raises:
+            CheckpointError: Its head is not one of this base model.
+        """
+        factor = self.group.lotr_V[ADAPTER].weight
+        head = None if self.head is None else self.head.of(task, factor.device)
+        return LoadedTask(task.numbers.to(factor), head)
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:  # (rows,)
         """Return the loss of each row of the selected tasks."""
         rows = self.current.get()
-        return row_losses(logits, labels, None if rows is None or rows.head is None else rows.head.regression)
+        return row_losses(logits, labels, None if rows is None else rows.head)
 
 
 class BankModel(PeftModel):
@@ -97,42 +114,60 @@ class BankModel(PeftModel):
 
         Raises:
             ConfigError: There is not one name a row, or the model is a replica of `DataParallel`.
+            DataError: A label is none of its row's task.
         """
+        rows = self._rows(task_ids, adapter_names, args, kwargs)
+        if torch.is_grad_enabled() and self.training:
+            self.tasks.current.remember_in_checkpoints(self.base_model)
+        # a loss of the base model knows one head only
+        labels = kwargs.pop("labels", None) if rows is not None and rows.head is not None else None
+        with self.tasks.current.running(rows):
+            output = super().forward(*args, **kwargs)
+        if labels is None:
+            return output
+        loss = row_losses(output["logits"], labels, None if rows is None else rows.head).mean()
+        return type(output)(**{"loss": loss, **output})
+
+    def generate(
+        self,
+        *args: Any,
+        task_ids: Sequence[str | None] | None = None,
+        adapter_names: Sequence[str | None] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate as the base model does, row `i` of the batch with task `task_ids[i]`; errors as in `forward`."""
+        with self.tasks.current.running(self._rows(task_ids, adapter_names, args, kwargs)):
+            return super().generate(*args, **kwargs)
+
+    def _rows(
+        self,
+        task_ids: Sequence[str | None] | None,
+        adapter_names: Sequence[str | None] | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Rows | None:
+        """Return what the rows of a call have of their own: those named, or else those selected."""
         if getattr(self, "_is_replica", False):
             raise ConfigError(
                 "DataParallel runs a model in threads that do not know the tasks of the call. Use one process a device."
             )
+        if task_ids is not None and adapter_names is not None:
+            raise ConfigError("task_ids= and adapter_names= both name the tasks of the rows. Leave out one.")
         names = adapter_names if task_ids is None else task_ids
-        if names is not None:
-            _check_one_a_row(names, (*args, *kwargs.values()))
-        if torch.is_grad_enabled() and self.training:
-            self.tasks.current.remember_in_checkpoints(self.base_model)
-        with nullcontext() if names is None else self.tasks.select(names):
-            rows = self.tasks.current.get()
-            # a loss of the base model knows one head only
-            labels = kwargs.pop("labels", None) if rows is not None and rows.head is not None else None
-            output = super().forward(*args, **kwargs)
-            if labels is None:
-                return output
-            loss = self.tasks.losses(output["logits"], labels).mean()
-        return type(output)(**{"loss": loss, **output})
-
-    def generate(self, *args: Any, task_ids: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
-        """Generate as the base model does, row `i` of the batch with task `task_ids[i]`."""
-        names = {} if task_ids is None else {"adapter_names": task_ids}
-        return super().generate(*args, **kwargs, **names)
+        if names is None:
+            return self.tasks.current.get()
+        main = getattr(self.get_base_model(), "main_input_name", "input_ids")
+        inputs = (*(kwargs.get(name) for name in (main, "inputs", "inputs_embeds")), *args)
+        batch = next((value for value in inputs if isinstance(value, Tensor)), None)
+        if batch is not None and not isinstance(names, str | Tensor) and len(names) != len(batch):
+            raise ConfigError(
+                f"{len(names)} tasks are named for a batch of {len(batch)} rows. Name one task a row, None for the "
+                "base model."
+            )
+        return self.tasks.rows(names)
 
 
-def _check_one_a_row(names: Sequence[str | None], inputs: Sequence[Any]) -> None:
-    batch = next((value for value in inputs if isinstance(value, Tensor)), None)
-    if batch is not None and not isinstance(names, str | Tensor) and len(names) != len(batch):
-        raise ConfigError(
-            f"{len(names)} tasks are named for a batch of {len(batch)} rows. Name one task a row, None for the base "
-            "model."
-        )
-
-
-def wrap(bank: CoreBank, base: nn.Module, capacity: int | str = 1024) -> BankModel:
+def wrap(basis: Basis, base: nn.Module, capacity: int | str = 1024) -> BankModel:
     """Put a bank on its base model.
 
     Row `i` of a batch uses task `task_ids[i]`: `model(**batch, task_ids=["a", None, "b"])`; `None` (or
@@ -145,7 +180,7 @@ def wrap(bank: CoreBank, base: nn.Module, capacity: int | str = 1024) -> BankMod
     the batch, the lowest finite number where a row's task has no such label, and `loss` is the mean over rows.
 
     Args:
-        bank: An open bank.
+        basis: Of an open bank.
         base: The model that the basis was trained on, changed in place.
         capacity: Tasks in memory: a number, or bytes (`"256MB"`).
 
@@ -158,7 +193,7 @@ def wrap(bank: CoreBank, base: nn.Module, capacity: int | str = 1024) -> BankMod
         PlanError: The base model has other modules.
 
     Example:
-        >>> model = wrap(CoreBank.open("bank"), base)  # doctest: +SKIP
+        >>> model = CoreBank.open("bank").wrap(base)  # doctest: +SKIP
         >>> model(**batch, task_ids=["mail", "news", None]).logits.shape  # doctest: +SKIP
         torch.Size([3, 4])
     """
@@ -166,25 +201,22 @@ def wrap(bank: CoreBank, base: nn.Module, capacity: int | str = 1024) -> BankMod
         raise ConfigError(
             "The model has a bank or an adapter on it already. Give the bare base model, loaded anew."
         )
-    bank.check_base(base)
-    config = bank.config
+    basis.check_base(base)
+    config = basis.config
     # everything is frozen, and loss and head are the bank's: a task type would make PEFT train a head of its own
     config.inference_mode, config.task_type, config.modules_to_save = True, None, None
     config.init, config.init_weights = "orthonormal", None
-    model = BankModel(base, config, adapter_name=ADAPTER)
-    groups = [module for module in model.modules() if isinstance(module, LotrGroup)]
+    path = next((name for name in NAMES if isinstance(getattr(base, name, None), nn.Module)), None)
     current = RowsOfCall()
+    head = None if path is None else RowHead(path, getattr(base, path), current)
+    numbers = basis.layout.size + (0 if head is None else sum(p.numel() for p in head.parameters()))
+    cache = TaskCache(TaskStore(basis.path / TASKS), capacity, 4 * numbers)
+    model = BankModel(base, config, adapter_name=ADAPTER)
+    if path is not None:
+        setattr(base, path, head)
+    groups = [module for module in model.modules() if isinstance(module, LotrGroup)]
     for group in groups:
         group.rows[ADAPTER] = current
-    factor = groups[0].lotr_V[ADAPTER].weight
-    width = bank.layout.size * factor.element_size()
-    path = next((name for name in NAMES if isinstance(getattr(base, name, None), nn.Module)), None)
-    heads = None
-    if path is not None:
-        module = getattr(base, path)
-        width += sum(4 * p.numel() for p in module.parameters())
-        heads = Heads(path, module, tasks_in(capacity, width) + 1)
-        setattr(base, path, RowHead(module, current))
-    slab = Slab(bank, tasks_in(capacity, width), factor.dtype, factor.device, heads)
-    model.base_model.tasks = TaskRows(groups, slab, current)  # type: ignore[assignment]
+    tasks = TaskRows(groups[0], basis.layout, cache, current, head)
+    model.base_model.tasks = tasks  # type: ignore[assignment]
     return model.eval()

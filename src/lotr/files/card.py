@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,40 +116,14 @@ def update_card(folder: Path, card: Card) -> None:
         path.write_text(f"{text.rstrip()}\n\n{card.usage()}", encoding="utf-8")
 
 
-def results(
-    train: str,
-    task: str,
-    labels: tuple[str, ...],
-    rows: tuple[int, int],
-    steps: int,
-    seed: int,
-    numbers: tuple[int, int],
-    bytes: int,
-    scores: Mapping[str, float],
-) -> str:
+def results(scores: Mapping[str, float], labels: Sequence[str], **fields: object) -> str:
     """Return the section of a card on how an adapter was trained and how it scores.
 
     Args:
-        train: What it was trained on.
-        task: Kind of the task.
-        labels: Names of the classes.
-        rows: Rows of training and of evaluation.
-        steps: Steps of the optimiser.
-        seed: Seed of the run.
-        numbers: Trained numbers of the adapter and of the head.
-        bytes: Bytes of the adapter's file.
         scores: Metrics by name.
+        labels: Names of the classes.
+        fields: The other fields of the template above.
     """
-    return _RESULTS.format(
-        train=train,
-        task=task,
-        rows=rows[0],
-        eval_rows=rows[1],
-        steps=steps,
-        seed=seed,
-        adapter=numbers[0],
-        head=numbers[1],
-        bytes=bytes,
-        labels=f"Labels: {', '.join(labels)}.\n\n" if labels else "",
-        scores="\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(scores.items())),
-    )
+    table = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(scores.items()))
+    named = f"Labels: {', '.join(labels)}.\n\n" if labels else ""
+    return _RESULTS.format(labels=named, scores=table, **fields)

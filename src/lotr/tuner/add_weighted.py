@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -13,10 +12,8 @@ from torch import Tensor
 from ..errors import ConfigError, PlanError, near
 from ..math.magnitude import MAGNITUDES
 from ..math.update import one_by_one, side_by_side
-from ..sharing.paths import normalise
 from .config import LotrConfig
-from .group import LotrGroup
-from .layer import LotrLinear
+from .factors import Parts, parts_of, set_ranks
 
 
 def add_weighted(
@@ -45,24 +42,19 @@ def add_weighted(
         PlanError: The ranks add up to more than a block allows.
     """
     _check(tuner, adapters, weights, name, combination_type)
-    configs = _configs(tuner)
-    config = copy.deepcopy(configs[adapters[0]])
+    parts = {adapter: parts_of(tuner.model, adapter) for adapter in adapters}
+    _check_groups(parts, combination_type)
+    configs = [cast("LotrConfig", tuner.peft_config[adapter]) for adapter in adapters]
+    config = copy.deepcopy(configs[0])
     config.core, config.core_ranks = "free", None
     config.init_weights = True  # what is not zero is written below
-    refers = _one_basis([configs[adapter] for adapter in adapters])
-    if not refers:
+    on_one_basis = all(c.refers_to_basis for c in configs) and len({c.basis_hash for c in configs}) == 1
+    if not on_one_basis:
         config.scaling, config.trainable, config.init = 1.0, "all", "orthonormal"
         config.basis = config.basis_hash = None
-    concatenated = combination_type == "cat" and not refers
+    concatenated = combination_type == "cat" and not on_one_basis
     if concatenated:
-        _check_fits(tuner, adapters)
-        config.r = _sum([configs[adapter].rank for adapter in adapters])
-        config.rank_pattern = {
-            normalise(path): rank
-            for path, module in tuner.model.named_modules()
-            if isinstance(module, LotrLinear) and adapters[0] in module.parts
-            if (rank := _sum([_rank(module, adapter) for adapter in adapters])) != config.r
-        }
+        set_ranks(config, _summed_ranks(adapters, parts[adapters[0]]))
     tuner.peft_config[name] = config
     try:
         tuner.inject_adapter(tuner.model, name)
@@ -71,64 +63,38 @@ def add_weighted(
         raise
 
     with torch.no_grad():
-        for module in tuner.model.modules():
-            if isinstance(module, LotrGroup) and name in module.lotr_U:
-                for factors, dim in ((module.lotr_U, 1), (module.lotr_V, 0)):
-                    weights_of = [factors[adapter].weight for adapter in adapters]
-                    factors[name].weight.copy_(torch.cat(weights_of, dim) if concatenated else weights_of[0])
-            elif isinstance(module, LotrLinear) and name in module.parts:
-                for n, (part, _) in enumerate(module.parts[name]):
-                    cores = [
-                        w * module.scaling[a] / config.scaling * _cores(module, a, n)
-                        for a, w in zip(adapters, weights, strict=True)
-                    ]
-                    summed = _on_the_diagonal(cores) if concatenated else torch.stack(cores).sum(0)
-                    C = side_by_side(summed, part.grid)
-                    module.site_core(name, part).copy_(C)
-
-
-def _check_fits(tuner: BaseTuner, adapters: list[str]) -> None:
-    """Refuse factors side by side that have more columns than the block has features: they would be cut."""
-    for path, module in tuner.model.named_modules():
-        if not isinstance(module, LotrGroup) or adapters[0] not in module.lotr_U:
-            continue
-        k = sum(module.lotr_U[adapter].weight.shape[1] for adapter in adapters)
-        r = sum(module.lotr_V[adapter].weight.shape[0] for adapter in adapters)
-        if k > module.out_features or r > module.in_features:
-            raise PlanError(
-                f"The ranks of {', '.join(adapters)} add up to ({k}, {r}) in group {path.rpartition('.')[2]!r}, whose "
-                f"blocks are ({module.out_features}, {module.in_features}). Truncate the adapters first "
-                "(lotr.truncate), or merge them one after the other."
-            )
-
-
-def _one_basis(configs: list[LotrConfig]) -> bool:
-    """Whether adapters have the factors of one basis, to which their files refer."""
-    return all(c.refers_to_basis for c in configs) and len({c.basis_hash for c in configs}) == 1
-
-
-def _rank(module: LotrLinear, adapter: str) -> tuple[int, int]:
-    part, _ = module.parts[adapter][0]
-    return part.group.rank
-
-
-def _cores(module: LotrLinear, adapter: str, n: int) -> Tensor:  # (a·b, k, r)
-    """Return the cores of the n-th part of a module, one a site."""
-    update = module.factored(adapter)[n]
-    return one_by_one(update.C, update.grid)
+        for group, of_group in parts_of(tuner.model, name).items():
+            for factors, dim in ((group.lotr_U, 1), (group.lotr_V, 0)):
+                each = [factors[adapter].weight for adapter in adapters]
+                factors[name].weight.copy_(torch.cat(each, dim) if concatenated else each[0])
+            for n, (layer, part) in enumerate(of_group):
+                cores = []
+                for adapter, weight in zip(adapters, weights, strict=True):
+                    C = layer.core(adapter, parts[adapter][group][n][1], group).double()
+                    cores.append(weight * layer.scaling[adapter] / config.scaling * one_by_one(C, part.grid))
+                summed = _on_the_diagonal(cores) if concatenated else torch.stack(cores).sum(0)
+                layer.site_core(name, part).copy_(side_by_side(summed, part.grid))
 
 
 def _on_the_diagonal(cores: list[Tensor]) -> Tensor:  # each (sites, k, r) -> (sites, Σk, Σr)
     return torch.stack([torch.block_diag(*matrices) for matrices in zip(*cores, strict=True)])
 
 
-def _sum(ranks: Iterable[Iterable[int]]) -> int | tuple[int, int]:
-    k, r = (sum(sizes) for sizes in zip(*ranks, strict=True))
-    return k if k == r else (k, r)
-
-
-def _configs(tuner: BaseTuner) -> dict[str, LotrConfig]:
-    return cast("dict[str, LotrConfig]", tuner.peft_config)
+def _summed_ranks(adapters: list[str], parts: Parts) -> dict[str, tuple[int, int]]:
+    """Return the ranks of factors side by side; more columns than a block has features would be cut."""
+    ranks = {}
+    for group, of_group in parts.items():
+        plan, (o, i) = of_group[0][1].group, (group.out_features, group.in_features)
+        k = sum(group.lotr_U[adapter].weight.shape[1] for adapter in adapters)
+        r = sum(group.lotr_V[adapter].weight.shape[0] for adapter in adapters)
+        if k > o or r > i:
+            raise PlanError(
+                f"The ranks of {', '.join(adapters)} add up to ({k}, {r}) in group {plan.name!r}, whose "
+                f"blocks are ({o}, {i}). Truncate the adapters first "
+                "(lotr.truncate), or merge them one after the other."
+            )
+        ranks[plan.name] = (k, r)
+    return ranks
 
 
 def _check(tuner: BaseTuner, adapters: list[str], weights: list[float], name: str, combination: str) -> None:
@@ -146,41 +112,30 @@ def _check(tuner: BaseTuner, adapters: list[str], weights: list[float], name: st
             raise ConfigError(f"Adapter {adapter!r} does not exist. {near(adapter, tuner.peft_config)}")
     if not adapters or len(adapters) != len(weights):
         raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights. Give one weight an adapter.")
-    rules = {a: str(_configs(tuner)[a].magnitude) for a in adapters}
-    scaled = [a for a in adapters if not MAGNITUDES[rules[a]].additive]
-    if scaled:
+    for adapter in adapters:
+        rule = cast("LotrConfig", tuner.peft_config[adapter]).magnitude
+        if not MAGNITUDES[rule].additive:
+            raise ConfigError(
+                f"Adapter {adapter!r} has magnitude={rule!r}, which rescales the "
+                "weight, so updates do not add up. Merge the adapters one after the other instead."
+            )
+
+
+def _check_groups(parts: dict[str, Parts], combination: str) -> None:
+    names = ", ".join(parts)
+    first, *others = (
+        {group: [(layer, part.name) for layer, part in of_group] for group, of_group in of_adapter.items()}
+        for of_adapter in parts.values()
+    )
+    if any(other != first for other in others):
         raise ConfigError(
-            f"Adapter {scaled[0]!r} has magnitude={rules[scaled[0]]!r}, which rescales the "
-            "weight, so updates do not add up. Merge the adapters one after the other instead."
-        )
-    have = {adapter: _has(tuner, adapter) for adapter in adapters}
-    if len({frozenset(names) for names in have.values()}) > 1:
-        raise ConfigError(
-            f"Adapters {', '.join(adapters)} do not adapt the same modules with the same groups, so their "
+            f"Adapters {names} do not adapt the same modules with the same groups, so their "
             "sum is not one adapter. Merge them one after the other instead."
         )
     if combination == "linear":
-        for module in tuner.model.modules():
-            if isinstance(module, LotrGroup) and not _same(module, adapters):
-                raise ConfigError(
-                    f"Adapters {', '.join(adapters)} have different factors, so adding cores is not exact. "
-                    "Use combination_type='cat'."
-                )
-
-
-def _has(tuner: BaseTuner, adapter: str) -> set[str]:
-    return {
-        path
-        for path, module in tuner.model.named_modules()
-        if (isinstance(module, LotrGroup) and adapter in module.lotr_U)
-        or (isinstance(module, LotrLinear) and adapter in module.parts)
-    }
-
-
-def _same(group: LotrGroup, adapters: list[str]) -> bool:
-    present = [adapter for adapter in adapters if adapter in group.lotr_U]
-    return all(
-        torch.equal(factors[present[0]].weight, factors[adapter].weight)
-        for factors in (group.lotr_U, group.lotr_V)
-        for adapter in present[1:]
-    )
+        weights = [[f[a].weight for group in first for f in (group.lotr_U, group.lotr_V)] for a in parts]
+        if not all(torch.equal(W, W0) for of_a in weights for W, W0 in zip(of_a, weights[0], strict=True)):
+            raise ConfigError(
+                f"Adapters {names} have different factors, so adding cores is not exact. "
+                "Use combination_type='cat'."
+            )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -31,19 +30,12 @@ def heads_of(model: nn.Module, path: str, shape: Shape) -> Heads | None:
     """Return how a module's features are attention heads, or `None` when they are not.
 
     The features must be as many as the model says that all heads have together; a query with a gate beside each head,
-    or heads of several sizes, are not cut.
-
-    Args:
-        model: The model.
-        path: Path of the module.
-        shape: `(out, in)` features.
-
-    Returns:
-        Size of a head, and whether heads are rows (query, key, value) or columns (the output projection).
+    or heads of several sizes, are not cut. Heads are rows of query, key and value, columns of the output projection.
     """
-    name, size, (heads, few) = path.rpartition(".")[2], head_size(model, path), head_counts(model, path)
-    if size is None or heads is None or few is None:
+    name, sizes = path.rpartition(".")[2], _head_sizes(model, path)
+    if sizes is None:
         return None
+    size, heads, few = sizes
     if name in _FUSED:
         return Heads(size, 0) if fused_projections(model, path, shape) else None
     if name in _KEY_VALUE:
@@ -55,41 +47,39 @@ def heads_of(model: nn.Module, path: str, shape: Shape) -> Heads | None:
     return Heads(size, 1) if output and shape[1] == heads * size else None
 
 
-def head_counts(model: nn.Module, path: str) -> tuple[int | None, int | None]:
-    """Return the number of heads of queries, and of keys and values."""
-    places = [*_around(model, path), _config(model)]
-    heads = _first_number(places, _HEADS)
-    if getattr(_config(model), "multi_query", False):
-        return heads, 1
-    return heads, _first_number(places, _KEY_VALUE_HEADS) or heads
-
-
-def head_size(model: nn.Module, path: str) -> int | None:
-    """Return the features of one attention head, from the attention around a module or the configuration."""
-    found = _first_number(_around(model, path), _HEAD_SIZE)
-    if found is not None:
-        return found
-    config = _config(model)
-    heads, width = _first_number([config], _HEADS), getattr(config, "hidden_size", None)
-    return width // heads if heads and width else None
-
-
 def fused_projections(model: nn.Module, path: str, shape: Shape) -> tuple[tuple[str, int], ...]:
     """Return the projections of a fused weight with their output features, in order; nothing for other weights."""
-    config, size = _config(model), head_size(model, path)
-    model_type = getattr(config, "model_type", None)
-    interleaved = model_type in _INTERLEAVED and not getattr(config, "multi_query", False)
-    heads, few = head_counts(model, path)
-    if path.rpartition(".")[2] not in _FUSED or interleaved or not size or not heads or not few:
+    config = getattr(model, "config", None)
+    interleaved = getattr(config, "model_type", None) in _INTERLEAVED and not getattr(
+        config, "multi_query", False
+    )
+    if path.rpartition(".")[2] not in _FUSED or interleaved:
         return ()
+    sizes = _head_sizes(model, path)
+    if sizes is None:
+        return ()
+    size, heads, few = sizes
     query, key = heads * size, few * size
     if shape[0] == query + 2 * key:
         return ("query", query), ("key", key), ("value", key)
     return (("key", key), ("value", key)) if shape[0] == 2 * key else ()
 
 
-def _config(model: nn.Module) -> Any:
-    return getattr(model, "config", None)
+def _head_sizes(model: nn.Module, path: str) -> tuple[int, int, int] | None:
+    """Return the features of one attention head, and the number of heads of queries, and of keys and values.
+
+    They are those of the attention around a module, or of the configuration.
+    """
+    config, around = getattr(model, "config", None), list(_around(model, path))
+    heads = _first_number([*around, config], _HEADS)
+    few = _first_number([*around, config], _KEY_VALUE_HEADS) or heads
+    if getattr(config, "multi_query", False):
+        few = 1
+    size = _first_number(around, _HEAD_SIZE)
+    width, of_all = _first_number([config], ("hidden_size",)), _first_number([config], _HEADS)
+    if size is None and width and of_all:
+        size = width // of_all
+    return (size, heads, few) if size and heads and few else None
 
 
 def _around(model: nn.Module, path: str) -> Iterator[nn.Module]:
@@ -101,10 +91,6 @@ def _around(model: nn.Module, path: str) -> Iterator[nn.Module]:
         yield from above.children()
 
 
-def _first_number(places: Any, names: tuple[str, ...]) -> int | None:
-    for place in places:
-        for name in names:
-            value = getattr(place, name, None)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return value
-    return None
+def _first_number(places: Iterable[object], names: tuple[str, ...]) -> int | None:
+    values = (getattr(place, name, None) for place in places for name in names)
+    return next((v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0), None)

@@ -7,27 +7,20 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError, PlanError, near
 from ..math.cores import CORES
 from ..sharing.keys import group_in, group_keys, is_factor
-from ..sharing.plan import Group, Plan
+from ..sharing.plan import Plan
 from .config import LotrConfig
 from .saved_adapter import read_saved
 
 
 def resolve_basis(config: LotrConfig) -> None:
-    """Fill in what a new adapter has from its basis, where one is named.
-
-    Args:
-        config: Its open fields are filled in.
+    """Fill in what a new adapter has from the basis that its configuration names.
 
     Raises:
         CheckpointError: There is no such adapter, or it is of another method.
         ConfigError: A field contradicts the basis, or the basis has no cores to train.
     """
-    if (
-        config.basis is None or config.basis_hash is not None
-    ):  # an adapter that was made has its structure already
-        return
     try:
-        basis = read_saved(config.basis)
+        basis = read_saved(str(config.basis))
     except CheckpointError as error:
         raise CheckpointError(
             f"basis={config.basis!r} cannot be read: {error} Name the folder or hub id of an adapter with factors."
@@ -45,11 +38,7 @@ def resolve_basis(config: LotrConfig) -> None:
 
 
 def check_basis(plan: Plan, factors: dict[str, Tensor], basis: str) -> None:
-    """Refuse a basis that lacks a group of the plan, or has it with another rank.
-
-    Raises:
-        PlanError: The message names the group.
-    """
+    """Refuse a basis that lacks a group of the plan, or has it with another rank (PlanError)."""
     for group in plan.groups:
         keys = group_keys(group)
         if keys["U"] not in factors or keys["V"] not in factors:
@@ -64,9 +53,3 @@ def check_basis(plan: Plan, factors: dict[str, Tensor], basis: str) -> None:
                 f"basis={basis!r} has group {group.name!r} with blocks ({o}, {i}) and rank ({k}, {r}), and the adapter "
                 f"asks for blocks {group.shape} and rank {group.rank}. Use r={k if k == r else (k, r)}."
             )
-
-
-def factors_in(group: Group, factors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:  # (o, k), (i, r)
-    """Return `U` and `V` of a group of a checked basis."""
-    keys = group_keys(group)
-    return factors[keys["U"]], factors[keys["V"]].T

@@ -20,15 +20,11 @@ _LORA_INITS = {
     "pissa": 'use init="weight"',
     "lora_ga": 'use init="gradient" and lotr.init_from_data(model, batches)',
 }
-_LORA_WORDS = dict.fromkeys(("lora_alpha", "lora_dropout", "use_dora", "use_rslora", "init_lora_weights"))
+_LORA_WORDS = ("lora_alpha", "lora_dropout", "use_dora", "use_rslora", "init_lora_weights")
 
 
 def check_format(fields: Mapping[str, Any]) -> None:
-    """Refuse the configuration of an adapter that another version of the library saved.
-
-    Raises:
-        CheckpointError: The message names the format.
-    """
+    """Refuse the configuration of an adapter that another version of the library saved (CheckpointError)."""
     if fields.get("targets") is not None and fields.get("format") != FORMAT:
         raise CheckpointError(
             f"The adapter was saved in format {fields.get('format') or 1}, and this version of lotr reads format "
@@ -37,15 +33,11 @@ def check_format(fields: Mapping[str, Any]) -> None:
 
 
 def check_lora_words(fields: Mapping[str, Any]) -> None:
-    """Refuse keywords of PEFT's LoRA that are called otherwise here, with what to write instead.
-
-    Raises:
-        ConfigError: The message gives every counterpart with its value.
-    """
-    if not fields.keys() & _LORA_WORDS.keys():
+    """Refuse keywords of PEFT's LoRA that are called otherwise here, with what to write instead."""
+    if not fields.keys() & set(_LORA_WORDS):
         return
-    k_r = checked_rank("r", fields.get("r") or 16)
-    r, alpha = pair(k_r)[1], fields.get("lora_alpha", 8)
+    rank, alpha = checked_rank("r", fields.get("r") or 16), fields.get("lora_alpha", 8)
+    r = rank if isinstance(rank, int) else rank[1]
     is_rslora, start = bool(fields.get("use_rslora")), fields.get("init_lora_weights")
     scaling = f"scaling={alpha / (r**0.5 if is_rslora else r):g}"
     known = isinstance(start, bool | str) and start in _LORA_INITS
@@ -61,11 +53,7 @@ def check_lora_words(fields: Mapping[str, Any]) -> None:
 
 
 def one_of(name: str, value: str, known: Iterable[str]) -> str:
-    """Return a value that is among those known.
-
-    Raises:
-        ConfigError: It is not.
-    """
+    """Return a value; refuse one that is not among those known."""
     if value not in known:
         raise ConfigError(f"{name}={value!r} is not known. {near(str(value), known)}")
     return value
@@ -79,11 +67,7 @@ def check_core(
     core_ranks: int | dict[str, int] | None,
     trainable: str,
 ) -> None:
-    """Refuse a structure of the cores that has no meaning beside the other fields.
-
-    Raises:
-        ConfigError: The message names the field.
-    """
+    """Refuse a structure of the cores that has no meaning beside the other fields."""
     for k, r in ranks:
         CORES[core].check(k, r, modes)
     if "head" in modes and blocks != "head":
@@ -101,26 +85,14 @@ def check_core(
     unknown = sorted(set(core_ranks) - set(modes)) if isinstance(core_ranks, dict) else []
     if unknown:
         raise ConfigError(f"core_ranks names {unknown[0]!r}, which is not among modes={modes!r}. Name those.")
-    numbers = list(core_ranks.values()) if isinstance(core_ranks, dict) else [core_ranks]
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in numbers):
+    if not _are_sizes(core_ranks.values() if isinstance(core_ranks, dict) else [core_ranks]):
         raise ConfigError(f"core_ranks={core_ranks!r} holds no ranks. Use positive integers.")
 
 
 def check_magnitude(
     magnitude: str, init: str, init_weights: bool | None, norm_gradient: bool, is_new: bool
 ) -> None:
-    """Refuse fields that have no meaning beside the magnitude.
-
-    Args:
-        magnitude: A key of `MAGNITUDES`.
-        init: How the factors start.
-        init_weights: Whether the update starts at zero.
-        norm_gradient: Whether gradients go through the norms.
-        is_new: Whether the factors have still to start: they are neither those of a basis nor of a file.
-
-    Raises:
-        ConfigError: The message names the field.
-    """
+    """Refuse fields that have no meaning beside the magnitude; `is_new` where the factors have still to start."""
     rule = MAGNITUDES[magnitude]
     if rule.divides_by_update and init_weights:
         raise ConfigError(
@@ -138,38 +110,13 @@ def check_magnitude(
         )
 
 
-def pair(r: int | tuple[int, int]) -> tuple[int, int]:
-    """Return `(k, r)`.
-
-    Example:
-        >>> pair(8), pair((4, 8))
-        ((8, 8), (4, 8))
-    """
-    return (r, r) if isinstance(r, int) else (r[0], r[1])
-
-
-def plain(rank: tuple[int, int]) -> int | tuple[int, int]:
-    """Return `(k, r)` as a configuration has it.
-
-    Example:
-        >>> plain((8, 8)), plain((4, 8))
-        (8, (4, 8))
-    """
-    return rank[0] if rank[0] == rank[1] else rank
-
-
 def checked_rank(name: str, r: Any) -> int | tuple[int, int]:
-    """Return a rank as a configuration has it.
-
-    Args:
-        name: Field that the rank is of.
-        r: A number, or a pair of them.
-
-    Raises:
-        ConfigError: It is no rank.
-    """
+    """Return the rank of the field `name` as a configuration has it: one number, or `(k, r)` where they differ."""
     numbers = [r] if isinstance(r, int) else list(r) if isinstance(r, list | tuple) else []
-    good = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in numbers)
-    if not good or len(numbers) not in (1, 2):
+    if not _are_sizes(numbers) or len(numbers) not in (1, 2):
         raise ConfigError(f"{name}={r!r} is not a rank. Use a positive integer, or a pair (k, r) of them.")
-    return plain((numbers[0], numbers[-1]))
+    return numbers[0] if numbers[0] == numbers[-1] else (numbers[0], numbers[-1])
+
+
+def _are_sizes(numbers: Iterable[Any]) -> bool:
+    return all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in numbers)

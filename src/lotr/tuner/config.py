@@ -4,15 +4,15 @@
 # ruff: noqa: RUF009
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from peft import PeftConfig
 from peft.utils import PeftType
+from peft.utils.other import get_pattern_key
 
 from ..errors import ConfigError
 from ..files.card import Card, update_card
@@ -31,28 +31,12 @@ from .checks import (
     check_magnitude,
     checked_rank,
     one_of,
-    pair,
 )
 
-Config = TypeVar("Config", bound=PeftConfig)
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 #: Fields that an adapter on a basis has as its basis. The factors are kept, so how they start is one of them.
 STRUCTURE = ("method", "r", "modes", "core", "core_ranks", "blocks", "scaling", "rank_pattern", "init")
-
-
-def _with_checked_words(cls: type[Config]) -> type[Config]:
-    """Let the constructor refuse the words of LoRA and folders of other formats before it refuses unknown fields."""
-    construct = cls.__init__
-
-    @functools.wraps(construct)
-    def __init__(self: Config, *args: Any, **fields: Any) -> None:
-        check_format(fields)
-        check_lora_words(fields)
-        construct(self, *args, **fields)
-
-    cls.__init__ = __init__  # type: ignore[assignment]
-    return cls
 
 
 def _field(help: str, default: Any = None) -> Any:
@@ -60,7 +44,6 @@ def _field(help: str, default: Any = None) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-@_with_checked_words
 @dataclass
 class LotrConfig(PeftConfig):
     """Configuration of a LoTR adapter: `ΔW_s = σ · U · C_s · Vᵀ`.
@@ -142,6 +125,12 @@ class LotrConfig(PeftConfig):
         "magnitude divides by the update's norm."
     )
 
+    def __new__(cls, *args: Any, **fields: Any) -> LotrConfig:
+        """Refuse folders of other formats and the words of LoRA before the constructor refuses unknown fields."""
+        check_format(fields)
+        check_lora_words(fields)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("LOTR")
@@ -203,9 +192,7 @@ class LotrConfig(PeftConfig):
             ConfigError: A field contradicts the basis.
         """
         if self.basis is not None and Path(self.basis).is_dir():
-            self.basis = str(
-                Path(self.basis).resolve()
-            )  # it is read again from wherever the adapter is loaded
+            self.basis = str(Path(self.basis).resolve())  # read again from wherever the adapter is loaded
         for name in STRUCTURE:
             own, theirs = getattr(self, name), getattr(basis, name)
             if name not in self._open and own != theirs:
@@ -303,6 +290,10 @@ class LotrConfig(PeftConfig):
         """Ranks `(k, r)` where `rank_pattern` says nothing else."""
         return pair(self.r)
 
+    def rank_of(self, path: str) -> tuple[int, int]:
+        """Return the ranks `(k, r)` of a module."""
+        return pair(self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), path), self.r))
+
     # PEFT's hot-swapping computes a scaling from LoRA's names: lora_alpha / r
     use_rslora = False
 
@@ -322,3 +313,8 @@ class LotrConfig(PeftConfig):
     def alpha_pattern(self) -> dict[str, float]:
         """Always empty: one scaling an adapter."""
         return {}
+
+
+def pair(r: int | tuple[int, int]) -> tuple[int, int]:
+    """Return `(k, r)`."""
+    return (r, r) if isinstance(r, int) else (r[0], r[1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -161,12 +161,10 @@ def _watched(parts: Parts, sums: Mapping[LotrGroup, list[_Sums]]) -> Iterator[No
             x = args[0].detach()
             output.register_hook(add)
 
-    handles = [layer.register_forward_hook(hook) for layer in of_layer]
-    try:
+    with ExitStack() as hooks:
+        for layer in of_layer:
+            hooks.enter_context(layer.register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -1,13 +1,18 @@
-"""The factors of one adapter in a model: which parts use them, whether they may turn, and how they are replaced."""
+"""The groups of one adapter in a model: which parts use them, whether their factors may turn, and other ranks."""
 
 from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, near
 from ..math.magnitude import MAGNITUDES
-from ..sharing.plan import Part
+from ..sharing.plan import Part, Plan
+from .checks import checked_rank
 from .config import LotrConfig
 from .group import LotrGroup
 from .layer import LotrLinear
@@ -17,11 +22,7 @@ Parts = dict[LotrGroup, list[tuple[LotrLinear, Part]]]
 
 
 def find_adapter(model: nn.Module, adapter: str | None) -> tuple[str, LotrConfig]:
-    """Return name and configuration of an adapter.
-
-    Args:
-        model: A model with adapters.
-        adapter: Its name; default: the active one.
+    """Return name and configuration of an adapter; default: the active one.
 
     Raises:
         ConfigError: The model has no adapter of this library or none of that name, or several are active.
@@ -57,12 +58,7 @@ def parts_of(model: nn.Module, adapter: str) -> Parts:
 
 
 def check_fresh(adapter: str, config: LotrConfig, parts: Parts) -> None:
-    """Refuse an adapter whose factors may not turn, because other ones would change the model.
-
-    Raises:
-        ConfigError: Its cores are identities, its factors are those of a basis, its magnitude divides by the update,
-            or its update is not zero.
-    """
+    """Refuse an adapter whose factors may not turn, because other ones would change the model."""
     if config.core == "identity":
         raise ConfigError(
             f"Adapter {adapter!r} has core='identity': its factors are the update itself, and no core between them is "
@@ -97,3 +93,14 @@ def set_factors(group: LotrGroup, adapter: str, U: Tensor, V: Tensor) -> None:
     """Write `U` `(o, k)` and `V` `(i, r)` over those of an adapter."""
     group.lotr_U[adapter].weight.copy_(U)
     group.lotr_V[adapter].weight.copy_(V.T)
+
+
+def set_ranks(config: LotrConfig, ranks: Mapping[str, tuple[int, int]]) -> Plan:
+    """Give the groups other ranks in a configuration, so that the adapter loads with them; return the plan."""
+    plan = config.recorded_plan()
+    targets = [replace(t, rank=ranks[plan.parts[t.path][0].group.name]) for t in plan.targets]
+    (common, _), *_ = Counter(target.rank for target in targets).most_common(1)
+    config.r = checked_rank("r", common)
+    config.rank_pattern = {t.path: checked_rank("r", t.rank) for t in targets if t.rank != common}
+    config.targets = [target.to_dict() for target in targets]
+    return config.plan_for(targets)

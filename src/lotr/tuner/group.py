@@ -88,16 +88,14 @@ def move(module: nn.Module, device: torch.device | None, dtype: torch.dtype | No
 class LotrLayer(BaseTunerLayer):
     """What PEFT sees of this method in a model: adapted modules and groups of factors."""
 
+    scaling: Any
+
     def drop(self, adapter: str) -> None:
         """Forget the numbers of an adapter, which stays active: it is about to be made anew."""
         for name in (*self.adapter_layer_names, *self.other_param_names):
             numbers = getattr(self, name)
             if adapter in numbers:
                 del numbers[adapter]
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return False unless a subclass knows better."""
-        return False
 
 
 class LotrGroup(nn.Module, LotrLayer):
@@ -131,26 +129,33 @@ class LotrGroup(nn.Module, LotrLayer):
         # adapter of a bank → what tells the cores of each row of the call that runs
         self.rows: dict[str, RowsOfCall] = {}
 
-    def add(self, adapter: str, U: Tensor, V: Tensor, core: Mapping[str, Tensor], frozen: bool) -> None:
-        """Add the numbers of an adapter: `U` `(o, k)`, `V` `(i, r)`, the shared ones of the core."""
+    def add(
+        self,
+        adapter: str,
+        U: Tensor,  # (o, k)
+        V: Tensor,  # (i, r)
+        core: Mapping[str, Tensor],
+        frozen: bool,
+        device: torch.device | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Add the numbers of an adapter where its first member lives: the factors, and the shared ones of the core."""
         self.lotr_U[adapter] = linear_from(U)
         self.lotr_V[adapter] = linear_from(V.T)
         if core:
             self.lotr_core[adapter] = NamedNumbers(core)
         if frozen:  # PEFT thaws what it activates, except what is named here
             self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter: ("lotr_U", "lotr_V")}
-
-    def move_adapter(self, adapter: str, device: torch.device | None, dtype: torch.dtype | None) -> None:
-        """Move an adapter's numbers to where its first member lives; meta and integer types are left."""
-        for name in self.adapter_layer_names:
-            if adapter in getattr(self, name):
-                move(getattr(self, name)[adapter], device, dtype)
         self._home = device
+        self._move_adapter_to_device_of_base_layer(adapter, device, dtype)
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
         # PEFT calls this after loading with `low_cpu_mem_usage`; a group has no base layer to ask
-        if adapter_name in self.lotr_U:
-            self.move_adapter(adapter_name, device or self._home, self.lotr_U[adapter_name].weight.dtype)
+        for name in self.adapter_layer_names:
+            if adapter_name in getattr(self, name):
+                move(getattr(self, name)[adapter_name], device or self._home, dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Keep the status in step with the layers; a group has no weight to merge into."""

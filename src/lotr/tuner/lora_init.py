@@ -39,17 +39,13 @@ def init_from_lora(model: nn.Module, lora: str | Path, adapter: str | None = Non
     parts = parts_of(model, name)
     check_fresh(name, config, parts)
     folder = read_lora(lora)
-    adapted = [part.sites[0].module for of_group in parts.values() for _, part in of_group]
+    adapted = {part.sites[0].module for of_group in parts.values() for _, part in of_group}
     factors = {}
     for group, of_group in tqdm(
         parts.items(), desc="LoRA", unit=" groups", delay=2, leave=False, disable=None
     ):
-        updates = [
-            update
-            for layer, part in of_group
-            if part.sites[0].module in folder.keys
-            for update in _updates(folder, layer, part)
-        ]
+        known = [(layer, part) for layer, part in of_group if part.sites[0].module in folder.keys]
+        updates = [update for layer, part in known for update in _updates(folder, layer, part)]
         if not any(bool(B.any()) for B, _ in updates):
             plan, module = of_group[0][1].group, of_group[0][1].sites[0].module
             raise ConfigError(
@@ -62,16 +58,9 @@ def init_from_lora(model: nn.Module, lora: str | Path, adapter: str | None = Non
     for group, (U, V) in factors.items():
         set_factors(group, name, U, V)
     config.init = "lora"
-    _warn(
-        f"The LoRA in {lora} does not adapt",
-        set(adapted) - set(folder.keys),
-        "they had no say in the factors.",
-    )
-    _warn(
-        f"Adapter {name!r} does not adapt",
-        set(folder.keys) - set(adapted),
-        "what the LoRA changes there is left out.",
-    )
+    _warn(f"The LoRA in {lora} does not adapt", adapted - set(folder.keys), "they had no say in the factors.")
+    only_lora = set(folder.keys) - adapted
+    _warn(f"Adapter {name!r} does not adapt", only_lora, "what the LoRA changes there is left out.")
 
 
 def _updates(folder: LoraFolder, layer: LotrLinear, part: Part) -> list[tuple[Tensor, Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -19,12 +19,9 @@ BASE = "__base__"  # PEFT's name for rows without an adapter
 def forward_hooks(
     tuner: BaseTuner, adapter_names: Sequence[str] | None, num_beams: int | None = None
 ) -> Iterator[None]:
-    """Give `adapter_names` to every adapted module during one forward pass or generation.
+    """Give the adapter of each row (`"__base__"`: none) to every adapted module in one forward pass or generation.
 
-    Args:
-        tuner: The model.
-        adapter_names: Adapter of each row; `"__base__"` for none.
-        num_beams: Beams of a beam search, which repeats every row of the decoder so many times.
+    A beam search repeats every row of the decoder `num_beams` times.
 
     Raises:
         ValueError: The model is in training mode, or an adapter does not exist.
@@ -40,33 +37,23 @@ def forward_hooks(
     if missing:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(missing)}")
 
-    rows = list(adapter_names)
-    decoder_rows = [name for name in rows for _ in range(num_beams or 1)]
-    encoder = _encoder(tuner.model)
-    in_encoder = set() if encoder is None else {id(module) for module in encoder.modules()}
-    handles = [
-        layer.register_forward_pre_hook(
-            _passing(rows if id(layer) in in_encoder else decoder_rows), with_kwargs=True
-        )
-        for layer in layers
-    ]
-    try:
+    decoder_rows = [name for name in adapter_names for _ in range(num_beams or 1)]
+    in_encoder = set(_encoder_modules(tuner.model))
+
+    def pass_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args, {
+            **kwargs,
+            "adapter_names": list(adapter_names) if module in in_encoder else decoder_rows,
+        }
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(pass_names, with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _passing(names: list[str]) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, "adapter_names": names}
-
-    return hook
-
-
-def _encoder(model: nn.Module) -> nn.Module | None:
-    # only encoder-decoder models: of others "the encoder" is the model itself, which beams do repeat
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return None
+def _encoder_modules(model: nn.Module) -> Iterator[nn.Module]:
+    # only of encoder-decoder models: of others "the encoder" is the model itself, which beams do repeat
     get: Any = getattr(model, "get_encoder", None)
-    return None if get is None else get()
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and get is not None:
+        yield from get().modules()

@@ -18,13 +18,7 @@ from .config import LotrConfig
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """An adapter of this library in its folder.
-
-    Args:
-        folder: The folder, whole.
-        config: Its configuration.
-        plan: Which sites share what, as the configuration records it.
-    """
+    """An adapter of this library in its folder, and its plan as the configuration records it."""
 
     folder: AdapterFolder
     config: LotrConfig
@@ -36,7 +30,7 @@ class SavedAdapter:
         return self.folder.path
 
     def factors(self) -> dict[str, Tensor]:
-        """Return the shared factors `U` and `V` (transposed) by key: its own, or all those of the basis it refers to.
+        """Return the shared factors `U` and `V` (transposed) by key: its own, or those of the basis it refers to.
 
         Raises:
             CheckpointError: They are damaged, missing, or others than those that the adapter was trained on.
@@ -71,10 +65,7 @@ class SavedAdapter:
 
 
 def read_saved(adapter: str | Path | AdapterFolder) -> SavedAdapter:
-    """Read configuration and plan of an adapter of this library; its tensors are read on demand.
-
-    Args:
-        adapter: Folder, hub id, or a folder that was opened already.
+    """Read configuration and plan of an adapter of this library, from its folder or hub id; its tensors on demand.
 
     Raises:
         CheckpointError: There is no such adapter, it is of another method or format, or its configuration is damaged.
@@ -100,13 +91,7 @@ def read_saved(adapter: str | Path | AdapterFolder) -> SavedAdapter:
 
 
 def read_basis(config: LotrConfig) -> dict[str, Tensor]:
-    """Return the factors that a configuration refers to, under their names in a file.
-
-    Args:
-        config: Its `basis` is the path or hub id of a LoTR adapter; a recorded `basis_hash` has to agree.
-
-    Returns:
-        `U` and `V` (transposed) of every group, by key.
+    """Return the factors `U` and `V` (transposed) of the basis of a configuration, by key.
 
     Raises:
         CheckpointError: There is no such adapter, it has no factors, or they are others than those trained on.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any, cast
 
 from peft.tuners.tuners_utils import (
@@ -16,7 +16,6 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, resolve_quantization_backend
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -27,7 +26,6 @@ from ..sharing.paths import normalise
 from ..sharing.plan import Plan
 from .attention import fused_projections, heads_of
 from .basis import resolve_basis
-from .checks import pair
 from .config import LotrConfig
 
 #: Query and value of the usual architectures: PEFT's own table for LoRA, and some that it lacks.
@@ -66,31 +64,26 @@ def plan(model: nn.Module, config: LotrConfig) -> Plan:
     return plan_adapter(model, copy.deepcopy(config))
 
 
-def plan_adapter(model: nn.Module, config: LotrConfig, only: Iterable[str] | None = None) -> Plan:
-    """Return the plan of an adapter that is about to be made, and complete its configuration.
+def plan_adapter(model: nn.Module, config: LotrConfig, only: Collection[str] | None = None) -> Plan:
+    """Return the plan of an adapter that is about to be made, and fill in what basis and model add to `config`.
 
-    Args:
-        model: The model, bare or with adapters.
-        config: What its basis and the model contribute is filled in.
-        only: Paths to adapt instead of those that the configuration matches (when loading a state dict).
-
-    Raises:
-        ConfigError, CheckpointError, PlanError: See `plan`.
+    `only` are the paths of a state dict, to adapt instead of what the configuration matches. Raises as `plan` does.
     """
-    resolve_basis(config)
-    resolve_targets(config, model)
-    targets = find_targets(model, config, only)
-    if only is None:
-        check_found(targets, model, config)
-    return config.plan_for(in_recorded_order(targets, config))
+    if config.basis is not None and config.basis_hash is None:  # one that was made has its structure already
+        resolve_basis(config)
+    _resolve_names(config, model)
+    targets = _find_targets(model, config, only)
+    if not targets and only is None and config.target_modules != DUMMY_TARGET_MODULES:
+        raise PlanError(_nothing_found(model, config))
+    # positions along the modes follow from the order, and another version of a model may name its modules in another
+    order = {str(fields["path"]): n for n, fields in enumerate(config.targets or ())}
+    if set(order) == {target.path for target in targets}:
+        targets.sort(key=lambda target: order[target.path])
+    return config.plan_for(targets)
 
 
-def resolve_targets(config: LotrConfig, model: nn.Module) -> None:
-    """Fill in `target_modules`: the default of the architecture, or the names behind "all-linear".
-
-    Raises:
-        ConfigError: No target is named and the architecture has no default.
-    """
+def _resolve_names(config: LotrConfig, model: nn.Module) -> None:
+    """Fill in `target_modules`: the default of the architecture, or the names behind "all-linear"."""
     if config.target_modules is None:
         model_type = str(BaseTuner.get_model_config(model).get("model_type"))
         default = DEFAULT_TARGETS.get(model_type)
@@ -104,44 +97,23 @@ def resolve_targets(config: LotrConfig, model: nn.Module) -> None:
     _maybe_include_all_linear_layers(config, model)
 
 
-def find_targets(model: nn.Module, config: LotrConfig, only: Iterable[str] | None = None) -> list[Target]:
-    """Return the modules that a configuration matches, in model order.
-
-    Args:
-        model: The model, bare or with adapters.
-        config: Its `target_modules` are resolved.
-        only: Paths to take instead of what the configuration matches (when loading a state dict).
-
-    Raises:
-        PlanError: A matched module is not a linear one.
-    """
+def _find_targets(model: nn.Module, config: LotrConfig, only: Collection[str] | None) -> list[Target]:
+    """Return the modules that a configuration matches, or those of some paths, in model order."""
     if config.target_modules == DUMMY_TARGET_MODULES:
         return []
-    inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    paths = None if only is None else set(only)
 
     def is_target(path: str) -> bool:
-        if paths is not None:
-            return normalise(path) in paths
+        if only is not None:
+            return normalise(path) in only
         match = check_target_module_exists(config, path)
         return bool(match) and not isinstance(match, _ExcludedModule)
 
+    inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, BaseTunerLayer))
     return [
         _target(model, path, module, config)
         for path, module in model.named_modules()
         if path and not path.startswith(inside) and not is_basis(path) and is_target(path)
     ]
-
-
-def in_recorded_order(targets: list[Target], config: LotrConfig) -> list[Target]:
-    """Return targets in the order that a loaded adapter recorded, when it recorded these.
-
-    Positions along the modes follow from the order, and another version of a model may name its modules in another.
-    """
-    order = {str(fields["path"]): n for n, fields in enumerate(config.targets or ())}
-    if set(order) != {target.path for target in targets}:
-        return targets
-    return sorted(targets, key=lambda target: order[target.path])
 
 
 def is_basis(path: str) -> bool:
@@ -151,10 +123,10 @@ def is_basis(path: str) -> bool:
 
 def linear_paths(model: nn.Module) -> list[str]:
     """Return the paths of all modules that could be adapted."""
-    return [path for path, module in model.named_modules() if path and is_linear(module)]
+    return [path for path, module in model.named_modules() if path and _is_linear(module)]
 
 
-def is_linear(module: nn.Module) -> bool:
+def _is_linear(module: nn.Module) -> bool:
     """Whether a module is a `Linear`, a `Conv1D` or a quantised linear."""
     if isinstance(module, nn.Linear | Conv1D):
         return True
@@ -162,22 +134,16 @@ def is_linear(module: nn.Module) -> bool:
     return backend is not None and getattr(backend, "layer_type", None) == "linear"
 
 
-def check_found(targets: list[Target], model: nn.Module, config: LotrConfig) -> None:
-    """Refuse a configuration that matches no module, unless it asks for none.
-
-    Raises:
-        PlanError: The message says what would match.
-    """
-    if targets or config.target_modules == DUMMY_TARGET_MODULES:
-        return
+def _nothing_found(model: nn.Module, config: LotrConfig) -> str:
+    """Return the message that a configuration matches no module, and what would match."""
     named = config.target_modules
     names = named if named is None or isinstance(named, str) else sorted(named)
     if config.exclude_modules or config.layers_to_transform is not None:
-        raise PlanError(
+        return (
             f"target_modules={names!r} match no module that exclude_modules="
             f"{config.exclude_modules!r} and layers_to_transform={config.layers_to_transform!r} leave. Leave less out."
         )
-    raise PlanError(f"target_modules={names!r} {match_nothing(model, names)}")
+    return f"target_modules={names!r} {match_nothing(model, names)}"
 
 
 def match_nothing(model: nn.Module, names: Collection[str] | None) -> str:
@@ -192,7 +158,7 @@ def match_nothing(model: nn.Module, names: Collection[str] | None) -> str:
 
 def _target(model: nn.Module, path: str, module: nn.Module, config: LotrConfig) -> Target:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    if not is_linear(base):
+    if not _is_linear(base):
         raise PlanError(
             f"Target module {path!r} ({type(base).__name__}) is not supported. Currently, only Linear, "
             "Conv1D and quantised linears can be adapted; leave it out with exclude_modules, or train it in "
@@ -201,11 +167,10 @@ def _target(model: nn.Module, path: str, module: nn.Module, config: LotrConfig) 
     in_features, out_features = _get_in_out_features(base)
     shape = cast("tuple[int, int]", (out_features, in_features))
     clean = normalise(path)  # PEFT gives a compiled model's modules with or without the wrapper's name
-    key = get_pattern_key(list(config.rank_pattern), clean)
     return Target(
         clean,
         shape,
-        pair(config.rank_pattern.get(key, config.r)),
+        config.rank_of(clean),
         fused=fused_projections(model, path, shape) if config.modes else (),
         heads=heads_of(model, path, shape) if config.blocks == "head" else None,
     )

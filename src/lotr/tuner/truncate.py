@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -15,10 +14,10 @@ from ..errors import ConfigError
 from ..math.hooi import tucker2
 from ..math.update import one_by_one, side_by_side
 from ..sharing.plan import Group, Part, Plan
-from .checks import checked_rank, pair, plain
-from .config import LotrConfig
-from .factors import find_adapter, parts_of
-from .group import LotrGroup, NamedNumbers, linear_from
+from .checks import checked_rank
+from .config import LotrConfig, pair
+from .factors import find_adapter, parts_of, set_ranks
+from .group import LotrGroup, linear_from
 from .layer import LotrLinear
 
 Rank = tuple[int, int]  # (k, r)
@@ -70,14 +69,13 @@ def truncate(
         >>> [group.after for group in truncate(model, rank=2)]
         [(2, 2)]
     """
-    _check_size(rank, energy)
     name, config = find_adapter(model, adapter)
-    _check_cut(config)
+    _check(config, rank, energy)
     parts = parts_of(model, name)
     updates = {group: _Update(group, name, of_group) for group, of_group in parts.items()}
-    ranks = {update.group.name: update.ranks(rank, energy) for update in updates.values()}
+    ranks = {update.group.name: update.ranks(rank, energy or 0.0) for update in updates.values()}
     ranks = _equal_in_modules(config.recorded_plan(), ranks)
-    plan = _set_ranks(config, ranks)
+    plan = set_ranks(config, ranks)
     ranks = {group.name: group.rank for group in plan.groups}  # of a module with smaller blocks, cut to those
     report = []
     for shared, update in updates.items():
@@ -100,16 +98,16 @@ class _Update:
         self.group: Group = parts[0][1].group
         self.Q_U, R_U = torch.linalg.qr(shared.lotr_U[adapter].weight.double())
         self.Q_V, R_V = torch.linalg.qr(shared.lotr_V[adapter].weight.T.double())
-        cores = [_core(layer, adapter, part).to(R_U) for layer, part in parts]
+        cores = [layer.site_core(adapter, part).to(R_U) for layer, part in parts]
         #: Of each part, `(sites, k, r)`.
         self.cores = [
             R_U @ one_by_one(C, part.grid) @ R_V.T for C, (_, part) in zip(cores, parts, strict=True)
         ]
         self.energy = sum(float(C.square().sum()) for C in self.cores)
 
-    def ranks(self, most: Any, energy: float | None) -> Rank:
+    def ranks(self, most: int | Rank | None, energy: float) -> Rank:
         """Return the ranks that are asked for, or the smallest of which each keeps a share of the energy."""
-        if energy is None:
+        if most is not None:
             (k, r), (most_k, most_r) = self.group.rank, pair(most)
             return min(k, most_k), min(r, most_r)
         stacked = torch.cat(self.cores)
@@ -141,23 +139,6 @@ def _equal_in_modules(plan: Plan, ranks: Mapping[str, Rank]) -> dict[str, Rank]:
     return ranks
 
 
-def _set_ranks(config: LotrConfig, ranks: Mapping[str, Rank]) -> Plan:
-    """Give the groups other ranks in a configuration, so that the adapter loads with them; return the plan."""
-    plan = config.recorded_plan()
-    targets = [replace(t, rank=ranks[plan.parts[t.path][0].group.name]) for t in plan.targets]
-    (common, _), *_ = Counter(target.rank for target in targets).most_common(1)
-    config.r = plain(common)
-    config.rank_pattern = {t.path: plain(t.rank) for t in targets if t.rank != common}
-    config.targets = [target.to_dict() for target in targets]
-    return config.plan_for(targets)
-
-
-def _core(layer: LotrLinear, adapter: str, part: Part) -> Tensor:  # (a·k, b·r)
-    cores = layer.lotr_C[adapter]
-    C: Tensor = cores()[part.name] if part.name else cores.weight
-    return C
-
-
 def _replace(
     shared: LotrGroup,
     adapter: str,
@@ -170,11 +151,11 @@ def _replace(
     for factors, weight in ((shared.lotr_U, U), (shared.lotr_V, V.T)):
         factors[adapter] = _like(factors[adapter].weight, weight)
     for (layer, part), of_part in zip(parts, cores, strict=True):
-        before, after = _core(layer, adapter, part), side_by_side(of_part, part.grid)
-        if isinstance(layer.lotr_C[adapter], NamedNumbers):
-            layer.lotr_C[adapter].register_parameter(part.name, _like(before, after).weight)
+        C = _like(layer.site_core(adapter, part), side_by_side(of_part, part.grid))
+        if part.name:
+            layer.lotr_C[adapter].register_parameter(part.name, C.weight)
         else:
-            layer.lotr_C[adapter] = _like(before, after)
+            layer.lotr_C[adapter] = C
 
 
 def _like(before: Tensor, weight: Tensor) -> nn.Linear:
@@ -183,18 +164,14 @@ def _like(before: Tensor, weight: Tensor) -> nn.Linear:
     return linear
 
 
-def _check_size(rank: Any, energy: Any) -> None:
-    """Refuse anything but one rank or one share."""
+def _check(config: LotrConfig, rank: Any, energy: Any) -> None:
+    """Refuse anything but one rank or one share, and an adapter that has no cut."""
     if (rank is None) == (energy is None):
         raise ConfigError(f"rank={rank} and energy={energy}: give one of the two.")
     if rank is not None:
         checked_rank("rank", rank)
     elif not isinstance(energy, Real) or isinstance(energy, bool) or not 0 < float(energy) <= 1:
         raise ConfigError(f"energy={energy!r} is not a share. Use a number above 0 and at most 1.")
-
-
-def _check_cut(config: LotrConfig) -> None:
-    """Refuse an adapter that has no cut."""
     if config.core != "free":
         raise ConfigError(
             f"Only free cores can be cut down group by group, and the adapter has core={config.core!r}. Train it with "

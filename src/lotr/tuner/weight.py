@@ -88,11 +88,10 @@ class AdaptedWeight(nn.Module, LotrLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
         home, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        if adapter_name in self.lotr_C:
-            move(self.lotr_C[adapter_name], device or home, dtype)
-        if adapter_name in self.lotr_magnitude:
-            # in float32 on a half-precision base too: a rounded norm would change the base model
-            move(self.lotr_magnitude[adapter_name], device or home)
+        # a magnitude stays in float32 on a half-precision base too: a rounded norm would change the base model
+        for numbers, own_type in ((self.lotr_C, dtype), (self.lotr_magnitude, None)):
+            if adapter_name in numbers:
+                move(numbers[adapter_name], device or home, own_type)
 
     @property
     def base_weight(self) -> BaseWeight:
@@ -110,21 +109,21 @@ class AdaptedWeight(nn.Module, LotrLayer):
             W = self._unmerged
         return W.T if self.fan_in_fan_out else W
 
-    @property
-    def home(self) -> torch.device:
-        """Where the base weight is; the meta device while it is offloaded."""
-        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        return device or torch.device("cpu")
-
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        _, before = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        _, before = self._home
         super()._apply(fn, recurse)
-        _, after = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        device, after = self._home
         # computed anew on another device, a norm could differ in its last bit from the magnitude that started at it
-        norms = {name: norm.to(self.home) for name, norm in self._norms.items()} if before == after else {}
+        norms = {name: norm.to(device) for name, norm in self._norms.items()} if before == after else {}
         self._norms.clear()
         self._norms.update(norms)
         return self
+
+    @property
+    def _home(self) -> tuple[torch.device, torch.dtype | None]:
+        """Device (meta while it is offloaded) and type of the base weight."""
+        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        return device or torch.device("cpu"), dtype
 
     def core(self, adapter: str, part: Part, group: LotrGroup) -> Tensor:  # (a·k, b·r)
         """Return the cores of a part, side by side."""
@@ -149,15 +148,13 @@ class AdaptedWeight(nn.Module, LotrLayer):
     ) -> list[FactoredUpdate]:
         """Return the parts of the update with their tensors.
 
-        Args:
-            adapter: Name of the adapter.
-            device: Default: where the base weight is; with an offloaded base, where the factors are.
-            dtype: Default: float32, or float64 where the factors have it.
+        They are where the base weight is (with an offloaded base, where the factors are), in float32, or in float64
+        where the factors have it; unless another device or type is named.
         """
         updates = []
         for part, group in self.parts[adapter]:
             U, Vt = weight_of(group.lotr_U[adapter]), weight_of(group.lotr_V[adapter])
-            home = device or (U.device if self.home.type == "meta" else self.home)
+            home = device or (U.device if self._home[0].type == "meta" else self._home[0])
             width = dtype or (torch.float64 if U.dtype == torch.float64 else torch.float32)
             U, C, Vt = (tensor.to(home, width) for tensor in (U, self.core(adapter, part, group), Vt))
             position = part.rows[0], part.columns[0]
@@ -174,10 +171,7 @@ class AdaptedWeight(nn.Module, LotrLayer):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return what the adapter changes, in the layout of the base weight.
-
-        That is `ΔW`, or `W' - W` with a magnitude; `(out, in)`, or `(in, out)` for `Conv1D`.
-        """
+        """Return `ΔW`, or `W' - W` with a magnitude, in the layout of the base weight: `(in, out)` for `Conv1D`."""
         updates = self.factored(adapter)
         dW = updates[0].dense()
         if dW.shape != (self.out_features, self.in_features):
@@ -212,7 +206,10 @@ class AdaptedWeight(nn.Module, LotrLayer):
                     f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken"
                 )
             if self._unmerged is None:
-                self._unmerged = self._copy_of_base()
+                # quantising again would not give the same numbers, so the whole (small) quantised layer is kept;
+                # of a plain weight the tensor itself, because merging puts a new one in its place
+                quantised = self.quantization_backend is not None
+                self._unmerged = copy.deepcopy(self.base_layer) if quantised else W
             self.set_base_weight(merged)
             self.merged_adapters.append(adapter)
             self._norms.clear()
@@ -234,12 +231,6 @@ class AdaptedWeight(nn.Module, LotrLayer):
             weight = self.get_base_layer().weight
             weight.data = self._unmerged.to(device=weight.device, dtype=weight.dtype)
         self._unmerged = None
-
-    def _copy_of_base(self) -> Any:
-        # quantising again would not give the same numbers, so the whole (small) quantised layer is kept;
-        # of a plain weight the tensor itself, because merging puts a new one in its place
-        quantised = self.quantization_backend is not None
-        return copy.deepcopy(self.base_layer) if quantised else self.get_base_weight()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the update is `W + ΔW`, so that plain LoRA can hold it."""

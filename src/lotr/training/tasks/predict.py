@@ -33,7 +33,7 @@ def scores_of_tasks(served: Served, rows: Mapping[str, Dataset]) -> dict[str, di
     names, mixed = list(rows), together(list(rows.values()))
     task_of = mixed["task"][:]
     outputs: dict[str, list[Any]] = {name: [] for name in names}
-    size = min(64, served.rows.slab.capacity)
+    size = min(64, served.rows.cache.capacity)
     for numbers, logits, labels in batches(served.model, served.collator(), mixed, size, tasks=names):
         assert labels is not None
         if served.kind == "causal-lm":
@@ -100,7 +100,7 @@ def predict(
     else:
         encoded = [_encoded(served, part, own) for part, own in zip(parts, tasks.values(), strict=True)]
         mixed = together(encoded).select(np.argsort(order))
-        size = min(batch_size, served.rows.slab.capacity)
+        size = min(batch_size, served.rows.cache.capacity)
         for at, logits, _ in batches(served.model, served.collator(), mixed, size, tick, list(tasks)):
             for n, row in zip(at, logits.cpu(), strict=True):
                 predicted[n] = prediction(str(tasks[names[n]].task), tasks[names[n]].labels, row)

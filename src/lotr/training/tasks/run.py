@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ...bank import CoreBank, Task
 from ...bank.layout import Layout
@@ -21,15 +22,14 @@ from ...tuner.saved_adapter import read_saved
 from ..adapter import check_positive
 from ..base_model import load_tokenizer, locate, skeleton, text_length
 from ..checkpoint import last_whole
-from ..process import StopOnRequest, finish_on_interrupt
+from ..output import SETTINGS, versions
+from ..process import StopOnInterrupt
 from ..rates import default_rates
-from ..report import SETTINGS, versions
 from .predict import scores_of_tasks
-from .row_adam import RowAdam
 from .served import Served, base_of, load_served
 from .settings import BankSettings
 from .task_list import Prepared, TaskSource, prepare, together
-from .trainer import TABLES, TaskSampler, TaskTrainer, temperature_of
+from .trainer import TASKS, TaskSampler, TaskTrainer, temperature_of
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -147,8 +147,8 @@ def _run(
     tasks = [_task(p, settings) for p in prepared]
     served.begin(tasks, settings.seed)
     # the numbers themselves, and two moments of each
-    memory = 3 * sum(table.numel() * table.element_size() for table in served.tables().values())
-    each = memory // (len(tasks) + 1)
+    memory = 3 * sum(parameter.nbytes for parameter in served.tensors().values())
+    each = memory // len(tasks)
     say(
         f"Tasks: {len(tasks)}, with {sum(len(p.train) for p in prepared)} rows to train on; {bank.layout.size:,} "
         f"numbers each, beside a head: {each:,} bytes of memory a task while it trains."
@@ -157,10 +157,10 @@ def _run(
     folder = bank.path / RUN
     folder.mkdir(exist_ok=True)
     write_json(folder / SETTINGS, settings.to_dict())
-    stop, started = StopOnRequest(), time.perf_counter()
+    stop, started = StopOnInterrupt(say), time.perf_counter()
     trainer = _trainer(settings, served, prepared, tasks, [*callbacks, stop])
-    checkpoint = last_whole(folder, (TABLES,)) if settings.resume else None
-    with finish_on_interrupt(stop, say):
+    checkpoint = last_whole(folder, (TASKS,)) if settings.resume else None
+    with stop:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds, step, steps = time.perf_counter() - started, trainer.state.global_step, trainer.state.max_steps
     if stop.requested and step < steps:
@@ -256,13 +256,17 @@ def _trainer(
     return trainer
 
 
-def _optimizer(settings: BankSettings, served: Served) -> RowAdam:
+def _optimizer(settings: BankSettings, served: Served) -> torch.optim.Optimizer:
+    """Return AdamW, which leaves a task alone that has no row in the batch: neither it nor its moments change."""
     rates = default_rates(str(served.bank.config.core), "none", "cores")
-    numbers, *heads = (table.requires_grad_() for table in served.tables().values())
-    groups = [{"params": [numbers], "lr": settings.core_lr or rates.core_lr, "name": "cores"}]
+    cores: list[Tensor] = []
+    heads: list[Tensor] = []
+    for name, parameter in served.tensors().items():
+        (cores if name.endswith(".numbers") else heads).append(parameter)
+    groups = [{"params": cores, "lr": settings.core_lr or rates.core_lr, "name": "cores"}]
     if heads:
         groups.append({"params": heads, "lr": settings.head_lr or rates.head_lr, "name": "heads"})
-    return RowAdam(groups, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
 
 
 def _measure(served: Served, prepared: Sequence[Prepared]) -> dict[str, Any]:

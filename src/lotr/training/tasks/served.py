@@ -45,38 +45,43 @@ class Served:
         """Put tasks into memory as they begin: the numbers that the adapter on the model has, and new heads.
 
         Args:
-            tasks: New tasks, with their labels; all of them fit.
+            tasks: New tasks, with their labels.
             seed: Seed of the heads.
         """
         from peft import get_peft_model_state_dict
 
         name = self.model.active_adapter
         own = get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False)
-        numbers, heads = self.bank.layout.flatten(own).float().cpu(), self.rows.slab.heads
+        numbers, head = self.bank.layout.flatten(own).float(), self.rows.head
         for task in tasks:
-            outputs, drawn = len(task.labels) or 1, crc32(f"{seed} {task.name}".encode())
-            head = {} if heads is None else heads.fresh(outputs, drawn)
-            self.rows.slab.put([replace(task, numbers=numbers, head=head)], {})
+            drawn = crc32(f"{seed} {task.name}".encode())
+            new = {} if head is None else head.fresh(len(task.labels) or 1, drawn)
+            loaded = self.rows.load(replace(task, numbers=numbers.clone(), head=new))
+            for parameter in loaded.parameters:
+                parameter.requires_grad_()
+            self.rows.cache.training[task.name] = loaded
 
-    def tables(self) -> dict[str, Tensor]:  # (slots, numbers) each
-        """Return what the tasks in memory have: numbers of cores, and of heads by their names in the head."""
-        slab = self.rows.slab
-        heads = {} if slab.heads is None else slab.heads.tables
-        return {"numbers": slab.numbers, **{f"head.{name}": table for name, table in heads.items()}}
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what trains, by number of the task and name: the numbers of its cores, and those of its head."""
+        tensors: dict[str, Tensor] = {}
+        for n, task in enumerate(self.rows.cache.training.values()):
+            head = {} if task.head is None else task.head.parameters
+            tensors |= {f"{n}.numbers": task.numbers, **{f"{n}.head.{key}": p for key, p in head.items()}}
+        return tensors
 
     def in_memory(self, task: Task) -> Task:
         """Return a task as it is in memory now."""
-        slab = self.rows.slab
-        slot = slab.slots[task.name]
-        head = {} if slab.heads is None else slab.heads.get(slot)
-        return replace(task, numbers=slab.numbers[slot].detach().cpu(), head=head)
+        loaded = self.rows.cache.training[task.name]
+        head = {}
+        if self.rows.head is not None and loaded.head is not None:
+            prefix = self.rows.head.prefix
+            head = {prefix + key: p.detach().cpu() for key, p in loaded.head.parameters.items()}
+        return replace(task, numbers=loaded.numbers.detach().cpu(), head=head)
 
     def rest(self) -> None:
         """Answer with the tasks as the bank has them."""
         self.model.eval()
-        for table in self.tables().values():
-            table.requires_grad_(False)
-        self.rows.slab.forget()
+        self.rows.cache.training.clear()
 
 
 def load_served(

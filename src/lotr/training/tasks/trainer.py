@@ -21,7 +21,8 @@ from ...errors import CheckpointError, ConfigError, TrainingError, near
 from ..checkpoint import TRAINER_STATE, AdapterTrainer
 from .served import Served
 
-TABLES = "tasks.safetensors"
+TASKS = "tasks.safetensors"
+_MAX_NORM = 1.0  # of a task's gradient
 SAMPLING = ("proportional", "uniform", "temperature")
 
 
@@ -38,21 +39,26 @@ class TaskTrainer(AdapterTrainer):
         sampler: Which rows come.
     """
 
-    model_files = (TABLES,)
+    model_files = (TASKS,)
 
     def __init__(
         self, *args: Any, served: Served, tasks: Sequence[Task], sampler: Sampler[int], **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
         self.served, self.tasks, self.sampler = served, tasks, sampler
-        self._in_batch = 1
+        self._in_batch: Counter[str] = Counter()  # rows of each task
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self.sampler
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Take one step; returns the mean loss of the tasks in the batch."""
-        return super().training_step(model, inputs, *args, **kwargs) / self._in_batch
+        """Take one step; returns the mean loss of the tasks in the batch. The gradient is clipped task by task."""
+        assert self.optimizer is not None
+        self.optimizer.zero_grad()
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        for name in self._in_batch:
+            nn.utils.clip_grad_norm_(self.served.rows.cache.training[name].parameters, _MAX_NORM)
+        return loss / len(self._in_batch)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Return the loss of a batch.
@@ -75,8 +81,7 @@ class TaskTrainer(AdapterTrainer):
         if bad:
             what = f"The loss of task {', '.join(map(repr, sorted(bad)[:5]))} is not finite"
             raise TrainingError(self._diverged(what, self.state.global_step + 1))
-        rows = Counter(names)
-        self._in_batch = len(rows)
+        rows = self._in_batch = Counter(names)
         return (losses / torch.tensor([rows[name] for name in names], device=losses.device)).sum()
 
     # ------------------------------------------------------------------ checkpoints
@@ -85,21 +90,20 @@ class TaskTrainer(AdapterTrainer):
         folder = Path(str(output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / TRAINER_STATE).unlink(missing_ok=True)  # of the same step, before it was gone back on
-        tables = {name: table.detach().cpu().contiguous() for name, table in self.served.tables().items()}
-        save_file(tables, folder / TABLES)
+        save_file({name: p.detach().cpu() for name, p in self.served.tensors().items()}, folder / TASKS)
         # killed before the rest is written, the bank is a step ahead until the run that goes on comes here again
         self.served.bank.add_many(map(self.served.in_memory, self.tasks), replace=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        file = Path(resume_from_checkpoint) / TABLES
+        file = Path(resume_from_checkpoint) / TASKS
         saved = load_file(file)
-        for name, table in self.served.tables().items():
-            if name not in saved or saved[name].shape != table.shape:
+        for name, parameter in self.served.tensors().items():
+            if name not in saved or saved[name].shape != parameter.shape:
                 raise CheckpointError(
                     f"{file} has other tasks or labels than the data now. Restore the data, or drop the run with "
                     "--replace."
                 )
-            table.data.copy_(saved[name])
+            parameter.data.copy_(saved[name])
 
 
 def temperature_of(sampling: str, temperature: float) -> float:

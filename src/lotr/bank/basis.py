@@ -1,0 +1,156 @@
+"""What all tasks of a bank have in common, and the folder that they are in: `bank.json`, factors, configuration."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, ConfigError, near
+from ..files.adapter_folder import BASIS_WEIGHTS, CONFIG, fingerprint
+from ..files.atomic import read_json, whole_folder, write_json
+from ..tuner.basis import check_basis
+from ..tuner.config import LotrConfig
+from ..tuner.saved_adapter import hash_of, read_basis, read_saved
+from .layout import Layout
+from .store import create_store
+from .task import DTYPES
+
+BANK, TASKS = "bank.json", "tasks.sqlite"
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Description:
+    """Content of `bank.json`, whose fields docs/file_format.md describes."""
+
+    base_model: str | None
+    base_fingerprint: str | None
+    basis_hash: str
+    dtype: str
+    numbers: int
+    layout: list[dict[str, Any]]
+    format: int = FORMAT
+
+    @staticmethod
+    def read(folder: Path) -> Description:
+        """Read the description of a bank.
+
+        Raises:
+            CheckpointError: There is no bank, it is damaged, or another version of the library made it.
+        """
+        if not folder.is_dir():
+            raise CheckpointError(f"Bank {folder} does not exist. `lotr bank create` makes one.")
+        content = read_json(folder / BANK, "a bank")
+        if content.get("format") != FORMAT:
+            raise CheckpointError(
+                f"The bank in {folder} has format {content.get('format')}, and this version of lotr reads format "
+                f"{FORMAT} alone: use the version that wrote it, or make the bank anew with `lotr bank create`."
+            )
+        try:
+            description = Description(**content)
+        except TypeError as error:
+            raise CheckpointError(f"{folder / BANK} is damaged: {error}. Restore it from a copy.") from None
+        if description.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{folder / BANK} is damaged: dtype={description.dtype!r} is none. Restore it from a copy."
+            )
+        return description
+
+    @property
+    def task_bytes(self) -> int:
+        """Bytes of the numbers of one task."""
+        return self.numbers * DTYPES[self.dtype].itemsize
+
+
+class Basis:
+    """The shared factors of a bank, and what they are for.
+
+    Args:
+        path: Folder of the bank.
+
+    Raises:
+        CheckpointError: There is no bank, it is damaged, or another version of the library made it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.description = path, Description.read(path)
+        saved = read_saved(path)
+        self._config, self.plan, self.layout = saved.config, saved.plan, Layout.of(saved.plan)
+        if self.description.layout != self.layout.to_list():
+            raise CheckpointError(
+                f"{path}: bank.json tells of {self.description.numbers} numbers a task, and adapter_config.json beside "
+                f"it of {self.layout.size}, or of the same in another order. They were put together from different "
+                "banks."
+            )
+
+    @property
+    def config(self) -> LotrConfig:
+        """Configuration of a new task on this basis, for `get_peft_model`: its factors are the bank's."""
+        config = copy.copy(self._config)
+        config.basis, config.basis_hash = str(self.path.resolve()), self.description.basis_hash
+        config.trainable, config.inference_mode = "cores", False
+        return config
+
+    def factors(self) -> dict[str, Tensor]:
+        """Return `U` and `V` (transposed) of every group, by their key in an adapter's file.
+
+        Raises:
+            CheckpointError: They are damaged, or of another bank.
+        """
+        return read_basis(self.config)
+
+    def check_base(self, model: nn.Module) -> None:
+        """Refuse a bare base model whose adapted weights are others than those that the basis was made for.
+
+        Raises:
+            CheckpointError: The message names both.
+        """
+        name, expected = self.description.base_model, self.description.base_fingerprint
+        try:
+            actual = fingerprint(model, [target.path for target in self.plan.targets])
+        except AttributeError as error:
+            raise CheckpointError(
+                f"The bank in {self.path} is for {name!r}, and this model has another structure: {error}."
+            ) from None
+        if expected and actual and expected != actual:
+            raise CheckpointError(
+                f"The weights of this model are not those that the bank in {self.path} is for ({name!r}): "
+                f"fingerprint {actual}, not {expected}. Load the right base model."
+            )
+
+
+def create_folder(path: Path, basis: str | Path, dtype: str) -> None:
+    """Make an empty bank: the basis, the description, and a file without tasks. See `CoreBank.create`."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not a type of a bank's numbers. {near(dtype, DTYPES)}")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        what = "a bank already; add tasks to it" if (path / BANK).is_file() else "not an empty folder"
+        raise ConfigError(f"{path} is {what}, or choose another folder.")
+    saved = read_saved(basis)
+    config, record, layout = saved.config, saved.folder.task, Layout.of(saved.plan)
+    if config.bias != "none":
+        raise ConfigError(
+            f"{basis} has bias={config.bias!r}: its tasks train biases, which a bank does not hold."
+        )
+    factors = saved.factors()
+    check_basis(saved.plan, factors, str(basis))
+    description = Description(
+        config.base_model_name_or_path or record.get("base_model"),
+        record.get("base_fingerprint"),
+        hash_of(factors),
+        dtype,
+        layout.size,
+        layout.to_list(),
+    )
+    with whole_folder(path) as folder:
+        save_file(dict(sorted(factors.items())), folder / BASIS_WEIGHTS, metadata={"format": "pt"})
+        (folder / BASIS_WEIGHTS).chmod(0o644)
+        alone = {"basis": None, "basis_hash": None, "inference_mode": True}
+        write_json(folder / CONFIG, config.to_dict() | alone)
+        write_json(folder / BANK, asdict(description))
+        create_store(folder / TASKS, description.basis_hash, description.task_bytes)

@@ -1,0 +1,142 @@
+"""An SQLite file over one connection that threads share and forked processes do not, and what its errors mean.
+
+The file is in WAL mode with `synchronous=FULL`: readers go on while one process writes, and a commit that returned is
+on the disk, so neither a killed process nor a power cut takes it back. (`NORMAL` would do for a killed process.)
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, ConfigError
+
+_WAIT = 60.0  # seconds that a writer waits for another one
+_LOG = 4 << 20  # bytes of the write-ahead log
+_IN_WORDS = {
+    sqlite3.SQLITE_FULL: "cannot grow: the disk is full. Nothing was written and nothing lost; make room and try again",
+    sqlite3.SQLITE_IOERR: "cannot be read or written: the disk fails, or is full. Nothing was lost; make room, or move "
+    "the folder to another disk",
+    sqlite3.SQLITE_BUSY: "is being written by another process, and has been for long. Nothing was written; try again",
+    sqlite3.SQLITE_READONLY: "may not be written here. Nothing was written; give yourself the right to write in its "
+    "folder, or copy the folder",
+    sqlite3.SQLITE_CANTOPEN: "cannot be opened: it, or its folder, may not be read or written here. Give yourself the "
+    "right, or copy the folder",
+    sqlite3.SQLITE_CORRUPT: "is damaged: it was cut off, or bytes in it changed. Nothing was written. Restore the "
+    "folder from a copy, or save every task that can still be read with `lotr bank recover`",
+    sqlite3.SQLITE_NOTADB: "is no database, or its first bytes are damaged. Restore the folder from a copy, or save "
+    "what can be read with `lotr bank recover`",
+}
+
+
+class Database:
+    """A database that exists.
+
+    Args:
+        path: The file.
+        writable: Whether it will be written.
+        truncated: Whether to open a file of which the end is missing.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, or may not be read here.
+    """
+
+    def __init__(self, path: Path, writable: bool = False, truncated: bool = False) -> None:
+        self.path, self.writable, self.truncated = path, writable, truncated
+        self._lock = threading.RLock()
+        self._open()
+
+    def _open(self) -> None:
+        if not self.path.is_file():
+            raise CheckpointError(f"{self.path.parent} holds no {self.path.name}: the bank's tasks are gone.")
+        with self._in_words():
+            uri = f"{self.path.resolve().as_uri()}?mode={self._mode()}"
+            self._connection = sqlite3.connect(
+                uri, uri=True, isolation_level=None, timeout=_WAIT, check_same_thread=False
+            )
+            self._process = os.getpid()
+            # a changed byte in one name must not keep the others from being listed
+            self._connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+            if self.truncated:  # else SQLite refuses to look at any of it
+                self._connection.execute("PRAGMA writable_schema = ON")
+            if self.writable:
+                self._connection.execute("PRAGMA synchronous = FULL")
+                # the log goes into the file when it is this long; SQLite counts in pages
+                page = self._connection.execute("PRAGMA page_size").fetchone()[0]
+                self._connection.execute(f"PRAGMA wal_autocheckpoint = {_LOG // page}")
+                self._connection.execute(f"PRAGMA journal_size_limit = {_LOG}")
+
+    def _mode(self) -> str:
+        if self.writable:
+            return "rw"
+        log = self.path.with_name(f"{self.path.name}-wal")
+        unfinished = log.exists() and log.stat().st_size > 0
+        # readers note beside the file what they read; where none can, nobody writes either
+        return "ro" if unfinished or os.access(self.path.parent, os.W_OK) else "ro&immutable=1"
+
+    @contextmanager
+    def _in_words(self, task: str | None = None) -> Iterator[None]:
+        """Turn SQLite's errors into this library's, which name the file, the task and the way out."""
+        try:
+            yield
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            # a changed byte in the schema is met as a name that is no text
+            damaged = (
+                sqlite3.SQLITE_CORRUPT if isinstance(error, UnicodeDecodeError) else sqlite3.SQLITE_ERROR
+            )
+            code = getattr(error, "sqlite_errorcode", damaged) & 0xFF
+            subject = f"Task {task!r} cannot be read: {self.path}" if task is not None else str(self.path)
+            raise CheckpointError(f"{subject} {_IN_WORDS.get(code, 'cannot be used')} ({error}).") from error
+
+    def __reduce__(self) -> tuple[type[Database], tuple[Path, bool, bool]]:
+        return Database, (self.path, self.writable, self.truncated)
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """What is another one after every commit that this connection did not make."""
+        return os.getpid(), int(self.rows("PRAGMA data_version")[0][0])
+
+    @contextmanager
+    def connected(self, task: str | None = None) -> Iterator[sqlite3.Connection]:
+        """Give the connection to one thread."""
+        with self._lock, self._in_words(task):
+            if self._process != os.getpid():  # a connection must not be carried into a forked process
+                self._open()
+            yield self._connection
+
+    def rows(self, sql: str, *values: Any, task: str | None = None) -> list[Any]:
+        """Run one statement; returns its rows. `task` is named where it fails."""
+        with self.connected(task) as connection:
+            return connection.execute(sql, values).fetchall()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Write everything in the block, or nothing of it.
+
+        Raises:
+            ConfigError: The file was opened for reading.
+            CheckpointError: The disk is full, the file is damaged, or another process has been writing for long.
+        """
+        if not self.writable:
+            raise ConfigError(
+                f"The bank in {self.path.parent} was opened for reading. Open it with writable=True."
+            )
+        with self.connected() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:  # a full disk has ended it already
+                    connection.execute("ROLLBACK")
+                raise
+
+    def close(self) -> None:
+        """Let go of the file."""
+        with self._lock:
+            self._connection.close()

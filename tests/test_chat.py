@@ -60,6 +60,31 @@ def test_blanks_that_the_offsets_leave_out_do_not_spill_the_loss():
     assert tokenizer.decode(learned(row)) == " b c#\n e#\n"
 
 
+@pytest.mark.parametrize("template", [PLAIN_TEMPLATE, TAGGED_TEMPLATE], ids=["plain", "marked"])
+@pytest.mark.parametrize(
+    "answer",
+    [{"content": "b c", "weight": 0}, {"content": " "}],
+    ids=["of the weight 0", "empty"],
+)
+def test_an_answer_that_is_empty_or_of_the_weight_0_is_not_learned(template, answer):
+    tokenizer = characters(trim_offsets=False)
+    tokenizer.chat_template = template
+    row = run(tokenizer, max_length=99, messages=[[TALK[0], {"role": "assistant", **answer}, *TALK[2:]]])[0]
+    assert tokenizer.decode(learned(row)).strip() in ("e #", "e#")
+
+
+def test_what_tools_say_is_seen_and_not_learned_and_calls_are_learned():
+    template = PLAIN_TEMPLATE.replace(
+        "turn.content", "(turn.tool_calls[0].function.name if turn.tool_calls else turn.content)"
+    )
+    template = "{% if tools %}{{ tools[0].name + ' ' }}{% endif %}" + template
+    calls = [{"function": {"name": "g", "arguments": "{}"}}]
+    talk = [TALK[0], {"role": "assistant", "tool_calls": calls}, {"role": "tool", "content": "f"}, TALK[3]]
+    row = run(language(chat_template=template), messages=[talk], tools=[[{"name": "d"}]])[0]
+    assert row["input_ids"] == ids("d user : a # assistant : g # tool : f # assistant : e #")
+    assert learned(row) == ids("g # e #")
+
+
 def test_keys_that_only_other_turns_have_do_not_reach_the_template():
     template = PLAIN_TEMPLATE.replace("turn.content", "turn.content + (' g' if turn.name is defined else '')")
     talk = [{"role": "user", "content": "a", "name": "x"}, {"role": "assistant", "content": "b"}]

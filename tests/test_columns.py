@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
+
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Dataset
 
 from lotr.errors import DataError
 from lotr.training.data.columns import (
@@ -12,25 +14,25 @@ from lotr.training.data.columns import (
     label_values,
     rows_of_task,
 )
+from lotr.training.data.tables import Table
 
 TURNS = [{"role": "user", "content": "hi"}]
 
 
-def rows(*labels: object, **columns: list) -> Dataset:
-    return Dataset.from_dict({"text": ["a text"] * len(labels), "label": list(labels), **columns})
+def rows(*labels: object, **columns: list) -> Table:
+    return Table({"text": ["a text"] * len(labels), "label": labels, **columns})
 
 
-def declared(names: list[str], *ids: int) -> Dataset:
-    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
-    return Dataset.from_dict({"text": ["a text"] * len(ids), "label": list(ids)}, features=features)
+def declared(names: tuple[str, ...], *ids: int) -> Table:
+    return Table(rows(*ids).columns, {"label": names})
 
 
-def needed(dataset: Dataset, columns: Columns | None = None, task="classification", **options) -> Dataset:
-    return rows_of_task(dataset, columns or Columns(), task, "here", **options)
+def needed(table: Table, columns: Columns | None = None, task="classification", **options) -> Dataset:
+    return rows_of_task(table, columns or Columns(), task, "here", **options)
 
 
 def test_a_missing_column_is_named_with_its_option_and_the_columns_there_are():
-    dataset = Dataset.from_dict({"sentence": ["a"], "label": [1]})
+    dataset = Table({"sentence": ["a"], "label": [1]})
     for columns, message in (
         (Columns(), r'no column "text"; its columns are: sentence, label\..*--text\.'),
         (Columns(text="sentence", label="class"), r'no column "class".*--label\.'),
@@ -45,28 +47,27 @@ def test_a_task_gets_the_columns_that_it_needs_under_their_names():
     dataset = rows(1, verdict=["y"], text2=["b"], messages=[TURNS])
     assert needed(dataset).column_names == ["text", "text2", "label"]
     assert needed(dataset, pairs=False, need_label=False).column_names == ["text"]
-    assert needed(dataset, Columns(label="verdict"))["label"][:] == ["y"]
-    assert needed(dataset, task="causal-lm").column_names == ["messages"]
-    assert needed(dataset.rename_column("messages", "talk"), Columns(text="talk"), task="causal-lm")[:] == {
-        "messages": [TURNS]
-    }
+    assert label_values(needed(dataset, Columns(label="verdict"))) == ["y"]
+    for columns, table in ((Columns(), dataset), (Columns(text="talk"), rows(1, talk=[TURNS]))):
+        (content,) = needed(table, columns, task="causal-lm")["messages"]
+        assert json.loads(content)["messages"] == TURNS
 
 
 def test_a_column_is_not_text_and_label_at_once():
-    with pytest.raises(DataError, match=r'Column "text2" of here is used twice, for --text2 .* and --label'):
+    with pytest.raises(DataError, match=r'Column "text2" of here is used twice, for --text2 and --label'):
         needed(rows(1, text2=["a"]), Columns(label="text2"))
 
 
 @pytest.mark.parametrize("missing", [None, "", "  "])
 def test_missing_texts_are_refused_with_their_rows(missing):
-    dataset = Dataset.from_dict({"text": ["a", missing, "c", missing], "label": [1, 0, 1, 0]})
+    dataset = Table({"text": ["a", missing, "c", missing], "label": [1, 0, 1, 0]})
     with pytest.raises(DataError, match=r'Column "text" of here .* 2 of 4 rows do not: 2, 4 '):
         needed(dataset)
 
 
 @pytest.mark.parametrize(
     "dataset",
-    [rows(1, None), rows(1.0, float("nan")), rows("a", ""), rows([1], [2, 3]), declared(["no", "yes"], -1)],
+    [rows(1, None), rows(1.0, float("nan")), rows("a", ""), rows([1], [2, 3]), declared(("no", "yes"), -1)],
     ids=["none", "nan", "empty", "many", "hidden in a test split of the hub"],
 )
 def test_missing_or_many_labels_are_refused(dataset):
@@ -97,18 +98,18 @@ def test_turns_without_a_role_are_refused():
     ],
 )
 def test_the_values_of_the_label_tell_the_task_and_texts_are_numbers_only_if_all_are(labels, task):
-    assert guess_task(rows(*labels), Columns())[0] == task
+    assert guess_task(rows(*labels), Columns(), "here")[0] == task
 
 
 def test_without_labels_or_with_conversations_a_language_is_learned():
     for dataset, columns in (
-        (Dataset.from_dict({"text": ["a"]}), Columns()),
+        (Table({"text": ["a"]}), Columns()),
         (rows(1, messages=[TURNS]), Columns()),
-        (Dataset.from_dict({"talk": [TURNS], "label": [1]}), Columns(text="talk")),
+        (Table({"talk": [TURNS], "label": [1]}), Columns(text="talk")),
     ):
-        assert guess_task(dataset, columns)[0] == "causal-lm"
+        assert guess_task(dataset, columns, "here")[0] == "causal-lm"
     named = rows(1, 2, messages=[TURNS] * 2, body=["a", "b"])  # a text column passes conversations by
-    assert guess_task(named, Columns(text="body"))[0] == "classification"
+    assert guess_task(named, Columns(text="body"), "here")[0] == "classification"
 
 
 @pytest.mark.parametrize(
@@ -122,16 +123,60 @@ def test_without_labels_or_with_conversations_a_language_is_learned():
     ],
 )
 def test_label_names_are_sorted_as_numbers_if_they_are(labels, names):
-    assert label_names(rows(*labels)) == names
+    assert label_names(needed(rows(*labels))) == names
 
 
 def test_a_class_label_column_keeps_its_names_and_their_order():
-    dataset = declared(["no", "maybe", "certainly"], 2, 0)
+    dataset = declared(("no", "maybe", "certainly"), 2, 0)
     assert label_names(needed(dataset)) == ("no", "maybe", "certainly")
-    assert label_values(dataset) == ["certainly", "no"]
-    assert guess_task(dataset, Columns())[0] == "classification"
+    assert label_values(needed(dataset)) == ["certainly", "no"]
+    assert guess_task(dataset, Columns(), "here")[0] == "classification"
 
 
 def test_labels_that_are_not_known_are_named_with_near_ones():
     with pytest.raises(DataError, match=r"the model does not have: maybe\. Near matches: may"):
-        check_labels(rows("may", "maybe"), ("may", "not"), "here", "the model")
+        check_labels(needed(rows("may", "maybe")), ("may", "not"), "here", "the model")
+
+
+@pytest.mark.parametrize("names", [("Text", "LABEL"), (" text", "label "), ("TEXT ", "Label")])
+def test_columns_are_found_by_names_that_differ_in_capitals_and_spaces(names):
+    table = Table(dict(zip(names, (["a", "b"], ["x", "y"]), strict=True)))
+    assert guess_task(table, Columns(), "here")[0] == "classification"
+    assert needed(table).column_names == ["text", "label"]
+    assert label_values(needed(table)) == ["x", "y"]
+    with pytest.raises(DataError, match=r'no column "text"; its columns are: TEXT, Text, label'):
+        needed(Table({"TEXT": ["a"], "Text": ["b"], "label": [1]}))  # which of the two?
+
+
+def test_labels_are_one_class_whatever_spaces_stand_around_them():
+    assert label_names(needed(rows("yes", " yes", "no ", "no"))) == ("no", "yes")
+
+
+@pytest.mark.parametrize("other", ["Not so", "not  so", "not\N{NO-BREAK SPACE}so"])
+def test_labels_that_differ_in_capitals_or_spaces_are_asked_about_with_their_rows(other):
+    with pytest.raises(
+        DataError, match=r"writes 'not so' in row 2 and .* in row 4, which differ .*Write them alike"
+    ):
+        needed(rows("yes", "not so", "yes", other))
+
+
+@pytest.mark.parametrize("n_rows", [3, 200])
+def test_labels_that_are_as_many_as_the_rows_are_asked_about(n_rows):
+    labels = [f"ticket {n % 150}" for n in range(n_rows)]
+    table = rows(*labels)
+    with pytest.raises(
+        DataError, match=rf"different labels in {n_rows} rows \(row 1: 'ticket 0'\).*--label.*--task"
+    ):
+        guess_task(table, Columns(), "here")
+    assert len(label_names(needed(table))) == len(set(labels))  # where the task was named
+
+
+def test_decimals_may_stand_behind_a_comma_but_not_where_it_could_be_for_thousands():
+    table = rows("1,5", "-0,25", "2", "1,250")
+    assert guess_task(table, Columns(), "here")[0] == "regression"
+    assert needed(table, task="regression")["label"][:] == [1.5, -0.25, 2.0, 1.25]
+    for task in ("regression", "classification"):
+        with pytest.raises(
+            DataError, match=r"holds '1,250' in row 2: .* before decimals, or after thousands\?"
+        ):
+            needed(rows("3", "1,250"), task=task)

@@ -83,4 +83,4 @@ def test_an_adapter_refuses_labels_that_it_does_not_know_and_needs_none_to_predi
     with pytest.raises(DataError, match="--label"):
         load_rows(bare, *task)
     plain, rows = load_rows(bare, *task, need_label=False)
-    assert (plain.to_list(), rows.to_list()) == ([{"text": "x", "id": "7"}], [{"text": "x"}])
+    assert (plain.rows(), rows.to_list()) == ([{"text": "x", "id": "7"}], [{"text": "x"}])

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from datasets import Dataset, DatasetDict
 
 from data_files import CSV, ROWS, write
 from lotr.errors import DataError
-from lotr.training.data import load_task, read
+from lotr.training.data import Columns, load_task, read
+
+TEXTS = [row["text"] for row in ROWS]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl", "parquet"])
@@ -25,7 +28,7 @@ def test_every_format_gives_the_same_rows_and_fills_no_cache(tmp_path, monkeypat
             "json": json.dumps(ROWS, indent=2),
         }
         path.write_text(texts[suffix])
-    assert read(str(path))[0].to_list() == ROWS
+    assert read(str(path))[0].rows() == ROWS
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
@@ -35,7 +38,10 @@ def test_text_stays_text_however_much_it_looks_like_something_else(tmp_path):
         ("a.csv", "text,id\n" + "".join(f"{value},0\n" for value in values)),
         ("a.jsonl", "\n".join(json.dumps({"text": value}) for value in values)),
     ):
-        assert read(write(tmp_path, name, content))[0]["text"][:] == values
+        assert list(read(write(tmp_path, name, content))[0]["text"]) == values
+
+
+TWO = [{"text": "a, b", "label": "1,5"}, {"text": "c", "label": "2"}]
 
 
 @pytest.mark.parametrize(
@@ -46,16 +52,71 @@ def test_text_stays_text_however_much_it_looks_like_something_else(tmp_path):
             '\ufefftext,label\r\n"one, ""two""\nthree",1\r\n',
             [{"text": 'one, "two"\nthree', "label": "1"}],
         ),
-        (
-            "a.jsonl",
-            '{"text": "a"}\n{"text": "b\u2028c", "label": "x"}\n',
-            [{"text": "a", "label": None}, {"text": "b\u2028c", "label": "x"}],
-        ),
+        ("a.csv", "text;label\na, b;1,5\nc;2\n", TWO),
+        ("a.csv", "text\tlabel\na, b\t1,5\nc\t2\n", TWO),
+        ("a.csv", "sep=|\ntext|label\na, b|1,5\nc|2\n", TWO),
+        ("a.tsv", 'text;label\n"a, b";1,5\nc;2\n', TWO),
+        ("a.csv", 'text , label\n"a, b","1,5"\nc,2\n', TWO),
+        ("a.csv", "text\na; b; c\n", [{"text": "a; b; c"}]),
+        ("a.txt", "a text\r\n\n another, too \n", [{"text": "a text"}, {"text": "another, too"}]),
+        ("a.jsonl", '{"a": "b\u2028"}\n{"b": 1}\n', [{"a": "b\u2028", "b": None}, {"a": None, "b": 1}]),
+        ("a.json", '{"text": ["a", "b"]}', [{"text": "a"}, {"text": "b"}]),
+        ("a.json", '{"about": "us", "data": [{"text": "a"}]}', [{"text": "a"}]),
     ],
-    ids=["quotes, commas and line breaks in a field", "keys that the first row lacks"],
+    ids=[
+        "quotes and line breaks in fields",
+        "semicolons",
+        "tabs",
+        "a first line that names the separator",
+        "a suffix that promises another separator",
+        "spaces around the names of columns",
+        "one column with separators in its texts",
+        "lines as texts",
+        "keys that only some rows have",
+        "one object of columns",
+        "one object around the rows",
+    ],
 )
-def test_what_a_format_allows_is_read(tmp_path, name, content, rows):
-    assert read(write(tmp_path, name, content))[0].to_list() == rows
+def test_what_people_have_is_read(tmp_path, name, content, rows):
+    assert read(write(tmp_path, name, content))[0].rows() == rows
+
+
+def test_the_encoding_of_excel_is_read(tmp_path):
+    (tmp_path / "a.txt").write_bytes("übel\nwohl\n".encode("utf-16"))
+    assert read(str(tmp_path / "a.txt"))[0]["text"] == ["übel", "wohl"]
+
+
+def test_a_field_may_be_longer_than_128_kib(tmp_path):
+    source = write(tmp_path, "a.csv", f"text,label\n{'long ' * 100_000},1\nshort,0\n")
+    assert [len(text) for text in read(source)[0]["text"]] == [500_000, 5]
+
+
+def test_a_file_with_100_000_columns_takes_a_second(tmp_path):
+    names, values = (",".join(f"{word}{n}" for n in range(100_000)) for word in ("column", ""))
+    source = write(tmp_path, "a.csv", f"text,label,{names}\n" + f"a,1,{values}\nb,0,{values}\n" * 5)
+    started = time.process_time()
+    assert load_task(source).labels == ("0", "1")
+    assert time.process_time() - started < 5  # with Arrow's columns, minutes
+    with pytest.raises(DataError, match=r'no column "body"; its columns are: text, .* … \(100,002 in all\)'):
+        load_task(source, columns=Columns(text="body"))
+
+
+def test_a_folder_of_files_is_split_by_their_names(tmp_path):
+    for name, rows in (("train", 6), ("dev", 2), ("test", 4)):
+        write(tmp_path, f"{name}.csv", "text,label\n" + "a,1\nb,0\n" * (rows // 2))
+    write(tmp_path, "sample_submission.csv", "id\n1\n")
+    data = load_task(str(tmp_path))
+    assert (len(data.train), len(data.eval), data.eval_source) == (6, 2, f'split "dev" of {tmp_path}')
+    assert len(read(str(tmp_path))[0]) == 2
+    write(tmp_path, "train-2.csv", CSV)
+    with pytest.raises(DataError, match=r"two files for its split train, train-2\.csv and train\.csv"):
+        load_task(str(tmp_path))
+    (tmp_path / "other").mkdir()
+    write(tmp_path / "other", "mail.csv", CSV)
+    with pytest.raises(
+        DataError, match=r"no file is called train, dev or test\. Name one of its files: mail\.csv"
+    ):
+        load_task(str(tmp_path / "other"))
 
 
 def test_a_pandas_categorical_in_parquet_is_read_as_its_values(tmp_path):
@@ -63,7 +124,7 @@ def test_a_pandas_categorical_in_parquet_is_read_as_its_values(tmp_path):
 
     frame = pandas.DataFrame({"text": ["a", "b"], "label": pandas.Categorical(["no", "yes"])})
     frame.to_parquet(tmp_path / "a.parquet")
-    assert read(str(tmp_path / "a.parquet"))[0]["label"][:] == ["no", "yes"]
+    assert read(str(tmp_path / "a.parquet"))[0]["label"] == ["no", "yes"]
 
 
 @pytest.mark.parametrize(
@@ -71,15 +132,20 @@ def test_a_pandas_categorical_in_parquet_is_read_as_its_values(tmp_path):
     [
         ("a.csv", "text,label\na,1\nb,c,0\n", r"a\.csv, line 3: 3 fields, but the header has 2"),
         ("a.csv", "text,label\na\n", r"a\.csv, line 2: 1 fields, but the header has 2"),
-        ("a.csv", 'text,label\n"open,1\n', r"a\.csv, line 2: unexpected end of data"),
-        ("a.csv", 'label,text\n0,"a\n1,b\n', r"a\.csv, line 3: unexpected end of data"),
-        ("a.csv", 'label,text\n0,"a\n1,"b\n', r"a\.csv, line 3: ',' expected after"),
-        ("a.csv", "text;label\na;1\n", r"a\.csv separates its fields with semicolons"),
+        (
+            "a.csv",
+            'label,text\n0,a\n\n1,"b\n0,c\n',
+            r"a\.csv, line 4: a quote opens in this row and never closes",
+        ),
+        (
+            "a.csv",
+            'label,text\n0,"a\n1,"b\n',
+            r"line 2: a quote opens in this row and closes in line 3 before",
+        ),
         ("a.csv", "text,text\na,1\n", r"two columns of one name"),
         ("a.csv", "text,label\nwell,0\n\udcfcbel,1\n", r"a\.csv, line 3: not UTF-8"),
         ("a.jsonl", '{"text": "a"}\n{"text": \n', r"a\.jsonl, line 2: not JSON"),
         ("a.jsonl", '{"text": "a"}\n7\n', r"entry 2 is not an object"),
-        ("a.jsonl", '{"label": 1}\n{"label": "x"}\n', r'Column "label" of .*a\.jsonl mixes types.*row 2'),
         ("a.json", '[\n{"text": "a"},\n{"text"}\n]', r"a\.json, line 3: not JSON"),
         ("a.parquet", "no parquet", r"a\.parquet cannot be read as Parquet"),
         ("a.csv", "", r"a\.csv is empty"),
@@ -87,7 +153,7 @@ def test_a_pandas_categorical_in_parquet_is_read_as_its_values(tmp_path):
         ("a.csv", "text,label\n", r"a\.csv has no rows under its header"),
         ("a.jsonl", "\n", r"a\.jsonl has no rows"),
         ("a.json", "[]", r"a\.json has no rows"),
-        ("a.txt", "text", r'suffix "\.txt"\. Supported: \.csv, \.tsv, \.json, \.jsonl, \.parquet'),
+        ("a.xlsx", "text", r'suffix "\.xlsx"\. Supported: \.csv, \.tsv, \.json, \.jsonl, \.parquet, \.txt'),
     ],
 )
 def test_a_damaged_file_is_refused_with_its_name_and_the_place(tmp_path, name, content, message):
@@ -105,17 +171,15 @@ def test_a_missing_file_is_named_with_its_neighbours(tmp_path, monkeypatch):
     for source in ("nowhere/train.csv", "./nowhere/train"):
         with pytest.raises(DataError, match="its folder nowhere does not exist"):
             read(source)
-    with pytest.raises(DataError, match=r"not written by save_to_disk\. Name one of its files: train\.csv"):
-        read(str(tmp_path))
 
 
 def test_a_saved_folder_is_held_out_by_its_splits_and_nothing_is_written_into_it(tmp_path):
     folder = tmp_path / "saved"
     DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS[:3])).save_to_disk(folder)
     before = sorted(folder.rglob("*"))
-    assert read(str(folder))[0].to_list() == ROWS[:3]
+    assert read(str(folder))[0].rows() == ROWS[:3]
     data = load_task(str(folder))
-    assert (data.train.to_list(), data.eval.to_list()) == (ROWS, ROWS[:3])
+    assert (data.train["text"][:], data.eval["text"][:]) == (TEXTS, TEXTS[:3])
     assert sorted(folder.rglob("*")) == before
 
 
@@ -123,8 +187,8 @@ def test_a_saved_folder_is_held_out_by_its_splits_and_nothing_is_written_into_it
 def test_the_only_split_is_learned_and_a_part_of_it_held_out(tmp_path, saved):
     saved.save_to_disk(tmp_path / "saved")
     data = load_task(str(tmp_path / "saved"))
-    assert sorted(data.train["text"][:] + data.eval["text"][:]) == sorted(row["text"] for row in ROWS)
-    assert read(str(tmp_path / "saved"))[0].to_list() == ROWS
+    assert sorted(data.train["text"][:] + data.eval["text"][:]) == sorted(TEXTS)
+    assert read(str(tmp_path / "saved"))[0].rows() == ROWS
 
 
 def hub(monkeypatch, name: tuple[str, ...], **splits: Dataset) -> None:
@@ -150,7 +214,7 @@ def hub(monkeypatch, name: tuple[str, ...], **splits: Dataset) -> None:
 def test_a_hub_name_may_have_an_owner_and_a_configuration(monkeypatch, source, name):
     hub(monkeypatch, name, train=Dataset.from_list(ROWS), validation=Dataset.from_list(ROWS[:4]))
     data = load_task(source)
-    assert (data.train.to_list(), data.eval.to_list()) == (ROWS, ROWS[:4])
+    assert (data.train["text"][:], data.eval["text"][:]) == (TEXTS, TEXTS[:4])
     assert data.eval_source == f'split "validation" of {source}'
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -226,6 +227,9 @@ def test_what_cannot_be_trained_says_so(home: Path, tmp_path: Path) -> None:
         (None, {"tasks": ()}, ConfigError, "no tasks to train"),
         (None, {"basis": None}, ConfigError, "holds no bank yet"),
         (None, {"sampling": "often"}, ConfigError, "sampling='often'"),
+        (None, {"epochs": math.inf}, ConfigError, "epochs=inf is out of range"),
+        (None, {"seed": -1}, ConfigError, "seed=-1 is out of range"),
+        (None, {"warmup": 2.0}, ConfigError, "warmup=2.0 is out of range"),
         (None, {"resume": True}, ConfigError, "nothing to resume"),
     ):
         with pytest.raises(error, match=message):

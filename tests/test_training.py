@@ -25,7 +25,8 @@ from lotr.files.atomic import whole_folder
 from lotr.training import checkpoint
 from lotr.training.base_model import MINILM, locate
 from lotr.training.checkpoint import last_whole
-from lotr.training.data import load_rows, load_task, read
+from lotr.training.data import load_rows, load_task
+from lotr.training.data.columns import label_values
 from lotr.training.output import METRICS, SETTINGS
 from lotr.training.predict import evaluate, predict, scores_of
 from lotr.training.rates import parameter_groups
@@ -232,7 +233,11 @@ def test_a_half_precision_base_trains_full_precision_numbers(place: Path, tmp_pa
     assert trained.model.base_model.model.bert.embeddings.word_embeddings.weight.dtype == getattr(
         torch, dtype
     )
-    load_task(str(place / "dev.csv")).eval.to_csv(tmp_path / "held_out.csv", index=False)
+    held_out = load_task(str(place / "dev.csv")).eval
+    lines = [
+        f"{text},{label}\n" for text, label in zip(held_out["text"], label_values(held_out), strict=True)
+    ]
+    (tmp_path / "held_out.csv").write_text("text,label\n" + "".join(lines))
     assert evaluate(trained, str(tmp_path / "held_out.csv"))["accuracy"] == report.score
 
 
@@ -253,7 +258,11 @@ def test_pairs_of_texts_are_one_input_and_are_asked_for_later(place: Path, tmp_p
     trained = load_trained(tmp_path / "o")
     (tmp_path / "pair.csv").write_text("text,text2\nred thing,red\nred thing,blue\n")
     assert len(predict(trained, str(tmp_path / "pair.csv"))) == 2
-    logits, _ = scores_of(trained, read(str(tmp_path / "pair.csv"))[0].select_columns(["text", "text2"]))
+    task = trained.task
+    _, pairs = load_rows(
+        str(tmp_path / "pair.csv"), task.columns, task.task, (), task.pairs, need_label=False
+    )
+    logits, _ = scores_of(trained, pairs)
     assert (logits[0] != logits[1]).any()  # the second text is seen
     (tmp_path / "single.csv").write_text("text\nred thing\n")
     with pytest.raises(DataError, match="pairs"):

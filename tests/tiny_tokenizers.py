@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lotr.training.data import Columns, encode, rows_of_task
+from lotr.training.data.tables import Table
 
-WORDS = ["[PAD]", "[UNK]", "[EOS]", "[CLS]", "[SEP]", "user", ":", "assistant", "#", *"abcdefg"]
+WORDS = ["[PAD]", "[UNK]", "[EOS]", "[CLS]", "[SEP]", "user", ":", "assistant", "#", *"abcdefg", "tool"]
 ID = {word: index for index, word in enumerate(WORDS)}
 PAD, EOS, CLS, SEP = (ID[word] for word in WORDS[:1] + WORDS[2:5])
 
@@ -35,7 +35,7 @@ def bert() -> PreTrainedTokenizerFast:
 
 
 def run(tokenizer, task="causal-lm", max_length=64, columns=None, labels=(), with_labels=True, **rows):
-    needed = rows_of_task(Dataset.from_dict(rows), columns or Columns(), task, "here", with_labels)
+    needed = rows_of_task(Table(rows), columns or Columns(), task, "here", with_labels)
     return encode(needed, tokenizer, task, labels, max_length, with_labels)
 
 

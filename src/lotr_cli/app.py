@@ -37,7 +37,7 @@ Text = Annotated[str | None, Option("--text", help="Column with the text.", show
 Text2 = Annotated[
     str | None, Option("--text2", help="Column with the second text.", show_default="as in training")
 ]
-BatchSize = Annotated[int, Option("--batch-size", min=1, help="Rows at a time.")]
+BatchSize = Annotated[int, Option("--batch-size", min=1, max=10**6, help="Rows at a time.")]
 
 
 def _version(asked: bool) -> None:

@@ -30,6 +30,11 @@ _OURS = ("modes", "core", "core_ranks", "blocks", "magnitude", "trainable", "ini
 #: Settings that are fields of the configuration as they are.
 _AS_IN_CONFIG = ("basis", "core", "blocks", "magnitude", "trainable", "init", "dropout", "seed")
 
+#: The most of a setting that must be positive: beyond, a run neither fits into a memory nor ends.
+_MOST = {"epochs": 10**6, "batch_size": 10**6, "max_length": 10**6}
+#: The most of a setting that may be zero.
+_FROM_ZERO = {"warmup": 1, "weight_decay": 10**6, "seed": 2**32 - 1, "head_warmup": 10**9}
+
 
 def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConfig:
     """Return the PEFT configuration that the settings describe; the task decides the type of the model alone.
@@ -111,11 +116,21 @@ def _check_meaning(settings: TrainSettings) -> None:
 
 
 def check_positive(settings: object, *names: str) -> None:
-    """Raise ConfigError for the first of some settings that is a number and not positive."""
+    """Raise ConfigError for the first of some settings that is a number and not positive, or beyond all use."""
     for name in names:
-        value = getattr(settings, name)
+        value, most = getattr(settings, name), _MOST.get(name, 1e30)
         if value is not None and not value > 0:
             raise ConfigError(f"{name}={value} trains nothing. Use a positive number.")
+        if value is not None and value > most:
+            raise ConfigError(f"{name}={value} is out of range. Use a number of at most {most:,}.")
+
+
+def check_from_zero(settings: object) -> None:
+    """Raise ConfigError for the first setting that may be zero, and is below or out of range."""
+    for name, most in _FROM_ZERO.items():
+        value = getattr(settings, name, None)
+        if value is not None and not 0 <= value <= most:
+            raise ConfigError(f"{name}={value} is out of range. Use a number from 0 to {most:,}.")
 
 
 def complete(settings: TrainSettings, config: PeftConfig, task: str) -> TrainSettings:

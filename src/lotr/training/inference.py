@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from .data import CHAT
-from .data.chat import without_empty_keys
+from .data.chat import Chat
+from .data.conversations import CHAT
 from .data.encode import LENGTH
+from .data.tables import Table
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,9 +45,9 @@ def batches(
             tick(at + len(numbers), len(order))
 
 
-def check_new_columns(rows: Dataset, source: str) -> None:
+def check_new_columns(table: Table, source: str) -> None:
     """Raise DataError if the rows have a column that predictions would overwrite."""
-    clash = {"prediction", "confidence"} & set(rows.column_names)
+    clash = {"prediction", "confidence"} & table.columns.keys()
     if clash:
         raise DataError(
             f'{source} has a column "{min(clash)}" already. Rename it, so that nothing is overwritten.'
@@ -91,9 +92,6 @@ def answers(
 def _prompt(tokenizer: Any, row: dict[str, Any], number: int) -> Any:
     if CHAT not in row:
         return tokenizer(row["text"], return_tensors="pt")
-    turns = without_empty_keys(row[CHAT])
-    asked = turns[: max((i for i, t in enumerate(turns) if t["role"] != "assistant"), default=-1) + 1]
-    if not asked:
-        raise DataError(f"Row {number} holds only answers; there is nothing to answer to. Drop it.")
-    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    return tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    return tokenizer(
+        Chat(tokenizer, row[CHAT], number).prompt(), return_tensors="pt", add_special_tokens=False
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -128,7 +128,7 @@ def predict(
     else:
         scores, _ = scores_of(trained, rows, batch_size, tick)
         predicted = [prediction(record.task, record.labels, row) for row in torch.from_numpy(scores)]
-    return [{**row, **own} for row, own in zip(cast("Any", plain), predicted, strict=True)]
+    return [{**row, **own} for row, own in zip(plain.rows(), predicted, strict=True)]
 
 
 def scores_of(

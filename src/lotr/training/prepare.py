@@ -17,7 +17,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 
 from ..errors import ConfigError, TrainingError, near
 from ..files.adapter_folder import fingerprint, read_adapter
-from .adapter import adapter_config, add_adapter, check_positive, complete, fit_rank
+from .adapter import adapter_config, add_adapter, check_from_zero, check_positive, complete, fit_rank
 from .base_model import check_dtype, load_model, load_tokenizer, locate, text_length
 from .checkpoint import last_whole
 from .data import Columns, collator, encode, load_task
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from .settings import TrainSettings
 
-_LIMITS = {"warmup": 1.0, "weight_decay": math.inf, "seed": 2**32 - 1, "head_warmup": math.inf}
 _COUNTS = ("epochs", "batch_size", "max_length", "max_steps", "eval_steps", "start_batches")
 _POSITIVE = (*_COUNTS, *Rates.__dataclass_fields__)
 _HEAD = ".modules_to_save."
@@ -63,10 +62,7 @@ def check(settings: TrainSettings, config: PeftConfig | None) -> TrainSettings:
         if getattr(settings, name) is None:
             raise ConfigError(f"--{name} is missing. `lotr train --help` shows examples.")
     check_positive(settings, *_POSITIVE)
-    for name, most in _LIMITS.items():
-        value = getattr(settings, name)
-        if value is not None and not 0 <= value <= most:
-            raise ConfigError(f"{name}={value} is out of range. Use a number from 0 to {most}.")
+    check_from_zero(settings)
     check_dtype(settings.dtype)
     loggers = ["none", "all", *get_available_reporting_integrations()]
     if settings.report_to not in loggers:

@@ -38,7 +38,7 @@ class TrainSettings:
     train: str | None = setting(
         None,
         _DATA,
-        "Training data: .csv, .tsv, .json, .jsonl or .parquet file, saved datasets folder, hub data set (`glue/sst2`), "
+        "Training data: .csv, .tsv, .json, .jsonl, .parquet or .txt file, folder of files, hub data set (`glue/sst2`), "
         "or `docstrings` (built in).",
         "required",
     )

@@ -4,6 +4,7 @@
 # ruff: noqa: RUF009
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -206,7 +207,7 @@ class LotrConfig(PeftConfig):
                 setattr(self, name, set(getattr(self, name)))
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout={self.dropout} is not a probability below one. Use 0 <= dropout < 1.")
-        if not self.scaling > 0:
+        if not 0 < self.scaling < math.inf:
             raise ConfigError(f"scaling={self.scaling} leaves nothing to train. Use a positive number.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern is set but layers_to_transform is not. Name the layers too.")

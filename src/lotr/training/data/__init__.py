@@ -1,11 +1,10 @@
 """Rows of data: where they come from, their columns, tokens and batches."""
 
-from .columns import CHAT, Columns, Task, check_task, rows_of_task
+from .columns import Columns, Task, check_task, rows_of_task
 from .encode import collator, encode
 from .load import TaskData, load_rows, load_task, read
 
 __all__ = [
-    "CHAT",
     "Columns",
     "Task",
     "TaskData",

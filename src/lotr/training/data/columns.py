@@ -1,14 +1,16 @@
-"""Which columns hold what, and what their values say about the task."""
+"""What a task needs of a table: which columns hold what, and what their values say about the task."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ...errors import ConfigError, DataError, near
+from .conversations import CHAT, LAYOUTS, chat_columns, conversation
+from .labels import classes, number, numbers
+from .tables import Table
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -18,12 +20,6 @@ Task = Literal["classification", "regression", "causal-lm"]
 MOST_CLASSES = 64
 """Whole numbers with more distinct values than this are taken for a quantity, not for classes."""
 
-CHAT = "messages"
-
-# "007" is a name and stays one; 18 digits fit an int64
-WHOLE = re.compile(r"-?(?:0|[1-9][0-9]{0,17})")
-NUMBER = re.compile(r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
-
 
 @dataclass(frozen=True)
 class Columns:
@@ -32,7 +28,7 @@ class Columns:
     A default name may be absent where the task can do without it; a name that the user gave must exist.
 
     Attributes:
-        text: The text; or, as a list of {"role", "content"}, a conversation.
+        text: The text; or, as a list of turns, a conversation.
         text2: The second text of a pair.
         label: A class (text, a bool or a whole number) or a number.
     """
@@ -52,75 +48,120 @@ def check_task(task: str) -> None:
         raise ConfigError(f"task={task!r} is not known. {near(task, get_args(Task))}")
 
 
-def chat_column(rows: Dataset, columns: Columns) -> str | None:
-    """Return the column of conversations: `messages`, or the text column that the user named."""
-    for name in (CHAT, columns.text) if columns.text == Columns.text else (columns.text,):
-        if name in rows.column_names and isinstance(rows[0][name], list):
-            return name
-    return None
-
-
 def rows_of_task(
-    rows: Dataset,
+    table: Table,
     columns: Columns,
     task: Task,
     source: str,
     need_label: bool = True,
     pairs: bool | None = None,
 ) -> Dataset:
-    """Return what a task needs of rows: columns of the names `text` or `messages`, `text2` and `label`.
+    """Return what a task needs of a table, checked, in columns of the names `text` or `messages`, `text2` and `label`.
 
     Args:
-        rows: The rows as they were read.
+        table: The rows as they were read.
         columns: Names of the columns there.
         task: Only a language model takes conversations in place of texts, and no label.
         source: What to call the rows in a message.
-        need_label: Whether the rows must have labels; not needed to predict.
+        need_label: Whether the rows must have labels, or answers; not needed to predict.
         pairs: Whether a second text belongs to each. Default: where there is a column of it.
 
     Raises:
         DataError: A column is missing, or a value does not fit the task.
     """
-    chat = chat_column(rows, columns) if task == "causal-lm" else None
-    needed = {CHAT: (chat, "chat")} if chat else {"text": (columns.text, "text")}
-    if pairs is None:
-        pairs = columns.text2 != Columns.text2 or columns.text2 in rows.column_names
-    if pairs and task != "causal-lm":
-        needed["text2"] = (columns.text2, "text")
-    if need_label and task == "regression":
-        needed["label"] = (columns.label, "number")
-    elif need_label and task == "classification":
-        needed["label"] = (columns.label, "class id" if _declared_names(rows, columns.label) else "class")
-    names: dict[str, str] = {}
-    for name, (column, kind) in needed.items():
-        option = _OPTIONS[name]
-        if column in names:
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    if task == "causal-lm" and (chat := _chat(table, columns, need_label)):
+        return Dataset.from_dict({CHAT: _conversations(table, chat, source)})
+    kinds = {"text": "text"}
+    if pairs or (pairs is None and (columns.text2 != Columns.text2 or table.find(columns.text2))):
+        kinds["text2"] = "text"
+    if need_label:
+        kinds["label"] = "number" if task == "regression" else "class"
+    if task == "causal-lm":
+        kinds = {"text": "text"}
+    options: dict[str, str] = {}
+    content: dict[str, Sequence[Any]] = {}
+    features: dict[str, Any] = {}
+    for name, kind in kinds.items():
+        column = table.check(getattr(columns, name), _option(name, task), source)
+        if column in options:
             raise DataError(
-                f'Column "{column}" of {source} is used twice, for {_OPTIONS[names[column]]} and {option}. Name '
-                "different columns."
+                f'Column "{column}" of {source} is used twice, for {options[column]} and --{name}. Name different '
+                "columns."
             )
-        names[column] = name
-        check_column(rows, column, option, source)
-        values = rows[column][:]
-        what, is_valid = _KINDS[kind]
-        invalid = [n for n, value in enumerate(values, start=1) if not is_valid(value)]
-        if invalid:
-            numbers = ", ".join(map(str, invalid[:5])) + (", …" if len(invalid) > 5 else "")
-            raise DataError(
-                f'Column "{column}" of {source} must hold {what} in every row. {len(invalid)} of {len(values)} '
-                f"rows do not: {numbers} (the first row is 1; row {invalid[0]} holds "
-                f"{values[invalid[0] - 1]!r:.60}). Fill or drop these rows, or name another column."
-            )
-    return rows.select_columns(list(names)).rename_columns(names)
+        options[column], where = f"--{name}", f'Column "{column}" of {source}'
+        content[name], features[name] = table[column], Value("string")
+        declared = table.classes.get(column, ())
+        what, is_valid = _KINDS["class id" if declared and kind == "class" else kind]
+        _check(content[name], list(map(is_valid, content[name])), what, where)
+        if kind == "class":
+            names, content[name] = classes(content[name], declared, where)
+            features[name] = ClassLabel(names=list(names))
+        elif kind == "number":
+            content[name] = numbers(content[name], where) or list(map(number, content[name]))
+            features[name] = Value("float64")
+    return Dataset.from_dict(content, features=Features(features))
 
 
-def check_column(rows: Dataset, name: str, option: str, source: str) -> None:
-    """Raise DataError if there is no such column; `option` is how the user names it."""
-    if name not in rows.column_names:
+def _option(name: str, task: str) -> str:
+    if name == "text2":
+        return "--text2 (the second of a pair)"
+    return (
+        f"--text, or bring conversations: {LAYOUTS}" if (name, task) == ("text", "causal-lm") else f"--{name}"
+    )
+
+
+def _chat(table: Table, columns: Columns, need_answer: bool = True) -> dict[str, str]:
+    return chat_columns(table, None if columns.text == Columns.text else columns.text, need_answer)
+
+
+def _conversations(table: Table, chat: dict[str, str], source: str) -> list[str]:
+    values = zip(*(table[column] for column in chat.values()), strict=True)
+    rows = [conversation(dict(zip(chat, row, strict=True))) for row in values]
+    part, column = next(iter(chat.items()))
+    what = (
+        'a list of {"role": …, "content": …} or {"from": …, "value": …}' if part == "turns" else "a question"
+    )
+    _check(table[column], [row is not None for row in rows], what, f'Column "{column}" of {source}')
+    return rows  # type: ignore[return-value]
+
+
+def _check(values: Sequence[Any], valid: Sequence[bool], what: str, where: str) -> None:
+    """Raise DataError if some values are not valid, with the numbers of their rows."""
+    invalid = [row for row, is_valid in enumerate(valid, start=1) if not is_valid]
+    if invalid:
+        shown = ", ".join(map(str, invalid[:5])) + (", …" if len(invalid) > 5 else "")
         raise DataError(
-            f'{source} has no column "{name}"; its columns are: {", ".join(rows.column_names)}. '
-            f"Name the right one with {option}."
+            f"{where} must hold {what} in every row. {len(invalid)} of {len(values)} rows do not: {shown} (the first "
+            f"row is 1; row {invalid[0]} holds {values[invalid[0] - 1]!r:.60}). Fill or drop these rows, or name "
+            "another column."
         )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+#: What a column must hold in every row, in words and as a test.
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "text": ("a text that is not empty", _is_text),
+    "number": ("a number (classification needs none)", lambda value: math.isfinite(number(value))),
+    "class": ("one label", lambda v: _is_text(v) or (isinstance(v, int | float) and math.isfinite(v))),
+    # a test split of the hub that hides its labels has -1
+    "class id": ("one label", lambda value: value is not None and value >= 0),
+}
+
+
+def label_names(rows: Dataset) -> tuple[str, ...]:
+    """Return the classes of a task's rows in the order of their ids."""
+    return tuple(rows.features["label"].names)
+
+
+def label_values(rows: Dataset) -> list[str]:
+    """Return the class of each of a task's rows by name."""
+    names = label_names(rows)
+    return [names[n] for n in rows["label"][:]]
 
 
 def check_labels(rows: Dataset, labels: Sequence[str], source: str, owner: str) -> None:
@@ -134,91 +175,39 @@ def check_labels(rows: Dataset, labels: Sequence[str], source: str, owner: str) 
         )
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+def guess_task(table: Table, columns: Columns, source: str) -> tuple[Task, str]:
+    """Return the task that the columns and their values suggest, and one sentence why.
 
-
-def _is_class(value: Any) -> bool:
-    return _is_text(value) or (isinstance(value, int | float) and math.isfinite(value))
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        return math.isfinite(float(value))
-    except (TypeError, ValueError):
-        return False
-
-
-def _is_turn(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value.get("role")) and "content" in value
-
-
-_OPTIONS = {CHAT: "--text", "text": "--text", "text2": "--text2 (the second of a pair)", "label": "--label"}
-
-#: What a column must hold in every row, in words and as a test.
-_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "text": ("a text that is not empty", _is_text),
-    "chat": ('a list of {"role": …, "content": …}', lambda turns: bool(turns) and all(map(_is_turn, turns))),
-    "number": ("a number (classification needs none)", _is_number),
-    "class": ("one label", _is_class),
-    # a test split of the hub that hides its labels has -1
-    "class id": ("one label", lambda value: value is not None and value >= 0),
-}
-
-
-def _numbers(values: Sequence[Any]) -> list[float] | None:
-    """Return labels as numbers if all of them are or, as in a CSV file, are written so; a bool is a name."""
-    if all(type(value) in (int, float) for value in values):
-        return list(values)
-    if not all(isinstance(value, str) and NUMBER.fullmatch(value) for value in values):
-        return None
-    return [int(value) if WHOLE.fullmatch(value) else float(value) for value in values]
-
-
-def label_values(rows: Dataset, label: str = "label") -> list[str]:
-    """Return the class of each row by name; 1, 1.0 and "1" are one class, whatever a file made of it."""
-    values = rows[label][:]
-    if declared := _declared_names(rows, label):
-        return [declared[value] for value in values]
-    return [
-        str(int(v)) if isinstance(v, float) and v.is_integer() else str(v) for v in _numbers(values) or values
-    ]
-
-
-def label_names(rows: Dataset) -> tuple[str, ...]:
-    """Return the classes in the order of their ids: as a `ClassLabel` column declares them, else sorted.
-
-    Example:
-        >>> from datasets import Dataset
-        >>> label_names(Dataset.from_dict({"label": [10, 9, 10]}))
-        ('9', '10')
+    Raises:
+        DataError: A label column that the user named is missing, or labels are not clear.
     """
-    names = sorted(set(label_values(rows)))
-    if numbers := _numbers(names):
-        names = [name for _, name in sorted(zip(numbers, names, strict=True))]
-    return _declared_names(rows) or tuple(names)
-
-
-def _declared_names(rows: Dataset, label: str = "label") -> tuple[str, ...]:
-    return tuple(getattr(rows.features.get(label), "names", ()))
-
-
-def guess_task(rows: Dataset, columns: Columns) -> tuple[Task, str]:
-    """Return the task that the columns and their values suggest, and one sentence why."""
-    label = f'column "{columns.label}"'
-    if chat := chat_column(rows, columns):
-        return "causal-lm", f'Column "{chat}" holds conversations: learn to answer.'
-    if columns.label not in rows.column_names:
-        others = ", ".join(rows.column_names)
-        return "causal-lm", f"There is no {label} (only {others}; --label names it): learn the text itself."
-    declared = _declared_names(rows, columns.label)
-    numbers = None if declared else _numbers(rows[columns.label][:])
-    if numbers is None:
-        names = declared or set(label_values(rows, columns.label))
-        return "classification", f"The {label} holds names: {len(names)} classes."
-    if any(math.isfinite(value) and value != int(value) for value in numbers):
+    if chat := _chat(table, columns):
+        names = ", ".join(f'"{name}"' for name in chat.values())
+        return "causal-lm", f"Conversations are in {names}: learn to answer."
+    column = table.find(columns.label)
+    if column is None:
+        # a label column that was named but is missing must not turn the task into another
+        if columns.label != Columns.label:
+            table.check(columns.label, "--label", source)
+        return "causal-lm", (
+            f'There is no column "{columns.label}" (only {table.described()}; --label names it): learn the text itself.'
+        )
+    label, values, declared = f'column "{column}"', table[column], table.classes.get(column, ())
+    as_numbers = None if declared else numbers(values, f'Column "{column}" of {source}')
+    if as_numbers is None:
+        n_names = len(declared or {str(value).strip() for value in values})
+        if not declared and (
+            n_names == len(values) > 2 or (n_names > MOST_CLASSES and 2 * n_names > len(values))
+        ):
+            raise DataError(
+                f'Column "{column}" of {source} holds {n_names:,} different labels in {len(values):,} rows (row 1: '
+                f"{values[0]!r:.60}), too many to learn. Name the column of the labels with --label, or say what to "
+                "learn with --task: classification, or causal-lm for the text."
+            )
+        return "classification", f"The {label} holds names: {n_names} classes."
+    if any(math.isfinite(value) and value != int(value) for value in as_numbers):
         return "regression", f"The {label} holds numbers with fractions."
-    n_values = len(set(numbers))
+    n_values = len(set(as_numbers))
     why = f"The {label} holds {n_values} different whole numbers"
     if n_values > MOST_CLASSES:
         return "regression", f"{why}, more than the {MOST_CLASSES} that are taken for classes."

@@ -8,8 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ...errors import DataError
-from .chat import IGNORED, encode_chat
-from .columns import CHAT, Task, label_values
+from .chat import IGNORED, Chat
+from .columns import Task, label_values
+from .conversations import CHAT
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,16 +53,16 @@ def encode(
         ids = {name: index for index, name in enumerate(labels)}
         targets = [ids[name] for name in label_values(rows)]
     elif with_labels and task == "regression":
-        targets = [float(value) for value in rows["label"][:]]
+        targets = rows["label"][:]
     parts = []
     with tqdm(total=len(rows), desc="Tokenizing", unit=" rows", delay=2, leave=False, disable=None) as bar:
         for first in range(0, len(rows), ROWS_AT_ONCE):
             batch = rows[first : first + ROWS_AT_ONCE]
             if CHAT in batch:
-                encoded = [
-                    encode_chat(tokenizer, turns, n, max_length, with_labels)
-                    for n, turns in enumerate(batch[CHAT], start=first + 1)
-                ]
+                chats = (
+                    Chat(tokenizer, content, n) for n, content in enumerate(batch[CHAT], start=first + 1)
+                )
+                encoded = [chat.encoded(max_length, with_labels) for chat in chats]
             else:
                 texts = [batch[name] for name in ("text", "text2") if name in batch]
                 encoded = _encode_texts(tokenizer, texts, max_length)

@@ -11,7 +11,6 @@ from ...errors import DataError
 from .columns import (
     Columns,
     Task,
-    check_column,
     check_labels,
     check_task,
     guess_task,
@@ -19,12 +18,12 @@ from .columns import (
     label_values,
     rows_of_task,
 )
-from .sources import read_splits
+from .sources import HELD_OUT_SPLITS, read_splits
+from .tables import Table
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")
 HELD_OUT_PART = 0.1
 
 
@@ -75,14 +74,11 @@ def load_task(
     if task is not None:
         check_task(task)
     splits = read_splits(train)
-    rows, _ = _split(splits, train, "train")
+    table, _ = _split(splits, train, "train")
     reason = f"task={task} was asked for."
     if task is None:
-        # a label column that was named but is missing must not turn the task into another
-        if columns.label != Columns.label:
-            check_column(rows, columns.label, "--label", train)
-        task, reason = guess_task(rows, columns)
-    rows = rows_of_task(rows, columns, task, train)
+        task, reason = guess_task(table, columns, train)
+    rows = rows_of_task(table, columns, task, train)
     labels = label_names(rows) if task == "classification" else ()
     if labels and len(set(values := label_values(rows))) == 1:
         raise DataError(
@@ -91,8 +87,8 @@ def load_task(
         )
     held_out = _held_out(splits)
     if eval is not None or held_out:
-        eval_rows, eval_source = read(eval) if eval else _split(splits, train, str(held_out))
-        eval_rows = rows_of_task(eval_rows, columns, task, eval_source)
+        table, eval_source = read(eval) if eval else _split(splits, train, str(held_out))
+        eval_rows = rows_of_task(table, columns, task, eval_source)
     else:
         n_rows = len(rows)
         n_held_out = max(1, round(n_rows * HELD_OUT_PART))
@@ -118,7 +114,7 @@ def load_task(
 
 def load_rows(
     source: str, columns: Columns, task: Task, labels: Sequence[str], pairs: bool, need_label: bool = True
-) -> tuple[Dataset, Dataset]:
+) -> tuple[Table, Dataset]:
     """Return rows to evaluate a trained adapter on, or to predict: as they are, and what its task needs of them."""
     plain, name = read(source)
     rows = rows_of_task(plain, columns, task, name, need_label, pairs)
@@ -127,7 +123,7 @@ def load_rows(
     return plain, rows
 
 
-def read(source: str) -> tuple[Dataset, str]:
+def read(source: str) -> tuple[Table, str]:
     """Read rows that are not for training: the validation split of a source, else test, else train.
 
     Arguments and errors are those of `read_splits`; the second value is what to call the rows in a message.
@@ -136,13 +132,13 @@ def read(source: str) -> tuple[Dataset, str]:
     return _split(splits, source, _held_out(splits) or "train")
 
 
-def _held_out(splits: dict[str, Dataset]) -> str | None:
+def _held_out(splits: dict[str, Table]) -> str | None:
     # MNLI has validation_matched
     names = [name for wanted in HELD_OUT_SPLITS for name in splits if name.split("_")[0] == wanted]
     return names[0] if names and len(splits) > 1 else None
 
 
-def _split(splits: dict[str, Dataset], source: str, name: str) -> tuple[Dataset, str]:
+def _split(splits: dict[str, Table], source: str, name: str) -> tuple[Table, str]:
     if len(splits) == 1:
         (name,), title = splits, source
     elif name in splits:

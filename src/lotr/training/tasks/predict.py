@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from ...bank.heads import row_losses
 from ...errors import ConfigError, DataError
 from .. import metrics
 from ..data import Columns, encode, read, rows_of_task
-from ..data.columns import check_column
+from ..data.tables import Table
 from ..inference import Tick, answers, batches, check_new_columns, prediction
 from .served import Served
 from .task_list import together
@@ -79,9 +79,9 @@ def predict(
         raise ConfigError(
             "Which task answers? Give one of --task (for all rows) and --task-column (row by row)."
         )
-    data, _ = read(source)
-    check_new_columns(data, source)
-    names = [str(task)] * len(data) if task_column is None else _task_names(data, task_column, source)
+    table, _ = read(source)
+    check_new_columns(table, source)
+    names = [str(task)] * len(table) if task_column is None else _task_names(table, task_column, source)
     numbers: dict[str, list[int]] = {}
     for n, name in enumerate(names):
         numbers.setdefault(name, []).append(n)
@@ -89,7 +89,7 @@ def predict(
     parts = []
     for name, own in tasks.items():
         own_columns = Columns(**own.metadata.get("columns", {})).named(**columns or {})
-        rows, pairs = data.select(numbers[name]), own.metadata.get("pairs", False)
+        rows, pairs = table.take(numbers[name]), own.metadata.get("pairs", False)
         parts.append(rows_of_task(rows, own_columns, own.task, source, False, pairs))  # type: ignore[arg-type]
     order = [n for own in numbers.values() for n in own]
     predicted: list[dict[str, Any]] = [{}] * len(order)
@@ -104,18 +104,18 @@ def predict(
         for at, logits, _ in batches(served.model, served.collator(), mixed, size, tick, list(tasks)):
             for n, row in zip(at, logits.cpu(), strict=True):
                 predicted[n] = prediction(str(tasks[names[n]].task), tasks[names[n]].labels, row)
-    return [{**row, **own} for row, own in zip(cast("Any", data), predicted, strict=True)]
+    return [{**row, **own} for row, own in zip(table.rows(), predicted, strict=True)]
 
 
-def _task_names(data: Dataset, column: str, source: str) -> list[str]:
-    check_column(data, column, "--task-column", source)
-    values = data[column][:]
-    empty = [n for n, value in enumerate(values, 1) if value is None or str(value) == ""]
+def _task_names(table: Table, name: str, source: str) -> list[str]:
+    column = table.check(name, "--task-column", source)
+    values = ["" if value is None else str(value).strip() for value in table[column]]
+    empty = [n for n, value in enumerate(values, 1) if not value]
     if empty:
         raise DataError(
             f'Row {empty[0]} of {source} names no task in column "{column}" ({len(empty)} do not).'
         )
-    return [str(value) for value in values]
+    return values
 
 
 def _encoded(served: Served, rows: Dataset, task: Task) -> Dataset:

@@ -19,7 +19,7 @@ from ...bank.layout import Layout
 from ...errors import ConfigError, Interrupted
 from ...files.atomic import read_json, write_json
 from ...tuner.saved_adapter import read_saved
-from ..adapter import check_positive
+from ..adapter import check_from_zero, check_positive
 from ..base_model import load_tokenizer, locate, skeleton, text_length
 from ..checkpoint import last_whole
 from ..output import SETTINGS, versions
@@ -86,6 +86,7 @@ def _check(settings: BankSettings) -> None:
         )
     numbers = ("epochs", "batch_size", "max_length", "max_steps", "save_steps", "core_lr", "head_lr")
     check_positive(settings, *numbers)
+    check_from_zero(settings)
     temperature_of(settings.sampling, settings.temperature)
 
 

@@ -1,0 +1,78 @@
+"""Labels: numbers or classes, however a file writes them."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+from ...errors import DataError
+
+# "007" is a name and stays one; 18 digits fit an int64
+WHOLE = re.compile(r"-?(?:0|[1-9][0-9]{0,17})")
+NUMBER = re.compile(r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+THOUSANDS = re.compile(r"[-+]?[1-9][0-9]{0,2},[0-9]{3}")
+
+
+def number(value: Any) -> float:
+    """Return a label as a number, whose decimals may stand behind a comma; NaN if it is none."""
+    try:
+        return float(value.replace(",", ".") if isinstance(value, str) else value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def numbers(values: Sequence[Any], where: str) -> list[float] | None:
+    """Return labels as numbers if all of them are or, as in a CSV file, are written so; a bool is a name.
+
+    Raises:
+        DataError: A comma may stand before decimals or after thousands; the message begins with `where`.
+    """
+    if all(type(value) in (int, float) for value in values):
+        return list(values)
+    if not all(isinstance(value, str) for value in values):
+        return None
+    texts = [value.strip() for value in values]
+    if not all(NUMBER.fullmatch(text.replace(",", ".")) for text in texts):
+        return None
+    commas = {row: text for row, text in enumerate(texts, start=1) if "," in text}
+    if commas and all(map(THOUSANDS.fullmatch, commas.values())):
+        row, text = next(iter(commas.items()))
+        raise DataError(
+            f"{where} holds {text!r} in row {row}: with a comma before decimals, or after thousands? Write it with a "
+            "point, or without a comma."
+        )
+    return [int(text) if WHOLE.fullmatch(text) else number(text) for text in texts]
+
+
+def classes(values: Sequence[Any], declared: Sequence[str], where: str) -> tuple[tuple[str, ...], list[int]]:
+    """Return the names of the classes in the order of their ids, and the id of each row's.
+
+    1, 1.0 and "1" are one class, whatever a file made of it. Declared classes keep their order; others are sorted, as
+    numbers if all are.
+
+    Raises:
+        DataError: Two classes differ in spaces or capitals alone; the message begins with `where`.
+    """
+    if declared:
+        return tuple(declared), list(values)
+    as_numbers = numbers(values, where)
+    names = [_name(value) for value in as_numbers or values]
+    spelled: dict[str, tuple[int, str]] = {}
+    for row, name in enumerate(names, start=1):
+        alike = " ".join(unicodedata.normalize("NFKC", name).split()).casefold()
+        first, other = spelled.setdefault(alike, (row, name))
+        if other != name:
+            raise DataError(
+                f"{where} writes {other!r} in row {first} and {name!r} in row {row}, which differ in spaces or "
+                "capitals alone. Write them alike if they are one label, and else name one of them otherwise."
+            )
+    order = dict(zip(names, as_numbers or names, strict=True))
+    ids = {name: n for n, name in enumerate(sorted(order, key=order.__getitem__))}  # type: ignore[arg-type]
+    return tuple(ids), [ids[name] for name in names]
+
+
+def _name(value: Any) -> str:
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()

@@ -82,6 +82,7 @@ def test_names_are_data(tmp_path: Path) -> None:
 
 NO_NAMES = [
     "",
+    "__base__",
     "  ",
     "a\nb",
     "a\x00b",

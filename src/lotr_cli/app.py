@@ -15,6 +15,7 @@ from lotr.training.settings import TrainSettings, read_options
 from . import bank, console, reports
 from .command import command
 from .console import Report
+from .serve import serve
 
 app = typer.Typer(
     name="lotr",
@@ -199,6 +200,9 @@ def export(
 def methods() -> Report:
     """List the methods of the table, with their papers."""
     return reports.methods()
+
+
+command(app, "serve", "Loading")(serve)
 
 
 def main() -> None:

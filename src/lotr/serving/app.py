@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 from urllib.parse import unquote
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, StringConstraints
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
@@ -21,12 +22,15 @@ from ..training.tasks.served import Served
 from . import tasks
 from .batcher import Batcher
 from .catalog import Catalog
+from .decoder import Continuation, Decoder
 from .gate import Gate
 from .metrics import Metrics
+from .openai import Chat, Completion, Form
 from .predictor import Predictor
 from .problems import Problem, problem_of
 from .settings import ServeSettings
-from .waiting import answers_of
+from .waiting import answers_of, waited_for
+from .writing import Writing
 
 T = TypeVar("T")
 NotEmpty = Annotated[str, StringConstraints(min_length=1)]
@@ -72,8 +76,10 @@ class Server:
     def __init__(self, served: Served, settings: ServeSettings) -> None:
         self.served, self.settings, self.metrics = served, settings, Metrics()
         self.catalog = Catalog(served.bank, served.kind)
-        self.predictor = Predictor(served, self.catalog)
-        self.batcher = Batcher(self.predictor.run, settings, self.metrics.batch)
+        self.predictor = Predictor(served, self.catalog) if served.kind != "causal-lm" else None
+        self.decoder = Decoder(served, self.catalog) if served.kind == "causal-lm" else None
+        run: Any = (self.predictor or self.decoder).run  # type: ignore[union-attr]
+        self.batcher: Batcher[Any] = Batcher(run, settings, self.metrics.batch)
         self._reader = ThreadPoolExecutor(1, "reader")  # reads tasks and makes tokens, beside the model
         self.metrics.watch("lotr_queue_rows", "Rows that wait.", lambda: len(self.batcher))
         self.metrics.watch("lotr_catalog_hits", "Tasks found in memory.", lambda: self.catalog.hits)
@@ -96,15 +102,57 @@ class Server:
 
     async def predict(self, task: TaskName, texts: Texts, request: Request) -> dict[str, Any]:
         """Label texts with a task."""
+        if self.predictor is None:
+            raise Problem(404, "This bank's base model is a language model. Use /v1/completions.")
         request.state.log["task"] = task
         firsts, seconds = texts.columns(self.settings.max_texts)
         self.batcher.check_room(len(firsts))
         rows = await self.read(self.predictor.encode, task, firsts, seconds, texts.truncate)
         predictions = await answers_of(request, self.batcher.submit(rows))
-        kind = self.catalog.get(task).kind
+        kind = "regression" if "value" in predictions[0] else "classification"
         self.metrics.rows.labels(kind).inc(len(rows))
         request.state.log["rows"] = len(rows)
         return {"task": task, "predictions": predictions}
+
+    async def complete(self, asked: Completion, request: Request) -> Any:
+        """Continue texts."""
+        return await self._write(asked, request)
+
+    async def chat(self, asked: Chat, request: Request) -> Any:
+        """Answer a conversation."""
+        return await self._write(asked, request)
+
+    async def _write(self, asked: Completion | Chat, request: Request) -> Any:
+        if self.decoder is None:
+            raise Problem(404, "This bank's base is no language model. Use /v1/tasks/TASK/predict.")
+        texts, most = asked.prompts(), self.settings.max_tokens
+        if not 0 < len(texts) <= self.settings.max_texts:
+            raise Problem(422, f"Send 1 to {self.settings.max_texts} prompts.", "prompt")
+        if (asked.max_tokens or 0) > most:
+            raise Problem(422, f"max_tokens is at most {most} here.", "max_tokens")
+        request.state.log["task"] = asked.model
+        self.batcher.check_room(len(texts))
+        options: dict[str, Any] = {"temperature": asked.temperature, "stop": asked.stops, "seed": asked.seed}
+        encode = partial(self.decoder.encode, max_tokens=asked.max_tokens, most=most, **options)
+        prompts = [await self.read(encode, asked.model, text) for text in texts]
+        writing = Writing(prompts)
+        writing.rows = self.batcher.submit(prompts)
+        form, read = Form(asked), sum(prompt.length for prompt in prompts)
+
+        def count(answers: list[Continuation]) -> None:
+            self.metrics.rows.labels("causal-lm").inc(len(answers))
+            self.metrics.tokens.inc(sum(answer.tokens for answer in answers))
+
+        if asked.stream:
+            pieces = writing.pieces(form, request.state.deadline, asked.wants_usage, count)
+            first = await waited_for(request, pieces.__anext__())
+            return StreamingResponse(_after(first, pieces), media_type="text/event-stream")
+        try:
+            answers = await answers_of(request, writing.rows)
+        finally:
+            writing.leave()
+        count(answers)
+        return form.whole(answers, read)
 
     async def models(self, after: str = "", limit: int = 100) -> dict[str, Any]:
         """List tasks in the order of their names, in OpenAI's form, a page at a time."""
@@ -175,12 +223,20 @@ def create_app(served: Served, settings: ServeSettings | None = None) -> ASGIApp
         ("POST", "/v1/tasks/{task}", server.add),
         ("DELETE", "/v1/tasks/{task}", server.remove),
         ("POST", "/v1/tasks/{task}/predict", server.predict),
+        ("POST", "/v1/completions", server.complete),
+        ("POST", "/v1/chat/completions", server.chat),
     ]
     for method, path, endpoint in routes:
         app.add_api_route(path, endpoint, methods=[method], response_model=None)
     for kind in (Exception, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer)
     return Gate(app, settings, server.metrics)
+
+
+async def _after(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for piece in rest:
+        yield piece
 
 
 async def _answer(request: Request, error: Exception) -> Response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -47,15 +47,15 @@ class Batcher(Generic[J]):
     While a batch runs, the next one gathers. A row whose request was cancelled leaves the queue.
 
     Args:
-        run: Answers jobs, in a thread that runs nothing else. An answer may be an exception, which the row's request
-            gets; an exception that is raised makes every row run alone.
+        run: Yields number and answer of each job as they come, in a thread that runs nothing else. An answer may be an
+            exception, which that job's request gets; after one that is raised, those without an answer run alone.
         settings: How many rows, how long.
         observe: Told of every batch how long each of its rows has waited, in seconds.
     """
 
     def __init__(
         self,
-        run: Callable[[Sequence[J]], Sequence[Any]],
+        run: Callable[[Sequence[J]], Iterable[tuple[int, Any]]],
         settings: ServeSettings,
         observe: Callable[[Sequence[float]], None] = lambda waits: None,
     ) -> None:
@@ -111,22 +111,17 @@ class Batcher(Generic[J]):
         loop = asyncio.get_running_loop()
         while self._waiting or not self._closing:
             oldest = next(iter(self._waiting.values()), None)
-            patience = None if oldest is None else self._settings.max_wait / 1000 - _age(oldest)
+            patience = (
+                None if oldest is None else oldest.since + self._settings.max_wait / 1000 - time.monotonic()
+            )
             if patience is None or (patience > 0 and len(self) < self._settings.max_batch):
-                await self._change(None if patience is None else patience)
+                await self._change(patience)
                 continue
             rows = self._take()
             began = time.monotonic()
             self._observe([began - row.since for row in rows])
-            answers = await loop.run_in_executor(self._thread, self._answers, [row.job for row in rows])
+            await loop.run_in_executor(self._thread, self._answer, rows, loop)
             self._seconds_a_row += 0.1 * ((time.monotonic() - began) / len(rows) - self._seconds_a_row)
-            for row, answer in zip(rows, answers, strict=True):
-                if row.answer.done():  # its client has left
-                    continue
-                if isinstance(answer, Exception):
-                    row.answer.set_exception(answer)
-                else:
-                    row.answer.set_result(answer)
 
     async def _change(self, seconds: float | None) -> None:
         """Wait until rows came or left, or for some time."""
@@ -146,14 +141,24 @@ class Batcher(Generic[J]):
             del self._waiting[row.answer]
         return batch
 
-    def _answers(self, jobs: Sequence[J]) -> Sequence[Any]:
+    def _answer(self, rows: Sequence[_Waiting[J]], loop: asyncio.AbstractEventLoop) -> None:
+        """Run a batch in the model's thread; what one row breaks is run again without it."""
+        left = dict(enumerate(rows))
         try:
-            return self._run(jobs)
+            for n, answer in self._run([row.job for row in rows]):
+                loop.call_soon_threadsafe(_settle, left.pop(n).answer, answer)
         except Exception as error:
-            if len(jobs) == 1:
-                return [error]
-            return [answer for job in jobs for answer in self._answers([job])]
+            if len(rows) == 1 and left:
+                loop.call_soon_threadsafe(_settle, rows[0].answer, error)
+                return
+            for row in left.values():
+                self._answer([row], loop)
 
 
-def _age(row: _Waiting[Any]) -> float:
-    return time.monotonic() - row.since
+def _settle(future: asyncio.Future[Any], answer: Any) -> None:
+    if future.done():  # its client has left
+        return
+    if isinstance(answer, Exception):
+        future.set_exception(answer)
+    else:
+        future.set_result(answer)

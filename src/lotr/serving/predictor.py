@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,8 +79,8 @@ class Predictor:
                 )
         return rows
 
-    def run(self, texts: Sequence[Text]) -> list[Any]:
-        """Return a prediction each, or the error of that row alone.
+    def run(self, texts: Sequence[Text]) -> Iterable[tuple[int, Any]]:
+        """Return number and prediction of each text, or the error of that row alone.
 
         A task may be replaced at any moment: a row whose task changed while the batch ran is run again.
         """
@@ -95,10 +95,10 @@ class Predictor:
             after = self._entries(texts, before, answers)
             rows = [row for row in after if after[row] != before[row]]
             if not rows:
-                return answers
+                return enumerate(answers)
         for row in rows:
             answers[row] = Problem(503, f"Task {texts[row].task!r} is being written all the time. Try again.")
-        return answers
+        return enumerate(answers)
 
     def _follow(self) -> None:
         """Forget numbers in memory once the bank was written."""

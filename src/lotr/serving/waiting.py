@@ -4,43 +4,56 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
 from .problems import Problem
+
+T = TypeVar("T")
 
 
 async def answers_of(request: Request, rows: Sequence[asyncio.Future[Any]]) -> list[Any]:
     """Return the answers of rows; those that are not waited for any more leave the queue.
 
     Raises:
-        Exception: What the first row that failed got for an answer.
+        Exception: What the first row that failed got for an answer, or see `waited_for`.
+    """
+    try:
+        answers = await waited_for(request, _all(rows))
+    finally:
+        for row in rows:
+            row.cancel()
+    for answer in answers:
+        if isinstance(answer, BaseException):
+            raise answer
+    return answers
+
+
+async def _all(rows: Sequence[asyncio.Future[Any]]) -> list[Any]:
+    return await asyncio.gather(*rows, return_exceptions=True)
+
+
+async def waited_for(request: Request, awaited: Coroutine[Any, Any, T]) -> T:
+    """Return what is awaited.
+
+    Raises:
         TimeoutError: The deadline has passed.
         Problem: The client has left, so that nobody reads this.
     """
-    everything: asyncio.Future[Any] = asyncio.gather(*rows, return_exceptions=True)
-    gone = asyncio.create_task(_leaving(request))
+    wanted, gone = asyncio.create_task(awaited), asyncio.create_task(_leaving(request))
     try:
         seconds = max(0.0, request.state.deadline - time.monotonic())
-        await asyncio.wait({everything, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if everything.done():
-            return _or_raise(everything.result())
+        await asyncio.wait({wanted, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if wanted.done():
+            return wanted.result()
         if gone.done():
             raise Problem(499, "The client has left.")
         raise TimeoutError
     finally:
         gone.cancel()
-        for row in rows:
-            row.cancel()
-
-
-def _or_raise(answers: list[Any]) -> list[Any]:
-    for answer in answers:
-        if isinstance(answer, BaseException):
-            raise answer
-    return answers
+        wanted.cancel()
 
 
 async def _leaving(request: Request) -> None:

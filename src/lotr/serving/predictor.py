@@ -41,7 +41,7 @@ class Predictor:
 
     def __init__(self, served: Served, catalog: Catalog) -> None:
         self.served, self.catalog = served, catalog
-        self._collate = served.collator()
+        self.collate = served.collator()
         self._version: object = None
         self._longest = text_length(served.model, str(served.bank.base_model), None)
 
@@ -89,7 +89,7 @@ class Predictor:
         for _ in range(_ATTEMPTS):
             before = self._entries(texts, rows, answers)
             self._follow()
-            logits = self._logits([texts[row] for row in before])
+            logits = self.logits([texts[row] for row in before])
             for row, own in zip(before, logits, strict=True):
                 answers[row] = prediction(before[row], own)
             after = self._entries(texts, before, answers)
@@ -119,11 +119,12 @@ class Predictor:
                 answers[row] = error
         return entries
 
-    def _logits(self, texts: Sequence[Text]) -> Tensor:  # (rows, labels)
+    def logits(self, texts: Sequence[Text]) -> Tensor:  # (rows, labels)
+        """Return what the model says of texts, each by its task."""
         if not texts:
             return torch.empty(0, 0)
         model = self.served.model
-        inputs = {k: v.to(model.device) for k, v in self._collate([text.inputs for text in texts]).items()}
+        inputs = {k: v.to(model.device) for k, v in self.collate([text.inputs for text in texts]).items()}
         with torch.inference_mode():
             output: Tensor = model(**inputs, task_ids=[text.task for text in texts]).logits
         return output.float().cpu()

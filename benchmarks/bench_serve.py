@@ -101,9 +101,9 @@ def with_adapters(names: Sequence[str], one_by_one: bool) -> Callable[[Predictor
         inputs = predictor.collate([text.inputs for text in texts])
         with torch.inference_mode():
             if not one_by_one:
-                return model(**inputs, adapter_names=[text.task for text in texts]).logits
+                return model(**inputs, adapter_names=[text.name for text in texts]).logits
             (text,) = texts
-            model.set_adapter(text.task)
+            model.set_adapter(text.name)
             return model(**inputs).logits
 
     return logits

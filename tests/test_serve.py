@@ -132,7 +132,7 @@ def test_a_damaged_task_fails_alone(tmp_path: Path) -> None:
             type(odd)("odd", odd.numbers, {"base_model.model.score.weight": torch.randn(2, 32)}, ("a", "b"))
         )
         bank.add(encoder_task(bank, "zcut", 1))
-        with bank.store._connected() as connection:
+        with bank.store.database.connected() as connection:
             connection.execute("UPDATE task SET numbers = zeroblob(12) WHERE name = 'zcut'")
     with serving(tmp_path, max_wait=100) as client, ThreadPoolExecutor(4) as pool:
         names = ["task-0", "odd", "task-1", "zcut"]
@@ -201,10 +201,10 @@ class Slow:
         self.sizes: list[int] = []
         forward = self.served.model.forward
 
-        def slow(*args: Any, task_ids: list[str], **kwargs: Any) -> Any:
-            self.sizes.append(len(task_ids))
+        def slow(**inputs: Any) -> Any:
+            self.sizes.append(len(inputs["input_ids"]))
             time.sleep(seconds)
-            return forward(*args, task_ids=task_ids, **kwargs)
+            return forward(**inputs)
 
         self.served.model.forward = slow  # type: ignore[method-assign]
 

@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("fastapi")
 
+from lotr.bank.cache import LoadedTask
 from lotr.serving.decoder import Prompt, _Writer
 from lotr.training.tasks.served import Served, load_served
 from servers import Client, decoder_bank, encoder_bank, serving
@@ -30,7 +31,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     forward, served.steps = served.model.forward, []  # type: ignore[attr-defined]
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        served.steps.append(len(kwargs.get("task_ids") or ()))  # type: ignore[attr-defined]
+        served.steps.append(len(kwargs["input_ids"]))  # type: ignore[attr-defined]
         time.sleep(served.pause)  # type: ignore[attr-defined]
         return forward(*args, **kwargs)
 
@@ -145,7 +146,9 @@ def test_characters_of_several_tokens_are_given_whole() -> None:
 
     pieces: list[str] = []
     content = "a é 任务 🙂!".encode()
-    prompt = Prompt("task", [1], len(content), temperature=0, stop=["務", "任x"], emit=pieces.append)
+    prompt = Prompt(
+        LoadedTask(torch.empty(0)), [1], len(content), temperature=0, stop=["務", "任x"], emit=pieces.append
+    )
     writer = _Writer(Bytes(), prompt)
     reasons = [writer.write(torch.nn.functional.one_hot(torch.tensor(b), 256), set()) for b in content]
     assert "".join(pieces) == writer.text == content.decode()

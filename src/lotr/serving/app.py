@@ -21,7 +21,6 @@ from starlette.types import ASGIApp
 from ..training.tasks.served import Served
 from . import tasks
 from .batcher import Batcher
-from .catalog import Catalog
 from .decoder import Continuation, Decoder
 from .gate import Gate
 from .metrics import Metrics
@@ -75,15 +74,15 @@ class Server:
 
     def __init__(self, served: Served, settings: ServeSettings) -> None:
         self.served, self.settings, self.metrics = served, settings, Metrics()
-        self.catalog = Catalog(served.bank, served.kind)
-        self.predictor = Predictor(served, self.catalog) if served.kind != "causal-lm" else None
-        self.decoder = Decoder(served, self.catalog) if served.kind == "causal-lm" else None
+        self.predictor = Predictor(served) if served.kind != "causal-lm" else None
+        self.decoder = Decoder(served) if served.kind == "causal-lm" else None
         run: Any = (self.predictor or self.decoder).run  # type: ignore[union-attr]
         self.batcher: Batcher[Any] = Batcher(run, settings, self.metrics.batch)
         self._reader = ThreadPoolExecutor(1, "reader")  # reads tasks and makes tokens, beside the model
         self.metrics.watch("lotr_queue_rows", "Rows that wait.", lambda: len(self.batcher))
-        self.metrics.watch("lotr_catalog_hits", "Tasks found in memory.", lambda: self.catalog.hits)
-        self.metrics.watch("lotr_catalog_misses", "Tasks read.", lambda: self.catalog.misses)
+        cache = served.rows.cache
+        self.metrics.watch("lotr_cache_hits", "Tasks that were in memory.", lambda: cache.hits)
+        self.metrics.watch("lotr_cache_misses", "Tasks that were read.", lambda: cache.misses)
         self.metrics.watch("lotr_tasks", "Tasks of the bank.", lambda: len(served.bank))
 
     async def read(self, call: Callable[..., T], *args: Any) -> T:
@@ -163,9 +162,13 @@ class Server:
 
     async def model(self, task: TaskName) -> dict[str, Any]:
         """Show one task."""
-        entry = await self.read(self.catalog.get, task)
-        shown = {"kind": entry.kind, "labels": entry.labels, "metadata": entry.metadata}
-        return tasks.as_model(task, entry.created) | shown
+        about = await asyncio.to_thread(self.served.bank.about, task)
+        shown = {"kind": about["task"] or self.served.kind}
+        return (
+            tasks.as_model(task, about["created"])
+            | shown
+            | {key: about[key] for key in ("labels", "metadata")}
+        )
 
     async def add(self, task: TaskName, request: Request, replace: bool = False) -> JSONResponse:
         """Add an exported task, sent as a zip file of its folder."""

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bank.cache import LoadedTask
 from ..training.tasks.served import Served
-from .catalog import Catalog
 from .problems import Problem
 
 
@@ -20,7 +20,7 @@ class Prompt:
     """A text that is to be continued.
 
     Args:
-        task: The task that writes.
+        task: The task that writes, as it was when the text came.
         ids: The text in tokens.
         max_tokens: Tokens to write at most.
         temperature: 0 takes the most likely token.
@@ -30,7 +30,7 @@ class Prompt:
         left: Whether nobody waits any more.
     """
 
-    task: str
+    task: LoadedTask
     ids: list[int]
     max_tokens: int
     temperature: float = 1.0
@@ -55,15 +55,10 @@ class Continuation:
 
 
 class Decoder:
-    """Continues texts with a bank's tasks.
+    """Continues texts with a bank's tasks."""
 
-    Args:
-        served: The bank on its base model.
-        catalog: What its tasks are now.
-    """
-
-    def __init__(self, served: Served, catalog: Catalog) -> None:
-        self.served, self.catalog = served, catalog
+    def __init__(self, served: Served) -> None:
+        self.served = served
         self._longest = getattr(served.model.config, "max_position_embeddings", None)
         ends = getattr(served.model.generation_config, "eos_token_id", None)
         ends = [ends] if isinstance(ends, int) else ends or []
@@ -72,7 +67,7 @@ class Decoder:
 
     def encode(
         self,
-        task: str,
+        name: str,
         text: str | Sequence[dict[str, Any]],
         max_tokens: int | None,
         most: int,
@@ -81,7 +76,7 @@ class Decoder:
         """Return a text, or a conversation that is to be answered, in tokens.
 
         Args:
-            task: The task that writes.
+            name: The task that writes.
             text: The text, or the turns.
             max_tokens: Tokens to write; default: as many as there is room for.
             most: Tokens that are ever written.
@@ -91,7 +86,8 @@ class Decoder:
             UnknownTaskError: There is no such task.
             Problem: It is too long, or the conversation has no form here.
         """
-        self.catalog.get(task)
+        (task,) = self.served.rows.find([name])
+        assert task is not None
         ids = self._ids(text)
         room = most if self._longest is None else min(most, self._longest - len(ids))
         if room < (max_tokens or 1):
@@ -164,8 +160,8 @@ class _Steps:
         }
         if "logits_to_keep" in self.decoder._takes:
             inputs["logits_to_keep"] = 1
-        names = [self.prompts[row].task for row in self.rows]
-        output = model(**inputs, past_key_values=self.memory, use_cache=True, task_ids=names)
+        with self.decoder.served.rows.use([self.prompts[row].task for row in self.rows]):
+            output = model(**inputs, past_key_values=self.memory, use_cache=True)
         self.memory, self.logits = output.past_key_values, output.logits[:, -1].float().cpu()
 
     def write(self) -> Iterable[tuple[int, Any]]:

@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # The versions of everything: pinned; `CONSTRAINTS=constraints-lowest.txt` takes the oldest, `/dev/null` the newest.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo demo-bank demo-serve test setup check wheel-test bench bench-performance bench-methods bench-bank bench-serve bench-quality bench-quality-report docs clean
+.PHONY: demo demo-bank demo-serve test test-vllm setup check wheel-test bench bench-performance bench-methods bench-bank bench-serve bench-quality bench-quality-report docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -31,6 +31,23 @@ demo-serve: $(READY)  ## a bank over HTTP: mixed requests of 32 clients, answers
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# vLLM's own Python, unpacked and not installed, and the small packages that it imports at once
+VLLM := build/vllm
+VLLM_NEEDS := aiohttp anthropic apache-tvm-ffi astor blake3 cachetools cbor2 compressed-tensors depyf diskcache \
+	einops gguf ijson interegular lark llguidance lm-format-enforcer mcp mistral_common msgspec openai openai-harmony \
+	orjson outlines_core partial-json-parser prometheus-fastapi-instrumentator py-cpuinfo pybase64 pydantic-extra-types \
+	python-json-logger pyzmq sentencepiece setproctitle sniffio tiktoken uvloop watchfiles xgrammar
+
+test-vllm: $(READY)  ## the plugin for vLLM against its released wheel, on any processor; skips where that cannot be had
+	mkdir -p $(VLLM)
+	test -d $(VLLM)/vllm || { $(BIN)/pip download --quiet --no-deps --dest $(VLLM) vllm==0.33.0 \
+		&& $(BIN)/python -m zipfile -e $(VLLM)/*.whl $(VLLM) && rm $(VLLM)/*.whl; } \
+		|| echo "vLLM's wheel cannot be had here"
+	test -d $(VLLM)/needs || $(BIN)/pip install --quiet --no-deps --target $(VLLM)/needs $(VLLM_NEEDS) \
+		aiosignal aiohappyeyeballs attrs distro frozenlist jiter jsonschema jsonschema-specifications multidict propcache \
+		protobuf pycountry referencing rpds-py yarl || true
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VLLM):$(VLLM)/needs $(BIN)/python -m pytest -n 0 -rs tests/test_serve_vllm.py
 
 check: $(READY)  ## format, lint, types, who imports whom
 	$(BIN)/ruff format --check .

@@ -6,8 +6,7 @@ Every server is a process of its own on loopback, on the packaged MiniLM with he
 PEFT stands behind the same batcher: with `adapter_names` a batch, and with `set_adapter` a request, one row at a time.
 Closed loop: so many clients ask again as soon as they are answered; servers take turns whose order is drawn anew each
 round, and a ratio is the median over rounds of the ratio within a round. Open loop: requests come at random moments at
-a part of that rate, whether the ones before are answered or not. With `--mixed N`, N requests from 32 clients meet
-50 tasks that are added, replaced and removed meanwhile, and every answer is compared with the row alone.
+a part of that rate, whether the ones before are answered or not.
 """
 
 from __future__ import annotations
@@ -119,9 +118,10 @@ def serve(what: str, folder: Path, batch: int) -> None:
 
 
 @contextmanager
-def started(what: str, folder: Path, batch: int) -> Iterator[int]:
+def started(what: str, folder: Path, options: argparse.Namespace) -> Iterator[int]:
     """Start a server and give its port."""
-    words = ["--role", what, "--folder", str(folder), "--batch", str(batch)]
+    words = ["--role", what, "--folder", str(folder)]
+    words += ["--batch", str(options.batch), "--threads", str(options.threads)]
     log = folder / f"{what}.log"
     with log.open("w") as file:
         process = subprocess.Popen([sys.executable, __file__, *words], stderr=file)
@@ -208,9 +208,9 @@ def compare(options: argparse.Namespace, folder: Path, texts: Sequence[str]) -> 
     make_bank(folder, 64)
     rows: list[records.Row] = []
     with (
-        started(SERVERS[0], folder, options.batch) as bank,
-        started(SERVERS[1], folder, options.batch) as mixed,
-        started(SERVERS[2], folder, options.batch) as single,
+        started(SERVERS[0], folder, options) as bank,
+        started(SERVERS[1], folder, options) as mixed,
+        started(SERVERS[2], folder, options) as single,
     ):
         ports = dict(zip(SERVERS, (bank, mixed, single), strict=True))
         samples = Samples({name: [] for name in RUNS})
@@ -249,7 +249,7 @@ def large(options: argparse.Namespace, folder: Path, texts: Sequence[str]) -> li
     """Measure a large bank: 64 of its tasks, and all of them, each read from the disk."""
     make_bank(folder, options.large)
     rows = []
-    with started(SERVERS[0], folder, options.batch) as port:
+    with started(SERVERS[0], folder, options) as port:
         for what, count in (("64 of them", 64), ("all of them", options.large)):
             tasks = [f"task-{n}" for n in range(count)]
             for seconds in (1.0, 3 * options.seconds):

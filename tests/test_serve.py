@@ -26,7 +26,8 @@ from lotr import CoreBank
 from lotr.errors import ConfigError
 from lotr.serving.settings import ServeSettings
 from lotr.training.tasks.served import Served, load_served
-from servers import Client, encoder_bank, encoder_task, serving
+from served_banks import encoder_bank, encoder_task
+from servers import Client, serving
 
 TEXTS = ["the red thing", "old old old is blue and very green here", "a"]
 
@@ -306,7 +307,8 @@ def test_settings_that_could_serve_nobody_are_refused() -> None:
             ServeSettings(**wrong)  # type: ignore[arg-type]
 
 
-TASKS, CLIENTS, REQUESTS = 50, 32, 640
+TASKS, CLIENTS = 50, 32
+REQUESTS = int(os.environ.get("LOTR_SERVE_REQUESTS", "640"))  # the long form: 2000, or hours
 WRITING = 0.5  # seconds that one write takes at most
 
 

@@ -17,7 +17,8 @@ pytest.importorskip("fastapi")
 from lotr.bank.cache import LoadedTask
 from lotr.serving.decoder import Prompt, _Writer
 from lotr.training.tasks.served import Served, load_served
-from servers import Client, decoder_bank, encoder_bank, serving
+from served_banks import decoder_bank, encoder_bank
+from servers import Client, serving
 
 PROMPTS = ["the red thing", "a very old blue", "what colour is the thing here ?"]
 

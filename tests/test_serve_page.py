@@ -14,7 +14,8 @@ import pytest
 pytest.importorskip("fastapi")
 
 from lotr import CoreBank
-from servers import Client, decoder_bank, encoder_bank, serving
+from served_banks import decoder_bank, encoder_bank
+from servers import Client, serving
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")

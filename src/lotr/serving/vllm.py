@@ -73,7 +73,7 @@ class LoraFolders:
                 tensors[key] = F.pad(tensor, (0, 0, 0, rank - len(tensor)))
             elif ".lora_B." in key:
                 tensors[key] = F.pad(tensor, (0, rank - tensor.shape[1]))
-        same = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
+        same: dict[str, Any] = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
         with whole_folder(folder, overwrite=True) as made:  # another process may have been quicker
             save_tensors(tensors, made)
             write_json(made / CONFIG, {**config, **same})

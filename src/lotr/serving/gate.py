@@ -45,9 +45,12 @@ class Gate:
                 status, started = message["status"], True
             await send(message)
 
+        path, method = scope["path"], scope["method"]
+        changes = path.startswith("/v1/tasks/") and not path.endswith("/predict") and method != "GET"
         try:
-            self._check_token(scope)
-            body = await self._body(scope, receive)
+            self._check_token(scope, changes)
+            most = self.settings.max_upload if changes else self.settings.max_body
+            body = await self._body(scope, receive, most)
             await self.app(scope, _Replay(body, receive), counted)
         except Exception as error:
             problem = problem_of(error)
@@ -63,9 +66,8 @@ class Gate:
             fields = {"method": scope["method"], "route": route, "status": status, "client": client}
             log("request", **fields, ms=round(1000 * seconds, 1), **scope["state"]["log"])
 
-    def _check_token(self, scope: Scope) -> None:
+    def _check_token(self, scope: Scope, changes: bool) -> None:
         settings, path = self.settings, scope["path"]
-        changes = path.startswith("/v1/tasks/") and not path.endswith("/predict") and scope["method"] != "GET"
         if changes and settings.admin_token is None:
             raise Problem(403, "Tasks cannot be changed here: the server was started without --admin-token.")
         token = settings.admin_token if changes else settings.token
@@ -79,9 +81,7 @@ class Gate:
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        uploads = dict(scope["headers"]).get(b"content-type") == b"application/zip"
-        most = self.settings.max_upload if uploads else self.settings.max_body
+    async def _body(self, scope: Scope, receive: Receive, most: int) -> bytes:
         size = dict(scope["headers"]).get(b"content-length", b"0")
         parts, total, more = [], int(size) if size.isdigit() else 0, True
         while more and total <= most:

@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import psutil
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -118,8 +119,8 @@ def serve(what: str, folder: Path, batch: int) -> None:
 
 
 @contextmanager
-def started(what: str, folder: Path, options: argparse.Namespace) -> Iterator[int]:
-    """Start a server and give its port."""
+def started(what: str, folder: Path, options: argparse.Namespace) -> Iterator[tuple[int, int]]:
+    """Start a server and give its port, and its number as a process."""
     words = ["--role", what, "--folder", str(folder)]
     words += ["--batch", str(options.batch), "--threads", str(options.threads)]
     log = folder / f"{what}.log"
@@ -130,7 +131,7 @@ def started(what: str, folder: Path, options: argparse.Namespace) -> Iterator[in
             if process.poll() is not None:
                 raise RuntimeError(f"{what} did not start: {log.read_text()}")
             time.sleep(0.1)
-        yield int(told[1])
+        yield int(told[1]), process.pid
     finally:
         process.terminate()
         process.wait()
@@ -197,6 +198,12 @@ async def open_loop(
     return list(await asyncio.gather(*running))
 
 
+def processor_seconds(process: int) -> float:
+    """Return how long a process has computed: what other programs do meanwhile is no part of it."""
+    spent = psutil.Process(process).cpu_times()
+    return float(spent.user + spent.system)
+
+
 def percentiles(times: Sequence[float]) -> dict[str, float]:
     """Return the median and the 99th percentile in milliseconds."""
     cuts = statistics.quantiles(times, n=100)
@@ -213,7 +220,7 @@ def compare(options: argparse.Namespace, folder: Path, texts: Sequence[str]) -> 
         started(SERVERS[2], folder, options) as single,
     ):
         ports = dict(zip(SERVERS, (bank, mixed, single), strict=True))
-        samples = Samples({name: [] for name in RUNS})
+        samples, work = Samples({name: [] for name in RUNS}), Samples({name: [] for name in RUNS})
         times: dict[str, list[float]] = {name: [] for name in RUNS}
         with records.progress("closed loop", len(RUNS) * (options.rounds + 1)) as bar:
             for turn in range(options.rounds + 1):
@@ -221,26 +228,30 @@ def compare(options: argparse.Namespace, folder: Path, texts: Sequence[str]) -> 
                     server, count = RUNS[name]
                     tasks = [f"task-{n}" for n in range(count)]
                     seconds = options.seconds if turn else 1.0  # the first round is not counted
-                    rate, own = asyncio.run(
-                        closed_loop(ports[server], tasks, texts, options.clients, seconds)
-                    )
+                    port, process = ports[server]
+                    before = processor_seconds(process)
+                    rate, own = asyncio.run(closed_loop(port, tasks, texts, options.clients, seconds))
                     if turn:
                         samples.seconds[name].append(1 / rate)
+                        work.seconds[name].append((processor_seconds(process) - before) / len(own))
                         times[name] += own
                     bar.advance(bar.task_ids[0])
         load = 0.6 / samples.spread("bank, one task").median
         for name, (server, count) in RUNS.items():
             spread = samples.spread(name)
             row = {"what": name, "requests_a_second": round(1 / spread.median, 1), **percentiles(times[name])}
+            row["processor_ms"] = round(1e3 * work.spread(name).median, 2)
             if 1 / spread.median > load:
                 tasks = [f"task-{n}" for n in range(count)]
-                own = asyncio.run(open_loop(ports[server], tasks, texts, load, 3 * options.seconds))
+                own = asyncio.run(open_loop(ports[server][0], tasks, texts, load, 3 * options.seconds))
                 row |= {f"open_{key}": value for key, value in percentiles(own).items()}
             rows.append(row)
         for name, (mine, theirs) in RATIOS.items():
-            ratio = samples.ratio(theirs, mine)  # of times, so this way round
-            assert ratio is not None
-            rows.append({"what": f"ratio: {name}", **{k: round(v, 3) for k, v in asdict(ratio).items()}})
+            for what, measured in (("requests a second", samples), ("requests a second of processor", work)):
+                ratio = measured.ratio(theirs, mine)  # of times, so this way round
+                assert ratio is not None
+                spread = {key: round(value, 3) for key, value in asdict(ratio).items()}
+                rows.append({"what": f"{what}: {name}", **spread})
         rows.append({"what": "open loop, requests a second", "requests_a_second": round(load, 1)})
     return rows
 
@@ -249,7 +260,7 @@ def large(options: argparse.Namespace, folder: Path, texts: Sequence[str]) -> li
     """Measure a large bank: 64 of its tasks, and all of them, each read from the disk."""
     make_bank(folder, options.large)
     rows = []
-    with started(SERVERS[0], folder, options) as port:
+    with started(SERVERS[0], folder, options) as (port, _):
         for what, count in (("64 of them", 64), ("all of them", options.large)):
             tasks = [f"task-{n}" for n in range(count)]
             for seconds in (1.0, 3 * options.seconds):

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
+from lotr.serving.settings import ServeSettings
 from lotr.training.settings import TrainSettings, read_options
 
 from . import bank, console, reports
@@ -202,7 +203,7 @@ def methods() -> Report:
     return reports.methods()
 
 
-command(app, "serve", "Loading")(serve)
+command(app, "serve", "Loading", settings=ServeSettings)(serve)
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, StringConstraints
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp
 
 from ..training.tasks.served import Served
 from . import tasks
@@ -206,7 +205,7 @@ class Server:
         return HTMLResponse(text, headers={"Content-Security-Policy": policy})
 
 
-def create_app(served: Served, settings: ServeSettings | None = None) -> ASGIApp:
+def create_app(served: Served, settings: ServeSettings | None = None) -> Gate:
     """Return the application that serves a bank.
 
     Args:

@@ -21,6 +21,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = own = CollectorRegistry()
+        self.answered = 0
         self.requests = Counter("lotr_requests", "Requests.", ("route", "status"), registry=own)
         self.seconds = Histogram(
             "lotr_request_seconds", "Time of a request.", ("route",), buckets=_SECONDS, registry=own
@@ -44,6 +45,7 @@ class Metrics:
 
     def request(self, route: str, status: int, seconds: float) -> None:
         """Count a request."""
+        self.answered += 1
         self.requests.labels(route, str(status)).inc()
         self.seconds.labels(route).observe(seconds)
 

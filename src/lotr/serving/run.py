@@ -28,8 +28,8 @@ def run(
     dtype: str = "float32",
     capacity: int | str = 1024,
     loaded: Callable[[], None] = lambda: None,
-) -> None:
-    """Serve a bank until the process is told to end.
+) -> int:
+    """Serve a bank until the process is told to end; returns how many requests were answered.
 
     Args:
         bank: Its folder.
@@ -63,7 +63,8 @@ def run(
     # uvicorn raises the signal again when it has finished; by then that is no news
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     uvicorn.Server(config).run(sockets=[listener])
-    log("ended")
+    log("ended", requests=app.metrics.answered)
+    return app.metrics.answered
 
 
 def kind_of(bank: CoreBank) -> str | None:

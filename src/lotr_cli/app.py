@@ -10,11 +10,13 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
+from lotr.serving.settings import ServeSettings
 from lotr.training.settings import TrainSettings, read_options
 
 from . import bank, compress, console, reports
 from .command import command
 from .console import Report
+from .serve import serve
 
 app = typer.Typer(
     name="lotr",
@@ -200,6 +202,9 @@ def export(
 def methods() -> Report:
     """List the methods of the table, with their papers."""
     return reports.methods()
+
+
+command(app, "serve", "Loading", settings=ServeSettings)(serve)
 
 
 def main() -> None:

@@ -24,6 +24,10 @@ EXAMPLES = {
         "lotr predict runs/bank --data tickets.csv --output answers.csv --task tickets",
         "lotr predict runs/bank --data mixed.csv --output mixed-answers.csv --task-column queue",
     ),
+    "serve": (
+        "lotr serve runs/bank",
+        "lotr serve runs/bank --port 9000 --max-batch 64 --token secret --admin-token more-secret",
+    ),
     "plan": (
         "lotr plan minilm",
         "lotr plan minilm --rank 32 --target-modules all-linear --method lotr_joint",

@@ -41,5 +41,7 @@ def task(of: CoreBank, name: str, seed: int = 0, **fields: Any) -> Task:
     """A task with numbers of its own and a head of three classes."""
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.randn(of.layout.size, generator=generator)
-    head = {"base_model.model.classifier.weight": torch.randn(3, 32, generator=generator)}
+    shapes = {"weight": (3, 32), "bias": (3,)}
+    root = "base_model.model.classifier"
+    head = {f"{root}.{key}": torch.randn(shape, generator=generator) for key, shape in shapes.items()}
     return Task(name, numbers, head, ("a", "b", "c"), "classification", {"seed": seed, **fields})

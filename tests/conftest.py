@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,3 +127,15 @@ def _seed() -> None:
 @pytest.fixture(params=list(ARCHITECTURES))
 def architecture(request: pytest.FixtureRequest) -> Architecture:
     return ARCHITECTURES[request.param]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small saved model, and rows that it learns: `bert`, `train.csv` (96 rows), `dev.csv` (48)."""
+    import saved_models
+
+    folder = tmp_path_factory.mktemp("place")
+    saved_models.save_bert(folder / "bert")
+    saved_models.write_colours(folder / "train.csv", rows=96, seed=0)
+    saved_models.write_colours(folder / "dev.csv", rows=48, seed=1)
+    return folder

@@ -29,7 +29,7 @@ NAMES = [
     "%",
     "[red]",
     "nul",
-    "." * 300,
+    "." * 200,
 ]
 
 
@@ -80,7 +80,22 @@ def test_names_are_data(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"bank", "basis", *(f"out-{n}" for n in range(len(NAMES)))}
 
 
-@pytest.mark.parametrize("name", ["", "  ", "a\nb", "a\x00b", "\x1b[31m", "\ud800", 3, None])
+NO_NAMES = [
+    "",
+    "  ",
+    "a\nb",
+    "a\x00b",
+    "\x1b[31m",
+    "\ud800",
+    "a\u202eb",
+    "a\u2066b",
+    "a\u200bb",
+    "\ufeffa",
+    "a\u2028b",
+]
+
+
+@pytest.mark.parametrize("name", [*NO_NAMES, "x" * 201, "x" * 2**20, 3, None])
 def test_a_name_that_no_table_can_show_is_refused(tmp_path: Path, name: object) -> None:
     bank = banks.bank(tmp_path, tasks=1)
     with pytest.raises(ConfigError, match="cannot be called"):

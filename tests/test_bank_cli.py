@@ -1,126 +1,160 @@
-"""`lotr bank`: every command, in this process."""
+"""`lotr bank`: every command, in this process; and predictions with a bank."""
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
 import pytest
 from peft import PeftModel
-from typer.testing import CliRunner
 
 import banks
+import saved_models
+from commands import lotr, refused, report
 from conftest import bert
 from lotr import CoreBank
-from lotr_cli.app import app
 
 
-def lotr(*words: str | Path):
-    return CliRunner().invoke(app, ["bank", *(str(word) for word in words)], env={"COLUMNS": "200"})
-
-
-def report(*words: str | Path) -> dict:
-    result = lotr(*words, "--json")
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-def refused(*words: str | Path) -> str:
-    result = lotr(*words)
-    assert result.exit_code in (1, 2) and not result.stdout, result.stdout
-    assert "Traceback" not in result.stderr and "Unexpected" not in result.stderr
-    return result.stderr
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
-def bank(tmp_path: Path) -> Path:
-    """A bank with the tasks basis and a, b, [bold]c."""
-    made = report(
-        "create", tmp_path / "bank", "--basis", banks.basis(tmp_path / "basis"), "--dtype", "float32"
-    )
-    assert made["numbers_per_task"] == 96 and made["tasks"] == 0
-    with CoreBank.open(tmp_path / "bank", writable=True) as opened:
+def bank(_here: None) -> Path:
+    """A bank with the tasks basis and a, b, [bold]c; the first three are adapters beside it too."""
+    banks.basis(Path("basis"))
+    empty = report("bank", "create", "bank", "--basis", "basis", "--dtype", "float32")
+    assert empty["numbers_per_task"] == 96 and empty["tasks"] == 0
+    with CoreBank.open("bank", writable=True) as opened:
         for seed, name in enumerate(("a", "b"), start=1):
-            banks.stirred(opened.config, seed=seed).save_pretrained(tmp_path / name)
+            banks.stirred(opened.config, seed=seed).save_pretrained(name)
         opened.add(banks.task(opened, "[bold]c"))
-    added = report("add", tmp_path / "bank", tmp_path / "basis", tmp_path / "a", tmp_path / "b")
+    added = report("bank", "add", "bank", "basis", "a", "b")
     assert (added["added"], added["tasks"], added["rounding_error"]) == (["basis", "a", "b"], 4, 0.0)
-    return tmp_path / "bank"
+    return Path("bank")
+
+
+def _names(bank: Path, *words: str) -> list[str]:
+    return [row["name"] for row in report("bank", "list", bank, *words)["shown"]]
 
 
 def test_tasks_are_listed_a_page_at_a_time(bank: Path) -> None:
     names = ["[bold]c", "a", "b", "basis"]
-    assert [row["name"] for row in report("list", bank)["shown"]] == names
-    second = report("list", bank, "--after", "[bold]c", "--limit", "2")
+    assert _names(bank) == names
+    second = report("bank", "list", bank, "--after", "[bold]c", "--limit", "2")
     assert second["tasks"] == 4 and [row["name"] for row in second["shown"]] == ["a", "b"]
-    table = lotr("list", bank).stdout
+    table = lotr("bank", "list", bank).stdout
     assert all(name in table for name in names) and "4 tasks." in table and "classification" in table
-    assert "1 of them shown; --limit" in lotr("list", bank, "--limit", "1").stdout
+    assert "1 of them shown; --limit" in lotr("bank", "list", bank, "--limit", "1").stdout
 
 
 def test_a_task_is_shown(bank: Path) -> None:
-    shown = report("show", bank, "[bold]c")
+    shown = report("bank", "show", bank, "[bold]c")
     assert shown["labels"] == ["a", "b", "c"] and shown["numbers"] == 96 and shown["bytes"] == 384
     assert shown["metadata"] == {"seed": 0}
-    text = lotr("show", bank, "[bold]c").stdout
+    text = lotr("bank", "show", bank, "[bold]c").stdout
     assert "[bold]c" in text and "rounding error" in text and shown["checksum"] in text
-    assert "no task 'bb'. Near matches: b" in refused("show", bank, "bb")
 
 
 def test_tasks_are_renamed_and_removed(bank: Path) -> None:
-    assert "[bold]c is now called d/e." in lotr("rename", bank, "[bold]c", "d/e").stdout
-    assert "'b' already" in refused("rename", bank, "a", "b")
-    assert "control character" in refused("rename", bank, "a", "b\nc")
-    assert "no task 'gone'" in refused("remove", bank, "a", "gone")
-    assert report("remove", bank, "a", "d/e") == {"removed": ["a", "d/e"], "tasks": 2}
-    assert [row["name"] for row in report("list", bank)["shown"]] == ["b", "basis"]
+    assert "[bold]c is now called d/e." in lotr("bank", "rename", bank, "[bold]c", "d/e").stdout
+    assert report("bank", "remove", bank, "a", "d/e") == {"removed": ["a", "d/e"], "tasks": 2}
+    assert _names(bank) == ["b", "basis"]
 
 
-def test_adapters_are_added_all_or_none(bank: Path, tmp_path: Path) -> None:
-    assert "'a' already" in refused("add", bank, tmp_path / "a")
-    assert "names one task" in refused("add", bank, tmp_path / "a", tmp_path / "b", "--task", "x")
-    assert "does not exist" in refused("add", bank, tmp_path / "a", tmp_path / "gone", "--replace")
-    assert report("add", bank, tmp_path / "a", "--replace")["tasks"] == 4
-    assert report("add", bank, tmp_path / "a", "--task", "x/y")["added"] == ["x/y"]
+def test_an_adapter_is_added_again_or_under_another_name(bank: Path) -> None:
+    assert report("bank", "add", bank, "a", "--replace")["tasks"] == 4
+    assert report("bank", "add", bank, "a", "--task", "x/y")["added"] == ["x/y"]
 
 
-def test_a_task_leaves_as_an_adapter(bank: Path, tmp_path: Path) -> None:
-    whole = report("export", bank, "a", "--output", tmp_path / "out")
-    refers = report("export", bank, "a", "--output", tmp_path / "refers", "--refer")
-    lora = report("export", bank, "a", "--output", tmp_path / "lora", "--lora")
+def test_a_task_leaves_as_an_adapter(bank: Path) -> None:
+    whole = report("bank", "export", bank, "a", "--output", "out")
+    refers = report("bank", "export", bank, "a", "--output", "refers", "--refer")
+    lora = report("bank", "export", bank, "a", "--output", "lora", "--lora")
     assert whole["numbers"] > refers["numbers"] == 96 and lora["rank"] == 4
     for folder in ("out", "refers", "lora"):
-        PeftModel.from_pretrained(bert(), tmp_path / folder)
-    assert "not empty" in refused("export", bank, "a", "--output", tmp_path / "out")
-    assert "is in" in lotr("export", bank, "a", "--output", tmp_path / "out", "--overwrite").stdout
+        PeftModel.from_pretrained(bert(), folder)
+    assert "not empty" in refused(2, "bank", "export", bank, "a", "--output", "out")
+    assert "is in" in lotr("bank", "export", bank, "a", "--output", "out", "--overwrite").stdout
 
 
-def test_verify_ends_with_one_where_something_is_damaged(bank: Path, tmp_path: Path) -> None:
-    assert report("verify", bank) == {"ok": True, "tasks": 4, "damaged": [], "file": [], "basis": None}
-    assert "4 of 4 tasks are whole" in lotr("verify", bank).stdout
+def test_verify_ends_with_one_where_something_is_damaged(bank: Path) -> None:
+    whole = {"ok": True, "tasks": 4, "damaged": [], "file": [], "basis": None}
+    assert report("bank", "verify", bank) == whole
+    assert "4 of 4 tasks are whole" in lotr("bank", "verify", bank).stdout
     blob = CoreBank.open(bank).store.read("a").numbers
     content = (bank / "tasks.sqlite").read_bytes()
     (bank / "tasks.sqlite").write_bytes(content.replace(blob, bytes([blob[0] ^ 1]) + blob[1:]))
-    result = lotr("verify", bank)
+    result = lotr("bank", "verify", bank)
     assert result.exit_code == 1 and "checksum" in result.stdout and "3 of 4 tasks are whole" in result.stdout
-    assert json.loads(lotr("verify", bank, "--json").stdout)["damaged"][0]["task"] == "a"
-    assert "damaged" in lotr("list", bank).stdout
-    result = lotr("recover", bank, "--output", tmp_path / "new", "--json")
+    assert json.loads(lotr("bank", "verify", bank, "--json").stdout)["damaged"][0]["task"] == "a"
+    assert "damaged" in lotr("bank", "list", bank).stdout
+    result = lotr("bank", "recover", bank, "--output", "new", "--json")
     recovered = json.loads(result.stdout)
     assert (result.exit_code, recovered["saved"], recovered["lost"]) == (1, 3, ["a"])
-    assert report("verify", tmp_path / "new")["tasks"] == 3
+    assert report("bank", "verify", "new")["tasks"] == 3
 
 
 def test_stats_count_bytes(bank: Path) -> None:
-    found = report("stats", bank)
-    assert (found["tasks"], found["bytes_of_numbers"]) == (4, 4 * 384)
-    assert found["kinds"] == {"classification": 1, "unknown": 3}
-    assert "bytes of numbers" in lotr("stats", bank).stdout
+    stats = report("bank", "stats", bank)
+    assert (stats["tasks"], stats["bytes_of_numbers"]) == (4, 4 * 384)
+    assert stats["kinds"] == {"classification": 1, "unknown": 3}
+    assert "bytes of numbers" in lotr("bank", "stats", bank).stdout
 
 
-def test_what_is_no_bank_is_refused(tmp_path: Path) -> None:
-    assert "does not exist" in refused("list", tmp_path / "gone")
-    assert "is not a bank" in refused("stats", banks.basis(tmp_path / "basis"))
-    assert "dtype='int3'" in refused(
-        "create", tmp_path / "x", "--basis", tmp_path / "basis", "--dtype", "int3"
-    )
+@pytest.mark.parametrize(
+    "line, code, says",
+    [
+        ("bank show bank bb", 1, "no task 'bb'. Near matches: b"),
+        ("bank rename bank a b", 2, "'b' already"),
+        ("bank remove bank a gone", 1, "no task 'gone'"),
+        ("bank add bank a", 2, "'a' already"),
+        ("bank add bank", 2, "nothing to add"),
+        ("bank add bank a b --task x", 2, "names one task"),
+        ("bank add bank --train rows.csv", 2, "--task"),
+        ("bank add bank a gone --replace", 1, "does not exist"),
+        ("bank list gone", 1, "does not exist"),
+        ("bank stats basis", 1, "is not a bank"),
+        ("bank create new --basis basis --dtype int3", 2, "dtype='int3'"),
+        ("bank train --tasks tasks.yaml --output new", 2, "--basis"),
+        ("bank train --basis basis --tasks none.yaml --output new", 2, "does not exist"),
+        ("predict basis --data rows.csv --output out.csv --task a", 2, "no bank"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_changes_nothing(bank: Path, line: str, code: int, says: str) -> None:
+    Path("tasks.yaml").write_text("a: rows.csv\n")
+    before = _names(bank)
+    assert says in refused(code, *line.split())
+    assert _names(bank) == before and not Path("new").exists() and not Path("out.csv").exists()
+
+
+def test_a_name_with_a_control_character_is_refused(bank: Path) -> None:
+    assert "control character" in refused(2, "bank", "rename", bank, "a", "b\nc")
+
+
+def test_a_bank_is_trained_grown_and_asked() -> None:
+    saved_models.save_bert(Path("bert"))
+    for name, labels in {"a": ("red", "green", "blue"), "b": ("red", "blue")}.items():
+        saved_models.write_colours(Path(f"{name}.csv"), rows=40, labels=labels)
+    words = ("--model", "bert", "--train", "b.csv", "--max-steps", "1", "--rank", "8")
+    report("train", *words, "--output", "basis")
+    Path("tasks.yaml").write_text("a: a.csv\nb: {train: b.csv, eval: a2.csv}\n")
+    saved_models.write_colours(Path("a2.csv"), rows=10, seed=2, labels=("red", "blue"))
+    words = ("--basis", "basis", "--tasks", "tasks.yaml", "--output", "bank", "--max-steps", "3")
+    trained = report("bank", "train", *words)
+    assert trained["steps"] == 3 and trained["tasks"]["b"]["rows"]["eval"] == 10
+    words = ("bank", "add", "bank", "--task", "late", "--train", "b.csv", "--max-steps", "2")
+    assert "1 tasks trained" in lotr(*words).stdout
+    assert sorted(CoreBank.open("bank").names()) == ["a", "b", "late"]
+
+    report("predict", "bank", "--data", "b.csv", "--output", "out.csv", "--task", "a")
+    with Path("out.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 40 and {row["prediction"] for row in rows} <= {"red", "green", "blue"}
+
+    Path("mixed.csv").write_text("text,queue\na red,a\na red,late\n")
+    report("predict", "bank", "--data", "mixed.csv", "--output", "mixed.jsonl", "--task-column", "queue")
+    lines = [json.loads(line) for line in Path("mixed.jsonl").read_text().splitlines()]
+    assert lines[1]["prediction"] in ("red", "blue") and 0 <= lines[1]["confidence"] <= 1

@@ -7,6 +7,7 @@ import itertools
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,7 @@ def test_generation_gives_each_row_the_text_of_its_task(name: str, beams: int, t
         selected = model.generate(**inputs, **settings)
     named = model.generate(**inputs, **settings, adapter_names=[name or "__base__" for name in ids])
     assert torch.equal(selected, named)
+    assert torch.equal(selected, model.generate(**inputs, **settings, task_ids=ids))
     expected = [
         (make() if task is None else alone(bank, make(), task)).generate(
             **{key: value[row : row + 1] for key, value in inputs.items()}, **settings
@@ -384,13 +386,6 @@ def test_a_layer_that_runs_again_in_the_backward_pass_has_the_tasks_of_its_call(
             assert torch.allclose(gradient(model, task), expected[task], atol=1e-5 * largest)
 
 
-def test_a_reentrant_checkpoint_is_refused_where_tasks_train(trained: tuple[CoreBank, BankModel]) -> None:
-    _, model = trained
-    checkpointed(model, reentrant=True)
-    with pytest.raises(ConfigError, match=r"use_reentrant.*False"):
-        logits(model, ARCHITECTURES["bert"].inputs(), task_ids=["a"] * 4)
-
-
 def test_a_checkpoint_that_forgets_the_tasks_of_its_call_is_refused(
     trained: tuple[CoreBank, BankModel],
 ) -> None:
@@ -402,16 +397,20 @@ def test_a_checkpoint_that_forgets_the_tasks_of_its_call_is_refused(
         loss.backward()
 
 
-def test_a_compiled_model_has_the_tasks_of_each_call(tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compiled_model_has_the_tasks_of_each_call(whole: bool, tmp_path: Path) -> None:
     bank, inputs = make_bank(tmp_path, "bert"), ARCHITECTURES["bert"].inputs()
     model = bank.wrap(ARCHITECTURES["bert"].make())
     torch.compiler.reset()
     graphs: list[object] = []
-    compiled = torch.compile(model.get_base_model(), backend=lambda graph, _: graphs.append(graph) or graph)
+    part = model if whole else model.get_base_model()
+    compiled = torch.compile(part, backend=lambda graph, _: graphs.append(graph) or graph)
     for ids in (["a", "b", None, "d"], ["c", "c", "a", "b"], ["d", "a", "b", "c"]):
-        with model.select(ids), torch.no_grad():
-            assert torch.allclose(logits(compiled, inputs), logits(model, inputs), atol=1e-6)
-    assert graphs
+        with torch.no_grad(), nullcontext() if whole else model.select(ids):
+            named = {"task_ids": ids} if whole else {}
+            expected = logits(model, inputs, task_ids=ids)
+            assert torch.allclose(logits(compiled, inputs, **named), expected, atol=1e-6)
+    assert len(graphs) == 1 if whole else graphs  # other tasks compile nothing anew
 
 
 @pytest.mark.parametrize("names", [["a"], ["a", "b", "a", "b", "a"], [None], "abcd"])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,61 +16,37 @@ import pytest
 import torch
 import typer
 import typer.core
+from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 import saved_models
-from commands import app, lotr
-from lotr.training.report import METRICS
-
-QUICK = (
-    *("--epochs", "10", "--batch-size", "8", "--rank", "4"),
-    *("--lr", "3e-2", "--core-lr", "3e-2", "--head-lr", "3e-2"),
-)
-
-
-def report(*words: str | Path) -> dict:
-    result = lotr(*words, "--json")
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("cli")
-    saved_models.save_bert(folder / "bert")
-    saved_models.write_colours(folder / "train.csv", rows=96, seed=0)
-    saved_models.write_colours(folder / "dev.csv", rows=48, seed=1)
-    return folder
+from commands import QUICK, app, lotr, refused, report, training
+from conftest import gpt2
+from lotr import METHODS, LotrConfig
+from lotr.adapters.export import export
+from lotr.files.adapter_folder import WEIGHTS
+from lotr.training.output import METRICS
 
 
 @pytest.fixture(scope="module")
 def trained(place: Path) -> tuple[Path, dict]:
-    output = place / "adapter"
-    words = ("--model", place / "bert", "--train", place / "train.csv", "--eval", place / "dev.csv")
-    return output, report("train", *words, "--output", output, *QUICK)
+    return place / "adapter", report(*training(place), "--output", place / "adapter", *QUICK)
 
 
 def test_training_learns_and_tells_what_it_did(trained) -> None:
     folder, result = trained
     assert result["accuracy"] > 0.9
     assert json.loads((folder / METRICS).read_text())["accuracy"] == result["accuracy"]
-    for name in (
-        "metric",
-        "settings",
-        "trained_numbers",
-        "adapter_bytes",
-        "steps",
-        "seconds",
-        "peak_memory_bytes",
-    ):
-        assert result[name], name
+    counts = ("trained_numbers", "adapter_bytes", "steps", "seconds", "peak_memory_bytes")
+    assert all(result[name] for name in ("metric", "settings", *counts))
     assert result["versions"]["torch"] == torch.__version__
     assert result["settings"]["rank"] == "4"
 
 
 def test_trained_numbers_are_those_in_the_file(trained) -> None:
     folder, result = trained
-    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors = load_file(folder / WEIGHTS)
     ours = sum(t.numel() for name, t in tensors.items() if ".lotr_" in name)
     assert result["trained_numbers"]["adapter"] == ours == 2 * (32 * 4 * 2) + 4 * 16
     assert result["trained_numbers"]["head"] == sum(t.numel() for t in tensors.values()) - ours
@@ -78,22 +54,14 @@ def test_trained_numbers_are_those_in_the_file(trained) -> None:
 
 def test_everything_promised_is_written_and_nothing_else(trained) -> None:
     names = {path.name for path in trained[0].iterdir()} - {"confusion.png", "cores.png"}
-    assert names == {
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "curve.png",
-        "metrics.json",
-        "settings.json",
-        "task.json",
-    }
+    records = {"adapter_config.json", "metrics.json", "settings.json", "task.json"}
+    assert names == {"README.md", "adapter_model.safetensors", "curve.png", *records}
 
 
 def test_model_card_says_how_to_load(trained) -> None:
     card = (trained[0] / "README.md").read_text()
-    assert "import lotr" in card
-    assert "lotr export" in card
-    assert "AutoPeftModelForSequenceClassification" in card
+    for words in ("import lotr", "lotr export", "AutoPeftModelForSequenceClassification"):
+        assert words in card
 
 
 def test_evaluation_of_the_saved_adapter_gives_the_score_of_the_run(trained, place: Path) -> None:
@@ -104,33 +72,16 @@ def test_evaluation_of_the_saved_adapter_gives_the_score_of_the_run(trained, pla
     assert Path(again["picture"]).read_bytes().startswith(b"\x89PNG")
 
 
-def test_two_runs_with_one_seed_give_identical_files(trained, place: Path) -> None:
+def test_two_runs_with_one_seed_give_identical_files_and_another_seed_another_adapter(trained, place) -> None:
     first, _ = trained
-    words = ("--model", place / "bert", "--train", place / "train.csv", "--eval", place / "dev.csv")
-    report("train", *words, "--output", place / "again", *QUICK)
-    for name in ("adapter_model.safetensors", "adapter_config.json", "task.json", "README.md", "curve.png"):
+    report(*training(place), "--output", place / "again", *QUICK)
+    report(*training(place), "--output", place / "other", *QUICK, "--seed", "1")
+    for name in (WEIGHTS, "adapter_config.json", "task.json", "README.md", "curve.png"):
         assert (place / "again" / name).read_bytes() == (first / name).read_bytes(), name
-    one, other = (json.loads((folder / METRICS).read_text()) for folder in (first, place / "again"))
+    one, again = (json.loads((folder / METRICS).read_text()) for folder in (first, place / "again"))
     varying = {"seconds", "peak_memory_bytes", "settings", "history"}
-    assert {k: v for k, v in one.items() if k not in varying} == {
-        k: v for k, v in other.items() if k not in varying
-    }
-
-
-def test_another_seed_gives_another_adapter(trained, place: Path) -> None:
-    words = (
-        "--model",
-        place / "bert",
-        "--train",
-        place / "train.csv",
-        "--eval",
-        place / "dev.csv",
-        "--seed",
-        "1",
-    )
-    report("train", *words, "--output", place / "other", *QUICK)
-    weights = "adapter_model.safetensors"
-    assert (place / "other" / weights).read_bytes() != (trained[0] / weights).read_bytes()
+    assert all(one[name] == again[name] for name in one.keys() - varying)
+    assert (place / "other" / WEIGHTS).read_bytes() != (first / WEIGHTS).read_bytes()
 
 
 def test_predictions_are_the_rows_with_an_answer_each(trained, place: Path) -> None:
@@ -147,15 +98,11 @@ def test_predictions_are_the_rows_with_an_answer_each(trained, place: Path) -> N
 
 def test_predict_needs_no_labels_and_keeps_an_output_that_exists(trained, place: Path) -> None:
     (place / "new.csv").write_text("text\nthe red thing\na blue thing\n")
-    output = place / "new.jsonl"
-    report("predict", trained[0], "--data", place / "new.csv", "--output", output)
-    assert [json.loads(line)["text"] for line in output.read_text().splitlines()] == [
-        "the red thing",
-        "a blue thing",
-    ]
-    refused = lotr("predict", trained[0], "--data", place / "new.csv", "--output", output)
-    assert refused.exit_code == 2
-    assert "--overwrite" in refused.stderr
+    words = ("predict", trained[0], "--data", place / "new.csv", "--output", place / "new.jsonl")
+    assert report(*words)["rows"] == 2
+    rows = [json.loads(line) for line in (place / "new.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == ["the red thing", "a blue thing"]
+    assert "--overwrite" in refused(2, *words)
 
 
 def test_plan_reads_no_weights_and_foretells_the_file(place: Path, trained, tmp_path: Path) -> None:
@@ -169,36 +116,26 @@ def test_plan_reads_no_weights_and_foretells_the_file(place: Path, trained, tmp_
 
 
 def test_plan_foretells_the_bytes_of_an_adapter_without_a_head(place: Path, tmp_path: Path) -> None:
-    from peft import get_peft_model
-    from transformers import AutoModel
-
-    import lotr as library
-
     plan = report("plan", place / "bert", "--rank", "4", "--target-modules", "all-linear")
-    model = get_peft_model(
-        AutoModel.from_pretrained(place / "bert"), library.LotrConfig(r=4, target_modules="all-linear")
-    )
-    model.save_pretrained(tmp_path)
-    assert plan["bytes"] == (tmp_path / "adapter_model.safetensors").stat().st_size
+    config = LotrConfig(r=4, target_modules="all-linear")
+    get_peft_model(AutoModel.from_pretrained(place / "bert"), config).save_pretrained(tmp_path)
+    assert plan["bytes"] == (tmp_path / WEIGHTS).stat().st_size
 
 
 def test_inspect_reports_the_norm_of_the_dense_update(trained) -> None:
     folder, _ = trained
-    found = report("inspect", folder)
-    tensors = load_file(folder / "adapter_model.safetensors")
+    inspected = report("inspect", folder)
+    tensors = load_file(folder / WEIGHTS)
     root = "base_model.model."
-    for site in found["sites"]:
+    for site in inspected["sites"]:
         U, Vt = (tensors[f"{root}lotrbasis.{site['group']}.lotr_{part}.weight"] for part in "UV")
         dense = U @ tensors[f"{root}{site['module']}.lotr_C.weight"] @ Vt
         assert site["norm"] == pytest.approx(float(dense.norm()), rel=1e-4)
         assert 1 <= site["rank"] <= 4 + 1e-6
-    assert Path(found["picture"]).is_file()
+    assert Path(inspected["picture"]).is_file()
 
 
 def test_merged_model_is_plain_and_answers_alike(trained, place: Path) -> None:
-    from peft import AutoPeftModelForSequenceClassification
-    from transformers import AutoModelForSequenceClassification
-
     lotr_model = AutoPeftModelForSequenceClassification.from_pretrained(trained[0], num_labels=3).eval()
     report("merge", trained[0], "--output", place / "merged")
     plain = AutoModelForSequenceClassification.from_pretrained(place / "merged").eval()
@@ -209,8 +146,6 @@ def test_merged_model_is_plain_and_answers_alike(trained, place: Path) -> None:
 
 
 def test_exported_lora_answers_alike_without_the_library(trained, place: Path) -> None:
-    from peft import AutoPeftModelForSequenceClassification
-
     result = report("export", trained[0], "--output", place / "exported")
     assert result["modules"] == 4
     ids = torch.arange(3, 12).repeat(2, 1)
@@ -226,93 +161,50 @@ torch.save(model(torch.arange(3, 12).repeat(2, 1)).logits, {str(place / "logits.
     torch.testing.assert_close(torch.load(place / "logits.pt"), ours.detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_peers_and_a_bare_head_train_through_the_same_command(place: Path) -> None:
-    words = (
-        "--model",
-        place / "bert",
-        "--train",
-        place / "train.csv",
-        "--eval",
-        place / "dev.csv",
-        *QUICK[2:],
-    )
-    for method in ("peft_lora", "peft_dora", "head", "lotr_joint"):
-        output = place / method
-        result = report("train", *words, "--epochs", "1", "--method", method, "--output", output)
-        again = report("evaluate", output, "--data", place / "dev.csv")
-        assert again["accuracy"] == pytest.approx(result["accuracy"]), method
-    assert json.loads((place / "head" / METRICS).read_text())["trained_numbers"]["adapter"] == 0
+@pytest.mark.parametrize("method", ["peft_lora", "peft_dora", "head", "lotr_joint"])
+def test_peers_and_a_bare_head_train_through_the_same_command(place: Path, method: str) -> None:
+    words = (*QUICK, "--epochs", "1", "--method", method, "--output", place / method)
+    result = report(*training(place), *words)
+    again = report("evaluate", place / method, "--data", place / "dev.csv")
+    assert again["accuracy"] == pytest.approx(result["accuracy"])
+    assert (result["trained_numbers"]["adapter"] == 0) == (method == "head")
 
 
 def test_config_file_holds_any_setting_and_options_win(place: Path) -> None:
     config = place / "train.yaml"
-    config.write_text(
-        f"model: {place / 'bert'}\ntrain: {place / 'train.csv'}\noutput: {place / 'yaml'}\n"
-        "rank: 2\nlr: 1e-2\nmax-steps: 3\n"
-    )
+    data = f"model: {place / 'bert'}\ntrain: {place / 'train.csv'}\noutput: {place / 'yaml'}\n"
+    config.write_text(f"{data}rank: 2\nlr: 1e-2\nmax-steps: 3\n")
     result = report("train", "--config", config, "--rank", "3")
-    assert result["settings"]["rank"] == "3"
-    assert result["settings"]["lr"] == 0.01
-    assert result["steps"] == 3
+    assert (result["settings"]["rank"], result["settings"]["lr"], result["steps"]) == ("3", 0.01, 3)
 
 
-def test_regression_and_causal_tasks_run_through(place: Path, tmp_path: Path) -> None:
-    with (tmp_path / "scores.csv").open("w") as file:
-        file.write("text,label\n")
-        file.writelines(f"{'red ' * (n % 5 + 1)}thing,{n % 5 + 0.5}\n" for n in range(60))
-    result = report(
-        *("train", "--model", place / "bert", "--train", tmp_path / "scores.csv", *QUICK),
-        *("--output", tmp_path / "regression"),
-    )
-    assert result["metric"] == "pearson"
-    assert result["pearson"] > 0.8
-    again = report("evaluate", tmp_path / "regression", "--data", tmp_path / "scores.csv")
-    assert again["pearson"] > 0.8
+def test_a_regression_runs_through(place: Path, tmp_path: Path) -> None:
+    lines = [f"{'red ' * (n % 5 + 1)}thing,{n % 5 + 0.5}\n" for n in range(60)]
+    (tmp_path / "scores.csv").write_text("text,label\n" + "".join(lines))
+    words = ("--model", place / "bert", "--train", tmp_path / "scores.csv", "--output", tmp_path / "o")
+    result = report("train", *words, *QUICK)
+    assert result["metric"] == "pearson" and result["pearson"] > 0.8
+    assert report("evaluate", tmp_path / "o", "--data", tmp_path / "scores.csv")["pearson"] > 0.8
 
-    saved_models.save_llama(tmp_path / "llama")
+
+def test_a_language_model_learns_conversations_and_answers(tmp_path: Path) -> None:
     chats = [
         {"messages": [{"role": "user", "content": f"the {c} thing"}, {"role": "assistant", "content": c}]}
         for c in saved_models.COLOURS
     ]
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats * 12))
-    result = report(
-        *(
-            "train",
-            "--model",
-            tmp_path / "llama",
-            "--train",
-            tmp_path / "chats.jsonl",
-            *QUICK[2:],
-            "--epochs",
-            "12",
-        ),
-        *("--output", tmp_path / "chat", "--target-modules", "all-linear"),
-    )
-    assert result["metric"] == "loss"
-    assert result["loss"] < 1.0
-    measured = report("evaluate", tmp_path / "chat", "--data", tmp_path / "chats.jsonl")
-    assert measured["perplexity"] < 3
-    (tmp_path / "dialogs.jsonl").write_text(
-        (tmp_path / "chats.jsonl").read_text().replace("messages", "dialog")
-    )
-    task = json.loads((tmp_path / "chat" / "task.json").read_text())
-    shutil.copytree(tmp_path / "chat", tmp_path / "named")
-    named = {**task, "columns": {**task["columns"], "text": "dialog"}}
-    (tmp_path / "named" / "task.json").write_text(json.dumps(named))
-    words = ("--data", tmp_path / "dialogs.jsonl", "--output", tmp_path / "b.jsonl", "--max-new-tokens", "1")
-    assert report("predict", tmp_path / "named", *words)["rows"] == 36
-    report(
-        "predict",
-        tmp_path / "chat",
-        "--data",
-        tmp_path / "chats.jsonl",
-        "--output",
-        tmp_path / "a.jsonl",
-        "--max-new-tokens",
-        "1",
-    )
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in chats * 12))
+    words = ("--model", saved_models.save_llama(tmp_path / "llama"), "--train", data, *QUICK, "--rank", "16")
+    words = (*words, "--epochs", "12", "--target-modules", "all-linear", "--output", tmp_path / "chat")
+    result = report("train", *words)
+    assert result["metric"] == "loss" and result["loss"] < 1.0
+    assert report("evaluate", tmp_path / "chat", "--data", data)["perplexity"] < 3
+
+    (tmp_path / "dialogs.jsonl").write_text(data.read_text().replace("messages", "dialog"))
+    words = ("--text", "dialog", "--output", tmp_path / "a.jsonl", "--max-new-tokens", "1")
+    assert report("predict", tmp_path / "chat", "--data", tmp_path / "dialogs.jsonl", *words)["rows"] == 36
     answers = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    right = [row["prediction"].strip() == row["messages"][1]["content"] for row in answers]
+    right = [row["prediction"].strip() == row["dialog"][1]["content"] for row in answers]
     assert sum(right) > len(right) / 2
 
 
@@ -323,41 +215,39 @@ def test_the_version_is_that_of_the_package() -> None:
 
 
 def test_methods_lists_every_row_with_its_paper() -> None:
-    from lotr import METHODS
-
     listed = json.loads(lotr("methods", "--json").stdout)
     assert listed.keys() == METHODS.keys()
     assert all(row["url"].startswith("https://") for row in listed.values())
 
 
-def test_help_tables_and_usage_errors_need_no_torch() -> None:
-    script = """
+def _in_a_fresh_process(*commands: list[str], unloaded: set[str], then: str = "") -> None:
+    script = f"""
 import sys
 from lotr_cli.app import app
-for words in (["--help"], ["train", "--help"], ["methods"], ["train", "--config", "no.yaml"]):
+for words in {commands!r}:
     try:
         app(words)
     except SystemExit:
         pass
-assert not {"torch", "transformers", "peft", "lotr"} & set(sys.modules)
+assert not {unloaded!r} & set(sys.modules)
+{then}
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_help_tables_and_usage_errors_need_no_torch() -> None:
+    same = """
 from lotr import ConfigError, TrainSettings
 assert ConfigError is sys.modules["lotr.errors"].ConfigError
 assert TrainSettings is sys.modules["lotr.training.settings"].TrainSettings
 """
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    commands = (["--help"], ["train", "--help"], ["methods"], ["train", "--config", "no.yaml"])
+    _in_a_fresh_process(*commands, unloaded={"torch", "transformers", "peft", "lotr"}, then=same)
 
 
 def test_a_plan_imports_no_libraries_of_data_scores_or_pictures(place: Path) -> None:
-    script = f"""
-import sys
-from lotr_cli.app import app
-try:
-    app(["plan", {str(place / "bert")!r}])
-except SystemExit:
-    pass
-assert not {{"datasets", "sklearn", "matplotlib", "pandas", "transformers.trainer"}} & set(sys.modules)
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    heavy = {"datasets", "sklearn", "matplotlib", "pandas", "transformers.trainer"}
+    _in_a_fresh_process(["plan", str(place / "bert")], unloaded=heavy)
 
 
 def _commands(program, *before: str) -> Iterator[tuple[tuple[str, ...], typer.core.TyperCommand]]:
@@ -369,9 +259,9 @@ def _commands(program, *before: str) -> Iterator[tuple[tuple[str, ...], typer.co
 
 
 def test_every_command_ends_its_help_with_examples() -> None:
-    found = dict(_commands(typer.main.get_command(app)))
-    assert {("train",), ("methods",), ("bank", "create")} <= found.keys()
-    for words in found:
+    commands = dict(_commands(typer.main.get_command(app)))
+    assert {("train",), ("methods",), ("bank", "create")} <= commands.keys()
+    for words in commands:
         text = lotr(*words, "--help").stdout
         assert f"lotr {' '.join(words)}" in text.rpartition("Example")[2], words
 
@@ -383,9 +273,8 @@ def test_every_example_in_the_help_is_a_call_that_the_program_takes() -> None:
         for example in examples:
             words = shlex.split(example, comments=True)
             assert tuple(words[: len(names)]) == names
-            command.make_context(
-                names[-1], words[len(names) :]
-            )  # raises where an option or a value is not known
+            # raises where an option or a value is not known
+            command.make_context(names[-1], words[len(names) :])
 
 
 @pytest.mark.parametrize(
@@ -397,14 +286,6 @@ def test_every_example_in_the_help_is_a_call_that_the_program_takes() -> None:
     ],
 )
 def test_export_is_exact_for_unequal_ranks_and_several_groups(tmp_path: Path, fields: dict) -> None:
-    import copy
-
-    from peft import PeftModel, get_peft_model
-
-    from conftest import gpt2
-    from lotr import LotrConfig
-    from lotr.adapters.export import export
-
     base, ids = gpt2(), torch.arange(3, 12).repeat(2, 1)
     config = LotrConfig(init_weights=False, scaling=1.4, **fields)
     model = get_peft_model(copy.deepcopy(base), config).eval()

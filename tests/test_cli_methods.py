@@ -8,34 +8,24 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import saved_models
+from commands import lotr, report, training
 from lotr import METHODS
 from lotr.math.magnitude import MAGNITUDES
-from test_cli import lotr, report
 
 FIELDS = ("--rank", "4", "--target-modules", "query,key,value,attention.output.dense,intermediate.dense")
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("methods")
-    saved_models.save_bert(folder / "bert")
-    saved_models.write_colours(folder / "train.csv", rows=48, seed=0)
-    saved_models.write_colours(folder / "dev.csv", rows=24, seed=1)
-    return folder
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_a_row_runs_from_plan_to_export_or_merge(place: Path, name: str) -> None:
-    model, adapter = place / "bert", place / name
-    data = ("--train", place / "train.csv", "--eval", place / "dev.csv", "--max-steps", "4")
-    plan = report("plan", model, "--method", name, *FIELDS)
-    trained = report("train", "--model", model, *data, "--method", name, *FIELDS, "--output", adapter)
+    adapter = place / name
+    plan = report("plan", place / "bert", "--method", name, *FIELDS)
+    words = ("--method", name, *FIELDS, "--max-steps", "4", "--output", adapter)
+    trained = report(*training(place), *words)
     assert trained["trained_numbers"]["adapter"] == plan["trained_numbers"]
     again = report("evaluate", adapter, "--data", place / "dev.csv")
     assert again["accuracy"] == pytest.approx(trained["accuracy"])
-    found = report("inspect", adapter)
-    assert len(found["sites"]) == plan["sites"] and any(site["norm"] > 0 for site in found["sites"])
+    sites = report("inspect", adapter)["sites"]
+    assert len(sites) == plan["sites"] and any(site["norm"] > 0 for site in sites)
 
     merged = report("merge", adapter, "--output", place / f"{name}-merged")
     exported = lotr("export", adapter, "--output", place / f"{name}-lora")
@@ -68,21 +58,3 @@ def test_a_combination_without_a_row_is_said_with_fields(place: Path) -> None:
     assert plan["core_numbers"] == 2 * (2 * 3 * 4 * 4 + 2 * 2 + 4 * 3)
     assert plan["magnitude_numbers"] == 4 * 32
     assert plan["trained_numbers"] == plan["core_numbers"] + plan["magnitude_numbers"]
-
-
-@pytest.mark.parametrize(
-    "fields, says",
-    [
-        (("--core", "tucker", "--modes", "none"), "core='tucker' with modes=()"),
-        (("--core-ranks", "4"), "core_ranks=4 has no meaning with core='free'"),
-        (("--core", "tucker", "--core-ranks", "layer=x"), "core_ranks='layer=x' holds no ranks"),
-        (("--modes", "head"), 'blocks="head"'),
-        (("--method", "lora", "--trainable", "cores"), "trainable='cores'"),
-        (("--method", "lorta", "--rank", "2,4"), "core='cp' needs one rank"),
-        (("--magnitude", "per_ouput"), "Near matches: per_output"),
-    ],
-    ids=str,
-)
-def test_fields_without_meaning_are_refused_by_name(place: Path, fields: tuple[str, ...], says: str) -> None:
-    result = lotr("plan", place / "bert", *fields)
-    assert result.exit_code != 0 and says in " ".join(result.stderr.split())

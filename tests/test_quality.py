@@ -96,8 +96,8 @@ def test_the_picture_names_each_method_once(tmp_path: Path) -> None:
 
 
 def _between_marks(page: Path) -> dict[str, list[str]]:
-    found = re.findall(r"<!-- (\w+) -->\n\n(.*?)\n\n<!-- /\1 -->", page.read_text(), re.DOTALL)
-    return {name: text.split("\n") for name, text in found}
+    sections = re.findall(r"<!-- (\w+) -->\n\n(.*?)\n\n<!-- /\1 -->", page.read_text(), re.DOTALL)
+    return {name: text.split("\n") for name, text in sections}
 
 
 def test_the_tables_of_the_documents_are_those_of_the_data() -> None:
@@ -124,10 +124,10 @@ def test_a_run_is_the_same_again_and_a_basis_carries_over(tmp_path: Path) -> Non
         "lora": {"peft": "LoraConfig", "fields": {"r": 1, "init_lora_weights": "lora_ga"}},
     }
     grid = {**GRID, "model": str(tmp_path / "bert"), "tasks": {"colours": task}, "settings": settings}
-    kept = tmp_path / "kept"
-    kept.mkdir()
+    store = tmp_path / "store"
+    store.mkdir()
     whole, again, cores, lora = (
-        Bench({**grid, "methods": methods}, tmp_path, kept).measure(
+        Bench({**grid, "methods": methods}, tmp_path, store).measure(
             Key("qv", name, "colours", 1, quality_runs.rates_text(rates)), rates
         )
         for name in ("whole", "whole", "cores", "lora")

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
+
+from lotr.training.settings import TrainSettings, read_options
 
 from . import bank, compress, console, reports
-from .console import reported
-from .examples import epilog
-from .light import load
-from .options import with_train_options
+from .command import command
+from .console import Report
 
 app = typer.Typer(
     name="lotr",
@@ -24,22 +25,19 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bank.app)
-app.command(epilog=epilog("compress"))(compress.compress)
+command(app, "compress", "Starting")(compress.compress)
 
-Adapter = Annotated[str, typer.Argument(help="Adapter folder or hub id.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
+Adapter = Annotated[str, Argument(help="Adapter folder or hub id.", show_default=False)]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace an output that exists.")]
 Base = Annotated[
-    str | None, typer.Option("--model", help="Base model.", show_default="the one recorded in the adapter")
+    str | None, Option("--model", help="Base model.", show_default="the one recorded in the adapter")
 ]
-Data = Annotated[str, typer.Option("--data", help="Data: a file, folder, hub data set or `docstrings`.")]
-Text = Annotated[
-    str | None, typer.Option("--text", help="Column with the text.", show_default="as in training")
-]
+Data = Annotated[str, Option("--data", help="Data: a file, folder, hub data set or `docstrings`.")]
+Text = Annotated[str | None, Option("--text", help="Column with the text.", show_default="as in training")]
 Text2 = Annotated[
-    str | None, typer.Option("--text2", help="Column with the second text.", show_default="as in training")
+    str | None, Option("--text2", help="Column with the second text.", show_default="as in training")
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows at a time.")]
+BatchSize = Annotated[int, Option("--batch-size", min=1, help="Rows at a time.")]
 
 
 def _version(asked: bool) -> None:
@@ -53,9 +51,9 @@ def _version(asked: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool, Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Annotated[bool, Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Set what holds for every command."""
     console.debug = debug
@@ -64,183 +62,144 @@ def options(
         warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
-@app.command(epilog=epilog("train"))
-@with_train_options()
+@command(app, "train", "Starting", settings=TrainSettings)
 def train(
-    config: Annotated[Path | None, typer.Option(help="YAML file with any of these settings.")] = None,
-    json: Json = False,
+    config: Annotated[Path | None, Option(help="YAML file with any of these settings.")] = None,
     **options: Any,
-) -> None:
+) -> Report | None:
     """Fine-tune a model; writes the adapter, `metrics.json`, `curve.png` and a model card."""
-    with reported(), console.stopwatch("Starting"):
-        options = load("lotr.training.settings").read_options(options, config)
-        from lotr.training.process import is_main_process
-        from lotr.training.run import train as run
+    options = read_options(options, config)
+    from lotr.training.process import is_main_process
+    from lotr.training.run import train as run
 
-        from .progress import training_progress
+    from .progress import TrainingProgress
 
-        with training_progress() as bar:
-            report = run(say=console.say, callbacks=[bar], **options)
-        if is_main_process():
-            reports.trained(report, json)
+    with TrainingProgress() as bar:
+        report = run(say=console.say, callbacks=[bar], **options)
+    return reports.trained(report) if is_main_process() else None
 
 
-@app.command(epilog=epilog("evaluate"))
+@command(app, "evaluate", "Loading")
 def evaluate(
     adapter: Adapter,
     data: Data,
     text: Text = None,
     text2: Text2 = None,
-    label: Annotated[
-        str | None, typer.Option(help="Column with the label.", show_default="as in training")
-    ] = None,
+    label: Annotated[str | None, Option(help="Column with the label.", show_default="as in training")] = None,
     model: Base = None,
     batch_size: BatchSize = 64,
     picture: Annotated[
         Path | None,
-        typer.Option(help="Confusion matrix as PNG.", show_default="confusion.png in the adapter's folder"),
+        Option(help="Confusion matrix as PNG.", show_default="confusion.png in the adapter's folder"),
     ] = None,
-    json: Json = False,
-) -> None:
+) -> Report:
     """Measure an adapter on data; draws the confusion matrix."""
+    from lotr.training.predict import evaluate as measure
+
     if picture is None and Path(adapter).is_dir():
         picture = Path(adapter) / "confusion.png"
-    with reported(), console.stopwatch("Loading"):
-        from lotr.training.predict import evaluate as measure
-
-        with console.counting("Evaluating") as tick:
-            scores = measure(
-                adapter,
-                data,
-                model=model,
-                text=text,
-                text2=text2,
-                label=label,
-                batch_size=batch_size,
-                picture=picture,
-                tick=tick,
-            )
-    reports.evaluated(adapter, data, scores, picture, json)
+    options: Any = {"text": text, "text2": text2, "label": label, "model": model, "batch_size": batch_size}
+    with console.counting("Evaluating") as tick:
+        scores = measure(adapter, data, **options, picture=picture, tick=tick)
+    return reports.evaluated(adapter, data, scores, picture)
 
 
-@app.command(epilog=epilog("predict"))
+@command(app, "predict", "Loading")
 def predict(
-    adapter: Annotated[str, typer.Argument(help="Adapter folder, hub id, or bank.", show_default=False)],
+    adapter: Annotated[str, Argument(help="Adapter folder, hub id, or bank.", show_default=False)],
     data: Data,
-    output: Annotated[Path, typer.Option(help="File to write: .csv or .jsonl.")],
-    task: Annotated[str | None, typer.Option(help="Of a bank: the task that answers all rows.")] = None,
+    output: Annotated[Path, Option(help="File to write: .csv or .jsonl.")],
+    task: Annotated[str | None, Option(help="Of a bank: the task that answers all rows.")] = None,
     task_column: Annotated[
-        str | None, typer.Option(help="Of a bank: column with the task that answers each row.")
+        str | None, Option(help="Of a bank: column with the task that answers each row.")
     ] = None,
     text: Text = None,
     text2: Text2 = None,
     model: Base = None,
     batch_size: BatchSize = 64,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of a language model.")] = 64,
+    max_new_tokens: Annotated[int, Option(min=1, help="Longest answer of a language model.")] = 64,
     overwrite: Overwrite = False,
-    json: Json = False,
-) -> None:
+) -> Report:
     """Write the rows of a file with a prediction each."""
-    with reported(), console.stopwatch("Loading"):
-        reports.check_output(output, overwrite, data)
-        from lotr.training.predict import predict as answer
+    reports.check_output(output, overwrite, data)
+    from lotr.training.predict import predict as answer
 
-        with console.counting("Predicting") as tick:
-            rows = answer(
-                adapter,
-                data,
-                task=task,
-                task_column=task_column,
-                model=model,
-                text=text,
-                text2=text2,
-                batch_size=batch_size,
-                max_new_tokens=max_new_tokens,
-                tick=tick,
-            )
-        reports.write_rows(rows, output)
-    report = {"rows": len(rows), "output": str(output)}
-    reports.said(report, f"{len(rows)} predictions are in {output}.", json)
+    options: Any = {"task": task, "task_column": task_column, "text": text, "text2": text2, "model": model}
+    sizes: Any = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    with console.counting("Predicting") as tick:
+        rows = answer(adapter, data, **options, **sizes, tick=tick)
+    reports.write_rows(rows, output)
+    line = f"{len(rows)} predictions are in {output}."
+    return Report({"rows": len(rows), "output": str(output)}, [line])
 
 
-@app.command(epilog=epilog("plan"))
-@with_train_options("Adapter")
+@command(app, "plan", "Planning", settings=TrainSettings, panels=["Adapter"])
 def plan(
-    model: Annotated[str, typer.Argument(help="Local folder, hub id or `minilm`; only its config is read.")],
-    dtype: Annotated[str, typer.Option(help="Type of the numbers.")] = "float32",
-    json: Json = False,
+    model: Annotated[str, Argument(help="Local folder, hub id or `minilm`; only its config is read.")],
+    dtype: Annotated[str, Option(help="Type of the numbers.")] = "float32",
     **options: Any,
-) -> None:
+) -> Report:
     """Show what would share what, and what it costs, before anything is trained. Needs no weights."""
-    with reported(), console.stopwatch("Planning"):
-        from lotr.training.planning import plan_model
-        from lotr.training.settings import TrainSettings, read_settings
+    from lotr.training.planning import plan_model
 
-        report = plan_model(read_settings(TrainSettings, {**options, "model": model}), dtype)
-    reports.planned(model, report, json)
+    settings = TrainSettings(**read_options({**options, "model": model}))
+    return reports.planned(model, plan_model(settings, dtype))
 
 
-@app.command(epilog=epilog("inspect"))
+@command(app, "inspect", "Reading")
 def inspect(
     adapter: Adapter,
     picture: Annotated[
-        Path | None, typer.Option(help="Heat map as PNG.", show_default="cores.png in the adapter's folder")
+        Path | None, Option(help="Heat map as PNG.", show_default="cores.png in the adapter's folder")
     ] = None,
-    json: Json = False,
-) -> None:
+) -> Report:
     """Show the groups of an adapter, and the norm and effective rank of every update."""
-    with reported(), console.stopwatch("Reading"):
-        from lotr.adapters.inspection import inspect as take_apart
-        from lotr.adapters.plots import draw
-        from lotr.files.adapter_folder import read_adapter
+    from lotr.adapters.inspection import inspect as take_apart
+    from lotr.adapters.plots import draw
+    from lotr.files.adapter_folder import read_adapter
 
-        folder = read_adapter(adapter)
-        inspection = take_apart(folder.path)
-        picture = picture or folder.path / "cores.png"
-        draw(inspection, picture)
-    reports.inspected(adapter, inspection, picture, json)
+    folder = read_adapter(adapter)
+    inspection = take_apart(folder.path)
+    picture = picture or folder.path / "cores.png"
+    draw(inspection, picture)
+    return reports.inspected(adapter, inspection, picture)
 
 
-@app.command(epilog=epilog("merge"))
+@command(app, "merge", "Merging")
 def merge(
     adapter: Adapter,
-    output: Annotated[Path, typer.Option(help="Folder for the merged model.")],
+    output: Annotated[Path, Option(help="Folder for the merged model.")],
     model: Base = None,
     overwrite: Overwrite = False,
-    json: Json = False,
-) -> None:
+) -> Report:
     """Write a plain transformers model with the adapter merged into its weights."""
-    with reported(), console.stopwatch("Merging"):
-        from lotr.training.trained import merge as write_merged
+    from lotr.training.trained import merge as write_merged
 
-        report = write_merged(adapter, output, model, overwrite)
-    reports.said(report, f"The merged model is in {output}. It loads with transformers alone.", json)
+    report = write_merged(adapter, output, model, overwrite)
+    return Report(report, [f"The merged model is in {output}. It loads with transformers alone."])
 
 
-@app.command(epilog=epilog("export"))
+@command(app, "export", "Exporting")
 def export(
     adapter: Adapter,
-    output: Annotated[Path, typer.Option(help="Folder for the LoRA.")],
+    output: Annotated[Path, Option(help="Folder for the LoRA.")],
     overwrite: Overwrite = False,
-    json: Json = False,
-) -> None:
+) -> Report:
     """Write an adapter as plain PEFT LoRA, exactly; it loads without this library."""
-    with reported(), console.stopwatch("Exporting"):
-        from lotr.adapters.export import export as write_lora
+    from lotr.adapters.export import export as write_lora
 
-        report = write_lora(adapter, output, overwrite)
-    reports.said(
-        report,
+    report = write_lora(adapter, output, overwrite)
+    line = (
         f"A LoRA of rank {report['rank']} for {report['modules']} modules is in {output}: {report['numbers']:,} "
-        f"numbers, {report['bytes']:,} bytes (the adapter has {report['bytes_before']:,}).",
-        json,
+        f"numbers, {report['bytes']:,} bytes (the adapter has {report['bytes_before']:,})."
     )
+    return Report(report, [line])
 
 
-@app.command(epilog=epilog("methods"))
-def methods(json: Json = False) -> None:
+@command(app, "methods", "Listing")
+def methods() -> Report:
     """List the methods of the table, with their papers."""
-    reports.listed(load("lotr.methods").METHODS, json)
+    return reports.methods()
 
 
 def main() -> None:

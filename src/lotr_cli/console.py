@@ -8,12 +8,15 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from lotr.errors import CheckpointError, ConfigError, Interrupted, LotrError, PlanError, TrainingError
 
 # reports go to stdout; what happens meanwhile goes to stderr, so that --json can be piped
 out, err = Console(), Console(stderr=True)
@@ -24,20 +27,73 @@ debug = False
 _status: Any = None
 
 
+@dataclass(frozen=True)
+class Report:
+    """What a command tells: its content as JSON, or else tables and lines; a failure where it is not `ok`."""
+
+    content: Any
+    shown: Sequence[Table | str]
+    ok: bool = True
+
+    def show(self, as_json: bool) -> None:
+        """Print it on stdout.
+
+        Raises:
+            typer.Exit: It is not `ok`; the command ends with 1.
+        """
+        calm()
+        if as_json:
+            json.dump(self.content, sys.stdout, indent=2, default=str)
+            sys.stdout.write("\n")
+        for part in () if as_json else self.shown:
+            # whole lines; names are data, so nothing in them is markup
+            out.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
+        if not self.ok:
+            raise typer.Exit(1)
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    """Return a table; numbers are flushed right."""
+    result = Table(title=title or None, title_justify="left", header_style="bold")
+    for at, name in enumerate(header):
+        numeric = bool(rows) and all(isinstance(row[at], int | float) for row in rows)
+        result.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        result.add_row(*(_cell(value) for value in row))
+    return result
+
+
+def _cell(value: Any) -> Text:
+    """Return a value as text in which nothing is markup: names are data."""
+    if isinstance(value, dict):
+        return Text("\n".join(f"{name}: {inner}" for name, inner in value.items()))
+    if isinstance(value, list):
+        return Text(", ".join(map(str, value)))
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return Text(str(value))
+    return Text(f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
+
+
 @contextmanager
-def reported() -> Iterator[None]:
-    """Turn the library's errors into one message on stderr and an exit code: 2 for usage, 1 for failure."""
+def working(waiting: str) -> Iterator[None]:
+    """Show that something is going on, until the first bar or report, and turn errors into one message and a code.
+
+    The code is 2 for usage, 1 for failure, 130 for ctrl-C.
+    """
+    global _status
+    # of the processes that a launcher started, one says what all of them would
+    speaks = os.environ.get("RANK", "0") == "0"
+    _status = err.status(f"{waiting} …")
+    _status.start()
     try:
         yield
     except (typer.Exit, typer.Abort):
         raise
     except KeyboardInterrupt:
-        if _speaks():
+        if speaks:
             err.print("Stopped.", style="yellow")
         raise typer.Exit(130) from None
     except Exception as error:
-        from lotr.errors import CheckpointError, ConfigError, Interrupted, LotrError, PlanError, TrainingError
-
         if debug:
             traceback.print_exc()
         if isinstance(error, OSError) and error.filename is not None:  # a place that the user named
@@ -45,28 +101,15 @@ def reported() -> Iterator[None]:
                 f"{error.filename}: {error.strerror}. Check the path, and the rights on it."
             )
         known = isinstance(error, LotrError)
-        name = "Error" if known else f"Unexpected {type(error).__name__}"
-        hint = "" if known or debug else "\nRun again as `lotr --debug …` to see where."
         # each process has rows and a device of its own, so those errors may be of one process alone
-        if _speaks() or not known or isinstance(error, TrainingError):
-            err.print(f"[bold red]{name}:[/] ", end="")
+        if speaks or not known or isinstance(error, TrainingError):
+            hint = "" if known or debug else "\nRun again as `lotr --debug …` to see where."
+            err.print(f"[bold red]{'Error' if known else f'Unexpected {type(error).__name__}'}:[/] ", end="")
             err.print(f"{error}{hint}", markup=False, highlight=False, soft_wrap=True)
-        if isinstance(error, Interrupted):
-            raise typer.Exit(130) from None
-        raise typer.Exit(2 if isinstance(error, ConfigError | PlanError) else 1) from None
-
-
-def _speaks() -> bool:
-    """Whether this is the process, of those that a launcher started, that says what all of them would."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def usage_error(message: str) -> typer.Exit:
-    """Print a message about how a command was called, and return the exit that ends it."""
-    if _speaks():
-        err.print("[bold red]Error:[/] ", end="")
-        err.print(message, markup=False, highlight=False, soft_wrap=True)
-    return typer.Exit(2)
+        usage = isinstance(error, ConfigError | PlanError)
+        raise typer.Exit(130 if isinstance(error, Interrupted) else 2 if usage else 1) from None
+    finally:
+        calm()
 
 
 def say(line: str) -> None:
@@ -74,49 +117,8 @@ def say(line: str) -> None:
     err.print(line, markup=False, highlight=False, style="dim")
 
 
-def print_line(line: str) -> None:
-    """Print a line of a report on stdout, whole; names are data, so nothing in it is markup."""
-    out.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def print_json(content: Any) -> None:
-    """Print a report as JSON on stdout."""
-    json.dump(content, sys.stdout, indent=2, default=str)
-    sys.stdout.write("\n")
-
-
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table on stdout; numbers are flushed right."""
-    table = Table(title=title or None, title_justify="left", header_style="bold")
-    for at, name in enumerate(header):
-        numeric = bool(rows) and all(isinstance(row[at], int | float) for row in rows)
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row))
-    out.print(table)
-
-
-def _cell(value: Any) -> Text:
-    """Return a value as text in which nothing is markup: names are data."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return Text(str(value))
-    return Text(f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
-
-
-@contextmanager
-def stopwatch(what: str) -> Iterator[None]:
-    """Show that something is going on until the first line or bar takes its place."""
-    global _status
-    _status = err.status(f"{what} …")
-    _status.start()
-    try:
-        yield
-    finally:
-        calm()
-
-
 def calm() -> None:
-    """Take the sign of waiting away, before a bar is drawn."""
+    """Take the sign of waiting away, before a bar or a report is drawn."""
     global _status
     if _status is not None:
         _status.stop()
@@ -135,7 +137,7 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def working() -> Iterator[Callable[[str, int, int], None]]:
+def phases() -> Iterator[Callable[[str, int, int], None]]:
     """Give a function that moves a bar whose name changes: what is done, how much of it, and how much there is."""
     from rich.progress import Progress
 

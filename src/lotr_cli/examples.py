@@ -68,8 +68,3 @@ EXAMPLES = {
     "bank stats": ("lotr bank stats runs/bank",),
     "bank remove": ("lotr bank remove runs/bank film-reviews",),
 }
-
-
-def epilog(command: str) -> str:
-    """Return the examples of a command as its help shows them."""
-    return "**Examples**\n\n" + "\n\n".join(f"`{line}`" for line in EXAMPLES[command])

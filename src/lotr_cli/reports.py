@@ -8,26 +8,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .console import print_json, print_line, print_table
-from .light import load
+from lotr.errors import ConfigError
+from lotr.methods import METHODS
+
+from .console import Report, table
 
 if TYPE_CHECKING:
     from lotr.adapters.inspection import Inspection
-    from lotr.training.report import RunReport
+    from lotr.training.output import RunReport
 
 
-def said(report: dict[str, Any], line: str, as_json: bool) -> None:
-    """Show a result that fits one line."""
-    if as_json:
-        print_json(report)
-    else:
-        print_line(line)
-
-
-def trained(report: RunReport, as_json: bool) -> None:
+def trained(report: RunReport) -> Report:
     """Show the result of a training run."""
-    if as_json:
-        return print_json(report.to_dict(history=False))
     rows = [
         *report.eval.items(),
         ("trained numbers, adapter", report.trained_numbers["adapter"]),
@@ -36,32 +28,25 @@ def trained(report: RunReport, as_json: bool) -> None:
         ("steps", report.steps),
         ("seconds", report.seconds),
     ]
-    print_table("", ("", "value"), rows)
-    print_line(f"The adapter, its curve and its card are in {report.settings.output}.")
-    return None
+    line = f"The adapter, its curve and its card are in {report.settings.output}."
+    return Report(report.to_dict(history=False), [table("", ("", "value"), rows), line])
 
 
-def evaluated(adapter: str, data: str, scores: dict[str, Any], picture: Path | None, as_json: bool) -> None:
+def evaluated(adapter: str, data: str, scores: dict[str, Any], picture: Path | None) -> Report:
     """Show scores."""
-    drawn = picture if "confusion" in scores else None
-    if as_json:
-        shown = None if drawn is None else str(drawn)
-        return print_json({"adapter": adapter, "data": data, **scores, "picture": shown})
+    drawn = str(picture) if picture is not None and "confusion" in scores else None
     rows = [(name, value) for name, value in scores.items() if name not in ("confusion", "labels")]
-    print_table(f"{adapter} on {data}", ("", "value"), rows)
-    if drawn is not None:
-        print_line(f"The confusion matrix is in {drawn}.")
-    return None
+    lines = [f"The confusion matrix is in {drawn}."] if drawn else []
+    content = {"adapter": adapter, "data": data, **scores, "picture": drawn}
+    return Report(content, [table(f"{adapter} on {data}", ("", "value"), rows), *lines])
 
 
-def planned(model: str, report: dict[str, Any], as_json: bool) -> None:
+def planned(model: str, report: dict[str, Any]) -> Report:
     """Show a plan."""
-    if as_json:
-        return print_json(report)
     header = ("group", "projections", "sites", "block", "core", "factors", "cores", "total")
     rows = [tuple(group[name] for name in header) for group in report["groups"]]
     modes = ", ".join(report["groups"][0]["modes"]) or "nothing"
-    print_table(f"{report['method']} on {model}, rank {report['rank']}, shared along {modes}", header, rows)
+    title = f"{report['method']} on {model}, rank {report['rank']}, shared along {modes}"
     rank = report["equal_lora_rank"]
     smaller = " (no LoRA is as small)" if rank < 1 else ""
     parts = [f"{report['core_numbers']:,} in cores"]
@@ -69,62 +54,71 @@ def planned(model: str, report: dict[str, Any], as_json: bool) -> None:
         parts.insert(0, f"{report['factor_numbers']:,} in factors")
     if report["magnitude_numbers"]:
         parts.append(f"{report['magnitude_numbers']:,} in magnitudes")
-    lines = [
+    lines = (
         f"Trained numbers: {report['trained_numbers']:,} for {report['sites']} sites in {report['modules']} modules: "
         f"{', '.join(parts)}.",
         f"LoRA with as many numbers: rank {rank:.3g}{smaller}. "
         f"LoRA at the same rank: {report['lora_same_rank']:,} numbers.",
         f"On disk: {report['bytes']:,} bytes without a head.",
-    ]
-    if report["cut_ranks"]:
-        lines.append(report["cut_ranks"])
-    if "budget" in report:
-        lines.append(report["said"])
-    print_line("\n".join(lines))
-    return None
+        report["cut_ranks"],
+        report.get("said"),
+    )
+    return Report(report, [table(title, header, rows), *filter(None, lines)])
 
 
-def inspected(adapter: str, inspection: Inspection, picture: Path, as_json: bool) -> None:
+def inspected(adapter: str, inspection: Inspection, picture: Path) -> Report:
     """Show what is inside an adapter."""
-    if as_json:
-        return print_json({**inspection.to_dict(), "picture": str(picture)})
     header = ("group", "sites", "block", "rank", "factors", "cores")
-    print_table(
-        f"{adapter}: groups", header, [tuple(group[name] for name in header) for group in inspection.groups]
-    )
-    heads = any(site.head is not None for site in inspection.sites)
-    rows = [
-        (s.layer, s.projection, *((s.head if s.head is not None else "",) if heads else ()), s.norm, s.rank)
-        for s in inspection.sites
-    ]
-    names = ("layer", "projection", *(("head",) if heads else ()), "‖ΔW‖", "effective rank")
-    print_table(
-        "Updates, before the magnitude" if inspection.config.magnitude != "none" else "Updates", names, rows
-    )
+    groups = [tuple(group[name] for name in header) for group in inspection.groups]
+    split = any(site.head is not None for site in inspection.sites)
+    rows = []
+    for site in inspection.sites:
+        head = ("" if site.head is None else site.head,) if split else ()
+        rows.append((site.layer, site.projection, *head, site.norm, site.rank))
+    names = ("layer", "projection", *(("head",) if split else ()), "‖ΔW‖", "effective rank")
+    title = "Updates, before the magnitude" if inspection.config.magnitude != "none" else "Updates"
     basis = f"{inspection.basis:,} more from its basis, " if inspection.basis else ""
-    print_line(
+    line = (
         f"{inspection.numbers:,} numbers in the adapter, {basis}{inspection.head:,} in the head, "
         f"{inspection.size:,} bytes. The heat map is in {picture}."
     )
-    return None
+    tables = table(f"{adapter}: groups", header, groups), table(title, names, rows)
+    return Report({**inspection.to_dict(), "picture": str(picture)}, [*tables, line])
 
 
-def listed(methods: dict[str, Any], as_json: bool) -> None:
+def methods() -> Report:
     """Show the table of methods."""
-    if as_json:
-        return print_json({name: asdict(row) for name, row in methods.items()})
     rows = []
-    for row in methods.values():
+    for row in METHODS.values():
         along = f"Shared along {', '.join(row.modes)}" if row.modes else "Nothing shared"
         cuts = "" if row.blocks == "none" else f", cut by {row.blocks}"
         scale = "" if row.magnitude == "none" else f", magnitude {row.magnitude}"
         scale += f", starts at {row.init}" if row.init != "orthonormal" else ""
         scale += ", trains cores" if row.trainable == "cores" else ""
-        rows.append(
-            (row.name, f"{row.purpose}\n{along}, {row.core} core{cuts}{scale}. {row.year}, {row.url}")
-        )
-    print_table("", ("method", "what it is"), rows)
-    return None
+        about = f"{row.purpose}\n{along}, {row.core} core{cuts}{scale}. {row.year}, {row.url}"
+        rows.append((row.name, about))
+    content = {name: asdict(row) for name, row in METHODS.items()}
+    return Report(content, [table("", ("method", "what it is"), rows)])
+
+
+def properties(title: str, content: dict[str, Any]) -> Report:
+    """Show what is known of a bank or a task, without what is empty."""
+    known = [(key.replace("_", " "), value) for key, value in content.items() if value not in (None, {}, [])]
+    return Report(content, [table(title, ("", "value"), known)])
+
+
+def trained_tasks(report: dict[str, Any]) -> Report:
+    """Show what became of the tasks of a run."""
+    rows = []
+    for name, task in report["tasks"].items():
+        metric = next(metric for metric in ("accuracy", "pearson", "loss") if metric in task)
+        rows.append((name, task["task"], task["rows"]["train"], metric, task[metric]))
+    line = (
+        f"{len(rows):,} tasks trained in {report['seconds']:.0f} s; each has {report['numbers_a_task']:,} numbers, "
+        f"{report['bytes_a_task']:,} bytes beside its head."
+    )
+    header = ("task", "kind", "rows", "measured", "score")
+    return Report(report, [table(report["bank"], header, rows), line])
 
 
 def check_output(path: Path, overwrite: bool, data: str) -> None:
@@ -133,7 +127,6 @@ def check_output(path: Path, overwrite: bool, data: str) -> None:
     Raises:
         ConfigError: The type is not known, the file exists or is the data, or its folder does not exist.
     """
-    ConfigError = load("lotr.errors").ConfigError
     if path.suffix not in (".csv", ".jsonl"):
         raise ConfigError(f"--output {path} has no known type. Name a .csv or .jsonl file.")
     if path.exists() and Path(data).exists() and path.samefile(data):

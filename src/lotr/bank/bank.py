@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..files.adapter_folder import read_adapter
 from ..tuner.config import LotrConfig
 from . import recover, transfer
 from .basis import TASKS, Basis, create_folder
 from .store import TaskStore
-from .task import Task, check_name, to_record, to_task
+from .task import Task, check_name, head_form, to_record, to_task
 from .wrap import BankModel, wrap
 
 
@@ -154,13 +154,26 @@ class CoreBank:
 
     def add_many(self, tasks: Iterable[Task], *, replace: bool = False) -> float:
         """Add all of the tasks or, when one of them cannot be, none; returns the largest error of rounding."""
-        worst = 0.0
+        worst, other = 0.0, None
         with self.store.database.transaction():
             for task in tasks:
                 record = to_record(task, self.layout.size, self.dtype)
+                if task.head:
+                    other = self._check_head(task, other)
                 self.store.write(record, replace)
                 worst = max(worst, record.error)
         return worst
+
+    def _check_head(self, task: Task, other: Task | None) -> Task:
+        """Refuse a head unlike those of other tasks; returns the task, for the next one."""
+        if other is None and (record := self.store.with_head(task.name)) is not None:
+            other = to_task(record, self.layout.size)
+        if other is not None and head_form(task.head) != head_form(other.head):
+            raise ConfigError(
+                f"The head of task {task.name!r} is {head_form(task.head)}, and that of task {other.name!r} is "
+                f"{head_form(other.head)}. Tasks of a bank have one base model: train it on that, or remove the other."
+            )
+        return task
 
     def add_adapter(self, name: str, adapter: str | Path, *, replace: bool = False, **metadata: Any) -> float:
         """Add an adapter that was saved on this basis (or is the basis itself); see `add` and `from_adapter`."""

@@ -15,7 +15,7 @@ from .heads import Head
 from .store import TaskStore
 from .task import Record
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ class TaskCache:
             room -= self._cost(task)
             if room < 0:
                 raise ConfigError(
-                    f"A batch with {len(names)} tasks does not fit: capacity={self._given!r} tasks are kept in memory. "
-                    "Raise the capacity, or make smaller batches."
+                    f"A batch with {len(names)} tasks does not fit: capacity={self._given!r} is kept in memory, and "
+                    f"task {name!r} takes {task.nbytes:,} bytes more. Raise the capacity, or make smaller batches."
                 )
         self._keep(tasks)
         return {name: task for name, (task, *_) in tasks.items()}
@@ -142,7 +142,7 @@ def _room(capacity: int | str) -> int:
     """
     if isinstance(capacity, int):
         return capacity
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]?i?)B", str(capacity))
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMG]?i?)B", str(capacity))
     if match is None or match[2] not in _UNITS:
         raise ConfigError(f"capacity={capacity!r} is not understood. Use tasks (1000) or bytes ('256MB').")
     return int(float(match[1]) * _UNITS[match[2]])

@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DataError
 from ..tuner.batch_cores import HeadRows, RowsOfCall
-from .task import Task
+from .task import ROOT, Task, head_form, n_outputs, output_names
 
 #: Where transformers' models have the head of a task; PEFT trains and saves modules of these names in full.
 NAMES = ("classifier", "score")
-_ROOT = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class RowHead(nn.Module):
 
     def __init__(self, path: str, head: nn.Module, current: RowsOfCall) -> None:
         super().__init__()
-        self.prefix = f"{_ROOT}{path}."
+        self.prefix = f"{ROOT}{path}."
         self.head = head
         self.current = current
 
@@ -54,7 +53,7 @@ class RowHead(nn.Module):
     def of_base(self) -> Head:
         """The head of the base model, in float32."""
         own = {name: p.detach().float() for name, p in self.head.named_parameters()}
-        return Head(own, len(own[[*own][-1]]))
+        return Head(own, n_outputs(own))
 
     def of(self, task: Task, device: torch.device) -> Head | None:
         """Return the head of a task, in float32, or nothing where it has none.
@@ -64,38 +63,35 @@ class RowHead(nn.Module):
         """
         if not task.head:
             return None
-        base, own = self.of_base.parameters, {k.removeprefix(self.prefix): v for k, v in task.head.items()}
-        if odd := own.keys() ^ base.keys():
+        base = self.of_base.parameters
+        form, expected = (
+            head_form(head) for head in (task.head, {self.prefix + name: p for name, p in base.items()})
+        )
+        if form != expected:
             raise CheckpointError(
-                f"The head of task {task.name!r} is not that of this base model at {self.prefix[len(_ROOT) : -1]!r}: "
-                f"{', '.join(sorted(odd))} differ. Use the kind of model that the task was trained on."
+                f"The head of task {task.name!r} is not that of this base model: it is {form}, and not {expected}. "
+                "Use the kind of model that the task was trained on."
             )
-        own = {name: own[name].to(device, torch.float32) for name in base}
-        return Head(own, len(own[[*own][-1]]), task.task == "regression")
+        own = {name: task.head[self.prefix + name].to(device, torch.float32) for name in base}
+        return Head(own, n_outputs(own), task.task == "regression")
 
     def fresh(self, outputs: int, seed: int) -> dict[str, Tensor]:
         """Return a new head by its names in an adapter's file: random as transformers begins one, without a bias."""
         generator = torch.Generator().manual_seed(seed)
-        base = self.of_base.parameters
-        last = [*base][-1].rpartition(".")[0]  # the linear module whose outputs are the labels
-        head = {}
-        for name, value in base.items():
-            if name.rpartition(".")[0] != last:
-                value = value.cpu()
-            elif value.dim() == 1:  # a bias
-                value = torch.zeros(outputs)
-            else:
-                value = 0.02 * torch.randn((outputs, *value.shape[1:]), generator=generator)
-            head[self.prefix + name] = value
+        head = {self.prefix + name: p.cpu() for name, p in self.of_base.parameters.items()}
+        for name in output_names(head):
+            shape = (outputs, *head[name].shape[1:])
+            head[name] = 0.02 * torch.randn(shape, generator=generator) if shape[1:] else torch.zeros(shape)
         return head
 
     def forward(self, x: Tensor) -> Tensor:  # (m·rows, *n, in) -> (m·rows, *n, outputs)
         """Return logits; those of labels that a row's task does not have are the lowest number there is."""
-        selected = self.current.get()
-        own = None if selected is None else selected.head
-        if own is None:
-            logits: Tensor = self.head(x)
-            return logits
+        rows = self.current.get()
+        logits: Tensor = self.head(x) if rows is None or rows.head is None else self._by_row(x, rows.head)
+        return logits
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # other tasks have other shapes
+    def _by_row(self, x: Tensor, own: HeadRows) -> Tensor:
         rows = len(own.outputs)
         # in float32 on a half-precision base too, as heads are trained
         x = x.float().unflatten(0, (rows, -1))
@@ -110,8 +106,8 @@ class RowHead(nn.Module):
 
         several = torch.vmap(one, randomness="different")
         parts = [(at, several(parameters, x[at])) for at, parameters in own.groups]
-        shape = list(parts[0][1].shape)
-        logits = parts[0][1].new_full((rows, *shape[1:-1], own.width), torch.finfo(torch.float32).min)
+        first = parts[0][1]
+        logits = first.new_full((rows, *first.shape[1:-1], own.width), torch.finfo(first.dtype).min)
         for at, part in parts:
             logits[at, ..., : part.shape[-1]] = part
         return logits.flatten(0, 1)
@@ -139,21 +135,39 @@ def side_by_side(heads: Sequence[Head]) -> HeadRows:
 def row_losses(
     logits: Tensor,  # (rows, *n, classes)
     labels: Tensor,  # (rows, *n)
-    regression: Tensor | None = None,  # (rows,)
+    heads: HeadRows | None = None,
 ) -> Tensor:  # (rows,)
     """Return the loss of every row: cross entropy, or the squared error of a regression's only output.
 
     Labels of -100 take no part, as in `torch.nn.CrossEntropyLoss`.
 
+    Raises:
+        DataError: A label is none of those that the task of its row has.
+
     Example:
         >>> row_losses(torch.zeros(2, 4), torch.tensor([0, 3])).shape
         torch.Size([2])
     """
-    numbers = torch.zeros(len(logits), dtype=torch.bool) if regression is None else regression
-    numbers = numbers.to(logits.device).view(-1, *[1] * (labels.dim() - 1))
-    classes = labels.long().masked_fill(numbers, 0)
-    entropy = F.cross_entropy(logits.float().movedim(-1, 1), classes, reduction="none", ignore_index=-100)
-    error = (logits[..., 0].float() - labels.float()).square()
-    losses = torch.where(numbers, error, entropy).reshape(len(logits), -1)
-    taking_part = (labels != -100).reshape(len(logits), -1)
-    return losses.sum(1) / taking_part.sum(1).clamp_min(1)
+    labels = labels.reshape(logits.shape[:-1])
+    classes, ignored = labels.long(), labels == -100
+    if heads is None:
+        losses = _entropy(logits, classes)
+    else:
+        like = (-1, *[1] * (labels.dim() - 1))
+        is_number, outputs = heads.regression.view(like), heads.outputs.view(like)
+        known = ignored | is_number | (classes == labels) & (classes >= 0) & (classes < outputs)
+        if not known.all():
+            row = int((~known).nonzero()[0, 0])
+            raise DataError(
+                f"Row {row} has the label {float(labels[~known][0]):g}, and its task has labels from 0 to "
+                f"{int(heads.outputs[row]) - 1}. Give each row a label of its own task, or -100."
+            )
+        error = (logits[..., 0].float() - labels.float()).square()
+        losses = torch.where(is_number, error, _entropy(logits, classes.masked_fill(is_number, 0)))
+        ignored = ignored & ~is_number
+    taking_part = (~ignored).reshape(len(logits), -1).sum(1)
+    return losses.reshape(len(logits), -1).sum(1) / taking_part.clamp_min(1)
+
+
+def _entropy(logits: Tensor, classes: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float().movedim(-1, 1), classes, reduction="none", ignore_index=-100)

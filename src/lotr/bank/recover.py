@@ -13,7 +13,7 @@ from ..files.adapter_folder import BASIS_WEIGHTS, CONFIG
 from ..files.atomic import check_free, whole_folder
 from .basis import BANK, TASKS, Basis, Description
 from .store import TaskStore, create_store
-from .task import to_task
+from .task import head_form, to_task
 
 Tick = Callable[[int, int], None]  # tasks done, tasks in all
 _LEAF = 13  # first byte of a page that holds rows of a table
@@ -34,6 +34,7 @@ def verify(basis: Basis, store: TaskStore, tick: Tick | None = None) -> dict[str
     broken_basis: str | None = None
     damaged: list[dict[str, str]] = []
     tasks: list[tuple[int, str]] = []
+    forms: dict[str, list[str]] = {}  # of heads → tasks
     try:
         basis.factors()
     except CheckpointError as error:
@@ -45,11 +46,17 @@ def verify(basis: Basis, store: TaskStore, tick: Tick | None = None) -> dict[str
         file.append(f"The names of the tasks cannot be read. {error}")
     for done, (number, name) in enumerate(tasks, start=1):
         try:
-            to_task(store.read_id(number, name), basis.layout.size)
+            head = to_task(store.read_id(number, name), basis.layout.size).head
+            if head:
+                forms.setdefault(head_form(head), []).append(name)
         except CheckpointError as error:
             damaged.append({"task": name, "reason": str(error)})
         if tick is not None:
             tick(done, len(tasks))
+    usual = max(forms, key=lambda form: len(forms[form]), default="")
+    for form, names in forms.items():
+        reason = f"Its head is {form}, and those of most tasks are {usual}: it is of another base model. Remove it."
+        damaged += [{"task": name, "reason": reason} for name in names if form != usual]
     ok = not (broken_basis or file or damaged)
     return {"ok": ok, "tasks": len(tasks), "damaged": damaged, "file": file, "basis": broken_basis}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import astuple, replace
 from pathlib import Path
 
@@ -99,6 +100,14 @@ class TaskStore:
         """Return the checksum of every task of these names that there is; equal ones are of equal records."""
         unknown = ", ".join("?" * len(names))
         return dict(self._rows(f"SELECT name, checksum FROM task WHERE name IN ({unknown})", *names))
+
+    def with_head(self, other_than: str) -> Record | None:
+        """Return the newest task with a head that has another name, where there is one."""
+        sql = "SELECT id FROM task WHERE name != ? AND length(head) > 0 ORDER BY id DESC"
+        for (number,) in self._rows(f"{sql} LIMIT 9", other_than):
+            with suppress(CheckpointError):  # a damaged one tells nothing of the others
+                return self.read_id(number)
+        return None
 
     def _whole(self, record: Record, name: str | None) -> Record:
         if name in (None, record.name) and record.is_whole:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -19,6 +20,13 @@ from ..errors import CheckpointError, ConfigError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: How a row of a batch without a task is written: PEFT's name, or `None`.
 BASE = "__base__"
+#: What the keys of a head begin with in an adapter's file.
+ROOT = "base_model.model."
+#: The most outputs of a head: every row of a batch is as wide as the widest.
+MOST_OUTPUTS = 10_000
+_LONGEST_NAME = 200
+#: Unicode's categories of characters that no table can show: controls, marks of direction and of no width, halves.
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +34,7 @@ class Task:
     """What a task has of its own; everything else is in the basis and in the base model.
 
     Args:
-        name: Any text without control characters.
+        name: Any text of up to 200 characters, all of which can be seen.
         numbers: All numbers of its cores in the order of `Layout`, shape `(size,)`.
         head: Modules trained in full, by their key in an adapter's file.
         labels: Names of the classes, for classification.
@@ -34,7 +42,7 @@ class Task:
         metadata: Anything that JSON can hold.
 
     Raises:
-        ConfigError: The name is empty or has control characters.
+        ConfigError: The name is empty or too long, or has characters that cannot be seen.
 
     Example:
         >>> import torch
@@ -57,7 +65,7 @@ def check_name(name: str) -> str:
     """Return the name of a task. Names are data: separators of paths, quotes and any script are allowed.
 
     Raises:
-        ConfigError: The name is empty or stands for no task, or has control characters or half a character.
+        ConfigError: The name is empty, too long or stands for no task, or has characters that cannot be seen.
 
     Example:
         >>> check_name("../reviews'; DROP TABLE task")
@@ -65,15 +73,69 @@ def check_name(name: str) -> str:
     """
     if not isinstance(name, str) or not name.strip():
         raise ConfigError(f"A task cannot be called {name!r}: a name is text that is not empty.")
+    if len(name) > _LONGEST_NAME:
+        raise ConfigError(
+            f"A task cannot be called {name[:40]!r}…: the name has {len(name):,} characters, and the longest have "
+            f"{_LONGEST_NAME}. Keep what it tells in the metadata."
+        )
     if name == BASE:
         raise ConfigError(f"A task cannot be called {BASE!r}: rows of that name are rows without a task.")
-    bad = [character for character in name if unicodedata.category(character) in ("Cc", "Cs")]
+    bad = [character for character in name if unicodedata.category(character) in _UNSEEN]
     if bad:
         raise ConfigError(
-            f"A task cannot be called {name!r}: {bad[0]!r} is a control character or half a character, which no "
-            "table could show. Leave it out."
+            f"A task cannot be called {name!r}: {bad[0]!r} is a control character, turns the direction of text, has "
+            "no width, or is half a character: no table could show it. Leave it out."
         )
     return name
+
+
+def output_names(head: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of a head's tensors that have an axis of labels: those of the module that is named last.
+
+    Example:
+        >>> output_names(dict.fromkeys(("dense.weight", "out_proj.weight", "out_proj.bias"), torch.zeros(2)))
+        ['out_proj.bias', 'out_proj.weight']
+    """
+    last = max(head).rpartition(".")[0]
+    return sorted(name for name in head if name.rpartition(".")[0] == last)
+
+
+def n_outputs(head: Mapping[str, Tensor]) -> int:
+    """Return how many labels a head tells, or 1 for a number."""
+    return len(head[output_names(head)[0]])
+
+
+def head_form(head: Mapping[str, Tensor]) -> str:
+    """Return names and shapes of a head's tensors; those of all tasks on one base model are alike.
+
+    Example:
+        >>> head_form({"base_model.model.score.weight": torch.zeros(3, 8)})
+        'score.weight (labels, 8)'
+    """
+    shapes: dict[str, list[object]] = {name: list(tensor.shape) for name, tensor in head.items()}
+    for name in output_names(head):
+        shapes[name][:1] = ["labels"]
+    return ", ".join(
+        f"{name.removeprefix(ROOT)} ({', '.join(map(str, shapes[name]))})" for name in sorted(shapes)
+    )
+
+
+def _check_head(task: Task) -> None:
+    """Raise ConfigError where a head does not tell the labels of its task."""
+    if not task.head:
+        return
+    last = {name: task.head[name] for name in output_names(task.head)}
+    outputs = {tensor.shape[0] if tensor.dim() else 0 for tensor in last.values()}
+    labels = len(task.labels) or (1 if task.task == "regression" else None)
+    odd = [name for name, tensor in last.items() if name.endswith("weight") and tensor.dim() < 2]
+    if len(outputs) > 1 or odd or not 0 < min(outputs) <= MOST_OUTPUTS or labels not in (None, *outputs):
+        shapes = ", ".join(
+            f"{name.removeprefix(ROOT)} {tuple(tensor.shape)}" for name, tensor in last.items()
+        )
+        raise ConfigError(
+            f"its head has {shapes}, and a head has as many rows as its task has labels "
+            f"({labels or 'which are not named'}), at most {MOST_OUTPUTS:,}."
+        )
 
 
 @dataclass(frozen=True)
@@ -126,22 +188,26 @@ def to_record(task: Task, size: int, dtype: str) -> Record:
     numbers = task.numbers.detach().float().cpu()
     about = {"task": task.task, "labels": list(task.labels), "metadata": dict(task.metadata)}
     try:
-        rounded = _rounded(numbers, dtype)
+        _check_head(task)
+        rounded, head = _rounded(numbers, dtype), {key: _rounded(p, dtype) for key, p in task.head.items()}
         text = json.dumps({key: value for key, value in about.items() if value}, ensure_ascii=False)
     except (ConfigError, TypeError, ValueError) as error:
         raise ConfigError(f"Task {task.name!r} cannot be kept: {error}") from None
     norm = float(torch.linalg.norm(numbers.double()))
     lost = float(torch.linalg.norm(rounded.double() - numbers.double())) / norm if norm else 0.0
-    head = {key: _plain(tensor, DTYPES[dtype]) for key, tensor in task.head.items()}
     blob = rounded.contiguous().view(torch.uint8).numpy().tobytes()
     return Record(task.name, dtype, time.time(), lost, text, blob, save(head) if head else b"")
 
 
 def _rounded(numbers: Tensor, dtype: str) -> Tensor:
+    if not numbers.is_floating_point():
+        return numbers.detach().cpu().contiguous()
     odd = int((~torch.isfinite(numbers)).sum())
     if odd:
-        raise ConfigError(f"{odd} of its {len(numbers)} numbers are not finite. Train it with a lower rate.")
-    rounded = numbers.to(DTYPES[dtype])
+        raise ConfigError(
+            f"{odd} of its {numbers.numel()} numbers are not finite. Train it with a lower rate."
+        )
+    rounded = numbers.detach().cpu().contiguous().to(DTYPES[dtype])
     if torch.isinf(rounded).any():
         raise ConfigError(
             f"{float(numbers.abs().max()):.3g} is too large for {dtype}, whose largest number is "
@@ -163,13 +229,14 @@ def to_task(record: Record, size: int) -> Task:
             f"{size} numbers: another program wrote it. Remove it, or write it again."
         )
     numbers = torch.frombuffer(bytearray(record.numbers), dtype=dtype).float()
-    about = json.loads(record.about)
-    tensors = load(record.head) if record.head else {}
-    head = {key: _plain(tensor, torch.float32) for key, tensor in tensors.items()}
-    labels = tuple(about.get("labels", ()))
-    return Task(record.name, numbers, head, labels, about.get("task"), about.get("metadata", {}))
-
-
-def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    plain = tensor.detach().cpu().contiguous()
-    return plain.to(dtype) if plain.is_floating_point() else plain
+    try:
+        about, tensors = json.loads(record.about), load(record.head) if record.head else {}
+        head = {key: p.float() if p.is_floating_point() else p for key, p in tensors.items()}
+        labels = tuple(about.get("labels", ()))
+        task = Task(record.name, numbers, head, labels, about.get("task"), about.get("metadata", {}))
+        _check_head(task)
+    except (SafetensorError, AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"Task {record.name!r} cannot be used: {error} Remove it, or write it again."
+        ) from None
+    return task

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -39,12 +39,16 @@ class TaskRows:
     ) -> None:
         self.group, self.layout, self.cache, self.current, self.head = group, layout, cache, current, head
 
-    @contextmanager
-    def select(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Use a task in each row of the batches that this thread runs inside; see `wrap`.
+    def select(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
+        """Use a task in each row of the batches that this thread, or task of asyncio, runs inside; see `wrap`."""
+        return self.current.use(self.rows(names))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it reads files
+    def rows(self, names: Sequence[str | None]) -> Rows | None:
+        """Return what rows with these tasks have of their own; nothing where all are of the base model.
 
         Raises:
-            ConfigError: More tasks than the capacity.
+            ConfigError: More tasks than the capacity, or the bank is not in use.
             CheckpointError: A task does not exist or is damaged.
         """
         if isinstance(names, str | Tensor):
@@ -58,10 +62,6 @@ class TaskRows:
                 f"Rows cannot have tasks while adapters are merged, or while {ADAPTER!r} is not the active one. "
                 f"Call unmerge_adapter(), or set_adapter({ADAPTER!r})."
             )
-        with self.current.use(self._rows(names)):
-            yield
-
-    def _rows(self, names: Sequence[str | None]) -> Rows | None:
         needed = list(dict.fromkeys(name for name in names if name is not None and name != BASE))
         if not needed:
             return None  # the base model itself, bit for bit
@@ -69,11 +69,11 @@ class TaskRows:
         numbers = tasks[needed[0]].numbers
         if numbers.device != self.group.lotr_V[ADAPTER].weight.device:  # the model has moved
             self.cache.clear()
-            return self._rows(names)
+            return self.rows(names)
         base = LoadedTask(torch.zeros_like(numbers))
-        rows = [tasks.get(str(name), base) for name in names]
-        heads = None if self.head is None else side_by_side([task.head or self.head.of_base for task in rows])
-        return Rows(self.layout.unflatten(torch.stack([task.numbers for task in rows])), heads)
+        own = [tasks.get(str(name), base) for name in names]
+        heads = None if self.head is None else side_by_side([task.head or self.head.of_base for task in own])
+        return Rows(self.layout.unflatten(torch.stack([task.numbers for task in own])), heads)
 
     def _read(self, record: Record) -> LoadedTask:
         return self.load(to_task(record, self.layout.size))
@@ -91,7 +91,7 @@ class TaskRows:
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:  # (rows,)
         """Return the loss of each row of the selected tasks."""
         rows = self.current.get()
-        return row_losses(logits, labels, None if rows is None or rows.head is None else rows.head.regression)
+        return row_losses(logits, labels, None if rows is None else rows.head)
 
 
 class BankModel(PeftModel):
@@ -114,39 +114,57 @@ class BankModel(PeftModel):
 
         Raises:
             ConfigError: There is not one name a row, or the model is a replica of `DataParallel`.
+            DataError: A label is none of its row's task.
         """
+        rows = self._rows(task_ids, adapter_names, args, kwargs)
+        if torch.is_grad_enabled() and self.training:
+            self.tasks.current.remember_in_checkpoints(self.base_model)
+        # a loss of the base model knows one head only
+        labels = kwargs.pop("labels", None) if rows is not None and rows.head is not None else None
+        with self.tasks.current.running(rows):
+            output = super().forward(*args, **kwargs)
+        if labels is None:
+            return output
+        loss = row_losses(output["logits"], labels, None if rows is None else rows.head).mean()
+        return type(output)(**{"loss": loss, **output})
+
+    def generate(
+        self,
+        *args: Any,
+        task_ids: Sequence[str | None] | None = None,
+        adapter_names: Sequence[str | None] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate as the base model does, row `i` of the batch with task `task_ids[i]`; errors as in `forward`."""
+        with self.tasks.current.running(self._rows(task_ids, adapter_names, args, kwargs)):
+            return super().generate(*args, **kwargs)
+
+    def _rows(
+        self,
+        task_ids: Sequence[str | None] | None,
+        adapter_names: Sequence[str | None] | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Rows | None:
+        """Return what the rows of a call have of their own: those named, or else those selected."""
         if getattr(self, "_is_replica", False):
             raise ConfigError(
                 "DataParallel runs a model in threads that do not know the tasks of the call. Use one process a device."
             )
+        if task_ids is not None and adapter_names is not None:
+            raise ConfigError("task_ids= and adapter_names= both name the tasks of the rows. Leave out one.")
         names = adapter_names if task_ids is None else task_ids
-        if names is not None:
-            _check_one_a_row(names, (*args, *kwargs.values()))
-        if torch.is_grad_enabled() and self.training:
-            self.tasks.current.remember_in_checkpoints(self.base_model)
-        with nullcontext() if names is None else self.tasks.select(names):
-            rows = self.tasks.current.get()
-            # a loss of the base model knows one head only
-            labels = kwargs.pop("labels", None) if rows is not None and rows.head is not None else None
-            output = super().forward(*args, **kwargs)
-            if labels is None:
-                return output
-            loss = self.tasks.losses(output["logits"], labels).mean()
-        return type(output)(**{"loss": loss, **output})
-
-    def generate(self, *args: Any, task_ids: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
-        """Generate as the base model does, row `i` of the batch with task `task_ids[i]`."""
-        names = {} if task_ids is None else {"adapter_names": task_ids}
-        return super().generate(*args, **kwargs, **names)
-
-
-def _check_one_a_row(names: Sequence[str | None], inputs: Sequence[Any]) -> None:
-    batch = next((value for value in inputs if isinstance(value, Tensor)), None)
-    if batch is not None and not isinstance(names, str | Tensor) and len(names) != len(batch):
-        raise ConfigError(
-            f"{len(names)} tasks are named for a batch of {len(batch)} rows. Name one task a row, None for the base "
-            "model."
-        )
+        if names is None:
+            return self.tasks.current.get()
+        main = getattr(self.get_base_model(), "main_input_name", "input_ids")
+        inputs = (*(kwargs.get(name) for name in (main, "inputs", "inputs_embeds")), *args)
+        batch = next((value for value in inputs if isinstance(value, Tensor)), None)
+        if batch is not None and not isinstance(names, str | Tensor) and len(names) != len(batch):
+            raise ConfigError(
+                f"{len(names)} tasks are named for a batch of {len(batch)} rows. Name one task a row, None for the "
+                "base model."
+            )
+        return self.tasks.rows(names)
 
 
 def wrap(basis: Basis, base: nn.Module, capacity: int | str = 1024) -> BankModel:

@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import nn
 
+from ..bank.task import DTYPES
 from ..errors import CheckpointError, ConfigError
 from ..files.adapter_folder import CONFIG
 from ..sharing.blocks import Target
 from ..sharing.plan import Plan
-from ..training.base_model import DTYPES, load_model, locate
+from ..training.base_model import load_model, locate
 from ..tuner.config import LotrConfig
 from ..tuner.targets import linear_paths, plan_adapter
 from .sources import Source, open_source

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, near
 from ..methods import METHODS
 from ..tuner.basis import resolve_basis
 from ..tuner.config import LotrConfig
-from .budget import AUTO, check_budget_is_meant
+from ..tuner.ranks import largest_rank
+from ..tuner.saved_adapter import read_saved
 from .data import check_task
-from .rates import Rates, default_rates
+from .settings import TrainSettings, read_core_ranks, read_modes, read_rank, read_target_modules
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from torch import nn
 
-    from .settings import TrainSettings
-
+#: The rank that a budget of trained numbers decides.
+AUTO = "auto"
 #: Methods that are not rows of the table: PEFT's own for comparison, and a new head alone.
 PEERS = ("peft_lora", "peft_dora", "head")
 TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
@@ -27,16 +29,10 @@ TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal-lm":
 _OURS = ("modes", "core", "core_ranks", "blocks", "magnitude", "trainable", "init", "basis", "budget")
 #: Settings that are fields of the configuration as they are.
 _AS_IN_CONFIG = ("basis", "core", "blocks", "magnitude", "trainable", "init", "dropout", "seed")
-#: Settings that always have a value, and the field of the configuration that each sets.
-_ALWAYS = {"rank": "r", "method": "method", "scaling": "scaling"}
 
 
 def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConfig:
-    """Return the PEFT configuration that the settings describe.
-
-    Args:
-        settings: Its settings of the adapter are read.
-        task: classification, regression or causal-lm, where that is known; it decides the type of the model alone.
+    """Return the PEFT configuration that the settings describe; the task decides the type of the model alone.
 
     Raises:
         ConfigError: A setting has no meaning; the message names it.
@@ -67,14 +63,11 @@ def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConf
             f"method={settings.method!r} is not known. {near(settings.method, [*METHODS, *PEERS])} "
             "`lotr methods` describes them."
         )
-    fields: dict[str, Any] = {
-        "r": 1 if settings.rank == AUTO else read_rank(settings.rank),  # the model decides: `budget.fit`
-        "method": settings.method,
-        "scaling": settings.scaling,
-    }
+    rank = (1, 1) if settings.rank == AUTO else read_rank(settings.rank)  # the model decides: `fit_rank`
+    fields: dict[str, Any] = {"r": rank, "method": settings.method, "scaling": settings.scaling}
     if settings.basis is not None:  # what was left at its default is as in the basis
-        changed = [name for name in _ALWAYS if getattr(settings, name) != getattr(type(settings), name)]
-        fields = {_ALWAYS[name]: fields[_ALWAYS[name]] for name in changed}
+        default = {"r": read_rank(TrainSettings.rank), "method": TrainSettings.method, "scaling": 1.0}
+        fields = {name: value for name, value in fields.items() if value != default[name]}
     fields |= {"modes": read_modes(settings.modes), "core_ranks": read_core_ranks(settings.core_ranks)}
     fields |= {name: getattr(settings, name) for name in _AS_IN_CONFIG}
     config = LotrConfig(**fields, **common)
@@ -83,15 +76,55 @@ def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConf
     return config
 
 
-def resolve(settings: TrainSettings, config: PeftConfig, task: str) -> TrainSettings:
-    """Return the settings with what was left open, as the task and the basis decide it.
+def _check_meaning(settings: TrainSettings) -> None:
+    """Refuse settings that would be passed over."""
+    if settings.task is not None:
+        check_task(settings.task)
+    check_positive(settings, "start_batches", "budget")
+    method, basis, rank, budget = settings.method, settings.basis, settings.rank, settings.budget
+    misfits = [name for name in _OURS if method in PEERS and getattr(settings, name) is not None]
+    problem = ""
+    if rank == AUTO and budget is None:
+        problem = "rank='auto' needs a budget: the trained numbers that it may use. Add --budget 9216."
+    elif budget is not None and rank == TrainSettings.rank:
+        problem = f"budget={budget} chooses the rank where rank='auto' asks for that, and rank is {rank} by default. "
+        problem += "Add --rank auto, or leave the budget out."
+    elif budget is not None and rank != AUTO:
+        problem = f"budget={budget} chooses the rank, and rank={rank!r} sets it. "
+        problem += "Use rank='auto', or leave the budget out."
+    elif budget is not None and basis is not None:
+        problem = (
+            f"budget={budget} chooses ranks, and those of basis={basis!r} are kept. Leave one of them out."
+        )
+    elif settings.init == "lora":
+        problem = "init='lora' needs the LoRA, and training has no setting for it. In Python: "
+        problem += "lotr.init_from_lora(model, folder)."
+    elif misfits:
+        problem = f"{misfits[0]}={getattr(settings, misfits[0])!r} has no meaning with method={method!r}, which is not "
+        problem += "a row of the table. Leave it out, or name a row (`lotr methods`)."
+    elif basis is not None and (settings.trainable == "all" or settings.init):
+        name = "trainable" if settings.trainable == "all" else "init"
+        problem = f"{name}={getattr(settings, name)!r} contradicts basis={basis!r}, whose factors are kept. "
+        problem += "Leave one of them out."
+    if problem:
+        raise ConfigError(problem)
+
+
+def check_positive(settings: object, *names: str) -> None:
+    """Raise ConfigError for the first of some settings that is a number and not positive."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name}={value} trains nothing. Use a positive number.")
+
+
+def complete(settings: TrainSettings, config: PeftConfig, task: str) -> TrainSettings:
+    """Decide what was left open, as the task and the basis have it; return the settings, and change the configuration.
 
     Cores that train alone start from gradients, where nothing else was asked for: factors that stay as they are would
     stay as random as they begin.
-
-    Raises:
-        ConfigError: A setting has no meaning for the task.
     """
+    config.task_type = TASK_TYPES[task]
     if task == "causal-lm" and settings.method == "head":
         raise ConfigError(
             "method='head' trains a new head alone, and causal-lm has none. Use another method."
@@ -105,48 +138,25 @@ def resolve(settings: TrainSettings, config: PeftConfig, task: str) -> TrainSett
     if settings.basis is not None:  # what the report says is what was trained
         rank = ",".join(map(str, dict.fromkeys(config.rank)))
         return replace(settings, method=config.method, scaling=config.scaling, rank=rank)
-    if (
-        settings.init is None
-        and (config.trainable, config.init) == ("cores", "orthonormal")
-        and config.starts_at_zero
-    ):
+    is_open = settings.init is None and config.starts_at_zero
+    if is_open and (config.trainable, config.init) == ("cores", "orthonormal"):
+        config.init = "gradient"
         return replace(settings, init="gradient")
     return settings
 
 
-def _check_meaning(settings: TrainSettings) -> None:
-    """Refuse settings that would be passed over."""
-    if settings.task is not None:
-        check_task(settings.task)
-    check_positive(settings, "start_batches")
-    check_budget_is_meant(settings)
-    if settings.init == "lora":
-        raise ConfigError(
-            "init='lora' needs the LoRA, and training has no setting for it. In Python: "
-            "lotr.init_from_lora(model, folder)."
-        )
-    if settings.method in PEERS:
-        for name in _OURS:
-            if getattr(settings, name) is not None:
-                raise ConfigError(
-                    f"{name}={getattr(settings, name)!r} has no meaning with method={settings.method!r}, which is not "
-                    "a row of the table. Leave it out, or name a row (`lotr methods`)."
-                )
-    if settings.basis is not None:
-        for name, contradicts in (("trainable", settings.trainable == "all"), ("init", settings.init)):
-            if contradicts:
-                raise ConfigError(
-                    f"{name}={getattr(settings, name)!r} contradicts basis={settings.basis!r}, whose factors are kept. "
-                    "Leave one of them out."
-                )
+def fit_rank(settings: TrainSettings, config: Any, model: nn.Module, checkpoint: Path | None = None) -> str:
+    """Give a configuration the rank that the budget allows, and return a line that tells it.
+
+    A checkpoint of a run that goes on has the rank already.
+    """
+    budget = settings.budget or 0
+    config.r = read_saved(checkpoint).config.r if checkpoint else largest_rank(model, config, budget)
+    return f"Rank: {config.r} is the largest that trains at most {budget:,} numbers."
 
 
 def add_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
-    """Wrap a base model.
-
-    Raises:
-        ConfigError: A named target module matches nothing, or PEFT refuses the configuration.
-    """
+    """Wrap a base model; what PEFT refuses is a ConfigError too."""
     from peft import get_peft_model
 
     check_targets(model, config)
@@ -170,21 +180,14 @@ def full_precision_head(model: PeftModel) -> PeftModel:
         return tuple(a.float() if torch.is_tensor(a) and a.is_floating_point() else a for a in args)
 
     for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper) and next(module.parameters()).dtype in (
-            torch.float16,
-            torch.bfloat16,
-        ):
+        if isinstance(module, ModulesToSaveWrapper) and next(module.parameters()).dtype.itemsize == 2:
             module.float()
             module.register_forward_pre_hook(cast)
     return model
 
 
 def check_targets(model: nn.Module, config: PeftConfig) -> None:
-    """Refuse names in `target_modules` that match no module, which PEFT passes over in silence, and such a regex.
-
-    Raises:
-        ConfigError: The message says what would match.
-    """
+    """Refuse names in `target_modules` that match no module, which PEFT passes over in silence, and such a regex."""
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
     from ..tuner.targets import linear_paths, match_nothing
@@ -198,91 +201,3 @@ def check_targets(model: nn.Module, config: PeftConfig) -> None:
         for name in sorted(names):
             if not any(path == name or path.endswith(f".{name}") for path in paths):
                 raise ConfigError(f"target_modules={name!r} {match_nothing(model, [name])}")
-
-
-def rates(settings: TrainSettings, config: PeftConfig) -> Rates:
-    """Return the learning rates: those of the settings, else those that worked for the structure."""
-    if isinstance(config, LotrConfig):
-        default = default_rates(str(config.core), str(config.magnitude), str(config.trainable))
-    else:
-        default = default_rates("identity", "none")
-    named = {name: getattr(settings, name) for name in vars(default)}
-    return replace(default, **{name: rate for name, rate in named.items() if rate is not None})
-
-
-def read_modes(text: str | None) -> tuple[str, ...] | None:
-    """Read coordinates with commas; `none` shares nothing.
-
-    Example:
-        >>> read_modes("layer, projection"), read_modes("none"), read_modes(None)
-        (('layer', 'projection'), (), None)
-    """
-    if text is None:
-        return None
-    return tuple(mode for mode in re.split(r"[,\s]+", text) if mode and mode != "none")
-
-
-def read_core_ranks(text: str | None) -> int | dict[str, int] | None:
-    """Read `4`, or `layer=8,head=4`.
-
-    Example:
-        >>> read_core_ranks("4"), read_core_ranks("layer=8,head=4")
-        (4, {'layer': 8, 'head': 4})
-    """
-    if text is None:
-        return None
-    try:
-        if "=" not in text:
-            return int(text)
-        return {name.strip(): int(n) for name, n in (part.split("=") for part in text.split(","))}
-    except ValueError:
-        raise ConfigError(
-            f"core_ranks={text!r} holds no ranks. Use a number, or `mode=number` with commas between."
-        ) from None
-
-
-def read_rank(text: str) -> tuple[int, int]:
-    """Read `16` or `8,16`.
-
-    Example:
-        >>> read_rank("8,16")
-        (8, 16)
-    """
-    parts = str(text).split(",")
-    if len(parts) > 2 or not all(re.fullmatch(r"\s*[1-9]\d*\s*", part) for part in parts):
-        raise ConfigError(
-            f"rank={text!r} is not a rank. Use a positive integer, a pair `k,r` of them, or `auto`."
-        )
-    return int(parts[0]), int(parts[-1])
-
-
-def read_target_modules(text: str | None) -> list[str] | str | None:
-    """Read names with commas, a regex, or `all-linear`.
-
-    Example:
-        >>> read_target_modules("query,value"), read_target_modules("all-linear"), read_target_modules("layer.[01].*")
-        (['query', 'value'], 'all-linear', 'layer.[01].*')
-    """
-    if text is None or text == "all-linear":
-        return text
-    if not re.search(r"[*+?()\[\]|\\^$]", text):  # a character that no module's name has
-        return [name.strip() for name in text.split(",") if name.strip()]
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise ConfigError(
-            f"target_modules={text!r} is not a regex: {error}. Name modules with commas instead."
-        ) from None
-    return text
-
-
-def check_positive(settings: object, *names: str) -> None:
-    """Refuse numbers that are not positive.
-
-    Raises:
-        ConfigError: The message names the first of them.
-    """
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"{name}={value} trains nothing. Use a positive number.")

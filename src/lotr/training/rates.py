@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..tuner.config import LotrConfig
+
 if TYPE_CHECKING:
+    from peft import PeftConfig
     from torch import nn
+
+    from .settings import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -20,16 +25,7 @@ class Rates:
 
 
 def default_rates(core: str, magnitude: str, train: str = "all") -> Rates:
-    """Return rates that worked for a structure, on a part of the built-in training data with the packaged MiniLM.
-
-    Args:
-        core: A key of `CORES`.
-        magnitude: A key of `MAGNITUDES`.
-        train: `"all"`, or `"cores"` when nothing else moves.
-
-    Returns:
-        Rates for AdamW.
-    """
+    """Return rates of AdamW that worked for a structure, on a part of the built-in data with the packaged MiniLM."""
     # a product of several trained matrices moves faster than one; cores alone have the way to themselves;
     # two numbers that are as large as whole norms have further to go than norms of single features
     return Rates(
@@ -38,6 +34,15 @@ def default_rates(core: str, magnitude: str, train: str = "all") -> Rates:
         magnitude_lr=1e-1 if magnitude == "base_and_update" else 3e-3,
         head_lr=3e-2,
     )
+
+
+def rates_of(settings: TrainSettings, config: PeftConfig) -> Rates:
+    """Return the rates of the settings, else those that worked for the structure."""
+    default = default_rates("identity", "none")
+    if isinstance(config, LotrConfig):
+        default = default_rates(config.core, config.magnitude, config.trainable)
+    named = {name: getattr(settings, name) for name in vars(default)}
+    return replace(default, **{name: rate for name, rate in named.items() if rate is not None})
 
 
 #: What a parameter's path says about its part; the factors are the rest.

@@ -17,13 +17,12 @@ from ..errors import Interrupted, TrainingError
 from ..files.atomic import read_json
 from . import metrics
 from .checkpoint import TRAINER_STATE, AdapterTrainer
-from .output_folder import settings_to_resume, started_run
-from .prepare import Run, check, prepare
-from .process import StopOnRequest, device, finish_on_interrupt, is_main_process, peak_memory
+from .output import RunReport, options_to_resume, started_run, write
+from .prepare import Run, begin, check, prepare
+from .process import StopOnInterrupt, device, is_main_process, peak_memory
 from .rates import parameter_groups
-from .report import CHECKPOINTS, RunReport, write
-from .settings import TrainSettings, read_settings
-from .warmup import begin
+from .settings import TrainSettings, read_options
+from .trained import CHECKPOINTS
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -56,27 +55,23 @@ def train(
         TrainingError: The loss is not finite.
         Interrupted: The user stopped the run.
     """
-    if settings is not None:
-        default = TrainSettings()
-        own = {name: value for name, value in vars(settings).items() if value != getattr(default, name)}
-        options = own | options
-    resumed = bool(options.get("resume"))
-    settings = settings_to_resume(options) if resumed else read_settings(TrainSettings, options)
-    say = say if is_main_process() else _nothing
-    settings, folder = check(settings, config)
-    run = prepare(settings, folder, say, config)
-    with started_run(folder, run.settings, say) if is_main_process() else nullcontext():
-        return _train(run, callbacks, say)
-
-
-def _nothing(line: str) -> None:
-    """Say nothing."""
+    options = (settings.named() if settings is not None else {}) | options
+    read = options_to_resume if options.get("resume") else read_options
+    settings = check(TrainSettings(**read(options)), config)
+    is_main = is_main_process()
+    say = say if is_main else lambda line: None
+    run = prepare(settings, say, config)
+    with started_run(run.folder, run.settings, say) if is_main else nullcontext():
+        report = _train(run, callbacks, say)
+        if is_main:
+            write(run.folder, run.model, report)
+    return report
 
 
 class _Progress(TrainerCallback, ExportableState):
     """What the report tells of the run so far; the Trainer keeps it in every checkpoint."""
 
-    def __init__(self, begun: dict[str, Any], seconds: float) -> None:
+    def __init__(self, begun: dict[str, Any], seconds: float = 0.0) -> None:
         self.begun, self.before, self.started = begun, seconds, time.perf_counter()
 
     @classmethod
@@ -85,25 +80,26 @@ class _Progress(TrainerCallback, ExportableState):
         states = read_json(checkpoint / TRAINER_STATE, "a checkpoint of a run")["stateful_callbacks"]
         return cls(**states[cls.__name__]["attributes"])
 
+    @property
+    def seconds(self) -> float:
+        """Time that the run took, with what was before the checkpoint."""
+        return self.before + time.perf_counter() - self.started
+
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
-        seconds = self.before + time.perf_counter() - self.started
-        return {"args": {}, "attributes": {"begun": self.begun, "seconds": seconds}}
+        return {"args": {}, "attributes": {"begun": self.begun, "seconds": self.seconds}}
 
 
 def _train(run: Run, callbacks: Sequence[TrainerCallback], say: Callable[[str], None]) -> RunReport:
-    """Begin or go on, train to the end, measure, and write what the run leaves behind."""
+    """Begin or go on, train to the end, and measure."""
     if run.checkpoint is None:
         run.model.to(device())
-        head = _head_warmup(run), run.rates.head_lr
-        batches = run.settings.start_batches or 8
-        begun = begin(run.settings, run.model, run.rows[0], run.collate, head, batches, say)
-        progress = _Progress(begun, 0.0)
+        progress = _Progress(begin(run, say))
     else:
         progress = _Progress.of(run.checkpoint)
-    stop = StopOnRequest()
+    stop = StopOnInterrupt(say)
     trainer = _trainer(run, [*callbacks, stop, progress])
-    with finish_on_interrupt(stop, say):
+    with stop:
         trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
         state = trainer.state
         if stop.requested and state.global_step < state.max_steps:
@@ -115,19 +111,7 @@ def _train(run: Run, callbacks: Sequence[TrainerCallback], say: Callable[[str], 
             log for log in state.log_history if "eval_loss" in log and log["step"] == state.global_step
         ]
         scores = measured[-1] if measured else trainer.evaluate()
-    report = _report(run, trainer, scores, progress.state()["attributes"])
-    if is_main_process():
-        write(run.folder, run.model, report)
-    return report
-
-
-def _head_warmup(run: Run) -> int:
-    """Return for how many steps a new head trains alone: as many as asked, else a fifth of all and at most 20."""
-    if run.settings.head_warmup is not None:
-        return run.settings.head_warmup
-    # a head without an adapter has nothing to go before
-    is_first = run.task.task != "causal-lm" and run.settings.method != "head"
-    return min(20, run.steps // 5) if is_first else 0
+    return _report(run, trainer, scores, progress)
 
 
 def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
@@ -176,26 +160,20 @@ def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
     return trainer
 
 
-def _report(
-    run: Run, trainer: AdapterTrainer, scores: dict[str, float], progress: dict[str, Any]
-) -> RunReport:
-    """Put the report together.
-
-    Raises:
-        TrainingError: The final score is not finite.
-    """
+def _report(run: Run, trainer: AdapterTrainer, scores: dict[str, float], progress: _Progress) -> RunReport:
+    """Put the report together; a final score must be finite."""
     values = {
         name.removeprefix("eval_"): value
         for name, value in scores.items()
         if name.startswith("eval_") and not name.endswith(("second", "runtime"))
     }
     if run.task.task == "causal-lm":
-        values["perplexity"] = math.exp(min(values["loss"], 700.0))
+        values["perplexity"] = metrics.perplexity(values["loss"])
     metric = metrics.MAIN[run.task.task]
     if not math.isfinite(values[metric]):
         raise TrainingError(f"The final {metric} is {values[metric]}. Lower the learning rates.")
-    parameters = [(n, p.numel()) for n, p in run.model.named_parameters() if p.requires_grad]
-    head = sum(size for name, size in parameters if ".modules_to_save." in name)
+    sizes = {n: p.numel() for n, p in run.model.named_parameters() if p.requires_grad}
+    head = sum(size for name, size in sizes.items() if ".modules_to_save." in name)
     total, _ = run.model.get_nb_trainable_parameters()
     config: Any = run.model.active_peft_config
     return RunReport(
@@ -205,12 +183,12 @@ def _report(
         task=run.task,
         settings=run.settings,
         rates=run.rates,
-        begun=progress["begun"],
+        begun=progress.begun,
         trained_numbers={"adapter": total - head, "head": head, "total": total},
         rows={"train": len(run.rows[0]), "eval": len(run.rows[1])},
         steps=trainer.state.global_step,
         processes=trainer.args.world_size,
-        seconds=round(progress["seconds"], 2),
+        seconds=round(progress.seconds, 2),
         peak_memory_bytes=peak_memory(),
         rank=None if run.settings.budget is None else config.r,
         history=trainer.state.log_history,

@@ -6,10 +6,11 @@ library and `lotr.errors` alone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ..errors import ConfigError, near
 
@@ -17,6 +18,11 @@ from ..errors import ConfigError, near
 def setting(default: Any, panel: str, text: str, shown: str | None = None) -> Any:
     """Return a field with its help; `shown` describes a default that depends on other settings."""
     return field(default=default, metadata={"panel": panel, "help": text, "shown": shown})
+
+
+def unset(panel: str, text: str, default: str) -> Any:
+    """Return a field that is `None` until the run decides it; `default` says how."""
+    return setting(None, panel, text, f"default: {default}")
 
 
 _DATA, _ADAPTER, _TRAINING, _RUN = "Model and data", "Adapter", "Training", "Run"
@@ -36,17 +42,13 @@ class TrainSettings:
         "or `docstrings` (built in).",
         "required",
     )
-    eval: str | None = setting(None, _DATA, "Evaluation data.", "default: its own split, or a tenth held out")
+    eval: str | None = unset(_DATA, "Evaluation data.", "its own split, or a tenth held out")
     output: str | None = setting(None, _DATA, "Folder for the adapter and its reports.", "required")
     text: str = setting("text", _DATA, "Column with the text.")
     text2: str = setting("text2", _DATA, "Column with the second text of a pair, if there is one.")
     label: str = setting("label", _DATA, "Column with the label.")
-    task: str | None = setting(
-        None, _DATA, "classification, regression or causal-lm.", "default: guessed from the label"
-    )
-    max_length: int | None = setting(
-        None, _DATA, "Longest text, in tokens.", "default: 128, or as many as the model takes"
-    )
+    task: str | None = unset(_DATA, "classification, regression or causal-lm.", "guessed from the label")
+    max_length: int | None = unset(_DATA, "Longest text, in tokens.", "128, or as many as the model takes")
 
     method: str = setting(
         "lotr",
@@ -56,80 +58,53 @@ class TrainSettings:
     rank: str = setting(
         "16", _ADAPTER, "Rank of the shared factors: one number, `k,r`, or `auto` with a budget."
     )
-    budget: int | None = setting(
-        None,
-        _ADAPTER,
-        "Numbers that `--rank auto` may train.",
-        "default: none",
+    budget: int | None = unset(_ADAPTER, "Numbers that `--rank auto` may train.", "none")
+    target_modules: str | None = unset(
+        _ADAPTER, "Modules to adapt: names with commas, a regex, or `all-linear`.", "by architecture"
     )
-    target_modules: str | None = setting(
-        None,
-        _ADAPTER,
-        "Modules to adapt: names with commas, a regex, or `all-linear`.",
-        "default: by architecture",
+    modes: str | None = unset(
+        _ADAPTER, "What shares factors: any of `layer,projection,head`; `site`; or `none`.", "by method"
     )
-    modes: str | None = setting(
-        None,
-        _ADAPTER,
-        "What shares factors: any of `layer,projection,head`; `site`; or `none`.",
-        "default: by method",
-    )
-    core: str | None = setting(
-        None, _ADAPTER, "Structure of the cores: free, identity, tucker, cp, tt.", "default: by method"
-    )
-    core_ranks: str | None = setting(
-        None,
+    core: str | None = unset(_ADAPTER, "Structure of the cores: free, identity, tucker, cp, tt.", "by method")
+    core_ranks: str | None = unset(
         _ADAPTER,
         "Tucker cores: rank of every mode (`4`), or of each (`layer=8,head=4`).",
-        "default: the rank, at most the mode's extent",
+        "the rank, at most the mode's extent",
     )
-    blocks: str | None = setting(
-        None, _ADAPTER, "How weights are cut: none, head, square.", "default: by method"
-    )
-    magnitude: str | None = setting(
-        None,
+    blocks: str | None = unset(_ADAPTER, "How weights are cut: none, head, square.", "by method")
+    magnitude: str | None = unset(
         _ADAPTER,
         "Rule on the whole weight: none, per_output, per_output_and_input, base_and_update.",
-        "default: by method",
+        "by method",
     )
-    trainable: str | None = setting(
-        None, _ADAPTER, "What trains: all, or cores (the factors stay as they start).", "default: by method"
+    trainable: str | None = unset(
+        _ADAPTER, "What trains: all, or cores (the factors stay as they start).", "by method"
     )
-    basis: str | None = setting(
-        None,
+    basis: str | None = unset(
         _ADAPTER,
         "Adapter whose factors are kept: its structure is taken, and only cores and a head train.",
-        "default: none",
+        "none",
     )
     scaling: float = setting(1.0, _ADAPTER, "σ: multiplies the update; not divided by the rank.")
-    init: str | None = setting(
-        None,
+    init: str | None = unset(
         _ADAPTER,
         "How the factors start: orthonormal, gaussian, kaiming, weight; or gradient, from the first batches.",
-        "default: by method; gradient where cores alone train",
+        "by method; gradient where cores alone train",
     )
-    start_batches: int | None = setting(
-        None,
-        _ADAPTER,
-        "Batches whose gradients a start from data takes.",
-        "default: 8",
-    )
+    start_batches: int | None = unset(_ADAPTER, "Batches whose gradients a start from data takes.", "8")
     dropout: float = setting(0.0, _ADAPTER, "Dropout on the input of the update.")
 
-    lr: float | None = setting(None, _TRAINING, "Learning rate of the factors.", "default: by method")
-    core_lr: float | None = setting(None, _TRAINING, "Learning rate of the cores.", "default: by method")
-    magnitude_lr: float | None = setting(
-        None, _TRAINING, "Learning rate of the magnitudes.", "default: by method"
-    )
-    head_lr: float | None = setting(None, _TRAINING, "Learning rate of a new head.", "default: by method")
-    head_warmup: int | None = setting(
-        None,
+    lr: float | None = unset(_TRAINING, "Learning rate of the factors.", "by method")
+    core_lr: float | None = unset(_TRAINING, "Learning rate of the cores.", "by method")
+    magnitude_lr: float | None = unset(_TRAINING, "Learning rate of the magnitudes.", "by method")
+    head_lr: float | None = unset(_TRAINING, "Learning rate of a new head.", "by method")
+    head_warmup: int | None = unset(
         _TRAINING,
         "Steps in which a new head trains alone, before the adapter starts.",
-        "default: a fifth of the steps, at most 20, where a head is new",
+        "a fifth of the steps, at most 20, where a head is new",
     )
     epochs: float = setting(3.0, _TRAINING, "Passes over the training data.")
-    max_steps: int | None = setting(None, _TRAINING, "Steps, instead of epochs.", "default: by epochs")
+    max_steps: int | None = unset(_TRAINING, "Steps, instead of epochs.", "by epochs")
     batch_size: int = setting(32, _TRAINING, "Rows a step and device.")
     warmup: float = setting(0.06, _TRAINING, "Share of the steps in which the rates rise.")
     weight_decay: float = setting(0.0, _TRAINING, "Weight decay of AdamW.")
@@ -137,40 +112,23 @@ class TrainSettings:
     dtype: str = setting("float32", _TRAINING, "Type of the base model: float32, bfloat16, float16.")
     seed: int = setting(0, _TRAINING, "Seed of everything random.")
 
-    eval_steps: int | None = setting(
-        None, _RUN, "Steps between evaluations and checkpoints.", "default: five a run"
-    )
+    eval_steps: int | None = unset(_RUN, "Steps between evaluations and checkpoints.", "five a run")
     resume: bool = setting(False, _RUN, "Go on from the last checkpoint in OUTPUT.")
     overwrite: bool = setting(False, _RUN, "Replace an output folder that is not empty.")
     report_to: str = setting("none", _RUN, "Where transformers logs to: none, tensorboard, wandb, …")
+
+    def named(self) -> dict[str, Any]:
+        """Return what differs from the defaults."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings of the run as plain values; how it was called is not one of them."""
         return {name: value for name, value in asdict(self).items() if name not in ("resume", "overwrite")}
 
 
-S = TypeVar("S")
-
-
-def read_settings(of: type[S], options: Mapping[str, Any], file: str | Path | None = None) -> S:
-    """Build settings: options over a config file over the defaults; see `read_options`."""
-    return of(**read_options(options, file, of))
-
-
-def read_options(
-    options: Mapping[str, Any], file: str | Path | None = None, of: type = TrainSettings
-) -> dict[str, Any]:
-    """Return the settings that were named, options over a config file.
-
-    Args:
-        options: Settings by name; `None` means not given.
-        file: YAML file with any of the settings; dashes and underscores both do.
-        of: `TrainSettings`, or another frozen dataclass whose fields are made by `setting`.
-
-    Raises:
-        ConfigError: The file is not a mapping, a setting does not exist, or a value of the file has another type.
-    """
-    known = {f.name: str(f.type) for f in fields(of)}
+def read_options(options: Mapping[str, Any], file: str | Path | None = None) -> dict[str, Any]:
+    """Return the settings that were named: options, where they are not `None`, over a YAML file."""
+    known = {f.name: str(f.type) for f in fields(TrainSettings)}
     values = {} if file is None else _read_yaml(Path(file), known)
     for name, value in options.items():
         if name not in known:
@@ -214,3 +172,45 @@ def _cast(path: Path, name: str, value: Any, kind: str) -> Any:
         return {"int": int, "float": float, "str": str, "bool": bool}[kind](value)
     except ValueError:
         raise ConfigError(f"--config {path}: {name}={value!r} is not a value of type {kind}.") from None
+
+
+def read_modes(text: str | None) -> tuple[str, ...] | None:
+    """Read coordinates with commas, `layer, projection`; `none` shares nothing."""
+    return None if text is None else tuple(mode for mode in re.findall(r"[^,\s]+", text) if mode != "none")
+
+
+def read_core_ranks(text: str | None) -> int | dict[str, int] | None:
+    """Read `4`, or `layer=8,head=4`."""
+    try:
+        if text is None or "=" not in text:
+            return None if text is None else int(text)
+        return {name.strip(): int(n) for name, n in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise ConfigError(
+            f"core_ranks={text!r} holds no ranks. Use a number, or `mode=number` with commas between."
+        ) from None
+
+
+def read_rank(text: str) -> tuple[int, int]:
+    """Read `16`, or `8,16`."""
+    parts = str(text).split(",")
+    if len(parts) > 2 or not all(re.fullmatch(r"\s*[1-9]\d*\s*", part) for part in parts):
+        raise ConfigError(
+            f"rank={text!r} is not a rank. Use a positive integer, a pair `k,r` of them, or `auto`."
+        )
+    return int(parts[0]), int(parts[-1])
+
+
+def read_target_modules(text: str | None) -> list[str] | str | None:
+    """Read names with commas, `query,value`; a regex, `layer.[01].*`; or `all-linear`."""
+    if text is None or text == "all-linear":
+        return text
+    if not re.search(r"[*+?()\[\]|\\^$]", text):  # a character that no module's name has
+        return [name.strip() for name in text.split(",") if name.strip()]
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ConfigError(
+            f"target_modules={text!r} is not a regex: {error}. Name modules with commas instead."
+        ) from None
+    return text

@@ -14,11 +14,35 @@ from ..files.adapter_folder import CONFIG, AdapterFolder, fingerprint, read_adap
 from ..files.atomic import check_apart, check_free
 from .adapter import full_precision_head
 from .base_model import load_model, load_tokenizer, locate
+from .data import Columns, Task
 from .process import device
-from .report import CHECKPOINTS, TaskRecord
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+#: Folder of an unfinished run inside its output.
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """What an adapter was trained for, beside its numbers: content of `task.json`."""
+
+    task: Task
+    labels: tuple[str, ...]
+    max_length: int
+    columns: Columns
+    base_model: str
+    pairs: bool = False
+    method: str = "lotr"
+    dtype: str = "float32"
+    base_fingerprint: str | None = None
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> TaskRecord:
+        """Read the content of `task.json`."""
+        known = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
+        return cls(**{**known, "labels": tuple(content["labels"]), "columns": Columns(**content["columns"])})
 
 
 @dataclass(frozen=True)
@@ -35,26 +59,15 @@ class Trained:
         return replace(self, task=replace(self.task, columns=self.task.columns.named(**names)))
 
 
-def load_trained(path: str | Path, model: str | None = None, dtype: str | None = None) -> Trained:
-    """Load an adapter that `lotr train` made, and its base model.
-
-    Args:
-        path: Folder or hub id of the adapter.
-        model: Base model to use instead of the recorded one.
-        dtype: Type of the base model; default: the one it was trained in.
-
-    Returns:
-        The model in evaluation mode, and the task.
+def load_trained(path: str | Path, model: str | None = None) -> Trained:
+    """Load an adapter that `lotr train` made, on the base model in evaluation mode: the recorded one, or `model`.
 
     Raises:
         CheckpointError: The adapter is damaged, does not tell its task, or belongs to another base model.
         ConfigError: The base model cannot be loaded.
     """
     from peft import PeftModel, set_peft_model_state_dict
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     _check_finished(Path(path))
     adapter = read_adapter(path)
     if not adapter.task:
@@ -65,24 +78,21 @@ def load_trained(path: str | Path, model: str | None = None, dtype: str | None =
     task = TaskRecord.from_dict(adapter.task)
     base = model or adapter.config.get("base_model_name_or_path") or task.base_model
     tokenizer = load_tokenizer(base)
-    bare = load_model(base, task.task, task.labels, dtype or task.dtype, tokenizer)
+    bare = load_model(base, task.task, task.labels, task.dtype, tokenizer)
     try:
         loaded = PeftModel.from_pretrained(bare, str(adapter.path), is_trainable=False)
+    except CheckpointError:
+        raise
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        reason = next(
-            (line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error)
+        lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        why = (
+            f"It was trained on that model, so {CONFIG} is not the one that was saved with it, or the model has "
+            "changed. Copy the folder again."
         )
-        other = locate(base)[1] != task.base_model
+        if locate(base)[1] != task.base_model:
+            why = f"It was trained on {task.base_model!r}; name that one with --model."
         raise CheckpointError(
-            f"The adapter in {adapter.path} does not fit the base model {base!r}: {reason} "
-            + (
-                f"It was trained on {task.base_model!r}; name that one with --model."
-                if other
-                else f"It was trained on that model, so {CONFIG} is not the one that was saved with it, or the model "
-                "has changed. Copy the folder again."
-            )
+            f"The adapter in {adapter.path} does not fit the base model {base!r}: {[*lines, str(error)][0]} {why}"
         ) from error
     if full_precision_head(loaded).dtype != torch.float32:
         set_peft_model_state_dict(loaded, adapter.tensors())  # the head again, without rounding
@@ -98,11 +108,7 @@ def load_trained(path: str | Path, model: str | None = None, dtype: str | None =
 
 
 def _check_finished(folder: Path) -> None:
-    """Say of a folder that holds something else than an adapter what it holds.
-
-    Raises:
-        CheckpointError: It is a bank, or a run that was stopped.
-    """
+    """Say of a folder that holds a bank, or a run that was stopped, how to go on with it."""
     if (folder / BANK).is_file():
         raise CheckpointError(
             f"{folder} is a bank of tasks, not an adapter. `lotr predict {folder} --task NAME` answers with one of "

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,7 +63,8 @@ class Rows:
 class RowsOfCall:
     """The `Rows` of the call that runs: a thread, or a task of asyncio, sees those that it selected itself.
 
-    The modules of a model share one such object, and nothing is ever written into them.
+    The modules of a model share one such object, and nothing is ever written into them. What is selected belongs to the
+    context, which asyncio keeps apart; while a forward pass runs, its thread has it too, where a compiler can read it.
 
     Example:
         >>> current = RowsOfCall()
@@ -75,7 +76,8 @@ class RowsOfCall:
     """
 
     def __init__(self) -> None:
-        self._rows: ContextVar[Rows | object | None] = ContextVar("rows", default=_NOTHING_SELECTED)
+        self._selected: ContextVar[Rows | object | None] = ContextVar("rows", default=_NOTHING_SELECTED)
+        self._running = threading.local()
 
     def get(self) -> Rows | None:
         """Return the rows of this call, or `None` where it uses the base model.
@@ -83,7 +85,9 @@ class RowsOfCall:
         Raises:
             ConfigError: A layer runs again in the backward pass, in a thread that does not know the call.
         """
-        rows = self._rows.get()
+        rows = getattr(self._running, "rows", _NOTHING_SELECTED)
+        if rows is _NOTHING_SELECTED:
+            rows = self._selected.get()
         if isinstance(rows, Rows):
             return rows
         if rows is _NOTHING_SELECTED and not torch.compiler.is_compiling() and _in_backward():
@@ -95,12 +99,22 @@ class RowsOfCall:
 
     @contextmanager
     def use(self, rows: Rows | None) -> Iterator[None]:
-        """Use these rows in what this thread runs inside; `None` for the base model."""
-        token = self._rows.set(rows)
+        """Use these rows in what this thread, or task of asyncio, runs inside; `None` for the base model."""
+        token = self._selected.set(rows)
         try:
             yield
         finally:
-            self._rows.reset(token)
+            self._selected.reset(token)
+
+    @contextmanager
+    def running(self, rows: Rows | None) -> Iterator[None]:
+        """Use these rows in a block that gives its thread to nothing else."""
+        before = getattr(self._running, "rows", _NOTHING_SELECTED)
+        self._running.rows = rows
+        try:
+            yield
+        finally:
+            self._running.rows = before
 
     def remember_in_checkpoints(self, model: nn.Module) -> None:
         """Let checkpointed layers run again with the rows of their call, whatever thread runs the backward pass.
@@ -125,17 +139,15 @@ class _Remembering:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         rows = self.current.get()
-        reentrant = getattr(self.checkpoint, "keywords", {}).get("use_reentrant", False)
-        if reentrant and rows is not None and any(own.requires_grad for own in rows.numbers.values()):
-            raise ConfigError(
-                "A reentrant checkpoint cannot train the numbers of tasks, which all layers share. Use "
-                'gradient_checkpointing_enable({"use_reentrant": False}).'
-            )
-        return self.checkpoint(partial(self._with_rows, rows, function), *args, **kwargs)
+        names = [] if rows is None else list(rows.numbers)
 
-    def _with_rows(self, rows: Rows | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with self.current.use(rows):
-            return function(*args, **kwargs)
+        def run(*inputs: Any, **named: Any) -> Any:
+            numbers = dict(zip(names, inputs[len(args) :], strict=True))
+            with self.current.running(None if rows is None else replace(rows, numbers=numbers)):
+                return function(*inputs[: len(args)], **named)
+
+        # the numbers are inputs too: a reentrant checkpoint gives gradients to nothing else
+        return self.checkpoint(run, *args, *([] if rows is None else rows.numbers.values()), **kwargs)
 
 
 _NOTHING_SELECTED = object()

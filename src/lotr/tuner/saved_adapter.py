@@ -29,6 +29,14 @@ class SavedAdapter:
         """The folder."""
         return self.folder.path
 
+    def factors(self) -> dict[str, Tensor]:
+        """Return the shared factors `U` and `V` (transposed) by key: its own, or those of the basis it refers to.
+
+        Raises:
+            CheckpointError: They are damaged, missing, or others than those that the adapter was trained on.
+        """
+        return read_basis(self.config) if self.config.refers_to_basis else factors_of(self.folder.tensors())
+
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors by key, the factors of a basis among them; the head is what the plan does not name.
 

@@ -22,9 +22,9 @@ from ...tuner.saved_adapter import read_saved
 from ..adapter import check_positive
 from ..base_model import load_tokenizer, locate, skeleton, text_length
 from ..checkpoint import last_whole
-from ..process import StopOnRequest, finish_on_interrupt
+from ..output import SETTINGS, versions
+from ..process import StopOnInterrupt
 from ..rates import default_rates
-from ..report import SETTINGS, versions
 from .predict import scores_of_tasks
 from .served import Served, base_of, load_served
 from .settings import BankSettings
@@ -157,10 +157,10 @@ def _run(
     folder = bank.path / RUN
     folder.mkdir(exist_ok=True)
     write_json(folder / SETTINGS, settings.to_dict())
-    stop, started = StopOnRequest(), time.perf_counter()
+    stop, started = StopOnInterrupt(say), time.perf_counter()
     trainer = _trainer(settings, served, prepared, tasks, [*callbacks, stop])
     checkpoint = last_whole(folder, (TASKS,)) if settings.resume else None
-    with finish_on_interrupt(stop, say):
+    with stop:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds, step, steps = time.perf_counter() - started, trainer.state.global_step, trainer.state.max_steps
     if stop.requested and step < steps:

@@ -1,0 +1,192 @@
+"""The output folder of a run: what must not be in it, what a run leaves there, and how a stopped one goes on."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+from ..files import atomic, card
+from ..files.adapter_folder import BASIS_WEIGHTS, WEIGHTS, write_adapter
+from ..files.atomic import check_free, move_into, read_json, whole_folder, write_json
+from ..files.card import Card
+from ..tuner.config import LotrConfig
+from .checkpoint import last_whole
+from .rates import Rates
+from .settings import TrainSettings, read_options
+from .trained import CHECKPOINTS, TaskRecord
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+SETTINGS, METRICS, CURVE = "settings.json", "metrics.json", "curve.png"
+#: Where the results are put together before they replace those of an earlier run.
+STAGED = ".new"
+#: Pictures of an adapter that `lotr inspect` and `lotr evaluate` draw later.
+PICTURES = ("cores.png", "confusion.png")
+#: A run that goes on may differ in these and still be the same run.
+_FREE_ON_RESUME = frozenset({"resume", "overwrite", "output", "eval_steps", "report_to"})
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Refuse an output folder that holds something; what a killed run left before its first checkpoint is nothing."""
+    # the factors of a bank would be read in place of the new weights
+    if (folder / BASIS_WEIGHTS).is_file():
+        raise ConfigError(
+            f"{folder} is a bank, and an adapter cannot replace it. Choose another output folder."
+        )
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if names != {CHECKPOINTS} or last_whole(folder / CHECKPOINTS) is not None:
+        check_free(folder, overwrite)
+
+
+def check_apart(settings: TrainSettings, config: PeftConfig | None = None) -> None:
+    """Refuse an output folder whose writing would destroy the basis or the base model that the run reads."""
+    folder = Path(str(settings.output))
+    inputs = (
+        ("basis", settings.basis),
+        ("basis", getattr(config, "basis", None)),
+        ("base model", settings.model),
+    )
+    for what, place in inputs:
+        atomic.check_apart(folder, what, place, folder / CHECKPOINTS, folder / STAGED)
+
+
+@contextmanager
+def started_run(folder: Path, settings: TrainSettings, say: Callable[[str], None]) -> Iterator[None]:
+    """Make the folder of checkpoints for the time of the block; a block that fails before the first leaves none."""
+    existed = folder.exists()
+    if not settings.resume:
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    try:
+        # beside the checkpoints: the settings of an older, finished run in the folder stay with its adapter
+        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        write_json(folder / CHECKPOINTS / SETTINGS, settings.to_dict())
+        yield
+    except BaseException:
+        if last_whole(folder / CHECKPOINTS) is None:
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+            if not existed and not any(folder.iterdir()):
+                folder.rmdir()
+            say(
+                "No checkpoint was written yet, so nothing is left of this run; the same command starts it again."
+            )
+        raise
+
+
+def options_to_resume(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the stopped run in the folder `output`; those named now must not differ from them."""
+    named = read_options(options)
+    if "output" not in named:
+        raise ConfigError("--resume needs --output, the folder of the run to go on with.")
+    folder = Path(named["output"])
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder} does not exist, so there is no run to resume. Leave --resume out to start one."
+        )
+    # checkpoints are removed last, so where some are left there is a run to go on with, over an older one too
+    if (folder / METRICS).is_file() and not (folder / CHECKPOINTS).is_dir():
+        raise ConfigError(
+            f"The run in {folder} is finished; there is nothing to resume. Start another with --overwrite."
+        )
+    saved = read_json(folder / CHECKPOINTS / SETTINGS, "the folder of a run that was started")
+    if last_whole(folder / CHECKPOINTS) is None:
+        raise ConfigError(f"{folder} holds no whole checkpoint to resume from. Start again with --overwrite.")
+    for name in sorted(named.keys() - _FREE_ON_RESUME):
+        if named[name] != saved.get(name):
+            raise ConfigError(
+                f"--resume goes on with the run's own settings, and {name} was {saved.get(name)!r}, not "
+                f"{named[name]!r}. Leave it out, or start a new run in another folder."
+            )
+    return read_options({**saved, **named})
+
+
+@dataclass
+class RunReport:
+    """What is known of a run at its end: content of `metrics.json`."""
+
+    metric: str  # the number that the task is judged by
+    eval: dict[str, float]
+    eval_source: str  # where the rows to measure on come from
+    task: TaskRecord
+    settings: TrainSettings  # with what was left open decided
+    rates: Rates
+    begun: dict[str, Any]  # what happened before the first step
+    trained_numbers: dict[str, int]  # of the adapter, the head, and both
+    rows: dict[str, int]  # to train on, and to evaluate on
+    steps: int
+    processes: int
+    seconds: float
+    peak_memory_bytes: int  # of the accelerator, or of the process
+    adapter_bytes: int = 0
+    rank: int | None = None  # where a budget chose it
+    history: list[dict[str, Any]] = field(default_factory=list)  # losses and scores over the steps
+
+    @property
+    def score(self) -> float:
+        """The value of `metric`."""
+        return self.eval[self.metric]
+
+    def to_dict(self, history: bool = True) -> dict[str, Any]:
+        """Return plain values, with the score under its name, and the versions of what the result depends on."""
+        content = asdict(self) | {
+            self.metric: self.score,
+            "settings": self.settings.to_dict(),
+            "seed": self.settings.seed,
+            "versions": versions(),
+        }
+        left_out = {name for name in ("history",) if not history} | ({"rank"} if self.rank is None else set())
+        return {name: value for name, value in content.items() if name not in left_out}
+
+
+def write(folder: Path, model: PeftModel, report: RunReport) -> None:
+    """Write the results; an older adapter in the folder, with its pictures, stays until the new one is whole."""
+    from ..adapters import plots
+
+    settings = report.settings
+    shutil.rmtree(folder / STAGED, ignore_errors=True)  # of a run that was killed here
+    with whole_folder(folder / STAGED) as staged:
+        write_adapter(model, staged, task=asdict(report.task), base=report.task.base_model)
+        report.adapter_bytes = (staged / WEIGHTS).stat().st_size
+        title = f"{settings.method} on {settings.train}"
+        plots.curve(report.history, report.metric, title, staged / CURVE)
+        (staged / "README.md").write_text(_card(model, report), encoding="utf-8")
+        write_json(staged / SETTINGS, settings.to_dict())
+        write_json(staged / METRICS, report.to_dict())
+    for name in PICTURES:  # they show the earlier adapter
+        (folder / name).unlink(missing_ok=True)
+    move_into(folder / STAGED, folder, last=METRICS)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def _card(model: PeftModel, report: RunReport) -> str:
+    task, settings, numbers = report.task, report.settings, report.trained_numbers
+    config = model.active_peft_config
+    ours = isinstance(config, LotrConfig)
+    adapter = config.card(len(task.labels)) if ours else Card(settings.method, is_lotr=False)
+    results = card.results(
+        report.eval,
+        task.labels,
+        train=settings.train,
+        task=task.task,
+        rows=report.rows["train"],
+        eval_rows=report.rows["eval"],
+        steps=report.steps,
+        seed=settings.seed,
+        adapter=numbers["adapter"],
+        head=numbers["head"],
+        bytes=report.adapter_bytes,
+    )
+    return replace(adapter, method=settings.method, base_model=task.base_model).text(results)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a result depends on."""
+    names = ("lotr", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}

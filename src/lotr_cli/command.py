@@ -1,0 +1,78 @@
+"""A command: its options, the sign that it works, its errors, and its report as tables or as JSON."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from . import console
+from .examples import EXAMPLES
+
+_TYPES = {"int": int, "float": float, "str": str, "bool": bool}
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+_JSON = inspect.Parameter(
+    "json",
+    _KEYWORD,
+    default=False,
+    annotation=Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")],
+)
+
+
+def command(
+    app: typer.Typer, path: str, waiting: str, settings: type | None = None, panels: Sequence[str] = ()
+) -> Callable[[Callable[..., console.Report | None]], Callable[..., None]]:
+    """Make a command of a function that returns a report.
+
+    Args:
+        app: Where the command is registered.
+        path: Words of the command after `lotr`; they name its examples too.
+        waiting: What the user reads until the first bar or the report.
+        settings: Dataclass whose fields become options; each is optional, because a config file may hold it, and comes
+            as `None` where it was not given.
+        panels: Those of its panels that the command takes; default: all.
+    """
+
+    def register(function: Callable[..., console.Report | None]) -> Callable[..., None]:
+        hints = get_type_hints(function, include_extras=True)
+        own = [
+            p.replace(kind=_KEYWORD, annotation=hints[p.name])
+            for p in inspect.signature(function).parameters.values()
+            if p.kind is not p.VAR_KEYWORD
+        ]
+        described = [f for f in fields(settings) if f.metadata["panel"]] if settings else []
+        options = [_option(f) for f in described if not panels or f.metadata["panel"] in panels]
+        parameters = (*options, *own, _JSON)
+
+        def run(json: bool, **values: Any) -> None:
+            with console.working(waiting):
+                report = function(**values)
+                if report is not None:
+                    report.show(json)
+
+        run.__name__, run.__doc__ = function.__name__, function.__doc__
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        examples = "\n\n".join(f"`{line}`" for line in EXAMPLES[path])
+        app.command(path.split()[-1], epilog=f"**Examples**\n\n{examples}")(run)
+        return run
+
+    return register
+
+
+def _option(f: Any) -> inspect.Parameter:
+    """Return the option of a setting."""
+    kind = _TYPES[str(f.type).partition(" ")[0]]
+    shown = f.metadata["shown"] or (None if kind is bool else f"default: {f.default}")
+    note = f" [{shown}]".replace("[", "\\[") if shown else ""
+    # no real default: a value that was given has to be told from one that was not
+    option = typer.Option(
+        f"--{f.name.replace('_', '-')}",
+        help=f.metadata["help"] + note,
+        rich_help_panel=f.metadata["panel"],
+        show_default=False,
+    )
+    return inspect.Parameter(f.name, _KEYWORD, default=None, annotation=Annotated[kind | None, option])

@@ -18,6 +18,7 @@ import banks
 import lotr as library
 from commands import lotr, refused
 from conftest import bert, tokens
+from loras import dense
 from lotr import LotrConfig
 from lotr.compression import state
 
@@ -61,6 +62,18 @@ def test_the_shell_makes_a_bank_and_says_what_it_lost(place: Path) -> None:
     errors = [point["error"] for point in report["curve"]]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-6
+
+
+def test_a_lora_of_peft_is_inspected_as_its_dense_updates(place: Path) -> None:
+    result = lotr("inspect", place / "task-0", "--json")
+    inspection = json.loads(result.stdout)
+    updates = dense(PeftModel.from_pretrained(bert(), str(place / "task-0")))
+    assert {site["module"]: site["norm"] for site in inspection["sites"]} == pytest.approx(
+        {path: float(dW.norm()) for path, dW in updates.items()}, rel=1e-4
+    )
+    assert inspection["numbers"] == 6 * 3 * 64
+    assert inspection["head"] == 3 * 32 + 3
+    assert (place / "task-0" / "cores.png").is_file()
 
 
 def test_later_adapters_are_added_all_or_none(place: Path) -> None:

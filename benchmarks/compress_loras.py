@@ -101,7 +101,8 @@ def write_pairs(like: Path, folder: Path, pairs: Pairs) -> Path:
         tensors[f"base_model.model.{module}.lora_B.weight"] = B.contiguous()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     record = json.loads((folder / "task.json").read_text())
-    record.pop("weights_sha256", None)
+    for known in ("weights_sha256", "base_fingerprint"):  # fewer modules have another fingerprint
+        record.pop(known, None)
     (folder / "task.json").write_text(json.dumps(record))
     return folder
 

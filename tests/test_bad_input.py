@@ -124,7 +124,6 @@ OTHERS = [
     ("evaluate head --data train.csv --model other", 1, "fingerprint"),
     ("export head --output o", 1, "head alone"),
     ("inspect head", 1, "head alone"),
-    ("inspect exported", 1, "LORA"),
     ("export adapter --output adapter --overwrite", 2, "would be overwritten"),
     ("predict adapter --data other.csv --output other.csv --overwrite", 2, "is the data"),
     ("predict adapter --data train.csv --output purple.csv", 2, "--overwrite"),

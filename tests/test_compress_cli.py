@@ -13,13 +13,16 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import banks
 import lotr as library
 from commands import lotr, refused
 from conftest import bert, tokens
+from loras import dense
 from lotr import LotrConfig
 from lotr.compression import state
+from saved_models import save_bert
 
 
 def save(folder: Path, base: Path, seed: int, **fields: Any) -> None:
@@ -61,6 +64,36 @@ def test_the_shell_makes_a_bank_and_says_what_it_lost(place: Path) -> None:
     errors = [point["error"] for point in report["curve"]]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-6
+
+
+def test_a_lora_of_peft_is_inspected_as_its_dense_updates(place: Path) -> None:
+    result = lotr("inspect", place / "task-0", "--json")
+    inspection = json.loads(result.stdout)
+    updates = dense(PeftModel.from_pretrained(bert(), str(place / "task-0")))
+    assert {site["module"]: site["norm"] for site in inspection["sites"]} == pytest.approx(
+        {path: float(dW.norm()) for path, dW in updates.items()}, rel=1e-4
+    )
+    assert inspection["numbers"] == 6 * 3 * 64
+    assert inspection["head"] == 3 * 32 + 3
+    assert (place / "task-0" / "cores.png").is_file()
+
+
+def test_a_lora_of_peft_with_a_head_is_evaluated(place: Path) -> None:
+    """Its classes are numbers; what it says is what PEFT computes."""
+    base = save_bert(place / "bert")
+    model = get_peft_model(
+        AutoModelForSequenceClassification.from_pretrained(base), LoraConfig(r=2, task_type="SEQ_CLS")
+    )
+    model.save_pretrained(str(place / "plain"))
+    (place / "data.csv").write_text("text,label\nred thing,0\nblue thing,1\nvery old thing,1\n")
+    result = lotr("evaluate", place / "plain", "--data", place / "data.csv", "--json")
+    scores = json.loads(result.stdout)
+    batch = AutoTokenizer.from_pretrained(base)(
+        ["red thing", "blue thing", "very old thing"], padding=True, return_tensors="pt"
+    )
+    answers = model.eval()(**batch).logits.argmax(-1)
+    assert scores["labels"] == ["0", "1"]
+    assert scores["accuracy"] == pytest.approx(float((answers == torch.tensor([0, 1, 1])).float().mean()))
 
 
 def test_later_adapters_are_added_all_or_none(place: Path) -> None:

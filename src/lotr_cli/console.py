@@ -137,7 +137,7 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def stages() -> Iterator[Callable[[str, int, int], None]]:
+def phases() -> Iterator[Callable[[str, int, int], None]]:
     """Give a function that moves a bar whose name changes: what is done, how much of it, and how much there is."""
     from rich.progress import Progress
 

@@ -15,7 +15,7 @@ from ..files.adapter_folder import BASIS_WEIGHTS, CONFIG, fingerprint
 from ..files.atomic import read_json, whole_folder, write_json
 from ..tuner.basis import check_basis
 from ..tuner.config import LotrConfig
-from ..tuner.saved_adapter import factors_of, hash_of, read_basis, read_saved
+from ..tuner.saved_adapter import hash_of, read_basis, read_saved
 from .layout import Layout
 from .store import create_store
 from .task import DTYPES
@@ -137,7 +137,7 @@ def create_folder(path: Path, basis: str | Path, dtype: str) -> None:
         raise ConfigError(
             f"{basis} has bias={config.bias!r}: its tasks train biases, which a bank does not hold."
         )
-    factors = read_basis(config) if config.refers_to_basis else factors_of(saved.folder.tensors())
+    factors = saved.factors()
     check_basis(saved.plan, factors, str(basis))
     description = Description(
         config.base_model_name_or_path or record.get("base_model"),

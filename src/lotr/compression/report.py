@@ -87,6 +87,7 @@ def write_report(
         "median_error": median(errors.values()),
         "bytes_before": sum(entry.bytes for entry in entries),
         "bytes_after": sum(file.stat().st_size for file in folder.iterdir()),
+        "bytes_of_heads": sum(entry.head_bytes for entry in entries),
         "bytes_of_numbers": bytes_of(
             outcome.curves, {group.name: group.core.r for group in outcome.plan.groups}
         )

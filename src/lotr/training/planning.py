@@ -11,7 +11,7 @@ from ..sharing.keys import file_shapes
 from ..tuner.basis import check_basis
 from ..tuner.saved_adapter import read_basis
 from ..tuner.targets import plan
-from .adapter import adapter_config, check_targets
+from .adapter import adapter_config
 from .base_model import DTYPES, check_dtype, skeleton
 from .budget import AUTO, fit
 
@@ -42,7 +42,6 @@ def plan_model(settings: TrainSettings, dtype: str = "float32") -> dict[str, Any
         )
     model, task = skeleton(str(settings.model))
     config: Any = adapter_config(settings, task)
-    check_targets(model, config)
     chosen = {}
     if settings.budget is not None:
         chosen = {"budget": settings.budget, "said": fit(settings, config, model)}

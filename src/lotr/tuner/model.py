@@ -201,6 +201,9 @@ class LotrModel(BaseTuner):
             for name in [name for name, group in basis.items() if not group.lotr_U]:
                 del basis[name]
 
+    def _check_merge_allowed(self) -> None:
+        """Allow tied weights, of which PEFT warns: a merged weight is a new one, and its twin stays as it is."""
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         _uncompiled(model)._modules.pop(BASIS, None)

@@ -101,7 +101,7 @@ def _resolve_names(config: LotrConfig, model: nn.Module) -> None:
             )
         if not isinstance(default, str):  # the table names modules of all variants of an architecture
             default = set(default) & suffixes(path for path, _ in model.named_modules())
-        config.target_modules = default
+        config.target_modules = default  # type: ignore[assignment]
     _maybe_include_all_linear_layers(config, model)
 
 

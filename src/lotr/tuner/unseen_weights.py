@@ -35,7 +35,7 @@ def check_is_called(model: nn.Module, path: str) -> None:
     fused_encoder = isinstance(parent, nn.TransformerEncoderLayer)
     if fused_encoder and not torch.backends.mha.get_fastpath_enabled():
         return
-    read = _read_weights(type(parent))
+    read = _read_weights(type(parent))  # type: ignore[arg-type]  # a module is hashed by its class
     if name not in read:
         return
     more = ", or call torch.backends.mha.set_fastpath_enabled(False) first" if fused_encoder else ""

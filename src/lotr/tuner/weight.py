@@ -106,7 +106,7 @@ class AdaptedWeight(nn.Module, LotrLayer):
         elif self.quantization_backend is not None:
             W = self.quantization_backend.get_base_weight(self._unmerged)
         else:
-            W = self._unmerged
+            W = self._unmerged.data
         return W.T if self.fan_in_fan_out else W
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -205,12 +205,14 @@ class AdaptedWeight(nn.Module, LotrLayer):
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken"
                 )
+            quantised, base = self.quantization_backend is not None, self.get_base_layer()
             if self._unmerged is None:
-                # quantising again would not give the same numbers, so the whole (small) quantised layer is kept;
-                # of a plain weight the tensor itself, because merging puts a new one in its place
-                quantised = self.quantization_backend is not None
-                self._unmerged = copy.deepcopy(self.base_layer) if quantised else W
-            self.set_base_weight(merged)
+                # quantising again would not give the same numbers, so the whole (small) quantised layer is kept
+                self._unmerged = copy.deepcopy(self.base_layer) if quantised else base.weight
+            if quantised:
+                self.set_base_weight(merged)
+            else:  # another parameter in its place: embeddings that are tied to this one keep theirs
+                base.weight = nn.Parameter(merged, requires_grad=bool(base.weight.requires_grad))
             self.merged_adapters.append(adapter)
             self._norms.clear()
 
@@ -228,8 +230,9 @@ class AdaptedWeight(nn.Module, LotrLayer):
         if self.quantization_backend is not None:
             self.base_layer = self._unmerged
         else:
-            weight = self.get_base_layer().weight
-            weight.data = self._unmerged.to(device=weight.device, dtype=weight.dtype)
+            base, weight = self.get_base_layer(), self._unmerged
+            weight.data = weight.data.to(device=base.weight.device, dtype=base.weight.dtype)
+            base.weight = weight
         self._unmerged = None
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -23,6 +23,7 @@ from . import add_weighted as combine
 from . import mixed_batch as mixed
 from . import state_dict as state
 from .basis import check_basis
+from .checkpointing import check_checkpointing
 from .config import LotrConfig
 from .group import LotrGroup, LotrLayer
 from .group_init import start_group
@@ -211,6 +212,7 @@ class LotrModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        check_checkpointing(self.model)
         names = kwargs.get("adapter_names")
         rows: AbstractContextManager[None]
         if names is not None and self.tasks is not None:  # names of a bank's tasks, in training too

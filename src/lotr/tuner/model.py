@@ -180,7 +180,7 @@ class LotrModel(BaseTuner):
             if injection.basis_factors:
                 U, V = (injection.basis_factors[group_keys(group)[name]] for name in ("U", "V"))
                 V = V.T
-            device, dtype = member._get_base_layer_device_and_dtype(member.get_base_layer())
+            device, dtype = member.device_and_dtype()
             own = {} if group.core.by_site else core
             shared.add(adapter, U, V, own, config.trainable == "cores", device, dtype)
             shared.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

@@ -27,6 +27,7 @@ from .attention import fused_projections, heads_of
 from .basis import resolve_basis
 from .config import LotrConfig
 from .names import check_names, check_rank_pattern, is_linear, linear_paths, suffixes
+from .offload import check_offload
 from .unseen_weights import check_is_called
 
 #: Query and value of the usual architectures: PEFT's own table for LoRA, and some that it lacks.
@@ -148,6 +149,7 @@ def _target(model: nn.Module, path: str, module: nn.Module, config: LotrConfig) 
             "full with modules_to_save."
         )
     check_is_called(model, path)
+    check_offload(model, path, base)
     in_features, out_features = _get_in_out_features(base)
     shape = cast("tuple[int, int]", (out_features, in_features))
     clean = normalise(path)  # PEFT gives a compiled model's modules with or without the wrapper's name

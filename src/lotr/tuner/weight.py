@@ -23,6 +23,7 @@ from ..sharing.blocks import Shape
 from ..sharing.plan import Part
 from .config import LotrConfig
 from .group import LotrGroup, LotrLayer, NamedNumbers, linear_from, move, weight_of
+from .offload import device_of_adapter
 
 
 class AdaptedWeight(nn.Module, LotrLayer):
@@ -87,11 +88,17 @@ class AdaptedWeight(nn.Module, LotrLayer):
         self._move_adapter_to_device_of_base_layer(adapter)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
-        home, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        home, dtype = self.device_and_dtype()
         # a magnitude stays in float32 on a half-precision base too: a rounded norm would change the base model
         for numbers, own_type in ((self.lotr_C, dtype), (self.lotr_magnitude, None)):
             if adapter_name in numbers:
                 move(numbers[adapter_name], device or home, own_type)
+
+    def device_and_dtype(self) -> tuple[torch.device | None, torch.dtype | None]:
+        """Return where an adapter of the module lives, and in which type it starts."""
+        base = self.get_base_layer()
+        device, dtype = self._get_base_layer_device_and_dtype(base)
+        return device_of_adapter(base, device), dtype
 
     @property
     def base_weight(self) -> BaseWeight:

@@ -17,7 +17,8 @@ from ..sharing.blocks import Target
 from ..sharing.plan import Plan
 from ..training.base_model import load_model, locate
 from ..tuner.config import LotrConfig
-from ..tuner.targets import linear_paths, plan_adapter
+from ..tuner.names import linear_paths
+from ..tuner.targets import plan_adapter
 from .sources import Source, open_source
 
 #: Of a mode, `task` alone says that nothing else is shared.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -173,10 +172,17 @@ def fit_rank(settings: TrainSettings, config: Any, model: nn.Module, checkpoint:
 
 
 def add_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
-    """Wrap a base model; what PEFT refuses is a ConfigError too."""
+    """Wrap a base model.
+
+    Raises:
+        PlanError: A name of the configuration matches nothing.
+        ConfigError: PEFT refuses the configuration.
+    """
     from peft import get_peft_model
 
-    check_targets(model, config)
+    from ..tuner.names import check_names
+
+    check_names(model, config)  # PEFT's own methods pass over names
     try:
         return full_precision_head(get_peft_model(model, config))
     except ValueError as error:
@@ -201,20 +207,3 @@ def full_precision_head(model: PeftModel) -> PeftModel:
             module.float()
             module.register_forward_pre_hook(cast)
     return model
-
-
-def check_targets(model: nn.Module, config: PeftConfig) -> None:
-    """Refuse names in `target_modules` that match no module, which PEFT passes over in silence, and such a regex."""
-    from peft.utils.constants import DUMMY_TARGET_MODULES
-
-    from ..tuner.targets import linear_paths, match_nothing
-
-    names = getattr(config, "target_modules", None)
-    if isinstance(names, str) and names not in ("all-linear", DUMMY_TARGET_MODULES):
-        if not any(re.fullmatch(names, path) for path, _ in model.named_modules()):
-            raise ConfigError(f"target_modules={names!r} {match_nothing(model, names)}")
-    elif isinstance(names, set | list | tuple):
-        paths = linear_paths(model)
-        for name in sorted(names):
-            if not any(path == name or path.endswith(f".{name}") for path in paths):
-                raise ConfigError(f"target_modules={name!r} {match_nothing(model, [name])}")

@@ -118,8 +118,9 @@ def _lora_config(adapter: AdapterFolder, ranks: dict[str, int]) -> dict[str, Any
     most = max(ranks.values())
     # anchored at the whole path, so that no rank reaches a module whose name merely ends alike
     other = {f"^{path.replace('.', chr(92) + '.')}": rank for path, rank in ranks.items() if rank != most}
-    kept = ("task_type", "base_model_name_or_path", "revision", "modules_to_save", "auto_mapping")
-    copied: dict[str, Any] = {name: adapter.config.get(name) for name in kept}
+    of_model = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
+    trained = ("modules_to_save", "trainable_token_indices")
+    copied: dict[str, Any] = {name: adapter.config.get(name) for name in (*of_model, *trained)}
     config = LoraConfig(
         r=most,
         lora_alpha=most,

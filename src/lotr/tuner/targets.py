@@ -34,8 +34,11 @@ from .unseen_weights import check_is_called
 DEFAULT_TARGETS: dict[str, Any] = {
     "clip": ["q_proj", "v_proj"],
     "distilbert": ["q_lin", "v_lin"],
+    "llava": r".*language_model.*\.(q_proj|v_proj)",  # the vision tower has modules of these names too
     "modernbert": ["Wqkv"],
+    "phi3": ["qkv_proj"],
     "vit": ["q_proj", "v_proj"],
+    "whisper": ["q_proj", "v_proj"],
     **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
 }
 

@@ -12,8 +12,8 @@ import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from conftest import VOCABULARY, llama, tokens
-from lotr import ConfigError, LotrConfig, export, plan
+from conftest import VOCABULARY, bert, llama, tokens
+from lotr import CheckpointError, ConfigError, LotrConfig, export, plan
 from tuner_contract import outputs
 
 INPUTS = {"input_ids": tokens()}
@@ -101,3 +101,13 @@ def llava() -> nn.Module:
 def test_whisper_phi3_and_llava_have_default_targets(make: Any, n: int) -> None:
     targets = [target.path for target in plan(make(), LotrConfig(r=2)).targets]
     assert len(targets) == n and not any("vision" in path for path in targets)
+
+
+def test_export_names_what_servers_leave_out_and_refuses_trained_biases(tmp_path: Path) -> None:
+    get_peft_model(bert(), LotrConfig(r=2, task_type="SEQ_CLS")).save_pretrained(tmp_path / "head")
+    head = [f"base_model.model.classifier.{name}" for name in ("bias", "weight")]
+    assert export(tmp_path / "head", tmp_path / "lora")["peft_only"] == head
+    get_peft_model(bert(), LotrConfig(r=2, bias="lotr_only")).save_pretrained(tmp_path / "biases")
+    with pytest.raises(CheckpointError, match=r"bias='lotr_only'.*`lotr merge`"):
+        export(tmp_path / "biases", tmp_path / "more")
+    assert not (tmp_path / "more").exists()

@@ -231,7 +231,8 @@ def export(
     reports.said(
         report,
         f"A LoRA of rank {report['rank']} for {report['modules']} modules is in {output}: {report['numbers']:,} "
-        f"numbers, {report['bytes']:,} bytes (the adapter has {report['bytes_before']:,}).",
+        f"numbers, {report['bytes']:,} bytes (the adapter has {report['bytes_before']:,})."
+        + (f" Servers of LoRA leave out {len(report['peft_only'])} tensors." if report["peft_only"] else ""),
         json,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Collection
 from typing import Any, cast
 
@@ -106,6 +107,16 @@ def _resolve_names(config: LotrConfig, model: nn.Module) -> None:
         if not isinstance(default, str):  # the table names modules of all variants of an architecture
             default = set(default) & suffixes(path for path, _ in model.named_modules())
         config.target_modules = default  # type: ignore[assignment]
+    if config.target_modules == "all-linear":
+        experts = [
+            path for path, parameter in model.named_parameters() if parameter.dim() == 3 and "experts" in path
+        ]
+        if experts:
+            warnings.warn(
+                f'target_modules="all-linear" leaves out the experts, which this model keeps in {len(experts)} '
+                f"three-dimensional parameters, first {experts[0]!r}. They cannot be adapted yet.",
+                stacklevel=2,
+            )
     _maybe_include_all_linear_layers(config, model)
 
 

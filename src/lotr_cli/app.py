@@ -194,6 +194,7 @@ def export(
     line = (
         f"A LoRA of rank {report['rank']} for {report['modules']} modules is in {output}: {report['numbers']:,} "
         f"numbers, {report['bytes']:,} bytes (the adapter has {report['bytes_before']:,})."
+        + (f" Servers of LoRA leave out {len(report['peft_only'])} tensors." if report["peft_only"] else "")
     )
     return Report(report, [line])
 

@@ -42,10 +42,11 @@ def export(adapter: str | Path, output: str | Path, overwrite: bool = False) -> 
         overwrite: Replace the folder when it is not empty.
 
     Returns:
-        Counts: modules, rank, numbers and bytes before and after.
+        Counts: modules, rank, numbers and bytes before and after; and under `peft_only` the tensors (of a head, of
+        modules trained in full, of new tokens) that PEFT reads and servers of LoRA do not.
 
     Raises:
-        CheckpointError: The adapter is of another method, or has no LoRA form.
+        CheckpointError: The adapter is of another method, has no LoRA form, or has trained biases.
         ConfigError: `output` is not free, or is what the adapter is read from.
     """
     saved, output = read_saved(adapter), Path(output)
@@ -61,10 +62,16 @@ def export(adapter: str | Path, output: str | Path, overwrite: bool = False) -> 
     if not saved.plan.targets:
         raise CheckpointError(f"{saved.path} adapts no module: it holds a trained head alone.")
     tensors = saved.tensors()
+    others = tensors.keys() - file_shapes(saved.plan).keys()
+    if config.bias != "none":
+        raise CheckpointError(
+            f"{saved.path} has bias={config.bias!r}: biases of the base model were trained with it, and no server that "
+            "reads LoRA takes them. Use `lotr merge` to leave with a plain model."
+        )
     parts: dict[str, list[tuple[Part, FactoredUpdate]]] = {}
     for part, update in updates(saved, tensors):
         parts.setdefault(part.sites[0].module, []).append((part, update))
-    lora = {key: tensors[key] for key in tensors.keys() - file_shapes(saved.plan).keys()}
+    lora = {key: tensors[key] for key in others}
     ranks: dict[str, int] = {}
     for target in saved.plan.targets:
         for key, matrix in zip(lora_keys(target), lora_of(target, parts[target.path]), strict=True):
@@ -85,6 +92,7 @@ def export(adapter: str | Path, output: str | Path, overwrite: bool = False) -> 
         "numbers": sum(tensor.numel() for key, tensor in lora.items() if ".lora_" in key),
         "bytes": (output / WEIGHTS).stat().st_size,
         "bytes_before": saved.folder.size,
+        "peft_only": sorted(others),
         "output": str(output),
     }
 
@@ -118,8 +126,9 @@ def _lora_config(adapter: AdapterFolder, ranks: dict[str, int]) -> dict[str, Any
     most = max(ranks.values())
     # anchored at the whole path, so that no rank reaches a module whose name merely ends alike
     other = {f"^{path.replace('.', chr(92) + '.')}": rank for path, rank in ranks.items() if rank != most}
-    kept = ("task_type", "base_model_name_or_path", "revision", "modules_to_save", "auto_mapping")
-    copied: dict[str, Any] = {name: adapter.config.get(name) for name in kept}
+    of_model = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
+    trained = ("modules_to_save", "trainable_token_indices")
+    copied: dict[str, Any] = {name: adapter.config.get(name) for name in (*of_model, *trained)}
     config = LoraConfig(
         r=most,
         lora_alpha=most,

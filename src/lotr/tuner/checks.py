@@ -1,4 +1,4 @@
-"""What a configuration may say: values, what has no meaning beside what, and the words of PEFT's LoRA."""
+"""What a configuration may say: values, and what has no meaning beside what."""
 
 from __future__ import annotations
 
@@ -12,15 +12,6 @@ from ..math.magnitude import MAGNITUDES
 
 #: Version of the adapter folders that this code writes and reads: 2 has the keys of `sharing.keys`.
 FORMAT = 2
-_LORA_INITS = {
-    True: "leave it out",
-    False: "use init_weights=False",
-    "gaussian": 'use init="gaussian"',
-    "orthogonal": 'use init="orthonormal"',
-    "pissa": 'use init="weight"',
-    "lora_ga": 'use init="gradient" and lotr.init_from_data(model, batches)',
-}
-_LORA_WORDS = ("lora_alpha", "lora_dropout", "use_dora", "use_rslora", "init_lora_weights")
 
 
 def check_format(fields: Mapping[str, Any]) -> None:
@@ -30,26 +21,6 @@ def check_format(fields: Mapping[str, Any]) -> None:
             f"The adapter was saved in format {fields.get('format') or 1}, and this version of lotr reads format "
             f"{FORMAT} alone. Train it again, or export it as a LoRA with the version that saved it."
         )
-
-
-def check_lora_words(fields: Mapping[str, Any]) -> None:
-    """Refuse keywords of PEFT's LoRA that are called otherwise here, with what to write instead."""
-    if not fields.keys() & set(_LORA_WORDS):
-        return
-    rank, alpha = checked_rank("r", fields.get("r") or 16), fields.get("lora_alpha", 8)
-    r = rank if isinstance(rank, int) else rank[1]
-    is_rslora, start = bool(fields.get("use_rslora")), fields.get("init_lora_weights")
-    scaling = f"scaling={alpha / (r**0.5 if is_rslora else r):g}"
-    known = isinstance(start, bool | str) and start in _LORA_INITS
-    counterparts = {
-        "lora_alpha": f"use {scaling}, LoRA's alpha / {'√r' if is_rslora else 'r'}",
-        "lora_dropout": f"use dropout={fields.get('lora_dropout')}",
-        "use_dora": 'use method="dora"' if fields.get("use_dora") else "leave it out",
-        "use_rslora": f"use {scaling}, LoRA's alpha / √r" if is_rslora else "leave it out",
-        "init_lora_weights": _LORA_INITS[start] if known else 'use init, for example init="weight"',
-    }
-    instead = [f"{word}={fields[word]!r}: {counterparts[word]}" for word in _LORA_WORDS if word in fields]
-    raise ConfigError(f"These are fields of LoraConfig with other names here. {'; '.join(instead)}.")
 
 
 def one_of(name: str, value: str, known: Iterable[str]) -> str:

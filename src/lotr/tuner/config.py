@@ -28,12 +28,12 @@ from .checks import (
     FORMAT,
     check_core,
     check_format,
-    check_lora_words,
     check_magnitude,
     check_zero,
     checked_rank,
     one_of,
 )
+from .lora_words import check_lora_words
 
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
@@ -141,6 +141,9 @@ class LotrConfig(PeftConfig):
     bias: Literal["none", "all", "lotr_only"] = _field("Which biases of the base model to train too.", "none")
     modules_to_save: list[str] | None = _field(
         "Modules trained in full and saved with the adapter, e.g. a new head."
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = _field(
+        "Rows of the embedding that are trained and saved with the adapter, for new tokens; or by name of an embedding."
     )
     basis: str | None = _field(
         "Path or hub id of an adapter whose factors are kept, and whose structure is taken; only cores (and "

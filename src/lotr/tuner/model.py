@@ -27,6 +27,7 @@ from .config import LotrConfig
 from .group import LotrGroup, LotrLayer
 from .group_init import start_group
 from .layer import LotrLinear
+from .lora_words import check_combination_words
 from .saved_adapter import hash_of, read_basis, used_by
 from .targets import DEFAULT_TARGETS, is_basis, plan_adapter
 
@@ -163,6 +164,10 @@ class LotrModel(BaseTuner):
         target.add(adapter_name, members, cores, peft_config, injection.empty)
         target.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
+    def _replace_module(self, parent: Any, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a module in the place of another; layers keep what they wrap, and place their numbers."""
+        setattr(parent, child_name, new_module)
+
     def _shared(self, group: Group, config: LotrConfig, member: LotrLinear) -> LotrGroup:
         """Return the module with the group's numbers, made when its first member comes."""
         injection = cast("_Injection", self._injection)
@@ -235,9 +240,15 @@ class LotrModel(BaseTuner):
         return self.tasks.select(names)
 
     def add_weighted_adapter(
-        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        **words: Any,
     ) -> None:
         """Add the adapter whose update is `Σ weight · update`, exactly. See `combine.add_weighted`."""
+        check_combination_words(words)
         combine.add_weighted(self, adapters, weights, adapter_name, combination_type)
 
     @classmethod

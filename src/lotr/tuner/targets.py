@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Collection
 from typing import Any, cast
 
@@ -34,8 +35,11 @@ from .unseen_weights import check_is_called
 DEFAULT_TARGETS: dict[str, Any] = {
     "clip": ["q_proj", "v_proj"],
     "distilbert": ["q_lin", "v_lin"],
+    "llava": r".*language_model.*\.(q_proj|v_proj)",  # the vision tower has modules of these names too
     "modernbert": ["Wqkv"],
+    "phi3": ["qkv_proj"],
     "vit": ["q_proj", "v_proj"],
+    "whisper": ["q_proj", "v_proj"],
     **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
 }
 
@@ -103,6 +107,16 @@ def _resolve_names(config: LotrConfig, model: nn.Module) -> None:
         if not isinstance(default, str):  # the table names modules of all variants of an architecture
             default = set(default) & suffixes(path for path, _ in model.named_modules())
         config.target_modules = default  # type: ignore[assignment]
+    if config.target_modules == "all-linear":
+        experts = [
+            path for path, parameter in model.named_parameters() if parameter.dim() == 3 and "experts" in path
+        ]
+        if experts:
+            warnings.warn(
+                f'target_modules="all-linear" leaves out the experts, which this model keeps in {len(experts)} '
+                f"three-dimensional parameters, first {experts[0]!r}. They cannot be adapted yet.",
+                stacklevel=2,
+            )
     _maybe_include_all_linear_layers(config, model)
 
 

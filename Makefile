@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # The versions of everything: pinned; `CONSTRAINTS=constraints-lowest.txt` takes the oldest, `/dev/null` the newest.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo demo-bank test setup check wheel-test bench bench-performance bench-methods bench-bank bench-quality bench-quality-report docs clean
+.PHONY: demo demo-bank demo-serve test test-vllm setup check wheel-test bench bench-performance bench-methods bench-bank bench-serve bench-quality bench-quality-report docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -26,8 +26,28 @@ demo: $(READY)  ## fine-tune a real model on real text, beside LoRA and a bare h
 demo-bank: $(READY)  ## twenty tasks trained at once on one basis, beside a LoRA of its own for each
 	$(BIN)/python examples/demo_bank.py --output out/demo-bank
 
+demo-serve: $(READY)  ## a bank over HTTP: mixed requests of 32 clients, answers and throughput
+	$(BIN)/python examples/demo_serve.py --output out/demo-serve
+
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# vLLM's own Python, unpacked and not installed, and the small packages that it imports at once
+VLLM := build/vllm
+VLLM_NEEDS := aiohttp anthropic apache-tvm-ffi astor blake3 cachetools cbor2 compressed-tensors depyf diskcache \
+	einops gguf ijson interegular lark llguidance lm-format-enforcer mcp mistral_common msgspec openai openai-harmony \
+	orjson outlines_core partial-json-parser prometheus-fastapi-instrumentator py-cpuinfo pybase64 pydantic-extra-types \
+	python-json-logger pyzmq sentencepiece setproctitle sniffio tiktoken uvloop watchfiles xgrammar
+
+test-vllm: $(READY)  ## the plugin for vLLM against its released wheel, on any processor; skips where that cannot be had
+	mkdir -p $(VLLM)
+	test -d $(VLLM)/vllm || { $(BIN)/pip download --quiet --no-deps --dest $(VLLM) vllm==0.33.0 \
+		&& $(BIN)/python -m zipfile -e $(VLLM)/*.whl $(VLLM) && rm $(VLLM)/*.whl; } \
+		|| echo "vLLM's wheel cannot be had here"
+	test -d $(VLLM)/needs || $(BIN)/pip install --quiet --no-deps --target $(VLLM)/needs $(VLLM_NEEDS) \
+		aiosignal aiohappyeyeballs attrs distro frozenlist jiter jsonschema jsonschema-specifications multidict propcache \
+		protobuf pycountry referencing rpds-py yarl || true
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VLLM):$(VLLM)/needs $(BIN)/python -m pytest -n 0 -rs tests/test_serve_vllm.py
 
 check: $(READY)  ## format, lint, types, who imports whom
 	$(BIN)/ruff format --check .
@@ -62,6 +82,9 @@ bench-methods: $(READY)  ## every row of the table of methods on real text (half
 bench-bank: $(READY)  ## batches of 64 rows with 64 tasks and banks of 100,000, beside one task and beside PEFT
 	$(BIN)/python benchmarks/bench_bank.py --json out/bench_bank.json
 	$(BIN)/python benchmarks/bench_bank_store.py --json out/bench_bank_store.json
+
+bench-serve: $(READY)  ## requests over HTTP for 64 tasks, beside one task, beside PEFT, and for a bank of 100,000
+	$(BIN)/python benchmarks/bench_serve.py --json out/bench_serve.json
 
 bench-quality: $(READY)  ## three methods trained on real text, a short form of the grid of results
 	$(BIN)/python benchmarks/quality.py --grid benchmarks/quality_short.yaml --runs out/bench/quality.csv

@@ -9,6 +9,8 @@ INK, QUIET, SHARED, CORE, OWN = "#24292f", "#57606a", "#2f6fdb", "#e36209", "#8b
 
 ROOMS = (  # from top to bottom: a room imports only the rooms below it
     ("lotr_cli", "the command line", "typer, rich"),
+    ("serving", "a bank over HTTP, and in vLLM", "fastapi, uvicorn"),
+    ("compression", "many LoRAs become one bank", ""),
     ("training", "lotr train, evaluate and predict; many tasks at once", "transformers, datasets"),
     ("bank", "one basis, any number of tasks", "sqlite3"),
     ("adapters", "a saved adapter: inspect, export, merge, draw", "matplotlib"),

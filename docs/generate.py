@@ -11,14 +11,15 @@ from mkdocs.structure.files import File, Files
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the page of the command line."""
+    """Add the pages of the command line and of the methods."""
+    files.append(File.generated(config, "methods.md", content=methods()))
     files.append(File.generated(config, "command_line.md", content=command_line()))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put the tables where a page asks for them."""
-    for mark, table in {"<!-- methods -->": methods, "<!-- fields -->": fields}.items():
+    for mark, table in {"<!-- fields -->": fields}.items():
         if mark in markdown:
             markdown = markdown.replace(mark, table())
     return markdown
@@ -43,20 +44,86 @@ def fields() -> str:
     return "\n".join(lines)
 
 
+#: Heading → what the names of its rows begin with.
+_KINDS = {
+    "LoTR": ("lotr",),
+    "One pair a module: LoRA and its kin": ("lora", "dora", "bora", "map", "moslora"),
+    "One tensor for many modules": ("fact", "lorta", "metatt", "cara", "tenslora"),
+}
+
+
 def methods() -> str:
-    """Return the table of methods: what each is for, and the fields that it sets."""
+    """Return the page of methods: what each is for, what it shares, how it starts, its size, and where it differs."""
     from lotr import METHODS
 
-    lines = ["| method | what it is for | sets |", "|---|---|---|"]
-    for row in METHODS.values():
-        sets = {"modes": ", ".join(row.modes) or "none", "core": row.core}
-        defaults = {field.name: field.default for field in dataclasses.fields(row)}
-        for name in ("blocks", "magnitude", "init", "trainable"):
-            if getattr(row, name) != defaults[name]:
-                sets[name] = getattr(row, name)
-        values = "; ".join(f"{name} {value}" for name, value in sets.items())
-        lines.append(f"| [`{row.name}`]({row.url}) | {row.purpose} | {values} |")
+    lines = [
+        "# Methods",
+        "",
+        "A published method is one row of a table over the same classes: structure, start, scaling and what trains, as "
+        "published. Where a row differs by choice, one sentence says so. `LotrConfig(method=…)` and `lotr train "
+        "--method …` take a name; fields that you set beside it override the row. [Which method when](which_method.md) "
+        "helps to choose.",
+        "",
+        "Sizes are trained numbers at rank 16 on query and value: of BERT-base (12 layers, 768 wide) and a Llama of "
+        "8 billion numbers (32 layers, 4,096 wide, 32 query heads, 8 key-value heads).",
+    ]
+    sizes = _sizes()
+    for heading, prefixes in _KINDS.items():
+        lines += ["", f"## {heading}"]
+        for row in METHODS.values():
+            own = row.name.startswith(prefixes) and not (heading == "LoTR" and row.name.startswith("lora"))
+            if own and not (heading.startswith("One pair") and row.name.startswith("lorta")):
+                lines += _described(row, sizes[row.name])
     return "\n".join(lines)
+
+
+def _described(row: Any, sizes: tuple[int, int]) -> list[str]:
+    shares = f"along {', '.join(row.modes)}" if row.modes else "nothing"
+    cut = "" if row.blocks == "none" else f", blocks cut by `{row.blocks}`"
+    zeros = {"core": "the cores", "output": "`U`", "input": "`V`", "none": "nothing"}
+    scaling = "1" if row.alpha is None else f"{row.alpha:g} / r"
+    trains = (
+        "cores alone"
+        if row.trainable == "cores"
+        else "factors"
+        if row.core == "identity"
+        else "factors and cores"
+    )
+    magnitude = "" if row.magnitude == "none" else f", magnitude `{row.magnitude}`"
+    cores = "" if row.core_init is None else f", cores `{row.core_init}`"
+    bert, llama = sizes
+    return [
+        "",
+        f"### `{row.name}`",
+        "",
+        f"{row.purpose} [{row.title}]({row.url}), {row.year}.",
+        "",
+        f"- Shares {shares}; `{row.core}` core{cut}{magnitude}.",
+        f"- Starts with factors `{row.init}`{cores}; zero: {zeros[row.zero]}; σ = {scaling}.",
+        f"- Trains {trains}: {bert:,} numbers on BERT-base, {llama:,} on Llama.",
+        *([f"- {row.differs}"] if row.differs else []),
+    ]
+
+
+def _sizes() -> dict[str, tuple[int, int]]:
+    import torch
+    import transformers as tf
+
+    from lotr import METHODS, LotrConfig, plan
+
+    llama = tf.LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
+    with torch.device("meta"):
+        models = tf.BertModel(tf.BertConfig()), tf.LlamaModel(llama)
+    counts = {
+        name: [plan(model, LotrConfig(method=name)).n_parameters for model in models] for name in METHODS
+    }
+    return {name: (bert, llama) for name, (bert, llama) in counts.items()}
 
 
 def command_line() -> str:

@@ -26,7 +26,7 @@ class Architecture:
     n_targets: int
 
 
-def _seeded(cls: type[nn.Module], config: Any) -> nn.Module:
+def seeded(cls: type[nn.Module], config: Any) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return cls(config).eval()
@@ -41,7 +41,7 @@ def bert() -> nn.Module:
         intermediate_size=64,
         num_labels=3,
     )
-    return _seeded(tf.BertForSequenceClassification, config)
+    return seeded(tf.BertForSequenceClassification, config)
 
 
 def llama() -> nn.Module:
@@ -56,7 +56,7 @@ def llama() -> nn.Module:
         max_position_embeddings=64,
         pad_token_id=0,
     )
-    return _seeded(tf.LlamaForCausalLM, config)
+    return seeded(tf.LlamaForCausalLM, config)
 
 
 def gpt2() -> nn.Module:
@@ -64,7 +64,7 @@ def gpt2() -> nn.Module:
     config = tf.GPT2Config(
         vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
     )
-    return _seeded(tf.GPT2LMHeadModel, config)
+    return seeded(tf.GPT2LMHeadModel, config)
 
 
 def t5() -> nn.Module:
@@ -77,7 +77,7 @@ def t5() -> nn.Module:
         num_heads=4,
         decoder_start_token_id=0,
     )
-    return _seeded(tf.T5ForConditionalGeneration, config)
+    return seeded(tf.T5ForConditionalGeneration, config)
 
 
 def vit() -> nn.Module:
@@ -90,7 +90,7 @@ def vit() -> nn.Module:
         patch_size=8,
         num_labels=3,
     )
-    return _seeded(tf.ViTForImageClassification, config)
+    return seeded(tf.ViTForImageClassification, config)
 
 
 def tokens(rows: int = 4, length: int = 7, seed: int = 0) -> Tensor:

@@ -36,9 +36,10 @@ class CoreContract:
         return [self.core_class(k, r, sizes) for sizes, (k, r) in itertools.product(self.sizes, self.ranks)]
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        if "core" in metafunc.fixturenames:
-            names = [f"{core.sizes}{core.ranks or ''} k={core.k} r={core.r}" for core in self.cores()]
-            metafunc.parametrize("core", self.cores(), ids=names)
+        for fixture in {"core", "storing"} & set(metafunc.fixturenames):
+            cores = [core for core in self.cores() if core.shapes or fixture == "core"]
+            names = [f"{core.sizes}{core.ranks or ''} k={core.k} r={core.r}" for core in cores]
+            metafunc.parametrize(fixture, cores, ids=names)
 
     def draw(self, core: Core, dtype: torch.dtype = torch.float64) -> Numbers:
         return {name: torch.randn(shape, dtype=dtype) for name, shape in core.shapes.items()}
@@ -56,12 +57,6 @@ class CoreContract:
         assert tensor.shape == (*core.sizes, core.k, core.r)
         torch.testing.assert_close(tensor.double(), self.oracle(core, numbers).double())
 
-    def test_the_core_of_a_site_is_its_slice_of_the_tensor(self, core: Core) -> None:
-        numbers = self.draw(core)
-        tensor = core.to_tensor(numbers)
-        for index in itertools.product(*map(range, core.sizes)):
-            torch.testing.assert_close(core.matrix(index, numbers), tensor[index])
-
     def test_the_cores_of_a_region_are_a_block_of_the_tensor(self, core: Core) -> None:
         numbers = self.draw(core)
         tensor = core.to_tensor(numbers)
@@ -70,74 +65,56 @@ class CoreContract:
         for region in regions:
             torch.testing.assert_close(core.block(numbers, region), tensor[region])
 
-    def test_numbers_made_from_a_tensor_give_the_tensor_back(self, core: Core) -> None:
-        tensor = core.to_tensor(self.draw(core))
-        numbers = core.from_tensor(tensor)
-        assert {name: tuple(number.shape) for name, number in numbers.items()} == core.shapes
-        torch.testing.assert_close(core.to_tensor(numbers), tensor)
-
     # ---- the numbers
 
     def test_the_count_is_that_of_the_numbers_and_of_the_formula(self, core: Core) -> None:
         held = sum(number.numel() for number in self.draw(core).values())
         assert core.n_parameters(math.prod(core.sizes)) == held == self.count(core)
 
-    def test_gradients_are_those_of_the_oracle(self, core: Core) -> None:
-        if not core.shapes:
-            pytest.skip("nothing is stored")
-        weights = torch.randn(*core.sizes, core.k, core.r, dtype=torch.float64)
-        numbers = {name: number.requires_grad_() for name, number in self.draw(core).items()}
+    def test_gradients_are_those_of_the_oracle(self, storing: Core) -> None:
+        weights = torch.randn(*storing.sizes, storing.k, storing.r, dtype=torch.float64)
+        numbers = {name: number.requires_grad_() for name, number in self.draw(storing).items()}
         ours, theirs = (
             torch.autograd.grad((tensor * weights).sin().sum(), list(numbers.values()))
-            for tensor in (core.to_tensor(numbers), self.oracle(core, numbers))
+            for tensor in (storing.to_tensor(numbers), self.oracle(storing, numbers))
         )
         assert all(gradient.any() for gradient in ours)
         torch.testing.assert_close(ours, theirs)
 
     @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=str)
     def test_the_tensor_has_the_type_of_the_numbers(
-        self, core: Core, dtype: torch.dtype, tolerance: float
+        self, storing: Core, dtype: torch.dtype, tolerance: float
     ) -> None:
-        if not core.shapes:
-            pytest.skip("nothing is stored")
-        numbers = self.draw(core)
-        tensor = core.to_tensor({name: number.to(dtype) for name, number in numbers.items()})
-        assert core.to_tensor(numbers).dtype == torch.float64 and tensor.dtype == dtype
-        error = (tensor.double() - core.to_tensor(numbers)).norm() / tensor.double().norm()
+        numbers = self.draw(storing)
+        tensor = storing.to_tensor({name: number.to(dtype) for name, number in numbers.items()})
+        assert storing.to_tensor(numbers).dtype == torch.float64 and tensor.dtype == dtype
+        error = (tensor.double() - storing.to_tensor(numbers)).norm() / tensor.double().norm()
         assert error < tolerance
 
-    def test_the_tensor_is_on_the_device_of_the_numbers(self, core: Core) -> None:
-        if not core.shapes:
-            pytest.skip("nothing is stored")
-        numbers = {name: number.to("meta") for name, number in self.draw(core).items()}
-        assert core.to_tensor(numbers).is_meta
+    def test_the_tensor_is_on_the_device_of_the_numbers(self, storing: Core) -> None:
+        numbers = {name: number.to("meta") for name, number in self.draw(storing).items()}
+        assert storing.to_tensor(numbers).is_meta
 
     # ---- the start
 
-    def test_one_number_at_zero_makes_every_core_zero(self, core: Core) -> None:
-        if core.zero is None:
-            pytest.skip("nothing is stored")
-        numbers = self.started(core)
-        assert {name: tuple(number.shape) for name, number in numbers.items()} == core.shapes
-        assert [name for name, number in numbers.items() if not number.any()] == [core.zero]
-        assert not core.to_tensor(numbers).any()
+    def test_one_number_at_zero_makes_every_core_zero(self, storing: Core) -> None:
+        numbers = self.started(storing)
+        assert {name: tuple(number.shape) for name, number in numbers.items()} == storing.shapes
+        assert [name for name, number in numbers.items() if not number.any()] == [storing.zero]
+        assert not storing.to_tensor(numbers).any()
 
-    def test_from_there_the_gradient_moves_that_number_alone(self, core: Core) -> None:
-        if core.zero is None:
-            pytest.skip("nothing is stored")
-        numbers = {name: number.requires_grad_() for name, number in self.started(core).items()}
-        (core.to_tensor(numbers) * torch.randn(*core.sizes, core.k, core.r)).sum().backward()
-        assert [name for name, number in numbers.items() if number.grad.any()] == [core.zero]
+    def test_from_there_the_gradient_moves_that_number_alone(self, storing: Core) -> None:
+        numbers = {name: number.requires_grad_() for name, number in self.started(storing).items()}
+        (storing.to_tensor(numbers) * torch.randn(*storing.sizes, storing.k, storing.r)).sum().backward()
+        assert [name for name, number in numbers.items() if number.grad.any()] == [storing.zero]
 
-    def test_without_a_zero_the_start_is_a_tensor_that_the_generator_decides(self, core: Core) -> None:
-        if core.zero is None:
-            pytest.skip("nothing is stored")
+    def test_without_a_zero_the_start_is_a_tensor_that_the_generator_decides(self, storing: Core) -> None:
         before = torch.get_rng_state()
         first, again, other = (
-            {name: core.init(name, generator) for name in core.shapes}
+            {name: storing.init(name, generator) for name in storing.shapes}
             for generator in (Generator().manual_seed(seed) for seed in (0, 0, 1))
         )
         assert torch.equal(torch.get_rng_state(), before)
-        assert core.to_tensor(first).any()
-        assert torch.equal(core.to_tensor(first), core.to_tensor(again))
-        assert not torch.equal(core.to_tensor(first), core.to_tensor(other))
+        assert storing.to_tensor(first).any()
+        assert torch.equal(storing.to_tensor(first), storing.to_tensor(again))
+        assert not torch.equal(storing.to_tensor(first), storing.to_tensor(other))

@@ -1,4 +1,4 @@
-"""What an adapted weight should be, from the numbers of a file and the equations alone: slow, dense, independent."""
+"""What an adapted weight should be, from an adapter's numbers and the equations of the papers, dense."""
 
 from __future__ import annotations
 
@@ -13,52 +13,82 @@ from lotr.sharing.blocks import Site
 from lotr.sharing.plan import Group, Plan
 
 ROOT = "base_model.model."
+#: Rows whose core is a matrix a site, which the file has beside the site's module.
+FREE = ("lotr", "lotr_joint", "moslora", "fact_tt", "lora_xs", "lora_sb")
+ONE = ("lora", "dora", "bora", "map")
+_LETTERS = {"layer": "a", "projection": "b", "head": "c"}
 
 
-def core(group: Group, site: Site, tensors: dict[str, Tensor]) -> Tensor:  # (k, r)
-    """`C_s` of a core that its group keeps."""
-    kind, index = type(group.core).__name__, group.index[site]
-    at = f"{ROOT}lotrbasis.{group.name}.lotr_core."
-    if kind == "IdentityCore":
-        return torch.eye(group.rank[0])
-    if kind == "CPCore":
-        return torch.stack([tensors[f"{at}factor_{n}"][i] for n, i in enumerate(index)]).prod(0).diag()
-    if kind == "TTCore":
-        C = tensors[f"{at}core_0"][index[0]]
-        for n, i in enumerate(index[1:], start=1):
-            C = C @ tensors[f"{at}core_{n}"][i]
-        return C
-    assert kind == "TuckerCore"
-    C = tensors[f"{at}core"]
-    for n, i in enumerate(index):  # the first axis that is left is this mode's
-        C = torch.einsum("q...,q->...", C, tensors[f"{at}factor_{n}"][i])
-    return C
+def core(row: str, n: dict[str, Tensor], at: dict[str, int]) -> Tensor:  # (k, r)
+    """`C_s` of a core that its group keeps, as the paper of the row writes it.
+
+    Args:
+        row: Name of the row.
+        n: Numbers of the core, by their last name in the file.
+        at: Place of the site along each coordinate.
+    """
+    if row == "fact_tk":
+        return torch.einsum("qkr,q->kr", n["core"], n["factor_0"][at["site"]])
+    if row == "cara":
+        head = n["factor_1"][at["head"]] if "head" in at else 1.0
+        return torch.diag(n["weights"] * n["factor_0"][at["site"]] * head)
+    if row.startswith(
+        "metatt"
+    ):  # x · G1 · G2[layer] · G3[matrix] (· G4[head]) · G5, cores in the file from the output
+        train = [n[name].mT for name in sorted(n, reverse=True)]
+        places = [at[mode] for mode in ("layer", "projection", "head") if mode in at]
+        return torch.linalg.multi_dot([G[place] for G, place in zip(train, places, strict=True)]).T
+    assert row == "lorta" or row.startswith("tenslora")
+    along = [mode for mode in ("layer", "projection", "head") if mode in at]
+    if row == "lorta" or row.endswith("_cp"):
+        return torch.stack([n[f"factor_{axis}"][at[mode]] for axis, mode in enumerate(along)]).prod(0).diag()
+    letters = [_LETTERS[mode] for mode in along]
+    vectors = [n[f"factor_{axis}"][at[mode]] for axis, mode in enumerate(along)]
+    return torch.einsum(f"{''.join(letters)}kr,{','.join(letters)}->kr", n["core"], *vectors)
 
 
-def site_updates(plan: Plan, tensors: dict[str, Tensor], scaling: float) -> list[tuple[Site, Tensor]]:
-    """`σ U C_s Vᵀ` of every site, in the order of the modules' parts."""
-    found = []
+def site_updates(
+    row: str, plan: Plan, tensors: Mapping[str, Tensor], scaling: float
+) -> list[tuple[Site, Tensor]]:
+    """`σ U C_s Vᵀ` of every site, in the order of the modules' parts; narrower sites use the first rows."""
+    updates = []
     for path, parts in plan.parts.items():
         for part in parts:
             group = part.group
             at = f"{ROOT}lotrbasis.{group.name}"
-            U, Vt = tensors[f"{at}.lotr_U.weight"], tensors[f"{at}.lotr_V.weight"]
-            (k, r), (o, i) = group.rank, group.shape
+            U, V = tensors[f"{at}.lotr_U.weight"], tensors[f"{at}.lotr_V.weight"].T
             for site in part.sites:
-                if type(group.core).__name__ == "FreeCore":
-                    held = tensors[f"{ROOT}{path}.lotr_C.{part.name or 'weight'}"]
-                    down, across = (site.row - part.rows[0]) // o, (site.column - part.columns[0]) // i
-                    C = held[down * k : (down + 1) * k, across * r : (across + 1) * r]
-                else:
-                    C = core(group, site, tensors)
-                found.append((site, scaling * U @ C.to(U) @ Vt))
-    return found
+                C = _core_of(row, path, part.name, part.sites[0], site, group, tensors).to(U)
+                (N, M), (n, m) = (len(U), len(V)), site.shape
+                gain = (N / n) ** 0.5 * (M / m) ** 0.5
+                dW = scaling * gain * U[:n] @ C @ V[:m].T
+                # CaRA's second tensor is the transpose of all weights but those wider than high
+                target = next(target for target in plan.targets if target.path == path)
+                turned = row == "cara" and site.head is None and n == m and target.shape[0] >= target.shape[1]
+                updates.append((site, dW.T if turned else dW))
+    return updates
 
 
-def updates(plan: Plan, tensors: dict[str, Tensor], scaling: float) -> dict[str, Tensor]:
+def _core_of(
+    row: str, path: str, part: str, first: Site, site: Site, group: Group, tensors: Mapping[str, Tensor]
+) -> Tensor:
+    (k, r), (o, i) = group.rank, site.shape
+    if row in ONE:
+        return torch.eye(r)
+    if row in FREE:
+        cores = tensors[f"{ROOT}{path}.lotr_C.{part or 'weight'}"]
+        down, across = (site.row - first.row) // o, (site.column - first.column) // i
+        return cores[down * k : (down + 1) * k, across * r : (across + 1) * r]
+    prefix = f"{ROOT}lotrbasis.{group.name}.lotr_core."
+    numbers = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+    return core(row, numbers, dict(zip(group.modes, group.index[site], strict=True)))
+
+
+def updates(row: str, plan: Plan, tensors: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
     """Path of a module → `ΔW`, `(out, in)`, before the magnitude."""
-    dense = {target.path: torch.zeros(target.shape) for target in plan.targets}
-    for site, dW in site_updates(plan, tensors, scaling):
+    dtype = next(iter(tensors.values())).dtype
+    dense = {target.path: torch.zeros(target.shape, dtype=dtype) for target in plan.targets}
+    for site, dW in site_updates(row, plan, tensors, scaling):
         o, i = site.shape
         block = dense[site.module][site.row : site.row + o, site.column : site.column + i]
         assert not block.any(), "sites of a module do not overlap"
@@ -93,12 +123,23 @@ def weight_of(module: nn.Module) -> Tensor:  # (out, in), a view
     return module.weight.T if isinstance(module, Conv1D) else module.weight
 
 
-@torch.no_grad()
-def adapt(model: nn.Module, plan: Plan, tensors: dict[str, Tensor], scaling: float = 1.0) -> nn.Module:
-    """Write the adapted weights into a plain model."""
-    for path, dW in updates(plan, tensors, scaling).items():
+def adapted(
+    row: str, model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], scaling: float
+) -> dict[str, Tensor]:
+    """Name of a parameter of a plain model → its adapted weight, in the layout of the model."""
+    weights = {}
+    for path, dW in updates(row, plan, tensors, scaling).items():
         at = f"{ROOT}{path}.lotr_magnitude."
         numbers = {key.removeprefix(at): tensor for key, tensor in tensors.items() if key.startswith(at)}
-        W = weight_of(model.get_submodule(path))
-        W.copy_(rescaled(W, dW, plan.magnitude, numbers))
+        module = model.get_submodule(path)
+        W = rescaled(weight_of(module).detach(), dW, plan.magnitude, numbers, constant=True)
+        weights[f"{path}.weight"] = W.T if isinstance(module, Conv1D) else W
+    return weights
+
+
+def adapt(
+    model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], scaling: float = 1.0, row: str = "lotr"
+) -> nn.Module:
+    """Write the adapted weights into a plain model."""
+    model.load_state_dict(adapted(row, model, plan, tensors, scaling), strict=False)
     return model

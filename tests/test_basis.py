@@ -291,7 +291,7 @@ def test_the_structure_is_that_of_the_basis_where_nothing_is_said(tmp_path: Path
     for name, value in structure.items():
         found = getattr(config, name)
         assert (sorted(found) if name == "target_modules" else found) == value, name
-    assert (config.modes, config.core, config.trainable) == (("layer", "projection", "head"), "tt", "cores")
+    assert (config.modes, config.core, config.trainable) == (("head", "projection", "layer"), "tt", "cores")
     assert LotrConfig(**config.to_dict()) == config  # what was filled in is no contradiction
     assert not [n for n, p in model.named_parameters() if p.requires_grad and ("_U" in n or "_V" in n)]
     plain = LotrConfig(basis=str(tmp_path / "basis"), magnitude="none")
@@ -356,7 +356,7 @@ def test_an_adapter_without_cores_or_of_another_method_is_no_basis(tmp_path: Pat
 
 
 def test_a_basis_of_another_model_or_of_references_is_refused(task, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"matches no linear module of the model\. Known: c_attn"):
+    with pytest.raises(ValueError, match=r"matches no module of the model\. Known: c_attn"):
         get_peft_model(gpt2(), LotrConfig(basis=str(tmp_path / "basis")))
     with pytest.raises(CheckpointError, match="holds no factors"):
         get_peft_model(bert(), _config(basis=str(task[1])))

@@ -35,30 +35,25 @@ def test_a_weight_that_is_not_cut_is_one_block(shape: Shape, blocks: str, heads:
     assert _cut(shape, blocks, heads) == [_site(0, 0, shape)]
 
 
-def test_heads_of_a_query_are_runs_of_rows() -> None:
-    found = _cut((8, 6), "head", Heads(2))
-    assert found == [_site(row=2 * head, column=0, shape=(2, 6), head=head) for head in range(4)]
-
-
-def test_heads_of_an_output_projection_are_runs_of_columns() -> None:
-    found = _cut((6, 8), "head", Heads(2, axis=1))
-    assert found == [_site(row=0, column=2 * head, shape=(6, 2), head=head) for head in range(4)]
-
-
-def test_one_head_is_a_head() -> None:
-    assert _cut((4, 4), "head", Heads(4)) == [_site(0, 0, (4, 4), head=0)]
+@pytest.mark.parametrize(
+    "shape, heads, blocks, corners",
+    [
+        ((8, 6), Heads(2), (2, 6), [(0, 0), (2, 0), (4, 0), (6, 0)]),  # of a query: runs of rows
+        ((6, 8), Heads(2, axis=1), (6, 2), [(0, 0), (0, 2), (0, 4), (0, 6)]),  # of an output: runs of columns
+        ((4, 4), Heads(4), (4, 4), [(0, 0)]),  # one head is a head
+    ],
+)
+def test_heads_are_runs_of_features(shape: Shape, heads: Heads, blocks: Shape, corners: list[Shape]) -> None:
+    expected = [_site(row, column, blocks, head=n) for n, (row, column) in enumerate(corners)]
+    assert _cut(shape, "head", heads) == expected
 
 
 @pytest.mark.parametrize(
-    "shape, corners",
-    [
-        ((12, 4), [(0, 0), (4, 0), (8, 0)]),
-        ((4, 12), [(0, 0), (0, 4), (0, 8)]),
-    ],
+    "shape, corners", [((12, 4), [(0, 0), (4, 0), (8, 0)]), ((4, 12), [(0, 0), (0, 4), (0, 8)])]
 )
 def test_a_long_weight_is_cut_into_numbered_squares(shape: Shape, corners: list[Shape]) -> None:
-    found = _cut(shape, "square")
-    assert found == [_site(row, column, (4, 4), piece=str(n)) for n, (row, column) in enumerate(corners)]
+    expected = [_site(row, column, (4, 4), piece=str(n)) for n, (row, column) in enumerate(corners)]
+    assert _cut(shape, "square") == expected
 
 
 def test_the_projections_of_a_fused_weight_are_its_pieces_from_the_first_row_on() -> None:
@@ -73,20 +68,18 @@ def test_a_fused_weight_is_whole_where_nothing_is_shared() -> None:
     assert _cut((16, 6), "none", fused=QKV, split=False) == [_site(0, 0, (16, 6))]
 
 
-def test_heads_of_a_fused_weight_are_counted_within_each_projection() -> None:
-    found = [(block.piece, block.head, block.row) for block in _cut((16, 6), "head", Heads(2), QKV)]
-    queries = [("query", head, 2 * head) for head in range(4)]
-    assert found == [*queries, ("key", 0, 8), ("key", 1, 10), ("value", 0, 12), ("value", 1, 14)]
-
-
-def test_squares_of_a_fused_weight_are_cut_within_each_projection() -> None:
-    found = [(b.piece, b.row, b.column, b.shape) for b in _cut((16, 4), "square", fused=QKV)]
-    assert found == [
-        ("query-0", 0, 0, (4, 4)),
-        ("query-1", 4, 0, (4, 4)),
-        ("key", 8, 0, (4, 4)),
-        ("value", 12, 0, (4, 4)),
-    ]
+@pytest.mark.parametrize(
+    "shape, blocks, expected",
+    [
+        ((16, 6), "head", [*((f"query#{n}", 2 * n) for n in range(4)), ("key#0", 8), ("key#1", 10)]),
+        ((16, 4), "square", [("query-0#None", 0), ("query-1#None", 4), ("key#None", 8), ("value#None", 12)]),
+    ],
+)
+def test_blocks_of_a_fused_weight_are_counted_within_each_projection(
+    shape: Shape, blocks: str, expected: list[tuple[str, int]]
+) -> None:
+    sites = _cut(shape, blocks, Heads(2), QKV)
+    assert [(f"{site.piece}#{site.head}", site.row) for site in sites][: len(expected)] == expected
 
 
 @pytest.mark.parametrize("blocks", ["none", "head", "square"])

@@ -1,14 +1,18 @@
-"""Trained numbers of every row, by formulas written by hand from METHODS and the papers."""
+"""What a plan counts: every row by formulas written by hand from METHODS and the papers, and whole models."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import transformers as tf
+from peft import get_peft_model
 from torch import nn
 
 import lotr
-from lotr import METHODS, LotrConfig
+from conftest import Architecture
+from lotr import METHODS, LotrConfig, PlanError
+from lotr.sharing.blocks import Target
+from lotr.sharing.make_plan import make_plan
 
 # RoBERTa-base with query, key and value, in the papers' letters
 d, L, P, H = 768, 12, 3, 12  # width, layers, projections, heads
@@ -43,8 +47,10 @@ COUNTS = {
     "lorta": (d + dh + L + P + H) * r,
     "metatt_4d": 2 * d * r + (L + P) * r**2,
     "metatt_5d": d * r + dh * r + (L + P + H) * r**2,
-    "cara": (d + dh + S + H) * r,
+    "cara": (d + dh + S + H + 1) * r,
     "lora_xs": S * r**2,
+    "lora_sb": S * r**2,
+    "moslora": S * (2 * d * r + r**2),
 }
 
 TENSLORA = {  # arXiv 2509.19391, all ranks 4
@@ -92,6 +98,30 @@ def test_a_row_trains_as_many_numbers_as_its_formula_says(roberta: nn.Module, ro
     assert count(roberta, row, ["query", "key", "value"], r, core_ranks) == COUNTS[row]
 
 
+def test_with_all_weights_lorta_and_cara_have_the_counts_of_their_papers(roberta: nn.Module) -> None:
+    attention = ["query", "key", "value", "attention.output.dense"]
+    assert count(roberta, "lorta", attention, r) == (d + dh + L + H + 4) * r
+    every = [*attention, "intermediate.dense", r"output.dense"]
+    # λ and four factors of query, key and value; λ and three of (9 L) × d × d
+    assert count(roberta, "cara", every, r) == (1 + 3 * L + d + H + dh) * r + (1 + 9 * L + 2 * d) * r
+
+
+@pytest.mark.parametrize("row", METHODS)
+def test_every_row_exists_on_grouped_queries(row: str) -> None:
+    config = tf.LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=2,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
+    with torch.device("meta"):
+        model = tf.LlamaModel(config)
+    plan = lotr.plan(model, LotrConfig(method=row, r=8))
+    if "projection" in METHODS[row].modes:
+        assert all(group.core.sizes[group.modes.index("projection")] == 2 for group in plan.groups)
+
+
 @pytest.mark.parametrize("construction", TENSLORA)
 def test_the_published_counts_of_tenslora_are_met(roberta: nn.Module, construction: str) -> None:
     row = f"tenslora_{construction}"
@@ -99,27 +129,81 @@ def test_the_published_counts_of_tenslora_are_met(roberta: nn.Module, constructi
     assert count(roberta, "lora", ["query", "key", "value"], 4) == 221_184
 
 
-def test_a_tucker_rank_is_by_default_no_larger_than_its_mode(roberta: nn.Module) -> None:
-    expected = 2 * d * r + P * 3 + L * 4 + r * r * 3 * 4
-    assert count(roberta, "tenslora_qkv_depth", ["query", "key", "value"], r) == expected
+@pytest.mark.parametrize(
+    "model, targets, rank, lora, joint, by_projection",
+    [
+        ("roberta", ["query", "value"], 8, 294_912, 13_824, 26_112),
+        ("roberta", ["query", "value"], 32, 1_179_648, 73_728, 122_880),
+        ("llama_2", ["q_proj", "v_proj"], 16, 8_388_608, 147_456, 278_528),
+        ("llama_2", ["q_proj", "v_proj"], 64, 33_554_432, 786_432, 1_310_720),
+    ],
+)
+def test_counts_are_those_of_the_table(
+    request: pytest.FixtureRequest,
+    model: str,
+    targets: list[str],
+    rank: int,
+    lora: int,
+    joint: int,
+    by_projection: int,
+) -> None:
+    skeleton = request.getfixturevalue(model)
+    plans = [
+        lotr.plan(skeleton, LotrConfig(method=row, r=rank, target_modules=targets))
+        for row in ("lora", "lotr_joint", "lotr")
+    ]
+    assert [plan.n_parameters for plan in plans] == [lora, joint, by_projection]
+    assert plans[1].lora_per_rank * rank == lora
+    assert plans[1].equal_lora_rank == pytest.approx(joint / lora * rank)
+
+
+# ---- single counts
+
+
+def test_core_ranks_are_at_most_the_extent_of_their_mode_unless_asked() -> None:
+    paths = [f"h.{n}.{p}" for n in range(5) for p in "qkv"]
+    targets = [Target(path, (8, 8), (4, 4)) for path in paths]
+    ranks = [
+        make_plan(targets, ("layer", "projection"), core="tucker", core_ranks=asked).groups[0].core.ranks
+        for asked in (None, 2, {"layer": 1})
+    ]
+    assert ranks == [(4, 3), (2, 2), (1, 3)]
 
 
 @pytest.mark.parametrize(
-    "rank, lora, joint, by_projection", [(8, 294_912, 13_824, 26_112), (32, 1_179_648, 73_728, 122_880)]
+    "magnitude, count",
+    [("none", 0), ("per_output", 12), ("per_output_and_input", 22), ("base_and_update", 2)],
 )
-def test_the_table_of_roberta_base(
-    roberta: nn.Module, rank: int, lora: int, joint: int, by_projection: int
-) -> None:
-    found = [count(roberta, row, ["query", "value"], rank) for row in ("lora", "lotr_joint", "lotr")]
-    assert found == [lora, joint, by_projection]
+def test_a_magnitude_adds_numbers_to_every_module(magnitude: str, count: int) -> None:
+    targets = [Target(f"h.{n}.q", (12, 10), (2, 2)) for n in range(3)]
+    plan, bare = make_plan(targets, ("layer",), magnitude=magnitude), make_plan(targets, ("layer",))
+    assert plan.n_parameters - bare.n_parameters == plan.n_magnitudes == 3 * count
 
 
-@pytest.mark.parametrize(
-    "rank, lora, joint, by_projection",
-    [(16, 8_388_608, 147_456, 278_528), (64, 33_554_432, 786_432, 1_310_720)],
-)
-def test_the_table_of_llama_2_7b(
-    llama_2: nn.Module, rank: int, lora: int, joint: int, by_projection: int
-) -> None:
-    found = [count(llama_2, row, ["q_proj", "v_proj"], rank) for row in ("lora", "lotr_joint", "lotr")]
-    assert found == [lora, joint, by_projection]
+def test_with_fixed_factors_only_the_cores_count() -> None:
+    plan = make_plan([Target(f"h.{n}.q", (8, 8), (2, 2)) for n in range(3)], ("layer",), trainable="cores")
+    assert plan.n_parameters == plan.n_cores == 3 * 2 * 2 and plan.n_factors == 2 * 8 * 2
+
+
+def test_a_plan_on_the_meta_device_counts_what_the_real_model_then_has(architecture: Architecture) -> None:
+    config = LotrConfig(r=4, target_modules=architecture.targets)
+    with torch.device("meta"):
+        ghost = architecture.make()
+    real = get_peft_model(architecture.make(), config)
+    trained, _ = real.get_nb_trainable_parameters()
+    assert lotr.plan(ghost, config).n_parameters == trained
+
+
+def test_planning_changes_neither_model_nor_configuration(architecture: Architecture) -> None:
+    model, config = architecture.make(), LotrConfig(r=2, target_modules="all-linear")
+    modules = [type(module) for module in model.modules()]
+    lotr.plan(model, config)
+    assert [type(module) for module in model.modules()] == modules
+    assert config.target_modules == "all-linear"
+
+
+def test_a_plan_without_a_match_says_which_names_are_near() -> None:
+    model = nn.Sequential()
+    model.add_module("query", nn.Linear(4, 4))
+    with pytest.raises(PlanError, match="Near matches: query"):
+        lotr.plan(model, LotrConfig(r=2, target_modules=["querry"]))

@@ -54,7 +54,7 @@ def _factors(model: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("method", ["lotr", "lotr_joint", "metatt_5d", "fact_tk"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_start_changes_the_factors_and_not_the_model(name: str, method: str) -> None:
-    model, batches = _adapted(name, method), _batches(name)
+    model, batches = _adapted(name, method, init="gradient"), _batches(name)
     before, factors, state = model(**batches[0]).logits, _factors(model), torch.get_rng_state()
     lotr.init_from_data(model, batches)
     assert torch.equal(model(**batches[0]).logits, before)
@@ -209,7 +209,8 @@ def test_there_is_at_least_one_round(rounds: Any) -> None:
         ({"magnitude": "base_and_update"}, "magnitude='base_and_update', .*another magnitude"),
         ({"method": "lora"}, "core='identity': .*core='free'"),
         ({"init_weights": False}, "'default' is not zero"),
-        ({"init_weights": False, "method": "metatt_5d"}, "'default' is not zero"),
+        ({"init_weights": False, "method": "metatt_5d", "zero": "core"}, "'default' is not zero"),
+        ({"method": "metatt_5d"}, "has zero='input'.* zero=\"core\""),
     ],
     ids=str,
 )

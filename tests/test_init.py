@@ -6,8 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from lotr.math.init import INITS, gaussian, generator_for, kaiming, orthonormal, weight
-from lotr.math.update import FactoredUpdate
+from lotr.math.init import (
+    CORE_INITS,
+    INITS,
+    gaussian,
+    generator_for,
+    kaiming,
+    orthonormal,
+    weight,
+    weight_values,
+)
 
 
 @pytest.mark.parametrize("n, rank", [(8, 8), (64, 5), (7, 1)])
@@ -16,57 +24,36 @@ def test_orthonormal_columns_are_orthonormal(n: int, rank: int) -> None:
     torch.testing.assert_close(U.T @ U, torch.eye(rank))
 
 
-def test_with_orthonormal_factors_the_update_is_as_large_as_the_core() -> None:
-    C = torch.randn(4, 4)
-    for width in (16, 512):
-        U, V = orthonormal(width, 4, generator_for(0)), orthonormal(width, 4, generator_for(1))
-        torch.testing.assert_close(FactoredUpdate(U, C, V, 0.5).dense().norm(), 0.5 * C.norm())
-
-
-def test_orthonormal_directions_have_no_preferred_sign() -> None:
-    firsts = torch.stack([orthonormal(3, 2, generator_for(seed)) for seed in range(400)])
-    assert firsts.mean(0).abs().max() < 0.1
-
-
 def test_gaussian_numbers_have_mean_zero_and_variance_one() -> None:
     U = gaussian(1000, 20, generator_for(0))
     assert abs(U.mean()) < 0.02 and abs(U.var() - 1) < 0.03
 
 
 @pytest.mark.parametrize("start", INITS)
-def test_a_start_gives_the_asked_shape_and_leaves_the_global_random_state(start: str) -> None:
+def test_a_start_follows_its_generator_and_leaves_the_global_random_state(start: str) -> None:
     before = torch.get_rng_state()
-    factor = INITS[start](9, 4, generator_for(0, "g", "U"))
-    assert factor.shape == (9, 4) and factor.dtype == torch.float32
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("start", INITS)
-def test_the_same_generator_gives_the_same_factor(start: str) -> None:
     first, again, other = (INITS[start](9, 4, generator_for(seed)) for seed in (0, 0, 1))
-    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.shape == (9, 4) and first.dtype == torch.float32
+    assert torch.equal(first, again) and torch.equal(first, other) == (start == "identity")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_generator_depends_on_seed_and_names_and_not_on_order() -> None:
     def draw(seed: int, *names: str) -> list[float]:
         return torch.randn(4, generator=generator_for(seed, *names)).tolist()
 
-    first = draw(0, "default", "query", "U")
-    other = draw(0, "default", "query", "V")
-    assert draw(0, "default", "query", "U") == first
-    assert (
-        len(
-            {
-                tuple(d)
-                for d in (first, other, draw(1, "default", "query", "U"), draw(0, "ab"), draw(0, "a", "b"))
-            }
-        )
-        == 5
-    )
-
-
-def test_negative_and_huge_seeds_are_seeds() -> None:
-    assert not torch.equal(gaussian(3, 2, generator_for(-1)), gaussian(3, 2, generator_for(2**80)))
+    given = [
+        (0, "query", "U"),
+        (0, "query", "V"),
+        (1, "query", "U"),
+        (0, "ab"),
+        (0, "a", "b"),
+        (-1,),
+        (2**80,),
+    ]
+    first = [draw(*names) for names in given]
+    assert [draw(*names) for names in reversed(given)] == first[::-1]
+    assert len(set(map(tuple, first))) == len(given)
 
 
 # ---- LoRA's own start
@@ -104,7 +91,7 @@ def _largest_energy(weights: list[Tensor], rank: int) -> Tensor:
     return torch.linalg.eigvalsh(sum(W @ W.T for W in weights)).flip(0)[:rank].sum()
 
 
-@pytest.mark.parametrize("k, r", [(3, 5), (5, 3), (1, 1)])
+@pytest.mark.parametrize("k, r", [(3, 5), (40, 30), (1, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_weight_start_is_orthonormal_whatever_the_weight(k: int, r: int, dtype: torch.dtype) -> None:
     for W in (_decaying(), torch.zeros(40, 30), torch.ones(40, 30)):
@@ -119,15 +106,9 @@ def test_the_weight_start_of_one_weight_spans_its_singular_vectors(k: int, r: in
     W = _decaying()
     U, V = weight([W], k, r, generator_for(0))
     left, _, right = torch.linalg.svd(W)
+    torch.testing.assert_close((U.T @ W).norm(dim=1), 0.7 ** torch.arange(k), rtol=1e-4, atol=0)
     torch.testing.assert_close(U @ U.T, left[:, :k] @ left[:, :k].T, rtol=0, atol=1e-4)
     torch.testing.assert_close(V @ V.T, right[:r].T @ right[:r], rtol=0, atol=1e-4)
-
-
-def test_the_weight_start_puts_the_strongest_direction_first() -> None:
-    W = _decaying()
-    U, _ = weight([W], 4, 4, generator_for(0))
-    strengths = (U.T @ W).norm(dim=1)
-    torch.testing.assert_close(strengths, 0.7 ** torch.arange(4), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("spectrum, share", [("decaying", 0.9999), ("flat", 0.98)])
@@ -139,22 +120,42 @@ def test_the_weight_start_holds_nearly_all_that_a_shared_basis_can(spectrum: str
     assert share < _energy(across, V) / _largest_energy(across, 6) <= 1 + 1e-5
 
 
-def test_the_weight_start_of_full_rank_is_a_basis() -> None:
-    U, V = weight([torch.randn(6, 5)], 6, 5, generator_for(0))
-    torch.testing.assert_close(U @ U.T, torch.eye(6), rtol=0, atol=1e-5)
-    torch.testing.assert_close(V @ V.T, torch.eye(5), rtol=0, atol=1e-5)
-
-
 def test_the_weight_start_follows_its_generator_and_leaves_the_global_random_state() -> None:
-    weights = [_decaying()]
-    before = torch.get_rng_state()
-    first, again = (weight(weights, 3, 4, generator_for(0, "g")) for _ in range(2))
+    W, before = _decaying().requires_grad_(), torch.get_rng_state()
+    first, again = (weight([W], 3, 4, generator_for(0, "g")) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not first[0].requires_grad and not first[1].requires_grad
 
 
-def test_the_weight_start_takes_no_gradient_and_changes_no_weight() -> None:
-    W = _decaying().requires_grad_()
-    before = W.detach().clone()
-    U, V = weight([W], 3, 4, generator_for(0))
-    assert not U.requires_grad and not V.requires_grad and torch.equal(W, before)
+def test_the_values_of_a_weight_go_to_the_output_side() -> None:
+    W = _decaying().double()
+    U, V = weight_values([W], 3, 3, generator_for(0))
+    left, S, right = torch.linalg.svd(W)
+    torch.testing.assert_close(U @ U.T, left[:, :3] @ S[:3].square().diag() @ left[:, :3].T)
+    torch.testing.assert_close(V @ V.T, right[:3].T @ right[:3])
+
+
+# ---- starts of the rows
+
+
+def test_starts_of_cores_are_those_of_torch() -> None:
+    def bound(name: str, *shape: int) -> float:
+        numbers = CORE_INITS[name](shape, generator_for(0))
+        assert numbers.shape == shape and numbers.dtype == torch.float32
+        return float(numbers.abs().max())
+
+    assert 0.99 / 5 < bound("uniform", 400, 25) <= 1 / 5  # as a linear layer that reads the last extent
+    assert 0.99 * 3**0.5 / 16 < bound("xavier", 16, 16, 16) <= 3**0.5 / 16  # FacT's core of rank 16
+    assert float(CORE_INITS["tiny"]((100, 100), generator_for(0)).std()) == pytest.approx(1e-5, rel=0.05)
+    assert torch.equal(CORE_INITS["identity"]((3, 2, 2), generator_for(0)), torch.eye(2).expand(3, 2, 2))
+
+
+@pytest.mark.parametrize("start", INITS)
+def test_starts_are_the_same_numbers_whatever_torchs_default_type_is(start: str) -> None:
+    single = INITS[start](9, 4, generator_for(0))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(INITS[start](9, 4, generator_for(0)), single)
+    finally:
+        torch.set_default_dtype(torch.float32)

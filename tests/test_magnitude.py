@@ -64,23 +64,15 @@ def test_every_magnitude_that_rescales_has_a_formula_here() -> None:
 
 @every_rule
 @every_layout
-def test_the_adapted_weight_is_the_papers_formula(name: str, layout: str) -> None:
-    W, parts = _weight(), place(layout)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
+def test_the_adapted_weight_is_the_papers_formula(
+    name: str, layout: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    W, parts = _weight(dtype), place(layout, dtype)
     numbers = _trained(name, W)
     adapted = MAGNITUDES[name].gains(numbers, BaseWeight(lambda: W), parts).weight(W, dense(parts))
-    torch.testing.assert_close(
-        adapted, FORMULAS[name](numbers, W, dense(parts), True), rtol=1e-12, atol=1e-13
-    )
-
-
-@every_rule
-def test_in_float32_the_formula_holds_to_1e_5(name: str) -> None:
-    W, parts = _weight(torch.float32), place("both are split", torch.float32)
-    numbers = _trained(name, W)
-    adapted = MAGNITUDES[name].gains(numbers, BaseWeight(lambda: W), parts).weight(W, dense(parts))
-    torch.testing.assert_close(
-        adapted, FORMULAS[name](numbers, W.double(), dense(parts), True), rtol=1e-5, atol=1e-6
-    )
+    expected = FORMULAS[name](numbers, W.double(), dense(parts), True)
+    torch.testing.assert_close(adapted.double(), expected, rtol=tolerance, atol=tolerance / 10)
 
 
 @every_rule
@@ -95,19 +87,6 @@ def test_gradients_are_those_of_the_dense_formula(name: str, constant: bool, lay
         for adapted in (gains.weight(W, dense(parts)), FORMULAS[name](numbers, W, dense(parts), constant))
     ]
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
-
-
-@every_rule
-def test_constant_norms_carry_no_gradient_to_the_factors(name: str) -> None:
-    W, parts = _weight(), place("one part")
-    rule, numbers = MAGNITUDES[name], _trained(name, W)
-
-    def gradients(constant: bool) -> list[Tensor | None]:
-        gains = rule.gains(numbers, BaseWeight(lambda: W), parts, constant=constant)
-        return list(torch.autograd.grad(gains.update.sin().sum(), leaves(parts), allow_unused=True))
-
-    assert gradients(constant=True) == [None, None, None]
-    assert all(gradient is not None and gradient.any() for gradient in gradients(constant=False))
 
 
 @pytest.mark.parametrize("name", MAGNITUDES)
@@ -133,37 +112,24 @@ def test_without_a_magnitude_the_adapted_weight_is_the_sum() -> None:
 # ---- the start
 
 
-def _at_start(name: str, layout: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Gains]:
-    """Return weight, update and gains of an adapter that has not trained."""
-    W, rule = _weight(dtype), MAGNITUDES[name]
-    factors = dtype if dtype == torch.float64 else torch.float32
-    parts, base = place(layout, factors, zero=not rule.divides_by_update), BaseWeight(lambda: W)
-    return W.to(factors), dense(parts, factors), rule.gains(rule.init(base), base, parts)
-
-
 @every_rule
 @pytest.mark.parametrize("layout", ["one part", "both are split", "rows are left out"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_at_the_start_the_weight_is_the_base_bit_for_bit(name: str, layout: str, dtype: torch.dtype) -> None:
-    W, dW, gains = _at_start(name, layout, dtype)
-    assert gains.base.eq(1).all() and (gains.input is None or gains.input.eq(1).all())
-    assert gains.update.eq(0 if MAGNITUDES[name].divides_by_update else 1).all()
-    assert torch.equal(gains.weight(W, dW), W)
-
-
-@every_rule
-def test_at_the_start_the_output_is_the_base_bit_for_bit(name: str) -> None:
-    W, dW, gains = _at_start(name, "both are split", torch.float32)
-    x, bias = torch.randn(5, IN), torch.randn(OUT)
-    base = torch.nn.functional.linear(x, W, bias)
-    assert torch.equal(gains.output(base, bias, x @ dW.T), base)
-
-
-@every_rule
-def test_the_numbers_of_the_start_have_the_shapes_that_are_counted(name: str) -> None:
-    rule, W = MAGNITUDES[name], _weight()
-    started = rule.init(BaseWeight(lambda: W))
+def test_at_the_start_weight_and_output_are_the_base_bit_for_bit(
+    name: str, layout: str, dtype: torch.dtype
+) -> None:
+    W, rule = _weight(dtype), MAGNITUDES[name]
+    wide = dtype if dtype == torch.float64 else torch.float32
+    parts, base = place(layout, wide, zero=not rule.divides_by_update), BaseWeight(lambda: W)
+    started = rule.init(base)
     assert {key: tuple(number.shape) for key, number in started.items()} == rule.shapes(OUT, IN)
+    gains, dW, bias = rule.gains(started, base, parts), dense(parts, wide), torch.randn(OUT).to(wide)
+    assert gains.base.eq(1).all() and (gains.input is None or gains.input.eq(1).all())
+    assert gains.update.eq(0 if rule.divides_by_update else 1).all()
+    assert torch.equal(gains.weight(W.to(wide), dW), W.to(wide))
+    x = torch.randn(5, IN, dtype=wide)
+    y = torch.nn.functional.linear(x, W.to(wide), bias)
+    assert torch.equal(gains.output(y, bias, x @ dW.T), y)
 
 
 def test_the_norms_of_the_start_are_those_of_the_weight() -> None:
@@ -179,19 +145,6 @@ def test_the_norms_of_the_start_are_those_of_the_weight() -> None:
 
 
 # ---- where a norm is zero
-
-
-@pytest.mark.parametrize("constant", [True, False])
-@pytest.mark.parametrize("zero", [False, True], ids=["at step 0", "with an update of zero"])
-def test_base_and_update_has_finite_gradients(constant: bool, zero: bool) -> None:
-    W, rule = _weight(torch.float32), MAGNITUDES["base_and_update"]
-    base, parts = BaseWeight(lambda: W), place("one part", torch.float32, zero=zero)
-    numbers = {name: number.requires_grad_() for name, number in rule.init(base).items()}
-    adapted = rule.gains(numbers, base, parts, constant=constant).weight(W, dense(parts, torch.float32))
-    (adapted * _weight(torch.float32)).sum().backward()
-    gradients = [tensor.grad for tensor in (*numbers.values(), *leaves(parts))]
-    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
-    assert numbers["alpha"].grad.any() and numbers["beta"].grad.any() == (not zero)
 
 
 @every_rule

@@ -24,7 +24,9 @@ SHARING = ["lora", "lotr", "lotr_joint", "tenslora_qkv_depth", "lorta", "metatt_
 
 
 def config(row: str = "lotr", magnitude: str = "per_output", seed: int = 0, **kwargs: Any) -> LotrConfig:
-    defaults = {"r": 4, "scaling": 1.5, "target_modules": ["query", "value", "dense"]}
+    scaling = 1.0 if MAGNITUDES[magnitude].divides_by_update else 1.5  # which would cancel it
+    zero = "core" if row == "lora_xs" else None  # which starts at random cores
+    defaults = {"r": 4, "scaling": scaling, "zero": zero, "target_modules": ["query", "value", "dense"]}
     return LotrConfig(method=row, magnitude=magnitude, seed=seed, **(defaults | kwargs))
 
 

@@ -3,9 +3,10 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 from lotr import ConfigError, Plan, PlanError
-from lotr.sharing.blocks import Heads, Site, Target
+from lotr.sharing.blocks import Heads, Target
 from lotr.sharing.make_plan import MODES, check_modes, make_plan
 from lotr.sharing.plan import Group
 
@@ -16,11 +17,6 @@ def _plan(paths: list[str], modes: tuple[str, ...] = LAYER, **kwargs: object) ->
     return make_plan([Target(path, (8, 8), (2, 2)) for path in paths], modes, **kwargs)
 
 
-def _sharing(plan: Plan) -> set[frozenset[Site]]:
-    """Return which sites share factors, whatever the groups are called."""
-    return {frozenset(group.sites) for group in plan.groups}
-
-
 def _at(group: Group) -> dict[tuple[str, int | None], tuple[int, ...]]:
     """Return the index of every site by its module's last name and its head."""
     return {(site.module.rpartition(".")[2], site.head): group.index[site] for site in group.sites}
@@ -29,28 +25,39 @@ def _at(group: Group) -> dict[tuple[str, int | None], tuple[int, ...]]:
 # ---- groups
 
 
-def test_layers_share_factors_and_projections_do_not() -> None:
-    plan = _plan([f"h.{n}.{p}" for n in range(3) for p in "qv"])
-    assert [(group.projections, len(group.sites)) for group in plan.groups] == [(("q",), 3), (("v",), 3)]
-
-
-def test_with_both_modes_all_sites_share_factors() -> None:
-    (group,) = _plan([f"h.{n}.{p}" for n in range(3) for p in "qv"], BOTH).groups
-    assert group.projections == ("q", "v") and group.core.sizes == (3, 2)
-    assert {site.module: index for site, index in group.index.items()}["h.2.v"] == (2, 1)
+@pytest.mark.parametrize(
+    "modes, sharing",
+    [
+        ((), [((p,), (), 1) for _ in range(3) for p in "qv"]),
+        (LAYER, [(("q",), (3,), 3), (("v",), (3,), 3)]),
+        (("projection",), [(("q", "v"), (2,), 2)] * 3),
+        (BOTH, [(("q", "v"), (3, 2), 6)]),
+        (("site",), [(("q", "v"), (6,), 6)]),
+    ],
+    ids=str,
+)
+def test_sites_share_along_the_modes(modes: tuple[str, ...], sharing: list[object]) -> None:
+    groups = _plan([f"h.{n}.{p}" for n in range(3) for p in "qv"], modes).groups
+    assert [(group.projections, group.core.sizes, len(group.sites)) for group in groups] == sharing
+    assert len(dict.fromkeys(groups, 1)) == len(groups), "a group can be a key"
+    *_, (site, index) = groups[-1].index.items()
+    assert site.module == "h.2.v"
+    assert index == {(): (), LAYER: (2,), ("projection",): (1,), BOTH: (2, 1), ("site",): (5,)}[modes]
 
 
 @pytest.mark.parametrize("modes", [(), *([mode] for mode in MODES), BOTH, ALL, ("site", "head")], ids=str)
-def test_the_order_of_modes_does_not_matter(modes: tuple[str, ...]) -> None:
+def test_the_order_of_modes_is_that_of_the_core_and_changes_no_sharing(modes: tuple[str, ...]) -> None:
     targets = [Target(f"h.{n}.{p}", (8, 8), (2, 2), heads=Heads(2)) for n in range(2) for p in "qkv"]
-    plans = [make_plan(targets, order, blocks="head") for order in itertools.permutations(modes)]
-    assert all(plan == plans[0] for plan in plans)
-
-
-def test_the_projection_as_a_mode_means_nothing_for_one_projection() -> None:
-    paths = [f"h.{n}.q" for n in range(3)]
-    alone, joint = _plan(paths, LAYER), _plan(paths, BOTH)
-    assert _sharing(alone) == _sharing(joint) and alone.n_parameters == joint.n_parameters
+    for order in itertools.permutations(modes):
+        plan, same = make_plan(targets, order, blocks="head"), make_plan(targets, modes, blocks="head")
+        assert [group.sites for group in plan.groups] == [group.sites for group in same.groups]
+        assert all(group.modes == order for group in plan.groups)
+        for group, other in zip(plan.groups, same.groups, strict=True):
+            places = [order.index(mode) for mode in modes]
+            assert all(
+                tuple(index[at] for at in places) == other.index[site] for site, index in group.index.items()
+            )
+    assert check_modes(set(modes)) == tuple(mode for mode in MODES if mode in modes)
 
 
 def test_along_sites_everything_of_one_shape_is_in_one_mode() -> None:
@@ -67,10 +74,6 @@ def test_squares_of_all_weights_are_sites_of_one_group() -> None:
     assert group.shape == (8, 8) and group.core.sizes == (2 * (1 + 4),)
 
 
-def test_without_modes_every_site_is_alone() -> None:
-    assert len(_plan([f"h.{n}.{p}" for n in range(3) for p in "qv"], ()).groups) == 6
-
-
 def test_sites_of_unequal_shape_fall_into_separate_groups() -> None:
     plan = make_plan([Target(f"h.{n}.fc", (8 + n // 2, 8), (2, 2)) for n in range(4)], LAYER)
     assert [(group.name, len(group.sites)) for group in plan.groups] == [("fc_8x8", 2), ("fc_9x8", 2)]
@@ -80,11 +83,6 @@ def test_group_names_are_unique_without_dots_and_without_the_prefix() -> None:
     names = [group.name for group in _plan(["a.b-c.q", "a-b.c.q", "h.lotr_x.q"], ()).groups]
     assert len(set(names)) == 3
     assert all("." not in name and "lotr_" not in name and name.endswith("_8x8") for name in names)
-
-
-def test_a_group_can_be_a_key_of_a_dictionary() -> None:
-    (group,) = _plan(["h.0.q", "h.1.q"]).groups
-    assert {group: 1}[group] == 1
 
 
 # ---- heads
@@ -137,6 +135,57 @@ def test_a_fused_weight_shares_as_its_projections_would() -> None:
     assert [group.shape for group in whole.groups] == [group.shape for group in apart.groups]
     assert [group.projections for group in whole.groups] == [("qkv.q",), ("qkv.k",), ("qkv.v",)]
     assert whole.n_parameters == apart.n_parameters
+
+
+# ---- unequal blocks
+
+
+def _unequal(unequal: str, **shapes: tuple[int, int]) -> list[tuple[tuple[int, int], tuple[str, ...]]]:
+    targets = [
+        Target(f"h.{n}.{p}", shape, (2, 2), attention=p in "qkv")
+        for n in (0, 1)
+        for p, shape in shapes.items()
+    ]
+    return [(group.shape, group.projections) for group in make_plan(targets, BOTH, unequal=unequal).groups]
+
+
+def test_grouped_queries_share_with_the_query_and_with_what_is_as_large() -> None:
+    shapes = {"q": (8, 8), "k": (4, 8), "v": (4, 8), "o": (8, 8), "up": (16, 8), "down": (8, 16)}
+    apart = [((16, 8), ("up",)), ((8, 16), ("down",))]
+    assert _unequal("grouped_query", **shapes) == [((8, 8), ("q", "k", "v", "o")), *apart]
+    assert _unequal("separate", **shapes) == [((8, 8), ("q", "o")), ((4, 8), ("k", "v")), *apart]
+    assert _unequal("slice", **shapes) == [((16, 16), tuple(shapes))]
+    with pytest.raises(PlanError, match=r'"q\|k\|v\|o\|up\|down" cannot share .*unequal="slice"'):
+        _unequal("error", **shapes)
+
+
+@pytest.mark.parametrize("shape", [(8, 6), (4, 6), (8, 3), (4, 3)], ids=str)
+def test_a_narrower_site_uses_the_first_rows_times_the_root_of_the_share(shape: tuple[int, int]) -> None:
+    targets = [Target("h.0.q", (8, 6), (2, 2)), Target("h.0.k", shape, (2, 2))]
+    plan = make_plan(targets, BOTH, unequal="slice")
+    U, C, V = torch.randn(8, 2), torch.randn(2, 2), torch.randn(6, 2)
+    (part,) = plan.parts["h.0.k"]
+    gain = (8 / shape[0] * 6 / shape[1]) ** 0.5
+    expected = 0.5 * gain * U[: shape[0]] @ C @ V[: shape[1]].T
+    torch.testing.assert_close(part.factored(U, C, V, 0.5).dense(), expected)
+    assert torch.equal(part.cores(part.lay(C[None])), C[None])
+
+
+def test_squares_and_heads_are_two_tensors_and_tall_weights_are_transposed() -> None:
+    shapes = {"q": (8, 8), "o": (8, 8), "up": (32, 8), "down": (8, 32)}
+    heads = {"q": Heads(2), "o": Heads(2, axis=1)}
+    targets = [Target(f"h.{n}.{p}", s, (2, 2), heads=heads.get(p)) for n in (0, 1) for p, s in shapes.items()]
+    by_head, squares = make_plan(targets, ("site", "head"), core="cp", blocks="head_or_square").groups
+    assert (by_head.shape, by_head.core.sizes) == ((2, 8), (2, 4))
+    assert (squares.shape, squares.core.sizes, squares.modes) == ((8, 8), (2 * (1 + 4 + 4),), ("site",))
+    assert {site.projection.partition(".")[0] for site in squares.sites if site.transposed} == {"o", "up"}
+
+
+def test_an_output_projection_cut_by_rows_shares_with_the_query() -> None:
+    shapes = {"q": Heads(2), "o": Heads(2, axis=1)}
+    targets = [Target(f"h.0.{p}", (8, 8), (2, 2), heads=heads) for p, heads in shapes.items()]
+    (group,) = make_plan(targets, ALL, core="cp", blocks="head_rows").groups
+    assert group.shape == (2, 8) and group.core.sizes == (1, 2, 4)
 
 
 # ---- refusals

@@ -71,14 +71,6 @@ def test_norms_of_half_precision_are_computed_in_float32(name: str, half: torch.
     )
 
 
-@every_energy
-def test_a_weight_in_double_takes_factors_in_single(name: str) -> None:
-    W, parts = _weight(), place("both are split", torch.float32)
-    energy = ENERGIES[name][0](BaseWeight(lambda: W), parts)
-    expected = ENERGIES[name][1](W, dense(parts))
-    torch.testing.assert_close(energy.sqrt().double(), expected.sqrt(), rtol=1e-5, atol=0)
-
-
 def test_without_an_update_the_norms_are_those_of_the_weight() -> None:
     W = _weight()
     base, one = BaseWeight(lambda: W), torch.ones(OUT, dtype=torch.float64)

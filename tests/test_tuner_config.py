@@ -174,13 +174,19 @@ def test_a_pair_of_ranks_is_output_then_input() -> None:
     assert group.lotr_V["default"].weight.shape == (5, 32)
 
 
-def test_queries_and_values_of_unequal_width_cannot_share_one_pair() -> None:
-    model = llama()
-    with pytest.raises(
-        PlanError, match=r'"q_proj\|v_proj" cannot share factors: .*\(32, 32\) and \(16, 32\)'
-    ):
-        make(model, method="lotr_joint", target_modules=["q_proj", "v_proj"])
-    assert not [m for m in model.modules() if isinstance(m, LotrLayer)]
+def test_grouped_queries_share_one_pair_unless_the_configuration_says_otherwise() -> None:
+    def groups(**fields: Any) -> list[tuple[int, int]]:
+        config = LotrConfig(method="lotr_joint", target_modules=["q_proj", "v_proj"], **fields)
+        return [group.shape for group in plan(llama(), config).groups]
+
+    assert groups() == groups(unequal="slice") == [(32, 32)]
+    for unequal in ("separate", "error"):
+        model = llama()
+        with pytest.raises(
+            PlanError, match=r'"q_proj\|v_proj" cannot share factors: .*\(32, 32\) and \(16, 32\)'
+        ):
+            make(model, method="lotr_joint", target_modules=["q_proj", "v_proj"], unequal=unequal)
+        assert not [m for m in model.modules() if isinstance(m, LotrLayer)]
 
 
 @pytest.mark.parametrize(

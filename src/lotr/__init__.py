@@ -37,6 +37,7 @@ from .tuner.targets import plan  # noqa: E402
 from .tuner.truncate import truncate  # noqa: E402
 
 if TYPE_CHECKING:
+    from .compression.run import compress
     from .training.predict import evaluate, predict
     from .training.run import train
     from .training.settings import TrainSettings
@@ -46,18 +47,19 @@ register()
 
 #: Names whose modules import transformers' Trainer, and are imported when they are first used.
 _LATER = {
-    "TrainSettings": "settings",
-    "evaluate": "predict",
-    "merge": "trained",
-    "predict": "predict",
-    "train": "run",
+    "TrainSettings": "training.settings",
+    "compress": "compression.run",
+    "evaluate": "training.predict",
+    "merge": "training.trained",
+    "predict": "training.predict",
+    "train": "training.run",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".training.{_LATER[name]}", __name__), name)
+    return getattr(import_module(f".{_LATER[name]}", __name__), name)
 
 
 __version__ = "0.1.0"
@@ -79,6 +81,7 @@ __all__ = [
     "TrainingError",
     "UnknownTaskError",
     "__version__",
+    "compress",
     "evaluate",
     "export",
     "init_from_data",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import ConfigError, near
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row: where the method comes from and the fields of the configuration that it sets.
+    """One row: where the method comes from and the fields of the configuration that it sets, as it was published.
 
     Args:
         name: Name of the row, as in `LotrConfig(method=...)`.
@@ -18,12 +19,16 @@ class Method:
         year: Year of the paper.
         url: Where to read it.
         purpose: One sentence on what it is for.
-        modes: Coordinates along which sites share factors.
+        modes: Coordinates along which sites share factors; of a tensor train from the output to the input.
         core: Structure of the core.
         blocks: How weights are cut into sites.
         magnitude: Rule on the whole module.
         init: How the factors start.
+        core_init: How the numbers of the cores start; default: as the structure says.
+        zero: What starts at zero, so that the update does: `"core"`, `"output"`, `"input"`, or `"none"`.
+        alpha: Numerator of the scaling rule `σ = alpha / r`; default: `σ = 1`, which is `alpha = r`.
         trainable: What trains: `"all"`, or `"cores"` alone.
+        differs: One sentence on where the row differs from what was published, and how to have that.
     """
 
     name: str
@@ -36,7 +41,11 @@ class Method:
     blocks: str = "none"
     magnitude: str = "none"
     init: str = "orthonormal"
+    core_init: str | None = None
+    zero: str = "core"
+    alpha: float | None = None
     trainable: str = "all"
+    differs: str = ""
 
 
 def _arxiv(title: str, year: int, number: str) -> tuple[str, int, str]:
@@ -62,6 +71,18 @@ _CARA = (
 _LORA_XS = _arxiv(
     "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters", 2024, "2405.17604"
 )
+_LORA_SB = _arxiv(
+    "Initialization using Update Approximation is a Silver Bullet for Extremely Efficient Low-Rank Fine-Tuning",
+    2024,
+    "2411.19557",
+)
+_MOSLORA = _arxiv("Mixture-of-Subspaces in Low-Rank Adaptation", 2024, "2406.11909")
+#: LoRA's own structure and start, of which some papers change one thing.
+_LORA_START: dict[str, Any] = {"modes": (), "core": "identity", "init": "kaiming", "zero": "output"}
+_OUR_START = (
+    "Published with Gaussian factors and a scaling of alpha / r, whose update grows with the width: init=gaussian and "
+    "alpha. Here the columns are orthonormal and the scaling is 1."
+)
 
 
 def _tenslora() -> Iterable[Method]:
@@ -73,7 +94,14 @@ def _tenslora() -> Iterable[Method]:
         shared = f"{', '.join(along[:-1])} and {along[-1]}" if along[1:] else along[0]
         others = [part for part in ("layer", "projection") if part not in along]
         each = f" for each {' and '.join(others)}" if others else ""
+        differs = {
+            "head": "The authors' code interleaves rows, so its heads are not the model's; once the axes are "
+            "exchanged the two are equal.",
+            "projection": "Where grouped queries make projections unequal, the authors repeat heads and average; here "
+            "narrower ones use the first rows.",
+        }
         for core, suffix in (("tucker", ""), ("cp", "_cp")):
+            cp: dict[str, Any] = {"init": "uniform", "core_init": "uniform", "zero": "input"}
             yield Method(
                 f"tenslora_{name}{suffix}",
                 *_TENSLORA,
@@ -81,44 +109,41 @@ def _tenslora() -> Iterable[Method]:
                 modes=modes,
                 core=core,
                 blocks="head" if "head" in modes else "none",
+                differs=next((differs[mode] for mode in ("head", "projection") if mode in along), ""),
+                **(cp if core == "cp" else {}),
             )
 
 
 _ROWS = (
     Method(
-        "lotr", *_LOTR, "The default: layers share factors, one pair for each projection.", modes=("layer",)
+        "lotr",
+        *_LOTR,
+        "The default: layers share factors, one pair for each projection, as the paper's text has it.",
+        modes=("layer",),
+        differs=_OUR_START,
     ),
     Method(
         "lotr_joint",
         *_LOTR,
-        "The smallest LoTR: all projections of equal shape share one pair, as the authors' code does.",
+        "The smallest LoTR: all layers and projections share one pair, as in the authors' code and all their scores.",
         modes=("layer", "projection"),
+        differs=_OUR_START,
     ),
-    Method(
-        "lora",
-        *_LORA,
-        "The common reference: every module has two factors of its own.",
-        modes=(),
-        core="identity",
-        init="kaiming",
-    ),
+    Method("lora", *_LORA, "The common reference: every module has two factors of its own.", **_LORA_START),
     Method(
         "dora",
         *_DORA,
         "LoRA, and a trained norm for every output feature.",
-        modes=(),
-        core="identity",
         magnitude="per_output",
-        init="kaiming",
+        **_LORA_START,
     ),
     Method(
         "bora",
         *_BORA,
         "LoRA, and trained norms for every output and every input feature.",
-        modes=(),
-        core="identity",
         magnitude="per_output_and_input",
-        init="kaiming",
+        differs="The authors published no code: start, floors and constant norms are our reading.",
+        **_LORA_START,
     ),
     Method(
         "map",
@@ -127,6 +152,18 @@ _ROWS = (
         modes=(),
         core="identity",
         magnitude="base_and_update",
+        zero="output",
+        differs="The authors published no code: the size of the update starts at zero and both factors orthonormal, "
+        "which is our reading.",
+    ),
+    Method(
+        "moslora",
+        *_MOSLORA,
+        "LoRA with a trained matrix between its two factors, which mixes their subspaces.",
+        modes=(),
+        init="kaiming",
+        core_init="uniform",
+        zero="output",
     ),
     *_tenslora(),
     Method(
@@ -135,6 +172,10 @@ _ROWS = (
         "All weights cut into squares share one pair; a matrix each in between.",
         modes=("site",),
         blocks="square",
+        init="kaiming",
+        core_init="uniform",
+        zero="output",
+        differs="The scale, which the authors search for each task, is 1.",
     ),
     Method(
         "fact_tk",
@@ -143,6 +184,11 @@ _ROWS = (
         modes=("site",),
         core="tucker",
         blocks="square",
+        init="kaiming",
+        core_init="xavier",
+        zero="output",
+        differs="The authors' code interleaves rank and square of the feed-forward weights and transposes the second; "
+        "here every square has a core of its own.",
     ),
     Method(
         "lorta",
@@ -150,38 +196,64 @@ _ROWS = (
         "One CP tensor over all layers, projections and heads: the fewest numbers a rank.",
         modes=("layer", "projection", "head"),
         core="cp",
-        blocks="head",
+        blocks="head_rows",
+        init="uniform",
+        core_init="uniform",
+        zero="output",
+        alpha=8,
     ),
     Method(
         "metatt_4d",
         *_METATT,
         "One tensor train over layers and projections.",
-        modes=("layer", "projection"),
+        modes=("projection", "layer"),
         core="tt",
+        init="identity",
+        core_init="identity",
+        zero="input",
     ),
     Method(
         "metatt_5d",
         *_METATT,
         "One tensor train over layers, projections and heads.",
-        modes=("layer", "projection", "head"),
+        modes=("head", "projection", "layer"),
         core="tt",
         blocks="head",
+        init="identity",
+        core_init="identity",
+        zero="input",
     ),
     Method(
         "cara",
         *_CARA,
-        "One CP tensor over modules and heads.",
+        "Two CP tensors: query, key and value by heads, and the squares of all other weights.",
         modes=("site", "head"),
-        core="cp",
-        blocks="head",
+        core="scaled_cp",
+        blocks="head_or_square",
+        zero="input",
+        differs="The authors add three trained bias vectors that all layers share; bias=lotr_only trains those of each "
+        "module instead.",
     ),
     Method(
         "lora_xs",
         *_LORA_XS,
         "Only a core a module trains, between fixed singular directions of its own weight.",
         modes=(),
-        init="weight",
+        init="weight_values",
+        core_init="tiny",
+        zero="none",
+        alpha=16,
         trainable="cores",
+        differs="Step 0 is not exactly the base model: the cores start random with a deviation of 1e-5, as published.",
+    ),
+    Method(
+        "lora_sb",
+        *_LORA_SB,
+        "Only a core a module trains, between the directions of the first step that full fine-tuning would take.",
+        modes=(),
+        init="first_step",
+        trainable="cores",
+        differs="lotr.init_from_data(model, batches) takes that step, as published; then step 0 is not the base model.",
     ),
 )
 

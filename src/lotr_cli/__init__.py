@@ -15,6 +15,6 @@ if "lotr" not in sys.modules:
     spec = find_spec("lotr")
     assert spec is not None
     sys.modules["lotr"] = module_from_spec(spec)
-    for name in ("errors", "methods", "training.settings", "training.tasks.settings"):
+    for name in ("errors", "methods", "training.settings", "training.tasks.settings", "serving.settings"):
         import_module(f"lotr.{name}")
     del sys.modules["lotr"]

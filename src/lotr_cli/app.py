@@ -10,11 +10,13 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
+from lotr.serving.settings import ServeSettings
 from lotr.training.settings import TrainSettings, read_options
 
-from . import bank, console, reports
+from . import bank, compress, console, reports
 from .command import command
 from .console import Report
+from .serve import serve
 
 app = typer.Typer(
     name="lotr",
@@ -25,6 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bank.app)
+command(app, "compress", "Starting")(compress.compress)
 
 Adapter = Annotated[str, Argument(help="Adapter folder or hub id.", show_default=False)]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an output that exists.")]
@@ -199,6 +202,9 @@ def export(
 def methods() -> Report:
     """List the methods of the table, with their papers."""
     return reports.methods()
+
+
+command(app, "serve", "Loading", settings=ServeSettings)(serve)
 
 
 def main() -> None:

@@ -134,3 +134,14 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(console=err, transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, of: bar.update(task, completed=done, total=of)
+
+
+@contextmanager
+def phases() -> Iterator[Callable[[str, int, int], None]]:
+    """Give a function that moves a bar whose name changes: what is done, how much of it, and how much there is."""
+    from rich.progress import Progress
+
+    calm()
+    with Progress(console=err, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, of: bar.update(task, description=what, completed=done, total=of)

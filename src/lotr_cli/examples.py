@@ -24,6 +24,10 @@ EXAMPLES = {
         "lotr predict runs/bank --data tickets.csv --output answers.csv --task tickets",
         "lotr predict runs/bank --data mixed.csv --output mixed-answers.csv --task-column queue",
     ),
+    "serve": (
+        "lotr serve runs/bank",
+        "lotr serve runs/bank --port 9000 --max-batch 64 --token secret --admin-token more-secret",
+    ),
     "plan": (
         "lotr plan minilm",
         "lotr plan minilm --rank 32 --target-modules all-linear --method lotr_joint",
@@ -34,6 +38,13 @@ EXAMPLES = {
     "inspect": ("lotr inspect runs/first", "lotr inspect runs/first --json"),
     "merge": ("lotr merge runs/first --output plain-model",),
     "export": ("lotr export runs/first --output plain-lora",),
+    "compress": (
+        "lotr compress plain-lora runs/first --output runs/compressed --rank 16",
+        "lotr compress 'runs/*' --output runs/small --max-error 0.2 --json",
+        "lotr compress adapters.txt --base minilm --output runs/from-list --max-bytes 20MB --modes task,layer",
+        "lotr compress runs/compressed --add runs/second runs/turned",
+        "lotr compress runs/first --output runs/first-rank-8 --rank 8",
+    ),
     "methods": ("lotr methods", "lotr methods --json"),
     "bank create": (
         "lotr bank create runs/bank --basis runs/first",

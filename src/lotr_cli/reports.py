@@ -93,9 +93,11 @@ def methods() -> Report:
         along = f"Shared along {', '.join(row.modes)}" if row.modes else "Nothing shared"
         cuts = "" if row.blocks == "none" else f", cut by {row.blocks}"
         scale = "" if row.magnitude == "none" else f", magnitude {row.magnitude}"
-        scale += f", starts at {row.init}" if row.init != "orthonormal" else ""
+        scale += f", starts {row.init}" if row.init != "orthonormal" else ""
+        scale += f", σ = {row.alpha:g} / r" if row.alpha else ""
         scale += ", trains cores" if row.trainable == "cores" else ""
-        about = f"{row.purpose}\n{along}, {row.core} core{cuts}{scale}. {row.year}, {row.url}"
+        differs = f"\n{row.differs}" if row.differs else ""
+        about = f"{row.purpose}\n{along}, {row.core} core{cuts}{scale}. {row.year}, {row.url}{differs}"
         rows.append((row.name, about))
     content = {name: asdict(row) for name, row in METHODS.items()}
     return Report(content, [table("", ("method", "what it is"), rows)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..math.update import FactoredUpdate, one_by_one, side_by_side
+from ..files.adapter_folder import read_adapter
+from ..files.peft_lora import LoraFolder, read_lora
+from ..math.update import FactoredUpdate, one_by_one
+from ..sharing.blocks import Target
 from ..sharing.keys import core_key, file_shapes, group_keys
-from ..sharing.plan import Part
+from ..sharing.paths import coordinates
+from ..sharing.plan import Part, Plan
 from ..tuner.config import LotrConfig
 from ..tuner.saved_adapter import SavedAdapter, read_saved
 
@@ -73,18 +77,15 @@ def updates(saved: SavedAdapter, tensors: dict[str, Tensor]) -> Iterator[tuple[P
         for part in saved.plan.parts[target.path]:
             numbers = {name: tensors[key] for name, key in group_keys(part.group).items()}
             core, U = part.group.core, numbers["U"]
-            if core.by_site:
-                C = tensors[core_key(part)]
-            else:
-                C = side_by_side(core.block(numbers, part.region), part.grid).to(U.dtype)
-            yield part, FactoredUpdate(U, C, numbers["V"].T, saved.config.scaling, part.grid)
+            C = tensors[core_key(part)] if core.by_site else part.lay(core.block(numbers, part.region))
+            yield part, part.factored(U, C.to(U.dtype), numbers["V"].T, saved.config.scaling)
 
 
 def inspect(adapter: str | Path) -> Inspection:
     """Take a saved adapter apart.
 
     Args:
-        adapter: Folder or hub id of a LoTR adapter.
+        adapter: Folder or hub id of a LoTR adapter, or of a PEFT LoRA, of which every module is a group of its own.
 
     Returns:
         Groups, and norm and effective rank of every site's update.
@@ -92,7 +93,10 @@ def inspect(adapter: str | Path) -> Inspection:
     Raises:
         CheckpointError: The adapter is of another method, adapts no module, or is damaged.
     """
-    saved = read_saved(adapter)
+    folder = read_adapter(adapter)
+    if folder.config["peft_type"] == "LORA":
+        return _inspect_lora(read_lora(folder))
+    saved = read_saved(folder)
     plan = saved.plan
     if not plan.targets:
         raise CheckpointError(f"{saved.path} adapts no module: it holds a trained head alone.")
@@ -107,7 +111,32 @@ def inspect(adapter: str | Path) -> Inspection:
             sites.append(
                 SiteReport(site.module, part.group.name, site.layer, site.projection, site.head, norm, rank)
             )
-    groups = [
+    head = sum(tensors[key].numel() for key in tensors.keys() - file_shapes(plan).keys())
+    basis = plan.n_factors if saved.config.refers_to_basis else 0
+    numbers = plan.n_factors + plan.n_cores + plan.n_magnitudes - basis
+    return Inspection(saved.config, _groups(plan), sites, numbers, basis, head, saved.folder.size)
+
+
+def _inspect_lora(lora: LoraFolder) -> Inspection:
+    sites, ranks = [], {}
+    places = coordinates(list(lora.shapes))
+    with lora.reader() as read:
+        for module, (layer, projection) in places.items():
+            A, B = read(module)
+            small = torch.linalg.qr(B.double()).R @ torch.linalg.qr(A.T.double()).R.T
+            norm, ranks[module] = float(torch.linalg.norm(small)), len(A)
+            sites.append(SiteReport(module, module, layer, projection, None, norm, effective_rank(small)))
+    targets = [Target(path, shape, (ranks[path],) * 2) for path, shape in lora.shapes.items()]
+    config = LotrConfig(method="lora", r=max(ranks.values()), target_modules=sorted(ranks))
+    config.targets = [target.to_dict() for target in targets]
+    plan = config.plan_for(targets)
+    head = sum(tensor.numel() for tensor in lora.head().values())
+    sites = [replace(site, group=plan.parts[site.module][0].group.name) for site in sites]
+    return Inspection(config, _groups(plan), sites, plan.n_parameters, 0, head, lora.folder.size)
+
+
+def _groups(plan: Plan) -> list[dict[str, Any]]:
+    return [
         {
             "group": group.name,
             "sites": len(group.sites),
@@ -118,10 +147,6 @@ def inspect(adapter: str | Path) -> Inspection:
         }
         for group in plan.groups
     ]
-    head = sum(tensors[key].numel() for key in tensors.keys() - file_shapes(plan).keys())
-    basis = plan.n_factors if saved.config.refers_to_basis else 0
-    numbers = plan.n_factors + plan.n_cores + plan.n_magnitudes - basis
-    return Inspection(saved.config, groups, sites, numbers, basis, head, saved.folder.size)
 
 
 def effective_rank(matrix: Tensor) -> float:  # (k, r)

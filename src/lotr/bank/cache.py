@@ -6,7 +6,8 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -25,10 +26,16 @@ class LoadedTask:
     Args:
         numbers: Of its cores, `(size,)`, where and in the type that the model needs them.
         head: Its own head, where it has one.
+        kind: `"classification"`, `"regression"` or `"causal-lm"`, where somebody said.
+        labels: Names of its classes.
+        metadata: What its training recorded.
     """
 
     numbers: Tensor
     head: Head | None = None
+    kind: str | None = None
+    labels: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -54,6 +61,7 @@ class TaskCache:
 
     Attributes:
         capacity: Usual tasks that there is room for.
+        hits, misses: How many tasks were in memory when they were looked for, and how many had to be read.
         training: Tasks that are being trained: they are as they are here, and leave on request alone.
 
     Raises:
@@ -74,7 +82,7 @@ class TaskCache:
             threading.Lock()
         )  # held while tasks are looked up, never while one is read or a model runs
         self._tasks: OrderedDict[str, tuple[LoadedTask, bytes, object]] = OrderedDict()
-        self.used = 0
+        self.used = self.hits = self.misses = 0
 
     def __reduce__(self) -> tuple[type[TaskCache], tuple[TaskStore, int | str, int]]:
         return TaskCache, (self.store, self._given, self._bytes_a_task)  # a copy begins empty
@@ -101,8 +109,11 @@ class TaskCache:
         for name in names:
             task, checksum, seen = known.get(name, (None, b"", None))
             if task is None or (seen != version and checksums.get(name) != checksum):
+                self.misses += 1
                 record = self.store.read(name)
                 task, checksum = load(record), record.checksum
+            else:
+                self.hits += 1
             tasks[name] = task, checksum, version
             room -= self._cost(task)
             if room < 0:

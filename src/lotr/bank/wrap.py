@@ -57,21 +57,43 @@ class TaskRows:
             )
         if not names:
             raise ConfigError("No rows are named. Name one task a row, None for the base model.")
+        return self.of(self.find(names))
+
+    def find(self, names: Sequence[str | None]) -> list[LoadedTask | None]:
+        """Return the tasks of rows as the bank has them now, for `use` at any later time.
+
+        Raises:
+            ConfigError: More tasks than the capacity.
+            CheckpointError: A task does not exist or is damaged.
+        """
+        needed = list(dict.fromkeys(name for name in names if name is not None and name != BASE))
+        tasks = self.cache.get(needed, self._read) if needed else {}
+        device = self.group.lotr_V[ADAPTER].weight.device
+        if any(task.numbers.device != device for task in tasks.values()):  # the model has moved
+            self.cache.clear()
+            return self.find(names)
+        return [None if name is None else tasks.get(name) for name in names]
+
+    def use(self, tasks: Sequence[LoadedTask | None]) -> AbstractContextManager[None]:
+        """Use a task in each row as `select` does; `None` is the base model."""
+        return self.current.use(self.of(tasks))
+
+    def of(self, tasks: Sequence[LoadedTask | None]) -> Rows | None:
+        """Return what rows with these tasks have of their own.
+
+        Raises:
+            ConfigError: The bank is not in use.
+        """
         if self.group.merged_adapters or ADAPTER not in self.group.active_adapters:
             raise ConfigError(
                 f"Rows cannot have tasks while adapters are merged, or while {ADAPTER!r} is not the active one. "
                 f"Call unmerge_adapter(), or set_adapter({ADAPTER!r})."
             )
-        needed = list(dict.fromkeys(name for name in names if name is not None and name != BASE))
-        if not needed:
+        some = next((task for task in tasks if task is not None), None)
+        if some is None:
             return None  # the base model itself, bit for bit
-        tasks = self.cache.get(needed, self._read)
-        numbers = tasks[needed[0]].numbers
-        if numbers.device != self.group.lotr_V[ADAPTER].weight.device:  # the model has moved
-            self.cache.clear()
-            return self.rows(names)
-        base = LoadedTask(torch.zeros_like(numbers))
-        own = [tasks.get(str(name), base) for name in names]
+        base = LoadedTask(torch.zeros_like(some.numbers))
+        own = [task or base for task in tasks]
         heads = None if self.head is None else side_by_side([task.head or self.head.of_base for task in own])
         return Rows(self.layout.unflatten(torch.stack([task.numbers for task in own])), heads)
 
@@ -86,7 +108,7 @@ class TaskRows:
         """
         factor = self.group.lotr_V[ADAPTER].weight
         head = None if self.head is None else self.head.of(task, factor.device)
-        return LoadedTask(task.numbers.to(factor), head)
+        return LoadedTask(task.numbers.to(factor), head, task.task, task.labels, task.metadata)
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:  # (rows,)
         """Return the loss of each row of the selected tasks."""

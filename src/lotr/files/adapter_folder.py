@@ -105,7 +105,7 @@ class AdapterFolder:
         Raises:
             CheckpointError: The file is truncated or damaged.
         """
-        with _opened(self.weights) as file:
+        with opened(self.weights) as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -114,7 +114,7 @@ class AdapterFolder:
         Raises:
             CheckpointError: The file is truncated or damaged.
         """
-        with _opened(self.weights) as file:
+        with opened(self.weights) as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
 
@@ -176,7 +176,8 @@ def fingerprint(model: nn.Module, modules: list[str]) -> str | None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; one that is cut off or changed is refused by name."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file

@@ -129,7 +129,7 @@ def file_bytes(shapes: dict[str, tuple[int, ...]], width: int) -> int:
 
     Example:
         >>> file_bytes({"a": (2, 3)}, width=4)
-        136
+        120
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
 from ..sharing.paths import normalise
-from .adapter_folder import AdapterFolder, read_adapter
+from .adapter_folder import CONFIG, AdapterFolder, opened, read_adapter
 
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+#: `A` and `B` of a module; older PEFT had the adapter's name in the key, and not always the root in front.
+_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+_ROOT = "base_model.model."
 #: Starts of a LoRA that leave the base weight as it is; the others subtract something from it.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+_CONVERT = "save_pretrained(…, path_initial_model_for_weight_conversion=…)"
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,55 @@ class LoraFolder:
     folder: AdapterFolder
 
     @cached_property
-    def keys(self) -> dict[str, str]:
-        """Path of a module → what its keys in the file begin with."""
-        prefixes = (key.removesuffix(_A) for key in self.folder.shapes() if key.endswith(_A))
-        return {normalise(prefix.removeprefix("base_model.model.")): prefix for prefix in prefixes}
+    def keys(self) -> dict[str, tuple[str, str]]:
+        """Path of a module → its keys of `A` and `B` in the file."""
+        sides: dict[str, dict[str, str]] = {}
+        for key in self.tensors:
+            if match := _KEY.fullmatch(key):
+                module = normalise(match["module"])
+                if match["side"] in sides.setdefault(module, {}):
+                    raise CheckpointError(
+                        f"{self.folder.path} holds two LoRAs for {module!r}, {sides[module][match['side']]!r} and "
+                        f"{key!r}. Save one of them alone."
+                    )
+                sides[module][match["side"]] = key
+        half = [module for module, keys in sides.items() if len(keys) < 2]
+        if half:
+            raise CheckpointError(
+                f"{self.folder.path} holds one matrix of two for {half[0]!r}. The file is not whole; copy it again."
+            )
+        return {module: (keys["A"], keys["B"]) for module, keys in sides.items()}
+
+    @cached_property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Key and shape of every tensor in the file."""
+        return self.folder.shapes()
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Path of a module → shape `(out, in)` of its update.
+
+        Raises:
+            CheckpointError: Its matrices are no two matrices of one rank.
+        """
+        shapes = {}
+        for module, (key_A, key_B) in self.keys.items():
+            A, B = self.tensors[key_A], self.tensors[key_B]
+            if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
+                raise CheckpointError(
+                    f"{self.folder.path} holds a LoRA of shapes {A} and {B} for {module!r}, which is not that of a "
+                    "linear module. Leave such modules out when you train it."
+                )
+            shapes[module] = (B[0], A[1])
+        return shapes
+
+    @cached_property
+    def head_keys(self) -> dict[str, str]:
+        """Key in the file of every tensor that was trained in full → its key as PEFT saves it today."""
+        paths = {key: normalise(key.removeprefix(_ROOT)) for key in self.tensors if not _KEY.fullmatch(key)}
+        return {
+            key: _ROOT + re.sub(r"\.modules_to_save(\.default)?\.", ".", path) for key, path in paths.items()
+        }
 
     def scaling(self, module: str, rank: int) -> float:
         """Return what PEFT multiplies `B A` by: `alpha / r`, or `alpha / √r`."""
@@ -44,54 +94,68 @@ class LoraFolder:
         return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
     def matrices(self, module: str) -> tuple[Tensor, Tensor]:  # (q, in), (out, q)
-        """Read `A` and `B` of a module in float32, with the scaling in `B`.
+        """Read `A` and `B` of a module in float32, with the scaling in `B`; see `reader` for many modules."""
+        with self.reader() as read:
+            return read(module)
+
+    @contextmanager
+    def reader(self) -> Iterator[Any]:
+        """Open the file once, and give a function that reads `A` and `B` of a module in float32.
 
         Raises:
-            CheckpointError: They are no two matrices of one rank, or hold NaN or infinity.
+            CheckpointError: They hold NaN or infinity, or are no two matrices of one rank.
         """
-        prefix = self.keys[module]
-        with safe_open(self.folder.weights, framework="pt") as file:
-            A, B = (file.get_tensor(prefix + side).float() for side in (_A, _B))
-        if A.dim() != 2 or B.dim() != 2 or len(A) != B.shape[1]:
-            raise CheckpointError(
-                f"{self.folder.path} holds a LoRA of shapes {tuple(A.shape)} and {tuple(B.shape)} for {module!r}, "
-                "which is not that of a linear module. Leave such modules out when you train it."
-            )
-        if not (A.isfinite().all() and B.isfinite().all()):
-            raise CheckpointError(
-                f"The LoRA of {module!r} in {self.folder.path} is not finite. Train it again."
-            )
-        return A, B * self.scaling(module, len(A))
+        with opened(self.folder.weights) as file:
+
+            def read(module: str) -> tuple[Tensor, Tensor]:
+                self.shapes  # noqa: B018 - checks them
+                A, B = (file.get_tensor(key).float() for key in self.keys[module])
+                if not (A.isfinite().all() and B.isfinite().all()):
+                    raise CheckpointError(
+                        f"The LoRA of {module!r} in {self.folder.path} is not finite. Train it again."
+                    )
+                return A, B * self.scaling(module, len(A))
+
+            yield read
+
+    def head(self) -> dict[str, Tensor]:
+        """Read what was trained in full (`modules_to_save`), by the keys under which PEFT saves it."""
+        with opened(self.folder.weights) as file:
+            return {name: file.get_tensor(key) for key, name in self.head_keys.items()}
 
 
-def read_lora(path: str | Path) -> LoraFolder:
+def read_lora(path: str | Path | AdapterFolder) -> LoraFolder:
     """Open the folder of a PEFT LoRA and check that it is a plain one.
 
     Args:
-        path: Folder, or hub id (then it is downloaded).
+        path: Folder, or hub id (then it is downloaded), or a folder that was opened already.
 
     Raises:
         CheckpointError: The folder is not whole or not a LoRA, its weights are pickled, or its update is not `B A`
             beside the base weight (DoRA, trained biases, starts that change the base weight).
     """
-    folder = read_adapter(path)
+    folder = path if isinstance(path, AdapterFolder) else read_adapter(path)
     kind = folder.config["peft_type"]
     if kind != "LORA":
         raise CheckpointError(f"{folder.path} holds an adapter of type {kind}, and not a LoRA.")
+    if "lora_alpha" not in folder.config:
+        raise CheckpointError(
+            f"{folder.path / CONFIG} has no field lora_alpha, so the size of the update is unknown."
+        )
     init = folder.config.get("init_lora_weights", True)
     if init not in _PLAIN_INITS:
         raise CheckpointError(
             f"The LoRA in {folder.path} started with init_lora_weights={init!r}, which changes the base weight too. "
-            "Convert it when you save it: save_pretrained(…, path_initial_model_for_weight_conversion=…)."
+            f"Convert it when you save it: {_CONVERT}."
         )
-    other = [key for key in folder.shapes() if ".lora_" in key and not key.endswith((_A, _B))]
+    lora = LoraFolder(folder)
+    other = [key for key in lora.tensors if ".lora_" in key and not _KEY.fullmatch(key)]
     if folder.config.get("use_dora") or other:
         kind = "is a DoRA" if folder.config.get("use_dora") else f"holds {other[0]!r}"
         raise CheckpointError(
             f"The LoRA in {folder.path} {kind}, so its update is not B A alone. Train it without use_dora, lora_bias "
             "and embeddings."
         )
-    lora = LoraFolder(folder)
     if not lora.keys:
-        raise CheckpointError(f"{folder.path} holds no matrices of a LoRA (…{_A}).")
+        raise CheckpointError(f"{folder.path} holds no matrices of a LoRA (….lora_A.weight).")
     return lora

@@ -75,6 +75,41 @@ class Subspaces:
         return self.U[:, : self.k].contiguous(), self.V[:, : self.r].contiguous()
 
 
+class FirstStep:
+    """Factors and cores from what a first step of AdamW would change: `−η · sign(G_s)`, each gradient seen whole.
+
+    Of one site the factors are the leading singular vectors of that step and the core their values; several sites share
+    what `tucker2` finds. One pass is all there is to see.
+
+    Source: LoRA-SB, arXiv 2411.19557.
+    """
+
+    def __init__(self, shape: tuple[int, int], rank: tuple[int, int], learning_rate: float) -> None:
+        (o, i), self.rank = shape, rank
+        self.learning_rate = learning_rate
+        self.U, self.V = (
+            torch.zeros(o, 0, dtype=torch.float32),
+            torch.eye(i, dtype=torch.float32),
+        )  # products with these are the gradients themselves
+        self._factors: tuple[Tensor, Tensor] | None = None
+
+    def turn(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
+        """Take the gradients `(o, i)` of the sites, which the products with `V = I` are."""
+        self._steps = [-self.learning_rate * G.sign() for G in left]
+        (k, r), (o, i) = self.rank, (len(self.U), len(self.V))
+        self._factors = tucker2([(M, self.V) for M in self._steps], torch.eye(o, k), torch.eye(i, r), 10)
+
+    def factors(self) -> tuple[Tensor, Tensor]:  # (o, k), (i, r)
+        """Return `U` and `V`, orthonormal."""
+        assert self._factors is not None
+        return self._factors
+
+    def cores(self) -> Tensor:  # (sites, k, r)
+        """Return the steps between the factors, `Uᵀ M_s V`."""
+        U, V = self.factors()
+        return torch.stack([U.T @ M @ V for M in self._steps])
+
+
 def tucker2(
     updates: Sequence[tuple[Tensor, Tensor]],  # (o, q), (q, i)
     U: Tensor,  # (o, k)

@@ -9,8 +9,10 @@ from typing import Any
 Shape = tuple[int, int]
 
 #: `none`: a weight, or each projection of a fused one, is one block. `head`: one block an attention head.
-#: `square`: a matrix whose longer side is a multiple of the shorter is cut into squares.
-BLOCKS = ("none", "head", "square")
+#: `head_rows`: the same, and the output projection is cut by rows too, as the query is. `square`: a matrix whose longer
+#: side is a multiple of the shorter is cut into squares. `head_or_square`: query, key and value are cut by heads, every
+#: other weight into squares, which are transposed in all but wide weights.
+BLOCKS = ("none", "head", "head_rows", "square", "head_or_square")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Target:
         rank: `(k, r)` asked for; the groups of the module cut it to their blocks.
         fused: Name and output features of each projection of a fused weight, from the first row on.
         heads: Its attention heads, when it has any.
+        attention: Whether it is query, key or value, which grouped queries make unequal.
     """
 
     path: str
@@ -43,6 +46,7 @@ class Target:
     rank: Shape
     fused: tuple[tuple[str, int], ...] = ()
     heads: Heads | None = None
+    attention: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, without the fields that are empty.
@@ -56,6 +60,8 @@ class Target:
             fields["fused"] = [list(piece) for piece in self.fused]
         if self.heads:
             fields["heads"] = [self.heads.size, self.heads.axis]
+        if self.attention:
+            fields["attention"] = True
         return fields
 
     @staticmethod
@@ -64,7 +70,7 @@ class Target:
         (out, width), (k, r) = fields["shape"], fields["rank"]
         fused = tuple((str(name), int(rows)) for name, rows in fields.get("fused", ()))
         heads = Heads(*fields["heads"]) if "heads" in fields else None
-        return Target(str(fields["path"]), (out, width), (k, r), fused, heads)
+        return Target(str(fields["path"]), (out, width), (k, r), fused, heads, bool(fields.get("attention")))
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,8 @@ class Site:
         column: First input feature.
         shape: `(o, i)` features.
         piece: Name of its projection within a fused module, or number of its square; may be empty.
+        attention: Whether it is of a query, key or value.
+        transposed: Whether its update is `V C_sᵀ Uᵀ` in place of `U C_s Vᵀ`.
     """
 
     module: str
@@ -90,6 +98,8 @@ class Site:
     column: int
     shape: Shape
     piece: str = ""
+    attention: bool = False
+    transposed: bool = False
 
     def coordinate(self, mode: str, modes: tuple[str, ...]) -> object:
         """Return the site's coordinate along a mode, given the modes beside it."""
@@ -133,15 +143,21 @@ def cut(target: Target, layer: str, projection: str, blocks: str, split_fused: b
                 column=column * shape[1],
                 shape=shape,
                 piece=piece,
+                attention=target.attention,
+                transposed=blocks == "head_or_square" and not is_head and shape[0] == shape[1] and b == 1,
             )
         start += height
 
 
 def _grid(height: int, width: int, blocks: str, heads: Heads | None) -> tuple[Shape, bool]:
     """Return blocks down and across, and whether they are heads."""
-    if blocks == "head" and heads is not None:
-        return ((height // heads.size, 1) if heads.axis == 0 else (1, width // heads.size)), True
-    if blocks == "square":
+    if heads is not None:
+        by_rows = heads.axis == 0 or (blocks == "head_rows" and height % heads.size == 0)
+        if by_rows and blocks.startswith("head"):
+            return (height // heads.size, 1), True
+        if blocks in ("head", "head_rows"):
+            return (1, width // heads.size), True
+    if blocks.endswith("square"):
         side = min(height, width)
         if max(height, width) % side == 0:
             return (height // side, width // side), False

@@ -93,8 +93,7 @@ def file_shapes(plan: Plan, factors: bool = True) -> dict[str, tuple[int, ...]]:
     for target in plan.targets:
         for part in plan.parts[target.path]:
             if part.group.core.by_site:
-                (k, r), (a, b) = part.group.rank, part.grid
-                shapes[core_key(part)] = (a * k, b * r)
+                shapes[core_key(part)] = part.core_shape
         known = MAGNITUDES[plan.magnitude].shapes(*target.shape)
         shapes |= {key: known[name] for name, key in magnitude_keys(plan, target).items()}
     return {key: shape for key, shape in shapes.items() if factors or not is_factor(key)}

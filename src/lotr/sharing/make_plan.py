@@ -9,12 +9,16 @@ from ..errors import ConfigError, PlanError
 from ..math.cores import CORES, Index
 from .blocks import Site, Target, cut
 from .paths import coordinates
-from .plan import Group, Plan
+from .plan import Group, Plan, block_of
 
 Rank = tuple[int, int]  # (k, r)
 
-#: The coordinates along which sites can share factors, in the order of a core tensor's axes. `site` is all of
-#: them in one, or layer and projection in one beside `head`.
+#: What sites of unequal shape do that would share: query, key and value share and others keep apart; all share; all
+#: keep apart; they are refused.
+UNEQUAL = ("grouped_query", "slice", "separate", "error")
+
+#: The coordinates along which sites can share factors. `site` is all of them in one, or layer and projection in one
+#: beside `head`.
 MODES = ("site", "layer", "projection", "head")
 
 
@@ -23,6 +27,7 @@ def make_plan(
     modes: Iterable[str],
     core: str = "free",
     blocks: str = "none",
+    unequal: str = "grouped_query",
     core_ranks: int | dict[str, int] | None = None,
     magnitude: str = "none",
     trainable: str = "all",
@@ -30,15 +35,17 @@ def make_plan(
 ) -> Plan:
     """Cut the targets into sites, and the sites into groups that share factors.
 
-    Sites are in one group when their blocks have equal shape and all coordinates outside `modes` agree. A fused
-    weight is cut into its projections wherever anything is shared (`modes` is not empty). A rank above the size of a
-    group's block is cut to it.
+    Sites are in one group when all coordinates outside `modes` agree and their blocks have equal shape, or are unequal
+    in a way that `unequal` lets share: then the factors are as large as the largest block. A fused weight is cut into
+    its projections wherever anything is shared (`modes` is not empty). A rank above the size of a group's block is cut
+    to it.
 
     Args:
         targets: The modules to adapt, in model order.
         modes: Coordinates along which sites share: any of `MODES`, in any order.
         core: Structure of the cores, a key of `CORES`.
         blocks: How weights are cut, one of `BLOCKS`.
+        unequal: What sites of unequal shape do, one of `UNEQUAL`.
         core_ranks: Rank of every mode, or of each by name; default: `r`, at most the mode's extent.
         magnitude: Rule on every module, a key of `MAGNITUDES`.
         trainable: `"all"` or `"cores"`.
@@ -51,17 +58,32 @@ def make_plan(
         PlanError: Sites cannot share as `modes` ask.
     """
     modes = check_modes(modes)
-    members: dict[tuple[object, ...], list[Site]] = defaultdict(list)
     layers = coordinates([target.path for target in targets], tuple(layers_pattern))
+    families: dict[tuple[object, ...], list[Site]] = defaultdict(list)
     for target in targets:
         for site in cut(target, *layers[target.path], blocks, split_fused=bool(modes)):
-            members[(*_fixed(site, modes), site.shape)].append(site)
+            families[(*_fixed(site, modes), _family(site, unequal))].append(site)
+    members: dict[tuple[object, ...], list[Site]] = defaultdict(list)
+    for (*fixed, _), family in families.items():
+        shapes = dict.fromkeys(site.shape for site in family)
+        if unequal == "error" and len(shapes) > 1:
+            raise _unequal(family)
+        members[(*fixed, tuple(map(max, zip(*shapes, strict=True))))] += family
 
     ranks = {target.path: target.rank for target in targets}
     names: set[str] = set()
     groups = [_group(sites, modes, core, core_ranks, ranks, names) for sites in members.values()]
     _check_sharing(groups, modes, blocks)
     return Plan(tuple(groups), tuple(targets), magnitude, trainable)
+
+
+def _family(site: Site, unequal: str) -> object:
+    """Return what sites have in common that share whatever their shapes are."""
+    if unequal in ("slice", "error"):
+        return None
+    if unequal == "grouped_query" and site.attention and site.head is None:
+        return "attention", site.shape[1]
+    return site.shape
 
 
 def _fixed(site: Site, modes: tuple[str, ...]) -> list[str]:
@@ -81,16 +103,17 @@ def _group(
     names: set[str],
 ) -> Group:
     """Return the group of some sites, with a name that is not among `names` yet."""
-    first = sites[0]
-    stem = "-".join(_fixed(first, modes) or ["joint"]).replace(".", "-").replace("lotr_", "lotr-")
-    o, i = first.shape
+    stem = "-".join(_fixed(sites[0], modes) or ["joint"]).replace(".", "-").replace("lotr_", "lotr-")
+    if modes != ("head",) and all(site.head is None for site in sites):  # feed-forward weights have no heads
+        modes = tuple(mode for mode in modes if mode != "head")
+    o, i = shape = block_of(sites)
     name, n = f"{stem}_{o}x{i}", 1
     while name in names:
         n += 1
         name = f"{stem}~{n}_{o}x{i}"
     names.add(name)
     rank = _common_rank(name, sites, ranks)
-    k, r = _cut_rank(rank, first.shape, core)
+    k, r = _cut_rank(rank, shape, core)
 
     axes = [{c: n for n, c in enumerate(dict.fromkeys(s.coordinate(m, modes) for s in sites))} for m in modes]
     index = {
@@ -130,34 +153,41 @@ def _check_sharing(groups: list[Group], modes: tuple[str, ...], blocks: str) -> 
     """Refuse a plan in which a mode that was asked for brings nothing together anywhere."""
     if not groups:  # a head alone
         return
-    if blocks == "head" and all(site.head is None for group in groups for site in group.sites):
+    if blocks.startswith("head") and all(site.head is None for group in groups for site in group.sites):
         shared = ', and drop "head" from modes' if "head" in modes else ""
         raise PlanError(
             'No module has attention heads, so blocks="head" cuts nothing. Adapt query, key, value or output '
             f'projections, or use blocks="none"{shared}.'
         )
-    projections = {p: group.shape for group in groups for p in group.projections}
+    projections = {p for group in groups for p in group.projections}
     together = any(len(group.projections) > 1 for group in groups)
     if "projection" in modes and len(projections) > 1 and not together:
-        shapes = " and ".join(str(shape) for shape in dict.fromkeys(projections.values()))
-        raise PlanError(
-            f'Sites of projections "{"|".join(projections)}" cannot share factors: their blocks are {shapes}. '
-            'Shared factors need equal blocks. Split by head (blocks="head"), drop "projection" from modes '
-            '(method="lotr"), or adapt projections of equal shape.'
-        )
+        raise _unequal(site for group in groups for site in group.sites)
+
+
+def _unequal(sites: Iterable[Site]) -> PlanError:
+    shapes = {site.projection: site.shape for site in sites}
+    unlike = " and ".join(str(shape) for shape in dict.fromkeys(shapes.values()))
+    return PlanError(
+        f'Sites of projections "{"|".join(shapes)}" cannot share factors: their blocks are {unlike}. '
+        'Shared factors need equal blocks. Split by head (blocks="head"), drop "projection" from modes '
+        '(method="lotr"), adapt projections of equal shape, or let narrower ones use the first rows (unequal="slice").'
+    )
 
 
 def check_modes(modes: Iterable[str]) -> tuple[str, ...]:
-    """Return `modes` in canonical order.
+    """Return `modes` in the order that was given, which is that of a tensor train from the output to the input.
 
     Raises:
         ConfigError: An entry is not a coordinate, or says again what `site` says.
 
     Example:
         >>> check_modes(["projection", "layer"]), check_modes("none")
-        (('layer', 'projection'), ())
+        (('projection', 'layer'), ())
     """
     names = (modes,) if isinstance(modes, str) else tuple(modes)
+    if isinstance(modes, set | frozenset):  # which has no order
+        names = tuple(mode for mode in MODES if mode in modes) + tuple(modes - set(MODES))
     names = () if names == ("none",) else names
     unknown = [mode for mode in names if mode not in MODES]
     if unknown:
@@ -169,4 +199,4 @@ def check_modes(modes: Iterable[str]) -> tuple[str, ...]:
             f'modes={names!r} names "site", which is layer and projection in one, beside one of them. Drop "site", '
             "or the others."
         )
-    return tuple(mode for mode in MODES if mode in names)
+    return tuple(dict.fromkeys(names))

@@ -6,13 +6,17 @@ It is computed once by `make_plan`; the tuner executes it, `lotr plan` prints it
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from torch import Tensor
+
 from ..math.cores import Core, Index, Region
 from ..math.magnitude import MAGNITUDES
+from ..math.update import FactoredUpdate, one_by_one, side_by_side
 from .blocks import Shape, Site, Target
 
 _WIDTH = 4  # bytes of a number in float32
@@ -21,6 +25,9 @@ _WIDTH = 4  # bytes of a number in float32
 @dataclass(frozen=True)
 class Group:
     """The sites that share one `U`, one `V` and one core structure.
+
+    Factors are as large as the largest block. A site of `n < N` rows uses the first `n` rows of `U`, multiplied by
+    `√(N/n)`, so that its part of orthonormal columns has norm one on average; columns and `V` alike.
 
     Args:
         name: Unique in its plan; without dots, ends with the block's shape.
@@ -38,10 +45,10 @@ class Group:
     index: dict[Site, Index] = field(hash=False)
     asked_rank: Shape
 
-    @property
+    @cached_property
     def shape(self) -> Shape:
-        """Block `(o, i)` that every site of the group has."""
-        return self.sites[0].shape
+        """The largest block `(o, i)` of the sites, which most often all have."""
+        return block_of(self.sites)
 
     @property
     def rank(self) -> Shape:
@@ -87,6 +94,49 @@ class Part:
     sites: tuple[Site, ...]
     grid: tuple[int, int]
     region: Region
+
+    @property
+    def block(self) -> Shape:
+        """Block `(n, m)` of each of the sites."""
+        return self.sites[0].shape
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the updates are `V C_sᵀ Uᵀ`."""
+        return self.sites[0].transposed
+
+    @property
+    def gain(self) -> float:
+        """`√(N/n · M/m)` for blocks `(n, m)` on factors of `N` and `M` rows; one where they are as large."""
+        (rows, columns), (n, m) = self.group.shape, self.block
+        return math.sqrt(rows / n * columns / m)
+
+    @property
+    def core_shape(self) -> Shape:
+        """Shape of the cores side by side."""
+        (k, r), (a, b) = self.group.rank, self.grid
+        return (a * r, b * k) if self.transposed else (a * k, b * r)
+
+    def lay(self, cores: Tensor) -> Tensor:  # (*extents, k, r) -> `core_shape`
+        """Lay the cores of the sites side by side, as they are applied."""
+        return side_by_side(cores.mT if self.transposed else cores, self.grid)
+
+    def cores(self, C: Tensor) -> Tensor:  # `core_shape` -> (a·b, k, r)
+        """Return the cores of the sites, which lie side by side, one by one."""
+        cores = one_by_one(C, self.grid)
+        return cores.mT if self.transposed else cores
+
+    def factored(
+        self,
+        U: Tensor,  # (o, k)
+        C: Tensor,  # `core_shape`
+        V: Tensor,  # (i, r)
+        scaling: float,
+    ) -> FactoredUpdate:
+        """Return the update of the part, from the numbers of its group and its cores."""
+        left, right = (V, U) if self.transposed else (U, V)
+        (n, m), sigma = self.block, scaling * self.gain
+        return FactoredUpdate(left[:n], C, right[:m], sigma, self.grid, self.rows[0], self.columns[0])
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -168,11 +218,6 @@ class Plan:
         return sum(sum(shape[0] for shape in rule.shapes(*target.shape).values()) for target in self.targets)
 
     @property
-    def widest_rank(self) -> int:
-        """Largest rank, the same for all groups, that fits every block."""
-        return min(min(group.shape) for group in self.groups)
-
-    @property
     def lora_per_rank(self) -> int:
         """Numbers that plain LoRA has at rank 1 on the same modules: `Σ (in + out)`."""
         return sum(sum(target.shape) for target in self.targets)
@@ -223,6 +268,11 @@ class Plan:
         )
 
 
+def block_of(sites: Sequence[Site]) -> Shape:
+    """Return the rows of the tallest and the columns of the widest block of some sites."""
+    return max(site.shape[0] for site in sites), max(site.shape[1] for site in sites)
+
+
 def _ranks(rank: Shape) -> str:
     return str(rank[0] if rank[0] == rank[1] else rank)
 
@@ -245,7 +295,9 @@ def _grid(group: Group, sites: list[Site]) -> Part | None:
     """Return the sites as a part, when both their corners and their positions along the modes are grids."""
     sites = sorted(sites, key=lambda site: (site.row, site.column))
     rows, columns = sorted({s.row for s in sites}), sorted({s.column for s in sites})
-    o, i = group.shape
+    if len({(site.shape, site.transposed) for site in sites}) > 1:
+        return None
+    o, i = sites[0].shape
     corners = [(rows[0] + n * o, columns[0] + m * i) for n in range(len(rows)) for m in range(len(columns))]
     runs = [sorted(set(positions)) for positions in zip(*(group.index[s] for s in sites), strict=True)]
     region = tuple(range(run[0], run[-1] + 1) for run in runs)

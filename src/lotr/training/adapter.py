@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +57,7 @@ def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConf
             raise ConfigError(f"rank={settings.rank!r} is a pair, and LoRA has one rank. Use one number.")
         return peft.LoraConfig(
             r=r,
-            lora_alpha=settings.scaling * r,  # type: ignore[arg-type]
+            lora_alpha=(settings.scaling or 1.0) * r,  # type: ignore[arg-type]
             lora_dropout=settings.dropout,
             use_dora=settings.method == "peft_dora",
             **common,
@@ -71,7 +70,7 @@ def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConf
     rank = (1, 1) if settings.rank == AUTO else read_rank(settings.rank)  # the model decides: `fit_rank`
     fields: dict[str, Any] = {"r": rank, "method": settings.method, "scaling": settings.scaling}
     if settings.basis is not None:  # what was left at its default is as in the basis
-        default = {"r": read_rank(TrainSettings.rank), "method": TrainSettings.method, "scaling": 1.0}
+        default = {"r": read_rank(TrainSettings.rank), "method": TrainSettings.method, "scaling": None}
         fields = {name: value for name, value in fields.items() if value != default[name]}
     fields |= {"modes": read_modes(settings.modes), "core_ranks": read_core_ranks(settings.core_ranks)}
     fields |= {name: getattr(settings, name) for name in _AS_IN_CONFIG}
@@ -153,6 +152,8 @@ def complete(settings: TrainSettings, config: PeftConfig, task: str) -> TrainSet
     if settings.basis is not None:  # what the report says is what was trained
         rank = ",".join(map(str, dict.fromkeys(config.rank)))
         return replace(settings, method=config.method, scaling=config.scaling, rank=rank)
+    if settings.init is None and config.init == "first_step":
+        return replace(settings, init="first_step")
     is_open = settings.init is None and config.starts_at_zero
     if is_open and (config.trainable, config.init) == ("cores", "orthonormal"):
         config.init = "gradient"
@@ -166,15 +167,22 @@ def fit_rank(settings: TrainSettings, config: Any, model: nn.Module, checkpoint:
     A checkpoint of a run that goes on has the rank already.
     """
     budget = settings.budget or 0
-    config.r = read_saved(checkpoint).config.r if checkpoint else largest_rank(model, config, budget)
+    config.set_rank(read_saved(checkpoint).config.r if checkpoint else largest_rank(model, config, budget))
     return f"Rank: {config.r} is the largest that trains at most {budget:,} numbers."
 
 
 def add_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
-    """Wrap a base model; what PEFT refuses is a ConfigError too."""
+    """Wrap a base model.
+
+    Raises:
+        PlanError: A name of the configuration matches nothing.
+        ConfigError: PEFT refuses the configuration.
+    """
     from peft import get_peft_model
 
-    check_targets(model, config)
+    from ..tuner.names import check_names
+
+    check_names(model, config)  # PEFT's own methods pass over names
     try:
         return full_precision_head(get_peft_model(model, config))
     except ValueError as error:
@@ -199,20 +207,3 @@ def full_precision_head(model: PeftModel) -> PeftModel:
             module.float()
             module.register_forward_pre_hook(cast)
     return model
-
-
-def check_targets(model: nn.Module, config: PeftConfig) -> None:
-    """Refuse names in `target_modules` that match no module, which PEFT passes over in silence, and such a regex."""
-    from peft.utils.constants import DUMMY_TARGET_MODULES
-
-    from ..tuner.targets import linear_paths, match_nothing
-
-    names = getattr(config, "target_modules", None)
-    if isinstance(names, str) and names not in ("all-linear", DUMMY_TARGET_MODULES):
-        if not any(re.fullmatch(names, path) for path, _ in model.named_modules()):
-            raise ConfigError(f"target_modules={names!r} {match_nothing(model, names)}")
-    elif isinstance(names, set | list | tuple):
-        paths = linear_paths(model)
-        for name in sorted(names):
-            if not any(path == name or path.endswith(f".{name}") for path in paths):
-                raise ConfigError(f"target_modules={name!r} {match_nothing(model, [name])}")

@@ -12,7 +12,7 @@ from ..sharing.keys import file_shapes
 from ..tuner.basis import check_basis
 from ..tuner.saved_adapter import read_basis
 from ..tuner.targets import plan
-from .adapter import AUTO, adapter_config, check_targets, fit_rank
+from .adapter import AUTO, adapter_config, fit_rank
 from .base_model import check_dtype, skeleton
 from .settings import TrainSettings
 
@@ -31,7 +31,6 @@ def plan_model(settings: TrainSettings, dtype: str = "float32") -> dict[str, Any
         )
     model, task = skeleton(str(settings.model))
     config: Any = adapter_config(settings, task)
-    check_targets(model, config)
     chosen = {}
     if settings.budget is not None:
         chosen = {"budget": settings.budget, "said": fit_rank(settings, config, model)}

@@ -155,12 +155,12 @@ def begin(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
     if steps:
         warm_head(model, batches, steps, run.rates.head_lr)
         say(f"Head: warmed up for {steps} steps.")
-    if settings.init == "gradient":
+    if settings.init in ("gradient", "first_step"):
         from ..tuner.data_init import init_from_data
 
         count = settings.start_batches or 8
         init_from_data(model, [next(batches) for _ in range(count)], seed=settings.seed)
-        done |= {"init": "gradient", "start_batches": count}
+        done |= {"init": settings.init, "start_batches": count}
         stay = model.active_peft_config.trainable == "cores"
         why = ", because they stay as they start (--init orthonormal keeps them random)" if stay else ""
         say(f"Start: the factors turned towards the gradients of {count} batches{why}.")

@@ -85,7 +85,9 @@ class TrainSettings:
         "Adapter whose factors are kept: its structure is taken, and only cores and a head train.",
         "none",
     )
-    scaling: float = setting(1.0, _ADAPTER, "σ: multiplies the update; not divided by the rank.")
+    scaling: float | None = unset(
+        _ADAPTER, "σ: multiplies the update; not divided by the rank.", "by method, mostly 1"
+    )
     init: str | None = unset(
         _ADAPTER,
         "How the factors start: orthonormal, gaussian, kaiming, weight; or gradient, from the first batches.",

@@ -12,8 +12,9 @@ from ..bank.basis import BANK
 from ..errors import CheckpointError
 from ..files.adapter_folder import CONFIG, AdapterFolder, fingerprint, read_adapter
 from ..files.atomic import check_apart, check_free
+from ..files.peft_lora import read_lora
 from .adapter import full_precision_head
-from .base_model import load_model, load_tokenizer, locate
+from .base_model import TEXT_LENGTH, load_model, load_tokenizer, locate
 from .data import Columns, Task
 from .process import device
 
@@ -62,6 +63,8 @@ class Trained:
 def load_trained(path: str | Path, model: str | None = None) -> Trained:
     """Load an adapter that `lotr train` made, on the base model in evaluation mode: the recorded one, or `model`.
 
+    A LoRA that PEFT saved tells less: its classes are `0`, `1` and so on, as its head has them, and texts are single.
+
     Raises:
         CheckpointError: The adapter is damaged, does not tell its task, or belongs to another base model.
         ConfigError: The base model cannot be loaded.
@@ -70,12 +73,7 @@ def load_trained(path: str | Path, model: str | None = None) -> Trained:
 
     _check_finished(Path(path))
     adapter = read_adapter(path)
-    if not adapter.task:
-        raise CheckpointError(
-            f"{adapter.path} holds no task.json, so its labels and columns are not known: it was not made by "
-            "`lotr train`. Load it in Python with PEFT."
-        )
-    task = TaskRecord.from_dict(adapter.task)
+    task = TaskRecord.from_dict(adapter.task) if adapter.task else _record_of_lora(adapter, model)
     base = model or adapter.config.get("base_model_name_or_path") or task.base_model
     tokenizer = load_tokenizer(base)
     bare = load_model(base, task.task, task.labels, task.dtype, tokenizer)
@@ -105,6 +103,27 @@ def load_trained(path: str | Path, model: str | None = None) -> Trained:
             "model with --model."
         )
     return Trained(adapter, loaded.eval().to(device()), tokenizer, task)
+
+
+def _record_of_lora(adapter: AdapterFolder, model: str | None) -> TaskRecord:
+    """Return what the folder of a LoRA tells of its task.
+
+    Raises:
+        CheckpointError: It is another adapter, or does not tell its kind, its head or its base model.
+    """
+    kind, base = adapter.config.get("task_type"), model or adapter.config.get("base_model_name_or_path")
+    is_lora = adapter.config["peft_type"] == "LORA" and base is not None
+    rows = [len(tensor) for tensor in read_lora(adapter).head().values()] if is_lora else []
+    if is_lora and kind == "CAUSAL_LM":
+        return TaskRecord("causal-lm", (), TEXT_LENGTH, Columns(), str(base), method="peft_lora")
+    if kind != "SEQ_CLS" or not rows:
+        raise CheckpointError(
+            f"{adapter.path} holds no task.json, so its labels and columns are not known: it was not made by "
+            "`lotr train`, and is no LoRA with a head and a task_type. Load it in Python with PEFT."
+        )
+    labels = tuple(map(str, range(min(rows)))) if min(rows) > 1 else ()
+    task: Task = "classification" if labels else "regression"
+    return TaskRecord(task, labels, TEXT_LENGTH, Columns(), str(base), method="peft_lora")
 
 
 def _check_finished(folder: Path) -> None:

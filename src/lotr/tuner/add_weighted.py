@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..errors import ConfigError, PlanError, near
 from ..math.magnitude import MAGNITUDES
-from ..math.update import one_by_one, side_by_side
 from .config import LotrConfig
 from .factors import Parts, parts_of, set_ranks
 
@@ -48,6 +47,7 @@ def add_weighted(
     config = copy.deepcopy(configs[0])
     config.core, config.core_ranks = "free", None
     config.init_weights = True  # what is not zero is written below
+    config.zero, config.core_init = "core", None
     on_one_basis = all(c.refers_to_basis for c in configs) and len({c.basis_hash for c in configs}) == 1
     if not on_one_basis:
         config.scaling, config.trainable, config.init = 1.0, "all", "orthonormal"
@@ -71,9 +71,9 @@ def add_weighted(
                 cores = []
                 for adapter, weight in zip(adapters, weights, strict=True):
                     C = layer.core(adapter, parts[adapter][group][n][1], group).double()
-                    cores.append(weight * layer.scaling[adapter] / config.scaling * one_by_one(C, part.grid))
+                    cores.append(weight * layer.scaling[adapter] / config.scaling * part.cores(C))
                 summed = _on_the_diagonal(cores) if concatenated else torch.stack(cores).sum(0)
-                layer.site_core(name, part).copy_(side_by_side(summed, part.grid))
+                layer.site_core(name, part).copy_(part.lay(summed))
 
 
 def _on_the_diagonal(cores: list[Tensor]) -> Tensor:  # each (sites, k, r) -> (sites, Σk, Σr)

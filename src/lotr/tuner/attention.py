@@ -47,6 +47,11 @@ def heads_of(model: nn.Module, path: str, shape: Shape) -> Heads | None:
     return Heads(size, 1) if output and shape[1] == heads * size else None
 
 
+def is_query_key_value(path: str) -> bool:
+    """Whether a module is a query, key or value by its name, alone or fused."""
+    return path.rpartition(".")[2] in _QUERY | _KEY_VALUE | _FUSED
+
+
 def fused_projections(model: nn.Module, path: str, shape: Shape) -> tuple[tuple[str, int], ...]:
     """Return the projections of a fused weight with their output features, in order; nothing for other weights."""
     config = getattr(model, "config", None)

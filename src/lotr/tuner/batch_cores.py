@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..math import update as delta
 from ..math.update import LinearMap
 from ..sharing.keys import core_key, group_keys
 from ..sharing.plan import Part
@@ -56,7 +55,7 @@ class Rows:
         else:
             keys = group_keys(part.group)
             own = {name: self.numbers[keys[name]] for name in core.shapes}
-            C = torch.vmap(lambda one: delta.side_by_side(core.block(one, part.region), part.grid))(own)
+            C = torch.vmap(lambda one: part.lay(core.block(one, part.region)))(own)
         return lambda h: by_row(h, C.to(h.device))
 
 

@@ -70,7 +70,7 @@ def check_core(
     """Refuse a structure of the cores that has no meaning beside the other fields."""
     for k, r in ranks:
         CORES[core].check(k, r, modes)
-    if "head" in modes and blocks != "head":
+    if "head" in modes and not blocks.startswith("head"):
         raise ConfigError(
             f'modes={modes!r} names "head", but blocks={blocks!r} cuts no weight into heads. Use blocks="head".'
         )
@@ -89,11 +89,51 @@ def check_core(
         raise ConfigError(f"core_ranks={core_ranks!r} holds no ranks. Use positive integers.")
 
 
+def check_zero(
+    zero: str, core: str, init: str, trainable: str, init_weights: bool | None, is_new: bool
+) -> None:
+    """Refuse a zero that leaves nothing to train, or that other fields exclude.
+
+    Raises:
+        ConfigError: The message names the field.
+    """
+    if zero == "core" and CORES[core].is_identity:
+        raise ConfigError(f"zero='core' with core={core!r}, which has no numbers. Use zero='output'.")
+    if init == "first_step" and core != "free":
+        raise ConfigError(
+            f"init='first_step' sets a core a site, and core={core!r} has others. Use core='free'."
+        )
+    if zero == "none" and init_weights:
+        raise ConfigError(
+            "init_weights=True starts the update at zero, and zero='none' nothing. Leave one out."
+        )
+    if zero not in ("output", "input") or not is_new:
+        return
+    if trainable == "cores":
+        raise ConfigError(
+            f"zero={zero!r} with trainable='cores' keeps a factor at zero, so nothing would train. Use zero='core'."
+        )
+    if init in DATA_INITS and not CORES[core].is_identity:
+        raise ConfigError(
+            f"zero={zero!r} starts a factor at zero, and init={init!r} turns it. Use zero='core'."
+        )
+
+
 def check_magnitude(
-    magnitude: str, init: str, init_weights: bool | None, norm_gradient: bool, is_new: bool
+    magnitude: str,
+    init: str,
+    scaling: float,
+    init_weights: bool | None,
+    norm_gradient: bool,
+    is_new: bool,
 ) -> None:
     """Refuse fields that have no meaning beside the magnitude; `is_new` where the factors have still to start."""
     rule = MAGNITUDES[magnitude]
+    if rule.divides_by_update and scaling != 1:
+        raise ConfigError(
+            f"scaling={scaling} has no effect with magnitude={magnitude!r}, which divides the update by its norm. "
+            "Leave scaling and alpha out; the trained size of the update starts at zero."
+        )
     if rule.divides_by_update and init_weights:
         raise ConfigError(
             f"init_weights=True starts the update at zero, and magnitude={magnitude!r} divides by its norm. "

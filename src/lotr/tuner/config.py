@@ -18,11 +18,11 @@ from peft.utils.other import get_pattern_key
 from ..errors import ConfigError
 from ..files.card import Card, update_card
 from ..math.cores import CORES
-from ..math.init import DATA_INITS, INITS, WEIGHT_INITS
+from ..math.init import CORE_INITS, DATA_INITS, INITS, WEIGHT_INITS, ZEROS
 from ..math.magnitude import MAGNITUDES
-from ..methods import method
+from ..methods import Method, method
 from ..sharing.blocks import BLOCKS, Target
-from ..sharing.make_plan import check_modes, make_plan
+from ..sharing.make_plan import UNEQUAL, check_modes, make_plan
 from ..sharing.plan import Plan
 from .checks import (
     FORMAT,
@@ -30,6 +30,7 @@ from .checks import (
     check_format,
     check_lora_words,
     check_magnitude,
+    check_zero,
     checked_rank,
     one_of,
 )
@@ -37,7 +38,19 @@ from .checks import (
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 #: Fields that an adapter on a basis has as its basis. The factors are kept, so how they start is one of them.
-STRUCTURE = ("method", "r", "modes", "core", "core_ranks", "blocks", "scaling", "rank_pattern", "init")
+STRUCTURE = (
+    "method",
+    "r",
+    "modes",
+    "core",
+    "core_ranks",
+    "core_init",
+    "blocks",
+    "unequal",
+    "scaling",
+    "rank_pattern",
+    "init",
+)
 
 
 def _field(help: str, default: Any = None) -> Any:
@@ -70,13 +83,21 @@ class LotrConfig(PeftConfig):
     )
     method: str = _field("Row of the table of methods; fields set explicitly override it. Default: lotr.")
     modes: tuple[str, ...] = _field(
-        "Coordinates along which sites share factors: layer, projection, head; or site, all in one."
+        "Coordinates along which sites share factors: layer, projection, head; or site, all in one. In a tensor train "
+        "from the output to the input."
     )
-    core: str = _field("Structure of the cores: free, identity, tucker, cp, tt.")
+    core: str = _field("Structure of the cores: free, identity, tucker, cp, scaled_cp, tt.")
     core_ranks: int | dict[str, int] | None = _field(
         "Tucker cores: rank of every mode, or of each by name. Default: r, at most the mode's extent."
     )
-    blocks: str = _field("How weights are cut into sites: none, head (attention heads), square.")
+    blocks: str = _field(
+        "How weights are cut into sites: none, head (attention heads), head_rows (the output projection by rows too), "
+        "square, head_or_square (query, key and value by heads, others into squares)."
+    )
+    unequal: str = _field(
+        "What sites of unequal shape do that would share: grouped_query (query, key and value share, narrower ones use "
+        "the first rows of the factor), slice (all share so), separate, error. Default: grouped_query.",
+    )
     magnitude: str = _field(
         "Rule on the whole weight: none, per_output, per_output_and_input, base_and_update."
     )
@@ -84,11 +105,24 @@ class LotrConfig(PeftConfig):
         "Send gradients through the norms of a magnitude too, instead of treating them as constants.",
         False,
     )
-    scaling: float = _field("σ: multiplies the update. It is not divided by the rank. Default: 1.")
+    scaling: float = _field(
+        "σ: multiplies the update. It is not divided by the rank. Default: by method, mostly 1."
+    )
+    alpha: float | None = _field(
+        "Instead of scaling: σ = alpha / r, as many papers have it. Saved as scaling."
+    )
     init: str = _field(
-        "How the shared factors start: orthonormal, gaussian, kaiming, weight (singular directions); "
-        "gradient and lora begin orthonormal until lotr.init_from_data(model, batches) or "
+        "How the shared factors start: orthonormal, gaussian, kaiming (±1/√width), uniform (±1/√rank), identity, "
+        "weight (singular directions), weight_values (those of U times their singular values); "
+        "gradient, first_step and lora begin orthonormal until lotr.init_from_data(model, batches) or "
         "lotr.init_from_lora(model, folder) turns them. The name is saved either way."
+    )
+    core_init: str | None = _field(
+        "How the numbers of the cores start: uniform, xavier, tiny, identity. Default: as the structure says."
+    )
+    zero: str = _field(
+        "What starts at zero, so that the update does: core, output (the factor U), input (the factor V), or none. "
+        "Default: by method; core where the cores train alone or the factors are turned to data."
     )
     trainable: str = _field("What trains: all, or cores (the factors stay as they start).")
     seed: int | None = _field("Seed of the factors. Default: torch's own seed, so torch.manual_seed decides.")
@@ -150,7 +184,6 @@ class LotrConfig(PeftConfig):
         row = method(self.method or "lotr")
         self.method = row.name
         self.r = checked_rank("r", 16 if self.r is None else self.r)
-        self.scaling = 1.0 if self.scaling is None else self.scaling
         self.modes = check_modes(row.modes if self.modes is None else self.modes)
         self.core = one_of("core", self.core or row.core, CORES)
         self.blocks = one_of("blocks", self.blocks or row.blocks, BLOCKS)
@@ -159,7 +192,13 @@ class LotrConfig(PeftConfig):
         self.init = one_of("init", self.init or row.init, (*INITS, *WEIGHT_INITS, *DATA_INITS))
         trainable = self.trainable or ("cores" if self.basis is not None else row.trainable)
         self.trainable = one_of("trainable", trainable, ("all", "cores"))
+        self.core_init = row.core_init if self.core_init is None and self.core == row.core else self.core_init
+        if self.core_init is not None:
+            one_of("core_init", self.core_init, CORE_INITS)
+        self.zero = one_of("zero", self.zero or self._default_zero(row), ZEROS)
+        self._fill_scaling(row)
         one_of("bias", self.bias, ("none", "all", "lotr_only"))
+        self.unequal = one_of("unequal", self.unequal or "grouped_query", UNEQUAL)
         self.rank_pattern = {
             name: checked_rank(f"rank_pattern[{name!r}]", r) for name, r in (self.rank_pattern or {}).items()
         }
@@ -179,12 +218,39 @@ class LotrConfig(PeftConfig):
                 "the regex, or name the modules as a list."
             )
 
+    def _default_zero(self, row: Method) -> str:
+        """Return what starts at zero where nothing was said: as in the row, where that can train."""
+        if CORES[self.core].is_identity:
+            return "output"
+        factors_stay = self.trainable == "cores" and row.zero != "none"
+        return "core" if factors_stay or self.init in DATA_INITS or self.init_weights else row.zero
+
+    def _fill_scaling(self, row: Method) -> None:
+        """Fill in `σ`: as given, or `alpha / r`; what was left open is as in the row."""
+        if self.scaling is not None and self.alpha is not None:
+            raise ConfigError(
+                f"scaling={self.scaling} and alpha={self.alpha} say one number twice, σ = alpha / r. Leave one out."
+            )
+        self._alpha = row.alpha if self.alpha is None and self.scaling is None else self.alpha
+        self.alpha = None
+        self.scaling = 1.0 if self.scaling is None else self.scaling
+        self.set_rank(self.r)
+
+    def set_rank(self, r: int | tuple[int, int]) -> None:
+        """Set the rank, and `σ` with it where it is `alpha / r`."""
+        self.r = r
+        if self._alpha is not None:
+            self.scaling = self._alpha / self.rank[1]
+
     def _check_meaning(self) -> None:
         """Refuse fields that have no meaning beside each other."""
         ranks = {self.rank, *map(pair, self.rank_pattern.values())}
         check_core(self.core, self.modes, self.blocks, ranks, self.core_ranks, self.trainable)
         is_new = self.basis is None and self.targets is None
-        check_magnitude(self.magnitude, self.init, self.init_weights, self.norm_gradient, is_new)
+        check_zero(self.zero, self.core, self.init, self.trainable, self.init_weights, is_new)
+        check_magnitude(
+            self.magnitude, self.init, self.scaling, self.init_weights, self.norm_gradient, is_new
+        )
 
     def take_structure(self, basis: LotrConfig) -> None:
         """Fill in from the configuration of the basis what was left open.
@@ -233,6 +299,7 @@ class LotrConfig(PeftConfig):
             modes=self.modes,
             core=self.core,
             blocks=self.blocks,
+            unequal=self.unequal,
             core_ranks=self.core_ranks,
             magnitude=self.magnitude,
             trainable=self.trainable,
@@ -268,7 +335,7 @@ class LotrConfig(PeftConfig):
         """Whether the update is zero when training starts."""
         if self.init_weights is not None:
             return self.init_weights
-        return not MAGNITUDES[self.magnitude].divides_by_update
+        return self.zero != "none" and not MAGNITUDES[self.magnitude].divides_by_update
 
     @classmethod
     def from_pretrained(

@@ -7,11 +7,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import ConfigError, TrainingError
-from ..math.hooi import Subspaces
+from ..math.hooi import FirstStep, Subspaces
 from ..math.init import generator_for
 from ..sharing.plan import Part
 from .factors import Parts, check_fresh, find_adapter, parts_of, set_factors
@@ -29,6 +30,7 @@ def init_from_data(
     rounds: int = 3,
     normalise: bool = True,
     seed: int = 0,
+    learning_rate: float = 1e-4,
 ) -> None:
     """Turn the shared factors of a fresh adapter towards gradients, without changing what the model computes.
 
@@ -45,12 +47,16 @@ def init_from_data(
         rounds: Forward and backward passes over the batches: a random one, then refinements.
         normalise: Weigh every site by one over its norm; gradients of values are often ten times those of queries.
         seed: Of the random first round.
+        learning_rate: Of an adapter with `init="first_step"` alone: `η` of the step that its factors and cores take.
 
     Raises:
         ConfigError: There are no rounds or no batches, the update is not zero (with some magnitudes it never is), the
             cores are identities, the factors are those of a basis, or no gradient reaches the adapter (disabled,
             merged, frozen, or under `torch.no_grad()`).
         TrainingError: The loss of a batch, or a gradient, is NaN or infinite. The factors are as they were.
+
+    With `init="first_step"` the gradients are seen whole, once: factors and cores become the leading part of the step
+    `−η · sign(Σ G_s)` that AdamW would take first, and the model computes what it would after that step.
 
     Source: factors from gradients with a small core between them are the idea of LoRA-SB (arXiv 2411.19557); LoRA-GA
     (arXiv 2407.05000) starts LoRA from gradients. Here all sites of a group share them.
@@ -73,11 +79,17 @@ def init_from_data(
     parts = parts_of(model, name)
     check_fresh(name, config, parts)
     _check_gradients_flow(name, parts)
-    spaces = {}
+    takes_step = config.init == "first_step"
+    spaces: dict[LotrGroup, Subspaces | FirstStep] = {}
     for group, of_group in parts.items():
         plan = of_group[0][1].group
         generator = generator_for(seed, name, plan.name, "start")
-        spaces[group] = Subspaces(plan.shape, plan.rank, generator, normalise)
+        spaces[group] = (
+            FirstStep(plan.shape, plan.rank, learning_rate)
+            if takes_step
+            else Subspaces(plan.shape, plan.rank, generator, normalise)
+        )
+    rounds = 1 if takes_step else rounds
     total = rounds * len(batches)
     with (
         _restored(model),
@@ -95,15 +107,25 @@ def init_from_data(
                 _turn(spaces[group], of_parts, group.lotr_U[name].weight.device)
     for group, space in spaces.items():
         set_factors(group, name, *space.factors())
-    config.init = "gradient"
+        if isinstance(space, FirstStep):
+            _set_cores(name, parts[group], space.cores() / config.scaling)
+    config.init = "first_step" if takes_step else "gradient"
+
+
+@torch.no_grad()
+def _set_cores(adapter: str, parts: list[tuple[LotrLinear, Part]], cores: Tensor) -> None:
+    """Write cores `(sites, k, r)` over those of the parts of a group."""
+    for (layer, part), own in zip(parts, cores.split([len(p.sites) for _, p in parts]), strict=True):
+        layer.site_core(adapter, part).copy_(part.lay(own))
 
 
 class _Sums:
     """Sums over batches of `G_s V` `(o, q)` and `G_sᵀ U` `(i, q)` of the sites of one part."""
 
-    def __init__(self, part: Part, space: Subspaces) -> None:
+    def __init__(self, part: Part, space: Subspaces | FirstStep) -> None:
         self.part, self.space = part, space
         n = len(part.sites)
+        self.padding = [len(space.U) - part.block[0], len(space.V) - part.block[1]]
         self.left = space.U.new_zeros(n, len(space.U), space.V.shape[1])
         self.right = space.V.new_zeros(n, len(space.V), space.U.shape[1])
 
@@ -113,13 +135,19 @@ class _Sums:
         (row, rows), (column, columns), (a, b) = self.part.rows, self.part.columns, self.part.grid
         inputs = x.narrow(-1, column, columns).reshape(-1, b, columns // b).float()  # (n, b, i)
         outputs = gradient.narrow(-1, row, rows).reshape(-1, a, rows // a).float()  # (n, a, o)
+        if self.part.transposed:
+            inputs, outputs = outputs, inputs
+        outputs, inputs = (
+            F.pad(side, (0, missing))
+            for side, missing in zip((self.part.gain * outputs, inputs), self.padding, strict=True)
+        )
         U, V = self.space.U.to(x.device), self.space.V.to(x.device)
         left = torch.einsum("nao,nbq->aboq", outputs, inputs @ V).flatten(0, 1)
         right = torch.einsum("nbi,naq->abiq", inputs, outputs @ U).flatten(0, 1)
         self.left, self.right = self.left.to(x.device) + left, self.right.to(x.device) + right
 
 
-def _turn(space: Subspaces, sums: list[_Sums], home: torch.device) -> None:
+def _turn(space: Subspaces | FirstStep, sums: list[_Sums], home: torch.device) -> None:
     """Turn the factors of a group by what all processes saw."""
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
     products: list[list[Tensor]] = [[], []]

@@ -75,6 +75,11 @@ def check_fresh(adapter: str, config: LotrConfig, parts: Parts) -> None:
             "update never is zero and other factors would change the model. Leave the call out, or make the adapter "
             "with another magnitude."
         )
+    if config.zero != "core":
+        raise ConfigError(
+            f"Adapter {adapter!r} has zero={config.zero!r}: its cores are not zero, so other factors would change the "
+            'model. Make the adapter with zero="core".'
+        )
     for group, of_group in parts.items():
         core = of_group[0][1].group.core
         if core.by_site:

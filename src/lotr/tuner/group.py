@@ -23,7 +23,7 @@ class NamedNumbers(nn.Module):
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         for name, tensor in tensors.items():
-            self.register_parameter(name, nn.Parameter(tensor.contiguous()))
+            self.register_parameter(name, _own(tensor))
 
     def forward(self) -> dict[str, Tensor]:
         """Return the tensors by name; offloaded ones exist only while the module runs, so it is called."""
@@ -34,8 +34,17 @@ def linear_from(weight: Tensor) -> nn.Linear:
     """Return a bias-free linear with this weight, without touching the global random state."""
     out_features, in_features = weight.shape
     module = nn.Linear(in_features, out_features, bias=False, device="meta")
-    module.weight = nn.Parameter(weight.contiguous())  # sharding refuses other layouts
+    module.weight = _own(weight)
     return module
+
+
+def _own(tensor: Tensor) -> nn.Parameter:
+    """Return a parameter with a storage of its own.
+
+    A slice of a larger tensor would keep the whole in memory, and whoever saves a state dict drops tensors that share a
+    storage. It is contiguous, because sharding refuses other layouts.
+    """
+    return nn.Parameter(tensor.detach().clone(memory_format=torch.contiguous_format))
 
 
 def weight_of(module: nn.Linear) -> Tensor:
@@ -57,6 +66,12 @@ def call(factor: nn.Linear, x: Tensor) -> Tensor:
         result: Tensor = factor(x)
         return result
     return F.linear(x, weight.to(x.device))
+
+
+def call_transposed(factor: nn.Linear, x: Tensor) -> Tensor:
+    """Return the product with the transpose of a factor, for sites that use `V` at the output and `U` at the input."""
+    weight = weight_of(factor)
+    return F.linear(x, weight.T.to(x.device, x.dtype))
 
 
 def is_plain(module: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from ..math.init import DATA_INITS, INITS, WEIGHT_INITS, generator_for
+from ..math.init import CORE_INITS, DATA_INITS, INITS, WEIGHT_INITS, generator_for
 from ..sharing.plan import Group
 from .config import LotrConfig
 from .weight import base_weight
@@ -21,9 +22,9 @@ def start_group(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return `U` `(o, k)`, `V` `(i, r)` and the numbers of the core with which a group begins.
 
-    Where the update starts at zero, exactly one thing is zero: the number that the core names, or `U` where the core
-    has none. Every number comes from a generator of its own, which depends on the seed and on the adapter's name.
-    Some starts look at the weights of `modules`, which are by path. `empty` values are loaded afterwards.
+    Where the update starts at zero, exactly one thing is zero: the number that the core names, `U` or `V`. Every number
+    comes from a generator of its own, which depends on the seed and on the adapter's name. Some starts look at the
+    weights of `modules`, which are by path. `empty` values are loaded afterwards.
     """
     (o, i), (k, r), core = group.shape, group.rank, group.core
     if empty:
@@ -41,14 +42,16 @@ def start_group(
         U, V = WEIGHT_INITS[start](weights, k, r, draw("UV"))
     else:
         U, V = INITS[start](o, k, draw("U")), INITS[start](i, r, draw("V"))
-    numbers = {name: core.init(name, draw(name)) for name in core.shapes}
-    if core.zero is None:
-        U = torch.zeros_like(U) if config.starts_at_zero else U
-    elif config.starts_at_zero:
-        numbers[core.zero] = torch.zeros_like(numbers[core.zero])
-    elif (
-        config.init_weights is not None
-    ):  # a magnitude that divides by the update's norm sees its direction alone
+    own = CORE_INITS.get(str(config.core_init))
+    numbers = {
+        name: own(shape, draw(name)) if own else core.init(name, draw(name))
+        for name, shape in core.shapes.items()
+    }
+    if config.starts_at_zero:
+        at_zero = {"output": U, "input": V}.get(config.zero)
+        (numbers[str(core.zero)] if at_zero is None else at_zero).zero_()
+    elif core.zero is not None and config.init_weights is not None:
+        # a magnitude that divides by the update's norm sees its direction alone
         numbers[core.zero] *= _RANDOM
     return U, V, numbers
 
@@ -56,5 +59,10 @@ def start_group(
 def _blocks(group: Group, modules: Mapping[str, nn.Module]) -> list[Tensor]:
     """Return the blocks of the base weights that share a group's factors, `(o, i)` each."""
     weights = {site.module: base_weight(modules[site.module]) for site in group.sites}
-    o, i = group.shape
-    return [weights[s.module][s.row : s.row + o, s.column : s.column + i] for s in group.sites]
+    blocks = []
+    for site in group.sites:
+        (n, m), (o, i) = site.shape, group.shape
+        W = weights[site.module][site.row : site.row + n, site.column : site.column + m]
+        W = W.T if site.transposed else W
+        blocks.append(W if W.shape == (o, i) else F.pad(W, (0, i - m, 0, o - n)))
+    return blocks

@@ -15,7 +15,7 @@ from ..math.fused_linear import adapted_linear
 from ..math.matmul import runs_op_by_op
 from ..math.update import LinearMap
 from ..sharing.plan import Part
-from .group import LotrGroup, call, is_plain
+from .group import LotrGroup, call, call_transposed, is_plain
 from .weight import AdaptedWeight
 
 
@@ -100,10 +100,10 @@ class LotrLinear(AdaptedWeight):
             batch = None if of_bank is None else of_bank.get()  # cores of a task for each row of this call
             output = formula.apply(
                 x if width == self.in_features else x.narrow(-1, first, width),
-                partial(call, group.lotr_V[adapter]),
+                partial(_input, part, group, adapter),
                 self._core_map(adapter, part, group) if batch is None else batch.core(part),
-                partial(call, group.lotr_U[adapter]),
-                self.scaling[adapter],
+                partial(_output, part, group, adapter),
+                self.scaling[adapter] * part.gain,
                 part.grid,
             )
             row = part.rows[0]
@@ -144,6 +144,22 @@ class LotrLinear(AdaptedWeight):
 
     def __repr__(self) -> str:
         return "lotr." + super().__repr__()
+
+
+def _input(part: Part, group: LotrGroup, adapter: str, x: Tensor) -> Tensor:  # (*n, m) -> (*n, r)
+    """Multiply by the first factor of a part; a narrower site is padded to the rows of the factor."""
+    if part.transposed:
+        return call_transposed(group.lotr_U[adapter], x)
+    missing = part.group.shape[1] - part.block[1]
+    return call(group.lotr_V[adapter], F.pad(x, (0, missing)) if missing else x)
+
+
+def _output(part: Part, group: LotrGroup, adapter: str, h: Tensor) -> Tensor:  # (*n, k) -> (*n, n)
+    """Multiply by the second factor of a part; a narrower site takes the first rows."""
+    if part.transposed:
+        return call_transposed(group.lotr_V[adapter], h)
+    y, rows = call(group.lotr_U[adapter], h), part.block[0]
+    return y if rows == part.group.shape[0] else y[..., :rows]
 
 
 def _autocast_type(x: Tensor) -> torch.dtype | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -76,7 +77,14 @@ def _updates(folder: LoraFolder, layer: LotrLinear, part: Part) -> list[tuple[Te
     (row, rows), (column, columns), (a, b) = part.rows, part.columns, part.grid
     left = B[row : row + rows].chunk(a, 0)
     right = A[:, column : column + columns].chunk(b, 1)
-    return [(B_s, A_s) for B_s in left for A_s in right]
+    o, i = part.group.shape
+    return [
+        (A_s.T, B_s.T)
+        if part.transposed
+        else (F.pad(part.gain * B_s, (0, 0, 0, o - len(B_s))), F.pad(A_s, (0, i - A_s.shape[1])))
+        for B_s in left
+        for A_s in right
+    ]
 
 
 def _warn(subject: str, modules: set[str], consequence: str) -> None:

@@ -14,7 +14,6 @@ from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..math import update as delta
 from ..math.magnitude import MAGNITUDES
 from ..sharing.keys import BASIS, PREFIX, file_key, group_keys, without_adapter
 from ..sharing.paths import normalise
@@ -23,6 +22,7 @@ from . import add_weighted as combine
 from . import mixed_batch as mixed
 from . import state_dict as state
 from .basis import check_basis
+from .checkpointing import check_checkpointing
 from .config import LotrConfig
 from .group import LotrGroup, LotrLayer
 from .group_init import start_group
@@ -159,7 +159,7 @@ class LotrModel(BaseTuner):
             members.append((part, self._shared(group, peft_config, target)))
             if core.by_site:
                 numbers = core.block(injection.cores[group.name], part.region)
-                cores[part.name] = delta.side_by_side(numbers, part.grid)
+                cores[part.name] = part.lay(numbers)
         target.add(adapter_name, members, cores, peft_config, injection.empty)
         target.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
@@ -179,7 +179,7 @@ class LotrModel(BaseTuner):
             if injection.basis_factors:
                 U, V = (injection.basis_factors[group_keys(group)[name]] for name in ("U", "V"))
                 V = V.T
-            device, dtype = member._get_base_layer_device_and_dtype(member.get_base_layer())
+            device, dtype = member.device_and_dtype()
             own = {} if group.core.by_site else core
             shared.add(adapter, U, V, own, config.trainable == "cores", device, dtype)
             shared.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -201,6 +201,9 @@ class LotrModel(BaseTuner):
             for name in [name for name, group in basis.items() if not group.lotr_U]:
                 del basis[name]
 
+    def _check_merge_allowed(self) -> None:
+        """Allow tied weights, of which PEFT warns: a merged weight is a new one, and its twin stays as it is."""
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         _uncompiled(model)._modules.pop(BASIS, None)
@@ -208,6 +211,7 @@ class LotrModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        check_checkpointing(self.model)
         names = kwargs.get("adapter_names")
         rows: AbstractContextManager[None]
         if names is not None and self.tasks is not None:  # names of a bank's tasks, in training too

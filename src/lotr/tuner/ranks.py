@@ -50,4 +50,5 @@ def largest_rank(model: nn.Module, config: LotrConfig, budget: int) -> int:
     def n_parameters(r: int) -> int:
         return config.plan_for([replace(target, rank=(r, r)) for target in smallest.targets]).n_parameters
 
-    return bisect_right(range(1, smallest.widest_rank + 1), budget, key=n_parameters)
+    widest = min(min(group.shape) for group in smallest.groups)
+    return bisect_right(range(1, widest + 1), budget, key=n_parameters)

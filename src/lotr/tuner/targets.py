@@ -14,19 +14,21 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, resolve_quantization_backend
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from ..errors import ConfigError, PlanError, near
+from ..errors import ConfigError, PlanError
 from ..sharing.blocks import Target
 from ..sharing.keys import BASIS
 from ..sharing.paths import normalise
 from ..sharing.plan import Plan
-from .attention import fused_projections, heads_of
+from .attention import fused_projections, heads_of, is_query_key_value
 from .basis import resolve_basis
 from .config import LotrConfig
+from .names import check_names, check_rank_pattern, is_linear, linear_paths, suffixes
+from .offload import check_offload
+from .unseen_weights import check_is_called
 
 #: Query and value of the usual architectures: PEFT's own table for LoRA, and some that it lacks.
 DEFAULT_TARGETS: dict[str, Any] = {
@@ -72,9 +74,14 @@ def plan_adapter(model: nn.Module, config: LotrConfig, only: Collection[str] | N
     if config.basis is not None and config.basis_hash is None:  # one that was made has its structure already
         resolve_basis(config)
     _resolve_names(config, model)
+    if only is None:
+        check_names(model, config)
     targets = _find_targets(model, config, only)
-    if not targets and only is None and config.target_modules != DUMMY_TARGET_MODULES:
-        raise PlanError(_nothing_found(model, config))
+    if only is None and config.target_modules != DUMMY_TARGET_MODULES:
+        if not targets:
+            raise PlanError(_nothing_left(config))
+        if config.basis is None:  # that of a basis may name more than is adapted
+            check_rank_pattern(config.rank_pattern, [target.path for target in targets])
     # positions along the modes follow from the order, and another version of a model may name its modules in another
     order = {str(fields["path"]): n for n, fields in enumerate(config.targets or ())}
     if set(order) == {target.path for target in targets}:
@@ -93,7 +100,9 @@ def _resolve_names(config: LotrConfig, model: nn.Module) -> None:
                 f'`target_modules`, or use "all-linear". The linear modules of this model end in: '
                 f"{', '.join(sorted({path.rpartition('.')[2] for path in linear_paths(model)})[:20])}."
             )
-        config.target_modules = default if isinstance(default, str) else set(default)  # type: ignore[assignment]
+        if not isinstance(default, str):  # the table names modules of all variants of an architecture
+            default = set(default) & suffixes(path for path, _ in model.named_modules())
+        config.target_modules = default  # type: ignore[assignment]
     _maybe_include_all_linear_layers(config, model)
 
 
@@ -121,49 +130,26 @@ def is_basis(path: str) -> bool:
     return BASIS in path.split(".")
 
 
-def linear_paths(model: nn.Module) -> list[str]:
-    """Return the paths of all modules that could be adapted."""
-    return [path for path, module in model.named_modules() if path and _is_linear(module)]
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Whether a module is a `Linear`, a `Conv1D` or a quantised linear."""
-    if isinstance(module, nn.Linear | Conv1D):
-        return True
-    backend = resolve_quantization_backend(module)
-    return backend is not None and getattr(backend, "layer_type", None) == "linear"
-
-
-def _nothing_found(model: nn.Module, config: LotrConfig) -> str:
-    """Return the message that a configuration matches no module, and what would match."""
+def _nothing_left(config: LotrConfig) -> str:
+    """Return the message that what a configuration names is left out again."""
     named = config.target_modules
     names = named if named is None or isinstance(named, str) else sorted(named)
-    if config.exclude_modules or config.layers_to_transform is not None:
-        return (
-            f"target_modules={names!r} match no module that exclude_modules="
-            f"{config.exclude_modules!r} and layers_to_transform={config.layers_to_transform!r} leave. Leave less out."
-        )
-    return f"target_modules={names!r} {match_nothing(model, names)}"
-
-
-def match_nothing(model: nn.Module, names: Collection[str] | None) -> str:
-    """Return the rest of a sentence: that these names, or this regex, match nothing, and what would."""
-    paths = linear_paths(model)
-    if isinstance(names, str):
-        example = f" {paths[0]!r}" if paths else ""
-        return f"matches no module of the model. A regex must match a whole path, such as{example}."
-    known = {path.rpartition(".")[2] for path in paths}
-    return f"matches no linear module of the model. {near(min(names or ['']), known)}"
+    return (
+        f"target_modules={names!r} match no module that exclude_modules={config.exclude_modules!r}, modules_to_save="
+        f"{config.modules_to_save!r} and layers_to_transform={config.layers_to_transform!r} leave. Leave less out."
+    )
 
 
 def _target(model: nn.Module, path: str, module: nn.Module, config: LotrConfig) -> Target:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    if not _is_linear(base):
+    if not is_linear(base):
         raise PlanError(
             f"Target module {path!r} ({type(base).__name__}) is not supported. Currently, only Linear, "
             "Conv1D and quantised linears can be adapted; leave it out with exclude_modules, or train it in "
             "full with modules_to_save."
         )
+    check_is_called(model, path)
+    check_offload(model, path, base)
     in_features, out_features = _get_in_out_features(base)
     shape = cast("tuple[int, int]", (out_features, in_features))
     clean = normalise(path)  # PEFT gives a compiled model's modules with or without the wrapper's name
@@ -172,5 +158,6 @@ def _target(model: nn.Module, path: str, module: nn.Module, config: LotrConfig) 
         shape,
         config.rank_of(clean),
         fused=fused_projections(model, path, shape) if config.modes else (),
-        heads=heads_of(model, path, shape) if config.blocks == "head" else None,
+        heads=heads_of(model, path, shape) if config.blocks.startswith("head") else None,
+        attention=bool(config.modes) and is_query_key_value(path),
     )

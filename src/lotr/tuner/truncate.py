@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..math.hooi import tucker2
-from ..math.update import one_by_one, side_by_side
 from ..sharing.plan import Group, Part, Plan
 from .checks import checked_rank
 from .config import LotrConfig, pair
@@ -100,9 +99,7 @@ class _Update:
         self.Q_V, R_V = torch.linalg.qr(shared.lotr_V[adapter].weight.T.double())
         cores = [layer.site_core(adapter, part).to(R_U) for layer, part in parts]
         #: Of each part, `(sites, k, r)`.
-        self.cores = [
-            R_U @ one_by_one(C, part.grid) @ R_V.T for C, (_, part) in zip(cores, parts, strict=True)
-        ]
+        self.cores = [R_U @ part.cores(C) @ R_V.T for C, (_, part) in zip(cores, parts, strict=True)]
         self.energy = sum(float(C.square().sum()) for C in self.cores)
 
     def ranks(self, most: int | Rank | None, energy: float) -> Rank:
@@ -151,7 +148,7 @@ def _replace(
     for factors, weight in ((shared.lotr_U, U), (shared.lotr_V, V.T)):
         factors[adapter] = _like(factors[adapter].weight, weight)
     for (layer, part), of_part in zip(parts, cores, strict=True):
-        C = _like(layer.site_core(adapter, part), side_by_side(of_part, part.grid))
+        C = _like(layer.site_core(adapter, part), part.lay(of_part))
         if part.name:
             layer.lotr_C[adapter].register_parameter(part.name, C.weight)
         else:

@@ -15,7 +15,6 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..math import update as formula
 from ..math.magnitude import MAGNITUDES, Gains, Magnitude
 from ..math.norms import BaseWeight
 from ..math.update import FactoredUpdate
@@ -23,6 +22,7 @@ from ..sharing.blocks import Shape
 from ..sharing.plan import Part
 from .config import LotrConfig
 from .group import LotrGroup, LotrLayer, NamedNumbers, linear_from, move, weight_of
+from .offload import device_of_adapter
 
 
 class AdaptedWeight(nn.Module, LotrLayer):
@@ -87,11 +87,17 @@ class AdaptedWeight(nn.Module, LotrLayer):
         self._move_adapter_to_device_of_base_layer(adapter)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
-        home, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        home, dtype = self.device_and_dtype()
         # a magnitude stays in float32 on a half-precision base too: a rounded norm would change the base model
         for numbers, own_type in ((self.lotr_C, dtype), (self.lotr_magnitude, None)):
             if adapter_name in numbers:
                 move(numbers[adapter_name], device or home, own_type)
+
+    def device_and_dtype(self) -> tuple[torch.device | None, torch.dtype | None]:
+        """Return where an adapter of the module lives, and in which type it starts."""
+        base = self.get_base_layer()
+        device, dtype = self._get_base_layer_device_and_dtype(base)
+        return device_of_adapter(base, device), dtype
 
     @property
     def base_weight(self) -> BaseWeight:
@@ -106,7 +112,7 @@ class AdaptedWeight(nn.Module, LotrLayer):
         elif self.quantization_backend is not None:
             W = self.quantization_backend.get_base_weight(self._unmerged)
         else:
-            W = self._unmerged
+            W = self._unmerged.data
         return W.T if self.fan_in_fan_out else W
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -136,7 +142,7 @@ class AdaptedWeight(nn.Module, LotrLayer):
         numbers = group.lotr_core[adapter]()
         # autocast would turn some of these small products to another type, and not others
         with _without_autocast(next(iter(numbers.values())).device):
-            return formula.side_by_side(core.block(numbers, part.region), part.grid)
+            return part.lay(core.block(numbers, part.region))
 
     def site_core(self, adapter: str, part: Part) -> Tensor:  # (a·k, b·r)
         """Return the cores of a part that are kept with the layer."""
@@ -157,8 +163,7 @@ class AdaptedWeight(nn.Module, LotrLayer):
             home = device or (U.device if self._home[0].type == "meta" else self._home[0])
             width = dtype or (torch.float64 if U.dtype == torch.float64 else torch.float32)
             U, C, Vt = (tensor.to(home, width) for tensor in (U, self.core(adapter, part, group), Vt))
-            position = part.rows[0], part.columns[0]
-            updates.append(FactoredUpdate(U, C, Vt.T, self.scaling[adapter], part.grid, *position))
+            updates.append(part.factored(U, C, Vt.T, self.scaling[adapter]))
         return updates
 
     def gains(self, adapter: str) -> Gains:
@@ -205,12 +210,14 @@ class AdaptedWeight(nn.Module, LotrLayer):
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken"
                 )
+            quantised, base = self.quantization_backend is not None, self.get_base_layer()
             if self._unmerged is None:
-                # quantising again would not give the same numbers, so the whole (small) quantised layer is kept;
-                # of a plain weight the tensor itself, because merging puts a new one in its place
-                quantised = self.quantization_backend is not None
-                self._unmerged = copy.deepcopy(self.base_layer) if quantised else W
-            self.set_base_weight(merged)
+                # quantising again would not give the same numbers, so the whole (small) quantised layer is kept
+                self._unmerged = copy.deepcopy(self.base_layer) if quantised else base.weight
+            if quantised:
+                self.set_base_weight(merged)
+            else:  # another parameter in its place: embeddings that are tied to this one keep theirs
+                base.weight = nn.Parameter(merged, requires_grad=bool(base.weight.requires_grad))
             self.merged_adapters.append(adapter)
             self._norms.clear()
 
@@ -228,8 +235,9 @@ class AdaptedWeight(nn.Module, LotrLayer):
         if self.quantization_backend is not None:
             self.base_layer = self._unmerged
         else:
-            weight = self.get_base_layer().weight
-            weight.data = self._unmerged.to(device=weight.device, dtype=weight.dtype)
+            base, weight = self.get_base_layer(), self._unmerged
+            weight.data = weight.data.to(device=base.weight.device, dtype=base.weight.dtype)
+            base.weight = weight
         self._unmerged = None
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -6,6 +6,7 @@ from .base import Core, Index, Numbers, Region, Shapes
 from .cp import CPCore
 from .free import FreeCore
 from .identity import IdentityCore
+from .scaled_cp import ScaledCPCore
 from .tt import TTCore
 from .tucker import TuckerCore
 
@@ -14,6 +15,7 @@ CORES: dict[str, type[Core]] = {
     "identity": IdentityCore,
     "tucker": TuckerCore,
     "cp": CPCore,
+    "scaled_cp": ScaledCPCore,
     "tt": TTCore,
 }
 
@@ -26,6 +28,7 @@ __all__ = [
     "Index",
     "Numbers",
     "Region",
+    "ScaledCPCore",
     "Shapes",
     "TTCore",
     "TuckerCore",

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Generator, Tensor
 
 Index = tuple[int, ...]  # position of a site along each mode of its group
@@ -73,40 +72,12 @@ class Core(ABC):
     def block(self, numbers: Numbers, region: Region) -> Tensor:  # (*extents, k, r)
         """Return the cores of a region, from the group's numbers."""
 
-    @abstractmethod
-    def from_tensor(
-        self,
-        tensor: Tensor,  # (*sizes, k, r)
-    ) -> dict[str, Tensor]:
-        """Return numbers that give the tensor; exact where the structure can hold it."""
-
     def to_tensor(self, numbers: Numbers) -> Tensor:  # (*sizes, k, r)
         """Return the whole core tensor."""
         return self.block(numbers, tuple(slice(0, size) for size in self.sizes))
-
-    def matrix(self, index: Index, numbers: Numbers) -> Tensor:  # (k, r)
-        """Return `C_s` of the site at `index`."""
-        region = tuple(slice(at, at + 1) for at in index)
-        return self.block(numbers, region).reshape(self.k, self.r)
 
     def n_parameters(self, n_sites: int) -> int:
         """Return how many numbers the cores of a group with `n_sites` sites have."""
         if self.by_site:
             return n_sites * self.k * self.r
         return sum(math.prod(shape) for shape in self.shapes.values())
-
-
-def unfold(tensor: Tensor, mode: int) -> Tensor:  # (extent of the mode, the rest)
-    """Return a tensor as a matrix whose rows run along one mode."""
-    return tensor.movedim(mode, 0).reshape(tensor.shape[mode], -1)
-
-
-def leading(matrix: Tensor, rank: int) -> Tensor:  # (n, m) -> (n, rank)
-    """Return the leading left singular vectors, with columns of zeros where there are fewer than `rank`."""
-    left = torch.linalg.svd(matrix, full_matrices=False).U[:, :rank]
-    return padded(left, left.shape[0], rank)
-
-
-def padded(matrix: Tensor, rows: int, columns: int) -> Tensor:  # (rows, columns)
-    """Return a matrix with rows and columns of zeros added."""
-    return torch.nn.functional.pad(matrix, (0, columns - matrix.shape[1], 0, rows - matrix.shape[0]))

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from ...errors import ConfigError
-from .base import Core, Numbers, Region, Shapes, leading, unfold
+from .base import Core, Numbers, Region, Shapes
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class CPCore(Core):
 
     def init(self, name: str, generator: Generator) -> Tensor:
         if name == self.zero:
-            return torch.randn(self.shapes[name], generator=generator)
-        return torch.ones(self.shapes[name])
+            return torch.randn(self.shapes[name], generator=generator, dtype=torch.float32)
+        return torch.ones(self.shapes[name], dtype=torch.float32)
 
     def block(self, numbers: Numbers, region: Region) -> Tensor:
         if not self.sizes:
@@ -52,22 +52,3 @@ class CPCore(Core):
         for n, part in enumerate(region[1:], start=1):
             diagonal = diagonal[..., None, :] * numbers[f"factor_{n}"][part]
         return torch.diag_embed(diagonal)
-
-    def from_tensor(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Return the leading term of every diagonal entry's own tensor; exact for tensors of this structure."""
-        diagonals = tensor.diagonal(dim1=-2, dim2=-1)  # (*sizes, r)
-        if not self.sizes:
-            return {"diagonal": diagonals}
-        columns = [_rank_one(diagonal) for diagonal in diagonals.unbind(-1)]
-        return {
-            f"factor_{n}": torch.stack(vectors, -1) for n, vectors in enumerate(zip(*columns, strict=True))
-        }
-
-
-def _rank_one(tensor: Tensor) -> list[Tensor]:
-    """Return one vector a mode whose outer product is the leading term of a tensor."""
-    vectors = [leading(unfold(tensor, n), 1)[:, 0] for n in range(tensor.dim())]
-    size = tensor
-    for vector in vectors:
-        size = torch.tensordot(size, vector, ([0], [0]))
-    return [vectors[0] * size, *vectors[1:]]

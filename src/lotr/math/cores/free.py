@@ -39,10 +39,7 @@ class FreeCore(Core):
         return "C"
 
     def init(self, name: str, generator: Generator) -> Tensor:
-        return torch.randn(self.shapes[name], generator=generator) / self.r**0.5
+        return torch.randn(self.shapes[name], generator=generator, dtype=torch.float32) / self.r**0.5
 
     def block(self, numbers: Numbers, region: Region) -> Tensor:
         return numbers["C"][region]
-
-    def from_tensor(self, tensor: Tensor) -> dict[str, Tensor]:
-        return {"C": tensor}

@@ -17,7 +17,7 @@ class IdentityCore(Core):
     """`C_s = I`, nothing stored: `ΔW_s = σ · U · Vᵀ`. LoRA's core; `U` starts at zero in its place.
 
     Example:
-        >>> IdentityCore(k=2, r=2, sizes=()).matrix((), {})
+        >>> IdentityCore(k=2, r=2, sizes=()).to_tensor({})
         tensor([[1., 0.],
                 [0., 1.]])
     """
@@ -48,6 +48,3 @@ class IdentityCore(Core):
 
     def block(self, numbers: Numbers, region: Region) -> Tensor:
         return torch.eye(self.k).expand(*(part.stop - part.start for part in region), self.k, self.r)
-
-    def from_tensor(self, tensor: Tensor) -> dict[str, Tensor]:
-        return {}

@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from ...errors import ConfigError
-from .base import Core, Numbers, Region, Shapes, padded
+from .base import Core, Numbers, Region, Shapes
 
 
 @dataclass(frozen=True)
@@ -41,26 +41,11 @@ class TTCore(Core):
 
     def init(self, name: str, generator: Generator) -> Tensor:
         if name == self.zero:
-            return torch.randn(self.shapes[name], generator=generator) / self.r**0.5
-        return torch.eye(self.r).expand(self.shapes[name]).clone()
+            return torch.randn(self.shapes[name], generator=generator, dtype=torch.float32) / self.r**0.5
+        return torch.eye(self.r, dtype=torch.float32).expand(self.shapes[name]).clone()
 
     def block(self, numbers: Numbers, region: Region) -> Tensor:
         tensor = numbers["core_0"][region[0]]
         for n, part in enumerate(region[1:], start=1):
             tensor = tensor[..., None, :, :] @ numbers[f"core_{n}"][part]
         return tensor
-
-    def from_tensor(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Return the train by successive SVDs (TT-SVD); exact where rank `r` is enough at every bond."""
-        # (s_0, k, s_1, …, r): rows of the first matrix beside its mode
-        rest, rows, cores = tensor.movedim(-2, 1), self.k, {}
-        for n, size in enumerate(self.sizes[:-1]):
-            U, S, Vt = torch.linalg.svd(rest.reshape(size * rows, -1), full_matrices=False)
-            rank = min(self.r, len(S))
-            left = padded(U[:, :rank] * S[:rank], size * rows, self.r)
-            right = padded(Vt[:rank], self.r, Vt.shape[1])
-            cores[f"core_{n}"] = left.reshape(size, rows, self.r)
-            rest = right.reshape(self.r, *self.sizes[n + 1 :], self.r).movedim(0, 1)
-            rows = self.r
-        cores[f"core_{len(self.sizes) - 1}"] = rest.reshape(self.sizes[-1], rows, self.r)
-        return cores

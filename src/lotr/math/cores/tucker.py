@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from ...errors import ConfigError
-from .base import Core, Numbers, Region, Shapes, leading, unfold
+from .base import Core, Numbers, Region, Shapes
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class TuckerCore(Core):
         return "core"
 
     def init(self, name: str, generator: Generator) -> Tensor:
-        normal = torch.randn(self.shapes[name], generator=generator)
+        normal = torch.randn(self.shapes[name], generator=generator, dtype=torch.float32)
         if name == "core":
             return normal / self.r**0.5
         # columns where they fit, else rows: more ranks than positions
@@ -58,11 +58,3 @@ class TuckerCore(Core):
         for n, part in enumerate(region):  # the leading axis is contracted, its positions come last
             tensor = torch.tensordot(tensor, numbers[f"factor_{n}"][part], ([0], [1]))
         return tensor.movedim((0, 1), (-2, -1))
-
-    def from_tensor(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Return the higher-order SVD; exact where every mode's rank is enough."""
-        factors = [leading(unfold(tensor, n), rank) for n, rank in enumerate(self.ranks)]
-        core = tensor
-        for factor in factors:
-            core = torch.tensordot(core, factor, ([0], [0]))
-        return {"core": core.movedim((0, 1), (-2, -1))} | {f"factor_{n}": f for n, f in enumerate(factors)}

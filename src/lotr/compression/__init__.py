@@ -1,0 +1,1 @@
+"""Many LoRAs into one bank."""

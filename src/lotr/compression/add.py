@@ -1,0 +1,87 @@
+"""`lotr compress BANK --add`: later adapters on the factors of a bank that is there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..bank import CoreBank
+from ..bank.task import DTYPES
+from ..errors import CheckpointError, ConfigError
+from ..files.atomic import read_json
+from .base import check_same_base
+from .project import Projection
+from .report import REPORT, Outcome
+from .sources import find_adapters
+from .stack import Stack, Tick, read_entry
+from .write import tasks_of
+
+_POOR = 1.5  # times the error of the fit: from here on a new fit pays
+
+
+def add(
+    bank: str | Path, adapters: Sequence[str | Path], *, replace: bool = False, tick: Tick | None = None
+) -> dict[str, Any]:
+    """Project adapters onto the factors of a bank, and add them as tasks: all, or none.
+
+    Args:
+        bank: Folder of a bank, made by `compress` or trained; its cores are free, or one diagonal a site.
+        adapters: See `compress`; all trained on the bank's base model.
+        replace: Replace tasks that have the names already.
+        tick: Called as work is done.
+
+    Returns:
+        The error of each adapter beside that of the fit, and whether a new fit pays.
+
+    Raises:
+        ConfigError: A name is taken, or the bank's cores are of another structure.
+        CheckpointError: An adapter is damaged, of another base model, or changes a module that the bank does not adapt.
+    """
+    tick = tick or (lambda what, done, of: None)
+    places = find_adapters(adapters)
+    with CoreBank.open(bank, writable=True) as opened:
+        config, plan = opened.config, opened.plan
+        if config.core != "free" and (config.core != "cp" or len(plan.groups[0].modes) > 1):
+            raise ConfigError(
+                f"The bank in {bank} has core={config.core!r}, on which an update has no closed form. Fit a new bank "
+                "with `lotr compress`."
+            )
+        fit = read_json(opened.path / REPORT, "a report") if (opened.path / REPORT).is_file() else {}
+        entries = []
+        for name, path in places.items():
+            entry, source = read_entry(name, path, plan.shape_of, str(opened.base_model))
+            check_same_base(source, fit.get("trained_on") or opened.base_model)
+            _check_fingerprint(opened, source.record, path)
+            entries.append(entry)
+            tick("Reading", len(entries), len(places))
+        stack = Stack(tuple(entries), (1.0,) * len(entries))
+        outcome = Outcome(stack, plan, {}, {}, opened.dtype)
+        projection = Projection(plan, opened.basis.factors(), config.scaling, DTYPES[opened.dtype])
+        opened.add_many(tasks_of(opened, projection, outcome, tick), replace=replace)
+        errors = {entry.name: outcome.error(entry) for entry in entries}
+        return {"bank": str(bank), "added": errors, "tasks": len(opened), "advice": _advice(errors, fit)}
+
+
+def _check_fingerprint(bank: CoreBank, record: dict[str, Any], path: Path) -> None:
+    mine, theirs = bank.description.base_fingerprint, record.get("base_fingerprint")
+    if mine and theirs and mine != theirs:
+        raise CheckpointError(
+            f"{path} was trained on other weights ({record.get('base_model')!r}, fingerprint {theirs}) than the bank "
+            f"is for ({bank.base_model!r}, fingerprint {mine}). Compress it into a bank of its own."
+        )
+
+
+def _advice(errors: dict[str, float], fit: dict[str, Any]) -> list[str]:
+    worst = max(errors, key=lambda name: errors[name])
+    if not fit:
+        return []
+    poor = [name for name, error in errors.items() if error > _POOR * fit["error"] and error > 1e-3]
+    if not poor:
+        return [
+            f"No new fit is needed: the adapters of the fit lose {fit['error']:.3g}, these at most as much."
+        ]
+    return [
+        f"{len(poor)} of {len(errors)} lose more than {_POOR} times what those of the fit do ({fit['error']:.3g}), "
+        f"{worst} most, {errors[worst]:.3g}. A new fit with all adapters pays."
+    ]

@@ -1,0 +1,136 @@
+"""The base model of the adapters, and the plan of a bank on it."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from torch import nn
+
+from ..bank.task import DTYPES
+from ..errors import CheckpointError, ConfigError
+from ..files.adapter_folder import CONFIG
+from ..sharing.blocks import Target
+from ..sharing.plan import Plan
+from ..training.base_model import load_model, locate
+from ..tuner.config import LotrConfig
+from ..tuner.names import linear_paths
+from ..tuner.targets import plan_adapter
+from .sources import Source, open_source
+
+#: Of a mode, `task` alone says that nothing else is shared.
+MODES = ("task", "layer", "projection")
+CORES = ("free", "diagonal")
+
+
+def base_of(sources: Mapping[str, Any]) -> tuple[str | None, Source]:
+    """Return the base model that most of the first adapters tell, and one of them."""
+    first = [open_source(name, path) for name, path in list(sources.items())[:16]]
+    told = Counter(source.base_model for source in first if source.base_model)
+    return (told.most_common(1)[0][0] if told else None), first[0]
+
+
+def check_same_base(source: Source, told: str | None) -> None:
+    """Refuse an adapter that tells another base model than most; where a model lies may differ.
+
+    Raises:
+        CheckpointError: The message names both.
+    """
+    own = source.base_model
+    if own and told and PurePath(own).name != PurePath(told).name:
+        raise CheckpointError(
+            f"{source.path} was trained on {own!r}, and the others on {told!r}. A bank has one base model: "
+            "compress them apart. If both are the same weights, correct base_model_name_or_path in "
+            f"{source.path / CONFIG}."
+        )
+
+
+def load_base(name: str, kind: str | None, labels: int = 2, dtype: str = "bfloat16") -> tuple[str, nn.Module]:
+    """Load a base model with the head that its adapters have, and return its name too.
+
+    Raises:
+        ConfigError: It cannot be loaded.
+    """
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    source, told = locate(name)
+    if kind is not None:
+        names = tuple(map(str, range(labels))) if kind == "classification" else ()
+        return told, load_model(name, kind, names, dtype)
+    try:
+        return told, AutoModel.from_pretrained(source, dtype=DTYPES[dtype])
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"The model {name!r} cannot be loaded: {str(error).splitlines()[0]} Name a local folder, a hub id that can "
+            "be reached, or `minilm` as --base."
+        ) from error
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return path and shape `(out, in)` of every linear module."""
+    paths = linear_paths(model)
+    return plan_adapter(model, LotrConfig(r=1, modes=(), target_modules=paths), set(paths)).shape_of
+
+
+def bank_config(
+    model: nn.Module, modules: Sequence[str], modes: Sequence[str], core: str, task_types: set[str | None]
+) -> LotrConfig:
+    """Return the configuration of a basis for some modules, at rank 1; `with_ranks` gives it its ranks.
+
+    Args:
+        model: The base model.
+        modules: Paths that any adapter changes.
+        modes: Along what sites share factors, beside the task.
+        core: `"free"` or `"diagonal"`.
+        task_types: PEFT's words for what the adapters were trained for.
+
+    Raises:
+        ConfigError: The modes or the core have no meaning.
+    """
+    odd = [mode for mode in modes if mode not in MODES]
+    if odd:
+        raise ConfigError(f"modes={tuple(modes)!r} names {odd[0]!r}. Tasks share along: {', '.join(MODES)}.")
+    if core not in CORES:
+        raise ConfigError(f"core={core!r} is none. Use one of: {', '.join(CORES)}.")
+    shared = tuple(mode for mode in modes if mode != "task")
+    if core == "diagonal" and len(shared) == 2:
+        shared = ("site",)  # one diagonal a site: along two modes it would be a product
+    config = LotrConfig(
+        r=1,
+        modes=shared,
+        core="cp" if core == "diagonal" else "free",
+        target_modules=sorted(modules),
+        task_type=next(iter(task_types)) if len(task_types) == 1 else None,
+    )
+    config.targets = [target.to_dict() for target in plan_adapter(model, config, set(modules)).targets]
+    return config
+
+
+def with_ranks(config: LotrConfig, ranks: Mapping[str, int]) -> tuple[LotrConfig, Plan]:
+    """Return a configuration whose groups have some ranks, and its plan; the groups of one module have one rank."""
+    config = copy.deepcopy(config)
+    plan = config.recorded_plan()
+    ranks, before = dict(ranks), None
+    while ranks != before:  # groups of one module meet others in the next
+        before = dict(ranks)
+        for parts in plan.parts.values():
+            names = {part.group.name for part in parts}
+            ranks |= dict.fromkeys(names, max(ranks[name] for name in names))
+    of_module = {path: ranks[parts[0].group.name] for path, parts in plan.parts.items()}
+    common = Counter(of_module.values()).most_common(1)[0][0]
+    config.r = common
+    config.rank_pattern = {
+        f"^{path.replace('.', chr(92) + '.')}": r for path, r in of_module.items() if r != common
+    }
+    targets = [
+        Target.from_dict(fields | {"rank": [of_module[fields["path"]]] * 2})
+        for fields in config.targets or ()
+    ]
+    config.targets = [target.to_dict() for target in targets]
+    return config, config.plan_for(targets)

@@ -1,0 +1,189 @@
+"""`lotr.compress`: many LoRAs become one bank."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..bank.basis import TASKS
+from ..bank.task import DTYPES
+from ..errors import ConfigError, Interrupted, near
+from ..files.atomic import check_apart, check_free, move_into, whole_folder
+from ..sharing.plan import Group
+from .base import bank_config, base_of, check_same_base, linear_shapes, load_base, with_ranks
+from .diagonal import sorted_kept
+from .fit import GroupFit
+from .passes import find_directions, run_sweeps
+from .ranks import Curve, chosen_ranks
+from .report import Outcome, write_report
+from .sources import find_adapters
+from .stack import Entry, Stack, Tick, read_entry, weights_of
+from .state import State
+from .write import write_bank
+
+
+def compress(
+    adapters: Sequence[str | Path],
+    output: str | Path,
+    base: str | nn.Module | None = None,
+    *,
+    rank: int | None = None,
+    max_error: float | None = None,
+    max_bytes: int | str | None = None,
+    modes: Sequence[str] = ("task",),
+    core: str = "free",
+    weights: str | Mapping[str, float] = "relative",
+    dtype: str = "bfloat16",
+    sweeps: int = 50,
+    tolerance: float = 1e-4,
+    overwrite: bool = False,
+    tick: Tick | None = None,
+) -> dict[str, Any]:
+    """Fit one bank to many adapters: shared factors, and a core a task and site, `Δ_{t,s} ≈ U C_{t,s} Vᵀ`.
+
+    Args:
+        adapters: Folders of PEFT LoRAs or of adapters of this library (also with other factors), globs, text files
+            with a path a line, or hub ids; of any ranks, all trained on one base model.
+        output: Folder of the new bank.
+        base: The base model, or its name; default: the one that the adapters tell.
+        rank: Rank of every group; where none of the three sizes is given, 16.
+        max_error: Instead: the relative error to reach, in (0, 1); each group has the rank that this takes.
+        max_bytes: Instead: most bytes of factors, cores and heads, a number or such as `"20MB"`; each group has the
+            rank that this pays for.
+        modes: Along what factors are shared: `task`, and also `layer`, `projection`.
+        core: `free`, or `diagonal`.
+        weights: `relative`: the relative error of every adapter counts alike; `absolute`: updates count as they are; or
+            a factor by name, on top of `relative`.
+        dtype: Type in which the bank keeps cores.
+        sweeps: Most sweeps of HOOI.
+        tolerance: A sweep that lowers the error by a smaller share than this is the last.
+        overwrite: Replace a bank that is there.
+        tick: Called as work is done.
+
+    Returns:
+        The report: errors by task and module, ranks, bytes before and after. It is in the bank too, as `compress.json`.
+
+    Raises:
+        ConfigError: A setting has no meaning, or nothing is to be compressed.
+        CheckpointError: An adapter is damaged, no low-rank update, or of another base model; nothing is written.
+
+    Source: Compress then Serve, https://arxiv.org/abs/2407.00066
+    """
+    begun, output = time.monotonic(), Path(output)
+    tick = tick or (lambda what, done, of: None)
+    size = _checked_size(rank, max_error, max_bytes)
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not a type of a bank's numbers. {near(dtype, DTYPES)}")
+    check_free(output, overwrite)
+    places = find_adapters(adapters)
+    for path in places.values():
+        check_apart(output, "adapter", path)
+    name, model, trained_on = _base(base, places)
+    stack, task_types = _read(places, model, name, trained_on, weights, tick)
+    changed = {module for entry in stack.entries for module in entry.energies}
+    modules = [module for module in linear_shapes(model) if module in changed]
+    config = bank_config(model, modules, modes, core, task_types)
+    config.base_model_name_or_path = name
+    state = State(output, repr((stack.digest(), size, config.to_dict(), weights, dtype, sweeps, tolerance)))
+    try:
+        groups = config.recorded_plan().groups
+        fits = find_directions(groups, stack, state, tick)
+        curves = {group.name: _curve(group, fits[group.name], len(stack), dtype) for group in groups}
+        ranks = _ranks(curves, size, sum(entry.head_bytes for entry in stack.entries))
+        config, plan = with_ranks(config, ranks)
+        run_sweeps(plan.groups, fits, stack, state, sweeps, tolerance, tick)
+        outcome = Outcome(stack, plan, curves, fits, dtype)
+        with whole_folder(output, overwrite) as folder:
+            write_bank(folder / "bank", config, model, outcome, tick)
+            report = write_report(outcome, output, folder / "bank", trained_on, time.monotonic() - begun)
+            move_into(folder / "bank", folder)
+            for log in ("-wal", "-shm"):  # of a bank that is replaced
+                (output / f"{TASKS}{log}").unlink(missing_ok=True)
+    except KeyboardInterrupt:
+        if not state.exists:
+            raise
+        raise Interrupted(
+            f"Stopped. The same command goes on from the last pass; {state.folder} keeps it."
+        ) from None
+    state.clear()
+    return report
+
+
+def _base(base: str | nn.Module | None, places: Mapping[str, Path]) -> tuple[str, nn.Module, str | None]:
+    """Return name and model of the base, and the name that the adapters tell."""
+    told, first = base_of(places)
+    if isinstance(base, nn.Module):
+        return str(told), base, told
+    if base is None and told is None:
+        raise ConfigError("No adapter tells its base model. Name it with --base.")
+    return (*load_base(str(base or told), first.kind), told)
+
+
+def _checked_size(
+    rank: int | None, max_error: float | None, max_bytes: int | str | None
+) -> tuple[str, float]:
+    """Return which of the three sizes is given, and its value."""
+    sizes = {"rank": rank, "max_error": max_error, "max_bytes": _in_bytes(max_bytes)}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} are given, and each decides the ranks. Give one of them.")
+    (name, value), *_ = given.items() or [("rank", 16)]
+    if name == "max_error" and not 0 < value < 1:
+        raise ConfigError(f"max_error={value} is no relative error. Use a number between 0 and 1.")
+    if name != "max_error" and value < 1:
+        raise ConfigError(f"{name}={value} leaves nothing. Use a positive number.")
+    return name, value
+
+
+def _in_bytes(size: int | str | None) -> int | None:
+    if size is None or isinstance(size, int):
+        return size
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMGT]?)B?", size)
+    if match is None:
+        raise ConfigError(f"max_bytes={size!r} is not understood. Use 20000000, or '20MB'.")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+
+
+def _read(
+    places: Mapping[str, Path], model: nn.Module, base: str, trained_on: str | None, weights: Any, tick: Tick
+) -> tuple[Stack, set[str | None]]:
+    """Read every adapter once and check it."""
+    known = linear_shapes(model)
+    entries: list[Entry] = []
+    task_types: set[str | None] = set()
+    for name, path in places.items():
+        entry, source = read_entry(name, path, known, base)
+        check_same_base(source, trained_on)
+        entries.append(entry)
+        task_types.add(source.task_type)
+        tick("Reading", len(entries), len(places))
+    if not any(entry.energy for entry in entries):
+        raise ConfigError("No adapter changes anything: all of their updates are zero. Train them first.")
+    return Stack(tuple(entries), weights_of(entries, weights)), task_types
+
+
+def _curve(group: Group, of_group: GroupFit, tasks: int, dtype: str) -> Curve:
+    is_diagonal = not group.core.by_site
+    kept = sorted_kept(of_group)[: min(group.shape)] if is_diagonal else of_group.kept
+    cores = tasks * len(group.sites) * DTYPES[dtype].itemsize
+    return Curve(of_group.energy, kept, 4 * sum(group.shape), cores, is_diagonal)
+
+
+def _ranks(curves: dict[str, Curve], size: tuple[str, float], head_bytes: int) -> dict[str, int]:
+    name, value = size
+    if name == "rank":
+        return {group: min(int(value), curve.most) for group, curve in curves.items()}
+    if name == "max_error":
+        return chosen_ranks(curves, max_error=value)
+    least = head_bytes + sum(curve.bytes(1) for curve in curves.values())
+    if least > value:
+        raise ConfigError(
+            f"max_bytes={int(value):,} is less than a bank of rank 1 takes, {least:,} bytes ({head_bytes:,} of them in "
+            "heads). Allow more, or share along layers too (modes: task, layer)."
+        )
+    return chosen_ranks(curves, max_bytes=int(value) - head_bytes)

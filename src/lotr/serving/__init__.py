@@ -1,0 +1,1 @@
+"""A bank over HTTP, and in vLLM."""

@@ -1,0 +1,164 @@
+"""Rows of many requests gathered into batches, which one thread runs."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+from .settings import ServeSettings
+
+
+class Job(Protocol):
+    """What one row asks for."""
+
+    @property
+    def length(self) -> int:
+        """Tokens, by which rows are put together."""
+
+
+J = TypeVar("J", bound=Job)
+
+
+class QueueFullError(Exception):
+    """No more rows may wait; `retry_after` is how many seconds those that do will take."""
+
+    def __init__(self, rows: int, retry_after: int) -> None:
+        super().__init__(f"{rows} rows are waiting, and no more may. Try again in {retry_after} s.")
+        self.retry_after = retry_after
+
+
+@dataclass(eq=False)
+class _Waiting(Generic[J]):
+    job: J
+    answer: asyncio.Future[Any]
+    since: float = field(default_factory=time.monotonic)
+
+
+class Batcher(Generic[J]):
+    """Gathers rows until there are `max_batch` of them or the oldest has waited `max_wait`, and runs them.
+
+    The oldest row is in every batch, with those nearest to it in length, so that little is padded and nobody starves.
+    While a batch runs, the next one gathers. A row whose request was cancelled leaves the queue.
+
+    Args:
+        run: Yields number and answer of each job as they come, in a thread that runs nothing else. An answer may be an
+            exception, which that job's request gets; after one that is raised, those without an answer run alone.
+        settings: How many rows, how long.
+        observe: Told of every batch how long each of its rows has waited, in seconds.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Sequence[J]], Iterable[tuple[int, Any]]],
+        settings: ServeSettings,
+        observe: Callable[[Sequence[float]], None] = lambda waits: None,
+    ) -> None:
+        self._run, self._settings, self._observe = run, settings, observe
+        self._waiting: dict[asyncio.Future[Any], _Waiting[J]] = {}  # the oldest first
+        self._changed = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._seconds_a_row = 0.01  # a running mean
+        self._closing = False
+        self._loop: asyncio.Task[None] | None = None
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def accepts(self) -> bool:
+        """Whether another row may wait."""
+        return not self._closing and len(self) < self._settings.max_queue
+
+    def start(self) -> None:
+        """Begin to run batches, in the running event loop."""
+        self._loop = asyncio.create_task(self._work())
+
+    async def close(self) -> None:
+        """Finish what waits, and end."""
+        self._closing = True
+        self._changed.set()
+        if self._loop is not None:
+            await self._loop
+        self._thread.shutdown()
+
+    def check_room(self, rows: int) -> None:
+        """Raise QueueFullError if so many rows more may not wait."""
+        if len(self) + rows > self._settings.max_queue:
+            raise QueueFullError(len(self), max(1, math.ceil(len(self) * self._seconds_a_row)))
+
+    def submit(self, jobs: Sequence[J]) -> list[asyncio.Future[Any]]:
+        """Put rows into the queue, all of them or none.
+
+        Raises:
+            QueueFullError: They are more than may wait.
+        """
+        self.check_room(len(jobs))
+        loop = asyncio.get_running_loop()
+        answers: list[asyncio.Future[Any]] = [loop.create_future() for _ in jobs]
+        for job, answer in zip(jobs, answers, strict=True):
+            self._waiting[answer] = _Waiting(job, answer)
+            answer.add_done_callback(lambda done: self._waiting.pop(done, None))
+        self._changed.set()
+        return answers
+
+    async def _work(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._waiting or not self._closing:
+            oldest = next(iter(self._waiting.values()), None)
+            patience = (
+                None if oldest is None else oldest.since + self._settings.max_wait / 1000 - time.monotonic()
+            )
+            if patience is None or (patience > 0 and len(self) < self._settings.max_batch):
+                await self._change(patience)
+                continue
+            rows = self._take()
+            began = time.monotonic()
+            self._observe([began - row.since for row in rows])
+            await loop.run_in_executor(self._thread, self._answer, rows, loop)
+            self._seconds_a_row += 0.1 * ((time.monotonic() - began) / len(rows) - self._seconds_a_row)
+
+    async def _change(self, seconds: float | None) -> None:
+        """Wait until rows came or left, or for some time."""
+        self._changed.clear()
+        if not self._closing:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), seconds)
+
+    def _take(self) -> list[_Waiting[J]]:
+        """Take the oldest row and its neighbours by length out of the queue."""
+        oldest = next(iter(self._waiting.values()))
+        rows = sorted(self._waiting.values(), key=lambda row: row.job.length)
+        size = self._settings.max_batch
+        first = max(0, min(rows.index(oldest) - size // 2, len(rows) - size))
+        batch = rows[first : first + size]
+        for row in batch:
+            del self._waiting[row.answer]
+        return batch
+
+    def _answer(self, rows: Sequence[_Waiting[J]], loop: asyncio.AbstractEventLoop) -> None:
+        """Run a batch in the model's thread; what one row breaks is run again without it."""
+        left = dict(enumerate(rows))
+        try:
+            for n, answer in self._run([row.job for row in rows]):
+                loop.call_soon_threadsafe(_settle, left.pop(n).answer, answer)
+        except Exception as error:
+            if len(rows) == 1 and left:
+                loop.call_soon_threadsafe(_settle, rows[0].answer, error)
+                return
+            for row in left.values():
+                self._answer([row], loop)
+
+
+def _settle(future: asyncio.Future[Any], answer: Any) -> None:
+    if future.done():  # its client has left
+        return
+    if isinstance(answer, Exception):
+        future.set_exception(answer)
+    else:
+        future.set_result(answer)

@@ -1,0 +1,260 @@
+"""Prompts to text: rows of any tasks share the steps of a language model, and leave when they are done."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..bank.cache import LoadedTask
+from ..training.tasks.served import Served
+from .problems import Problem
+
+
+@dataclass(eq=False)
+class Prompt:
+    """A text that is to be continued.
+
+    Args:
+        task: The task that writes, as it was when the text came.
+        ids: The text in tokens.
+        max_tokens: Tokens to write at most.
+        temperature: 0 takes the most likely token.
+        stop: Texts at which it ends; they are left out.
+        seed: Of what is drawn; without one it is another each time.
+        emit: Given each piece as it is written, in the model's thread.
+        left: Whether nobody waits any more.
+    """
+
+    task: LoadedTask
+    ids: list[int]
+    max_tokens: int
+    temperature: float = 1.0
+    stop: Sequence[str] = ()
+    seed: int | None = None
+    emit: Callable[[str], None] = field(default=lambda piece: None)
+    left: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What was written, why it ended (`stop` or `length`), and how many tokens it has."""
+
+    text: str
+    reason: str
+    tokens: int
+
+
+class Decoder:
+    """Continues texts with a bank's tasks."""
+
+    def __init__(self, served: Served) -> None:
+        self.served = served
+        self._longest = getattr(served.model.config, "max_position_embeddings", None)
+        ends = getattr(served.model.generation_config, "eos_token_id", None)
+        ends = [ends] if isinstance(ends, int) else ends or []
+        self._ends = {*ends, served.tokenizer.eos_token_id}
+        self._takes = inspect.signature(served.model.get_base_model().forward).parameters
+
+    def encode(
+        self,
+        name: str,
+        text: str | Sequence[dict[str, Any]],
+        max_tokens: int | None,
+        most: int,
+        **options: Any,
+    ) -> Prompt:
+        """Return a text, or a conversation that is to be answered, in tokens.
+
+        Args:
+            name: The task that writes.
+            text: The text, or the turns.
+            max_tokens: Tokens to write; default: as many as there is room for.
+            most: Tokens that are ever written.
+            options: Of `Prompt`.
+
+        Raises:
+            UnknownTaskError: There is no such task.
+            Problem: It is too long, or the conversation has no form here.
+        """
+        (task,) = self.served.rows.find([name])
+        assert task is not None
+        ids = self._ids(text)
+        room = most if self._longest is None else min(most, self._longest - len(ids))
+        if room < (max_tokens or 1):
+            raise Problem(
+                422,
+                f"The model takes {self._longest} tokens in all: {len(ids)} were sent, and no answer of "
+                f"{max_tokens or 1} goes with them. Send less, or a smaller max_tokens.",
+                "max_tokens",
+                "context_length_exceeded",
+            )
+        return Prompt(task, ids, max_tokens or room, **options)
+
+    def _ids(self, text: str | Sequence[dict[str, Any]]) -> list[int]:
+        tokenizer = self.served.tokenizer
+        if isinstance(text, str):
+            return list(tokenizer(text)["input_ids"]) or [tokenizer.bos_token_id or tokenizer.eos_token_id]
+        if tokenizer.chat_template is None:
+            raise Problem(400, "The base model has no chat template. Use /v1/completions.", "messages")
+        from jinja2 import TemplateError
+
+        try:
+            encoded = tokenizer.apply_chat_template(list(text), add_generation_prompt=True, return_dict=True)
+        except TemplateError as error:
+            raise Problem(422, f"The model's chat template refuses this: {error}.", "messages") from None
+        return list(encoded["input_ids"])
+
+    def run(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Any]]:
+        """Yield number and continuation of each prompt as it ends."""
+        steps = _Steps(self, prompts)
+        with torch.inference_mode():
+            steps.forward(*steps.padded())  # what one row breaks, it breaks here
+            while steps.rows:
+                try:
+                    yield from steps.write()
+                    if steps.rows:
+                        steps.forward(steps.last()[:, None])
+                except Exception as error:  # what was written cannot be taken back
+                    yield from ((row, error) for row in steps.rows)
+                    return
+
+
+class _Steps:
+    """The rows of a batch that still write, and the model's memory of them."""
+
+    def __init__(self, decoder: Decoder, prompts: Sequence[Prompt]) -> None:
+        self.decoder, self.prompts = decoder, prompts
+        self.rows = list(range(len(prompts)))
+        self.writers = [_Writer(decoder.served.tokenizer, prompt) for prompt in prompts]
+        self.mask = torch.empty(len(prompts), 0, dtype=torch.long)
+        self.memory: Any = None
+        self.logits = torch.empty(0)
+
+    def padded(self) -> tuple[Tensor, Tensor]:  # (rows, longest) each
+        """Return the prompts, flushed right, and where they have tokens."""
+        longest = max(prompt.length for prompt in self.prompts)
+        gaps = [longest - prompt.length for prompt in self.prompts]
+        pad = self.decoder.served.tokenizer.pad_token_id or 0
+        rows = zip(gaps, self.prompts, strict=True)
+        ids = torch.tensor([[pad] * gap + prompt.ids for gap, prompt in rows])
+        return ids, (torch.arange(longest) >= torch.tensor(gaps)[:, None]).long()
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> None:  # (rows, new tokens)
+        """Read tokens; leaves the logits of what comes next."""
+        model = self.decoder.served.model
+        self.mask = torch.cat([self.mask, torch.ones_like(ids) if mask is None else mask], 1)
+        places = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": self.mask, "position_ids": places}
+        inputs = {
+            name: value.to(model.device) for name, value in inputs.items() if name in self.decoder._takes
+        }
+        if "logits_to_keep" in self.decoder._takes:
+            inputs["logits_to_keep"] = 1
+        with self.decoder.served.rows.use([self.prompts[row].task for row in self.rows]):
+            output = model(**inputs, past_key_values=self.memory, use_cache=True)
+        self.memory, self.logits = output.past_key_values, output.logits[:, -1].float().cpu()
+
+    def write(self) -> Iterable[tuple[int, Any]]:
+        """Write a token a row; returns the rows that have ended, which leave."""
+        staying, ended = [], []
+        for place, (row, logits) in enumerate(zip(self.rows, self.logits, strict=True)):
+            prompt, writer = self.prompts[row], self.writers[row]
+            reason = "stop" if prompt.left else writer.write(logits, self.decoder._ends)
+            if reason is None:
+                staying.append(place)
+            else:
+                ended.append((row, Continuation(writer.text, reason, len(writer.ids))))
+        if ended:
+            self.rows = [self.rows[place] for place in staying]
+            kept = torch.tensor(staying, dtype=torch.long)
+            self.mask = self.mask[kept]
+            if self.rows:
+                self.memory.batch_select_indices(kept.to(self.decoder.served.model.device))
+        return ended
+
+    def last(self) -> Tensor:  # (rows,)
+        """Return the newest token of every row."""
+        return torch.tensor([self.writers[row].ids[-1] for row in self.rows])
+
+
+class _Writer:
+    """The answer to one prompt as it grows."""
+
+    def __init__(self, tokenizer: Any, prompt: Prompt) -> None:
+        self.tokenizer, self.prompt = tokenizer, prompt
+        self.ids: list[int] = []
+        self.text = ""  # what was given out
+        self._held = ""  # what may be the beginning of a text to stop at
+        self._begin = self._shown = 0  # tokens whose text was taken; those before `_begin` change it no more
+        self._generator = torch.Generator()
+        if prompt.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(prompt.seed)
+
+    def write(self, logits: Tensor, ends: set[int]) -> str | None:  # (vocabulary,)
+        """Draw a token; returns why the text ends with it, if it does."""
+        token = self._draw(logits)
+        self.ids.append(token)
+        if token in ends:
+            self._give(self._held)
+            return "stop"
+        full = len(self.ids) == self.prompt.max_tokens
+        text = self._held + self._new(full)
+        at = min((text.find(stop) for stop in self.prompt.stop if stop in text), default=-1)
+        if at >= 0:
+            self._give(text[:at])
+            return "stop"
+        safe = (
+            len(text)
+            if full
+            else len(text) - max((_overlap(text, stop) for stop in self.prompt.stop), default=0)
+        )
+        self._give(text[:safe])
+        self._held = text[safe:]
+        return "length" if full else None
+
+    def _draw(self, logits: Tensor) -> int:
+        if self.prompt.temperature == 0:
+            return int(logits.argmax())
+        shares = torch.softmax(logits / self.prompt.temperature, -1)
+        return int(torch.multinomial(shares, 1, generator=self._generator))
+
+    def _new(self, full: bool) -> str:
+        """Return the text that is new, as soon as its last character is whole."""
+
+        def text(last: int | None) -> str:
+            decoded: str = self.tokenizer.decode(self.ids[self._begin : last], skip_special_tokens=True)
+            return decoded
+
+        before, now = text(self._shown), text(None)
+        half = now.endswith("\N{REPLACEMENT CHARACTER}") and not full
+        if half or now == before:  # a token without text of its own
+            return ""
+        self._begin, self._shown = self._shown, len(self.ids)
+        return now[len(before) :]
+
+    def _give(self, piece: str) -> None:
+        if piece:
+            self.text += piece
+            self.prompt.emit(piece)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return how many of the last characters of a text are the first of another.
+
+    Example:
+        >>> _overlap("the en", "end"), _overlap("the end", "x")
+        (2, 0)
+    """
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,61 @@
+"""Errors as clients get them: a status, and OpenAI's form of a body."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi.responses import JSONResponse
+
+from ..errors import CheckpointError, LotrError, UnknownTaskError
+from .batcher import QueueFullError
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+class Problem(Exception):
+    """A request that cannot be answered.
+
+    Args:
+        status: HTTP status.
+        message: What is wrong, and the way out.
+        param: Field of the request that is to blame.
+        code: A word for programs.
+        headers: Sent with it.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code, self.headers = status, param, code, headers
+
+    def body(self) -> dict[str, Any]:
+        """Return the error in OpenAI's form."""
+        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """Return the answer."""
+        return JSONResponse(self.body(), self.status, self.headers)
+
+
+def problem_of(error: Exception) -> Problem:
+    """Return an error of the library as clients get it; what nobody foresaw does not tell its inside."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, QueueFullError):
+        return Problem(429, str(error), code="queue_full", headers={"Retry-After": str(error.retry_after)})
+    if isinstance(error, UnknownTaskError):
+        return Problem(404, str(error), "model", "model_not_found")
+    if isinstance(error, CheckpointError):
+        return Problem(500, str(error), "model", "task_damaged")
+    if isinstance(error, LotrError):
+        return Problem(400, str(error), code="bad_request")
+    if isinstance(error, TimeoutError):
+        return Problem(504, "The deadline has passed. Send fewer texts, or come back later.", code="timeout")
+    return Problem(500, "The server failed; its log tells why.", code="internal_error")

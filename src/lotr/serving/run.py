@@ -1,0 +1,86 @@
+"""A server process: loads the bank, listens, and finishes what has begun when it is told to end."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import uvicorn
+
+from ..bank import CoreBank
+from ..errors import ConfigError
+from ..training.data.columns import Task as TaskKind
+from ..training.tasks.served import load_served
+from .app import create_app
+from .metrics import log, log_to_stderr
+from .settings import ServeSettings
+
+
+def run(
+    bank: str | Path,
+    settings: ServeSettings,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    model: str | None = None,
+    dtype: str = "float32",
+    capacity: int | str = 1024,
+    loaded: Callable[[], None] = lambda: None,
+) -> int:
+    """Serve a bank until the process is told to end; returns how many requests were answered.
+
+    Args:
+        bank: Its folder.
+        settings: Limits and tokens.
+        host: Address to listen at.
+        port: Port to listen at; 0 takes a free one, which the first line of the log tells.
+        model: Base model to use instead of the recorded one.
+        dtype: Type of the base model.
+        capacity: Tasks in memory, a number or bytes.
+        loaded: Called once the model is there.
+
+    Raises:
+        ConfigError: The address cannot be had, or the base model cannot be loaded.
+        CheckpointError: The bank is damaged.
+    """
+    listener = _listen(host, port)
+    opened = CoreBank.open(bank)
+    served = load_served(opened, model, kind_of(opened), capacity, dtype)
+    app = create_app(served, settings)
+    loaded()
+    log_to_stderr()
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=round(settings.timeout) + 5,
+    )
+    address, taken = listener.getsockname()[:2]
+    log("listening", url=f"http://{address}:{taken}", bank=str(bank))
+    # uvicorn raises the signal again when it has finished; by then that is no news
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    uvicorn.Server(config).run(sockets=[listener])
+    log("ended", requests=app.metrics.answered)
+    return app.metrics.answered
+
+
+def kind_of(bank: CoreBank) -> str | None:
+    """Return what the first tasks of a bank are, damaged ones left out; `None` where none tells."""
+    kinds = (row["kind"] for row in bank.overview(limit=100))
+    return next((kind for kind in kinds if kind in get_args(TaskKind)), None)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        raise ConfigError(
+            f"{host}:{port} cannot be listened at: {error.strerror or error}. Choose another --port."
+        ) from None
+    return listener

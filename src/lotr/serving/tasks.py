@@ -1,0 +1,65 @@
+"""Tasks that come over HTTP, and how they are shown. A name is data: it never becomes a path."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+import zipfile
+from datetime import datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..bank import CoreBank
+from ..files.adapter_folder import CONFIG, TASK, WEIGHTS
+from .problems import Problem
+
+
+def as_model(name: str, created: str) -> dict[str, Any]:
+    """Return a task as OpenAI shows a model."""
+    at = int(datetime.fromisoformat(created).timestamp()) if created else 0
+    return {"id": name, "object": "model", "created": at, "owned_by": "lotr"}
+
+
+def add(bank: CoreBank, name: str, archive: bytes, replace: bool, most: int) -> float:
+    """Add a task that `lotr bank export` wrote, from a zip file of its folder; returns the error of rounding.
+
+    Args:
+        bank: The bank, open for reading.
+        name: What the task shall be called.
+        archive: The zip file; nothing of it but three files of known names is read.
+        replace: Put it in the place of the task of its name.
+        most: Bytes of the files, unpacked.
+
+    Raises:
+        Problem: It is no such file, or too large, or the name is taken.
+        LotrError: The adapter is damaged, or not on the bank's basis.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _unpack(archive, Path(folder), most)
+        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, OSError) as error:
+            raise Problem(400, f"This is no zip file of an exported task: {error}.") from None
+        with CoreBank.open(bank.path, writable=True) as writable:
+            if name in writable and not replace:
+                raise Problem(409, f"There is a task {name!r} already. Send it to ?replace=true.", "task")
+            return writable.add_adapter(name, folder, replace=replace)
+
+
+def _unpack(archive: bytes, folder: Path, most: int) -> None:
+    with zipfile.ZipFile(io.BytesIO(archive)) as file:
+        members = {PurePosixPath(info.filename).name: info for info in file.infolist()}
+        if sum(members[name].file_size for name in (WEIGHTS, CONFIG, TASK) if name in members) > most:
+            raise Problem(413, f"The task is longer than {most:,} bytes.", code="too_large")
+        for name in (WEIGHTS, CONFIG, TASK):
+            if name in members:
+                (folder / name).write_bytes(file.read(members[name]))
+
+
+def remove(bank: CoreBank, name: str) -> None:
+    """Remove a task.
+
+    Raises:
+        UnknownTaskError: There is none of this name.
+    """
+    with CoreBank.open(bank.path, writable=True) as writable:
+        writable.remove(name)

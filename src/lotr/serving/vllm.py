@@ -1,0 +1,176 @@
+"""Tasks of a bank in vLLM: a request whose `model` is a task of the bank in `LOTR_BANK` gets its LoRA.
+
+`register` is an entry point of the group `vllm.general_plugins`, which vLLM calls in each of its processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from ..bank import CoreBank
+from ..errors import LotrError
+from ..files.adapter_folder import CONFIG, WEIGHTS, save_tensors
+from ..files.atomic import read_json, whole_folder, write_json
+
+BANK, CACHE, CACHE_BYTES = "LOTR_BANK", "LOTR_VLLM_CACHE", "LOTR_VLLM_CACHE_BYTES"
+#: Ranks that vLLM has kernels for; a LoRA is padded with zeros to one of them.
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+#: What vLLM takes in full beside a LoRA.
+HEADS = {"classifier", "score"}
+_IN_USE = 60.0  # seconds after its last use in which a folder is not removed: somebody may be reading it
+_LOG = logging.getLogger(__name__)
+
+
+class LoraFolders:
+    """Tasks of a bank as folders in vLLM's form; the least recently used ones are removed, and made again on demand.
+
+    Several processes may share them: a folder is there whole or not at all, and never changes.
+
+    Args:
+        bank: The bank.
+        root: Where the folders are; its size is kept below `most` bytes.
+        most: Bytes.
+    """
+
+    def __init__(self, bank: CoreBank, root: Path, most: int) -> None:
+        self.bank, self.root, self.most = bank, root, most
+
+    def make(self, name: str) -> Path:
+        """Return the folder of a task as the bank has it now; the name is no part of the path.
+
+        Raises:
+            UnknownTaskError: There is no such task.
+            CheckpointError: It is damaged, or has no LoRA form.
+        """
+        checksum = self.bank.about(name)["checksum"]
+        folder = self.root / hashlib.sha256(f"{checksum} {name}".encode()).hexdigest()[:32]
+        if not folder.is_dir():
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._write(name, folder)
+            self._evict()
+        os.utime(folder)
+        return folder
+
+    def _write(self, name: str, folder: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=self.root, prefix=".") as temporary:
+            self.bank.export(name, Path(temporary) / "lora", as_lora=True)
+            config = read_json(Path(temporary) / "lora" / CONFIG, "a LoRA's configuration")
+            tensors = load_file(Path(temporary) / "lora" / WEIGHTS)
+        rank = next((rank for rank in RANKS if rank >= config["r"]), config["r"])
+        for key, tensor in tensors.items():
+            if ".lora_A." in key:
+                tensors[key] = F.pad(tensor, (0, 0, 0, rank - len(tensor)))
+            elif ".lora_B." in key:
+                tensors[key] = F.pad(tensor, (0, rank - tensor.shape[1]))
+        same: dict[str, Any] = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
+        with whole_folder(folder, overwrite=True) as made:  # another process may have been quicker
+            save_tensors(tensors, made)
+            write_json(made / CONFIG, {**config, **same})
+
+    def _evict(self) -> None:
+        """Remove folders, the least recently used first, until the others fit."""
+        used = []
+        for folder in self.root.iterdir():
+            try:
+                used.append((folder.stat().st_mtime, sum(f.stat().st_size for f in folder.iterdir()), folder))
+            except (FileNotFoundError, NotADirectoryError):  # another process removed it
+                continue
+        total = sum(size for _, size, _ in used)
+        for at, size, folder in sorted(used):
+            if total <= self.most or time.time() - at < _IN_USE:
+                return
+            shutil.rmtree(folder, ignore_errors=True)
+            total -= size
+
+
+class BankResolver:
+    """What vLLM asks for a LoRA that it does not know; see `vllm.lora.resolver.LoRAResolver`.
+
+    Args:
+        folders: Where tasks become folders.
+    """
+
+    def __init__(self, folders: LoraFolders) -> None:
+        self.folders = folders
+
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
+        """Return a `LoRARequest`, or `None` where the bank has no such task, or is for another base model."""
+        if not _same_model(self.folders.bank.base_model, base_model_name):
+            return None
+        try:
+            path = await asyncio.to_thread(self._make, lora_name)
+        except LotrError as error:
+            _LOG.warning("%s", error)
+            return None
+        if path is None:
+            return None
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest(
+            lora_name, 1 + int(path.name[:7], 16), str(path)
+        )  # vLLM gives it a number of its own
+
+    def _make(self, name: str) -> Path | None:
+        bank = self.folders.bank
+        if name not in bank:
+            return None
+        heads = {key.removeprefix("base_model.model.").split(".")[0] for key in bank.get(name).head}
+        if heads - HEADS:
+            _LOG.warning(
+                "Task %r has %s in full, which vLLM does not take.", name, ", ".join(sorted(heads - HEADS))
+            )
+            return None
+        return self.folders.make(name)
+
+
+def register() -> None:
+    """Let vLLM find the tasks of the bank in `LOTR_BANK`; without it nothing happens."""
+    place = os.environ.get(BANK)
+    if not place:
+        return
+    from vllm.lora import worker_manager
+    from vllm.lora.resolver import LoRAResolverRegistry
+
+    bank = CoreBank.open(place)
+    root = (
+        Path(os.environ.get(CACHE) or _memory())
+        / hashlib.sha256(str(bank.path.resolve()).encode()).hexdigest()[:16]
+    )
+    folders = LoraFolders(bank, root, int(os.environ.get(CACHE_BYTES, 4 << 30)))
+    LoRAResolverRegistry.register_resolver("lotr", BankResolver(folders))
+    manager = worker_manager.WorkerLoRAManager
+    load = manager._load_adapter
+    if getattr(load, "makes_folders", False):
+        return
+
+    def load_adapter(self: Any, lora_request: Any) -> Any:
+        """Load a LoRA; a folder that was removed meanwhile is made again."""
+        path = Path(lora_request.lora_path)
+        if path.parent == root and not path.is_dir():
+            lora_request.lora_path = str(folders.make(lora_request.lora_name))
+        return load(self, lora_request)
+
+    load_adapter.makes_folders = True  # type: ignore[attr-defined]
+    manager._load_adapter = load_adapter
+
+
+def _memory() -> Path:
+    """Return a folder in memory where there is one, this user's own."""
+    memory = Path("/dev/shm")
+    root = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
+    return root / f"lotr-{os.getuid()}"
+
+
+def _same_model(ours: str | None, theirs: str) -> bool:
+    return ours is None or ours == theirs or Path(ours).resolve() == Path(theirs).resolve()

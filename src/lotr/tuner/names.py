@@ -1,0 +1,146 @@
+"""The names of a configuration that match nothing in a model. PEFT passes over them; here each is an error."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import resolve_quantization_backend
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import PlanError, near
+from ..sharing.keys import BASIS
+from ..sharing.paths import normalise
+
+#: Heads that PEFT itself adds to `modules_to_save`, whether the model has them or not.
+_HEADS = {
+    "SEQ_CLS": {"classifier", "score"},
+    "TOKEN_CLS": {"classifier", "score"},
+    "QUESTION_ANS": {"qa_outputs"},
+}
+
+
+def check_names(model: nn.Module, config: PeftConfig) -> None:
+    """Refuse a configuration that names modules or layers which a model lacks, also when other names match.
+
+    Raises:
+        PlanError: The message names the field, what matches nothing, and near matches.
+    """
+    named: Any = config
+    every = [normalise(path) for path, _ in model.named_modules(remove_duplicate=False)]
+    paths = [path for path in every if path and BASIS not in path.split(".")]
+    targets, linear = named.target_modules, linear_paths(model)
+    if isinstance(targets, str):
+        if targets not in ("all-linear", DUMMY_TARGET_MODULES):
+            _check_regex("target_modules", targets, paths, linear)
+    elif targets is not None:
+        _check_list("target_modules", targets, paths, linear)
+        if named.layers_to_transform is not None:
+            _check_layers(named, paths)
+    if isinstance(named.exclude_modules, str):
+        _check_regex("exclude_modules", named.exclude_modules, paths, paths)
+    else:
+        _check_list("exclude_modules", named.exclude_modules or (), paths, paths)
+    of_peft = _HEADS.get(str(named.task_type), set())
+    for name in named.modules_to_save or ():
+        if name not in of_peft and not any(path.endswith(name) for path in paths):
+            raise PlanError(_nothing("modules_to_save", name, paths))
+
+
+def check_rank_pattern(patterns: Iterable[str], paths: Collection[str]) -> None:
+    """Refuse a key of `rank_pattern` that matches no adapted module.
+
+    Raises:
+        PlanError: The message names the key and near matches.
+    """
+    for pattern in patterns:
+        if not any(re.match(rf"(.*\.)?({pattern})$", path) for path in paths):
+            known = {path.rpartition(".")[2] for path in paths}
+            raise PlanError(
+                f"rank_pattern={pattern!r} matches no adapted module of the model. {near(pattern, known)}"
+            )
+
+
+def linear_paths(model: nn.Module) -> list[str]:
+    """Return the paths of all modules that could be adapted."""
+    return [path for path, module in model.named_modules() if path and is_linear(module)]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a `Linear`, a `Conv1D` or a quantised linear."""
+    if isinstance(module, nn.Linear | Conv1D):
+        return True
+    backend = resolve_quantization_backend(module)
+    return backend is not None and getattr(backend, "layer_type", None) == "linear"
+
+
+def suffixes(paths: Iterable[str]) -> set[str]:
+    """Return every end of a path that a name can match.
+
+    Example:
+        >>> sorted(suffixes(["h.0.q_proj"]))
+        ['0.q_proj', 'h.0.q_proj', 'q_proj']
+    """
+    return {path.split(".", n)[n] for path in paths for n in range(path.count(".") + 1)}
+
+
+def _check_list(field: str, names: Iterable[str], paths: list[str], examples: list[str]) -> None:
+    known = suffixes(paths)
+    for name in sorted(names):
+        if normalise(name) not in known:
+            raise PlanError(_nothing(field, name, examples))
+
+
+def _check_regex(field: str, regex: str, paths: list[str], examples: list[str]) -> None:
+    if not any(re.fullmatch(regex, path) for path in paths):
+        example = f" {examples[0]!r}" if examples else ""
+        raise PlanError(
+            f"{field}={regex!r} matches no module of the model. A regex must match a whole path, such as{example}."
+        )
+
+
+def _nothing(field: str, name: str, paths: list[str]) -> str:
+    length = name.count(".") + 1
+    known = {".".join(path.split(".")[-length:]) for path in paths}
+    return f"{field}={name!r} matches no module of the model. {near(name, {n for n in known if not n.isdigit()})}"
+
+
+def _check_layers(config: Any, paths: list[str]) -> None:
+    """Refuse layers that no named module has, names that no named layer has, and lists that do not exist."""
+    patterns = config.layers_pattern
+    for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
+        if not any(re.match(rf"(?:^|.*?\.){pattern}\.\d+\.", path) for path in paths):
+            lists = {name for path in paths for name in re.findall(r"([^.]+)\.\d+(?:\.|$)", path)}
+            raise PlanError(
+                f"layers_pattern={pattern!r} names no list of modules of the model. {near(pattern, lists)}"
+            )
+    asked = config.layers_to_transform
+    asked = [asked] if isinstance(asked, int) else list(asked)
+    probe = copy.copy(config)
+    probe.exclude_modules = probe.modules_to_save = None
+
+    def matches(names: Collection[str], layers: list[int]) -> bool:
+        probe.target_modules, probe.layers_to_transform = set(names), layers
+        return any(check_target_module_exists(probe, path) for path in paths)
+
+    names = config.target_modules
+    for layer in asked:
+        if not matches(names, [layer]):
+            numbers = {int(part) for path in paths for part in path.split(".") if part.isdigit()}
+            known = [str(n) for n in sorted(numbers) if matches(names, [n])]
+            raise PlanError(
+                f"layers_to_transform={layer} is no layer of target_modules={sorted(names)!r}. "
+                f"Known: {', '.join(known) or 'none'}."
+            )
+    for name in sorted(names):
+        if not matches([name], asked):
+            raise PlanError(
+                f"target_modules={name!r} matches no module of the layers that "
+                f"layers_to_transform={config.layers_to_transform!r} leaves. Leave the name out, or name other layers."
+            )

@@ -1,0 +1,63 @@
+"""Servers in a thread of this process, and a client for them."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from lotr.serving.app import create_app
+from lotr.serving.settings import ServeSettings
+from lotr.training.tasks.served import Served, load_served
+
+
+class Client:
+    """Talks to a server, one connection a request."""
+
+    def __init__(self, port: int, token: str | None = None) -> None:
+        self.port = port
+        self.headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+
+    def send(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any, Any]:
+        """Return status, body (JSON where it is some) and headers."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        own = dict(self.headers)
+        if body is not None and not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+        if body is not None:
+            own["Content-Type"] = "application/json"
+        connection.request(method, path, body, {**own, **headers})
+        answer = connection.getresponse()
+        content = answer.read()
+        connection.close()
+        is_json = answer.headers.get("Content-Type", "").startswith("application/json")
+        return answer.status, json.loads(content) if is_json else content.decode(), answer.headers
+
+    def predict(self, task: str, text: str) -> dict[str, Any]:
+        """Return the prediction for one text."""
+        status, answer, _ = self.send("POST", f"/v1/tasks/{task}/predict", {"text": text})
+        assert status == 200, answer
+        return answer["predictions"][0]
+
+
+@contextmanager
+def serving(folder: Path, served: Served | None = None, **limits: Any) -> Iterator[Client]:
+    """Serve `folder/bank` while the block runs."""
+    app = create_app(served or load_served(folder / "bank"), ServeSettings(**limits))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=20))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
+    thread.start()
+    try:
+        while not server.started and thread.is_alive():
+            thread.join(0.01)
+        yield Client(server.servers[0].sockets[0].getsockname()[1], limits.get("token"))
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -1,0 +1,205 @@
+"""`lotr.compress`: many LoRAs become one bank that answers as they do."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+import banks
+import lotr
+from conftest import bert, gpt2, llama, tokens
+from loras import dense, lora, on_one_basis
+from lotr import LotrConfig
+from lotr.compression.add import add
+
+
+def test_a_bank_answers_as_the_adapters_on_one_basis_did(tmp_path: Path) -> None:
+    """Each with its own head; in one batch."""
+    folders = on_one_basis(tmp_path, tasks=5, rank=4, task_type="SEQ_CLS")
+    report = lotr.compress(folders, tmp_path / "bank", bert(), rank=4, dtype="float32")
+    assert report["error"] < 1e-5
+    bank = lotr.CoreBank.open(tmp_path / "bank")
+    assert list(bank.names()) == [folder.name for folder in folders]
+    model = bank.wrap(bert())
+    with torch.no_grad():
+        logits = model(input_ids=tokens(5), task_ids=list(bank.names())).logits
+    own = torch.stack([_with(folder, tokens(5)[n : n + 1])[0] for n, folder in enumerate(folders)])
+    torch.testing.assert_close(logits, own, rtol=1e-4, atol=1e-5)
+
+
+def _with(folder: Path, batch: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return PeftModel.from_pretrained(bert(), str(folder)).eval()(input_ids=batch).logits
+
+
+@pytest.mark.parametrize("modes", [("task",), ("task", "layer"), ("task", "layer", "projection")])
+def test_the_reported_error_is_that_of_the_dense_updates(modes: tuple[str, ...], tmp_path: Path) -> None:
+    """Also where factors are shared along layers; ranks are mixed, and one adapter lacks a module."""
+    originals = [
+        lora(tmp_path / "a", 0, r=3),
+        lora(tmp_path / "b", 1, r=5, use_rslora=True),
+        lora(tmp_path / "c", 2, r=2, target_modules=["query"], rank_pattern={"layer.1.*query": 4}),
+    ]
+    report = lotr.compress(
+        [tmp_path / name for name in "abc"], tmp_path / "bank", bert(), rank=4, modes=modes, dtype="float32"
+    )
+    bank = lotr.CoreBank.open(tmp_path / "bank")
+    rows = sorted(report["by_task"], key=lambda row: row["task"])
+    for original, row in zip(originals, rows, strict=True):
+        bank.export(row["task"], tmp_path / f"{row['task']}-out", as_lora=True)
+        exported = PeftModel.from_pretrained(bert(), str(tmp_path / f"{row['task']}-out"))
+        before, after = dense(original), dense(exported)
+        assert before.keys() <= after.keys()
+        lost = sum(((before.get(path, 0) - after[path]) ** 2).sum() for path in after)
+        error = float((lost / sum((dW**2).sum() for dW in before.values())) ** 0.5)
+        assert row["error"] == pytest.approx(error, rel=1e-4)
+        assert row["missing"] == len(after) - len(before)
+
+
+def test_diagonal_cores_recover_adapters_with_diagonals_on_common_factors(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    U, V = torch.randn(32, 3, generator=generator), torch.randn(3, 32, generator=generator)
+    for n in range(6):
+        model = lora(tmp_path / f"task-{n}", n)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_A" in name:
+                    parameter.copy_(V)
+                if "lora_B" in name:
+                    parameter.copy_(U * torch.randn(3, generator=generator))
+        model.save_pretrained(str(tmp_path / f"task-{n}"), save_embedding_layers=False)
+    for modes in (["task"], ["task", "layer"], ["task", "layer", "projection"]):
+        bank = tmp_path / f"along-{len(modes)}"
+        report = lotr.compress(
+            [tmp_path / "task-*"],
+            bank,
+            bert(),
+            rank=3,
+            core="diagonal",
+            modes=modes,
+            dtype="float32",
+            sweeps=400,
+        )
+        assert report["error"] < 1e-4
+        assert lotr.CoreBank.open(bank).layout.size == 6 * 3
+    original = PeftModel.from_pretrained(bert(), str(tmp_path / "task-2")).eval()
+    with torch.no_grad():
+        logits = lotr.CoreBank.open(bank).wrap(bert())(input_ids=tokens(), task_ids=["task-2"] * 4).logits
+        torch.testing.assert_close(logits, original(input_ids=tokens()).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_order_and_places_of_adapters_do_not_change_the_bank(tmp_path: Path) -> None:
+    for n in range(4):
+        lora(tmp_path / "here" / f"task-{n}", n)
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    places = sorted((tmp_path / "here").iterdir())
+    torch.manual_seed(1)
+    lotr.compress(places, tmp_path / "one", bert(), rank=4)
+    torch.manual_seed(2)
+    (tmp_path / "list.txt").write_text("\n".join(f"there/{path.name}" for path in reversed(places)))
+    lotr.compress([tmp_path / "list.txt"], tmp_path / "other", bert(), rank=4)
+    one, other = (lotr.CoreBank.open(tmp_path / name) for name in ("one", "other"))
+    assert one.description.basis_hash == other.description.basis_hash
+    assert torch.equal(one.read(list(one.names()))[0], other.read(list(other.names()))[0])
+
+
+def test_weights_decide_between_adapters(tmp_path: Path) -> None:
+    for n in range(3):
+        lora(tmp_path / f"task-{n}", n, r=4)
+
+    def errors(name: str, **options: Any) -> dict[str, float]:
+        report = lotr.compress([tmp_path / "task-*"], tmp_path / name, bert(), rank=4, **options)
+        return {row["task"]: row["error"] for row in report["by_task"]}
+
+    even, heavy = errors("even"), errors("heavy", weights={"task-1": 10.0})
+    assert heavy["task-1"] < 0.3 * even["task-1"]
+    assert heavy["task-0"] > even["task-0"]
+
+
+def test_ranks_reach_an_error_and_stay_within_bytes(tmp_path: Path) -> None:
+    """The rank goes to where it keeps most: modules whose updates agree have less of it."""
+    folders = on_one_basis(tmp_path, tasks=6, rank=2, noise=0.1, target_modules=["query"])
+    for folder in folders:
+        lora(folder / "wild", int(folder.name[-1]), r=6, target_modules=["value"])
+    places = [*folders, *(folder / "wild" for folder in folders)]
+    report = lotr.compress(places, tmp_path / "by-error", bert(), max_error=0.3)
+    assert 0.2 < report["error"] <= 0.3
+    ranks = {group["group"]: group["rank"] for group in report["groups"]}
+    assert max(r for name, r in ranks.items() if "query" in name) < min(
+        r for name, r in ranks.items() if "value" in name
+    )
+    size = report["bytes_of_numbers"]
+    again = lotr.compress(places, tmp_path / "by-bytes", bert(), max_bytes=size)
+    assert size * 0.9 <= again["bytes_of_numbers"] <= size
+    assert again["error"] < 1.02 * report["error"]
+
+
+def test_a_bank_takes_adapters_that_were_not_in_the_fit(tmp_path: Path) -> None:
+    folders = on_one_basis(tmp_path, tasks=6, rank=4, task_type="SEQ_CLS")
+    lotr.compress(folders[:4], tmp_path / "bank", bert(), rank=4, dtype="float32")
+    report = add(tmp_path / "bank", folders[4:])
+    assert max(report["added"].values()) < 1e-5
+    assert "No new fit is needed" in report["advice"][0]
+    bank = lotr.CoreBank.open(tmp_path / "bank")
+    with torch.no_grad():
+        logits = bank.wrap(bert())(input_ids=tokens(), task_ids=["task-5"] * 4).logits
+        own = PeftModel.from_pretrained(bert(), str(folders[5])).eval()(input_ids=tokens()).logits
+    torch.testing.assert_close(logits, own, rtol=1e-4, atol=1e-5)
+    lora(tmp_path / "stranger", 9)
+    report = add(tmp_path / "bank", [tmp_path / "stranger"])
+    assert report["added"]["stranger"] > 0.5
+    assert "A new fit with all adapters pays" in report["advice"][0]
+
+
+def test_adapters_of_this_library_are_projected_onto_a_trained_bank(tmp_path: Path) -> None:
+    """The factors of a trained basis are not orthonormal; an adapter on it comes back as it was."""
+    bank = banks.bank(tmp_path, scaling=2.0, modes=("layer", "projection"), init_weights=False)
+    banks.stirred(bank.config, seed=3).save_pretrained(str(tmp_path / "own"), save_embedding_layers=False)
+    own = bank.from_adapter("own", tmp_path / "own")
+    assert add(tmp_path / "bank", [tmp_path / "own"])["added"]["own"] < 1e-6
+    torch.testing.assert_close(bank.get("own").numbers, own.numbers, rtol=1e-4, atol=1e-5)
+    assert bank.get("own").head.keys() == own.head.keys()
+
+
+def test_adapters_of_this_library_with_other_factors_become_tasks(tmp_path: Path) -> None:
+    for n in range(3):
+        config = LotrConfig(r=2, target_modules=["query", "value"], seed=n, init_weights=False, scaling=3.0)
+        banks.stirred(config, n).save_pretrained(str(tmp_path / f"task-{n}"), save_embedding_layers=False)
+    lora(tmp_path / "task-3", 3, r=2)
+    report = lotr.compress([tmp_path / "task-*"], tmp_path / "bank", bert(), rank=8, dtype="float32")
+    assert report["error"] < 1e-5
+    with torch.no_grad():
+        logits = (
+            lotr.CoreBank.open(tmp_path / "bank")
+            .wrap(bert())(input_ids=tokens(), task_ids=["task-1"] * 4)
+            .logits
+        )
+        own = PeftModel.from_pretrained(bert(), str(tmp_path / "task-1")).eval()(input_ids=tokens()).logits
+    torch.testing.assert_close(logits, own, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make, targets", [(gpt2, ["c_attn", "c_fc"]), (llama, ["q_proj", "k_proj", "down_proj"])]
+)
+@pytest.mark.parametrize("modes", [("task",), ("task", "layer")])
+def test_fused_and_unequal_projections_are_compressed_exactly(
+    make: Any, targets: list[str], modes: tuple[str, ...], tmp_path: Path
+) -> None:
+    for n in range(2):
+        fan = {"fan_in_fan_out": make is gpt2}
+        lora(tmp_path / f"task-{n}", n, make, r=2, target_modules=targets, task_type="CAUSAL_LM", **fan)
+    report = lotr.compress(
+        [tmp_path / "task-*"], tmp_path / "bank", make(), rank=16, modes=modes, dtype="float32"
+    )
+    assert report["error"] < 1e-5
+    model = lotr.CoreBank.open(tmp_path / "bank").wrap(make())
+    own = PeftModel.from_pretrained(make(), str(tmp_path / "task-1")).eval()
+    with torch.no_grad():
+        mixed = model(input_ids=tokens(2), task_ids=[None, "task-1"]).logits
+        torch.testing.assert_close(mixed[1:], own(input_ids=tokens(2)[1:]).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mixed[:1], make()(input_ids=tokens(2)[:1]).logits, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,186 @@
+"""`lotr compress` from a shell: the bank, the report, later adapters, and runs that are interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import banks
+import lotr as library
+from commands import lotr, refused
+from conftest import bert, tokens
+from loras import dense
+from lotr import LotrConfig
+from lotr.compression import state
+from saved_models import save_bert
+
+
+def save(folder: Path, base: Path, seed: int, **fields: Any) -> None:
+    """Save a LoRA on a base model that lies in a folder."""
+    asked = {"r": 3, "target_modules": ["query", "value"], "task_type": "SEQ_CLS", **fields}
+    torch.manual_seed(seed)
+    model = get_peft_model(bert(), LoraConfig(**asked))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A base model and five LoRAs."""
+    bert().save_pretrained(tmp_path / "base")
+    for n in range(5):
+        save(tmp_path / f"task-{n}", tmp_path / "base", n)
+    return tmp_path
+
+
+def test_the_shell_makes_a_bank_and_says_what_it_lost(place: Path) -> None:
+    result = lotr("compress", f"{place}/task-*", "--output", place / "bank", "--rank", 4)
+    assert result.exit_code == 0, result.stderr
+    assert "5 tasks are in" in result.stdout
+    assert "Half of this error takes" in result.stdout
+    files = {path.name for path in (place / "bank").iterdir()}
+    assert files >= {"bank.json", "tasks.sqlite", "basis.safetensors", "compress.json", "compress.png"}
+    report = json.loads((place / "bank" / "compress.json").read_text())
+    assert report["bytes_after"] == sum(
+        path.stat().st_size for path in (place / "bank").iterdir() if not path.name.startswith("compress.")
+    )
+    assert [row["error"] for row in report["by_task"]] == sorted(
+        (row["error"] for row in report["by_task"]), reverse=True
+    )
+    errors = [point["error"] for point in report["curve"]]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-6
+
+
+def test_a_lora_of_peft_is_inspected_as_its_dense_updates(place: Path) -> None:
+    result = lotr("inspect", place / "task-0", "--json")
+    inspection = json.loads(result.stdout)
+    updates = dense(PeftModel.from_pretrained(bert(), str(place / "task-0")))
+    assert {site["module"]: site["norm"] for site in inspection["sites"]} == pytest.approx(
+        {path: float(dW.norm()) for path, dW in updates.items()}, rel=1e-4
+    )
+    assert inspection["numbers"] == 6 * 3 * 64
+    assert inspection["head"] == 3 * 32 + 3
+    assert (place / "task-0" / "cores.png").is_file()
+
+
+def test_a_lora_of_peft_with_a_head_is_evaluated(place: Path) -> None:
+    """Its classes are numbers; what it says is what PEFT computes."""
+    base = save_bert(place / "bert")
+    model = get_peft_model(
+        AutoModelForSequenceClassification.from_pretrained(base), LoraConfig(r=2, task_type="SEQ_CLS")
+    )
+    model.save_pretrained(str(place / "plain"))
+    (place / "data.csv").write_text("text,label\nred thing,0\nblue thing,1\nvery old thing,1\n")
+    result = lotr("evaluate", place / "plain", "--data", place / "data.csv", "--json")
+    scores = json.loads(result.stdout)
+    batch = AutoTokenizer.from_pretrained(base)(
+        ["red thing", "blue thing", "very old thing"], padding=True, return_tensors="pt"
+    )
+    answers = model.eval()(**batch).logits.argmax(-1)
+    assert scores["labels"] == ["0", "1"]
+    assert scores["accuracy"] == pytest.approx(float((answers == torch.tensor([0, 1, 1])).float().mean()))
+
+
+def test_later_adapters_are_added_all_or_none(place: Path) -> None:
+    lotr("compress", place / "task-0", place / "task-1", "--output", place / "bank")
+    result = lotr("compress", place / "bank", "--add", place / "task-2", place / "task-3", "--json")
+    assert json.loads(result.stdout)["tasks"] == 4
+    message = refused(2, "compress", place / "bank", "--add", place / "task-4", place / "task-3")
+    assert "has a task 'task-3' already" in message
+    assert len(library.CoreBank.open(place / "bank")) == 4
+    again = lotr(
+        "compress", place / "bank", "--add", place / "task-4", place / "task-3", "--replace", "--json"
+    )
+    assert json.loads(again.stdout)["tasks"] == 5
+
+
+def test_one_adapter_of_this_library_becomes_a_smaller_one(place: Path) -> None:
+    config = LotrConfig(r=6, target_modules=["query", "value"], task_type="SEQ_CLS", init_weights=False)
+    model = banks.stirred(config)
+    model.peft_config["default"].base_model_name_or_path = str(place / "base")
+    model.save_pretrained(str(place / "own"), save_embedding_layers=False)
+    result = lotr("compress", place / "own", "--output", place / "small", "--rank", 3, "--json")
+    report = json.loads(result.stdout)
+    assert [group["after"] for group in report["groups"]] == [[3, 3], [3, 3]]
+    assert report["bytes_after"] < 0.7 * report["bytes_before"]
+    library.truncate(model, rank=3)
+    small = PeftModel.from_pretrained(bert(), str(place / "small")).eval()
+    torch.testing.assert_close(small(input_ids=tokens()).logits, model.eval()(input_ids=tokens()).logits)
+    lotr("compress", place / "own", "--output", place / "near", "--max-error", 0.2)
+    kept = library.inspect(place / "near").sites
+    assert 0.96 * sum(s.norm**2 for s in library.inspect(place / "own").sites) <= sum(s.norm**2 for s in kept)
+
+
+def test_calls_without_meaning_are_refused_and_write_nothing(place: Path) -> None:
+    before = sorted(path.name for path in place.iterdir())
+    assert "--output" in refused(2, "compress", place / "task-0", place / "task-1")
+    assert "takes a bank" in refused(2, "compress", place / "task-0", "--add")
+    assert "is not empty" in refused(2, "compress", place / "task-*", "--output", place / "base")
+    assert "config.json" in refused(
+        2, "compress", place / "task-*", "--output", place / "bank", "--base", place / "task-0"
+    )
+    assert sorted(path.name for path in place.iterdir()) == before
+
+
+def test_an_interrupted_fit_goes_on_and_gives_the_same_bank(place: Path, monkeypatch: Any) -> None:
+    """Stopped in every pass in turn; a request with other settings begins anew."""
+    monkeypatch.setattr(state, "SAVE_AFTER", 0.0)
+    places = [place / "task-*"]
+    library.compress(places, place / "whole", place / "base", rank=3)
+    passes: list[str] = []
+
+    def stop_at(n: int) -> Any:
+        def tick(what: str, done: int, of: int) -> None:
+            passes.append(what)
+            if len(passes) > n:
+                raise KeyboardInterrupt
+
+        return tick
+
+    seen = []
+    for n in range(40):
+        passes.clear()
+        try:
+            library.compress(places, place / "bank", place / "base", rank=3, tick=stop_at(5 + n // 2))
+            break
+        except (library.LotrError, KeyboardInterrupt) as error:
+            seen.append((passes[-1], type(error).__name__))
+            assert not (place / "bank").exists()
+    assert {what for what, _ in seen} >= {"Directions", "Cores"}
+    assert seen[-1][1] == "Interrupted"
+    assert not (place / ".bank.fit").exists()
+    whole, bank = (library.CoreBank.open(place / name) for name in ("whole", "bank"))
+    assert whole.description.basis_hash == bank.description.basis_hash
+    assert torch.equal(whole.read(list(whole.names()))[0], bank.read(list(bank.names()))[0])
+
+
+def test_a_killed_fit_leaves_nothing_at_the_output(place: Path) -> None:
+    slow = (
+        "import time, lotr\n"
+        f"lotr.compress(['{place}/task-*'], '{place}/bank', '{place}/base', rank=3,"
+        " tick=lambda what, done, of: what == 'Cores' and (print('now', flush=True), time.sleep(60)))"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE, env=environment)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (place / "bank").exists()
+    library.compress([f"{place}/task-*"], place / "bank", place / "base", rank=3)
+    assert len(library.CoreBank.open(place / "bank")) == 5

@@ -1,0 +1,125 @@
+"""The joint fit against the dense stack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+import tensorly as tl
+import torch
+from tensorly.decomposition import partial_tucker
+from torch import Tensor
+
+from lotr.compression import diagonal, fit
+from lotr.compression.moments import SecondMoment
+from lotr.compression.ranks import Curve, bytes_of, chosen_ranks, error_of
+
+OUT, WIDTH, TASKS, Q = 24, 18, 9, 3
+
+
+def _updates(tasks: int = TASKS) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.linspace(1, 0.1, OUT)[:, None]
+    B = scale * torch.randn(tasks, OUT, Q, generator=generator, dtype=torch.float64)
+    return B, torch.randn(tasks, Q, WIDTH, generator=generator, dtype=torch.float64)
+
+
+def _batches(B: Tensor, A: Tensor, size: int) -> fit.Batches:
+    def batches() -> Iterator[fit.Batch]:
+        for own in zip(B.split(size), A.split(size), strict=True):
+            yield {"g": [own]}
+
+    return batches
+
+
+@pytest.mark.parametrize("tasks", [4, TASKS])  # fewer and more directions than the block is wide
+@pytest.mark.parametrize("rank", [2, 5])
+def test_every_error_is_that_of_the_dense_stack_and_falls_to_that_of_tensorly(rank: int, tasks: int) -> None:
+    B, A = _updates(tasks)
+    batches, stack = _batches(B, A, 4), B @ A
+    fits = fit.directions({"g": (OUT, WIDTH)}, batches)
+    group = fits["g"]
+    fit.begin(fits, {"g": rank}, batches)
+    group.turn_back()
+    for _ in range(60):
+        U, V = group.factors(rank)
+        left = stack - U @ (U.T @ stack @ V) @ V.T
+        assert group.errors[-1] == pytest.approx(float(left.norm() / stack.norm()), rel=1e-9)
+        fit.sweep(fits, batches)
+    assert all(after <= before + 1e-12 for before, after in pairwise(group.errors))
+    tl.set_backend("pytorch")
+    (core, (U, V)), _ = partial_tucker(stack, [rank, rank], modes=[1, 2], n_iter_max=200, tol=1e-12)
+    dense = float((stack - U @ core @ V.T).norm() / stack.norm())
+    assert group.errors[-1] == pytest.approx(dense, rel=1e-3)
+
+
+def test_the_batches_do_not_change_the_fit() -> None:
+    B, A = _updates()
+    factors = []
+    for size in (1, 4, TASKS):
+        batches = _batches(B, A, size)
+        fits = fit.directions({"g": (OUT, WIDTH)}, batches)
+        fit.begin(fits, {"g": 4}, batches)
+        fit.sweep(fits, batches)
+        U, _ = fits["g"].factors(4)
+        factors.append(U @ U.T)
+    for other in factors[1:]:
+        torch.testing.assert_close(other, factors[0], rtol=0, atol=1e-9)
+
+
+def test_in_a_wide_space_the_leading_directions_are_followed() -> None:
+    """What is dropped is told; what shared directions carry is not lost."""
+    generator = torch.Generator().manual_seed(0)
+    common = torch.linalg.qr(torch.randn(60, 4, generator=generator, dtype=torch.float64)).Q
+    moment = SecondMoment(60, widest=8)
+    total = torch.zeros(60, 60, dtype=torch.float64)
+    for _ in range(30):
+        P = common @ torch.randn(4, 3, generator=generator, dtype=torch.float64)
+        P += 0.01 * torch.randn(60, 3, generator=generator, dtype=torch.float64)
+        moment.add(P)
+        total += P @ P.T
+    vectors, energies = moment.leading(4)
+    torch.testing.assert_close(energies, torch.linalg.eigvalsh(total).flip(0)[:4], rtol=1e-3, atol=0)
+    torch.testing.assert_close(vectors @ vectors.T, common @ common.T, rtol=0, atol=1e-2)
+    whole = float(total.trace())
+    assert float(moment.leading()[1].sum()) + moment.lost == pytest.approx(whole, rel=1e-9)
+    assert 0 < moment.lost < 0.01 * whole
+
+
+def test_what_a_projection_leaves_is_exact_where_it_is_tiny() -> None:
+    B, A = _updates()
+    U, V = torch.linalg.qr(torch.cat([*B], 1)).Q, torch.linalg.qr(torch.cat([*A], 0).T).Q
+    noise = 1e-9 * torch.randn(OUT, Q, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    few = U[:, : B.shape[2]]
+    near = few @ few.T @ B[0] + noise
+    _, lost = fit.project(near[None], A[:1], few, V)
+    expected = float(((noise - few @ few.T @ noise) @ A[0]).square().sum())
+    assert float(lost) == pytest.approx(expected, rel=1e-6)
+
+
+def test_diagonals_never_get_worse_and_are_those_of_least_squares() -> None:
+    B, A = _updates()
+    batches = _batches(B, A, 4)
+    fits = fit.directions({"g": (OUT, WIDTH)}, batches)
+    diagonal.begin(fits, {"g": 4}, batches)
+    for _ in range(20):
+        diagonal.sweep(fits, batches)
+    errors = fits["g"].errors
+    assert all(after <= before + 1e-12 for before, after in pairwise(errors))
+    U, V = fits["g"].factors(4)
+    columns = torch.einsum("or,ir->oir", U, V).flatten(0, 1)
+    solved = torch.linalg.lstsq(columns, (B[0] @ A[0]).flatten()).solution
+    torch.testing.assert_close(diagonal.diagonals(U, V, B, A)[0], solved)
+
+
+def test_ranks_go_to_where_they_keep_most_energy_a_byte() -> None:
+    steep = Curve(1.0, torch.tensor([0.9, 0.99, 0.999, 1.0]), 100, 10)
+    flat = Curve(1.0, torch.tensor([0.4, 0.7, 0.9, 1.0]), 100, 10)
+    curves = {"steep": steep, "flat": flat}
+    ranks = chosen_ranks(curves, max_error=0.25)
+    assert error_of(curves, ranks) <= 0.25
+    assert ranks["steep"] < ranks["flat"]
+    size = bytes_of(curves, ranks)
+    assert chosen_ranks(curves, max_bytes=size) == ranks
+    assert bytes_of(curves, chosen_ranks(curves, max_bytes=size - 1)) < size

@@ -1,0 +1,119 @@
+"""What a configuration names and a model lacks is an error, and so is a weight that is read without its module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import MambaConfig, MambaForCausalLM, WavLMConfig, WavLMModel
+
+from conftest import bert, llama
+from lotr import LotrConfig, PlanError, plan
+from lotr.training.adapter import add_adapter
+from lotr.tuner.group import LotrLayer
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"target_modules": ["query", "vlue"]}, r"target_modules='vlue' .* Near matches: value\."),
+        ({"target_modules": ["self.query", "self.vlue"]}, r"'self\.vlue' .* Near matches: self\.value"),
+        ({"target_modules": r".*\.querry"}, r"whole path, such as"),
+        ({"modules_to_save": ["clasifier"]}, r"modules_to_save='clasifier' .* Near matches: classifier"),
+        ({"exclude_modules": ["poler"]}, r"exclude_modules='poler' .* Near matches: pooler"),
+        ({"exclude_modules": r"poler\..*"}, r"exclude_modules='poler.*whole path"),
+        ({"layers_to_transform": [0, 7]}, r"layers_to_transform=7 is no layer .* Known: 0, 1, 2\."),
+        ({"layers_to_transform": 3}, r"layers_to_transform=3 is no layer"),
+        (
+            {"target_modules": ["query", "pooler.dense"], "layers_to_transform": [0]},
+            r"target_modules='pooler\.dense' matches no module of the layers",
+        ),
+        (
+            {"layers_to_transform": [0], "layers_pattern": "layers"},
+            r"layers_pattern='layers' names no list .* Near matches: layer\.",
+        ),
+        ({"rank_pattern": {"vlue": 2}}, r"rank_pattern='vlue' matches no adapted module .* value\."),
+        ({"rank_pattern": {"key": 2}}, r"rank_pattern='key' matches no adapted module"),
+    ],
+    ids=str,
+)
+def test_a_name_that_matches_nothing_is_an_error_with_near_matches(fields: Any, message: str) -> None:
+    config = LotrConfig(**({"r": 2, "target_modules": ["query", "value"]} | fields))
+    model = bert()
+    for attempt in (lambda: plan(model, config), lambda: get_peft_model(model, config)):
+        with pytest.raises(PlanError, match=message):
+            attempt()
+    assert not [m for m in model.modules() if isinstance(m, LotrLayer)]
+
+
+def test_names_of_methods_of_peft_are_checked_before_training_too() -> None:
+    with pytest.raises(PlanError, match="target_modules='vlue'"):
+        add_adapter(bert(), LoraConfig(target_modules=["query", "vlue"]))
+
+
+def test_heads_that_peft_adds_for_a_task_need_not_exist() -> None:
+    config = LotrConfig(r=2, task_type="SEQ_CLS")
+    get_peft_model(bert(), config)  # adds "classifier" and "score", of which a model has one
+    assert set(config.modules_to_save) >= {"classifier", "score"}
+
+
+def test_defaults_name_only_what_a_model_has() -> None:
+    config = LotrConfig(r=2)
+    get_peft_model(llama(), config)
+    assert config.target_modules == {"q_proj", "v_proj"}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+
+def mamba() -> nn.Module:
+    return MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=8, state_size=4, num_hidden_layers=1))
+
+
+def wavlm() -> nn.Module:
+    config = WavLMConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                         conv_dim=(16,), conv_kernel=(3,), conv_stride=(2,), num_conv_pos_embeddings=4,
+                         num_conv_pos_embedding_groups=2)  # fmt: skip
+    return WavLMModel(config)
+
+
+@pytest.mark.parametrize(
+    "make, target",
+    [
+        (Block, "attention.out_proj"),
+        (Block, "linear1"),
+        (Block, "encoder.self_attn.out_proj"),
+        (mamba, "out_proj"),
+        (mamba, "x_proj"),
+        (mamba, "dt_proj"),
+        (wavlm, "q_proj"),
+        (wavlm, "attention.out_proj"),
+    ],
+)
+def test_a_weight_that_is_read_without_its_module_is_refused(make: Any, target: str) -> None:
+    with pytest.raises(PlanError, match=r"without calling it.* exclude_modules=\[.*"):
+        plan(make(), LotrConfig(r=2, target_modules=[target]))
+
+
+def test_what_is_called_in_the_same_blocks_is_adapted() -> None:
+    assert plan(mamba(), LotrConfig(r=2, target_modules=["in_proj"])).n_sites == 1
+    assert plan(wavlm(), LotrConfig(r=2, target_modules=["intermediate_dense"])).n_sites == 1
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        model = get_peft_model(
+            Block(), LotrConfig(r=2, target_modules=["linear1"], init_weights=False)
+        ).eval()
+        x = torch.randn(1, 3, 8)
+        with torch.no_grad(), model.disable_adapter():
+            base = model.base_model.model.encoder(x)
+        with torch.no_grad():
+            assert not torch.equal(model.base_model.model.encoder(x), base)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)

@@ -1,0 +1,210 @@
+"""Language models over HTTP: rows of different tasks share steps, and each text is what it would be alone."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("fastapi")
+
+from lotr.bank.cache import LoadedTask
+from lotr.serving.decoder import Prompt, _Writer
+from lotr.training.tasks.served import Served, load_served
+from served_banks import decoder_bank, encoder_bank
+from servers import Client, serving
+
+PROMPTS = ["the red thing", "a very old blue", "what colour is the thing here ?"]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """A bank of five tasks on a small language model, with the sizes of the batches of every step."""
+    folder = tmp_path_factory.mktemp("decoder")
+    decoder_bank(folder, tasks=5).close()
+    served = load_served(folder / "bank")
+    forward, served.steps = served.model.forward, []  # type: ignore[attr-defined]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        served.steps.append(len(kwargs["input_ids"]))  # type: ignore[attr-defined]
+        time.sleep(served.pause)  # type: ignore[attr-defined]
+        return forward(*args, **kwargs)
+
+    served.pause = 0.0  # type: ignore[attr-defined]
+    served.model.forward = counted  # type: ignore[method-assign]
+    return served
+
+
+@pytest.fixture(scope="module")
+def client(served: Served) -> Any:
+    with serving(Path(), served, max_wait=50, max_tokens=32) as client:
+        yield client
+
+
+def alone(served: Served, task: str, prompt: str, tokens: int) -> str:
+    """What transformers' own loop writes to one prompt."""
+    inputs = served.tokenizer(prompt, return_tensors="pt")
+    with served.model.select([task]):
+        ids = served.model.get_base_model().generate(
+            **inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=0
+        )
+    return served.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def complete(client: Client, task: str, prompt: Any, tokens: int = 12, **options: Any) -> dict[str, Any]:
+    body = {"model": task, "prompt": prompt, "max_tokens": tokens, "temperature": 0, **options}
+    status, answer, _ = client.send("POST", "/v1/completions", body)
+    assert status == 200, answer
+    return answer
+
+
+def streamed(client: Client, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    status, text, headers = client.send("POST", path, {**body, "stream": True})
+    assert status == 200 and headers["Content-Type"].startswith("text/event-stream"), text
+    events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert events.pop() == "[DONE]"
+    return [json.loads(one) for one in events]
+
+
+def test_texts_are_those_of_the_row_alone_and_rows_leave_when_done(served: Served, client: Client) -> None:
+    lengths = [3, 9, 14, 6, 11, 4]
+    asked = [(f"task-{n % 5}", PROMPTS[n % 3], length) for n, length in enumerate(lengths)]
+    expected = [alone(served, *one) for one in asked]
+    assert len(set(expected)) == len(asked)
+    served.steps.clear()  # type: ignore[attr-defined]
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda one: complete(client, *one), asked))
+    for one, text, answer in zip(asked, expected, answers, strict=True):
+        choice = answer["choices"][0]
+        assert choice["text"] == text and choice["finish_reason"] in ("length", "stop")
+        assert answer["usage"]["completion_tokens"] <= one[2] and answer["model"] == one[0]
+    steps = served.steps  # type: ignore[attr-defined]
+    assert steps[0] == 6 and steps == sorted(steps, reverse=True) and steps[-1] < 6
+
+
+def test_a_stream_is_the_text_in_pieces(client: Client) -> None:
+    body = {"model": "task-2", "prompt": PROMPTS, "max_tokens": 9, "temperature": 0.8, "seed": 5}
+    whole = complete(client, "task-2", PROMPTS, 9, temperature=0.8, seed=5)
+    events = streamed(client, "/v1/completions", {**body, "stream_options": {"include_usage": True}})
+    assert events[-1]["choices"] == [] and events[-1]["usage"] == whole["usage"]
+    for n, choice in enumerate(whole["choices"]):
+        own = [event["choices"][0] for event in events[:-1] if event["choices"][0]["index"] == n]
+        assert "".join(one["text"] for one in own) == choice["text"] and len(own) > 2
+        assert own[-1]["finish_reason"] == choice["finish_reason"]
+    turns = {"model": "task-1", "messages": [{"role": "user", "content": "what"}], "max_tokens": 5, "seed": 1}
+    status, chat, _ = client.send("POST", "/v1/chat/completions", turns)
+    assert status == 200 and chat["object"] == "chat.completion"
+    pieces = streamed(client, "/v1/chat/completions", turns)
+    assert pieces[0]["object"] == "chat.completion.chunk"
+    content = "".join(piece["choices"][0]["delta"]["content"] for piece in pieces)
+    assert content == chat["choices"][0]["message"]["content"]
+
+
+def test_a_chat_is_its_template_continued(served: Served, client: Client) -> None:
+    turns = [{"role": "user", "content": [{"type": "text", "text": "what colour"}]}]
+    body = {"model": "task-3", "messages": turns, "max_completion_tokens": 6, "temperature": 0}
+    _, answer, _ = client.send("POST", "/v1/chat/completions", body)
+    assert answer["choices"][0]["message"]["content"] == alone(
+        served, "task-3", "user what colour assistant", 6
+    )
+
+
+def test_a_seed_decides_what_is_drawn_whoever_is_beside_it(client: Client) -> None:
+    drawn = {"temperature": 1.5, "seed": 7}
+    single = complete(client, "task-4", PROMPTS[0], **drawn)["choices"][0]["text"]
+    with ThreadPoolExecutor(4) as pool:
+        tasks = ["task-0", "task-4", "task-1", "task-4"]
+        mixed = list(pool.map(lambda task: complete(client, task, PROMPTS[0], **drawn), tasks))
+    texts = [answer["choices"][0]["text"] for answer in mixed]
+    assert texts[1] == texts[3] == single and texts[0] != single
+    other = complete(client, "task-4", PROMPTS[0], temperature=1.5, seed=8)["choices"][0]["text"]
+    assert other != single
+
+
+def test_a_text_ends_before_what_it_should_stop_at(client: Client) -> None:
+    words = complete(client, "task-0", PROMPTS[0], 12)["choices"][0]["text"].split(" ")
+    stop = " ".join(words[3:5])
+    first = " ".join(words).index(stop)
+    answer = complete(client, "task-0", PROMPTS[0], 12, stop=["never", stop])["choices"][0]
+    assert (answer["text"], answer["finish_reason"]) == (" ".join(words)[:first], "stop")
+    body = {"model": "task-0", "prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0, "stop": stop}
+    events = streamed(client, "/v1/completions", body)
+    assert "".join(event["choices"][0]["text"] for event in events) == " ".join(words)[:first]
+
+
+def test_characters_of_several_tokens_are_given_whole() -> None:
+    class Bytes:
+        """A tokenizer whose tokens are bytes."""
+
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            return bytes(ids).decode(errors="replace")
+
+    pieces: list[str] = []
+    content = "a é 任务 🙂!".encode()
+    prompt = Prompt(
+        LoadedTask(torch.empty(0)), [1], len(content), temperature=0, stop=["務", "任x"], emit=pieces.append
+    )
+    writer = _Writer(Bytes(), prompt)
+    reasons = [writer.write(torch.nn.functional.one_hot(torch.tensor(b), 256), set()) for b in content]
+    assert "".join(pieces) == writer.text == content.decode()
+    assert reasons == [None] * (len(content) - 1) + ["length"]
+    assert len(pieces) == len(content.decode()) - 1  # 任 waited to see whether x comes
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"model": "task-9", "prompt": "a"}, 404, "no task 'task-9'"),
+        ({"model": "task-1", "prompt": []}, 422, "1 to 64"),
+        ({"model": "task-1", "prompt": [3, 4]}, 422, "prompt"),
+        ({"model": "task-1", "prompt": "a", "max_tokens": 33}, 422, "at most 32"),
+        ({"model": "task-1", "prompt": "a " * 50, "max_tokens": 20}, 422, "takes 64 tokens in all"),
+        ({"model": "task-1", "prompt": "a " * 70}, 422, "takes 64 tokens in all"),
+        ({"model": "task-1", "prompt": "a", "temperature": -1}, 422, "temperature"),
+        ({"model": "task-1", "prompt": "a", "stop": ["a"] * 5}, 422, "stop"),
+        ({"model": "task-1", "prompt": "a", "logit_bias": {}}, 422, "logit_bias"),
+        ({"model": "task-1", "prompt": "a", "stream": True, "n": 2}, 422, "n: "),
+        ({"model": "gone", "prompt": "a", "stream": True}, 404, "no task 'gone'"),
+    ],
+)
+def test_a_wrong_request_gets_one_clear_error(
+    client: Client, body: dict[str, Any], status: int, message: str
+) -> None:
+    answered, answer, _ = client.send("POST", "/v1/completions", body)
+    assert answered == status and message in answer["error"]["message"]
+
+
+def test_each_kind_of_base_says_what_it_cannot(client: Client, tmp_path: Path) -> None:
+    status, answer, _ = client.send("POST", "/v1/tasks/task-1/predict", {"text": "a"})
+    assert status == 404 and "/v1/completions" in answer["error"]["message"]
+    encoder_bank(tmp_path, tasks=1).close()
+    with serving(tmp_path) as other:
+        status, answer, _ = other.send("POST", "/v1/completions", {"model": "task-0", "prompt": "a"})
+        assert status == 404 and "no language model" in answer["error"]["message"]
+
+
+def test_a_client_that_leaves_ends_its_row(served: Served, client: Client) -> None:
+    served.pause = 0.05  # type: ignore[attr-defined]
+    try:
+        for stream in ("true", "false"):
+            served.steps.clear()  # type: ignore[attr-defined]
+            body = b'{"model": "task-1", "prompt": "a", "max_tokens": 32, "stop": "x", "stream": %s}'
+            body %= stream.encode()
+            head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            head += f"Content-Length: {len(body)}\r\n\r\n"
+            with socket.create_connection(("127.0.0.1", client.port)) as one:
+                one.sendall(head.encode() + body)
+                time.sleep(0.4)
+            time.sleep(0.3)
+            steps = len(served.steps)  # type: ignore[attr-defined]
+            assert 1 <= steps < 16
+            time.sleep(0.2)
+            assert len(served.steps) == steps  # type: ignore[attr-defined]
+    finally:
+        served.pause = 0.0  # type: ignore[attr-defined]

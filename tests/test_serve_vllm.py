@@ -1,0 +1,145 @@
+"""Tasks as vLLM takes them: the folders, and with vLLM's own Python (`make test-vllm`) its side of the contract."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lotr import CoreBank
+from lotr.serving import vllm as plugin
+from served_banks import decoder_bank, decoder_task
+
+PROMPT = torch.tensor([[5, 9, 4, 11, 7]])
+
+
+@pytest.fixture
+def bank(tmp_path: Path) -> Iterator[CoreBank]:
+    with decoder_bank(tmp_path, tasks=3) as bank:
+        bank.add(decoder_task(bank, "../x", 7))
+        yield bank
+
+
+def folders(bank: CoreBank, most: int = 1 << 30) -> plugin.LoraFolders:
+    return plugin.LoraFolders(bank, bank.path.parent / "cache", most)
+
+
+def test_the_update_is_that_of_the_task_to_rounding(bank: CoreBank) -> None:
+    path = folders(bank).make("task-1")
+    tensors = load_file(path / "adapter_model.safetensors")
+    config = json.loads((path / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 8 and not config["rank_pattern"]  # 4, padded
+    import transformers as tf
+    from peft import PeftModel
+
+    base = tf.AutoModelForCausalLM.from_pretrained(bank.base_model).eval()
+    lora = PeftModel.from_pretrained(base, str(path)).eval()
+    assert {len(t) for key, t in tensors.items() if "lora_A" in key} == {8}
+    with torch.no_grad():
+        expected = lora(PROMPT).logits
+        own = bank.wrap(tf.AutoModelForCausalLM.from_pretrained(bank.base_model))(
+            PROMPT, task_ids=["task-1"]
+        ).logits
+    assert (own - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_a_folder_is_made_once_and_anew_when_the_task_changes(bank: CoreBank) -> None:
+    own = folders(bank)
+    path = own.make("../x")
+    written = path.stat().st_ino
+    assert path.parent == own.root and own.make("../x").stat().st_ino == written
+    assert folders(bank).make("../x") == path  # as another process does
+    bank.add(decoder_task(bank, "../x", 8), replace=True)
+    assert own.make("../x") != path
+
+
+def test_folders_that_were_not_used_for_long_are_removed(bank: CoreBank) -> None:
+    own = folders(bank)
+    first = own.make("task-0")
+    size = sum(file.stat().st_size for file in first.iterdir())
+    own.most = 2 * size
+    old = time.time() - 1000
+    os.utime(first, (old, old))
+    second = own.make("task-1")
+    os.utime(second, (old + 1, old + 1))
+    assert first.is_dir()
+    own.make("task-2")
+    assert not first.exists() and second.is_dir()
+    own.most = 1
+    own.make("task-0")
+    assert not second.exists() and len(list(own.root.iterdir())) == 2  # what is in use stays
+
+
+def test_the_entry_point_is_declared_and_silent_without_a_bank(monkeypatch: pytest.MonkeyPatch) -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"]["vllm.general_plugins"] == {"lotr": "lotr.serving.vllm:register"}
+    monkeypatch.delenv("LOTR_BANK", raising=False)
+    before = set(sys.modules)
+    plugin.register()
+    assert not {name for name in set(sys.modules) - before if name.startswith("vllm")}
+
+
+@pytest.fixture
+def theirs(bank: CoreBank, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """vLLM's LoRA manager, with the plugin registered on the bank."""
+    if find_spec("vllm") is None:
+        pytest.skip("vLLM's Python is not here; `make test-vllm` unpacks its released wheel")
+    import vllm.lora.worker_manager as manager
+
+    monkeypatch.setattr("vllm.lora.lora_model.PIN_MEMORY", False)  # there may be no accelerator here
+    monkeypatch.setenv("LOTR_BANK", str(bank.path))
+    monkeypatch.setenv("LOTR_VLLM_CACHE", str(tmp_path / "vllm-cache"))
+    monkeypatch.setattr(manager.WorkerLoRAManager, "_load_adapter", manager.WorkerLoRAManager._load_adapter)
+    plugin.register()
+    return manager
+
+
+def test_vllm_finds_and_reads_the_tasks(bank: CoreBank, theirs: Any) -> None:
+    from vllm.lora.resolver import LoRAResolverRegistry
+
+    resolver = LoRAResolverRegistry.get_resolver("lotr")
+
+    def resolve(name: str, base: str = str(bank.base_model)) -> Any:
+        return asyncio.run(resolver.resolve_lora(base, name))
+
+    assert resolve("nothing") is None and resolve("task-1", "other/model") is None
+    request = resolve("../x")
+    assert request.lora_name == "../x" and request.lora_int_id > 0
+    adapters = SimpleNamespace(
+        supported_lora_modules=["q_proj", "v_proj"],
+        packed_modules_mapping={},
+        model=torch.nn.Module(),
+        moe_ep_load_spec=None,
+        _validate_moe_lora_format=lambda lora: None,
+        _validate_classification_head_lora=lambda lora: None,
+    )
+    worker = SimpleNamespace(
+        _adapter_manager=adapters,
+        max_position_embeddings=64,
+        lora_config=SimpleNamespace(max_lora_rank=8, lora_dtype=torch.float32),
+        _lora_model_cls=theirs.LoRAModel,
+        vocab_size=None,
+    )
+    for removed in (False, True):
+        if removed:  # as eviction does; vLLM asks its worker for the path that it knows
+            for file in Path(request.lora_path).iterdir():
+                file.unlink()
+            Path(request.lora_path).rmdir()
+        lora = theirs.WorkerLoRAManager._load_adapter(worker, request)
+        tensors = load_file(Path(request.lora_path) / "adapter_model.safetensors")
+        assert lora.rank == 8 and len(lora.loras) == 4
+        for name, layer in lora.loras.items():
+            own = [tensors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB"]
+            torch.testing.assert_close(layer.lora_b @ layer.lora_a * layer.scaling, own[1] @ own[0])

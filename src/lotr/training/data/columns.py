@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 Task = Literal["classification", "regression", "causal-lm"]
 
+SURROGATE = re.compile("[\ud800-\udfff]")
 MOST_CLASSES = 64
 """Whole numbers with more distinct values than this are taken for a quantity, not for classes."""
 
@@ -140,7 +142,8 @@ def _check(values: Sequence[Any], valid: Sequence[bool], what: str, where: str) 
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    # half of a pair of surrogates, which JSON may hold, is no character
+    return isinstance(value, str) and bool(value.strip()) and not SURROGATE.search(value)
 
 
 #: What a column must hold in every row, in words and as a test.
@@ -181,10 +184,10 @@ def guess_task(table: Table, columns: Columns, source: str) -> tuple[Task, str]:
     Raises:
         DataError: A label column that the user named is missing, or labels are not clear.
     """
-    if chat := _chat(table, columns):
+    column, chat = table.find(columns.label), _chat(table, columns)
+    if "turns" in chat or (chat and column is None):
         names = ", ".join(f'"{name}"' for name in chat.values())
         return "causal-lm", f"Conversations are in {names}: learn to answer."
-    column = table.find(columns.label)
     if column is None:
         # a label column that was named but is missing must not turn the task into another
         if columns.label != Columns.label:
@@ -192,23 +195,21 @@ def guess_task(table: Table, columns: Columns, source: str) -> tuple[Task, str]:
         return "causal-lm", (
             f'There is no column "{columns.label}" (only {table.described()}; --label names it): learn the text itself.'
         )
-    label, values, declared = f'column "{column}"', table[column], table.classes.get(column, ())
+    values, declared = table[column], table.classes.get(column, ())
     as_numbers = None if declared else numbers(values, f'Column "{column}" of {source}')
-    if as_numbers is None:
-        n_names = len(declared or {str(value).strip() for value in values})
-        if not declared and (
-            n_names == len(values) > 2 or (n_names > MOST_CLASSES and 2 * n_names > len(values))
-        ):
-            raise DataError(
-                f'Column "{column}" of {source} holds {n_names:,} different labels in {len(values):,} rows (row 1: '
-                f"{values[0]!r:.60}), too many to learn. Name the column of the labels with --label, or say what to "
-                "learn with --task: classification, or causal-lm for the text."
-            )
-        return "classification", f"The {label} holds names: {n_names} classes."
-    if any(math.isfinite(value) and value != int(value) for value in as_numbers):
-        return "regression", f"The {label} holds numbers with fractions."
-    n_values = len(set(as_numbers))
-    why = f"The {label} holds {n_values} different whole numbers"
-    if n_values > MOST_CLASSES:
-        return "regression", f"{why}, more than the {MOST_CLASSES} that are taken for classes."
+    labels = declared or {str(value).strip() for value in as_numbers or values}
+    if as_numbers and any(math.isfinite(value) and value != int(value) for value in as_numbers):
+        return "regression", f'The column "{column}" holds numbers with fractions.'
+    why = f'The column "{column}" holds names: {len(labels)} classes'
+    if as_numbers:
+        why = f'The column "{column}" holds {len(labels)} different whole numbers'
+        if len(labels) > MOST_CLASSES:
+            return "regression", f"{why}, more than the {MOST_CLASSES} that are taken for classes."
+    is_rare = len(labels) == len(values) > 2 or (len(labels) > MOST_CLASSES and 2 * len(labels) > len(values))
+    if is_rare and not declared:
+        raise DataError(
+            f'Column "{column}" of {source} holds {len(labels):,} different labels in {len(values):,} rows (row 1: '
+            f"{values[0]!r:.60}), too many to tell apart. Name the column of the labels with --label, or say what to "
+            "learn with --task: classification, regression, or causal-lm for the text."
+        )
     return "classification", f"{why}."

@@ -84,7 +84,7 @@ def encode(
     if n_dropped:
         warnings.warn(
             f"{n_dropped} of {len(rows)} rows have no token to learn within {max_length} tokens and were "
-            "dropped; raise --max-length to keep them.",
+            "dropped. Raise --max-length to keep them, or give them an answer where theirs is empty.",
             stacklevel=2,
         )
     return encoded_rows

@@ -46,6 +46,10 @@ def read_table(path: Path) -> Table:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}, line {line}: not UTF-8. Save the file as UTF-8.") from error
+    except RecursionError as error:
+        raise DataError(
+            f"{path} nests lists or objects too deeply. It must be a list of flat objects."
+        ) from error
     if not len(table):
         raise DataError(f"{path} has no rows{' under its header' * bool(table.columns)}.")
     return table
@@ -70,9 +74,6 @@ def _read_csv(path: Path) -> Table:
     if named:
         next(records)
     header = [name.strip() for name in next(records, (0, []))[1]]
-    twice, times = Counter(header or [""]).most_common(1)[0]
-    if times > 1:
-        raise DataError(f'{path} has two columns of one name, "{twice}". Rename one of them.')
     rows = []
     for line, fields in records:
         if len(fields) != len(header):
@@ -80,6 +81,12 @@ def _read_csv(path: Path) -> Table:
                 f"{path}, line {line}: {len(fields)} fields, but the header has {len(header)}. {QUOTES}"
             )
         rows.append(fields)
+    while len(header) > 1 and not header[-1] and not any(fields[len(header) - 1] for fields in rows):
+        header.pop()  # of separators at the end of every line
+    rows = [fields[: len(header)] for fields in rows]
+    twice, times = Counter(header or [""]).most_common(1)[0]
+    if times > 1:
+        raise DataError(f'{path} has two columns of one name, "{twice}". Rename one of them.')
     return Table(dict(zip(header, zip(*rows, strict=True) if rows else [()] * len(header), strict=True)))
 
 
@@ -102,11 +109,12 @@ def _records(path: Path, text: str, separator: str) -> Iterator[tuple[int, list[
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            is_open = "end of data" in str(error)
-            where = "never closes" if is_open else f"closes in line {reader.line_num} before the field ends"
-            raise DataError(
-                f"{path}, line {line}: a quote opens in this row and {where}. {QUOTES}"
-            ) from error
+            what = str(error)
+            if "end of data" in what:
+                what = "a quote opens in this row and never closes"
+            elif "expected after" in what:
+                what = f"a quote opens in this row and closes in line {reader.line_num} before the field ends"
+            raise DataError(f"{path}, line {line}: {what}. {QUOTES}") from error
         if fields is None:
             return
         if fields:

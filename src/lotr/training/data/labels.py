@@ -13,15 +13,25 @@ from ...errors import DataError
 # "007" is a name and stays one; 18 digits fit an int64
 WHOLE = re.compile(r"-?(?:0|[1-9][0-9]{0,17})")
 NUMBER = re.compile(r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+GROUPED = re.compile(r"[-+]?[0-9]{1,3}(?:(?:\.[0-9]{3})+,[0-9]+|(?:,[0-9]{3})+\.[0-9]+)")
+LONG = re.compile(r"^[-+]?[0-9]{19,}|[eE][-+]?[0-9]{3,}")  # numbers that float64 would merge, or not hold
 THOUSANDS = re.compile(r"[-+]?[1-9][0-9]{0,2},[0-9]{3}")
 
 
 def number(value: Any) -> float:
-    """Return a label as a number, whose decimals may stand behind a comma; NaN if it is none."""
+    """Return a label as a number; NaN if it is none."""
     try:
-        return float(value.replace(",", ".") if isinstance(value, str) else value)
+        return float(_plain(value) if isinstance(value, str) else value)
     except (TypeError, ValueError):
         return math.nan
+
+
+def _plain(text: str) -> str:
+    """Return a number as Python writes it: the decimals of 1,5 and 1.234,5 stand behind the comma."""
+    text = text.strip()
+    if GROUPED.fullmatch(text):
+        text = text.replace("." if text.rindex(",") > text.rindex(".") else ",", "")
+    return text.replace(",", ".")
 
 
 def numbers(values: Sequence[Any], where: str) -> list[float] | None:
@@ -35,10 +45,11 @@ def numbers(values: Sequence[Any], where: str) -> list[float] | None:
     if not all(isinstance(value, str) for value in values):
         return None
     texts = [value.strip() for value in values]
-    if not all(NUMBER.fullmatch(text.replace(",", ".")) for text in texts):
+    if not all(NUMBER.fullmatch(_plain(text)) for text in texts) or any(map(LONG.search, texts)):
         return None
     commas = {row: text for row, text in enumerate(texts, start=1) if "," in text}
-    if commas and all(map(THOUSANDS.fullmatch, commas.values())):
+    has_points = any("." in text and "," not in text for text in texts)
+    if commas and (has_points or all(map(THOUSANDS.fullmatch, commas.values()))):
         row, text = next(iter(commas.items()))
         raise DataError(
             f"{where} holds {text!r} in row {row}: with a comma before decimals, or after thousands? Write it with a "

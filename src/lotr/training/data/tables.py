@@ -55,7 +55,8 @@ class Table:
 
     def sample(self, name: str) -> Any:
         """Return the first value of a column that is not missing."""
-        return next((value for value in self[name] if value is not None), None)
+        values = (value.as_py() if hasattr(value, "as_py") else value for value in self.columns[name])
+        return next((value for value in values if value is not None), None)
 
     def find(self, name: str) -> str | None:
         """Return the column of a name, or else the only one that differs from it in capitals and spaces alone."""

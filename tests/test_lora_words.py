@@ -33,7 +33,7 @@ def test_every_field_of_loraconfig_works_or_is_answered() -> None:
         ({"alpha_pattern": {"q": 4}}, "one scaling; put modules with another one into a second adapter"),
         ({"ensure_weight_tying": True}, "merging unties them"),
         ({"ensure_weight_tying": False}, "leave it out"),
-        ({"lora_ga_config": object()}, r"lotr\.init_from_data"),
+        ({"lora_ga_config": {"bsz": 2}}, r"lotr\.init_from_data"),
         ({"target_parameters": ["mlp.experts.down_proj"]}, "use LoraConfig for them"),
         ({"use_qalora": True}, "no counterpart here"),
     ],

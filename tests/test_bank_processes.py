@@ -63,7 +63,7 @@ def test_what_returned_survives_two_hundred_kills_at_random_points(tmp_path: Pat
             if turn % 20 == 0:
                 report = bank.verify()
                 assert report["ok"] and report["tasks"] == len(there), report
-    assert changed > KILLS and cut_short > KILLS / 4  # it was at work, and was killed at work
+    assert min(changed, cut_short) > KILLS / 4  # it was at work, and was killed at work
 
 
 def test_many_read_whole_tasks_while_one_writes(tmp_path: Path, context) -> None:

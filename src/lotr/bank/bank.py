@@ -15,8 +15,9 @@ from ..files.adapter_folder import read_adapter
 from ..tuner.config import LotrConfig
 from . import recover, transfer
 from .basis import TASKS, Basis, create_folder
+from .head_form import head_form
 from .store import TaskStore
-from .task import Task, check_name, head_form, to_record, to_task
+from .task import Task, check_name, to_record, to_task
 from .wrap import BankModel, wrap
 
 

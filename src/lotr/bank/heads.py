@@ -13,7 +13,8 @@ from torch.func import functional_call
 
 from ..errors import CheckpointError, DataError
 from ..tuner.batch_cores import HeadRows, RowsOfCall
-from .task import ROOT, Task, head_form, n_outputs, output_names
+from .head_form import ROOT, head_form, n_outputs, output_names
+from .task import Task
 
 #: Where transformers' models have the head of a task; PEFT trains and saves modules of these names in full.
 NAMES = ("classifier", "score")

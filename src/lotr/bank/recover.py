@@ -12,8 +12,9 @@ from ..errors import CheckpointError
 from ..files.adapter_folder import BASIS_WEIGHTS, CONFIG
 from ..files.atomic import check_free, whole_folder
 from .basis import BANK, TASKS, Basis, Description
+from .head_form import head_form
 from .store import TaskStore, create_store
-from .task import head_form, to_task
+from .task import to_task
 
 Tick = Callable[[int, int], None]  # tasks done, tasks in all
 _LEAF = 13  # first byte of a page that holds rows of a table

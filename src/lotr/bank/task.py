@@ -16,14 +16,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
+from .head_form import check_head
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: How a row of a batch without a task is written: PEFT's name, or `None`.
 BASE = "__base__"
-#: What the keys of a head begin with in an adapter's file.
-ROOT = "base_model.model."
-#: The most outputs of a head: every row of a batch is as wide as the widest.
-MOST_OUTPUTS = 10_000
 _LONGEST_NAME = 200
 #: Unicode's categories of characters that no table can show: controls, marks of direction and of no width, halves.
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
@@ -89,55 +86,6 @@ def check_name(name: str) -> str:
     return name
 
 
-def output_names(head: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of a head's tensors that have an axis of labels: those of the module that is named last.
-
-    Example:
-        >>> output_names(dict.fromkeys(("dense.weight", "out_proj.weight", "out_proj.bias"), torch.zeros(2)))
-        ['out_proj.bias', 'out_proj.weight']
-    """
-    last = max(head).rpartition(".")[0]
-    return sorted(name for name in head if name.rpartition(".")[0] == last)
-
-
-def n_outputs(head: Mapping[str, Tensor]) -> int:
-    """Return how many labels a head tells, or 1 for a number."""
-    return len(head[output_names(head)[0]])
-
-
-def head_form(head: Mapping[str, Tensor]) -> str:
-    """Return names and shapes of a head's tensors; those of all tasks on one base model are alike.
-
-    Example:
-        >>> head_form({"base_model.model.score.weight": torch.zeros(3, 8)})
-        'score.weight (labels, 8)'
-    """
-    shapes: dict[str, list[object]] = {name: list(tensor.shape) for name, tensor in head.items()}
-    for name in output_names(head):
-        shapes[name][:1] = ["labels"]
-    return ", ".join(
-        f"{name.removeprefix(ROOT)} ({', '.join(map(str, shapes[name]))})" for name in sorted(shapes)
-    )
-
-
-def _check_head(task: Task) -> None:
-    """Raise ConfigError where a head does not tell the labels of its task."""
-    if not task.head:
-        return
-    last = {name: task.head[name] for name in output_names(task.head)}
-    outputs = {tensor.shape[0] if tensor.dim() else 0 for tensor in last.values()}
-    labels = len(task.labels) or (1 if task.task == "regression" else None)
-    odd = [name for name, tensor in last.items() if name.endswith("weight") and tensor.dim() < 2]
-    if len(outputs) > 1 or odd or not 0 < min(outputs) <= MOST_OUTPUTS or labels not in (None, *outputs):
-        shapes = ", ".join(
-            f"{name.removeprefix(ROOT)} {tuple(tensor.shape)}" for name, tensor in last.items()
-        )
-        raise ConfigError(
-            f"its head has {shapes}, and a head has as many rows as its task has labels "
-            f"({labels or 'which are not named'}), at most {MOST_OUTPUTS:,}."
-        )
-
-
 @dataclass(frozen=True)
 class Record:
     """A task as it is kept; docs/file_format.md describes the columns."""
@@ -188,7 +136,7 @@ def to_record(task: Task, size: int, dtype: str) -> Record:
     numbers = task.numbers.detach().float().cpu()
     about = {"task": task.task, "labels": list(task.labels), "metadata": dict(task.metadata)}
     try:
-        _check_head(task)
+        check_head(task.head, task.labels, task.task)
         rounded, head = _rounded(numbers, dtype), {key: _rounded(p, dtype) for key, p in task.head.items()}
         text = json.dumps({key: value for key, value in about.items() if value}, ensure_ascii=False)
     except (ConfigError, TypeError, ValueError) as error:
@@ -234,7 +182,7 @@ def to_task(record: Record, size: int) -> Task:
         head = {key: p.float() if p.is_floating_point() else p for key, p in tensors.items()}
         labels = tuple(about.get("labels", ()))
         task = Task(record.name, numbers, head, labels, about.get("task"), about.get("metadata", {}))
-        _check_head(task)
+        check_head(task.head, task.labels, task.task)
     except (SafetensorError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"Task {record.name!r} cannot be used: {error} Remove it, or write it again."

@@ -114,7 +114,9 @@ def test_parts_give_the_update_that_the_sites_define(core: str, modes: tuple[str
         for group in plan.groups:
             U, V, cores = numbers[group.name]
             for site in (site for site in group.sites if site.module == target.path):
-                (o, i), C = site.shape, group.core.matrix(group.index[site], cores)
+                (o, i) = site.shape
+                at = tuple(slice(n, n + 1) for n in group.index[site])
+                C = group.core.block(cores, at).reshape(group.core.k, group.core.r)
                 by_sites[site.row : site.row + o, site.column : site.column + i] = U @ C @ V.T
         assert by_sites.any()
         torch.testing.assert_close(by_parts, by_sites)

@@ -27,7 +27,7 @@ def test_any_row_can_be_swapped_in_place(make: Any, row: str, tmp_path: Path) ->
     expected = outputs(other.eval(), INPUTS)
     model = get_peft_model(make(), config(0, **options)).eval()
     parameters = dict(model.named_parameters())
-    assert (outputs(model, INPUTS) - expected).abs().max() > 1e-4
+    assert (outputs(model, INPUTS) - expected).abs().max() > 1e-5
     hotswap_adapter(model, str(tmp_path), adapter_name="default", torch_device="cpu")
     torch.testing.assert_close(outputs(model, INPUTS), expected, atol=1e-6, rtol=1e-5)
     assert all(parameters[name] is p for name, p in model.named_parameters())

@@ -22,7 +22,7 @@ def test_a_bank_answers_as_the_adapters_on_one_basis_did(tmp_path: Path) -> None
     """Each with its own head; in one batch."""
     folders = on_one_basis(tmp_path, tasks=5, rank=4, task_type="SEQ_CLS")
     report = lotr.compress(folders, tmp_path / "bank", bert(), rank=4, dtype="float32")
-    assert report["error"] < 1e-5
+    assert report.error < 1e-5
     bank = lotr.CoreBank.open(tmp_path / "bank")
     assert list(bank.names()) == [folder.name for folder in folders]
     model = bank.wrap(bert())
@@ -49,7 +49,7 @@ def test_the_reported_error_is_that_of_the_dense_updates(modes: tuple[str, ...],
         [tmp_path / name for name in "abc"], tmp_path / "bank", bert(), rank=4, modes=modes, dtype="float32"
     )
     bank = lotr.CoreBank.open(tmp_path / "bank")
-    rows = sorted(report["by_task"], key=lambda row: row["task"])
+    rows = sorted(report.by_task, key=lambda row: row["task"])
     for original, row in zip(originals, rows, strict=True):
         bank.export(row["task"], tmp_path / f"{row['task']}-out", as_lora=True)
         exported = PeftModel.from_pretrained(bert(), str(tmp_path / f"{row['task']}-out"))
@@ -85,7 +85,7 @@ def test_diagonal_cores_recover_adapters_with_diagonals_on_common_factors(tmp_pa
             dtype="float32",
             sweeps=400,
         )
-        assert report["error"] < 1e-4
+        assert report.error < 1e-4
         assert lotr.CoreBank.open(bank).layout.size == 6 * 3
     original = PeftModel.from_pretrained(bert(), str(tmp_path / "task-2")).eval()
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_weights_decide_between_adapters(tmp_path: Path) -> None:
 
     def errors(name: str, **options: Any) -> dict[str, float]:
         report = lotr.compress([tmp_path / "task-*"], tmp_path / name, bert(), rank=4, **options)
-        return {row["task"]: row["error"] for row in report["by_task"]}
+        return {row["task"]: row["error"] for row in report.by_task}
 
     even, heavy = errors("even"), errors("heavy", weights={"task-1": 10.0})
     assert heavy["task-1"] < 0.3 * even["task-1"]
@@ -128,15 +128,15 @@ def test_ranks_reach_an_error_and_stay_within_bytes(tmp_path: Path) -> None:
         lora(folder / "wild", int(folder.name[-1]), r=6, target_modules=["value"])
     places = [*folders, *(folder / "wild" for folder in folders)]
     report = lotr.compress(places, tmp_path / "by-error", bert(), max_error=0.3)
-    assert 0.2 < report["error"] <= 0.3
-    ranks = {group["group"]: group["rank"] for group in report["groups"]}
+    assert 0.2 < report.error <= 0.3
+    ranks = {group["group"]: group["rank"] for group in report.groups}
     assert max(r for name, r in ranks.items() if "query" in name) < min(
         r for name, r in ranks.items() if "value" in name
     )
-    size = report["bytes_of_numbers"]
+    size = report.bytes_of_numbers
     again = lotr.compress(places, tmp_path / "by-bytes", bert(), max_bytes=size)
-    assert size * 0.9 <= again["bytes_of_numbers"] <= size
-    assert again["error"] < 1.02 * report["error"]
+    assert size * 0.9 <= again.bytes_of_numbers <= size
+    assert again.error < 1.02 * report.error
 
 
 def test_a_bank_takes_adapters_that_were_not_in_the_fit(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_adapters_of_this_library_with_other_factors_become_tasks(tmp_path: Path
         banks.stirred(config, n).save_pretrained(str(tmp_path / f"task-{n}"), save_embedding_layers=False)
     lora(tmp_path / "task-3", 3, r=2)
     report = lotr.compress([tmp_path / "task-*"], tmp_path / "bank", bert(), rank=8, dtype="float32")
-    assert report["error"] < 1e-5
+    assert report.error < 1e-5
     with torch.no_grad():
         logits = (
             lotr.CoreBank.open(tmp_path / "bank")
@@ -196,7 +196,7 @@ def test_fused_and_unequal_projections_are_compressed_exactly(
     report = lotr.compress(
         [tmp_path / "task-*"], tmp_path / "bank", make(), rank=16, modes=modes, dtype="float32"
     )
-    assert report["error"] < 1e-5
+    assert report.error < 1e-5
     model = lotr.CoreBank.open(tmp_path / "bank").wrap(make())
     own = PeftModel.from_pretrained(make(), str(tmp_path / "task-1")).eval()
     with torch.no_grad():

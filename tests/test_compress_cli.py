@@ -21,7 +21,7 @@ from commands import lotr, refused
 from conftest import bert, tokens
 from loras import dense
 from lotr import LotrConfig
-from lotr.compression import state
+from lotr.compression import passes as fit_passes
 from saved_models import save_bert
 
 
@@ -130,6 +130,10 @@ def test_calls_without_meaning_are_refused_and_write_nothing(place: Path) -> Non
     before = sorted(path.name for path in place.iterdir())
     assert "--output" in refused(2, "compress", place / "task-0", place / "task-1")
     assert "takes a bank" in refused(2, "compress", place / "task-0", "--add")
+    assert "--rank means nothing with --add" in refused(
+        2, "compress", place / "base", "--add", place / "task-0", "--rank", 4
+    )
+    assert "folder of adapters" in refused(2, "compress", place, "--output", place / "bank")
     assert "is not empty" in refused(2, "compress", place / "task-*", "--output", place / "base")
     assert "config.json" in refused(
         2, "compress", place / "task-*", "--output", place / "bank", "--base", place / "task-0"
@@ -139,7 +143,7 @@ def test_calls_without_meaning_are_refused_and_write_nothing(place: Path) -> Non
 
 def test_an_interrupted_fit_goes_on_and_gives_the_same_bank(place: Path, monkeypatch: Any) -> None:
     """Stopped in every pass in turn; a request with other settings begins anew."""
-    monkeypatch.setattr(state, "SAVE_AFTER", 0.0)
+    monkeypatch.setattr(fit_passes, "SAVE_AFTER", 0.0)
     places = [place / "task-*"]
     library.compress(places, place / "whole", place / "base", rank=3)
     passes: list[str] = []
@@ -176,11 +180,10 @@ def test_a_killed_fit_leaves_nothing_at_the_output(place: Path) -> None:
         " tick=lambda what, done, of: what == 'Cores' and (print('now', flush=True), time.sleep(60)))"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE, env=environment)
-    assert process.stdout is not None
-    process.stdout.readline()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
     assert not (place / "bank").exists()
     library.compress([f"{place}/task-*"], place / "bank", place / "base", rank=3)
     assert len(library.CoreBank.open(place / "bank")) == 5

@@ -72,7 +72,7 @@ def test_keys_of_other_versions_of_peft_are_read(change: Callable[[str], str], t
     report = lotr.compress(
         [tmp_path / "a", tmp_path / "b"], tmp_path / "bank", bert(), rank=3, dtype="float32"
     )
-    assert report["error"] < 1e-5
+    assert report.error < 1e-5
     one, other = lotr.CoreBank.open(tmp_path / "bank").read(["a", "b"])[1]
     torch.testing.assert_close(one.numbers, other.numbers)
     assert one.head.keys() == other.head.keys()
@@ -219,7 +219,7 @@ def test_an_adapter_that_is_zero_becomes_a_task_that_is_the_base_model(tmp_path:
     lora(tmp_path / "zero", 1)
     _zero(tmp_path / "zero")
     report = lotr.compress([tmp_path / "a", tmp_path / "zero"], tmp_path / "bank", bert(), rank=2)
-    assert any("zero everywhere, first zero" in line for line in report["advice"])
+    assert any("zero everywhere, first zero" in line for line in report.advice)
     model = lotr.CoreBank.open(tmp_path / "bank").wrap(bert())
     with torch.no_grad():
         logits = model(input_ids=tokens(), task_ids=["zero"] * 4).logits
@@ -232,7 +232,7 @@ def test_a_module_that_no_adapter_changes_costs_one_rank(core: str, tmp_path: Pa
         lora(tmp_path / f"a-{n}", n)
         _zero(tmp_path / f"a-{n}", "layer.1.attention.self.query")
     report = lotr.compress([tmp_path / "a-*"], tmp_path / "bank", bert(), rank=6, core=core)
-    ranks = {group["group"]: group["rank"] for group in report["groups"]}
+    ranks = {group["group"]: group["rank"] for group in report.groups}
     assert {name for name, rank in ranks.items() if rank == 1} == {"bert-encoder-layer-1-query_32x32"}
 
 

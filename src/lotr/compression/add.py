@@ -11,11 +11,10 @@ from ..bank.task import DTYPES
 from ..errors import CheckpointError, ConfigError
 from ..files.atomic import read_json
 from .base import check_same_base
-from .project import Projection
-from .report import REPORT, Outcome
+from .report import REPORT
 from .sources import find_adapters
 from .stack import Stack, Tick, read_entry
-from .write import tasks_of
+from .tasks import Projection, add_tasks
 
 _POOR = 1.5  # times the error of the fit: from here on a new fit pays
 
@@ -56,10 +55,9 @@ def add(
             entries.append(entry)
             tick("Reading", len(entries), len(places))
         stack = Stack(tuple(entries), (1.0,) * len(entries))
-        outcome = Outcome(stack, plan, {}, {}, opened.dtype)
         projection = Projection(plan, opened.basis.factors(), config.scaling, DTYPES[opened.dtype])
-        opened.add_many(tasks_of(opened, projection, outcome, tick), replace=replace)
-        errors = {entry.name: outcome.error(entry) for entry in entries}
+        lost = add_tasks(opened, projection, stack, tick, replace)
+        errors = {entry.name: entry.error(lost[entry.name]) for entry in entries}
         return {"bank": str(bank), "added": errors, "tasks": len(opened), "advice": _advice(errors, fit)}
 
 

@@ -19,23 +19,10 @@ import banks
 import lotr as library
 from commands import lotr, refused
 from conftest import bert, tokens
-from loras import dense
+from loras import dense, lora
 from lotr import LotrConfig
 from lotr.compression import passes as fit_passes
 from saved_models import save_bert
-
-
-def save(folder: Path, base: Path, seed: int, **fields: Any) -> None:
-    """Save a LoRA on a base model that lies in a folder."""
-    asked = {"r": 3, "target_modules": ["query", "value"], "task_type": "SEQ_CLS", **fields}
-    torch.manual_seed(seed)
-    model = get_peft_model(bert(), LoraConfig(**asked))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    model.peft_config["default"].base_model_name_or_path = str(base)
-    model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 @pytest.fixture
@@ -43,7 +30,7 @@ def place(tmp_path: Path) -> Path:
     """A base model and five LoRAs."""
     bert().save_pretrained(tmp_path / "base")
     for n in range(5):
-        save(tmp_path / f"task-{n}", tmp_path / "base", n)
+        lora(tmp_path / f"task-{n}", n, base=tmp_path / "base", task_type="SEQ_CLS")
     return tmp_path
 
 
@@ -64,6 +51,9 @@ def test_the_shell_makes_a_bank_and_says_what_it_lost(place: Path) -> None:
     errors = [point["error"] for point in report["curve"]]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-6
+    assert "The bank is no smaller than the adapters" in result.stdout
+    result = lotr("compress", f"{place}/task-*", "--output", place / "exact", "--max-bytes", "1mb")
+    assert "Most of this error is rounding of the cores. Keep them with --dtype float32" in result.stdout
 
 
 def test_a_lora_of_peft_is_inspected_as_its_dense_updates(place: Path) -> None:

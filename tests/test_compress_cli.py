@@ -51,9 +51,17 @@ def test_the_shell_makes_a_bank_and_says_what_it_lost(place: Path) -> None:
     errors = [point["error"] for point in report["curve"]]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-6
+    assert "both must be the same weights" not in result.stdout
     assert "The bank is no smaller than the adapters" in result.stdout
-    result = lotr("compress", f"{place}/task-*", "--output", place / "exact", "--max-bytes", "1mb")
-    assert "Most of this error is rounding of the cores. Keep them with --dtype float32" in result.stdout
+    (place / "base").rename(place / "moved")
+    options = ("--max-bytes", "1mb", "--base", place / "moved")
+    result = lotr("compress", f"{place}/task-*", "--output", place / "exact", *options)
+    assert "both must be the same weights" in result.stdout
+    assert "Much of this error is rounding of the cores. Keep them with --dtype float32" in result.stdout
+    result = lotr(
+        "compress", f"{place}/task-*", "--output", place / "near", "--max-error", 0.0016, *options[2:]
+    )
+    assert "The error that was asked for, 0.0016, is not reached. Much of" in result.stdout.replace("\n", " ")
 
 
 def test_a_lora_of_peft_is_inspected_as_its_dense_updates(place: Path) -> None:

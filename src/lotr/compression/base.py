@@ -33,14 +33,19 @@ def base_of(sources: Mapping[str, Any]) -> tuple[str | None, Source]:
     return (told.most_common(1)[0][0] if told else None), first[0]
 
 
+def is_same_base(one: str, other: str) -> bool:
+    """Whether two names or folders end alike: where a model lies may differ."""
+    return PurePath(one).name == PurePath(other).name
+
+
 def check_same_base(source: Source, told: str | None) -> None:
-    """Refuse an adapter that tells another base model than most; where a model lies may differ.
+    """Refuse an adapter that tells another base model than most.
 
     Raises:
         CheckpointError: The message names both.
     """
     own = source.base_model
-    if own and told and PurePath(own).name != PurePath(told).name:
+    if own and told and not is_same_base(own, told):
         raise CheckpointError(
             f"{source.path} was trained on {own!r}, and the others on {told!r}. A bank has one base model: "
             "compress them apart. If both are the same weights, correct base_model_name_or_path in "

@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from ..sharing.plan import Plan
+from .base import is_same_base
 from .fit import GroupFit
 from .ranks import Curve, bytes_of, chosen_ranks, error_of
 from .stack import Stack
@@ -23,6 +24,7 @@ class Report:
 
     Args:
         bank: Folder of the bank.
+        base_model: Base model of the bank.
         trained_on: Base model that the adapters tell.
         tasks: How many there are.
         error: Root of the mean squared relative error of a task, `‖Δ − U C Vᵀ‖ / ‖Δ‖`.
@@ -40,6 +42,7 @@ class Report:
     """
 
     bank: str
+    base_model: str
     trained_on: str | None
     tasks: int
     error: float
@@ -62,6 +65,7 @@ def report_of(
     curves: dict[str, Curve],
     fits: Mapping[str, GroupFit],
     lost: Lost,
+    asked: float | None,
     **told: Any,
 ) -> Report:
     """Return the report of a fit.
@@ -72,6 +76,7 @@ def report_of(
         curves: What rank buys, by group.
         fits: The fit of every group.
         lost: By task: `‖Δ − U C Vᵀ‖²` of every module.
+        asked: The error that was asked for, if any.
         told: The other fields of the report.
     """
     by_task: list[dict[str, Any]] = [
@@ -116,8 +121,9 @@ def report_of(
         by_module=_by_module(stack, plan, lost),
         curve=_curve(curves, heads),
         advice=[
-            *_about_error(curves, ranks, mean, fitted),
+            *_about_error(curves, ranks, mean, fitted, asked),
             *_about_tasks(by_task, stack),
+            *_about_base(told["base_model"], told["trained_on"]),
             *_about_bytes(before, after, told["bytes_after"]),
         ],
         **told,
@@ -144,19 +150,24 @@ def _curve(curves: dict[str, Curve], heads: int) -> list[dict[str, float]]:
     return points
 
 
-def _about_error(curves: dict[str, Curve], ranks: dict[str, int], error: float, fitted: float) -> list[str]:
-    """Say what a smaller error takes: another rank, or another type where rounding of the cores is most of it."""
+def _about_error(
+    curves: dict[str, Curve], ranks: dict[str, int], error: float, fitted: float, asked: float | None
+) -> list[str]:
+    """Say what a smaller error takes: another rank, or another type where rounding of the cores is much of it."""
+    missed = asked is not None and error > asked
+    notes = [f"The error that was asked for, {asked:.2g}, is not reached."] if missed else []
+    if (error > 1e-3 and fitted < error / 2) or (missed and fitted <= float(asked or 0)):
+        return [*notes, "Much of this error is rounding of the cores. Keep them with --dtype float32."]
     if error <= 1e-3:
-        return []
-    if fitted < error / 2:
-        return ["Most of this error is rounding of the cores. Keep them with --dtype float32."]
+        return notes
     better = chosen_ranks(curves, max_error=error / 2)
     if error_of(curves, better) > error / 2:
-        return []
+        return notes
     factor = bytes_of(curves, better) / bytes_of(curves, ranks)
     return [
+        *notes,
         f"Half of this error takes {factor:.1f} times the bytes: --max-error {error / 2:.2g} (ranks "
-        f"{min(better.values())} to {max(better.values())})."
+        f"{min(better.values())} to {max(better.values())}).",
     ]
 
 
@@ -177,6 +188,15 @@ def _about_tasks(by_task: list[dict[str, Any]], stack: Stack) -> list[str]:
             f"{len(nothing)} adapters are zero everywhere, first {nothing[0]}: they were never trained."
         )
     return notes
+
+
+def _about_base(base_model: str, trained_on: str | None) -> list[str]:
+    """Say that a base model of another name was given: where it lies may differ, its weights may not."""
+    if trained_on is None or is_same_base(base_model, trained_on):
+        return []
+    return [
+        f"The adapters tell {trained_on!r}, and the bank is for {base_model!r}: both must be the same weights."
+    ]
 
 
 def _about_bytes(before: int, numbers: int, after: int) -> list[str]:

@@ -100,9 +100,14 @@ def compress(
         with whole_folder(output, overwrite) as folder:
             lost = write_bank(folder / "bank", config, model, fits, stack, dtype, tick)
             size_after = sum(file.stat().st_size for file in (folder / "bank").iterdir())
-            told: Any = {"bank": str(output), "trained_on": trained_on, "bytes_after": size_after}
+            told: Any = {
+                "bank": str(output),
+                "base_model": name,
+                "trained_on": trained_on,
+                "bytes_after": size_after,
+            }
             seconds = round(time.monotonic() - begun, 3)
-            report = report_of(stack, plan, curves, fits, lost, seconds=seconds, **told)
+            report = report_of(stack, plan, curves, fits, lost, max_error, seconds=seconds, **told)
             move_into(folder / "bank", folder)
             write_json(folder / REPORT, asdict(report))
             draw(report, folder / PICTURE)

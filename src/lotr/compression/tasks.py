@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..bank import CoreBank, Task
 from ..bank.task import DTYPES
+from ..bank.transfer import KNOWN
 from ..files.adapter_folder import CONFIG, fingerprint, save_tensors, write_task
 from ..files.atomic import write_json
 from ..math.update import side_by_side
@@ -27,8 +28,6 @@ from .stack import Stack, Tick
 
 #: By task: `‖Δ − U C Vᵀ‖²` of every module.
 Lost = dict[str, dict[str, float]]
-#: What of an adapter's `task.json` the bank, or a task's own fields, know already.
-_KNOWN = {"task", "labels", "base_model", "base_fingerprint", "weights_sha256"}
 
 
 def write_bank(
@@ -97,7 +96,7 @@ def task_of(source: Source, numbers: Tensor, error: float) -> Task:
         n = min(tensor.shape[0] for tensor in head.values() if tensor.dim())
         labels = tuple(f"LABEL_{label}" for label in range(n)) if n > 1 else ()
         kind = "classification" if n > 1 else "regression"
-    recorded = {key: value for key, value in source.record.items() if key not in _KNOWN}
+    recorded = {key: value for key, value in source.record.items() if key not in KNOWN}
     metadata = {**recorded, "compressed_from": str(source.path), "error": round(error, 9)}
     return Task(source.name, numbers, head, labels, kind, metadata)
 

@@ -136,10 +136,10 @@ def many_run(folder: Path, n: int, rank: int) -> Row:
         "ms_an_adapter": 1000 * seconds / n,
         "cpu_ms_an_adapter": 1000 * (time.process_time() - worked) / n,
         "memory_mb": peak_mb() - before,
-        "sweeps": max(len(group["errors"]) - 1 for group in report["groups"]),
-        "error": report["error"],
-        "bytes_before": report["bytes_before"],
-        "bytes_after": report["bytes_after"],
+        "sweeps": max(len(group["errors"]) - 1 for group in report.groups),
+        "error": report.error,
+        "bytes_before": report.bytes_before,
+        "bytes_after": report.bytes_after,
     }
 
 

@@ -192,8 +192,8 @@ def main() -> None:
         place = work / f"rank-{rank}"
         shutil.rmtree(place, ignore_errors=True)
         report = lotr.compress(list(folders.values()), place / "bank", "minilm", rank=rank)
-        size = report["bytes_of_numbers"] - report["bytes_of_heads"]
-        rows.append(_row(f"bank, rank {rank}", size, report["error"], _through(place, files, folders)))
+        size = report.bytes_of_numbers - report.bytes_of_heads
+        rows.append(_row(f"bank, rank {rank}", size, report.error, _through(place, files, folders)))
         units = size // len(folders) // (2 * width)
         cut = {name: cut_by_svd(own, units) for name, own in pairs.items()}
         rows.append(

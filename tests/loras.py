@@ -8,18 +8,22 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from conftest import bert
+from conftest import bert, tokens
+from lotr import CoreBank
 
-BASE = "pico"
+BASE, WEIGHTS = "pico", "adapter_model.safetensors"
 
 
-def lora(folder: Path, seed: int = 0, make: Callable[[], nn.Module] = bert, **fields: Any) -> PeftModel:
+def lora(
+    folder: Path, seed: int = 0, make: Callable[[], nn.Module] = bert, base: object = BASE, **fields: Any
+) -> PeftModel:
     """Save a LoRA whose numbers, those of a head included, are random; return its model."""
     asked = {"r": 3, "lora_alpha": 5, "target_modules": ["query", "value"], **fields}
     model = get_peft_model(make(), LoraConfig(**asked)).eval()
-    model.peft_config["default"].base_model_name_or_path = BASE
+    model.peft_config["default"].base_model_name_or_path = str(base)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -48,6 +52,25 @@ def on_one_basis(folder: Path, tasks: int, rank: int, noise: float = 0.0, **fiel
                     parameter.copy_(mixed if parameter.shape[0] == wide else mixed.T)
         model.save_pretrained(str(folder / f"task-{n}"), save_embedding_layers=False)
     return [folder / f"task-{n}" for n in range(tasks)]
+
+
+def edit(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Change the tensors of a saved adapter in place."""
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def assert_answers(
+    bank: Path, task: str, folder: Path, make: Callable[[], nn.Module] = bert, tol: float = 1e-4
+) -> None:
+    """Check that a task of a bank computes what PEFT computes with the adapter it was."""
+    batch = tokens(2)
+    with torch.no_grad(), CoreBank.open(bank) as opened:
+        own = PeftModel.from_pretrained(make(), str(folder)).eval()(input_ids=batch).logits
+        mixed = opened.wrap(make())(input_ids=batch, task_ids=[None, task]).logits
+        torch.testing.assert_close(mixed[1:], own[1:], rtol=tol, atol=tol)
+        torch.testing.assert_close(mixed[:1], make()(input_ids=batch[:1]).logits, rtol=tol, atol=tol)
 
 
 def dense(model: PeftModel) -> dict[str, Tensor]:

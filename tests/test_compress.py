@@ -13,7 +13,7 @@ from peft import PeftModel
 import banks
 import lotr
 from conftest import bert, gpt2, llama, tokens
-from loras import dense, lora, on_one_basis
+from loras import assert_answers, dense, edit, lora, on_one_basis
 from lotr import LotrConfig
 from lotr.compression.add import add
 
@@ -22,19 +22,15 @@ def test_a_bank_answers_as_the_adapters_on_one_basis_did(tmp_path: Path) -> None
     """Each with its own head; in one batch."""
     folders = on_one_basis(tmp_path, tasks=5, rank=4, task_type="SEQ_CLS")
     report = lotr.compress(folders, tmp_path / "bank", bert(), rank=4, dtype="float32")
-    assert report["error"] < 1e-5
+    assert report.error < 1e-5
     bank = lotr.CoreBank.open(tmp_path / "bank")
     assert list(bank.names()) == [folder.name for folder in folders]
     model = bank.wrap(bert())
     with torch.no_grad():
         logits = model(input_ids=tokens(5), task_ids=list(bank.names())).logits
-    own = torch.stack([_with(folder, tokens(5)[n : n + 1])[0] for n, folder in enumerate(folders)])
-    torch.testing.assert_close(logits, own, rtol=1e-4, atol=1e-5)
-
-
-def _with(folder: Path, batch: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return PeftModel.from_pretrained(bert(), str(folder)).eval()(input_ids=batch).logits
+        for n, folder in enumerate(folders):
+            own = PeftModel.from_pretrained(bert(), str(folder)).eval()(input_ids=tokens(5)).logits
+            torch.testing.assert_close(logits[n], own[n], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("modes", [("task",), ("task", "layer"), ("task", "layer", "projection")])
@@ -49,7 +45,7 @@ def test_the_reported_error_is_that_of_the_dense_updates(modes: tuple[str, ...],
         [tmp_path / name for name in "abc"], tmp_path / "bank", bert(), rank=4, modes=modes, dtype="float32"
     )
     bank = lotr.CoreBank.open(tmp_path / "bank")
-    rows = sorted(report["by_task"], key=lambda row: row["task"])
+    rows = sorted(report.by_task, key=lambda row: row["task"])
     for original, row in zip(originals, rows, strict=True):
         bank.export(row["task"], tmp_path / f"{row['task']}-out", as_lora=True)
         exported = PeftModel.from_pretrained(bert(), str(tmp_path / f"{row['task']}-out"))
@@ -65,14 +61,13 @@ def test_diagonal_cores_recover_adapters_with_diagonals_on_common_factors(tmp_pa
     generator = torch.Generator().manual_seed(0)
     U, V = torch.randn(32, 3, generator=generator), torch.randn(3, 32, generator=generator)
     for n in range(6):
-        model = lora(tmp_path / f"task-{n}", n)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_A" in name:
-                    parameter.copy_(V)
-                if "lora_B" in name:
-                    parameter.copy_(U * torch.randn(3, generator=generator))
-        model.save_pretrained(str(tmp_path / f"task-{n}"), save_embedding_layers=False)
+        lora(tmp_path / f"task-{n}", n)
+
+        def set_factors(tensors: dict[str, torch.Tensor]) -> None:
+            for key, tensor in tensors.items():
+                tensor.copy_(V if "lora_A" in key else U * torch.randn(3, generator=generator))
+
+        edit(tmp_path / f"task-{n}", set_factors)
     for modes in (["task"], ["task", "layer"], ["task", "layer", "projection"]):
         bank = tmp_path / f"along-{len(modes)}"
         report = lotr.compress(
@@ -85,12 +80,9 @@ def test_diagonal_cores_recover_adapters_with_diagonals_on_common_factors(tmp_pa
             dtype="float32",
             sweeps=400,
         )
-        assert report["error"] < 1e-4
+        assert report.error < 1e-4
         assert lotr.CoreBank.open(bank).layout.size == 6 * 3
-    original = PeftModel.from_pretrained(bert(), str(tmp_path / "task-2")).eval()
-    with torch.no_grad():
-        logits = lotr.CoreBank.open(bank).wrap(bert())(input_ids=tokens(), task_ids=["task-2"] * 4).logits
-        torch.testing.assert_close(logits, original(input_ids=tokens()).logits, rtol=1e-3, atol=1e-3)
+    assert_answers(bank, "task-2", tmp_path / "task-2", tol=1e-3)
 
 
 def test_order_and_places_of_adapters_do_not_change_the_bank(tmp_path: Path) -> None:
@@ -114,7 +106,7 @@ def test_weights_decide_between_adapters(tmp_path: Path) -> None:
 
     def errors(name: str, **options: Any) -> dict[str, float]:
         report = lotr.compress([tmp_path / "task-*"], tmp_path / name, bert(), rank=4, **options)
-        return {row["task"]: row["error"] for row in report["by_task"]}
+        return {row["task"]: row["error"] for row in report.by_task}
 
     even, heavy = errors("even"), errors("heavy", weights={"task-1": 10.0})
     assert heavy["task-1"] < 0.3 * even["task-1"]
@@ -128,15 +120,15 @@ def test_ranks_reach_an_error_and_stay_within_bytes(tmp_path: Path) -> None:
         lora(folder / "wild", int(folder.name[-1]), r=6, target_modules=["value"])
     places = [*folders, *(folder / "wild" for folder in folders)]
     report = lotr.compress(places, tmp_path / "by-error", bert(), max_error=0.3)
-    assert 0.2 < report["error"] <= 0.3
-    ranks = {group["group"]: group["rank"] for group in report["groups"]}
+    assert 0.2 < report.error <= 0.3
+    ranks = {group["group"]: group["rank"] for group in report.groups}
     assert max(r for name, r in ranks.items() if "query" in name) < min(
         r for name, r in ranks.items() if "value" in name
     )
-    size = report["bytes_of_numbers"]
+    size = report.bytes_of_numbers
     again = lotr.compress(places, tmp_path / "by-bytes", bert(), max_bytes=size)
-    assert size * 0.9 <= again["bytes_of_numbers"] <= size
-    assert again["error"] < 1.02 * report["error"]
+    assert size * 0.9 <= again.bytes_of_numbers <= size
+    assert again.error < 1.02 * report.error
 
 
 def test_a_bank_takes_adapters_that_were_not_in_the_fit(tmp_path: Path) -> None:
@@ -145,8 +137,7 @@ def test_a_bank_takes_adapters_that_were_not_in_the_fit(tmp_path: Path) -> None:
     report = add(tmp_path / "bank", folders[4:])
     assert max(report["added"].values()) < 1e-5
     assert "No new fit is needed" in report["advice"][0]
-    bank = lotr.CoreBank.open(tmp_path / "bank")
-    with torch.no_grad():
+    with lotr.CoreBank.open(tmp_path / "bank") as bank, torch.no_grad():  # with its own head
         logits = bank.wrap(bert())(input_ids=tokens(), task_ids=["task-5"] * 4).logits
         own = PeftModel.from_pretrained(bert(), str(folders[5])).eval()(input_ids=tokens()).logits
     torch.testing.assert_close(logits, own, rtol=1e-4, atol=1e-5)
@@ -172,15 +163,8 @@ def test_adapters_of_this_library_with_other_factors_become_tasks(tmp_path: Path
         banks.stirred(config, n).save_pretrained(str(tmp_path / f"task-{n}"), save_embedding_layers=False)
     lora(tmp_path / "task-3", 3, r=2)
     report = lotr.compress([tmp_path / "task-*"], tmp_path / "bank", bert(), rank=8, dtype="float32")
-    assert report["error"] < 1e-5
-    with torch.no_grad():
-        logits = (
-            lotr.CoreBank.open(tmp_path / "bank")
-            .wrap(bert())(input_ids=tokens(), task_ids=["task-1"] * 4)
-            .logits
-        )
-        own = PeftModel.from_pretrained(bert(), str(tmp_path / "task-1")).eval()(input_ids=tokens()).logits
-    torch.testing.assert_close(logits, own, rtol=1e-4, atol=1e-5)
+    assert report.error < 1e-5
+    assert_answers(tmp_path / "bank", "task-1", tmp_path / "task-1")
 
 
 @pytest.mark.parametrize(
@@ -196,10 +180,5 @@ def test_fused_and_unequal_projections_are_compressed_exactly(
     report = lotr.compress(
         [tmp_path / "task-*"], tmp_path / "bank", make(), rank=16, modes=modes, dtype="float32"
     )
-    assert report["error"] < 1e-5
-    model = lotr.CoreBank.open(tmp_path / "bank").wrap(make())
-    own = PeftModel.from_pretrained(make(), str(tmp_path / "task-1")).eval()
-    with torch.no_grad():
-        mixed = model(input_ids=tokens(2), task_ids=[None, "task-1"]).logits
-        torch.testing.assert_close(mixed[1:], own(input_ids=tokens(2)[1:]).logits, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(mixed[:1], make()(input_ids=tokens(2)[:1]).logits, rtol=1e-4, atol=1e-4)
+    assert report.error < 1e-5
+    assert_answers(tmp_path / "bank", "task-1", tmp_path / "task-1", make)

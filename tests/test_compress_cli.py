@@ -19,23 +19,10 @@ import banks
 import lotr as library
 from commands import lotr, refused
 from conftest import bert, tokens
-from loras import dense
+from loras import dense, lora
 from lotr import LotrConfig
-from lotr.compression import state
+from lotr.compression import passes as fit_passes
 from saved_models import save_bert
-
-
-def save(folder: Path, base: Path, seed: int, **fields: Any) -> None:
-    """Save a LoRA on a base model that lies in a folder."""
-    asked = {"r": 3, "target_modules": ["query", "value"], "task_type": "SEQ_CLS", **fields}
-    torch.manual_seed(seed)
-    model = get_peft_model(bert(), LoraConfig(**asked))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    model.peft_config["default"].base_model_name_or_path = str(base)
-    model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 @pytest.fixture
@@ -43,7 +30,7 @@ def place(tmp_path: Path) -> Path:
     """A base model and five LoRAs."""
     bert().save_pretrained(tmp_path / "base")
     for n in range(5):
-        save(tmp_path / f"task-{n}", tmp_path / "base", n)
+        lora(tmp_path / f"task-{n}", n, base=tmp_path / "base", task_type="SEQ_CLS")
     return tmp_path
 
 
@@ -64,6 +51,17 @@ def test_the_shell_makes_a_bank_and_says_what_it_lost(place: Path) -> None:
     errors = [point["error"] for point in report["curve"]]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-6
+    assert "both must be the same weights" not in result.stdout
+    assert "The bank is no smaller than the adapters" in result.stdout
+    (place / "base").rename(place / "moved")
+    options = ("--max-bytes", "1mb", "--base", place / "moved")
+    result = lotr("compress", f"{place}/task-*", "--output", place / "exact", *options)
+    assert "both must be the same weights" in result.stdout
+    assert "Much of this error is rounding of the cores. Keep them with --dtype float32" in result.stdout
+    result = lotr(
+        "compress", f"{place}/task-*", "--output", place / "near", "--max-error", 0.0016, *options[2:]
+    )
+    assert "The error that was asked for, 0.0016, is not reached. Much of" in result.stdout.replace("\n", " ")
 
 
 def test_a_lora_of_peft_is_inspected_as_its_dense_updates(place: Path) -> None:
@@ -130,6 +128,10 @@ def test_calls_without_meaning_are_refused_and_write_nothing(place: Path) -> Non
     before = sorted(path.name for path in place.iterdir())
     assert "--output" in refused(2, "compress", place / "task-0", place / "task-1")
     assert "takes a bank" in refused(2, "compress", place / "task-0", "--add")
+    assert "--rank means nothing with --add" in refused(
+        2, "compress", place / "base", "--add", place / "task-0", "--rank", 4
+    )
+    assert "folder of adapters" in refused(2, "compress", place, "--output", place / "bank")
     assert "is not empty" in refused(2, "compress", place / "task-*", "--output", place / "base")
     assert "config.json" in refused(
         2, "compress", place / "task-*", "--output", place / "bank", "--base", place / "task-0"
@@ -139,7 +141,7 @@ def test_calls_without_meaning_are_refused_and_write_nothing(place: Path) -> Non
 
 def test_an_interrupted_fit_goes_on_and_gives_the_same_bank(place: Path, monkeypatch: Any) -> None:
     """Stopped in every pass in turn; a request with other settings begins anew."""
-    monkeypatch.setattr(state, "SAVE_AFTER", 0.0)
+    monkeypatch.setattr(fit_passes, "SAVE_AFTER", 0.0)
     places = [place / "task-*"]
     library.compress(places, place / "whole", place / "base", rank=3)
     passes: list[str] = []
@@ -176,11 +178,10 @@ def test_a_killed_fit_leaves_nothing_at_the_output(place: Path) -> None:
         " tick=lambda what, done, of: what == 'Cores' and (print('now', flush=True), time.sleep(60)))"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE, env=environment)
-    assert process.stdout is not None
-    process.stdout.readline()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
     assert not (place / "bank").exists()
     library.compress([f"{place}/task-*"], place / "bank", place / "base", rank=3)
     assert len(library.CoreBank.open(place / "bank")) == 5

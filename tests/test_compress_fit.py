@@ -12,8 +12,8 @@ from tensorly.decomposition import partial_tucker
 from torch import Tensor
 
 from lotr.compression import diagonal, fit
-from lotr.compression.moments import SecondMoment
 from lotr.compression.ranks import Curve, bytes_of, chosen_ranks, error_of
+from lotr.math.moments import SecondMoment
 
 OUT, WIDTH, TASKS, Q = 24, 18, 9, 3
 

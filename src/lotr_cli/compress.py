@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
@@ -12,8 +13,12 @@ from lotr.errors import ConfigError
 from . import console
 from .console import Report, table
 
+if TYPE_CHECKING:
+    from lotr.compression.report import Report as Compressed
+
 _ROWS = 5  # tasks and modules that the tables show, the worst first
 _MANY = 24  # groups that are shown one by one
+_DEFAULTS = {"modes": "task", "core": "free", "weights": "relative", "dtype": "bfloat16"}
 
 
 def compress(
@@ -45,49 +50,58 @@ def compress(
     ] = None,
     modes: Annotated[
         str, Option(help="Along what factors are shared: task, and also layer, projection.")
-    ] = "task",
-    core: Annotated[str, Option(help="Cores of a task: free, or diagonal.")] = "free",
+    ] = _DEFAULTS["modes"],
+    core: Annotated[str, Option(help="Cores of a task: free, or diagonal.")] = _DEFAULTS["core"],
     weights: Annotated[
         str,
         Option(help="relative: every adapter's relative error counts alike; absolute: as they are."),
-    ] = "relative",
-    dtype: Annotated[str, Option(help="How cores are kept: float32, bfloat16 or float16.")] = "bfloat16",
+    ] = _DEFAULTS["weights"],
+    dtype: Annotated[str, Option(help="How cores are kept: float32, bfloat16 or float16.")] = _DEFAULTS[
+        "dtype"
+    ],
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an output that exists.")] = False,
 ) -> Report:
     """Fit one bank to many LoRAs: shared factors, and a core of a few kilobytes a task."""
+    shared: Any = {"modes": modes, "core": core, "weights": weights, "dtype": dtype}
     if add:
         if len(adapters) < 2 or output is not None:
             raise ConfigError(
                 "--add takes a bank and then adapters, and no --output: lotr compress BANK --add A B"
             )
+        sizes = {"rank": rank, "max_error": max_error, "max_bytes": max_bytes}
+        _refuse("with --add: the bank has its factors", base=base, overwrite=overwrite, **sizes, **shared)
         from lotr.compression.add import add as project
 
         with console.phases() as tick:
             return _added(project(adapters[0], adapters[1:], replace=replace, tick=tick))
     if output is None:
         raise ConfigError("Name the folder of the bank to make with --output.")
-    sizes: Any = {"rank": rank, "max_error": max_error, "overwrite": overwrite}
+    _refuse("without --add", replace=replace)
+    size: Any = {"rank": rank, "max_error": max_error, "overwrite": overwrite}
     from lotr.compression.sources import is_one_adapter
 
     if is_one_adapter(adapters):
+        _refuse("for one adapter, which stays an adapter", max_bytes=max_bytes, **shared)
         from lotr.compression.cut import cut
 
-        return _cut(cut(adapters[0], output, base, **sizes))
+        return _cut(cut(adapters[0], output, base, **size))
     from lotr.compression.run import compress as fit
 
-    shared: Any = {
-        "modes": modes.replace(" ", "").split(","),
-        "core": core,
-        "weights": weights,
-        "dtype": dtype,
-    }
+    shared["modes"] = modes.replace(" ", "").split(",")
     with console.phases() as tick:
-        return _fitted(fit(adapters, output, base, max_bytes=max_bytes, **sizes, **shared, tick=tick))
+        return _fitted(fit(adapters, output, base, max_bytes=max_bytes, **size, **shared, tick=tick))
 
 
-def _fitted(report: dict[str, Any]) -> Report:
+def _refuse(case: str, **options: Any) -> None:
+    """Refuse options that have no effect in one of the command's uses."""
+    for name, value in options.items():
+        if value not in (None, False, _DEFAULTS.get(name)):
+            raise ConfigError(f"--{name.replace('_', '-')} means nothing {case}. Leave it out.")
+
+
+def _fitted(report: Compressed) -> Report:
     """Show what became of many adapters."""
-    groups = report["groups"]
+    groups = report.groups
     rows = [
         (g["group"], g["sites"], "×".join(map(str, g["block"])), g["rank"], g["errors"][-1]) for g in groups
     ]
@@ -96,19 +110,19 @@ def _fitted(report: dict[str, Any]) -> Report:
         ranks = [group["rank"] for group in groups]
         of_groups = f"{len(groups)} groups of ranks {min(ranks)} to {max(ranks)}; the JSON report has each."
     names = ("task", "error", "kept", "rank_before", "bytes_before")
-    tasks = [tuple(task[name] for name in names) for task in report["by_task"][:_ROWS]]
-    modules = sorted(report["by_module"].items(), key=lambda pair: -pair[1])[:_ROWS]
+    tasks = [tuple(task[name] for name in names) for task in report.by_task[:_ROWS]]
+    modules = sorted(report.by_module.items(), key=lambda pair: -pair[1])[:_ROWS]
     return Report(
-        report,
+        asdict(report),
         [
             of_groups,
             table(
                 "Tasks that lose most", ("task", "error", "energy kept", "rank before", "bytes before"), tasks
             ),
             table("Modules that lose most", ("module", "error"), modules),
-            *report["advice"],
-            f"{report['tasks']:,} tasks are in {report['bank']}: relative error {report['error']:.3g}, "
-            f"{report['bytes_after']:,} bytes instead of {report['bytes_before']:,}. The report is in compress.json "
+            *report.advice,
+            f"{report.tasks:,} tasks are in {report.bank}: relative error {report.error:.3g}, "
+            f"{report.bytes_after:,} bytes instead of {report.bytes_before:,}. The report is in compress.json "
             "there, and error against bytes in compress.png.",
         ],
     )

@@ -19,7 +19,7 @@ from .task import Task
 _ROOT = "base_model.model."
 _TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 #: What the bank, or a task's own fields, know already.
-_KNOWN = {"task", "labels", "base_model", "base_fingerprint", "weights_sha256"}
+KNOWN = {"task", "labels", "base_model", "base_fingerprint", "weights_sha256"}
 
 
 def task_of(basis: Basis, name: str, adapter: AdapterFolder, metadata: Mapping[str, Any]) -> Task:
@@ -49,12 +49,7 @@ def task_of(basis: Basis, name: str, adapter: AdapterFolder, metadata: Mapping[s
             f"{description.basis_hash}. Cores mean nothing beside other factors; train the task with "
             f"basis={str(basis.path)!r}."
         )
-    mine, theirs = description.base_fingerprint, adapter.task.get("base_fingerprint")
-    if mine and theirs and mine != theirs:
-        raise CheckpointError(
-            f"{adapter.path} was trained on another base model ({adapter.task.get('base_model')!r}, fingerprint "
-            f"{theirs}) than the bank in {basis.path} is for ({description.base_model!r}, fingerprint {mine})."
-        )
+    check_fingerprint(basis, adapter.path, adapter.task)
     numbers = basis.layout.flatten(tensors)
     head = {key: tensors[key] for key in tensors.keys() - basis.layout.shapes.keys() - factors.keys()}
     if foreign := sorted(key for key in head if ".lotr_" in key):
@@ -62,9 +57,26 @@ def task_of(basis: Basis, name: str, adapter: AdapterFolder, metadata: Mapping[s
             f"{adapter.path} has {len(foreign)} tensors that a task of the bank in {basis.path} lacks, first "
             f"{foreign[0]!r}. Train the task with basis={str(basis.path)!r}."
         )
-    recorded = {key: value for key, value in adapter.task.items() if key not in _KNOWN}
+    recorded = {key: value for key, value in adapter.task.items() if key not in KNOWN}
     labels = tuple(adapter.task.get("labels", ()))
     return Task(name, numbers, head, labels, adapter.task.get("task"), {**recorded, **metadata})
+
+
+def check_fingerprint(basis: Basis, path: Path, record: Mapping[str, Any]) -> None:
+    """Refuse an adapter that was trained on other weights than those that a bank is for.
+
+    Args:
+        basis: The basis of the bank.
+        path: Folder of the adapter.
+        record: Content of its `task.json`.
+    """
+    mine, theirs = basis.description.base_fingerprint, record.get("base_fingerprint")
+    if mine and theirs and mine != theirs:
+        raise CheckpointError(
+            f"{path} was trained on another base model ({record.get('base_model')!r}, fingerprint {theirs}) than the "
+            f"bank in {basis.path} is for ({basis.description.base_model!r}, fingerprint {mine}). Put it into a bank "
+            "of its own."
+        )
 
 
 def _check_same_update(basis: Basis, adapter: AdapterFolder, config: LotrConfig) -> None:

@@ -8,14 +8,14 @@ from typing import Any
 
 from ..bank import CoreBank
 from ..bank.task import DTYPES
-from ..errors import CheckpointError, ConfigError
+from ..bank.transfer import check_fingerprint
+from ..errors import ConfigError
 from ..files.atomic import read_json
 from .base import check_same_base
-from .project import Projection
-from .report import REPORT, Outcome
+from .report import REPORT
 from .sources import find_adapters
 from .stack import Stack, Tick, read_entry
-from .write import tasks_of
+from .tasks import Projection, add_tasks
 
 _POOR = 1.5  # times the error of the fit: from here on a new fit pays
 
@@ -52,24 +52,14 @@ def add(
         for name, path in places.items():
             entry, source = read_entry(name, path, plan.shape_of, str(opened.base_model))
             check_same_base(source, fit.get("trained_on") or opened.base_model)
-            _check_fingerprint(opened, source.record, path)
+            check_fingerprint(opened.basis, path, source.record)
             entries.append(entry)
             tick("Reading", len(entries), len(places))
         stack = Stack(tuple(entries), (1.0,) * len(entries))
-        outcome = Outcome(stack, plan, {}, {}, opened.dtype)
         projection = Projection(plan, opened.basis.factors(), config.scaling, DTYPES[opened.dtype])
-        opened.add_many(tasks_of(opened, projection, outcome, tick), replace=replace)
-        errors = {entry.name: outcome.error(entry) for entry in entries}
+        lost = add_tasks(opened, projection, stack, tick, replace)
+        errors = {entry.name: entry.error(lost[entry.name]) for entry in entries}
         return {"bank": str(bank), "added": errors, "tasks": len(opened), "advice": _advice(errors, fit)}
-
-
-def _check_fingerprint(bank: CoreBank, record: dict[str, Any], path: Path) -> None:
-    mine, theirs = bank.description.base_fingerprint, record.get("base_fingerprint")
-    if mine and theirs and mine != theirs:
-        raise CheckpointError(
-            f"{path} was trained on other weights ({record.get('base_model')!r}, fingerprint {theirs}) than the bank "
-            f"is for ({bank.base_model!r}, fingerprint {mine}). Compress it into a bank of its own."
-        )
 
 
 def _advice(errors: dict[str, float], fit: dict[str, Any]) -> list[str]:

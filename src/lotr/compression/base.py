@@ -13,10 +13,10 @@ from torch import nn
 from ..bank.task import DTYPES
 from ..errors import CheckpointError, ConfigError
 from ..files.adapter_folder import CONFIG
-from ..sharing.blocks import Target
 from ..sharing.plan import Plan
 from ..training.base_model import load_model, locate
 from ..tuner.config import LotrConfig
+from ..tuner.factors import set_ranks
 from ..tuner.names import linear_paths
 from ..tuner.targets import plan_adapter
 from .sources import Source, open_source
@@ -33,14 +33,19 @@ def base_of(sources: Mapping[str, Any]) -> tuple[str | None, Source]:
     return (told.most_common(1)[0][0] if told else None), first[0]
 
 
+def is_same_base(one: str, other: str) -> bool:
+    """Whether two names or folders end alike: where a model lies may differ."""
+    return PurePath(one).name == PurePath(other).name
+
+
 def check_same_base(source: Source, told: str | None) -> None:
-    """Refuse an adapter that tells another base model than most; where a model lies may differ.
+    """Refuse an adapter that tells another base model than most.
 
     Raises:
         CheckpointError: The message names both.
     """
     own = source.base_model
-    if own and told and PurePath(own).name != PurePath(told).name:
+    if own and told and not is_same_base(own, told):
         raise CheckpointError(
             f"{source.path} was trained on {own!r}, and the others on {told!r}. A bank has one base model: "
             "compress them apart. If both are the same weights, correct base_model_name_or_path in "
@@ -113,24 +118,6 @@ def bank_config(
 
 
 def with_ranks(config: LotrConfig, ranks: Mapping[str, int]) -> tuple[LotrConfig, Plan]:
-    """Return a configuration whose groups have some ranks, and its plan; the groups of one module have one rank."""
+    """Return a configuration whose groups have some ranks, and its plan."""
     config = copy.deepcopy(config)
-    plan = config.recorded_plan()
-    ranks, before = dict(ranks), None
-    while ranks != before:  # groups of one module meet others in the next
-        before = dict(ranks)
-        for parts in plan.parts.values():
-            names = {part.group.name for part in parts}
-            ranks |= dict.fromkeys(names, max(ranks[name] for name in names))
-    of_module = {path: ranks[parts[0].group.name] for path, parts in plan.parts.items()}
-    common = Counter(of_module.values()).most_common(1)[0][0]
-    config.r = common
-    config.rank_pattern = {
-        f"^{path.replace('.', chr(92) + '.')}": r for path, r in of_module.items() if r != common
-    }
-    targets = [
-        Target.from_dict(fields | {"rank": [of_module[fields["path"]]] * 2})
-        for fields in config.targets or ()
-    ]
-    config.targets = [target.to_dict() for target in targets]
-    return config, config.plan_for(targets)
+    return config, set_ranks(config, {name: (rank, rank) for name, rank in ranks.items()})

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .moments import SecondMoment, completed
+from ..math.hooi import completed, triangle
+from ..math.moments import SecondMoment
 
 #: Weighted updates of some tasks: group → of each of its sites `B` `(n, o, q)` and `A` `(n, q, i)`.
 Batch = Mapping[str, list[tuple[Tensor, Tensor]]]
@@ -70,7 +71,8 @@ class GroupFit:
         """Return `U` and `V`; directions that no update has fill up what is missing."""
         U = self.Q_U @ self.U if len(self.Q_U) else self.U
         V = self.Q_V @ self.V if len(self.Q_V) else self.V
-        return completed(U, rank), completed(V, rank)
+        open_U, open_V = (torch.eye(len(factor), rank).double() for factor in (U, V))
+        return completed(U, open_U), completed(V, open_V)
 
     def reduced(self, updates: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield `B` `(n, K, q)` and `A` `(n, q, L)` in the coordinates of `U` and `V`."""
@@ -138,7 +140,7 @@ def sweep(fits: Mapping[str, GroupFit], batches: Batches) -> None:
         for name, of_group in fits.items():
             before = getattr(of_group, side)
             vectors, energies = moments[name].leading(before.shape[1])
-            setattr(of_group, side, completed(vectors, before.shape[1]))
+            setattr(of_group, side, completed(vectors, before))
             if side == "V":
                 of_group.errors.append(of_group.error(float(energies.sum())))
 
@@ -147,11 +149,6 @@ def is_settled(of_group: GroupFit, tolerance: float) -> bool:
     """Whether the last sweep gained less than `tolerance`, relative to the error."""
     before, after = [1.0, *of_group.errors][-2:]
     return after < 1e-7 or (len(of_group.errors) > 1 and before - after <= tolerance * before)
-
-
-def triangle(M: Tensor) -> Tensor:  # (n, d, q) -> (n, q, min(d, q))
-    """Return `Rᵀ` of `M = Q R`: what `M` scales and mixes, without the rotation that no energy depends on."""
-    return torch.linalg.qr(M, mode="r").R.mT
 
 
 def project(

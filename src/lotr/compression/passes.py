@@ -2,16 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
+
+import torch
 
 from ..sharing.plan import Group
 from . import diagonal, fit
 from .fit import GroupFit
 from .stack import CACHE, Stack, Tick
-from .state import State
 
+#: Seconds that a fit takes before anything is saved: what is done sooner is done again.
+SAVE_AFTER = 10.0
 _SUMS = 1 << 30  # bytes of the sums of the groups that are fitted at once
+
+
+class State:
+    """What an interrupted fit goes on from: the fits after the last pass, in a hidden folder beside the output.
+
+    Args:
+        output: Folder of the bank to come.
+        request: Tells the adapters and all settings: another request begins anew.
+    """
+
+    def __init__(self, output: Path, request: str) -> None:
+        self.folder = output.resolve().with_name(f".{output.name}.fit")
+        self.request, self._saved = _hash(request), time.monotonic()
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is anything to go on from."""
+        return any(self.folder.glob(f"{self.request}-*.pt"))
+
+    def load(self, groups: list[str]) -> dict[str, GroupFit] | None:
+        """Return the fits of groups that are fitted together, or `None` when there are none yet."""
+        file = self._file(groups)
+        if not file.is_file():
+            return None
+        return {name: GroupFit(**fields) for name, fields in torch.load(file, weights_only=True).items()}
+
+    def save(self, fits: Mapping[str, GroupFit], groups: list[str]) -> None:
+        """Write the fits of groups, whole or not at all, unless the last time was a moment ago."""
+        if time.monotonic() - self._saved < SAVE_AFTER:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self._file(groups)
+        torch.save({name: vars(fits[name]) for name in groups}, file.with_suffix(".tmp"))
+        file.with_suffix(".tmp").replace(file)
+        self._saved = time.monotonic()
+
+    def clear(self) -> None:
+        """Remove everything."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _file(self, groups: list[str]) -> Path:
+        return self.folder / f"{self.request}-{_hash(repr(groups))}.pt"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def chunks(groups: Sequence[Group], stack: Stack) -> Iterator[list[Group]]:
@@ -36,7 +89,7 @@ def find_directions(groups: Sequence[Group], stack: Stack, state: State, tick: T
         names = [group.name for group in chunk]
         known = state.load(names)
         if known is None:
-            batches = stack.batches(chunk, True, lambda done, of: tick("Directions", done, of))
+            batches = stack.batches(chunk, "Directions", tick)
             known = fit.directions({group.name: group.shape for group in chunk}, batches)
             state.save(known, names)
         fits |= known
@@ -66,7 +119,7 @@ def run_sweeps(
     kind: ModuleType = fit if groups[0].core.by_site else diagonal
     for chunk in chunks(groups, stack):
         names = [group.name for group in chunk]
-        batches = stack.batches(chunk, True, lambda done, of: tick("Fitting", done, of))
+        batches = stack.batches(chunk, "Fitting", tick)
         new = {group.name: group.core.r for group in chunk if not fits[group.name].errors}
         kind.begin({name: fits[name] for name in new}, new, batches)
         for name in new:

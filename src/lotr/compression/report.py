@@ -1,175 +1,229 @@
-"""What a fit cost: errors by task and module, bytes before and after."""
+"""What a fit cost: errors by task and module, bytes before and after, and what to do about them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..files.atomic import write_json
 from ..sharing.plan import Plan
+from .base import is_same_base
 from .fit import GroupFit
 from .ranks import Curve, bytes_of, chosen_ranks, error_of
-from .stack import Entry, Stack
+from .stack import Stack
+from .tasks import Lost
 
 REPORT, PICTURE = "compress.json", "compress.png"
 
 
-@dataclass
-class Outcome:
-    """Errors as they become known.
+@dataclass(frozen=True)
+class Report:
+    """What became of many adapters.
+
+    Args:
+        bank: Folder of the bank.
+        base_model: Base model of the bank.
+        trained_on: Base model that the adapters tell.
+        tasks: How many there are.
+        error: Root of the mean squared relative error of a task, `‖Δ − U C Vᵀ‖ / ‖Δ‖`.
+        median_error: Median of the same.
+        bytes_before: Bytes of all adapters' weights.
+        bytes_after: Bytes of all files of the bank.
+        bytes_of_heads: Bytes of heads in it.
+        bytes_of_numbers: Bytes of factors, cores and heads in it.
+        groups: Name, sites, block and rank of every group, and its errors at the start and after every sweep.
+        by_task: Error, energy kept, rank and bytes before, and modules that it lacks of every task, the worst first.
+        by_module: Relative error of every module, all adapters together.
+        curve: Rank, bytes and error of the HOSVD with one rank for all groups, at most 48 points.
+        advice: What to do about the error and the bytes, in sentences.
+        seconds: What the fit took.
+    """
+
+    bank: str
+    base_model: str
+    trained_on: str | None
+    tasks: int
+    error: float
+    median_error: float
+    bytes_before: int
+    bytes_after: int
+    bytes_of_heads: int
+    bytes_of_numbers: int
+    groups: list[dict[str, Any]]
+    by_task: list[dict[str, Any]]
+    by_module: dict[str, float]
+    curve: list[dict[str, float]]
+    advice: list[str]
+    seconds: float
+
+
+def report_of(
+    stack: Stack,
+    plan: Plan,
+    curves: dict[str, Curve],
+    fits: Mapping[str, GroupFit],
+    lost: Lost,
+    asked: float | None,
+    **told: Any,
+) -> Report:
+    """Return the report of a fit.
 
     Args:
         stack: The adapters.
         plan: The plan of the bank.
         curves: What rank buys, by group.
         fits: The fit of every group.
-        dtype: Type in which the bank keeps cores.
         lost: By task: `‖Δ − U C Vᵀ‖²` of every module.
+        asked: The error that was asked for, if any.
+        told: The other fields of the report.
     """
-
-    stack: Stack
-    plan: Plan
-    curves: dict[str, Curve]
-    fits: dict[str, GroupFit]
-    dtype: str
-    lost: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    def add(self, entry: Entry, lost: dict[str, float]) -> float:
-        """Note what one adapter lost, and return its relative error."""
-        self.lost[entry.name] = lost
-        return self.error(entry)
-
-    def error(self, entry: Entry) -> float:
-        """Return the relative error of an adapter."""
-        return (sum(self.lost[entry.name].values()) / entry.energy) ** 0.5 if entry.energy else 0.0
-
-    def by_module(self) -> dict[str, float]:
-        """Return the relative error of every module, all adapters together."""
-        entries = self.stack.entries
-        energy, lost = dict.fromkeys(self.plan.shape_of, 0.0), dict.fromkeys(self.plan.shape_of, 0.0)
-        for entry in entries:
-            for module, of_module in self.lost[entry.name].items():
-                lost[module] += of_module
-                energy[module] += entry.energies.get(module, 0.0)
-        return {
-            module: (lost[module] / energy[module]) ** 0.5 if energy[module] else 0.0 for module in energy
+    by_task: list[dict[str, Any]] = [
+        {
+            "task": entry.name,
+            "error": (error := entry.error(lost[entry.name])),
+            "kept": 1 - error**2,
+            "rank_before": entry.rank,
+            "bytes_before": entry.bytes,
+            "missing": len(plan.targets) - len(entry.energies),
         }
-
-    def curve(self) -> list[dict[str, float]]:
-        """Return rank, bytes and error of the HOSVD with one rank for all groups, at most 48 points."""
-        most = max(curve.most for curve in self.curves.values())
-        every = sorted({round(most ** (n / 47)) for n in range(48)})
-        head = sum(entry.head_bytes for entry in self.stack.entries)
-        points = []
-        for rank in every:
-            ranks = {name: min(rank, curve.most) for name, curve in self.curves.items()}
-            size = head + bytes_of(self.curves, ranks)
-            points.append({"rank": rank, "bytes": size, "error": error_of(self.curves, ranks)})
-        return points
-
-
-def write_report(
-    outcome: Outcome, output: Path, folder: Path, trained_on: str | None, seconds: float
-) -> dict[str, Any]:
-    """Return the report of a fit, and write it and its picture into the folder of the bank."""
-    entries = outcome.stack.entries
-    errors = {entry.name: outcome.error(entry) for entry in entries}
-    missing = {entry.name: len(outcome.plan.targets) - len(entry.energies) for entry in entries}
-    mean = (sum(error * error for error in errors.values()) / len(errors)) ** 0.5
-    report: dict[str, Any] = {
-        "bank": str(output),
-        "trained_on": trained_on,
-        "tasks": len(entries),
-        "error": mean,
-        "median_error": median(errors.values()),
-        "bytes_before": sum(entry.bytes for entry in entries),
-        "bytes_after": sum(file.stat().st_size for file in folder.iterdir()),
-        "bytes_of_heads": sum(entry.head_bytes for entry in entries),
-        "bytes_of_numbers": bytes_of(
-            outcome.curves, {group.name: group.core.r for group in outcome.plan.groups}
-        )
-        + sum(entry.head_bytes for entry in entries),
-        "groups": [
+        for entry in stack.entries
+    ]
+    errors = [row["error"] for row in by_task]
+    mean = (sum(error * error for error in errors) / len(errors)) ** 0.5
+    ranks = {group.name: group.core.r for group in plan.groups}
+    heads = sum(entry.head_bytes for entry in stack.entries)
+    before = sum(entry.bytes for entry in stack.entries)
+    after = heads + bytes_of(curves, ranks)
+    by_task.sort(key=lambda row: -row["error"])
+    fitted = (
+        sum(f.energy * f.errors[-1] ** 2 for f in fits.values()) / sum(f.energy for f in fits.values())
+    ) ** 0.5
+    return Report(
+        tasks=len(stack),
+        error=mean,
+        median_error=median(errors),
+        bytes_before=before,
+        bytes_of_heads=heads,
+        bytes_of_numbers=after,
+        groups=[
             {
                 "group": group.name,
                 "sites": len(group.sites),
                 "block": list(group.shape),
                 "rank": group.core.r,
-                "errors": outcome.fits[group.name].errors,
+                "errors": fits[group.name].errors,
             }
-            for group in outcome.plan.groups
+            for group in plan.groups
         ],
-        "by_task": [
-            {
-                "task": entry.name,
-                "error": errors[entry.name],
-                "kept": 1 - errors[entry.name] ** 2,
-                "rank_before": entry.rank,
-                "bytes_before": entry.bytes,
-                "missing": missing[entry.name],
-            }
-            for entry in sorted(entries, key=lambda entry: -errors[entry.name])
+        by_task=by_task,
+        by_module=_by_module(stack, plan, lost),
+        curve=_curve(curves, heads),
+        advice=[
+            *_about_error(curves, ranks, mean, fitted, asked),
+            *_about_tasks(by_task, stack),
+            *_about_base(told["base_model"], told["trained_on"]),
+            *_about_bytes(before, after, told["bytes_after"]),
         ],
-        "by_module": outcome.by_module(),
-        "curve": outcome.curve(),
-        "advice": [*_advice(outcome, errors, mean), *_zeros(entries, missing)],
-        "seconds": round(seconds, 3),
-    }
-    write_json(folder / REPORT, report)
-    draw(report, folder / PICTURE)
-    return report
+        **told,
+    )
 
 
-def _advice(outcome: Outcome, errors: dict[str, float], mean: float) -> list[str]:
-    """Return what to do about the error, in sentences."""
-    advice = []
-    ranks = {group.name: group.core.r for group in outcome.plan.groups}
-    better = chosen_ranks(outcome.curves, max_error=mean / 2)
-    if mean > 1e-3 and error_of(outcome.curves, better) <= mean / 2:
-        factor = bytes_of(outcome.curves, better) / bytes_of(outcome.curves, ranks)
-        advice.append(
-            f"Half of this error takes {factor:.1f} times the bytes: --max-error {mean / 2:.2g} (ranks "
-            f"{min(better.values())} to {max(better.values())})."
+def _by_module(stack: Stack, plan: Plan, lost: Lost) -> dict[str, float]:
+    energy, left = dict.fromkeys(plan.shape_of, 0.0), dict.fromkeys(plan.shape_of, 0.0)
+    for entry in stack.entries:
+        for module, of_module in lost[entry.name].items():
+            left[module] += of_module
+            energy[module] += entry.energies.get(module, 0.0)
+    return {module: (left[module] / energy[module]) ** 0.5 if energy[module] else 0.0 for module in energy}
+
+
+def _curve(curves: dict[str, Curve], heads: int) -> list[dict[str, float]]:
+    most = max(curve.most for curve in curves.values())
+    points = []
+    for rank in sorted({round(most ** (n / 47)) for n in range(48)}):
+        ranks = {name: min(rank, curve.most) for name, curve in curves.items()}
+        points.append(
+            {"rank": rank, "bytes": heads + bytes_of(curves, ranks), "error": error_of(curves, ranks)}
         )
-    worst = max(errors, key=lambda name: errors[name])
-    if errors[worst] > 2 * median(errors.values()) and errors[worst] > 1e-3:
-        advice.append(
-            f"{worst} loses {errors[worst]:.2g}, more than twice the median: it shares least with the others. Raise "
-            "its weight, or keep it as the LoRA that it is."
+    return points
+
+
+def _about_error(
+    curves: dict[str, Curve], ranks: dict[str, int], error: float, fitted: float, asked: float | None
+) -> list[str]:
+    """Say what a smaller error takes: another rank, or another type where rounding of the cores is much of it."""
+    missed = asked is not None and error > asked
+    notes = [f"The error that was asked for, {asked:.2g}, is not reached."] if missed else []
+    if (error > 1e-3 and fitted < error / 2) or (missed and fitted <= float(asked or 0)):
+        return [*notes, "Much of this error is rounding of the cores. Keep them with --dtype float32."]
+    if error <= 1e-3:
+        return notes
+    better = chosen_ranks(curves, max_error=error / 2)
+    if error_of(curves, better) > error / 2:
+        return notes
+    factor = bytes_of(curves, better) / bytes_of(curves, ranks)
+    return [
+        *notes,
+        f"Half of this error takes {factor:.1f} times the bytes: --max-error {error / 2:.2g} (ranks "
+        f"{min(better.values())} to {max(better.values())}).",
+    ]
+
+
+def _about_tasks(by_task: list[dict[str, Any]], stack: Stack) -> list[str]:
+    """Say which adapter loses most, and which change nothing, at all or at some modules."""
+    notes, worst = [], by_task[0]
+    if worst["error"] > 2 * median(row["error"] for row in by_task) and worst["error"] > 1e-3:
+        notes.append(
+            f"{worst['task']} loses {worst['error']:.2g}, more than twice the median: it shares least with the others. "
+            "Raise its weight, or keep it as the LoRA that it is."
         )
-    return advice
-
-
-def _zeros(entries: Sequence[Entry], missing: dict[str, int]) -> list[str]:
-    """Say which adapters change nothing, at all or at some modules."""
-    notes = []
-    if some := [entry.name for entry in entries if missing[entry.name]]:
+    if some := sorted(row["task"] for row in by_task if row["missing"]):
         notes.append(
             f"{len(some)} adapters lack modules that others adapt, first {some[0]}; they are zero there."
         )
-    if nothing := [entry.name for entry in entries if not entry.energy]:
+    if nothing := [entry.name for entry in stack.entries if not entry.energy]:
         notes.append(
             f"{len(nothing)} adapters are zero everywhere, first {nothing[0]}: they were never trained."
         )
     return notes
 
 
-def draw(report: dict[str, Any], path: Path) -> None:
+def _about_base(base_model: str, trained_on: str | None) -> list[str]:
+    """Say that a base model of another name was given: where it lies may differ, its weights may not."""
+    if trained_on is None or is_same_base(base_model, trained_on):
+        return []
+    return [
+        f"The adapters tell {trained_on!r}, and the bank is for {base_model!r}: both must be the same weights."
+    ]
+
+
+def _about_bytes(before: int, numbers: int, after: int) -> list[str]:
+    """Say why a bank is no smaller than the adapters were."""
+    if after < before:
+        return []
+    why = (
+        "its numbers are: choose a smaller --rank, or --max-bytes"
+        if numbers >= before
+        else f"its numbers take {numbers:,} bytes, the rest is the empty store. It pays with more or larger adapters"
+    )
+    return [f"The bank is no smaller than the adapters: {why}."]
+
+
+def draw(report: Report, path: Path) -> None:
     """Draw error against bytes, with the point that was chosen."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.8), dpi=130, layout="constrained")
     axis = figure.subplots()
-    points = report["curve"]
+    points = report.curve
     axis.plot(
         [p["bytes"] for p in points], [p["error"] for p in points], color="#3b6fb6", label="one rank for all"
     )
-    size = report["bytes_of_numbers"]
-    axis.plot([size], [report["error"]], "o", color="#d9822b", label="this bank")
-    axis.axvline(report["bytes_before"], color="#8a8f98", linestyle=":", label="the adapters")
+    size = report.bytes_of_numbers
+    axis.plot([size], [report.error], "o", color="#d9822b", label="this bank")
+    axis.axvline(report.bytes_before, color="#8a8f98", linestyle=":", label="the adapters")
     axis.set_xscale("log")
     axis.set_ylim(0, 1)
     axis.set_xlabel("bytes of factors, cores and heads")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,17 @@ from torch import nn
 from ..bank.basis import TASKS
 from ..bank.task import DTYPES
 from ..errors import ConfigError, Interrupted, near
-from ..files.atomic import check_apart, check_free, move_into, whole_folder
+from ..files.atomic import check_apart, check_free, move_into, whole_folder, write_json
 from ..sharing.plan import Group
 from .base import bank_config, base_of, check_same_base, linear_shapes, load_base, with_ranks
 from .diagonal import sorted_kept
 from .fit import GroupFit
-from .passes import find_directions, run_sweeps
+from .passes import State, find_directions, run_sweeps
 from .ranks import Curve, chosen_ranks
-from .report import Outcome, write_report
+from .report import PICTURE, REPORT, Report, draw, report_of
 from .sources import find_adapters
 from .stack import Entry, Stack, Tick, read_entry, weights_of
-from .state import State
-from .write import write_bank
+from .tasks import write_bank
 
 
 def compress(
@@ -43,7 +43,7 @@ def compress(
     tolerance: float = 1e-4,
     overwrite: bool = False,
     tick: Tick | None = None,
-) -> dict[str, Any]:
+) -> Report:
     """Fit one bank to many adapters: shared factors, and a core a task and site, `Δ_{t,s} ≈ U C_{t,s} Vᵀ`.
 
     Args:
@@ -97,11 +97,20 @@ def compress(
         ranks = _ranks(curves, size, sum(entry.head_bytes for entry in stack.entries))
         config, plan = with_ranks(config, ranks)
         run_sweeps(plan.groups, fits, stack, state, sweeps, tolerance, tick)
-        outcome = Outcome(stack, plan, curves, fits, dtype)
         with whole_folder(output, overwrite) as folder:
-            write_bank(folder / "bank", config, model, outcome, tick)
-            report = write_report(outcome, output, folder / "bank", trained_on, time.monotonic() - begun)
+            lost = write_bank(folder / "bank", config, model, fits, stack, dtype, tick)
+            size_after = sum(file.stat().st_size for file in (folder / "bank").iterdir())
+            told: Any = {
+                "bank": str(output),
+                "base_model": name,
+                "trained_on": trained_on,
+                "bytes_after": size_after,
+            }
+            seconds = round(time.monotonic() - begun, 3)
+            report = report_of(stack, plan, curves, fits, lost, max_error, seconds=seconds, **told)
             move_into(folder / "bank", folder)
+            write_json(folder / REPORT, asdict(report))
+            draw(report, folder / PICTURE)
             for log in ("-wal", "-shm"):  # of a bank that is replaced
                 (output / f"{TASKS}{log}").unlink(missing_ok=True)
     except KeyboardInterrupt:
@@ -143,10 +152,10 @@ def _checked_size(
 def _in_bytes(size: int | str | None) -> int | None:
     if size is None or isinstance(size, int):
         return size
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMGT]?)B?", size)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", size.strip().upper())
     if match is None:
         raise ConfigError(f"max_bytes={size!r} is not understood. Use 20000000, or '20MB'.")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
 
 
 def _read(

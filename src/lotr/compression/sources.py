@@ -155,12 +155,14 @@ def find_adapters(places: Sequence[str | Path]) -> dict[str, Path]:
 
 def is_one_adapter(places: Sequence[str]) -> bool:
     """Whether these name one adapter of this library: that becomes a smaller adapter, and no bank."""
-    return len(places) == 1 and Path(places[0]).is_dir() and read_adapter(places[0]).is_lotr
+    return len(places) == 1 and (Path(places[0]) / CONFIG).is_file() and read_adapter(places[0]).is_lotr
 
 
 def _folders(place: str) -> list[Path]:
     path = Path(place).expanduser()
     if path.is_dir():
+        if not (path / CONFIG).is_file() and any(path.glob(f"*/{CONFIG}")):
+            raise ConfigError(f"{place} is a folder of adapters. Name what is in it: '{place}/*'.")
         return [path]
     if path.is_file() and path.suffix in (".txt", ".list"):
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]

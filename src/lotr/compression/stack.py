@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError, near
+from ..sharing.blocks import Site
 from ..sharing.plan import Group
-from .fit import Batch
+from .fit import Batch, Batches
 from .sources import Source, open_source
 
 Tick = Callable[[str, int, int], None]  # what is done, how many, of how many
@@ -46,6 +47,10 @@ class Entry:
     def energy(self) -> float:
         """`‖Δ‖²` of all modules together."""
         return sum(self.energies.values())
+
+    def error(self, lost: Mapping[str, float]) -> float:
+        """Return the relative error that losing `lost`, by module, is."""
+        return (sum(lost.values()) / self.energy) ** 0.5 if self.energy else 0.0
 
 
 def read_entry(name: str, path: Path, known: Mapping[str, Shape], base: str) -> tuple[Entry, Source]:
@@ -108,15 +113,32 @@ class Stack:
         """Return the bytes of one task's updates at the sites of some groups, in float32."""
         return sum(4 * self.rank * len(group.sites) * sum(group.shape) for group in groups)
 
-    def batches(self, groups: Sequence[Group], weighted: bool, tick: Callable[[int, int], None]) -> _Batches:
-        """Return a function that yields the updates at the sites of some groups, a few tasks at a time.
+    def batches(self, groups: Sequence[Group], what: str, tick: Tick) -> Batches:
+        """Return a function that yields the weighted updates at the sites of some groups, a few tasks at a time.
+
+        Updates of all tasks that fit into the cache together stay there after the first time, as the files have them.
 
         Args:
             groups: The groups.
-            weighted: Whether the weights are multiplied in.
-            tick: Called as tasks are done.
+            what: What is done with them, for `tick`.
+            tick: Called as tasks are read.
         """
-        return _Batches(self, groups, weighted, tick)
+        size = max(1, min(64, BATCH // self.bytes_a_task(groups)))
+        is_small = len(self) * self.bytes_a_task(groups) <= CACHE
+        cache: dict[int, Pairs] = {}
+
+        def batches() -> Iterator[Batch]:
+            for at in range(0, len(self), size):
+                pairs = cache.get(at)
+                if pairs is None:
+                    pairs = _read(self.entries[at : at + size], groups)
+                    if is_small:
+                        cache[at] = pairs
+                    tick(what, min(at + size, len(self)), len(self))
+                weights = torch.tensor(self.weights[at : at + size], dtype=torch.float64)[:, None, None]
+                yield {group.name: [_at(site, pairs, weights) for site in group.sites] for group in groups}
+
+        return batches
 
     def digest(self) -> str:
         """Return a hash of names, places, sizes and times of all files."""
@@ -129,65 +151,28 @@ class Stack:
         return digest.hexdigest()
 
 
-class _Batches:
-    """Yields batches; updates that fit into the cache stay there after the first time, as the files have them."""
+def _read(entries: Sequence[Entry], groups: Sequence[Group]) -> Pairs:
+    """Read the updates of some adapters at the modules of some groups; smaller ranks are filled up with zeros."""
+    shapes: dict[str, Shape] = {}  # of the part of each module that the groups cover
+    for site in (site for group in groups for site in group.sites):
+        out, width = shapes.get(site.module, (0, 0))
+        (o, i), row, column = site.shape, site.row, site.column
+        shapes[site.module] = max(out, row + o), max(width, column + i)
+    n, q = len(entries), max(entry.rank for entry in entries)
+    pairs = {m: (torch.zeros(n, out, q), torch.zeros(n, q, i)) for m, (out, i) in shapes.items()}
+    for t, entry in enumerate(entries):
+        with open_source(entry.name, entry.path).read() as read:
+            for module in entry.energies.keys() & shapes.keys():
+                A, B = read(module)
+                (Bs, As), rank = pairs[module], len(A)
+                Bs[t, :, :rank], As[t, :rank] = B[: Bs.shape[1]], A[:, : As.shape[2]]
+    return pairs
 
-    def __init__(
-        self, stack: Stack, groups: Sequence[Group], weighted: bool, tick: Callable[[int, int], None]
-    ) -> None:
-        self.stack, self.groups, self.tick = stack, tuple(groups), tick
-        self.weights = torch.tensor(stack.weights if weighted else [1.0] * len(stack), dtype=torch.float64)
-        self.shapes: dict[str, Shape] = {}  # of the part of each module that the groups cover
-        for site in (site for group in self.groups for site in group.sites):
-            out, width = self.shapes.get(site.module, (0, 0))
-            (o, i), row, column = site.shape, site.row, site.column
-            self.shapes[site.module] = max(out, row + o), max(width, column + i)
-        self.size = max(1, min(64, BATCH // stack.bytes_a_task(self.groups)))
-        self._cache: list[Pairs] | None = (
-            [] if len(stack) * stack.bytes_a_task(self.groups) <= CACHE else None
-        )
-        self._is_cached = False
 
-    def __call__(self) -> Iterator[Batch]:
-        starts = range(0, len(self.stack), self.size)
-        if self._is_cached and self._cache is not None:
-            for at, pairs in zip(starts, self._cache, strict=True):
-                yield self._batch(pairs, at)
-            return
-        cache = []
-        for at in starts:
-            pairs = self._read(at)
-            yield self._batch(pairs, at)
-            if self._cache is not None:
-                cache.append(pairs)
-            self.tick(min(at + self.size, len(self.stack)), len(self.stack))
-        if self._cache is not None:
-            self._cache, self._is_cached = cache, True
-
-    def _read(self, at: int) -> Pairs:
-        entries = self.stack.entries[at : at + self.size]
-        n, q = len(entries), max(entry.rank for entry in entries)
-        pairs = {m: (torch.zeros(n, out, q), torch.zeros(n, q, i)) for m, (out, i) in self.shapes.items()}
-        for t, entry in enumerate(entries):
-            with open_source(entry.name, entry.path).read() as read:
-                for module in entry.energies.keys() & self.shapes.keys():
-                    A, B = read(module)
-                    (Bs, As), rank = pairs[module], len(A)
-                    Bs[t, :, :rank], As[t, :rank] = B[: Bs.shape[1]], A[:, : As.shape[2]]
-        return pairs
-
-    def _batch(self, pairs: Pairs, at: int) -> Batch:
-        weights = self.weights[at : at + self.size, None, None]
-        return {
-            group.name: [
-                (
-                    pairs[site.module][0][:, site.row : site.row + site.shape[0]].double() * weights,
-                    pairs[site.module][1][:, :, site.column : site.column + site.shape[1]].double(),
-                )
-                for site in group.sites
-            ]
-            for group in self.groups
-        }
+def _at(site: Site, pairs: Pairs, weights: Tensor) -> tuple[Tensor, Tensor]:  # (n, o, q), (n, q, i)
+    (Bs, As), (o, i) = pairs[site.module], site.shape
+    B, A = Bs[:, site.row : site.row + o], As[:, :, site.column : site.column + i]
+    return B.double() * weights, A.double()
 
 
 def weights_of(entries: Sequence[Entry], weights: str | Mapping[str, float]) -> tuple[float, ...]:

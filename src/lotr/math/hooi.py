@@ -136,8 +136,8 @@ def tucker2(
     types = U.dtype, V.dtype
     pairs = [(B.double(), A.double()) for B, A in updates]
     # the other side of B A is orthonormal but for its triangle, so these have the left singular vectors of the stacks
-    U = leading(torch.cat([B @ torch.linalg.qr(A.T).R.T for B, A in pairs], 1), U.double())
-    V = leading(torch.cat([A.T @ torch.linalg.qr(B).R.T for B, A in pairs], 1), V.double())
+    U = leading(torch.cat([B @ triangle(A.T) for B, A in pairs], 1), U.double())
+    V = leading(torch.cat([A.T @ triangle(B) for B, A in pairs], 1), V.double())
     energy = 0.0
     for _ in range(rounds):
         U = leading(torch.cat([B @ (A @ V) for B, A in pairs], 1), U)
@@ -154,13 +154,45 @@ def leading(
     before: Tensor,  # (n, q)
 ) -> Tensor:  # (n, q)
     """Return the leading `q` left singular vectors; columns of `before` take the place of those that are not there."""
-    M, q = stacked.double(), before.shape[1]
-    tall = M.shape[0] > M.shape[1]
-    energies, vectors = torch.linalg.eigh(M.T @ M if tall else M @ M.T)  # rising
-    n_alive = int((energies > _NOTHING * energies[-1]).sum())
-    vectors = vectors.flip(1)[:, : min(q, n_alive)]
-    columns: Tensor = torch.linalg.qr(torch.cat([M @ vectors if tall else vectors, before.double()], 1)).Q[
-        :, :q
-    ]
-    signs = columns.gather(0, columns.abs().argmax(0, keepdim=True)).sign()  # the library leaves them open
-    return (columns * signs).to(before)
+    return signed(completed(principal(stacked.double())[0], before.double())).to(before)
+
+
+def completed(
+    vectors: Tensor,  # (n, m), orthonormal
+    others: Tensor,  # (n, q)
+) -> Tensor:  # (n, q)
+    """Return the first `q` of some vectors; where there are fewer, what `others` add to their span follows."""
+    q = others.shape[1]
+    if vectors.shape[1] >= q:
+        return vectors[:, :q]
+    more = torch.linalg.qr(torch.cat([vectors, others], 1)).Q[:, vectors.shape[1] : q]
+    return torch.cat([vectors, more], 1)
+
+
+def principal(columns: Tensor) -> tuple[Tensor, Tensor]:  # (n, m) -> (n, q), (q,)
+    """Return left singular vectors and squared singular values, falling, without those that are rounding."""
+    if columns.shape[0] <= columns.shape[1]:
+        return of_gram(columns @ columns.T)
+    Q, R = torch.linalg.qr(columns)
+    vectors, energies = of_gram(R @ R.T)
+    return Q @ vectors, energies
+
+
+def of_gram(S: Tensor) -> tuple[Tensor, Tensor]:  # (n, n) -> (n, q), (q,)
+    """Return eigenvectors and eigenvalues of `S = M Mᵀ`, falling, without those that are rounding."""
+    energies, vectors = torch.linalg.eigh(S)
+    energies, vectors = energies.flip(0), vectors.flip(1)
+    alive = int((energies > _NOTHING * energies[:1].clamp_min(0)).sum())
+    return vectors[:, :alive], energies[:alive]
+
+
+def signed(vectors: Tensor) -> Tensor:
+    """Return columns of which the largest entry is positive: the library leaves the signs open."""
+    if not vectors.shape[1]:
+        return vectors
+    return vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+
+
+def triangle(M: Tensor) -> Tensor:  # (*n, d, q) -> (*n, q, min(d, q))
+    """Return `Rᵀ` of `M = Q R`: what `M` scales and mixes, without the rotation that no energy depends on."""
+    return torch.linalg.qr(M, mode="r").R.mT

@@ -101,8 +101,18 @@ def set_factors(group: LotrGroup, adapter: str, U: Tensor, V: Tensor) -> None:
 
 
 def set_ranks(config: LotrConfig, ranks: Mapping[str, tuple[int, int]]) -> Plan:
-    """Give the groups other ranks in a configuration, so that the adapter loads with them; return the plan."""
+    """Give the groups other ranks in a configuration, so that the adapter loads with them; return the plan.
+
+    A module has one rank: of groups that meet in a module, all have the largest.
+    """
     plan = config.recorded_plan()
+    ranks, before = dict(ranks), None
+    while ranks != before:  # groups of one module meet others in the next
+        before = dict(ranks)
+        for parts in plan.parts.values():
+            names = {part.group.name for part in parts}
+            largest = max(ranks[name][0] for name in names), max(ranks[name][1] for name in names)
+            ranks |= dict.fromkeys(names, largest)
     targets = [replace(t, rank=ranks[plan.parts[t.path][0].group.name]) for t in plan.targets]
     (common, _), *_ = Counter(target.rank for target in targets).most_common(1)
     config.r = checked_rank("r", common)

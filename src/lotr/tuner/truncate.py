@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..math.hooi import tucker2
-from ..sharing.plan import Group, Part, Plan
+from ..sharing.plan import Group, Part
 from .checks import checked_rank
 from .config import LotrConfig, pair
 from .factors import find_adapter, parts_of, set_ranks
@@ -73,7 +72,6 @@ def truncate(
     parts = parts_of(model, name)
     updates = {group: _Update(group, name, of_group) for group, of_group in parts.items()}
     ranks = {update.group.name: update.ranks(rank, energy or 0.0) for update in updates.values()}
-    ranks = _equal_in_modules(config.recorded_plan(), ranks)
     plan = set_ranks(config, ranks)
     ranks = {group.name: group.rank for group in plan.groups}  # of a module with smaller blocks, cut to those
     report = []
@@ -122,18 +120,6 @@ def _enough(sigma: Tensor, energy: float) -> int:
     """Return how many of the falling singular values carry a share of the energy."""
     share = sigma.square().cumsum(0) / sigma.square().sum().clamp_min(1e-300)
     return min(len(sigma), int((share < energy - 1e-12).sum()) + 1)
-
-
-def _equal_in_modules(plan: Plan, ranks: Mapping[str, Rank]) -> dict[str, Rank]:
-    """Return ranks of which all groups that meet in a module have the largest: a module has one rank."""
-    ranks, before = dict(ranks), None
-    while ranks != before:  # groups of one module meet others in the next
-        before = dict(ranks)
-        for parts in plan.parts.values():
-            names = {part.group.name for part in parts}
-            largest = max(ranks[name][0] for name in names), max(ranks[name][1] for name in names)
-            ranks |= dict.fromkeys(names, largest)
-    return ranks
 
 
 def _replace(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_ROUNDING = 1e-14  # of the largest energy: what is below is rounding
+from .hooi import of_gram, principal, signed
 
 
 class SecondMoment:
@@ -51,7 +51,7 @@ class SecondMoment:
             self._sum, self._columns = columns @ columns.T, []
         elif self._n_columns > 2 * self.widest:
             columns = torch.cat(self._columns, 1)
-            vectors, energies = (leading[..., : self.widest] for leading in _left(columns))
+            vectors, energies = (leading[..., : self.widest] for leading in principal(columns))
             self.lost += max(float(columns.square().sum() - energies.sum()), 0.0)
             self._columns = [vectors * energies.sqrt()]
             self._n_columns = len(energies)
@@ -59,38 +59,9 @@ class SecondMoment:
     def leading(self, n: int | None = None) -> tuple[Tensor, Tensor]:  # (d, m), (m,)
         """Return at most `n` eigenvectors, by falling energy, and the energies; what is rounding is left out."""
         if self._sum is not None:
-            vectors, energies = _eigen(self._sum)
+            vectors, energies = of_gram(self._sum)
         elif self._columns:
-            vectors, energies = _left(torch.cat(self._columns, 1))
+            vectors, energies = principal(torch.cat(self._columns, 1))
         else:
-            vectors, energies = torch.zeros(self.d, 0).double(), torch.zeros(0).double()
-        vectors, energies = vectors[:, :n], energies[:n]
-        if len(energies):  # the library leaves the signs open
-            vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
-        return vectors.contiguous(), energies
-
-
-def _left(columns: Tensor) -> tuple[Tensor, Tensor]:  # (d, m) -> (d, q), (q,)
-    """Return left singular vectors and squared singular values of a thin matrix, without those that are rounding."""
-    if columns.shape[0] <= columns.shape[1]:
-        return _eigen(columns @ columns.T)
-    Q, R = torch.linalg.qr(columns)
-    vectors, energies = _eigen(R @ R.T)
-    return Q @ vectors, energies
-
-
-def _eigen(S: Tensor) -> tuple[Tensor, Tensor]:  # (d, d) -> (d, q), (q,)
-    """Return eigenvectors and eigenvalues by falling value, without those that are rounding."""
-    energies, vectors = torch.linalg.eigh(S)
-    energies, vectors = energies.flip(0), vectors.flip(1)
-    alive = int((energies > _ROUNDING * energies[:1].clamp_min(0)).sum())
-    return vectors[:, :alive], energies[:alive]
-
-
-def completed(vectors: Tensor, n: int) -> Tensor:  # (d, m) -> (d, n)
-    """Return orthonormal vectors, with further ones behind them where there are fewer than `n`."""
-    d, m = vectors.shape
-    if m >= n:
-        return vectors[:, :n]
-    more = torch.linalg.qr(torch.cat([vectors, torch.eye(d, dtype=vectors.dtype)], 1)).Q[:, m:n]
-    return torch.cat([vectors, more], 1)
+            return torch.zeros(self.d, 0).double(), torch.zeros(0).double()
+        return signed(vectors[:, :n]).contiguous(), energies[:n]

@@ -1,0 +1,154 @@
+"""Adapters become tasks of a bank: the cores that fit their updates best on its factors, and what those lose."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..bank import CoreBank, Task
+from ..bank.task import DTYPES
+from ..bank.transfer import KNOWN
+from ..files.adapter_folder import CONFIG, fingerprint, save_tensors, write_task
+from ..files.atomic import write_json
+from ..math.update import side_by_side
+from ..sharing.blocks import Site
+from ..sharing.keys import core_key, group_keys
+from ..sharing.plan import Group, Plan
+from ..tuner.config import LotrConfig
+from .diagonal import diagonals
+from .fit import Batch, GroupFit, project
+from .sources import Source, open_source
+from .stack import Stack, Tick
+
+#: By task: `‖Δ − U C Vᵀ‖²` of every module.
+Lost = dict[str, dict[str, float]]
+
+
+def write_bank(
+    path: Path,
+    config: LotrConfig,
+    model: nn.Module,
+    fits: Mapping[str, GroupFit],
+    stack: Stack,
+    dtype: str,
+    tick: Tick,
+) -> Lost:
+    """Write a bank: a basis of the factors, and a task an adapter; return what every task loses.
+
+    Args:
+        path: Folder to make.
+        config: Configuration of the basis.
+        model: The base model, for its fingerprint.
+        fits: The fit of every group.
+        stack: The adapters.
+        dtype: Type in which the bank keeps cores.
+        tick: Called as tasks are done.
+    """
+    plan = config.recorded_plan()
+    tensors: dict[str, Tensor] = {}
+    for group in plan.groups:
+        U, V = fits[group.name].factors(group.core.r)
+        keys = group_keys(group)
+        tensors |= {keys["U"]: U.float().contiguous(), keys["V"]: V.T.float().contiguous()}
+    with tempfile.TemporaryDirectory() as basis:
+        save_tensors(tensors, Path(basis))
+        write_json(Path(basis) / CONFIG, config.to_dict())
+        sample = fingerprint(model, [target.path for target in plan.targets])
+        write_task(Path(basis), {"base_model": config.base_model_name_or_path, "base_fingerprint": sample})
+        bank = CoreBank.create(path, basis, dtype=dtype)
+    with bank:
+        return add_tasks(bank, Projection(plan, tensors, 1.0, DTYPES[dtype]), stack, tick)
+
+
+def add_tasks(
+    bank: CoreBank, projection: Projection, stack: Stack, tick: Tick, replaces: bool = False
+) -> Lost:
+    """Add every adapter to a bank as a task, all or none, and return what each loses."""
+    lost: Lost = {}
+
+    def tasks() -> Iterator[Task]:
+        entries = iter(stack.entries)
+        plain = replace(stack, weights=(1.0,) * len(stack))
+        for batch in plain.batches(projection.plan.groups, "Cores", tick)():
+            numbers, of_modules = projection(batch)
+            for t in range(len(next(iter(numbers.values())))):
+                entry = next(entries)
+                own = bank.layout.flatten({key: tensor[t] for key, tensor in numbers.items()})
+                lost[entry.name] = {module: float(of_tasks[t]) for module, of_tasks in of_modules.items()}
+                yield task_of(open_source(entry.name, entry.path), own, entry.error(lost[entry.name]))
+
+    bank.add_many(tasks(), replace=replaces)
+    return lost
+
+
+def task_of(source: Source, numbers: Tensor, error: float) -> Task:
+    """Return an adapter as a task, with its head and what its folder tells."""
+    head = source.head()
+    labels = tuple(source.record.get("labels", ()))
+    kind = source.kind
+    if head and not labels and kind == "classification":
+        n = min(tensor.shape[0] for tensor in head.values() if tensor.dim())
+        labels = tuple(f"LABEL_{label}" for label in range(n)) if n > 1 else ()
+        kind = "classification" if n > 1 else "regression"
+    recorded = {key: value for key, value in source.record.items() if key not in KNOWN}
+    metadata = {**recorded, "compressed_from": str(source.path), "error": round(error, 9)}
+    return Task(source.name, numbers, head, labels, kind, metadata)
+
+
+class Projection:
+    """The factors of a bank, orthonormal or not, on which updates become cores.
+
+    Args:
+        plan: The plan of the bank; its cores are free, or one diagonal a site.
+        tensors: Its factors by key.
+        scaling: `σ` of the bank.
+        dtype: Type in which cores are kept.
+    """
+
+    def __init__(self, plan: Plan, tensors: Mapping[str, Tensor], scaling: float, dtype: torch.dtype) -> None:
+        self.plan, self.scaling, self.dtype = plan, scaling, dtype
+        self.bases: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for group in plan.groups:
+            keys = group_keys(group)
+            factors = tensors[keys["U"]].double(), tensors[keys["V"]].double().T
+            self.bases[group.name] = [tuple(torch.linalg.qr(factor)) for factor in factors]
+
+    def __call__(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the numbers of some tasks by key, in float32, and what each module loses, `(n,)`.
+
+        What is lost is `‖Δ − σ U C Vᵀ‖²`, rounding of the cores included.
+        """
+        numbers: dict[str, Tensor] = {}
+        lost: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+        by_site: dict[Site, Tensor] = {}
+        for group in self.plan.groups:
+            for site, (B, A) in zip(group.sites, batch[group.name], strict=True):
+                by_site[site], of_site = self._site(group, B, A)
+                lost[site.module] = lost[site.module] + of_site
+            if not group.core.by_site:  # one diagonal, or one a position along the only mode
+                own = [by_site[site] for site in sorted(group.sites, key=group.index.__getitem__)]
+                name = next(iter(group.core.shapes))
+                numbers[group_keys(group)[name]] = torch.stack(own, 1) if group.core.sizes else own[0]
+        for part in (part for parts in self.plan.parts.values() for part in parts):
+            if part.group.core.by_site:
+                cores = torch.stack([by_site[site] for site in part.sites], 1)
+                numbers[core_key(part)] = torch.stack([side_by_side(C, part.grid) for C in cores])
+        return {key: tensor.float() for key, tensor in numbers.items()}, dict(lost)
+
+    def _site(self, group: Group, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the best numbers of one site, rounded, and what they lose."""
+        (Q_U, R_U), (Q_V, R_V) = self.bases[group.name]
+        inside, beside = project(B, A, Q_U, Q_V)
+        if group.core.by_site:
+            own = torch.linalg.pinv(R_U) @ inside @ torch.linalg.pinv(R_V).T / self.scaling
+        else:
+            own = diagonals(Q_U @ R_U, Q_V @ R_V, B, A) / self.scaling
+        own = own.to(self.dtype).double()
+        cores = own if group.core.by_site else torch.diag_embed(own)
+        return own, beside + (inside - self.scaling * R_U @ cores @ R_V.T).square().sum((1, 2))

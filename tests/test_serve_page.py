@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this mac
 def shown(client: Client, folder: Path, **fields: str) -> str:
     """Return the page as it is after a while."""
     words = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'browser'}"]
-    words += ["--virtual-time-budget=5000", "--dump-dom"]
+    words += ["--virtual-time-budget=30000", "--dump-dom"]
     url = f"http://127.0.0.1:{client.port}/#{urlencode(fields)}"
     done = subprocess.run(
         [str(BROWSER), *words, url], capture_output=True, text=True, timeout=120, check=True

@@ -76,12 +76,12 @@ def rows_of_task(
     if task == "causal-lm" and (chat := _chat(table, columns, need_label)):
         return Dataset.from_dict({CHAT: _conversations(table, chat, source)})
     kinds = {"text": "text"}
-    if pairs or (pairs is None and (columns.text2 != Columns.text2 or table.find(columns.text2))):
+    if pairs is None:
+        pairs = columns.text2 != Columns.text2 or table.find(columns.text2) is not None
+    if pairs and task != "causal-lm":
         kinds["text2"] = "text"
-    if need_label:
+    if need_label and task != "causal-lm":
         kinds["label"] = "number" if task == "regression" else "class"
-    if task == "causal-lm":
-        kinds = {"text": "text"}
     options: dict[str, str] = {}
     content: dict[str, Sequence[Any]] = {}
     features: dict[str, Any] = {}

@@ -76,11 +76,11 @@ def _turns_of_pair(parts: dict[str, Any]) -> Turns:
     question, context, answer = (parts.get(name) for name in ("question", "context", "answer"))
     if isinstance(question, list):  # both are turns
         return [*question, *(answer or ())]
-    asked = "\n\n".join(str(part) for part in (question, context) if str(part or "").strip())
+    text = "\n\n".join(str(part) for part in (question, context) if str(part or "").strip())
     turns = [
         turn for pair in parts.get("history") or () for turn in zip(("user", "assistant"), pair, strict=False)
     ]
-    turns.append(("user", asked or None))
+    turns.append(("user", text or None))
     if "answer" in parts:
         turns.append(("assistant", "" if answer is None else answer))
     return [{"role": role, "content": content} for role, content in turns]

@@ -42,12 +42,7 @@ class Served:
     # ------------------------------------------------------------------ while tasks train
 
     def begin(self, tasks: Sequence[Task], seed: int) -> None:
-        """Put tasks into memory as they begin: the numbers that the adapter on the model has, and new heads.
-
-        Args:
-            tasks: New tasks, with their labels.
-            seed: Seed of the heads.
-        """
+        """Put new tasks into memory: the numbers that the adapter on the model has, and heads drawn by the seed."""
         from peft import get_peft_model_state_dict
 
         name = self.model.active_adapter

@@ -189,6 +189,20 @@ def test_each_kind_of_base_says_what_it_cannot(client: Client, tmp_path: Path) -
         assert status == 404 and "no language model" in answer["error"]["message"]
 
 
+def test_a_stream_that_passes_its_deadline_ends_with_an_error(served: Served) -> None:
+    served.pause = 0.1  # type: ignore[attr-defined]
+    body = {"model": "task-1", "prompt": "a", "max_tokens": 32, "temperature": 0, "stream": True}
+    try:
+        with serving(Path(), served, timeout=0.6) as client:
+            status, text, _ = client.send("POST", "/v1/completions", body)
+            steps = len(served.steps)  # type: ignore[attr-defined]
+    finally:
+        served.pause = 0.0  # type: ignore[attr-defined]
+    *pieces, last, _ = text.split("\n\n")
+    assert status == 200 and pieces and '"code": "timeout"' in last
+    assert len(served.steps) <= steps + 1  # type: ignore[attr-defined]
+
+
 def test_a_client_that_leaves_ends_its_row(served: Served, client: Client) -> None:
     served.pause = 0.05  # type: ignore[attr-defined]
     try:

@@ -46,7 +46,7 @@ class Server:
         self.predictor = Predictor(served) if served.kind != "causal-lm" else None
         self.decoder = Decoder(served) if served.kind == "causal-lm" else None
         run: Any = (self.predictor or self.decoder).run  # type: ignore[union-attr]
-        self.batcher: Batcher = Batcher(run, settings, self.metrics.batch)
+        self.batcher = Batcher(run, settings, self.metrics.batch)
         self._reader = ThreadPoolExecutor(1, "reader")  # reads tasks and makes tokens, beside the model
         self.metrics.watch("lotr_queue_rows", "Rows that wait.", lambda: len(self.batcher))
         cache = served.rows.cache
@@ -100,7 +100,11 @@ class Server:
             raise Problem(422, f"max_tokens is at most {most} here.", "max_tokens")
         request.state.log["task"] = asked.model
         self.batcher.check_room(len(texts))
-        options: dict[str, Any] = {"temperature": asked.temperature, "stop": asked.stops, "seed": asked.seed}
+        options: dict[str, Any] = {
+            "temperature": asked.temperature,
+            "stop": asked.stop or (),
+            "seed": asked.seed,
+        }
         encode = partial(self.decoder.encode, max_tokens=asked.max_tokens, most=most, **options)
         prompts = [await self.read(encode, asked.model, text) for text in texts]
         writing = Writing(asked, prompts, self.batcher.submit, self._count)

@@ -9,12 +9,14 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from .decoder import Continuation, Prompt
 from .problems import event
 
 NotEmpty = Annotated[str, StringConstraints(min_length=1)]
+#: What may be one text or several; unlike a union it names what is wrong by its place.
+OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 Text = str | list[dict[str, Any]]  # or the turns of a conversation
 
 
@@ -32,7 +34,7 @@ class Asked(Closed):
         None, ge=1, validation_alias=AliasChoices("max_tokens", "max_completion_tokens")
     )
     temperature: float = Field(1.0, ge=0, le=2)
-    stop: NotEmpty | Annotated[list[NotEmpty], Field(max_length=4)] | None = None
+    stop: Annotated[list[NotEmpty], Field(max_length=4), OneOrMore] | None = None
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     stream: bool = False
     stream_options: dict[Literal["include_usage"], bool] | None = None
@@ -40,18 +42,14 @@ class Asked(Closed):
     top_p: Literal[1] = 1
     user: str | None = None
 
-    @property
-    def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
-
 
 class Completion(Asked):
     """Texts that are to be continued."""
 
-    prompt: str | list[str]
+    prompt: Annotated[list[str], OneOrMore]
 
     def prompts(self) -> Sequence[Text]:
-        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        return self.prompt
 
 
 class Part(Closed):
@@ -65,7 +63,9 @@ class Turn(Closed):
     """A message of a conversation."""
 
     role: NotEmpty
-    content: str | list[Part]
+    content: Annotated[
+        list[Part], BeforeValidator(lambda c: [{"type": "text", "text": c}] if isinstance(c, str) else c)
+    ]
     name: str | None = None
 
 
@@ -75,9 +75,8 @@ class Chat(Asked):
     messages: Annotated[list[Turn], Field(min_length=1)]
 
     def prompts(self) -> Sequence[Text]:
-        turns = [(m.role, m.content) for m in self.messages]
-        joined = [(r, c if isinstance(c, str) else "".join(part.text for part in c)) for r, c in turns]
-        return [[{"role": role, "content": content} for role, content in joined]]
+        turns = ((turn.role, "".join(part.text for part in turn.content)) for turn in self.messages)
+        return [[{"role": role, "content": content} for role, content in turns]]
 
 
 class Writing:

@@ -60,8 +60,8 @@ def run(
     )
     address, taken = listener.getsockname()[:2]
     log("listening", url=f"http://{address}:{taken}", bank=str(bank))
-    # uvicorn raises the signal again when it has finished; by then that is no news
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises it again when it has finished
+        signal.signal(number, lambda number, frame: None)
     uvicorn.Server(config).run(sockets=[listener])
     log("ended", requests=app.metrics.answered)
     return app.metrics.answered

@@ -42,23 +42,23 @@ PACKAGES = ("tkinter", "email", "asyncio", "xml")
 def served(bank: Path) -> Iterator[int]:
     """Start `lotr serve` and give its port; it finishes what it has begun, and ends."""
     words = ["serve", str(bank), "--port", "0", "--max-batch", "32"]
-    process = subprocess.Popen([sys.executable, "-m", "lotr", *words], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    try:
-        for line in process.stderr:
-            if told := re.search(r'"listening", "url": "(http://[^:]+:(\d+))"', line):
-                print(f"Listening at {told[1]}", flush=True)
-                break
-        else:
-            raise SystemExit("The server did not start.")
-        with ThreadPoolExecutor(1) as pool:  # its log must be read, or it would wait for that
-            pool.submit(process.stderr.read)
+    command = [sys.executable, "-m", "lotr", *words]
+    with (
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        assert process.stderr is not None
+        try:
+            for line in process.stderr:
+                if told := re.search(r'"listening", "url": "(http://[^:]+:(\d+))"', line):
+                    break
+            else:
+                raise SystemExit("The server did not start.")
+            print(f"Listening at {told[1]}", flush=True)
+            pool.submit(process.stderr.read)  # its log must be read, or it would wait for that
             yield int(told[2])
+        finally:
             process.terminate()
-            process.wait()
-    finally:
-        process.kill()
-        process.wait()
 
 
 def ask(port: int, task: str, text: str) -> dict[str, Any]:

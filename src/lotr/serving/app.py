@@ -9,12 +9,13 @@ from contextlib import asynccontextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 from urllib.parse import unquote
 
 from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
 from ..bank import CoreBank
@@ -29,7 +30,7 @@ from .problems import Problem, problem_of
 from .settings import ServeSettings
 from .upload import add_archive
 
-T = TypeVar("T")
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 TaskName = Annotated[str, Depends(lambda task: unquote(task))]
 
 
@@ -54,7 +55,7 @@ class Server:
         self.metrics.watch("lotr_cache_misses", "Tasks that were read.", lambda: cache.misses)
         self.metrics.watch("lotr_tasks", "Tasks of the bank.", lambda: len(served.bank))
 
-    async def read(self, call: Callable[..., T], *args: Any) -> T:
+    async def read(self, call: Callable[..., Any], *args: Any) -> Any:
         """Run what may wait for the disk, or takes time, beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._reader, call, *args)
 
@@ -83,11 +84,9 @@ class Server:
         return {"task": task, "predictions": predictions}
 
     async def complete(self, asked: Completion, request: Request) -> Any:
-        """Continue texts."""
         return await self._write(asked, request)
 
     async def chat(self, asked: Chat, request: Request) -> Any:
-        """Answer a conversation."""
         return await self._write(asked, request)
 
     async def _write(self, asked: Completion | Chat, request: Request) -> Any:
@@ -127,7 +126,6 @@ class Server:
         return {"object": "list", "data": data, "has_more": len(rows) > limit}
 
     async def model(self, task: TaskName) -> dict[str, Any]:
-        """Show one task."""
         about = await asyncio.to_thread(self.served.bank.about, task)
         shown = {key: about[key] for key in ("labels", "metadata")}
         return _as_model(task, about["created"]) | {"kind": about["task"] or self.served.kind} | shown
@@ -140,8 +138,6 @@ class Server:
         return JSONResponse({"task": task, "rounding_error": error}, 201)
 
     async def remove(self, task: TaskName, request: Request) -> dict[str, Any]:
-        """Remove a task."""
-
         def remove() -> None:
             with CoreBank.open(self.served.bank.path, writable=True) as bank:
                 bank.remove(task)
@@ -151,7 +147,6 @@ class Server:
         return {"task": task, "deleted": True}
 
     async def health(self) -> dict[str, str]:
-        """Answer, which shows that the process lives."""
         return {"status": "ok"}
 
     async def ready(self) -> JSONResponse:
@@ -160,16 +155,14 @@ class Server:
         return JSONResponse({"status": "ok" if ready else "busy"}, 200 if ready else 503)
 
     async def prometheus(self) -> Response:
-        """Show the metrics."""
-        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        content = generate_latest(self.metrics.registry)
+        return Response(content, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def page(self) -> FileResponse:
         """Show the page on which tasks are tried by hand; it loads nothing from elsewhere."""
-        policy = (
-            "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+        return FileResponse(
+            Path(__file__).with_name("page.html"), headers={"Content-Security-Policy": _POLICY}
         )
-        page = Path(__file__).with_name("page.html")
-        return FileResponse(page, media_type="text/html", headers={"Content-Security-Policy": policy})
 
 
 def create_app(served: Served, settings: ServeSettings | None = None) -> Gate:

@@ -94,6 +94,7 @@ def test_a_name_is_data_and_never_a_path(client: Client) -> None:
         ("tasks/task-1/predict", b'{"text": "a', 400, "no JSON"),
         ("tasks/task-1/predict", b"\xff\xfe{}", 400, "no JSON"),
         ("tasks/task-1/predict", {"text": "\ud800"}, 422, "text"),
+        ("tasks/task-1/predict", ["a"], 422, "Send a JSON object"),
         ("tasks/task-1/predict", {"text": 3}, 422, "text: "),
         ("tasks/task-1/predict", {"txt": "a"}, 422, "txt: "),
         ("tasks/task-1/predict", {}, 422, "Send one of"),
@@ -114,6 +115,12 @@ def test_a_wrong_request_gets_one_clear_error(
     answered, answer, _ = client.send("POST", f"/v1/{path}", body)
     assert (answered, answer["error"].keys()) == (status, {"message", "type", "param", "code"})
     assert message in answer["error"]["message"]
+
+
+def test_a_body_that_does_not_say_it_is_json_is_told_so(client: Client) -> None:
+    form = {"Content-Type": "application/x-www-form-urlencoded"}  # as curl -d sends it
+    status, answer, _ = client.send("POST", "/v1/tasks/task-1/predict", {"text": "a"}, **form)
+    assert status == 415 and "Content-Type: application/json" in answer["error"]["message"]
 
 
 def test_a_long_text_is_cut_when_asked(folder: Path, client: Client) -> None:
@@ -275,12 +282,7 @@ def test_sigterm_finishes_what_has_begun(folder: Path) -> None:
     assert process.stderr is not None
     line = next(line for line in process.stderr if '"listening"' in line)
     client = Client(int(line.split("127.0.0.1:")[1].split('"')[0]))
-    while True:
-        try:
-            assert client.send("GET", "/readyz")[0] == 200
-            break
-        except ConnectionError:
-            time.sleep(0.05)
+    assert client.send("GET", "/readyz")[0] == 200
     answers: list[Any] = []
     asking = threading.Thread(target=lambda: answers.append(client.predict("task-1", "a")))
     asking.start()

@@ -162,12 +162,13 @@ def test_characters_of_several_tokens_are_given_whole() -> None:
     [
         ({"model": "task-9", "prompt": "a"}, 404, "no task 'task-9'"),
         ({"model": "task-1", "prompt": []}, 422, "1 to 64"),
-        ({"model": "task-1", "prompt": [3, 4]}, 422, "prompt"),
+        ({"model": "task-1", "prompt": [3, 4]}, 422, "prompt.0: "),
         ({"model": "task-1", "prompt": "a", "max_tokens": 33}, 422, "at most 32"),
         ({"model": "task-1", "prompt": "a " * 50, "max_tokens": 20}, 422, "takes 64 tokens in all"),
         ({"model": "task-1", "prompt": "a " * 70}, 422, "takes 64 tokens in all"),
         ({"model": "task-1", "prompt": "a", "temperature": -1}, 422, "temperature"),
         ({"model": "task-1", "prompt": "a", "stop": ["a"] * 5}, 422, "stop"),
+        ({"model": "task-1", "prompt": "a", "stop": ["a", ""]}, 422, "stop.1: "),
         ({"model": "task-1", "prompt": "a", "logit_bias": {}}, 422, "logit_bias"),
         ({"model": "task-1", "prompt": "a", "stream": True, "n": 2}, 422, "n: "),
         ({"model": "gone", "prompt": "a", "stream": True}, 404, "no task 'gone'"),
@@ -187,6 +188,20 @@ def test_each_kind_of_base_says_what_it_cannot(client: Client, tmp_path: Path) -
     with serving(tmp_path) as other:
         status, answer, _ = other.send("POST", "/v1/completions", {"model": "task-0", "prompt": "a"})
         assert status == 404 and "no language model" in answer["error"]["message"]
+
+
+def test_a_stream_that_passes_its_deadline_ends_with_an_error(served: Served) -> None:
+    served.pause = 0.1  # type: ignore[attr-defined]
+    body = {"model": "task-1", "prompt": "a", "max_tokens": 32, "temperature": 0, "stream": True}
+    try:
+        with serving(Path(), served, timeout=0.6) as client:
+            status, text, _ = client.send("POST", "/v1/completions", body)
+            steps = len(served.steps)  # type: ignore[attr-defined]
+    finally:
+        served.pause = 0.0  # type: ignore[attr-defined]
+    *pieces, last, _ = text.split("\n\n")
+    assert status == 200 and pieces and '"code": "timeout"' in last
+    assert len(served.steps) <= steps + 1  # type: ignore[attr-defined]
 
 
 def test_a_client_that_leaves_ends_its_row(served: Served, client: Client) -> None:

@@ -3,64 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 from urllib.parse import unquote
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, StringConstraints
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
+from ..bank import CoreBank
 from ..training.tasks.served import Served
-from . import tasks
-from .batcher import Batcher
+from .batcher import Batcher, answers_of
+from .completions import Chat, Completion, Writing
 from .decoder import Continuation, Decoder
 from .gate import Gate
 from .metrics import Metrics
-from .openai import Chat, Completion, Form
-from .predictor import Predictor
+from .predictor import Predictor, Texts
 from .problems import Problem, problem_of
 from .settings import ServeSettings
-from .waiting import answers_of, waited_for
-from .writing import Writing
+from .upload import add_archive
 
-T = TypeVar("T")
-NotEmpty = Annotated[str, StringConstraints(min_length=1)]
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 TaskName = Annotated[str, Depends(lambda task: unquote(task))]
-
-
-class Texts(BaseModel):
-    """What is to be labelled: one text or several; a second one each where the task takes pairs."""
-
-    model_config = ConfigDict(extra="forbid")
-    text: NotEmpty | None = None
-    text2: NotEmpty | None = None
-    texts: list[NotEmpty] | None = None
-    texts2: list[NotEmpty] | None = None
-    truncate: bool = False
-
-    def columns(self, most: int) -> tuple[list[str], list[str] | None]:
-        """Return the texts, and the second of each.
-
-        Raises:
-            Problem: They are none, too many, or do not go together.
-        """
-        firsts = self.texts if self.text is None else [self.text]
-        seconds = self.texts2 if self.text2 is None else [self.text2]
-        both = (self.text, self.texts), (self.text2, self.texts2)
-        if not firsts or any(None not in pair for pair in both):
-            raise Problem(422, "Send one of text and texts (and of text2 and texts2), not empty.", "text")
-        if seconds is not None and len(seconds) != len(firsts):
-            raise Problem(422, f"{len(firsts)} texts and {len(seconds)} second texts are no pairs.", "texts2")
-        if len(firsts) > most:
-            raise Problem(422, f"{len(firsts)} texts are more than the {most} of one request.", "texts")
-        return firsts, seconds
 
 
 class Server:
@@ -76,7 +47,7 @@ class Server:
         self.predictor = Predictor(served) if served.kind != "causal-lm" else None
         self.decoder = Decoder(served) if served.kind == "causal-lm" else None
         run: Any = (self.predictor or self.decoder).run  # type: ignore[union-attr]
-        self.batcher: Batcher[Any] = Batcher(run, settings, self.metrics.batch)
+        self.batcher = Batcher(run, settings, self.metrics.batch)
         self._reader = ThreadPoolExecutor(1, "reader")  # reads tasks and makes tokens, beside the model
         self.metrics.watch("lotr_queue_rows", "Rows that wait.", lambda: len(self.batcher))
         cache = served.rows.cache
@@ -84,7 +55,7 @@ class Server:
         self.metrics.watch("lotr_cache_misses", "Tasks that were read.", lambda: cache.misses)
         self.metrics.watch("lotr_tasks", "Tasks of the bank.", lambda: len(served.bank))
 
-    async def read(self, call: Callable[..., T], *args: Any) -> T:
+    async def read(self, call: Callable[..., Any], *args: Any) -> Any:
         """Run what may wait for the disk, or takes time, beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._reader, call, *args)
 
@@ -106,18 +77,16 @@ class Server:
         firsts, seconds = texts.columns(self.settings.max_texts)
         self.batcher.check_room(len(firsts))
         rows = await self.read(self.predictor.encode, task, firsts, seconds, texts.truncate)
-        predictions = await answers_of(request, self.batcher.submit(rows))
+        predictions = await answers_of(self.batcher.submit(rows))
         kind = "regression" if "value" in predictions[0] else "classification"
         self.metrics.rows.labels(kind).inc(len(rows))
         request.state.log["rows"] = len(rows)
         return {"task": task, "predictions": predictions}
 
     async def complete(self, asked: Completion, request: Request) -> Any:
-        """Continue texts."""
         return await self._write(asked, request)
 
     async def chat(self, asked: Chat, request: Request) -> Any:
-        """Answer a conversation."""
         return await self._write(asked, request)
 
     async def _write(self, asked: Completion | Chat, request: Request) -> Any:
@@ -130,61 +99,54 @@ class Server:
             raise Problem(422, f"max_tokens is at most {most} here.", "max_tokens")
         request.state.log["task"] = asked.model
         self.batcher.check_room(len(texts))
-        options: dict[str, Any] = {"temperature": asked.temperature, "stop": asked.stops, "seed": asked.seed}
+        options: dict[str, Any] = {
+            "temperature": asked.temperature,
+            "stop": asked.stop or (),
+            "seed": asked.seed,
+        }
         encode = partial(self.decoder.encode, max_tokens=asked.max_tokens, most=most, **options)
         prompts = [await self.read(encode, asked.model, text) for text in texts]
-        writing = Writing(prompts)
-        writing.rows = self.batcher.submit(prompts)
-        form, read = Form(asked), sum(prompt.length for prompt in prompts)
+        writing = Writing(asked, prompts, self.batcher.submit, self._count)
+        if not asked.stream:
+            return await writing.whole()
+        events = writing.events()
+        first = await anext(events)  # where this is an error, it still is the answer
+        return StreamingResponse(_after(first, events), media_type="text/event-stream")
 
-        def count(answers: list[Continuation]) -> None:
-            self.metrics.rows.labels("causal-lm").inc(len(answers))
-            self.metrics.tokens.inc(sum(answer.tokens for answer in answers))
+    def _count(self, answers: Sequence[Continuation]) -> None:
+        self.metrics.rows.labels("causal-lm").inc(len(answers))
+        self.metrics.tokens.inc(sum(answer.tokens for answer in answers))
 
-        if asked.stream:
-            pieces = writing.pieces(form, request.state.deadline, asked.wants_usage, count)
-            first = await waited_for(request, pieces.__anext__())
-            return StreamingResponse(_after(first, pieces), media_type="text/event-stream")
-        try:
-            answers = await answers_of(request, writing.rows)
-        finally:
-            writing.leave()
-        count(answers)
-        return form.whole(answers, read)
-
-    async def models(self, after: str = "", limit: int = 100) -> dict[str, Any]:
+    async def models(
+        self, after: str = "", limit: Annotated[int, Query(ge=1, le=1000)] = 100
+    ) -> dict[str, Any]:
         """List tasks in the order of their names, in OpenAI's form, a page at a time."""
-        rows = await asyncio.to_thread(self.served.bank.overview, after, max(1, min(limit, 1000)) + 1)
-        shown = rows[: max(1, min(limit, 1000))]
-        data = [tasks.as_model(row["name"], row["created"]) for row in shown]
-        return {"object": "list", "data": data, "has_more": len(rows) > len(shown)}
+        rows = await asyncio.to_thread(self.served.bank.overview, after, limit + 1)
+        data = [_as_model(row["name"], row["created"]) for row in rows[:limit]]
+        return {"object": "list", "data": data, "has_more": len(rows) > limit}
 
     async def model(self, task: TaskName) -> dict[str, Any]:
-        """Show one task."""
         about = await asyncio.to_thread(self.served.bank.about, task)
-        shown = {"kind": about["task"] or self.served.kind}
-        return (
-            tasks.as_model(task, about["created"])
-            | shown
-            | {key: about[key] for key in ("labels", "metadata")}
-        )
+        shown = {key: about[key] for key in ("labels", "metadata")}
+        return _as_model(task, about["created"]) | {"kind": about["task"] or self.served.kind} | shown
 
     async def add(self, task: TaskName, request: Request, replace: bool = False) -> JSONResponse:
         """Add an exported task, sent as a zip file of its folder."""
         request.state.log["task"] = task
-        body = await request.body()
-        most = self.settings.max_upload
-        error = await asyncio.to_thread(tasks.add, self.served.bank, task, body, replace, most)
+        upload, most = await request.body(), self.settings.max_upload
+        error = await asyncio.to_thread(add_archive, self.served.bank, task, upload, replace, most)
         return JSONResponse({"task": task, "rounding_error": error}, 201)
 
     async def remove(self, task: TaskName, request: Request) -> dict[str, Any]:
-        """Remove a task."""
+        def remove() -> None:
+            with CoreBank.open(self.served.bank.path, writable=True) as bank:
+                bank.remove(task)
+
         request.state.log["task"] = task
-        await asyncio.to_thread(tasks.remove, self.served.bank, task)
+        await asyncio.to_thread(remove)
         return {"task": task, "deleted": True}
 
     async def health(self) -> dict[str, str]:
-        """Answer, which shows that the process lives."""
         return {"status": "ok"}
 
     async def ready(self) -> JSONResponse:
@@ -193,16 +155,14 @@ class Server:
         return JSONResponse({"status": "ok" if ready else "busy"}, 200 if ready else 503)
 
     async def prometheus(self) -> Response:
-        """Show the metrics."""
-        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        content = generate_latest(self.metrics.registry)
+        return Response(content, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def page(self) -> HTMLResponse:
+    async def page(self) -> FileResponse:
         """Show the page on which tasks are tried by hand; it loads nothing from elsewhere."""
-        policy = (
-            "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+        return FileResponse(
+            Path(__file__).with_name("page.html"), headers={"Content-Security-Policy": _POLICY}
         )
-        text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-        return HTMLResponse(text, headers={"Content-Security-Policy": policy})
 
 
 def create_app(served: Served, settings: ServeSettings | None = None) -> Gate:
@@ -235,6 +195,11 @@ def create_app(served: Served, settings: ServeSettings | None = None) -> Gate:
     return Gate(app, settings, server.metrics)
 
 
+def _as_model(name: str, created: str) -> dict[str, Any]:
+    at = int(datetime.fromisoformat(created).timestamp()) if created else 0
+    return {"id": name, "object": "model", "created": at, "owned_by": "lotr"}
+
+
 async def _after(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     yield first
     async for piece in rest:
@@ -245,9 +210,15 @@ async def _answer(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"][1:])
-        wrong = first["type"] == "json_invalid"
-        message = "The body is no JSON" if wrong else f"{field}: {first['msg']}" if field else first["msg"]
-        return Problem(400 if wrong else 422, f"{message}.", field or None).response()
+        if first["type"] == "json_invalid":
+            return Problem(
+                400, f"The body is no JSON: {first['ctx']['error']}, at character {field}."
+            ).response()
+        if not field:  # the whole body is meant, which was read as JSON only where it says that it is
+            sent = request.headers.get("content-type", "").startswith("application/json")
+            message = "Send a JSON object as the body, with the header Content-Type: application/json."
+            return Problem(422 if sent else 415, message).response()
+        return Problem(422, f"{field}: {first['msg']}.", field).response()
     if isinstance(error, HTTPException):
         return Problem(error.status_code, f"{request.method} {request.url.path}: {error.detail}.").response()
     return problem_of(error).response()

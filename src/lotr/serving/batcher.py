@@ -9,38 +9,20 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
+from .problems import Problem
 from .settings import ServeSettings
 
 
-class Job(Protocol):
-    """What one row asks for."""
-
-    @property
-    def length(self) -> int:
-        """Tokens, by which rows are put together."""
-
-
-J = TypeVar("J", bound=Job)
-
-
-class QueueFullError(Exception):
-    """No more rows may wait; `retry_after` is how many seconds those that do will take."""
-
-    def __init__(self, rows: int, retry_after: int) -> None:
-        super().__init__(f"{rows} rows are waiting, and no more may. Try again in {retry_after} s.")
-        self.retry_after = retry_after
-
-
 @dataclass(eq=False)
-class _Waiting(Generic[J]):
-    job: J
+class _Waiting:
+    job: Any  # its `length` is how many tokens it has, by which rows are put together
     answer: asyncio.Future[Any]
     since: float = field(default_factory=time.monotonic)
 
 
-class Batcher(Generic[J]):
+class Batcher:
     """Gathers rows until there are `max_batch` of them or the oldest has waited `max_wait`, and runs them.
 
     The oldest row is in every batch, with those nearest to it in length, so that little is padded and nobody starves.
@@ -55,12 +37,12 @@ class Batcher(Generic[J]):
 
     def __init__(
         self,
-        run: Callable[[Sequence[J]], Iterable[tuple[int, Any]]],
+        run: Callable[[Sequence[Any]], Iterable[tuple[int, Any]]],
         settings: ServeSettings,
-        observe: Callable[[Sequence[float]], None] = lambda waits: None,
+        observe: Callable[[Sequence[float]], None],
     ) -> None:
         self._run, self._settings, self._observe = run, settings, observe
-        self._waiting: dict[asyncio.Future[Any], _Waiting[J]] = {}  # the oldest first
+        self._waiting: dict[asyncio.Future[Any], _Waiting] = {}  # the oldest first
         self._changed = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._seconds_a_row = 0.01  # a running mean
@@ -88,16 +70,14 @@ class Batcher(Generic[J]):
         self._thread.shutdown()
 
     def check_room(self, rows: int) -> None:
-        """Raise QueueFullError if so many rows more may not wait."""
+        """Raise a problem if so many rows more may not wait."""
         if len(self) + rows > self._settings.max_queue:
-            raise QueueFullError(len(self), max(1, math.ceil(len(self) * self._seconds_a_row)))
+            seconds = max(1, math.ceil(len(self) * self._seconds_a_row))
+            message = f"{len(self)} rows are waiting, and no more may. Try again in {seconds} s."
+            raise Problem(429, message, code="queue_full", headers={"Retry-After": str(seconds)})
 
-    def submit(self, jobs: Sequence[J]) -> list[asyncio.Future[Any]]:
-        """Put rows into the queue, all of them or none.
-
-        Raises:
-            QueueFullError: They are more than may wait.
-        """
+    def submit(self, jobs: Sequence[Any]) -> list[asyncio.Future[Any]]:
+        """Put rows into the queue, all of them or, with a problem, none."""
         self.check_room(len(jobs))
         loop = asyncio.get_running_loop()
         answers: list[asyncio.Future[Any]] = [loop.create_future() for _ in jobs]
@@ -130,7 +110,7 @@ class Batcher(Generic[J]):
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), seconds)
 
-    def _take(self) -> list[_Waiting[J]]:
+    def _take(self) -> list[_Waiting]:
         """Take the oldest row and its neighbours by length out of the queue."""
         oldest = next(iter(self._waiting.values()))
         rows = sorted(self._waiting.values(), key=lambda row: row.job.length)
@@ -141,7 +121,7 @@ class Batcher(Generic[J]):
             del self._waiting[row.answer]
         return batch
 
-    def _answer(self, rows: Sequence[_Waiting[J]], loop: asyncio.AbstractEventLoop) -> None:
+    def _answer(self, rows: Sequence[_Waiting], loop: asyncio.AbstractEventLoop) -> None:
         """Run a batch in the model's thread; what one row breaks is run again without it."""
         left = dict(enumerate(rows))
         try:
@@ -153,6 +133,15 @@ class Batcher(Generic[J]):
                 return
             for row in left.values():
                 self._answer([row], loop)
+
+
+async def answers_of(rows: Sequence[asyncio.Future[Any]]) -> list[Any]:
+    """Return the answers of rows; after an error, or when nobody waits any more, all of them leave the queue."""
+    try:
+        return await asyncio.gather(*rows)
+    finally:
+        for row in rows:
+            row.cancel()
 
 
 def _settle(future: asyncio.Future[Any], answer: Any) -> None:

@@ -136,7 +136,7 @@ class _Steps:
         self.decoder, self.prompts = decoder, prompts
         self.rows = list(range(len(prompts)))
         self.writers = [_Writer(decoder.served.tokenizer, prompt) for prompt in prompts]
-        self.mask = torch.empty(len(prompts), 0, dtype=torch.long)
+        self.mask = torch.empty(len(prompts), 0, dtype=torch.long, device=decoder.served.model.device)
         self.memory: Any = None
         self.logits = torch.empty(0)
 
@@ -152,14 +152,11 @@ class _Steps:
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> None:  # (rows, new tokens)
         """Read tokens; leaves the logits of what comes next."""
         model = self.decoder.served.model
-        self.mask = torch.cat([self.mask, torch.ones_like(ids) if mask is None else mask], 1)
+        ids = ids.to(model.device)
+        self.mask = torch.cat([self.mask, (torch.ones_like(ids) if mask is None else mask).to(ids)], 1)
         places = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": self.mask, "position_ids": places}
-        inputs = {
-            name: value.to(model.device) for name, value in inputs.items() if name in self.decoder._takes
-        }
-        if "logits_to_keep" in self.decoder._takes:
-            inputs["logits_to_keep"] = 1
+        inputs = {"input_ids": ids, "attention_mask": self.mask, "position_ids": places, "logits_to_keep": 1}
+        inputs = {name: value for name, value in inputs.items() if name in self.decoder._takes}
         with self.decoder.served.rows.use([self.prompts[row].task for row in self.rows]):
             output = model(**inputs, past_key_values=self.memory, use_cache=True)
         self.memory, self.logits = output.past_key_values, output.logits[:, -1].float().cpu()
@@ -176,10 +173,10 @@ class _Steps:
                 ended.append((row, Continuation(writer.text, reason, len(writer.ids))))
         if ended:
             self.rows = [self.rows[place] for place in staying]
-            kept = torch.tensor(staying, dtype=torch.long)
-            self.mask = self.mask[kept]
             if self.rows:
-                self.memory.batch_select_indices(kept.to(self.decoder.served.model.device))
+                places = torch.tensor(staying, device=self.mask.device)
+                self.mask = self.mask[places]
+                self.memory.batch_select_indices(places)
         return ended
 
     def last(self) -> Tensor:  # (rows,)
@@ -215,11 +212,8 @@ class _Writer:
         if at >= 0:
             self._give(text[:at])
             return "stop"
-        safe = (
-            len(text)
-            if full
-            else len(text) - max((_overlap(text, stop) for stop in self.prompt.stop), default=0)
-        )
+        begun = 0 if full else max((_overlap(text, stop) for stop in self.prompt.stop), default=0)
+        safe = len(text) - begun
         self._give(text[:safe])
         self._held = text[safe:]
         return "length" if full else None

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from typing import Any
+from collections.abc import Awaitable
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .metrics import LOG, Metrics, log
-from .problems import Problem, problem_of
+from .problems import Problem, event, problem_of
 from .settings import ServeSettings
 
 _OPEN = ("/", "/healthz", "/readyz")  # they tell nothing of anybody
@@ -19,7 +20,8 @@ _OPEN = ("/", "/healthz", "/readyz")  # they tell nothing of anybody
 class Gate:
     """Lets a request through with its whole body, or answers it itself.
 
-    The path is taken as it was sent, so that a task whose name has a slash is still one part of it.
+    The application is cancelled when the deadline has passed or the client has left. The path is taken as it was sent,
+    so that a task whose name has a slash is still one part of it.
 
     Args:
         app: The application.
@@ -35,77 +37,92 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        scope["path"] = scope.get("raw_path", scope["path"].encode()).decode("latin-1")
-        began, status, started = time.monotonic(), 499, False
-        scope["state"] = {**scope.get("state", {}), "log": {}, "deadline": began + self.settings.timeout}
+        path = scope["path"] = scope.get("raw_path", scope["path"].encode()).decode("latin-1")
+        began, status, streams = time.monotonic(), 0, False
+        scope["state"] = {**scope.get("state", {}), "log": {}}
 
         async def counted(message: Message) -> None:
-            nonlocal status, started
+            nonlocal status, streams
             if message["type"] == "http.response.start":
-                status, started = message["status"], True
+                status = message["status"]
+                streams = (
+                    Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream")
+                )
             await send(message)
 
-        path, method = scope["path"], scope["method"]
-        changes = path.startswith("/v1/tasks/") and not path.endswith("/predict") and method != "GET"
+        changes = path.startswith("/v1/tasks/") and not path.endswith("/predict") and scope["method"] != "GET"
         try:
             self._check_token(scope, changes)
-            most = self.settings.max_upload if changes else self.settings.max_body
-            body = await self._body(scope, receive, most)
-            await self.app(scope, _Replay(body, receive), counted)
+            async with asyncio.timeout(self.settings.timeout):
+                most = self.settings.max_upload if changes else self.settings.max_body
+                body = await _body(scope, receive, most)
+                await _unless_gone(self.app(scope, _replay(body), counted), receive)
         except Exception as error:
             problem = problem_of(error)
             if problem.status == 500:
-                LOG.exception("failed", extra={"fields": {"path": scope["path"]}})
-            if not started:
+                LOG.exception("failed", extra={"fields": {"path": path}})
+            if not status:
                 await problem.response()(scope, receive, counted)
+            elif streams:
+                await send({"type": "http.response.body", "body": event(problem.body())})
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
-            seconds = time.monotonic() - began
+            seconds, status = time.monotonic() - began, status or 499
             self.metrics.request(route, status, seconds)
             client = (scope.get("client") or ("",))[0]
             fields = {"method": scope["method"], "route": route, "status": status, "client": client}
             log("request", **fields, ms=round(1000 * seconds, 1), **scope["state"]["log"])
 
     def _check_token(self, scope: Scope, changes: bool) -> None:
-        settings, path = self.settings, scope["path"]
+        settings = self.settings
         if changes and settings.admin_token is None:
             raise Problem(403, "Tasks cannot be changed here: the server was started without --admin-token.")
         token = settings.admin_token if changes else settings.token
         sent = dict(scope["headers"]).get(b"authorization", b"").removeprefix(b"Bearer ")
-        if token is not None and path not in _OPEN and not hmac.compare_digest(sent, token.encode()):
+        if token is not None and scope["path"] not in _OPEN and not hmac.compare_digest(sent, token.encode()):
             name = "the token of --admin-token" if changes else "a token"
-            raise Problem(
-                401,
-                f"This needs {name}: send the header Authorization: Bearer TOKEN.",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-
-    async def _body(self, scope: Scope, receive: Receive, most: int) -> bytes:
-        size = dict(scope["headers"]).get(b"content-length", b"0")
-        parts, total, more = [], int(size) if size.isdigit() else 0, True
-        while more and total <= most:
-            remaining = scope["state"]["deadline"] - time.monotonic()
-            message: dict[str, Any] = dict(await asyncio.wait_for(receive(), max(remaining, 0)))
-            more = message["type"] == "http.request" and message.get("more_body", False)
-            parts.append(message.get("body", b""))
-            total = max(total, sum(map(len, parts)))
-        if total > most:
-            raise Problem(
-                413, f"The request is longer than {most:,} bytes. Send fewer texts.", code="too_large"
-            )
-        return b"".join(parts)
+            message = f"This needs {name}: send the header Authorization: Bearer TOKEN."
+            raise Problem(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
-class _Replay:
-    """Gives a body that was read already, and then what the client does next."""
+async def _body(scope: Scope, receive: Receive, most: int) -> bytes:
+    size = dict(scope["headers"]).get(b"content-length", b"0")
+    body, more = bytearray(), True
+    too_long = size.isdigit() and int(size) > most
+    while more and not too_long:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Problem(499, "The client has left.")
+        more = message.get("more_body", False)
+        body += message.get("body", b"")
+        too_long = len(body) > most
+    if too_long:
+        raise Problem(413, f"The request is longer than {most:,} bytes. Send fewer texts.", code="too_large")
+    return bytes(body)
 
-    def __init__(self, body: bytes, receive: Receive) -> None:
-        self.body: bytes | None = body
-        self.receive = receive
 
-    async def __call__(self) -> Message:
-        if self.body is None:
-            return await self.receive()
-        body, self.body = self.body, None
-        return {"type": "http.request", "body": body, "more_body": False}
+def _replay(body: bytes) -> Receive:
+    """Return what gives a body that was read already; the gate itself sees clients leave."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        return messages.pop() if messages else await asyncio.Future()
+
+    return receive
+
+
+async def _unless_gone(answer: Awaitable[None], receive: Receive) -> None:
+    async def leave() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    answering, leaving = asyncio.ensure_future(answer), asyncio.create_task(leave())
+    try:
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            raise Problem(499, "The client has left.")
+        answering.result()
+    finally:
+        leaving.cancel()
+        if answering.cancel():  # what it sends last comes before what the gate says
+            await asyncio.wait({answering})

@@ -7,9 +7,10 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
@@ -23,15 +24,12 @@ class Metrics:
         self.registry = own = CollectorRegistry()
         self.answered = 0
         self.requests = Counter("lotr_requests", "Requests.", ("route", "status"), registry=own)
-        self.seconds = Histogram(
-            "lotr_request_seconds", "Time of a request.", ("route",), buckets=_SECONDS, registry=own
-        )
+        times = partial(Histogram, buckets=_SECONDS, registry=own)
+        self.seconds = times("lotr_request_seconds", "Time of a request.", ("route",))
+        self.waits = times("lotr_wait_seconds", "Time of a row in the queue.")
         self.rows = Counter("lotr_rows", "Rows that were answered.", ("kind",), registry=own)
         self.tokens = Counter("lotr_tokens", "Tokens that were written.", registry=own)
         self.batch_rows = Histogram("lotr_batch_rows", "Rows of a batch.", buckets=_ROWS, registry=own)
-        self.waits = Histogram(
-            "lotr_wait_seconds", "Time of a row in the queue.", buckets=_SECONDS, registry=own
-        )
 
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Add a number that is asked for when it is read."""
@@ -44,14 +42,9 @@ class Metrics:
             self.waits.observe(wait)
 
     def request(self, route: str, status: int, seconds: float) -> None:
-        """Count a request."""
         self.answered += 1
         self.requests.labels(route, str(status)).inc()
         self.seconds.labels(route).observe(seconds)
-
-    def text(self) -> bytes:
-        """Return everything in Prometheus' form."""
-        return generate_latest(self.registry)
 
 
 def log(event: str, **fields: Any) -> None:

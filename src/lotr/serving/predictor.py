@@ -4,15 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, StringConstraints
 from torch import Tensor
 
 from ..bank.cache import LoadedTask
 from ..training.base_model import text_length
 from ..training.tasks.served import Served
 from .problems import Problem
+
+NotEmpty = Annotated[str, StringConstraints(min_length=1)]
+
+
+class Texts(BaseModel):
+    """What is to be labelled: one text or several; a second one each where the task takes pairs."""
+
+    model_config = ConfigDict(extra="forbid")
+    text: NotEmpty | None = None
+    text2: NotEmpty | None = None
+    texts: list[NotEmpty] | None = None
+    texts2: list[NotEmpty] | None = None
+    truncate: bool = False
+
+    def columns(self, most: int) -> tuple[list[str], list[str] | None]:
+        """Return the texts, and the second of each.
+
+        Raises:
+            Problem: They are none, too many, or do not go together.
+        """
+        firsts = self.texts if self.text is None else [self.text]
+        seconds = self.texts2 if self.text2 is None else [self.text2]
+        both = (self.text, self.texts), (self.text2, self.texts2)
+        if not firsts or any(None not in pair for pair in both):
+            raise Problem(422, "Send one of text and texts (and of text2 and texts2), not empty.", "text")
+        if seconds is not None and len(seconds) != len(firsts):
+            raise Problem(422, f"{len(firsts)} texts and {len(seconds)} second texts are no pairs.", "texts2")
+        if len(firsts) > most:
+            raise Problem(422, f"{len(firsts)} texts are more than the {most} of one request.", "texts")
+        return firsts, seconds
 
 
 @dataclass(frozen=True)
@@ -65,8 +96,8 @@ class Predictor:
             if row.length > most:
                 raise Problem(
                     422,
-                    f"Text {n} has {row.length} tokens, and task {name!r} takes {most}. Send less, or truncate: "
-                    "true to cut it as in training.",
+                    f"Text {n} has {row.length} tokens, and task {name!r} takes {most}. Send less, or "
+                    '"truncate": true to cut it as in training.',
                     "text",
                     "text_too_long",
                 )
@@ -90,9 +121,7 @@ def prediction(task: LoadedTask, logits: Tensor) -> dict[str, Any]:  # (labels,)
     """Return what a task says of one text: a value, or its most likely label and the probability of each."""
     if task.kind == "regression":
         return {"value": float(logits[0])}
-    known = int(
-        (logits > torch.finfo(logits.dtype).min).sum()
-    )  # what the heads of other rows have more is masked
+    known = int((logits > torch.finfo(logits.dtype).min).sum())  # the heads of other rows may have more
     labels = task.labels or tuple(map(str, range(known)))
     scores = torch.softmax(logits[: len(labels)], -1).tolist()
     return {"label": labels[scores.index(max(scores))], "scores": dict(zip(labels, scores, strict=True))}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from fastapi.responses import JSONResponse
 
 from ..errors import CheckpointError, LotrError, UnknownTaskError
-from .batcher import QueueFullError
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -48,8 +48,6 @@ def problem_of(error: Exception) -> Problem:
     """Return an error of the library as clients get it; what nobody foresaw does not tell its inside."""
     if isinstance(error, Problem):
         return error
-    if isinstance(error, QueueFullError):
-        return Problem(429, str(error), code="queue_full", headers={"Retry-After": str(error.retry_after)})
     if isinstance(error, UnknownTaskError):
         return Problem(404, str(error), "model", "model_not_found")
     if isinstance(error, CheckpointError):
@@ -59,3 +57,8 @@ def problem_of(error: Exception) -> Problem:
     if isinstance(error, TimeoutError):
         return Problem(504, "The deadline has passed. Send fewer texts, or come back later.", code="timeout")
     return Problem(500, "The server failed; its log tells why.", code="internal_error")
+
+
+def event(content: dict[str, Any]) -> bytes:
+    """Return one event of a stream."""
+    return f"data: {json.dumps(content)}\n\n".encode()

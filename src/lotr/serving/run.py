@@ -6,13 +6,10 @@ import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
 
 import uvicorn
 
-from ..bank import CoreBank
 from ..errors import ConfigError
-from ..training.data.columns import Task as TaskKind
 from ..training.tasks.served import load_served
 from .app import create_app
 from .metrics import log, log_to_stderr
@@ -46,8 +43,7 @@ def run(
         CheckpointError: The bank is damaged.
     """
     listener = _listen(host, port)
-    opened = CoreBank.open(bank)
-    served = load_served(opened, model, kind_of(opened), capacity, dtype)
+    served = load_served(bank, model, capacity=capacity, dtype=dtype)
     app = create_app(served, settings)
     loaded()
     log_to_stderr()
@@ -58,19 +54,14 @@ def run(
         timeout_keep_alive=30,
         timeout_graceful_shutdown=round(settings.timeout) + 5,
     )
+    listener.listen(config.backlog)  # so that who reads the next line can ask, and waits for the first answer
     address, taken = listener.getsockname()[:2]
     log("listening", url=f"http://{address}:{taken}", bank=str(bank))
-    # uvicorn raises the signal again when it has finished; by then that is no news
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises it again when it has finished
+        signal.signal(number, lambda number, frame: None)
     uvicorn.Server(config).run(sockets=[listener])
     log("ended", requests=app.metrics.answered)
     return app.metrics.answered
-
-
-def kind_of(bank: CoreBank) -> str | None:
-    """Return what the first tasks of a bank are, damaged ones left out; `None` where none tells."""
-    kinds = (row["kind"] for row in bank.overview(limit=100))
-    return next((kind for kind in kinds if kind in get_args(TaskKind)), None)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
@@ -91,7 +90,8 @@ def load_served(
     Args:
         bank: A bank, or its folder.
         model: Base model to use instead of the recorded one.
-        kind: classification (or regression), or causal-lm; default: what the bank's tasks are.
+        kind: classification (or regression), or causal-lm; default: what the bank's first tasks are, damaged ones left
+            out.
         capacity: Tasks in memory, a number or bytes.
         dtype: Type of the base model.
     """
@@ -102,7 +102,8 @@ def load_served(
     bank = bank if isinstance(bank, CoreBank) else CoreBank.open(bank)
     name = base_of(bank, model)
     if kind is None:
-        kind = next((str(bank.get(first).task) for first in islice(bank.names(), 1)), None)
+        kinds = (row["kind"] for row in bank.overview(limit=100))
+        kind = next((kind for kind in kinds if kind not in ("", "damaged")), None)
     kind = "causal-lm" if kind == "causal-lm" else "classification"
     tokenizer = load_tokenizer(name)
     labels = ("0", "1") if kind == "classification" else ()

@@ -1,26 +1,18 @@
-"""Tasks that come over HTTP, and how they are shown. A name is data: it never becomes a path."""
+"""Tasks that come over HTTP. A name is data: it never becomes a path."""
 
 from __future__ import annotations
 
 import io
 import tempfile
 import zipfile
-from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from ..bank import CoreBank
 from ..files.adapter_folder import CONFIG, TASK, WEIGHTS
 from .problems import Problem
 
 
-def as_model(name: str, created: str) -> dict[str, Any]:
-    """Return a task as OpenAI shows a model."""
-    at = int(datetime.fromisoformat(created).timestamp()) if created else 0
-    return {"id": name, "object": "model", "created": at, "owned_by": "lotr"}
-
-
-def add(bank: CoreBank, name: str, archive: bytes, replace: bool, most: int) -> float:
+def add_archive(bank: CoreBank, name: str, archive: bytes, replace: bool, most: int) -> float:
     """Add a task that `lotr bank export` wrote, from a zip file of its folder; returns the error of rounding.
 
     Args:
@@ -53,13 +45,3 @@ def _unpack(archive: bytes, folder: Path, most: int) -> None:
         for name in (WEIGHTS, CONFIG, TASK):
             if name in members:
                 (folder / name).write_bytes(file.read(members[name]))
-
-
-def remove(bank: CoreBank, name: str) -> None:
-    """Remove a task.
-
-    Raises:
-        UnknownTaskError: There is none of this name.
-    """
-    with CoreBank.open(bank.path, writable=True) as writable:
-        writable.remove(name)

@@ -1,0 +1,163 @@
+"""Completions and chats as OpenAI's API has them: what is asked, and the answers, whole or as they are written."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+
+from .decoder import Continuation, Prompt
+from .problems import event
+
+NotEmpty = Annotated[str, StringConstraints(min_length=1)]
+#: What may be one text or several; unlike a union it names what is wrong by its place.
+OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+Text = str | list[dict[str, Any]]  # or the turns of a conversation
+
+
+class Closed(BaseModel):
+    """A field that might change the answer and is not known here is refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Asked(Closed):
+    """What completions and chats have."""
+
+    model: str
+    max_tokens: int | None = Field(
+        None, ge=1, validation_alias=AliasChoices("max_tokens", "max_completion_tokens")
+    )
+    temperature: float = Field(1.0, ge=0, le=2)
+    stop: Annotated[list[NotEmpty], Field(max_length=4), OneOrMore] | None = None
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
+    stream: bool = False
+    stream_options: dict[Literal["include_usage"], bool] | None = None
+    n: Literal[1] = 1
+    top_p: Literal[1] = 1
+    user: str | None = None
+
+
+class Completion(Asked):
+    """Texts that are to be continued."""
+
+    prompt: Annotated[list[str], OneOrMore]
+
+    def prompts(self) -> Sequence[Text]:
+        return self.prompt
+
+
+class Part(Closed):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Turn(Closed):
+    """A message of a conversation."""
+
+    role: NotEmpty
+    content: Annotated[
+        list[Part], BeforeValidator(lambda c: [{"type": "text", "text": c}] if isinstance(c, str) else c)
+    ]
+    name: str | None = None
+
+
+class Chat(Asked):
+    """A conversation that is to be answered."""
+
+    messages: Annotated[list[Turn], Field(min_length=1)]
+
+    def prompts(self) -> Sequence[Text]:
+        turns = ((turn.role, "".join(part.text for part in turn.content)) for turn in self.messages)
+        return [[{"role": role, "content": content} for role, content in turns]]
+
+
+class Writing:
+    """The answer to one request while it is written, in OpenAI's form.
+
+    Args:
+        asked: The request.
+        prompts: Its texts; from now on the model's thread tells what it writes to them.
+        submit: Puts them into the queue, and returns their answers to be.
+        count: Told of the answers once all are there.
+    """
+
+    def __init__(
+        self,
+        asked: Asked,
+        prompts: Sequence[Prompt],
+        submit: Callable[[Sequence[Prompt]], list[asyncio.Future[Any]]],
+        count: Callable[[Sequence[Continuation]], None],
+    ) -> None:
+        self.asked, self.prompts, self.count = asked, prompts, count
+        self.chat = isinstance(asked, Chat)
+        name, prefix = ("chat.completion", "chatcmpl") if self.chat else ("text_completion", "cmpl")
+        self.chunk_name = f"{name}.chunk" if self.chat else name
+        self.head: dict[str, Any] = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": name}
+        self.head |= {"created": int(time.time()), "model": asked.model}
+        self._news: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        for n, prompt in enumerate(prompts):
+            prompt.emit = partial(self._emit, loop, n)
+        self.rows = submit(prompts)
+        for n, row in enumerate(self.rows):
+            row.add_done_callback(partial(self._tell, n))
+
+    def _emit(self, loop: asyncio.AbstractEventLoop, n: int, piece: str) -> None:
+        loop.call_soon_threadsafe(self._tell, n, piece)
+
+    def _tell(self, n: int, news: str | asyncio.Future[Any]) -> None:
+        self._news.put_nowait((n, news))
+
+    async def pieces(self) -> AsyncGenerator[tuple[int, str, Continuation | None], None]:
+        """Yield number, text and, at its end, the whole of each answer as they are written.
+
+        When nobody takes them any more, rows that wait leave the queue, and those that are being written end with this
+        step.
+        """
+        answers: list[Continuation] = []
+        try:
+            while len(answers) < len(self.rows):
+                n, news = await self._news.get()
+                if isinstance(news, str):
+                    yield n, news, None
+                else:
+                    answers.append(news.result())
+                    yield n, "", answers[-1]
+            self.count(answers)
+        finally:
+            for prompt, row in zip(self.prompts, self.rows, strict=True):
+                prompt.left = True
+                row.cancel()
+
+    async def whole(self) -> dict[str, Any]:
+        """Return everything at once."""
+        answers = {n: answer async for n, _, answer in self.pieces() if answer}
+        choices = [self._choice(n, answers[n].text, answers[n].reason, "message") for n in sorted(answers)]
+        return {**self.head, "choices": choices, "usage": self._usage([*answers.values()])}
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """Yield everything as the events of a stream."""
+        chunk, answers = {**self.head, "object": self.chunk_name}, []
+        async for n, text, answer in self.pieces():
+            answers += [answer] if answer else []
+            choice = self._choice(n, text, answer.reason if answer else None, "delta")
+            yield event({**chunk, "choices": [choice]})
+        if (self.asked.stream_options or {}).get("include_usage"):
+            yield event({**chunk, "choices": [], "usage": self._usage(answers)})
+        yield b"data: [DONE]\n\n"
+
+    def _choice(self, index: int, text: str, reason: str | None, key: str) -> dict[str, Any]:
+        own = {key: {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        return {"index": index, **own, "finish_reason": reason, "logprobs": None}
+
+    def _usage(self, answers: Sequence[Continuation]) -> dict[str, int]:
+        read, written = sum(p.length for p in self.prompts), sum(answer.tokens for answer in answers)
+        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}

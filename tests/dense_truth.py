@@ -16,7 +16,7 @@ ROOT = "base_model.model."
 #: Rows whose core is a matrix a site, which the file has beside the site's module.
 FREE = ("lotr", "lotr_joint", "moslora", "fact_tt", "lora_xs", "lora_sb")
 ONE = ("lora", "dora", "bora", "map")
-_LETTERS = {"layer": "a", "projection": "b", "head": "c"}
+_LETTERS = {"layer": "a", "projection": "b", "head": "c", "expert": "d"}
 
 
 def core(row: str, n: dict[str, Tensor], at: dict[str, int]) -> Tensor:  # (k, r)
@@ -36,10 +36,10 @@ def core(row: str, n: dict[str, Tensor], at: dict[str, int]) -> Tensor:  # (k, r
         "metatt"
     ):  # x · G1 · G2[layer] · G3[matrix] (· G4[head]) · G5, cores in the file from the output
         train = [n[name].mT for name in sorted(n, reverse=True)]
-        places = [at[mode] for mode in ("layer", "projection", "head") if mode in at]
+        places = [at[mode] for mode in ("expert", "layer", "projection", "head") if mode in at]
         return torch.linalg.multi_dot([G[place] for G, place in zip(train, places, strict=True)]).T
     assert row == "lorta" or row.startswith("tenslora")
-    along = [mode for mode in ("layer", "projection", "head") if mode in at]
+    along = [mode for mode in ("layer", "projection", "head", "expert") if mode in at]
     if row == "lorta" or row.endswith("_cp"):
         return torch.stack([n[f"factor_{axis}"][at[mode]] for axis, mode in enumerate(along)]).prod(0).diag()
     letters = [_LETTERS[mode] for mode in along]

@@ -34,7 +34,6 @@ def test_every_field_of_loraconfig_works_or_is_answered() -> None:
         ({"ensure_weight_tying": True}, "merging unties them"),
         ({"ensure_weight_tying": False}, "leave it out"),
         ({"lora_ga_config": {"bsz": 2}}, r"lotr\.init_from_data"),
-        ({"target_parameters": ["mlp.experts.down_proj"]}, "use LoraConfig for them"),
         ({"use_qalora": True}, "no counterpart here"),
     ],
     ids=str,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,11 +46,16 @@ def test_sites_share_along_the_modes(modes: tuple[str, ...], sharing: list[objec
     assert index == {(): (), LAYER: (2,), ("projection",): (1,), BOTH: (2, 1), ("site",): (5,)}[modes]
 
 
-@pytest.mark.parametrize("modes", [(), *([mode] for mode in MODES), BOTH, ALL, ("site", "head")], ids=str)
+@pytest.mark.parametrize(
+    "modes", [(), *([mode] for mode in MODES), BOTH, ALL, ("site", "head"), (*BOTH, "expert")], ids=str
+)
 def test_the_order_of_modes_is_that_of_the_core_and_changes_no_sharing(modes: tuple[str, ...]) -> None:
     targets = [Target(f"h.{n}.{p}", (8, 8), (2, 2), heads=Heads(2)) for n in range(2) for p in "qkv"]
+    blocks = "head"
+    if "expert" in modes:
+        targets, blocks = [replace(target, heads=None, experts=4) for target in targets], "none"
     for order in itertools.permutations(modes):
-        plan, same = make_plan(targets, order, blocks="head"), make_plan(targets, modes, blocks="head")
+        plan, same = make_plan(targets, order, blocks=blocks), make_plan(targets, modes, blocks=blocks)
         assert [group.sites for group in plan.groups] == [group.sites for group in same.groups]
         assert all(group.modes == order for group in plan.groups)
         for group, other in zip(plan.groups, same.groups, strict=True):

@@ -11,8 +11,6 @@ from torch import nn
 from transformers import (
     MambaConfig,
     MambaForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
     WavLMConfig,
     WavLMModel,
 )
@@ -124,11 +122,3 @@ def test_what_is_called_in_the_same_blocks_is_adapted() -> None:
             assert not torch.equal(model.base_model.model.encoder(x), base)
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
-
-
-def test_all_linear_says_that_it_leaves_out_experts_in_one_parameter() -> None:
-    config = Qwen3MoeConfig(vocab_size=16, hidden_size=16, intermediate_size=16, moe_intermediate_size=8, num_experts=2,
-                            num_experts_per_tok=1, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-                            head_dim=8)  # fmt: skip
-    with pytest.warns(UserWarning, match=r"leaves out the experts.*gate_up_proj"):
-        plan(Qwen3MoeForCausalLM(config), LotrConfig(r=2, target_modules="all-linear"))

@@ -61,6 +61,11 @@ def export(adapter: str | Path, output: str | Path, overwrite: bool = False) -> 
         )
     if not saved.plan.targets:
         raise CheckpointError(f"{saved.path} adapts no module: it holds a trained head alone.")
+    if any(target.experts for target in saved.plan.targets):
+        raise CheckpointError(
+            f"{saved.path} adapts experts that one parameter holds, for which servers of LoRA have no common form. Use "
+            "`lotr merge` to leave with a plain model."
+        )
     tensors = saved.tensors()
     others = tensors.keys() - file_shapes(saved.plan).keys()
     if config.bias != "none":

@@ -38,12 +38,17 @@ class Layout:
         """Return the layout of a plan: what a task on its factors has of its own, in the order of the plan.
 
         Raises:
-            ConfigError: The plan's cores have no numbers, or its magnitude has some.
+            ConfigError: The plan's cores have no numbers, its magnitude has some, or it adapts experts.
         """
         if plan.magnitude != "none":
             raise ConfigError(
                 f"A bank cannot hold tasks with magnitude={plan.magnitude!r}, which rescales whole weights. Name an "
                 'adapter with magnitude="none".'
+            )
+        if any(target.experts for target in plan.targets):
+            raise ConfigError(
+                "A bank cannot hold tasks on experts that one parameter holds: the experts see tokens, not rows of a "
+                "batch. Name an adapter of modules alone."
             )
         shapes = file_shapes(plan, factors=False)
         if not shapes:

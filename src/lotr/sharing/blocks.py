@@ -39,6 +39,7 @@ class Target:
         fused: Name and output features of each projection of a fused weight, from the first row on.
         heads: Its attention heads, when it has any.
         attention: Whether it is query, key or value, which grouped queries make unequal.
+        experts: Number of experts that one parameter holds below each other, `shape[0] / experts` output features each.
     """
 
     path: str
@@ -47,6 +48,13 @@ class Target:
     fused: tuple[tuple[str, int], ...] = ()
     heads: Heads | None = None
     attention: bool = False
+    experts: int = 0
+
+    @property
+    def lora_per_rank(self) -> int:
+        """Numbers that plain LoRA has here at rank 1: `in + out`, of every expert."""
+        out, width = self.shape
+        return out + width * (self.experts or 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, without the fields that are empty.
@@ -62,6 +70,8 @@ class Target:
             fields["heads"] = [self.heads.size, self.heads.axis]
         if self.attention:
             fields["attention"] = True
+        if self.experts:
+            fields["experts"] = self.experts
         return fields
 
     @staticmethod
@@ -70,7 +80,8 @@ class Target:
         (out, width), (k, r) = fields["shape"], fields["rank"]
         fused = tuple((str(name), int(rows)) for name, rows in fields.get("fused", ()))
         heads = Heads(*fields["heads"]) if "heads" in fields else None
-        return Target(str(fields["path"]), (out, width), (k, r), fused, heads, bool(fields.get("attention")))
+        attention, experts = bool(fields.get("attention")), int(fields.get("experts", 0))
+        return Target(str(fields["path"]), (out, width), (k, r), fused, heads, attention, experts)
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,7 @@ class Site:
         piece: Name of its projection within a fused module, or number of its square; may be empty.
         attention: Whether it is of a query, key or value.
         transposed: Whether its update is `V C_sᵀ Uᵀ` in place of `U C_s Vᵀ`.
+        expert: Number of its expert, when one parameter holds several.
     """
 
     module: str
@@ -100,11 +112,13 @@ class Site:
     piece: str = ""
     attention: bool = False
     transposed: bool = False
+    expert: int | None = None
 
     def coordinate(self, mode: str, modes: tuple[str, ...]) -> object:
         """Return the site's coordinate along a mode, given the modes beside it."""
         if mode == "site":
-            return (self.module, self.projection) if "head" in modes else self
+            expert = None if "expert" in modes else self.expert
+            return (self.module, self.projection, expert) if {"head", "expert"} & set(modes) else self
         return getattr(self, mode)
 
 
@@ -126,6 +140,11 @@ def cut(target: Target, layer: str, projection: str, blocks: str, split_fused: b
         [('key', 0, 4), ('key', 1, 6)]
     """
     out, width = target.shape
+    for n in range(target.experts):
+        shape = (out // target.experts, width)
+        yield Site(target.path, layer, projection, None, n * shape[0], 0, shape, expert=n)
+    if target.experts:
+        return
     start = 0
     for name, height in target.fused if split_fused and target.fused else (("", out),):
         (a, b), is_head = _grid(height, width, blocks, target.heads)

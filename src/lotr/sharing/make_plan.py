@@ -18,8 +18,8 @@ Rank = tuple[int, int]  # (k, r)
 UNEQUAL = ("grouped_query", "slice", "separate", "error")
 
 #: The coordinates along which sites can share factors. `site` is all of them in one, or layer and projection in one
-#: beside `head`.
-MODES = ("site", "layer", "projection", "head")
+#: beside `head` and `expert`.
+MODES = ("site", "layer", "projection", "head", "expert")
 
 
 def make_plan(
@@ -37,8 +37,9 @@ def make_plan(
 
     Sites are in one group when all coordinates outside `modes` agree and their blocks have equal shape, or are unequal
     in a way that `unequal` lets share: then the factors are as large as the largest block. A fused weight is cut into
-    its projections wherever anything is shared (`modes` is not empty). A rank above the size of a group's block is cut
-    to it.
+    its projections wherever anything is shared (`modes` is not empty). Experts that one parameter holds share factors
+    where layers do, so `"layer"` among the modes brings `"expert"` along. A rank above the size of a group's block is
+    cut to it.
 
     Args:
         targets: The modules to adapt, in model order.
@@ -58,6 +59,9 @@ def make_plan(
         PlanError: Sites cannot share as `modes` ask.
     """
     modes = check_modes(modes)
+    has_experts = any(target.experts for target in targets)
+    if "layer" in modes and has_experts:
+        modes = check_modes((*modes, "expert"))
     layers = coordinates([target.path for target in targets], tuple(layers_pattern))
     families: dict[tuple[object, ...], list[Site]] = defaultdict(list)
     for target in targets:
@@ -73,6 +77,11 @@ def make_plan(
     ranks = {target.path: target.rank for target in targets}
     names: set[str] = set()
     groups = [_group(sites, modes, core, core_ranks, ranks, names) for sites in members.values()]
+    if "expert" in modes and targets and not has_experts:
+        raise PlanError(
+            f'modes={modes!r} names "expert", and no adapted parameter holds experts. Name such parameters in '
+            'target_parameters, or drop "expert" from modes.'
+        )
     _check_sharing(groups, modes, blocks)
     return Plan(tuple(groups), tuple(targets), magnitude, trainable)
 
@@ -90,8 +99,9 @@ def _fixed(site: Site, modes: tuple[str, ...]) -> list[str]:
     """Return the coordinates that tell the site's group from others."""
     names = [] if "site" in modes else [name for name in ("layer", "projection") if name not in modes]
     fixed = [str(getattr(site, name)) for name in names]
-    alone = site.head is not None and "head" not in modes and "site" not in modes
-    return [*fixed, f"head{site.head}"] if alone else fixed
+    alone = () if "site" in modes else ("head", "expert")
+    numbers = {name: getattr(site, name) for name in alone if name not in modes}
+    return [*fixed, *(f"{name}{number}" for name, number in numbers.items() if number is not None)]
 
 
 def _group(
@@ -106,6 +116,8 @@ def _group(
     stem = "-".join(_fixed(sites[0], modes) or ["joint"]).replace(".", "-").replace("lotr_", "lotr-")
     if modes != ("head",) and all(site.head is None for site in sites):  # feed-forward weights have no heads
         modes = tuple(mode for mode in modes if mode != "head")
+    if modes != ("expert",) and all(site.expert is None for site in sites):
+        modes = tuple(mode for mode in modes if mode != "expert")
     o, i = shape = block_of(sites)
     name, n = f"{stem}_{o}x{i}", 1
     while name in names:

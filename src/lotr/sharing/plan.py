@@ -220,7 +220,7 @@ class Plan:
     @property
     def lora_per_rank(self) -> int:
         """Numbers that plain LoRA has at rank 1 on the same modules: `Σ (in + out)`."""
-        return sum(sum(target.shape) for target in self.targets)
+        return sum(target.lora_per_rank for target in self.targets)
 
     @property
     def equal_lora_rank(self) -> float:
@@ -306,7 +306,10 @@ def _grid(group: Group, sites: list[Site]) -> Part | None:
     if [group.index[s] for s in sites] != list(itertools.product(*region)):
         return None
     first = sites[0]
-    alone = first.head is not None and not {"head", "site"} & set(group.modes)
-    name = "-".join(p for p in (first.piece, f"head{first.head}" if alone else "") if p)
+    numbers = {
+        name: getattr(first, name) for name in ("head", "expert") if not {name, "site"} & set(group.modes)
+    }
+    alone = [f"{name}{number}" for name, number in numbers.items() if number is not None]
+    name = "-".join(part for part in (first.piece, *alone) if part)
     slices = tuple(slice(run.start, run.stop) for run in region)
     return Part(group, name, tuple(sites), (len(rows), len(columns)), slices)

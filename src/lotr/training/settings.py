@@ -63,7 +63,9 @@ class TrainSettings:
         _ADAPTER, "Modules to adapt: names with commas, a regex, or `all-linear`.", "by architecture"
     )
     modes: str | None = unset(
-        _ADAPTER, "What shares factors: any of `layer,projection,head`; `site`; or `none`.", "by method"
+        _ADAPTER,
+        "What shares factors: any of `layer,projection,head,expert`; `site`; or `none`.",
+        "by method",
     )
     core: str | None = unset(_ADAPTER, "Structure of the cores: free, identity, tucker, cp, tt.", "by method")
     core_ranks: str | None = unset(

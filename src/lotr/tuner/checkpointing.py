@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import TrainingError
-from .layer import LotrLinear
+from .weight import AdaptedWeight
 
 
 def check_checkpointing(model: nn.Module) -> None:
@@ -30,7 +30,7 @@ def check_checkpointing(model: nn.Module) -> None:
         return
     users: dict[nn.Module, int] = {}
     for layer in model.modules():
-        if isinstance(layer, LotrLinear):
+        if isinstance(layer, AdaptedWeight):
             groups = {group for adapter in layer.active_adapters for _, group in layer.parts.get(adapter, ())}
             for group in groups:
                 users[group] = users.get(group, 0) + 1

@@ -35,7 +35,7 @@ from .checks import (
 )
 from .lora_words import check_lora_words
 
-_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+_TARGETS = ("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern")
 
 #: Fields that an adapter on a basis has as its basis. The factors are kept, so how they start is one of them.
 STRUCTURE = (
@@ -83,8 +83,8 @@ class LotrConfig(PeftConfig):
     )
     method: str = _field("Row of the table of methods; fields set explicitly override it. Default: lotr.")
     modes: tuple[str, ...] = _field(
-        "Coordinates along which sites share factors: layer, projection, head; or site, all in one. In a tensor train "
-        "from the output to the input."
+        "Coordinates along which sites share factors: layer, projection, head, expert; or site, all in one. In a "
+        "tensor train from the output to the input."
     )
     core: str = _field("Structure of the cores: free, identity, tucker, cp, scaled_cp, tt.")
     core_ranks: int | dict[str, int] | None = _field(
@@ -129,6 +129,9 @@ class LotrConfig(PeftConfig):
     dropout: float = _field("Probability of dropping an input of the update.", 0.0)
     target_modules: list[str] | str | None = _field(
         "Modules to adapt: list of names, regex, or 'all-linear'. Default: by architecture."
+    )
+    target_parameters: list[str] | None = _field(
+        "Parameters that hold the experts of a layer, such as 'mlp.experts.down_proj'; alone, no module is adapted."
     )
     exclude_modules: list[str] | str | None = _field("Modules to leave out: list of names or regex.")
     layers_to_transform: list[int] | int | None = _field("Indices of the layers to adapt. Default: all.")

@@ -17,7 +17,7 @@ from ..math.init import generator_for
 from ..sharing.plan import Part
 from .factors import Parts, check_fresh, find_adapter, parts_of, set_factors
 from .group import LotrGroup
-from .layer import LotrLinear
+from .weight import AdaptedWeight
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -113,7 +113,7 @@ def init_from_data(
 
 
 @torch.no_grad()
-def _set_cores(adapter: str, parts: list[tuple[LotrLinear, Part]], cores: Tensor) -> None:
+def _set_cores(adapter: str, parts: list[tuple[AdaptedWeight, Part]], cores: Tensor) -> None:
     """Write cores `(sites, k, r)` over those of the parts of a group."""
     for (layer, part), own in zip(parts, cores.split([len(p.sites) for _, p in parts]), strict=True):
         layer.site_core(adapter, part).copy_(part.lay(own))
@@ -175,7 +175,7 @@ def _turn(space: Subspaces | FirstStep, sums: list[_Sums], home: torch.device) -
 @contextmanager
 def _watched(parts: Parts, sums: Mapping[LotrGroup, list[_Sums]]) -> Iterator[None]:
     """Add the input and the gradient of the output of every adapted module to its sums."""
-    of_layer: dict[LotrLinear, list[_Sums]] = {}
+    of_layer: dict[AdaptedWeight, list[_Sums]] = {}
     for group, of_group in parts.items():
         for (layer, _), of_part in zip(of_group, sums[group], strict=True):
             of_layer.setdefault(layer, []).append(of_part)

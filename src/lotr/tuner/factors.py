@@ -15,10 +15,10 @@ from ..sharing.plan import Part, Plan
 from .checks import checked_rank
 from .config import LotrConfig
 from .group import LotrGroup
-from .layer import LotrLinear
+from .weight import AdaptedWeight
 
 #: The groups of an adapter, each with its parts in model order.
-Parts = dict[LotrGroup, list[tuple[LotrLinear, Part]]]
+Parts = dict[LotrGroup, list[tuple[AdaptedWeight, Part]]]
 
 
 def find_adapter(model: nn.Module, adapter: str | None) -> tuple[str, LotrConfig]:
@@ -27,7 +27,7 @@ def find_adapter(model: nn.Module, adapter: str | None) -> tuple[str, LotrConfig
     Raises:
         ConfigError: The model has no adapter of this library or none of that name, or several are active.
     """
-    layers = [module for module in model.modules() if isinstance(module, LotrLinear)]
+    layers = [module for module in model.modules() if isinstance(module, AdaptedWeight)]
     if not layers:
         raise ConfigError(
             f"The model ({type(model).__name__}) has no adapter of this library. Give the PEFT model: what "
@@ -51,7 +51,7 @@ def parts_of(model: nn.Module, adapter: str) -> Parts:
     """Return the groups of an adapter, each with its parts in model order."""
     parts: Parts = {}
     for layer in model.modules():
-        if isinstance(layer, LotrLinear) and adapter in layer.parts:
+        if isinstance(layer, AdaptedWeight) and adapter in layer.parts:
             for part, group in layer.parts[adapter]:
                 parts.setdefault(group, []).append((layer, part))
     return parts
@@ -59,6 +59,12 @@ def parts_of(model: nn.Module, adapter: str) -> Parts:
 
 def check_fresh(adapter: str, config: LotrConfig, parts: Parts) -> None:
     """Refuse an adapter whose factors may not turn, because other ones would change the model."""
+    stack = next((layer for of_group in parts.values() for layer, _ in of_group if layer.experts), None)
+    if stack is not None:
+        raise ConfigError(
+            f"Adapter {adapter!r} has experts that one parameter holds, and their gradients are not watched. Leave the "
+            "call out, or adapt modules alone."
+        )
     if config.core == "identity":
         raise ConfigError(
             f"Adapter {adapter!r} has core='identity': its factors are the update itself, and no core between them is "

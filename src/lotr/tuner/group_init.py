@@ -11,6 +11,7 @@ from torch import Generator, Tensor, nn
 from ..math.init import CORE_INITS, DATA_INITS, INITS, WEIGHT_INITS, generator_for
 from ..sharing.plan import Group
 from .config import LotrConfig
+from .experts import ExpertsWeight
 from .weight import base_weight
 
 #: Size of a random update (`init_weights=False`): small beside a weight, since `U` and `V` are orthonormal.
@@ -18,7 +19,11 @@ _RANDOM = 0.1
 
 
 def start_group(
-    group: Group, config: LotrConfig, modules: Mapping[str, nn.Module], adapter: str, empty: bool
+    group: Group,
+    config: LotrConfig,
+    modules: Mapping[str, nn.Module | ExpertsWeight],
+    adapter: str,
+    empty: bool,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return `U` `(o, k)`, `V` `(i, r)` and the numbers of the core with which a group begins.
 
@@ -56,7 +61,7 @@ def start_group(
     return U, V, numbers
 
 
-def _blocks(group: Group, modules: Mapping[str, nn.Module]) -> list[Tensor]:
+def _blocks(group: Group, modules: Mapping[str, nn.Module | ExpertsWeight]) -> list[Tensor]:
     """Return the blocks of the base weights that share a group's factors, `(o, i)` each."""
     weights = {site.module: base_weight(modules[site.module]) for site in group.sites}
     blocks = []

@@ -14,7 +14,7 @@ from ..files.peft_lora import LoraFolder, read_lora
 from ..math.hooi import tucker2
 from ..sharing.plan import Part
 from .factors import check_fresh, find_adapter, parts_of, set_factors
-from .layer import LotrLinear
+from .weight import AdaptedWeight
 
 
 def init_from_lora(model: nn.Module, lora: str | Path, adapter: str | None = None) -> None:
@@ -64,7 +64,7 @@ def init_from_lora(model: nn.Module, lora: str | Path, adapter: str | None = Non
     _warn(f"Adapter {name!r} does not adapt", only_lora, "what the LoRA changes there is left out.")
 
 
-def _updates(folder: LoraFolder, layer: LotrLinear, part: Part) -> list[tuple[Tensor, Tensor]]:
+def _updates(folder: LoraFolder, layer: AdaptedWeight, part: Part) -> list[tuple[Tensor, Tensor]]:
     """Return `B` `(o, q)` and `A` `(q, i)` of every site of a part."""
     module = part.sites[0].module
     A, B = folder.matrices(module)

@@ -29,7 +29,6 @@ _COUNTERPARTS = {
     "lora_ga_config": _FROM_DATA,
     "loftq_config": 'a quantised base is not corrected; use init="weight" or leave it out',
     "layer_replication": "layers are not copied; replicate them in the base model first",
-    "target_parameters": "experts that are kept in one parameter cannot be adapted yet; use LoraConfig for them",
     **dict.fromkeys(
         ("alora_invocation_tokens", "arrow_config", "kasa_config", "megatron_config", "megatron_core"),
         _PEFT_ALONE,

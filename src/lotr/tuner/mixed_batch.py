@@ -10,7 +10,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..errors import ConfigError
 from .layer import LotrLinear
+from .weight import AdaptedWeight
 
 BASE = "__base__"  # PEFT's name for rows without an adapter
 
@@ -25,12 +27,18 @@ def forward_hooks(
 
     Raises:
         ValueError: The model is in training mode, or an adapter does not exist.
+        ConfigError: Experts of one parameter are adapted.
     """
     if adapter_names is None:
         yield
         return
     if tuner.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+    if any(isinstance(m, AdaptedWeight) and m.experts for m in tuner.modules()):
+        raise ConfigError(
+            "Rows of a batch cannot have adapters of their own where experts of one parameter are adapted: the experts "
+            "see tokens, not rows. Run a batch for each adapter, with set_adapter."
+        )
     layers = [m for m in tuner.modules() if isinstance(m, LotrLinear | AuxiliaryTrainingWrapper)]
     known = {name for m in layers if isinstance(m, LotrLinear) for name in m.parts}
     missing = sorted(set(adapter_names) - known - {BASE})

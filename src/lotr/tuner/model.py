@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
+from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
@@ -24,12 +25,14 @@ from . import state_dict as state
 from .basis import check_basis
 from .checkpointing import check_checkpointing
 from .config import LotrConfig
+from .experts import ExpertsWeight, LotrExperts, stacked_weights
 from .group import LotrGroup, LotrLayer
 from .group_init import start_group
 from .layer import LotrLinear
 from .lora_words import check_combination_words
 from .saved_adapter import hash_of, read_basis, used_by
 from .targets import DEFAULT_TARGETS, is_basis, plan_adapter
+from .weight import AdaptedWeight
 
 
 @dataclass
@@ -40,7 +43,7 @@ class _Injection:
     paths: set[str] | None  # of a state dict that says what to adapt
     empty: bool  # whether the numbers are loaded afterwards
     plan: Plan = field(init=False)
-    modules: dict[str, nn.Module] = field(init=False)  # by path, before any is replaced
+    modules: dict[str, nn.Module | ExpertsWeight] = field(init=False)  # by path, before any is replaced
     keys: set[str] = field(init=False)  # of the targets, with the names of wrappers
     basis_factors: dict[str, Tensor] = field(init=False)  # of another adapter, by key
     cores: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # of each group, as they start
@@ -104,8 +107,10 @@ class LotrModel(BaseTuner):
             self.peft_config[injection.adapter] = peft_config = copy.copy(peft_config)
         peft_config.targets = targets
         paths = {key: normalise(key) for key, _ in model.named_modules()}
-        injection.keys = {key for key, path in paths.items() if path in plan.shape_of}
-        injection.modules = {paths[key]: module for key, module in model.named_modules()}
+        linear = {target.path for target in plan.targets if not target.experts}
+        injection.keys = {key for key, path in paths.items() if path in linear}
+        experts = {path: weight for path, (_, weight) in stacked_weights(model).items()}
+        injection.modules = experts | {paths[key]: module for key, module in model.named_modules()}
         injection.basis = next(_bases(model), None)
         for layer in model.modules():
             if isinstance(layer, LotrLayer):
@@ -154,6 +159,35 @@ class LotrModel(BaseTuner):
             layer._active_adapter = list(self.active_adapters)
             self._replace_module(parent, target_name, layer, target)
             target = layer
+        self._add(path, target, peft_config)
+
+    def _inject_parameters(  # type: ignore[override]
+        self, peft_config: LotrConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Add the adapter to experts that one parameter holds; PEFT's own way knows the wrapper of its LoRA alone."""
+        injection = cast("_Injection", self._injection)
+        weights, paths = stacked_weights(model), []
+        for target in injection.plan.targets:
+            if not target.experts:
+                continue
+            module_path, stack = weights[target.path]
+            experts = model.get_submodule(module_path)
+            if not isinstance(experts, LotrExperts):
+                parent, _, name = module_path.rpartition(".")
+                experts = LotrExperts(experts)
+                setattr(model.get_submodule(parent), name, experts)
+            if stack.name not in experts._modules:
+                layer = AdaptedWeight(stack, target.shape, injection.scaling, target.experts)
+                layer._active_adapter = list(self.active_adapters)
+                experts.add_module(stack.name, layer)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._add(target.path, experts.get_submodule(stack.name), peft_config)
+            paths.append(target.path)
+        return paths
+
+    def _add(self, path: str, target: Any, peft_config: LotrConfig) -> None:
+        """Add the adapter to an adapted weight, and its groups to the basis."""
+        injection = cast("_Injection", self._injection)
         members, cores = [], {}
         for part in injection.plan.parts[path]:
             group, core = part.group, part.group.core
@@ -161,14 +195,14 @@ class LotrModel(BaseTuner):
             if core.by_site:
                 numbers = core.block(injection.cores[group.name], part.region)
                 cores[part.name] = part.lay(numbers)
-        target.add(adapter_name, members, cores, peft_config, injection.empty)
+        target.add(injection.adapter, members, cores, peft_config, injection.empty)
         target.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
     def _replace_module(self, parent: Any, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Put a module in the place of another; layers keep what they wrap, and place their numbers."""
         setattr(parent, child_name, new_module)
 
-    def _shared(self, group: Group, config: LotrConfig, member: LotrLinear) -> LotrGroup:
+    def _shared(self, group: Group, config: LotrConfig, member: AdaptedWeight) -> LotrGroup:
         """Return the module with the group's numbers, made when its first member comes."""
         injection = cast("_Injection", self._injection)
         adapter = injection.adapter
@@ -190,7 +224,7 @@ class LotrModel(BaseTuner):
             shared.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         return shared
 
-    def _new_basis(self, member: LotrLinear) -> nn.ModuleDict:
+    def _new_basis(self, member: AdaptedWeight) -> nn.ModuleDict:
         """Return the one registered place of the shared factors, on the root of the base model."""
         # the root of a container is a list of layers to call; there the first adapted layer is the place
         root = _uncompiled(self.model)

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import PlanError, near
 from ..sharing.keys import BASIS
 from ..sharing.paths import normalise
+from .experts import stacked_weights
 
 #: Heads that PEFT itself adds to `modules_to_save`, whether the model has them or not.
 _HEADS = {
@@ -36,17 +37,19 @@ def check_names(model: nn.Module, config: PeftConfig) -> None:
     every = [normalise(path) for path, _ in model.named_modules(remove_duplicate=False)]
     paths = [path for path in every if path and BASIS not in path.split(".")]
     targets, linear = named.target_modules, linear_paths(model)
+    stacks = list(stacked_weights(model))
+    _check_list("target_parameters", named.target_parameters or (), stacks, stacks)
     if isinstance(targets, str):
         if targets not in ("all-linear", DUMMY_TARGET_MODULES):
             _check_regex("target_modules", targets, paths, linear)
     elif targets is not None:
         _check_list("target_modules", targets, paths, linear)
         if named.layers_to_transform is not None:
-            _check_layers(named, paths)
+            _check_layers(named, paths + stacks)
     if isinstance(named.exclude_modules, str):
-        _check_regex("exclude_modules", named.exclude_modules, paths, paths)
+        _check_regex("exclude_modules", named.exclude_modules, paths + stacks, paths)
     else:
-        _check_list("exclude_modules", named.exclude_modules or (), paths, paths)
+        _check_list("exclude_modules", named.exclude_modules or (), paths + stacks, paths)
     of_peft = _HEADS.get(str(named.task_type), set())
     for name in named.modules_to_save or ():
         if name not in of_peft and not any(path.endswith(name) for path in paths):
@@ -108,7 +111,8 @@ def _check_regex(field: str, regex: str, paths: list[str], examples: list[str]) 
 def _nothing(field: str, name: str, paths: list[str]) -> str:
     length = name.count(".") + 1
     known = {".".join(path.split(".")[-length:]) for path in paths}
-    return f"{field}={name!r} matches no module of the model. {near(name, {n for n in known if not n.isdigit()})}"
+    kind = "stack of experts" if field == "target_parameters" else "module"
+    return f"{field}={name!r} matches no {kind} of the model. {near(name, {n for n in known if not n.isdigit()})}"
 
 
 def _check_layers(config: Any, paths: list[str]) -> None:
@@ -129,7 +133,7 @@ def _check_layers(config: Any, paths: list[str]) -> None:
         probe.target_modules, probe.layers_to_transform = set(names), layers
         return any(check_target_module_exists(probe, path) for path in paths)
 
-    names = config.target_modules
+    names = {*config.target_modules, *(config.target_parameters or ())}
     for layer in asked:
         if not matches(names, [layer]):
             numbers = {int(part) for path in paths for part in path.split(".") if part.isdigit()}

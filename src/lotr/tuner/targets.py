@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Collection
 from typing import Any, cast
 
@@ -27,6 +26,8 @@ from ..sharing.plan import Plan
 from .attention import fused_projections, heads_of, is_query_key_value
 from .basis import resolve_basis
 from .config import LotrConfig
+from .expert_names import map_names
+from .experts import is_plain_stack, stacked_weights
 from .names import check_names, check_rank_pattern, is_linear, linear_paths, suffixes
 from .offload import check_offload
 from .unseen_weights import check_is_called
@@ -42,6 +43,9 @@ DEFAULT_TARGETS: dict[str, Any] = {
     "whisper": ["q_proj", "v_proj"],
     **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
 }
+
+#: Matches the experts of the usual models.
+_EXPERTS = r".*\.experts\..*"
 
 
 def plan(model: nn.Module, config: LotrConfig) -> Plan:
@@ -77,10 +81,14 @@ def plan_adapter(model: nn.Module, config: LotrConfig, only: Collection[str] | N
     """
     if config.basis is not None and config.basis_hash is None:  # one that was made has its structure already
         resolve_basis(config)
+    if only is None:
+        map_names(config, model)
     _resolve_names(config, model)
     if only is None:
         check_names(model, config)
     targets = _find_targets(model, config, only)
+    if only is None and config.target_parameters:
+        targets = _in_model_order(model, targets + _find_experts(model, config))
     if only is None and config.target_modules != DUMMY_TARGET_MODULES:
         if not targets:
             raise PlanError(_nothing_left(config))
@@ -107,16 +115,6 @@ def _resolve_names(config: LotrConfig, model: nn.Module) -> None:
         if not isinstance(default, str):  # the table names modules of all variants of an architecture
             default = set(default) & suffixes(path for path, _ in model.named_modules())
         config.target_modules = default  # type: ignore[assignment]
-    if config.target_modules == "all-linear":
-        experts = [
-            path for path, parameter in model.named_parameters() if parameter.dim() == 3 and "experts" in path
-        ]
-        if experts:
-            warnings.warn(
-                f'target_modules="all-linear" leaves out the experts, which this model keeps in {len(experts)} '
-                f"three-dimensional parameters, first {experts[0]!r}. They cannot be adapted yet.",
-                stacklevel=2,
-            )
     _maybe_include_all_linear_layers(config, model)
 
 
@@ -146,7 +144,7 @@ def is_basis(path: str) -> bool:
 
 def _nothing_left(config: LotrConfig) -> str:
     """Return the message that what a configuration names is left out again."""
-    named = config.target_modules
+    named: Any = config.target_modules or config.target_parameters
     names = named if named is None or isinstance(named, str) else sorted(named)
     return (
         f"target_modules={names!r} match no module that exclude_modules={config.exclude_modules!r}, modules_to_save="
@@ -174,4 +172,46 @@ def _target(model: nn.Module, path: str, module: nn.Module, config: LotrConfig) 
         fused=fused_projections(model, path, shape) if config.modes else (),
         heads=heads_of(model, path, shape) if config.blocks.startswith("head") else None,
         attention=bool(config.modes) and is_query_key_value(path),
+    )
+
+
+def _find_experts(model: nn.Module, config: LotrConfig) -> list[Target]:
+    """Return the parameters of experts that a configuration matches, as `target_modules` would match their paths.
+
+    Raises:
+        PlanError: The experts are quantised or offloaded, or stand at the root of the model.
+        ConfigError: The configuration asks for what experts do not have.
+    """
+    probe = copy.copy(config)
+    probe.target_modules = config.target_parameters
+    targets = []
+    for path, (module_path, stack) in stacked_weights(model).items():
+        match = check_target_module_exists(probe, path)
+        if not match or isinstance(match, _ExcludedModule):
+            continue
+        if not module_path or not is_plain_stack(stack):
+            raise PlanError(
+                f"Target parameter {path!r} cannot be adapted: experts must be in a module of the model, in memory, "
+                "and not quantised. Leave it out of target_parameters."
+            )
+        experts, *shape = stack.weight.shape
+        out, width = reversed(shape) if stack.fan_in_fan_out else shape
+        targets.append(Target(path, (experts * out, width), config.rank_of(path), experts=experts))
+    asked = {"magnitude": (config.magnitude, "none"), "dropout": (config.dropout, 0.0)}
+    for name, (value, needed) in asked.items():
+        if targets and value != needed:
+            raise ConfigError(
+                f"{name}={value!r} is not supported on experts that one parameter holds, first {targets[0].path!r}. "
+                f"Use {name}={needed!r}, or leave the experts out with exclude_modules={_EXPERTS!r}."
+            )
+    return targets
+
+
+def _in_model_order(model: nn.Module, targets: list[Target]) -> list[Target]:
+    """Return targets in the order of a model's parameters."""
+    order = {
+        normalise(path).replace(".base_layer", ""): n for n, (path, _) in enumerate(model.named_modules())
+    }
+    return sorted(
+        targets, key=lambda target: order.get(target.path, order.get(target.path.rpartition(".")[0], 0))
     )

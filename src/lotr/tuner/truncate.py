@@ -16,7 +16,7 @@ from .checks import checked_rank
 from .config import LotrConfig, pair
 from .factors import find_adapter, parts_of, set_ranks
 from .group import LotrGroup, linear_from
-from .layer import LotrLinear
+from .weight import AdaptedWeight
 
 Rank = tuple[int, int]  # (k, r)
 
@@ -91,7 +91,7 @@ def truncate(
 class _Update:
     """The updates of one group, as cores between orthonormal bases; in double, because what is cut is small."""
 
-    def __init__(self, shared: LotrGroup, adapter: str, parts: list[tuple[LotrLinear, Part]]) -> None:
+    def __init__(self, shared: LotrGroup, adapter: str, parts: list[tuple[AdaptedWeight, Part]]) -> None:
         self.group: Group = parts[0][1].group
         self.Q_U, R_U = torch.linalg.qr(shared.lotr_U[adapter].weight.double())
         self.Q_V, R_V = torch.linalg.qr(shared.lotr_V[adapter].weight.T.double())
@@ -125,7 +125,7 @@ def _enough(sigma: Tensor, energy: float) -> int:
 def _replace(
     shared: LotrGroup,
     adapter: str,
-    parts: list[tuple[LotrLinear, Part]],
+    parts: list[tuple[AdaptedWeight, Part]],
     U: Tensor,
     cores: list[Tensor],
     V: Tensor,

@@ -26,7 +26,9 @@ from .offload import device_of_adapter
 
 
 class AdaptedWeight(nn.Module, LotrLayer):
-    """The weight of a `Linear`, a `Conv1D` or a quantised linear, with updates in factored form.
+    """The weight of a `Linear`, a `Conv1D`, a quantised linear or a stack of experts, with updates in factored form.
+
+    A stack of experts `(experts, out, in)` is one matrix `(experts · out, in)` here.
 
     `lotr_C[adapter].weight` holds the cores that belong to the module's sites, side by side as their blocks are,
     shape `(a·k, b·r)`; `lotr_C[adapter][part]` where the module has parts in several groups.
@@ -42,12 +44,18 @@ class AdaptedWeight(nn.Module, LotrLayer):
     _active_adapter: Any
 
     def __init__(
-        self, base_layer: nn.Module, shape: Shape, scaling: dict[str, float], **quantization: Any
+        self,
+        base_layer: Any,
+        shape: Shape,
+        scaling: dict[str, float],
+        experts: int = 0,
+        **quantization: Any,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.out_features, self.in_features = shape
-        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
+        self.experts = experts
+        self.fan_in_fan_out = _is_transposed(self.get_base_layer())
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization)
         self.cast_input_dtype_enabled = True
         self.lotr_C = nn.ModuleDict()
@@ -113,7 +121,7 @@ class AdaptedWeight(nn.Module, LotrLayer):
             W = self.quantization_backend.get_base_weight(self._unmerged)
         else:
             W = self._unmerged.data
-        return W.T if self.fan_in_fan_out else W
+        return _as_matrix(W, self.fan_in_fan_out)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         _, before = self._home
@@ -177,17 +185,30 @@ class AdaptedWeight(nn.Module, LotrLayer):
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return `ΔW`, or `W' - W` with a magnitude, in the layout of the base weight: `(in, out)` for `Conv1D`."""
-        updates = self.factored(adapter)
-        dW = updates[0].dense()
-        if dW.shape != (self.out_features, self.in_features):
-            dW = dW.new_zeros(self.out_features, self.in_features)
-            for update in updates:
-                dW[update.rows, update.columns] = update.dense()
+        return self.delta(adapter)
+
+    def delta(self, adapter: str) -> Tensor:
+        """Return what `get_delta_weight` does, with a way back for gradients."""
+        with _without_autocast(self._home[0]):
+            updates = self.factored(adapter)
+            dW = updates[0].dense()
+            if dW.shape != (self.out_features, self.in_features):
+                dW = dW.new_zeros(self.out_features, self.in_features)
+                for update in updates:
+                    dW[update.rows, update.columns] = update.dense()
         if not self.magnitude[adapter].additive:
             W = self._untouched().to(dW)
             dW = self.gains(adapter).weight(W, dW) - W
         dtype = self.parts[adapter][0][1].lotr_U[adapter].weight.dtype
-        return (dW.T if self.fan_in_fan_out else dW).to(dtype)
+        if self.experts:
+            dW = dW.unflatten(0, (self.experts, -1))
+        return (dW.mT if self.fan_in_fan_out else dW).to(dtype)
+
+    @staticmethod
+    def plus(W: Tensor, dW: Tensor) -> Tensor:
+        """Return `W + ΔW` in the type of `W`, added in the wider of both."""
+        exact = torch.promote_types(W.dtype, dW.dtype)
+        return (W.to(exact) + dW.to(exact)).to(W.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates to the base weight; the untouched weight is kept, so `unmerge` is exact.
@@ -204,8 +225,7 @@ class AdaptedWeight(nn.Module, LotrLayer):
                 continue
             W = self.get_base_weight()
             dW = self.get_delta_weight(adapter).to(W.device)
-            exact = torch.promote_types(W.dtype, dW.dtype)
-            merged = (W.to(exact) + dW.to(exact)).to(W.dtype)
+            merged = self.plus(W, dW)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken"
@@ -245,14 +265,24 @@ class AdaptedWeight(nn.Module, LotrLayer):
         return adapter_name in self.magnitude and self.magnitude[adapter_name].additive
 
 
-def base_weight(module: nn.Module) -> Tensor:  # (out, in)
+def base_weight(module: Any) -> Tensor:  # (out, in)
     """Return the weight of a linear module, adapted or not, dequantised."""
     if isinstance(module, AdaptedWeight):
         return module._untouched()
     backend = resolve_quantization_backend(module)
     with align_module_device(module):
         weight: Any = module.weight.data if backend is None else backend.get_base_weight(module)
-    return weight.T if isinstance(module, Conv1D) else weight
+    return _as_matrix(weight, _is_transposed(module))
+
+
+def _is_transposed(base_layer: Any) -> bool:
+    """Whether a module, or what stands for a stack of experts, has its input features first."""
+    return isinstance(base_layer, Conv1D) or bool(getattr(base_layer, "fan_in_fan_out", False))
+
+
+def _as_matrix(weight: Tensor, transposed: bool) -> Tensor:  # (*experts, out, in) or (*experts, in, out)
+    """Return a weight as `(out, in)`, experts below each other."""
+    return (weight.mT if transposed else weight).flatten(0, -2)
 
 
 def _forget_norms(layer: AdaptedWeight, keys: object) -> None:

@@ -1,0 +1,364 @@
+"""Experts that one parameter holds: each has a core of its own, and factors are shared as the row shares layers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import nn
+
+import dense_truth
+import lotr
+from conftest import VOCABULARY, bert, seeded, tokens
+from lotr import METHODS, CheckpointError, ConfigError, LotrConfig, PlanError
+from lotr.bank.layout import Layout
+from lotr.compression.sources import open_source
+from lotr.tuner.experts import LotrExperts
+from lotr.tuner.weight import AdaptedWeight
+from tuner_contract import outputs
+
+INPUTS = {"input_ids": tokens()}
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "num_experts_per_tok": 2,
+}
+
+
+def qwen(**sizes: Any) -> nn.Module:
+    fields = SIZES | {"intermediate_size": 12, "moe_intermediate_size": 12, "num_experts": 4} | sizes
+    return seeded(tf.Qwen3MoeForCausalLM, tf.Qwen3MoeConfig(**fields))
+
+
+def mixtral() -> nn.Module:
+    return seeded(tf.MixtralForCausalLM, tf.MixtralConfig(**SIZES, intermediate_size=12, num_local_experts=4))
+
+
+def gpt_oss() -> nn.Module:
+    """Stored transposed: `(experts, in, out)`."""
+    config = tf.GptOssConfig(**SIZES, intermediate_size=12, num_local_experts=4)
+    model = seeded(tf.GptOssForCausalLM, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bias" in name or "sinks" in name:  # made without numbers
+                parameter.zero_()
+    return model
+
+
+@pytest.fixture(params=[qwen, mixtral, gpt_oss], ids=lambda make: make.__name__)
+def make(request: pytest.FixtureRequest) -> Callable[[], nn.Module]:
+    return request.param
+
+
+def config(**fields: Any) -> LotrConfig:
+    start: dict[str, Any] = {"r": 3, "scaling": 2.0, "init_weights": False, "seed": 0}
+    return LotrConfig(**(start | {"target_parameters": EXPERTS} | fields))
+
+
+def adapted(make: Callable[[], nn.Module], **fields: Any) -> PeftModel:
+    return get_peft_model(make(), config(**fields)).eval()
+
+
+def dense(model: PeftModel, plain: nn.Module, row: str, adapter: str = "default") -> nn.Module:
+    """Write the adapted weights into a plain model, from the adapter's file alone."""
+    of_adapter = model.peft_config[adapter]
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter)
+    updates = dense_truth.updates(row, of_adapter.recorded_plan(), tensors, of_adapter.scaling)
+    with torch.no_grad():
+        for path, dW in updates.items():
+            parent, _, name = path.rpartition(".")
+            module = plain.get_submodule(parent)
+            if ".experts." not in path:
+                module.get_parameter(f"{name}.weight").add_(dW)
+                continue
+            dW = dW.unflatten(0, (4, -1))
+            module.get_parameter(name).add_(dW.mT if isinstance(plain, tf.GptOssForCausalLM) else dW)
+    return plain
+
+
+def layers(model: nn.Module) -> list[AdaptedWeight]:
+    return [module for module in model.modules() if isinstance(module, AdaptedWeight)]
+
+
+# ---- the formula
+
+
+def test_step_0_equals_the_base_bit_for_bit(make) -> None:
+    model = adapted(make, init_weights=True)
+    assert len(layers(model)) == 4
+    assert torch.equal(outputs(model, INPUTS), outputs(make(), INPUTS))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
+def test_the_output_is_that_of_the_dense_weights(make, implementation) -> None:
+    model, plain = adapted(make), make()
+    for each in (model.base_model.model, plain):
+        each.set_experts_implementation(implementation)
+    base = outputs(plain, INPUTS)
+    assert (outputs(model, INPUTS) - base).abs().max() > 1e-4
+    torch.testing.assert_close(outputs(model, INPUTS), outputs(dense(model, plain, "lotr"), INPUTS))
+
+
+_NO_EXPERTS = {"dora", "bora", "map"}
+
+
+@pytest.mark.parametrize("row", sorted(set(METHODS) - _NO_EXPERTS))
+def test_every_row_has_experts_beside_attention(row) -> None:
+    modules = ["q_proj", "v_proj"]
+    fields = {"method": row, "target_modules": modules, "zero": "none", "init_weights": None}
+    model = adapted(qwen, **fields)
+    with torch.device("meta"):
+        planned = lotr.plan(qwen(), config(**fields))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == planned.n_parameters == model.peft_config["default"].recorded_plan().n_parameters
+    result = outputs(model, INPUTS)
+    if row != "cara":  # whose squares are transposed
+        torch.testing.assert_close(result, outputs(dense(model, qwen(), row), INPUTS), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(outputs(model.merge_and_unload(), INPUTS), result, atol=1e-5, rtol=1e-5)
+
+
+# ---- sharing and counts
+
+
+def test_every_expert_has_a_core_and_all_layers_and_experts_share_factors(make) -> None:
+    with torch.device("meta"):
+        plan = lotr.plan(make(), LotrConfig(r=3, target_parameters=EXPERTS))
+    assert [(group.shape, group.modes) for group in plan.groups] == [
+        ((24, 16), ("layer", "expert")),
+        ((16, 12), ("layer", "expert")),
+    ]
+    assert plan.n_factors == 3 * (24 + 16 + 16 + 12)
+    assert plan.n_cores == 2 * 2 * 4 * 3 * 3
+    assert plan.lora_per_rank == 2 * 4 * (24 + 16 + 16 + 12)
+    assert plan.n_parameters == adapted(make).get_nb_trainable_parameters()[0]
+
+
+def test_experts_alone_share_where_layers_do_not() -> None:
+    plan = lotr.plan(qwen(), LotrConfig(r=3, modes=("expert",), target_parameters=EXPERTS))
+    assert len(plan.groups) == 4 and all(len(group.sites) == 4 for group in plan.groups)
+    assert len(lotr.plan(qwen(), LotrConfig(r=3, modes=(), target_parameters=EXPERTS)).groups) == 16
+
+
+@pytest.mark.parametrize(
+    "make_model, names",
+    [(qwen, ["gate_proj", "up_proj", "down_proj"]), (mixtral, ["w1", "w2", "w3"]), (gpt_oss, ["down_proj"])],
+)
+def test_old_names_mean_the_parameters(make_model, names) -> None:
+    own = EXPERTS if len(names) == 3 else EXPERTS[1:]
+    expected = lotr.plan(make_model(), LotrConfig(target_modules=["q_proj"], target_parameters=own))
+    assert lotr.plan(make_model(), LotrConfig(target_modules=["q_proj", *names])).targets == expected.targets
+
+
+def test_an_old_name_that_linear_modules_have_too_means_both() -> None:
+    paths = [target.path for target in lotr.plan(
+        qwen(mlp_only_layers=[0]), LotrConfig(target_modules=["down_proj"])
+    ).targets]  # fmt: skip
+    assert paths == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.experts.down_proj"]
+
+
+def test_all_linear_means_the_experts_too(make) -> None:
+    targets = lotr.plan(make(), LotrConfig(target_modules="all-linear")).targets
+    assert sum(target.experts == 4 for target in targets) == 4
+    assert sum(target.path.endswith("o_proj") for target in targets) == 2
+
+
+def test_layers_and_exclusions_reach_experts() -> None:
+    only = LotrConfig(target_parameters=EXPERTS, layers_to_transform=[1], layers_pattern="layers")
+    assert {t.path.split(".")[2] for t in lotr.plan(qwen(), only).targets} == {"1"}
+    without = LotrConfig(target_modules="all-linear", exclude_modules=r".*\.experts\..*")
+    assert not any(target.experts for target in lotr.plan(qwen(), without).targets)
+
+
+# ---- training and files
+
+
+def test_only_the_adapter_trains(make) -> None:
+    model = adapted(make).train()
+    model(**INPUTS).logits.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == ("lotr_" in name) == parameter.requires_grad, name
+        assert parameter.grad is None or parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_the_same_gradients(reentrant) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = adapted(qwen).train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model(**INPUTS).logits.square().mean().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("fields", [{}, {"target_modules": "all-linear", "target_parameters": None}], ids=str)
+def test_a_saved_adapter_loads(make, fields, low_memory, tmp_path: Path) -> None:
+    model = adapted(make, **fields)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make(), tmp_path, low_cpu_mem_usage=low_memory).eval()
+    assert torch.equal(outputs(loaded, INPUTS), outputs(model, INPUTS))
+    reports = lotr.inspect(tmp_path).sites
+    assert sum("experts" in report.module for report in reports) == 2 * 2 * 4
+
+
+def test_cores_train_on_a_basis_with_experts(tmp_path: Path) -> None:
+    adapted(qwen).save_pretrained(tmp_path / "basis")
+    model = get_peft_model(qwen(), LotrConfig(basis=str(tmp_path / "basis"), init_weights=False)).eval()
+    assert model.get_nb_trainable_parameters()[0] == 2 * 2 * 4 * 3 * 3
+    model.save_pretrained(tmp_path / "task")
+    loaded = PeftModel.from_pretrained(qwen(), tmp_path / "task").eval()
+    assert torch.equal(outputs(loaded, INPUTS), outputs(model, INPUTS))
+
+
+def test_factors_can_start_from_the_weights(make) -> None:
+    assert torch.equal(
+        outputs(adapted(make, init="weight", init_weights=True), INPUTS), outputs(make(), INPUTS)
+    )
+
+
+def test_copies_are_equal_and_independent() -> None:
+    model = adapted(qwen)
+    expected = outputs(model, INPUTS)
+    for duplicate in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(outputs(duplicate, INPUTS), expected)
+        with torch.no_grad():
+            for module in duplicate.modules():
+                if isinstance(module, LotrExperts):
+                    module.base_layer.down_proj.zero_()
+        assert not torch.equal(outputs(duplicate, INPUTS), expected)
+    assert torch.equal(outputs(model, INPUTS), expected)
+
+
+# ---- merging and several adapters
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_merged_equals_unmerged_bit_for_bit(make, safe) -> None:
+    model = adapted(make)
+    expected = outputs(model, INPUTS)
+    merged = model.merge_and_unload(safe_merge=safe)
+    assert merged.state_dict().keys() == make().state_dict().keys()
+    assert torch.equal(outputs(merged, INPUTS), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_unmerging_restores_the_parameters_exactly(make, dtype) -> None:
+    model = get_peft_model(make().to(dtype), config())
+    before = {
+        name: p.clone() for name, p in model.named_parameters() if "experts" in name and "lotr" not in name
+    }
+    model.merge_adapter()
+    parameters = dict(model.named_parameters())
+    assert not any(torch.equal(p, parameters[name]) for name, p in before.items() if name.endswith("_proj"))
+    model.unmerge_adapter()
+    parameters = dict(model.named_parameters())
+    assert all(torch.equal(p, parameters[name]) for name, p in before.items())
+
+
+def test_unloading_gives_the_plain_model_back(make) -> None:
+    plain = adapted(make).unload()
+    assert plain.state_dict().keys() == make().state_dict().keys()
+    assert torch.equal(outputs(plain, INPUTS), outputs(make(), INPUTS))
+
+
+def test_adapters_can_be_switched_added_summed_disabled_and_deleted(make) -> None:
+    model = adapted(make)
+    first = outputs(model, INPUTS)
+    model.add_adapter("other", config(r=2, seed=1, target_parameters=EXPERTS[:1]))
+    model.set_adapter("other")
+    second = outputs(model, INPUTS)
+    torch.testing.assert_close(second, outputs(dense(model, make(), "lotr", "other"), INPUTS))
+    model.base_model.set_adapter(["default", "other"])
+    both = dense(model, dense(model, make(), "lotr", "other"), "lotr", "default")
+    torch.testing.assert_close(outputs(model, INPUTS), outputs(both, INPUTS))
+    with model.disable_adapter():
+        assert torch.equal(outputs(model, INPUTS), outputs(make(), INPUTS))
+    model.set_adapter("default")
+    model.delete_adapter("other")
+    assert torch.equal(outputs(model, INPUTS), first)
+    model.add_adapter("third", config(seed=2))
+    model.base_model.add_weighted_adapter(["default", "third"], [0.5, -1.0], "sum")
+    model.set_adapter("sum")
+    half, minus = copy.deepcopy(model.peft_config["default"]), copy.deepcopy(model.peft_config["third"])
+    plain = make()
+    for of_adapter, name, weight in ((half, "default", 0.5), (minus, "third", -1.0)):
+        model.peft_config[name].scaling = of_adapter.scaling * weight
+        plain = dense(model, plain, "lotr", name)
+    torch.testing.assert_close(outputs(model, INPUTS), outputs(plain, INPUTS))
+
+
+def test_a_sum_is_truncated_back() -> None:
+    model = adapted(qwen)
+    expected = outputs(model, INPUTS)
+    model.base_model.add_weighted_adapter(["default", "default"], [0.5, 0.5], "sum")
+    model.set_adapter("sum")
+    lotr.truncate(model, rank=3)
+    torch.testing.assert_close(outputs(model, INPUTS), expected, atol=1e-5, rtol=1e-5)
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    "fields, error, message",
+    [
+        ({"method": "dora"}, ConfigError, "magnitude='per_output' is not supported on experts"),
+        ({"dropout": 0.1}, ConfigError, "dropout=0.1 is not supported on experts"),
+        ({"target_parameters": ["experts.gate_upproj"]}, PlanError, "Near matches: experts.gate_up_proj"),
+        ({"target_parameters": ["norm.weight"]}, PlanError, "matches no stack of experts"),
+        ({"target_modules": ["gate_proj"]}, PlanError, "holds 'up_proj' too"),
+        ({"target_parameters": None, "target_modules": ["q_proj"], "modes": ("layer", "expert")}, PlanError,
+         "no adapted parameter holds experts"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_experts_do_not_have_is_refused_before_the_model_is_touched(fields, error, message) -> None:
+    model = qwen()
+    before = [name for name, _ in model.named_modules()]
+    with pytest.raises(error, match=message):
+        get_peft_model(model, config(**({"init_weights": None, "scaling": None} | fields)))
+    assert [name for name, _ in model.named_modules()] == before
+
+
+def test_quantised_experts_are_refused() -> None:
+    model = qwen()
+    experts = model.model.layers[0].mlp.experts
+    experts.down_proj = nn.Parameter(experts.down_proj.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(PlanError, match="not quantised"):
+        lotr.plan(model, LotrConfig(target_parameters=EXPERTS))
+
+
+def test_mixed_batches_starts_from_data_banks_and_exports_are_refused(tmp_path: Path) -> None:
+    model = adapted(qwen, init_weights=True)
+    with pytest.raises(ConfigError, match="experts see tokens, not rows"):
+        outputs(model, INPUTS, adapter_names=["default"] * 4)
+    with pytest.raises(ConfigError, match="their gradients are not watched"):
+        lotr.init_from_data(model, [INPUTS])
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConfigError, match="A bank cannot hold tasks on experts"):
+        Layout.of(model.peft_config["default"].recorded_plan())
+    with pytest.raises(CheckpointError, match="no common form"):
+        lotr.export(tmp_path / "adapter", tmp_path / "lora")
+    with pytest.raises(CheckpointError, match="which a bank cannot"):
+        open_source("one", tmp_path / "adapter")
+
+
+def test_a_model_without_experts_is_as_before() -> None:
+    assert not any(
+        target.experts for target in lotr.plan(bert(), LotrConfig(target_modules="all-linear")).targets
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import banks
 import saved_models
 from commands import lotr, refused, report, training
-from lotr.files.adapter_folder import CONFIG, TASK, WEIGHTS
+from lotr.files.adapter_folder import CONFIG, TASK, WEIGHTS, write_task
 
 USUAL = "train --model bert --train train.csv --output o"
 #: Words behind the usual ones (the last of an option counts), the exit code, and what the message holds.
@@ -213,18 +214,33 @@ def _bytes(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
 
 
 def _fields(**change: Any) -> Callable[[Path], object]:
-    return lambda folder: (folder / CONFIG).write_text(
-        json.dumps({**json.loads((folder / CONFIG).read_text()), **change})
-    )
+    def edit(folder: Path) -> None:
+        (folder / CONFIG).write_text(json.dumps({**json.loads((folder / CONFIG).read_text()), **change}))
+        _seal(folder)
+
+    return edit
+
+
+def _seal(folder: Path) -> None:
+    """Give a changed adapter the checksum of what it is now."""
+    write_task(folder, json.loads((folder / TASK).read_text()))
+
+
+def _numbers(change: Callable[[torch.Tensor], object]) -> Callable[[Path], object]:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(next(tensor for key, tensor in tensors.items() if "lotr_C" in key))
+        save_file(tensors, folder / WEIGHTS)
+        _seal(folder)
+
+    return edit
 
 
 def _lose_a_core(folder: Path) -> None:
-    task = json.loads((folder / TASK).read_text())
-    del task["weights_sha256"]
-    (folder / TASK).write_text(json.dumps(task))
     tensors = load_file(folder / WEIGHTS)
     core = next(key for key in tensors if "lotr_C" in key and "query" in key)
     save_file({key: value for key, value in tensors.items() if key != core}, folder / WEIGHTS)
+    _seal(folder)
 
 
 def _pickle(folder: Path) -> None:
@@ -232,11 +248,20 @@ def _pickle(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
 
 
+def _flip(name: str) -> Callable[[Path], object]:
+    """Another digit in a file of JSON that stays readable."""
+    return lambda folder: (folder / name).write_text(
+        re.sub(r"\d", lambda digit: str((int(digit[0]) + 1) % 10), (folder / name).read_text(), count=1)
+    )
+
+
 TRUNCATED = [(_bytes(lambda content, n=n: content[:n]), "truncated or damaged") for n in (0, 7, 100, -1)]
 DAMAGED = [
     *TRUNCATED,
     (_bytes(lambda c: c[:8] + b"\xff" * 32 + c[40:]), "truncated or damaged"),
     (_bytes(lambda c: c[:-5] + bytes([c[-5] ^ 1]) + c[-4:]), "checksum"),
+    *((_flip(name), "checksum") for name in (CONFIG, TASK)),
+    *((_numbers(lambda core, odd=odd: core[0].fill_(odd)), "not finite") for odd in (math.nan, math.inf)),
     (_lose_a_core, "missing|not whole"),
     (_pickle, "never read"),
     (_fields(r=0), "r=0"),

@@ -19,7 +19,7 @@ from .task import Task
 _ROOT = "base_model.model."
 _TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 #: What the bank, or a task's own fields, know already.
-KNOWN = {"task", "labels", "base_model", "base_fingerprint", "weights_sha256"}
+KNOWN = {"task", "labels", "base_model", "base_fingerprint", "checksum"}
 
 
 def task_of(basis: Basis, name: str, adapter: AdapterFolder, metadata: Mapping[str, Any]) -> Task:

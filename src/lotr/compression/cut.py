@@ -65,9 +65,8 @@ def cut(
         raise CheckpointError(f"{saved.path} does not fit the base model {name!r}: {error}") from error
     # each side keeps its half of what may be lost
     groups = truncate(model, rank=rank, energy=None if max_error is None else 1 - max_error**2 / 2)
-    record = {key: value for key, value in saved.folder.task.items() if key != "weights_sha256"}
     with whole_folder(output, overwrite) as folder:
-        write_adapter(model, folder, task=record or None, base=name)
+        write_adapter(model, folder, task=saved.folder.task or None, base=name)
     return {
         "output": str(output),
         "groups": [vars(group) for group in groups],

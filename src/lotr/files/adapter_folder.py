@@ -7,7 +7,8 @@ safetensors and JSON; nothing is ever unpickled.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 WEIGHTS, CONFIG, TASK = "adapter_model.safetensors", "adapter_config.json", "task.json"
 #: Instead of `WEIGHTS` in the folder of a bank, which can be named as a basis: factors alone.
 BASIS_WEIGHTS = "basis.safetensors"
+_CHECKSUM = "checksum"  # in `TASK`
 _SETS = ("target_modules", "exclude_modules")
 
 
@@ -61,13 +63,33 @@ def write_adapter(
 
 
 def write_task(folder: Path, task: dict[str, Any]) -> None:
-    """Write what evaluation needs, with a checksum of the weights beside it."""
-    write_json(folder / TASK, {**task, "weights_sha256": _sha256(folder / WEIGHTS)})
+    """Write what evaluation needs, with a checksum of it and of the configuration and the weights beside it."""
+    write_json(folder / TASK, {**task, _CHECKSUM: _checksum(folder, task)})
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _checksum(folder: Path, task: dict[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for name in (WEIGHTS, CONFIG):
+        with (folder / name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    record = {key: value for key, value in task.items() if key != _CHECKSUM}
+    digest.update(json.dumps(record, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def check_finite(tensors: Mapping[str, Tensor], place: str) -> None:
+    """Refuse numbers that are NaN or infinite.
+
+    Raises:
+        CheckpointError: The message names the first tensor that holds one.
+    """
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
+            odd = int((~torch.isfinite(tensor)).sum())
+            raise CheckpointError(
+                f"{place}: {odd} of the {tensor.numel()} numbers of {key!r} are not finite. Its training diverged, or "
+                "the file is damaged; take an earlier checkpoint."
+            )
 
 
 @dataclass(frozen=True)
@@ -103,10 +125,12 @@ class AdapterFolder:
         """Read all tensors.
 
         Raises:
-            CheckpointError: The file is truncated or damaged.
+            CheckpointError: The file is truncated or damaged, or a number is not finite.
         """
         with opened(self.weights) as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        check_finite(tensors, str(self.weights))
+        return tensors
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Read the shapes alone.
@@ -143,10 +167,11 @@ def read_adapter(path: str | Path) -> AdapterFolder:
             f"{folder} holds no {WEIGHTS}. Pickled weights are never read; save it as safetensors."
         )
     adapter.shapes()
-    if "weights_sha256" in task and task["weights_sha256"] != _sha256(adapter.weights):
+    if _CHECKSUM in task and task[_CHECKSUM] != _checksum(folder, task):
         raise CheckpointError(
-            f"{adapter.weights} is damaged, or is not the file that {TASK} beside it was written for: its checksum "
-            "differs. Copy or download the folder again."
+            f"{folder} is damaged, or holds files of different adapters: the checksum of {WEIGHTS}, {CONFIG} and "
+            f"{TASK} differs. Copy or download the folder again. After a change by hand, take the line "
+            f"{_CHECKSUM!r} out of {TASK}."
         )
     return adapter
 

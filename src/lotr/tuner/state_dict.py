@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..files.adapter_folder import check_finite
 from ..sharing.keys import BASIS, FACTORS, PREFIX, file_key, group_in, without_adapter
 from ..sharing.paths import normalise
 from .group import LotrLayer
@@ -34,8 +35,9 @@ def to_load(model: nn.Module, adapter: str, state_dict: dict[str, Tensor]) -> di
     """Return the entries of an adapter's file, those of the method under their names in the model.
 
     Raises:
-        CheckpointError: Entries of the method are missing or unexpected.
+        CheckpointError: Entries of the method are missing or unexpected, or a number is not finite.
     """
+    check_finite(state_dict, "The adapter's file")
     names = of_adapter(model, adapter, model.state_dict())
     name_of = {file_key(without_adapter(name, adapter)).removeprefix(_ROOT): name for name in names}
     groups = _same_groups({group_in(name) for name in name_of}, {group_in(key) for key in state_dict})

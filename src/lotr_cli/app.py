@@ -71,14 +71,17 @@ def train(
 ) -> Report | None:
     """Fine-tune a model; writes the adapter, `metrics.json`, `curve.png` and a model card."""
     options = read_options(options, config)
-    from lotr.training.process import is_main_process
+    from lotr.training.process import is_main_process, leave_processes
     from lotr.training.run import train as run
 
     from .progress import TrainingProgress
 
-    with TrainingProgress() as bar:
-        report = run(say=console.say, callbacks=[bar], **options)
-    return reports.trained(report) if is_main_process() else None
+    try:
+        with TrainingProgress() as bar:
+            report = run(say=console.say, callbacks=[bar], **options)
+        return reports.trained(report) if is_main_process() else None
+    finally:
+        leave_processes()
 
 
 @command(app, "evaluate", "Loading")

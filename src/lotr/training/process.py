@@ -24,6 +24,12 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def leave_processes() -> None:
+    """Leave the other processes of a run; threads of their group that outlive the program abort it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def peak_memory() -> int:
     """Return the most bytes that were in use: of the accelerator, or else of this process."""
     if torch.cuda.is_available():

@@ -28,6 +28,7 @@ TRAIN = [
     ("--model no-such-model", 2, "'no-such-model' cannot be loaded", "`minilm`"),
     ("--model no/such", 2, "'no/such'", "it is no local folder, and the hub cannot be reached."),
     ("--train trian.csv", 1, "trian.csv", "train.csv"),
+    ("--train train.cvs", 1, "There is no file train.cvs. Near matches: train.csv"),
     ("--method lort", 2, "'lort'", "lotr"),
     ("--target-modules querry", 2, "'querry'", "query"),
     ("--target-modules [query", 2, "'[query'", "regex"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,14 @@ def read_splits(source: str) -> dict[str, Table]:
         return {"train": read_table(path)}
     if path.is_dir():
         return _read_folder(path)
-    is_path = source.startswith((".", "/", "~")) or path.suffix.lower() in READERS
-    if not path.parent.is_dir() and is_path:
+    here = path.parent.is_dir()
+    names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")] if here else []
+    # with a suffix, what is nearly the name of a file is one; asking the hub for it would take its retries
+    mistyped = bool(path.suffix and get_close_matches(path.name, names, cutoff=0.75))
+    is_path = source.startswith((".", "/", "~")) or path.suffix.lower() in READERS or mistyped
+    if not here and is_path:
         raise DataError(f"There is no file {path}: its folder {path.parent} does not exist either.")
-    if path.parent.is_dir() and (is_path or "/" in source or os.sep in source):
-        names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
+    if here and (is_path or "/" in source or os.sep in source):
         raise DataError(f"There is no file {path}. {near(path.name, names)} (in {path.parent.resolve()})")
     return _read_hub(source)
 

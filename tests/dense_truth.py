@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lotr.sharing.blocks import Site
-from lotr.sharing.plan import Group, Plan
+from lotr.sharing.groups import Group
+from lotr.sharing.plan import Plan
 
 ROOT = "base_model.model."
 #: Rows whose core is a matrix a site, which the file has beside the site's module.

@@ -8,8 +8,8 @@ import torch
 
 from lotr import ConfigError, Plan, PlanError
 from lotr.sharing.blocks import Heads, Target
+from lotr.sharing.groups import Group
 from lotr.sharing.make_plan import MODES, check_modes, make_plan
-from lotr.sharing.plan import Group
 
 LAYER, BOTH, ALL = ("layer",), ("layer", "projection"), ("layer", "projection", "head")
 

@@ -8,8 +8,9 @@ from torch import Generator, Tensor
 
 from lotr.math.update import FactoredUpdate, side_by_side
 from lotr.sharing.blocks import BLOCKS, Heads, Target
+from lotr.sharing.groups import Group, Part
 from lotr.sharing.make_plan import make_plan
-from lotr.sharing.plan import Group, Part, Plan
+from lotr.sharing.plan import Plan
 
 QKV = (("query", 8), ("key", 4), ("value", 4))
 #: Every kind of weight: grouped-query heads, an output projection, a fused weight, long, wide and odd ones.

@@ -15,8 +15,8 @@ from ..files.atomic import check_apart, check_free, whole_folder, write_json
 from ..math.magnitude import MAGNITUDES
 from ..math.update import FactoredUpdate
 from ..sharing.blocks import Target
+from ..sharing.groups import Part
 from ..sharing.keys import file_shapes, lora_keys
-from ..sharing.plan import Part
 from ..tuner.saved_adapter import read_saved
 from .inspection import updates
 

@@ -15,9 +15,10 @@ from ..files.adapter_folder import read_adapter
 from ..files.peft_lora import LoraFolder, read_lora
 from ..math.update import FactoredUpdate, one_by_one
 from ..sharing.blocks import Target
+from ..sharing.groups import Part
 from ..sharing.keys import core_key, file_shapes, group_keys
 from ..sharing.paths import coordinates
-from ..sharing.plan import Part, Plan
+from ..sharing.plan import Plan
 from ..tuner.config import LotrConfig
 from ..tuner.saved_adapter import SavedAdapter, read_saved
 

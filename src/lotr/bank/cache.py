@@ -78,9 +78,8 @@ class TaskCache:
                 f"capacity={capacity!r} holds no task; one needs {bytes_a_task:,} bytes. Use a larger number."
             )
         self.training: dict[str, LoadedTask] = {}
-        self._lock = (
-            threading.Lock()
-        )  # held while tasks are looked up, never while one is read or a model runs
+        # held while tasks are looked up, never while one is read or a model runs
+        self._lock = threading.Lock()
         self._tasks: OrderedDict[str, tuple[LoadedTask, bytes, object]] = OrderedDict()
         self.used = self.hits = self.misses = 0
 

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import torch
 
-from ..sharing.plan import Group
+from ..sharing.groups import Group
 from . import diagonal, fit
 from .fit import GroupFit
 from .stack import CACHE, Stack, Tick

@@ -15,7 +15,7 @@ from ..bank.basis import TASKS
 from ..bank.task import DTYPES
 from ..errors import ConfigError, Interrupted, near
 from ..files.atomic import check_apart, check_free, move_into, whole_folder, write_json
-from ..sharing.plan import Group
+from ..sharing.groups import Group
 from .base import bank_config, base_of, check_same_base, linear_shapes, load_base, with_ranks
 from .diagonal import sorted_kept
 from .fit import GroupFit

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError, near
 from ..sharing.blocks import Site
-from ..sharing.plan import Group
+from ..sharing.groups import Group
 from .fit import Batch, Batches
 from .sources import Source, open_source
 

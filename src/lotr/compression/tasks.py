@@ -18,8 +18,9 @@ from ..files.adapter_folder import CONFIG, fingerprint, save_tensors, write_task
 from ..files.atomic import write_json
 from ..math.update import side_by_side
 from ..sharing.blocks import Site
+from ..sharing.groups import Group
 from ..sharing.keys import core_key, group_keys
-from ..sharing.plan import Group, Plan
+from ..sharing.plan import Plan
 from ..tuner.config import LotrConfig
 from .diagonal import diagonals
 from .fit import Batch, GroupFit, project

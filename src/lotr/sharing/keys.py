@@ -6,8 +6,9 @@ import re
 
 from ..math.magnitude import MAGNITUDES
 from .blocks import Target
+from .groups import Group, Part
 from .paths import normalise
-from .plan import Group, Part, Plan
+from .plan import Plan
 
 #: What every name of this method begins with, as PEFT's registry has it.
 PREFIX = "lotr_"

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from ..errors import ConfigError, PlanError
 from ..math.cores import CORES, Index
 from .blocks import Site, Target, cut
+from .groups import Group, block_of
 from .paths import coordinates
-from .plan import Group, Plan, block_of
+from .plan import Plan
 
 Rank = tuple[int, int]  # (k, r)
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..math.update import LinearMap
+from ..sharing.groups import Part
 from ..sharing.keys import core_key, group_keys
-from ..sharing.plan import Part
 
 
 @dataclass(frozen=True)

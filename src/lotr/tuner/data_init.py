@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..errors import ConfigError, TrainingError
 from ..math.hooi import FirstStep, Subspaces
 from ..math.init import generator_for
-from ..sharing.plan import Part
+from ..sharing.groups import Part
 from .factors import Parts, check_fresh, find_adapter, parts_of, set_factors
 from .group import LotrGroup
 from .weight import AdaptedWeight

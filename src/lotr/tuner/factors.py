@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, near
 from ..math.magnitude import MAGNITUDES
-from ..sharing.plan import Part, Plan
+from ..sharing.groups import Part
+from ..sharing.plan import Plan
 from .checks import checked_rank
 from .config import LotrConfig
 from .group import LotrGroup

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from ..math.init import CORE_INITS, DATA_INITS, INITS, WEIGHT_INITS, generator_for
-from ..sharing.plan import Group
+from ..sharing.groups import Group
 from .config import LotrConfig
 from .experts import ExpertsWeight
 from .weight import base_weight

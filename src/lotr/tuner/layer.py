@@ -14,7 +14,7 @@ from ..math import update as formula
 from ..math.fused_linear import adapted_linear
 from ..math.matmul import runs_op_by_op
 from ..math.update import LinearMap
-from ..sharing.plan import Part
+from ..sharing.groups import Part
 from .group import LotrGroup, call, call_transposed, is_plain
 from .weight import AdaptedWeight
 

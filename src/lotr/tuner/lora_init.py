@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ..errors import ConfigError, near
 from ..files.peft_lora import LoraFolder, read_lora
 from ..math.hooi import tucker2
-from ..sharing.plan import Part
+from ..sharing.groups import Part
 from .factors import check_fresh, find_adapter, parts_of, set_factors
 from .weight import AdaptedWeight
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..math.magnitude import MAGNITUDES
+from ..sharing.groups import Group
 from ..sharing.keys import BASIS, PREFIX, file_key, group_keys, without_adapter
 from ..sharing.paths import normalise
-from ..sharing.plan import Group, Plan
+from ..sharing.plan import Plan
 from . import add_weighted as combine
 from . import mixed_batch as mixed
 from . import state_dict as state

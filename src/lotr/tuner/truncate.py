@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..math.hooi import tucker2
-from ..sharing.plan import Group, Part
+from ..sharing.groups import Group, Part
 from .checks import checked_rank
 from .config import LotrConfig, pair
 from .factors import find_adapter, parts_of, set_ranks

@@ -19,7 +19,7 @@ from ..math.magnitude import MAGNITUDES, Gains, Magnitude
 from ..math.norms import BaseWeight
 from ..math.update import FactoredUpdate
 from ..sharing.blocks import Shape
-from ..sharing.plan import Part
+from ..sharing.groups import Part
 from .config import LotrConfig
 from .group import LotrGroup, LotrLayer, NamedNumbers, linear_from, move, weight_of
 from .offload import device_of_adapter

@@ -1,0 +1,185 @@
+"""A group, the sites that share factors, and a part, the sites of one module in one group."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import Tensor
+
+from ..math.cores import Core, Index, Region
+from ..math.update import FactoredUpdate, one_by_one, side_by_side
+from .blocks import Shape, Site
+
+
+@dataclass(frozen=True)
+class Group:
+    """The sites that share one `U`, one `V` and one core structure.
+
+    Factors are as large as the largest block. A site of `n < N` rows uses the first `n` rows of `U`, multiplied by
+    `√(N/n)`, so that its part of orthonormal columns has norm one on average; columns and `V` alike.
+
+    Args:
+        name: Unique in its plan; without dots, ends with the block's shape.
+        modes: Coordinates along which the sites differ.
+        sites: The members, in model order.
+        core: Structure of the core.
+        index: Position of each site along the modes.
+        asked_rank: `(k, r)` as the configuration has it, before it was cut to the block.
+    """
+
+    name: str
+    modes: tuple[str, ...]
+    sites: tuple[Site, ...]
+    core: Core
+    index: dict[Site, Index] = field(hash=False)
+    asked_rank: Shape
+
+    @cached_property
+    def shape(self) -> Shape:
+        """The largest block `(o, i)` of the sites, which most often all have."""
+        return block_of(self.sites)
+
+    @property
+    def rank(self) -> Shape:
+        """Ranks `(k, r)` of the factors, at most as large as the block."""
+        return self.core.k, self.core.r
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Names of the projections in the group, in model order."""
+        return tuple(dict.fromkeys(site.projection for site in self.sites))
+
+    @property
+    def n_factors(self) -> int:
+        """Numbers in `U` and `V`."""
+        (o, i), (k, r) = self.shape, self.rank
+        return o * k + i * r
+
+    @property
+    def n_cores(self) -> int:
+        """Numbers in the cores of all sites."""
+        return self.core.n_parameters(len(self.sites))
+
+    @property
+    def n_parameters(self) -> int:
+        """Numbers of the group, factors and cores."""
+        return self.n_factors + self.n_cores
+
+
+@dataclass(frozen=True)
+class Part:
+    """The sites of one module in one group, as a grid.
+
+    Args:
+        group: The group.
+        name: Empty when it is the only part of its module; else unique in the module.
+        sites: The blocks, from the first row on.
+        grid: `(a, b)`: blocks down and across.
+        region: Positions along each mode of the group, in the order of the blocks.
+    """
+
+    group: Group
+    name: str
+    sites: tuple[Site, ...]
+    grid: tuple[int, int]
+    region: Region
+
+    @property
+    def block(self) -> Shape:
+        """Block `(n, m)` of each of the sites."""
+        return self.sites[0].shape
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the updates are `V C_sᵀ Uᵀ`."""
+        return self.sites[0].transposed
+
+    @property
+    def gain(self) -> float:
+        """`√(N/n · M/m)` for blocks `(n, m)` on factors of `N` and `M` rows; one where they are as large."""
+        (rows, columns), (n, m) = self.group.shape, self.block
+        return math.sqrt(rows / n * columns / m)
+
+    @property
+    def core_shape(self) -> Shape:
+        """Shape of the cores side by side."""
+        (k, r), (a, b) = self.group.rank, self.grid
+        return (a * r, b * k) if self.transposed else (a * k, b * r)
+
+    def lay(self, cores: Tensor) -> Tensor:  # (*extents, k, r) -> `core_shape`
+        """Lay the cores of the sites side by side, as they are applied."""
+        return side_by_side(cores.mT if self.transposed else cores, self.grid)
+
+    def cores(self, C: Tensor) -> Tensor:  # `core_shape` -> (a·b, k, r)
+        """Return the cores of the sites, which lie side by side, one by one."""
+        cores = one_by_one(C, self.grid)
+        return cores.mT if self.transposed else cores
+
+    def factored(
+        self,
+        U: Tensor,  # (o, k)
+        C: Tensor,  # `core_shape`
+        V: Tensor,  # (i, r)
+        scaling: float,
+    ) -> FactoredUpdate:
+        """Return the update of the part, from the numbers of its group and its cores."""
+        left, right = (V, U) if self.transposed else (U, V)
+        (n, m), sigma = self.block, scaling * self.gain
+        return FactoredUpdate(left[:n], C, right[:m], sigma, self.grid, self.rows[0], self.columns[0])
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """First output feature, and their number."""
+        return self.sites[0].row, self.grid[0] * self.sites[0].shape[0]
+
+    @property
+    def columns(self) -> tuple[int, int]:
+        """First input feature, and their number."""
+        return self.sites[0].column, self.grid[1] * self.sites[0].shape[1]
+
+
+def block_of(sites: Sequence[Site]) -> Shape:
+    """Return the rows of the tallest and the columns of the widest block of some sites."""
+    return max(site.shape[0] for site in sites), max(site.shape[1] for site in sites)
+
+
+def parts_of(members: Sequence[tuple[Group, list[Site]]]) -> tuple[Part, ...]:
+    """Put the sites of one module together: one part a group, or one a projection where they make no grid."""
+    parts: list[Part] = []
+    for group, sites in members:
+        whole = _grid(group, sites)
+        pieces = itertools.groupby(sites, key=lambda site: site.projection) if whole is None else ()
+        split = [_grid(group, list(piece)) for _, piece in pieces]
+        parts += [part for part in (whole, *split) if part is not None]
+    if len(parts) == 1:
+        only = parts[0]
+        return (Part(only.group, "", only.sites, only.grid, only.region),)
+    return tuple(parts)
+
+
+def _grid(group: Group, sites: list[Site]) -> Part | None:
+    """Return the sites as a part, when both their corners and their positions along the modes are grids."""
+    sites = sorted(sites, key=lambda site: (site.row, site.column))
+    rows, columns = sorted({s.row for s in sites}), sorted({s.column for s in sites})
+    if len({(site.shape, site.transposed) for site in sites}) > 1:
+        return None
+    o, i = sites[0].shape
+    corners = [(rows[0] + n * o, columns[0] + m * i) for n in range(len(rows)) for m in range(len(columns))]
+    runs = [sorted(set(positions)) for positions in zip(*(group.index[s] for s in sites), strict=True)]
+    region = tuple(range(run[0], run[-1] + 1) for run in runs)
+    if [(s.row, s.column) for s in sites] != corners:
+        return None
+    if [group.index[s] for s in sites] != list(itertools.product(*region)):
+        return None
+    first = sites[0]
+    numbers = {
+        name: getattr(first, name) for name in ("head", "expert") if not {name, "site"} & set(group.modes)
+    }
+    alone = [f"{name}{number}" for name, number in numbers.items() if number is not None]
+    name = "-".join(part for part in (first.piece, *alone) if part)
+    slices = tuple(slice(run.start, run.stop) for run in region)
+    return Part(group, name, tuple(sites), (len(rows), len(columns)), slices)

@@ -16,8 +16,6 @@ from .heads import Head
 from .store import TaskStore
 from .task import Record
 
-_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
-
 
 @dataclass(frozen=True)
 class LoadedTask:
@@ -152,7 +150,20 @@ def _room(capacity: int | str) -> int:
     """
     if isinstance(capacity, int):
         return capacity
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMG]?i?)B", str(capacity))
-    if match is None or match[2] not in _UNITS:
+    size = in_bytes(capacity)
+    if size is None:
         raise ConfigError(f"capacity={capacity!r} is not understood. Use tasks (1000) or bytes ('256MB').")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return size
+
+
+def in_bytes(text: str) -> int | None:
+    """Read a size such as `256MB` or `1.5 GiB`; `None` where it is none.
+
+    Example:
+        >>> in_bytes("20kb"), in_bytes("1 KiB"), in_bytes("2M"), in_bytes("20")
+        (20000, 1024, 2000000, None)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?=[KMGTB])([KMGT]?)(I?)B?", text.upper())
+    if match is None:
+        return None
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " "))

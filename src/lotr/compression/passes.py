@@ -8,8 +8,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from ..sharing.groups import Group
 from . import diagonal, fit
@@ -36,14 +39,22 @@ class State:
     @property
     def exists(self) -> bool:
         """Whether there is anything to go on from."""
-        return any(self.folder.glob(f"{self.request}-*.pt"))
+        return any(self.folder.glob(f"{self.request}-*.safetensors"))
 
     def load(self, groups: list[str]) -> dict[str, GroupFit] | None:
-        """Return the fits of groups that are fitted together, or `None` when there are none yet."""
+        """Return the fits of groups that are fitted together, or `None` when there are none yet, or damaged ones."""
         file = self._file(groups)
         if not file.is_file():
             return None
-        return {name: GroupFit(**fields) for name, fields in torch.load(file, weights_only=True).items()}
+        try:
+            tensors = load_file(file)
+        except SafetensorError:
+            return None
+        fits: dict[str, Any] = {name: {} for name in groups}
+        for key, tensor in tensors.items():
+            name, _, field = key.rpartition(".")
+            fits[name][field] = tensor.tolist() if field in ("energy", "errors") else tensor
+        return {name: GroupFit(**fields) for name, fields in fits.items()}
 
     def save(self, fits: Mapping[str, GroupFit], groups: list[str]) -> None:
         """Write the fits of groups, whole or not at all, unless the last time was a moment ago."""
@@ -51,7 +62,15 @@ class State:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self._file(groups)
-        torch.save({name: vars(fits[name]) for name in groups}, file.with_suffix(".tmp"))
+        # a group's name has no dot
+        tensors = {
+            f"{name}.{field}": torch.as_tensor(value, dtype=torch.float64).clone(
+                memory_format=torch.contiguous_format
+            )
+            for name in groups
+            for field, value in vars(fits[name]).items()
+        }
+        save_file(tensors, file.with_suffix(".tmp"))
         file.with_suffix(".tmp").replace(file)
         self._saved = time.monotonic()
 
@@ -60,7 +79,7 @@ class State:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _file(self, groups: list[str]) -> Path:
-        return self.folder / f"{self.request}-{_hash(repr(groups))}.pt"
+        return self.folder / f"{self.request}-{_hash(repr(groups))}.safetensors"
 
 
 def _hash(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..bank.basis import TASKS
+from ..bank.cache import in_bytes
 from ..bank.task import DTYPES
 from ..errors import ConfigError, Interrupted, near
 from ..files.atomic import check_apart, check_free, move_into, whole_folder, write_json
@@ -152,10 +152,10 @@ def _checked_size(
 def _in_bytes(size: int | str | None) -> int | None:
     if size is None or isinstance(size, int):
         return size
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", size.strip().upper())
-    if match is None:
+    number = int(size) if size.isdecimal() else in_bytes(size.strip())
+    if number is None:
         raise ConfigError(f"max_bytes={size!r} is not understood. Use 20000000, or '20MB'.")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
+    return number
 
 
 def _read(

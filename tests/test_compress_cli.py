@@ -163,6 +163,7 @@ def test_an_interrupted_fit_goes_on_and_gives_the_same_bank(place: Path, monkeyp
         except (library.LotrError, KeyboardInterrupt) as error:
             seen.append((passes[-1], type(error).__name__))
             assert not (place / "bank").exists()
+            assert {file.suffix for file in (place / ".bank.fit").glob("*")} <= {".safetensors"}
     assert {what for what, _ in seen} >= {"Directions", "Cores"}
     assert seen[-1][1] == "Interrupted"
     assert not (place / ".bank.fit").exists()

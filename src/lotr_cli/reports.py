@@ -61,7 +61,7 @@ def planned(model: str, report: dict[str, Any]) -> Report:
         f"LoRA at the same rank: {report['lora_same_rank']:,} numbers.",
         f"On disk: {report['bytes']:,} bytes without a head.",
         report["cut_ranks"],
-        report.get("said"),
+        report.get("rank_choice"),
     )
     return Report(report, [table(title, header, rows), *filter(None, lines)])
 

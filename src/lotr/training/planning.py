@@ -33,7 +33,7 @@ def plan_model(settings: TrainSettings, dtype: str = "float32") -> dict[str, Any
     config: Any = adapter_config(settings, task)
     chosen = {}
     if settings.budget is not None:
-        chosen = {"budget": settings.budget, "said": fit_rank(settings, config, model)}
+        chosen = {"budget": settings.budget, "rank_choice": fit_rank(settings, config, model)}
     planned = plan(model, config)
     if config.basis is not None:
         check_basis(planned, read_basis(config), config.basis)

@@ -40,7 +40,7 @@ def test_training_learns_and_tells_what_it_did(trained) -> None:
     assert json.loads((folder / METRICS).read_text())["accuracy"] == result["accuracy"]
     counts = ("trained_numbers", "adapter_bytes", "steps", "seconds", "peak_memory_bytes")
     assert all(result[name] for name in ("metric", "settings", *counts))
-    assert result["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(result["versions"]["torch"])  # a build adds its local name
     assert result["settings"]["rank"] == "4"
 
 

@@ -113,7 +113,7 @@ class LotrConfig(PeftConfig):
     )
     init: str = _field(
         "How the shared factors start: orthonormal, gaussian, kaiming (±1/√width), uniform (±1/√rank), identity, "
-        "weight (singular directions), weight_values (those of U times their singular values); "
+        "weight (singular directions), weight_values (those of V times their singular values); "
         "gradient, first_step and lora begin orthonormal until lotr.init_from_data(model, batches) or "
         "lotr.init_from_lora(model, folder) turns them. The name is saved either way."
     )

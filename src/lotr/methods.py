@@ -201,8 +201,8 @@ _ROWS = (
         core_init="uniform",
         zero="output",
         alpha=8,
-        differs="The authors' code for instruction tuning is this row; that for GLUE applies the transposes, so that heads "
-        "cut the input.",
+        differs="The authors' code for instruction tuning is this row; that for GLUE applies the transposes, so that "
+        "heads cut the input.",
     ),
     Method(
         "metatt_4d",

@@ -119,8 +119,8 @@ def weight_values(
 ) -> tuple[Tensor, Tensor]:  # (o, k), (i, r)
     """The directions of `weight`, those of `V` multiplied by their singular values: of one weight `U_k` and `V_r Σ_r`.
 
-    Source: LoRA-XS, arXiv 2405.17604, whose code has the values beside the input. Under Adam they make it another method
-    than `weight`.
+    Source: LoRA-XS, arXiv 2405.17604, whose code has the values beside the input. Under Adam they make it another
+    method than `weight`.
 
     Example:
         >>> W = torch.diag(torch.tensor([3.0, 2.0, 1.0]))

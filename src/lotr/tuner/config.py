@@ -237,6 +237,10 @@ class LotrConfig(PeftConfig):
             raise ConfigError(
                 f"scaling={self.scaling} and alpha={self.alpha} say one number twice, σ = alpha / r. Leave one out."
             )
+        if self._open and self.alpha is not None:
+            raise ConfigError(
+                f"alpha={self.alpha} contradicts basis={self.basis!r}, whose scaling is kept. Leave it out."
+            )
         self._alpha = row.alpha if self.alpha is None and self.scaling is None else self.alpha
         self.alpha = None
         self.scaling = 1.0 if self.scaling is None else self.scaling

@@ -1,9 +1,9 @@
 """Rows against fixed numbers that the code of their papers' authors computed once, in double precision.
 
 `authors.json` names repository, commit and functions. Every number of an adapter, and every input, is `numbers(shape,
-seed)`: the n-th tensor of the adapter, by name, has the seed n; the n-th module, by name, the input with seed 100 + n and
-the weight of its output in the loss with seed 200 + n. The loss is the sum of all outputs of updates, so weighted. Of a
-gradient the file has the first number, the last, and the norm.
+seed)`: the n-th tensor of the adapter, by name, has the seed n; the n-th module, by name, the input with seed 100 + n,
+and the weight of its output in the loss with seed 200 + n. The loss is the sum of all outputs of updates, so weighted.
+Of a gradient the file has the first number, the last, and the norm.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class TrainSettings:
     )
     modes: str | None = unset(
         _ADAPTER,
-        "What shares factors: any of `layer,projection,head,expert`; `site`; or `none`.",
+        "What shares factors: any of `layer,projection,head,expert,task`; `site`; or `none`.",
         "by method",
     )
     core: str | None = unset(

@@ -83,8 +83,8 @@ class LotrConfig(PeftConfig):
     )
     method: str = _field("Row of the table of methods; fields set explicitly override it. Default: lotr.")
     modes: tuple[str, ...] = _field(
-        "Coordinates along which sites share factors: layer, projection, head, expert; or site, all in one. In a "
-        "tensor train from the output to the input."
+        "Coordinates along which sites share factors: layer, projection, head, expert; or site, all in one; task, of a "
+        "train in a bank. In a tensor train from the output to the input."
     )
     core: str = _field("Structure of the cores: free, identity, tucker, cp, scaled_cp, tt.")
     core_ranks: int | dict[str, int] | None = _field(

@@ -76,3 +76,8 @@ def test_options_reach_the_configuration() -> None:
     config = adapter_config(settings)
     assert config.scaling == 0.5 and config.target_parameters == ["mlp.experts.a", "mlp.experts.b"]
     assert (config.zero, config.core_init, config.unequal) == ("output", "identity", "slice")
+
+
+def test_lotr_methods_says_where_a_row_differs_from_its_paper() -> None:
+    text = " ".join(lotr("methods").stdout.replace("│", " ").split())
+    assert all(" ".join(row.differs.split()) in text for row in METHODS.values())

@@ -136,8 +136,8 @@ def _measured() -> list[str]:
     }
     return [
         "",
-        "`lotr` is the default: with a fifth of LoRA's numbers it is within two points of it, no smaller row is above "
-        "it, and it is five points above the same structure with the start that its authors published.",
+        "`lotr` is the default: with a fifth of LoRA's numbers it is within two points of it, no smaller row in the "
+        "picture is above it, and it is five points above the same structure with the start that its authors published.",
         "",
         "| packaged MiniLM on `docstrings`, rank 16 | accuracy, a seed each |",
         "|---|---|",

@@ -137,7 +137,7 @@ def _measured() -> list[str]:
     return [
         "",
         "`lotr` is the default: with a fifth of LoRA's numbers it is within two points of it, no smaller row in the "
-        "picture is above it, and it is five points above the same structure with the start that its authors published.",
+        "picture is above it, and it is five points above the same structure with the published start.",
         "",
         "| packaged MiniLM on `docstrings`, rank 16 | accuracy, a seed each |",
         "|---|---|",

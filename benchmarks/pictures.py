@@ -126,7 +126,7 @@ def _around(width: float, height: float) -> Iterator[tuple[float, float]]:
 
 
 def bars(
-    names: Sequence[str], sizes: Sequence[int], values: Sequence[float], error: float, path: Path
+    names: Sequence[str], sizes: Sequence[int], values: Sequence[float], errors: Sequence[float], path: Path
 ) -> None:
     """Draw a line a method, the smallest at the bottom: its accuracy with an error bar, its size beside its name."""
     order = sorted((at for at in range(len(names)) if sizes[at]), key=lambda at: sizes[at])
@@ -134,7 +134,7 @@ def bars(
     axes = figure.subplots()
     for height, at in enumerate(order):
         colour = COLOURS["PEFT" if names[at].startswith("peft") else "this library"]
-        axes.errorbar(values[at], height, xerr=error, fmt="o", color=colour, capsize=2)
+        axes.errorbar(values[at], height, xerr=errors[at], fmt="o", color=colour, capsize=2)
     for at in range(len(names)):
         if not sizes[at]:
             axes.axvline(values[at], color=_GREY, linestyle="--")

@@ -90,7 +90,7 @@ def test_lora_xs_starts_at_the_leading_singular_directions_of_each_weight() -> N
         left, sizes, right = torch.linalg.svd(layer.base_layer.weight)
         for found, exact in ((U, left[:, :4]), (V, right[:4].T)):
             assert torch.linalg.svdvals((found / found.norm(dim=0)).T @ exact).min() > 0.99
-        torch.testing.assert_close(U.norm(dim=0), sizes[:4], rtol=2e-2, atol=0.0)
+        torch.testing.assert_close(V.norm(dim=0), sizes[:4], rtol=2e-2, atol=0.0)
 
 
 # ---- dropout

@@ -25,12 +25,15 @@ from lotr.errors import ConfigError
 INPUTS = ARCHITECTURES["bert"].inputs()
 NAMES = ["a", "b", "c", "d"]
 ALIKE = {"blocks": "none", "r": 4, "modes": ("layer", "projection")}
+#: MetaTT with a task in its train; what else is in the train belongs to the basis.
+TRAIN = {"modes": ("projection", "task", "layer"), "zero": "core", "core_init": "uniform", "init": "gaussian"}
 #: Model and configuration: every architecture, every core that has numbers, and projections that are fused.
 BASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in ("bert", "llama", "gpt2", "t5", "vit")},
     "tucker": ("bert", {"method": "lotr_joint", "core": "tucker", "core_ranks": 2}),
     "cp": ("bert", {**ALIKE, "core": "cp", "target_modules": ["query", "value", "intermediate.dense"]}),
     "tt": ("bert", {**ALIKE, "core": "tt", "target_modules": ["query", "value", "intermediate.dense"]}),
+    "task of a train": ("bert", {"method": "metatt_4d", "r": 4, **TRAIN}),
     "heads": ("bert", {"blocks": "head", "modes": ("layer", "head"), "r": 4}),
     "square": ("bert", {"blocks": "square", "r": 4}),
     "fused": ("gpt2", {**ALIKE, "target_modules": ["c_attn"]}),

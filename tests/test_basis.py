@@ -17,7 +17,8 @@ from conftest import bert, gpt2, tokens
 from lotr import CheckpointError, ConfigError, LotrConfig, PlanError
 from lotr.adapters.export import export
 from lotr.adapters.inspection import inspect
-from lotr.files.adapter_folder import CONFIG, WEIGHTS
+from lotr.files.adapter_folder import CONFIG, WEIGHTS, read_adapter
+from lotr.tuner.layer import LotrLinear
 from tuner_contract import linears, outputs
 
 INPUTS = {"input_ids": tokens()}
@@ -360,3 +361,44 @@ def test_a_basis_of_another_model_or_of_references_is_refused(task, tmp_path: Pa
         get_peft_model(gpt2(), LotrConfig(basis=str(tmp_path / "basis")))
     with pytest.raises(CheckpointError, match="holds no factors"):
         get_peft_model(bert(), _config(basis=str(task[1])))
+
+
+# ---- a task in a tensor train
+
+
+def test_a_task_of_a_train_has_its_own_matrix_and_the_basis_the_others(tmp_path: Path) -> None:
+    modes = ("projection", "task", "layer")
+    config = _config(method="metatt_4d", modes=modes, init="gaussian", zero="none", core_init="uniform")
+    first = get_peft_model(bert(), config)
+    assert first.get_nb_trainable_parameters()[0] == 2 * 32 * 4 + (2 + 1 + 3) * 4 * 4
+    first.save_pretrained(tmp_path / "basis")
+
+    model = get_peft_model(bert(), LotrConfig(basis=str(tmp_path / "basis"))).eval()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.rpartition(".")[2]: tuple(p.shape) for name, p in trained.items()} == {"core_1": (1, 4, 4)}
+    assert torch.equal(outputs(model, INPUTS), outputs(bert(), INPUTS))  # its matrix starts at zero
+    model(**INPUTS).logits.square().sum().backward()
+    (own,) = trained.values()
+    assert own.grad is not None and bool(own.grad.any())
+    with torch.no_grad():
+        own.copy_(torch.randn(1, 4, 4))
+    model.save_pretrained(tmp_path / "task")
+    saved = read_adapter(tmp_path / "task").tensors()
+    assert [tuple(tensor.shape) for tensor in saved.values()] == [(1, 4, 4)]
+
+    shared = read_adapter(tmp_path / "basis").tensors()
+    numbers = {key.rpartition("joint")[2].partition(".")[2]: tensor for key, tensor in shared.items()}
+    U, V = numbers["lotr_U.weight"], numbers["lotr_V.weight"].T
+    loaded = PeftModel.from_pretrained(bert(), tmp_path / "task")
+    for path, layer in loaded.get_base_model().named_modules():
+        if isinstance(layer, LotrLinear):
+            p, n = int(path.endswith("value")), int(path.split("layer.")[1][0])
+            train = numbers["lotr_shared.core_0"][p] @ own[0].detach() @ numbers["lotr_shared.core_2"][n]
+            torch.testing.assert_close(
+                layer.get_delta_weight("default"), U @ train @ V.T, atol=1e-5, rtol=1e-4
+            )
+
+
+def test_a_task_without_a_train_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"task.*core='free'"):
+        LotrConfig(modes=("layer", "task"))

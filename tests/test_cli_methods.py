@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from safetensors import safe_open
 from commands import lotr, report, training
 from lotr import METHODS
 from lotr.math.magnitude import MAGNITUDES
+from lotr.methods import Method
+from lotr.training.adapter import adapter_config
+from lotr.training.settings import TrainSettings
 
 FIELDS = ("--rank", "4", "--target-modules", "query,key,value,attention.output.dense,intermediate.dense")
 
@@ -58,3 +62,22 @@ def test_a_combination_without_a_row_is_said_with_fields(place: Path) -> None:
     assert plan["core_numbers"] == 2 * (2 * 3 * 4 * 4 + 2 * 2 + 4 * 3)
     assert plan["magnitude_numbers"] == 4 * 32
     assert plan["trained_numbers"] == plan["core_numbers"] + plan["magnitude_numbers"]
+
+
+def test_every_field_of_a_row_is_an_option() -> None:
+    of_row = {field.name for field in dataclasses.fields(Method)}
+    described = {"name", "title", "year", "url", "purpose", "differs"}
+    assert of_row - described <= {field.name for field in dataclasses.fields(TrainSettings)}
+
+
+def test_options_reach_the_configuration() -> None:
+    own = {"alpha": 4.0, "zero": "output", "core_init": "identity", "unequal": "slice"}
+    settings = TrainSettings(method="lotr", rank="8", target_parameters="mlp.experts.a, mlp.experts.b", **own)
+    config = adapter_config(settings)
+    assert config.scaling == 0.5 and config.target_parameters == ["mlp.experts.a", "mlp.experts.b"]
+    assert (config.zero, config.core_init, config.unequal) == ("output", "identity", "slice")
+
+
+def test_lotr_methods_says_where_a_row_differs_from_its_paper() -> None:
+    text = " ".join(lotr("methods").stdout.replace("│", " ").split())
+    assert all(" ".join(row.differs.split()) in text for row in METHODS.values())

@@ -128,12 +128,12 @@ def test_the_weight_start_follows_its_generator_and_leaves_the_global_random_sta
     assert not first[0].requires_grad and not first[1].requires_grad
 
 
-def test_the_values_of_a_weight_go_to_the_output_side() -> None:
+def test_the_values_of_a_weight_go_to_the_input_side() -> None:
     W = _decaying().double()
     U, V = weight_values([W], 3, 3, generator_for(0))
     left, S, right = torch.linalg.svd(W)
-    torch.testing.assert_close(U @ U.T, left[:, :3] @ S[:3].square().diag() @ left[:, :3].T)
-    torch.testing.assert_close(V @ V.T, right[:3].T @ right[:3])
+    torch.testing.assert_close(U @ U.T, left[:, :3] @ left[:, :3].T)
+    torch.testing.assert_close(V @ V.T, right[:3].T @ S[:3].square().diag() @ right[:3])
 
 
 # ---- starts of the rows

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tensorly as tl
 import torch
+import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
 from tensorly.decomposition import partial_tucker
 from torch import Tensor
@@ -57,6 +58,88 @@ def test_a_truncated_update_is_as_near_as_tensorlys_tucker() -> None:
     error, least = (float((x.double() - before.double()).norm()) for x in (after, best))
     assert error == pytest.approx(least, rel=1e-4)
     assert group.kept == pytest.approx(float(after.square().sum() / before.square().sum()), rel=1e-3)
+
+
+def _grouped_query(**fields: Any) -> PeftModel:
+    """Return a Llama whose keys and values use the first quarter of the rows of the factor of the queries."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 16}
+    base = tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=2)).double()
+    targets = ["q_proj", "k_proj", "v_proj"]
+    config = LotrConfig(
+        method="lotr_joint", r=6, seed=0, init_weights=False, target_modules=targets, **fields
+    )
+    model = get_peft_model(base, config)
+    (group,) = (m for m in model.modules() if isinstance(m, LotrGroup))
+    with torch.no_grad():  # the first rows carry little of the first columns, and much of the last
+        group.lotr_U["default"].weight[:8] *= torch.tensor([0.1, 0.1, 0.3, 1, 2, 3])
+    return model
+
+
+def _squares(model: PeftModel) -> list[Tensor]:
+    return [layer.get_delta_weight("default").detach().clone() for layer in linears(model)]
+
+
+def _energy(updates: list[Tensor]) -> float:
+    return sum(float(update.square().sum()) for update in updates)
+
+
+def test_the_full_rank_changes_nothing_where_sites_use_the_first_rows_of_a_factor() -> None:
+    model = _grouped_query()
+    before = _squares(model)
+    assert len({update.shape for update in before}) == 2
+    (group,) = lotr.truncate(model, rank=6)
+    assert group.kept == pytest.approx(1)
+    for update, expected in zip(_squares(model), before, strict=True):
+        torch.testing.assert_close(update, expected, atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("rank", [2, 4])
+def test_what_is_left_is_that_of_the_dense_updates_and_near_the_best_that_factors_can_do(rank: int) -> None:
+    model = _grouped_query()
+    before = _squares(model)
+    U, V = (factor["default"].weight.detach() for factor in _factors(model))
+    (group,) = lotr.truncate(model, rank=rank)
+    error = _energy([a - b for a, b in zip(_squares(model), before, strict=True)])
+    assert group.kept == pytest.approx(_energy(_squares(model)) / _energy(before))
+    assert error == pytest.approx((1 - group.kept) * _energy(before), rel=1e-6)
+    least = _least_error(before, U, V.T, rank)
+    assert least <= error * (1 + 1e-6) and error < 1.1 * least
+
+
+def _factors(model: PeftModel) -> tuple[Any, Any]:
+    (group,) = (m for m in model.modules() if isinstance(m, LotrGroup))
+    return group.lotr_U, group.lotr_V
+
+
+def _least_error(updates: list[Tensor], U: Tensor, V: Tensor, rank: int) -> float:
+    """Least squared error of all updates with factors `U P` and `V Q`, by descent from random ones."""
+    generator = torch.Generator().manual_seed(0)
+
+    def start(columns: int) -> Tensor:
+        return torch.randn(columns, rank, generator=generator, dtype=torch.float64).requires_grad_()
+
+    def error(P: Tensor, Q: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for update in updates:
+            left = torch.linalg.qr(U[: len(update)] @ P).Q
+            right = torch.linalg.qr(V[: update.shape[1]] @ Q).Q
+            total = total + (update - left @ (left.T @ update @ right) @ right.T).square().sum()
+        return total
+
+    best = float("inf")
+    for _ in range(4):
+        P, Q = start(U.shape[1]), start(V.shape[1])
+        descent = torch.optim.LBFGS([P, Q], max_iter=300, line_search_fn="strong_wolfe")
+
+        def closure(descent: Any = descent, P: Tensor = P, Q: Tensor = Q) -> Tensor:
+            descent.zero_grad()
+            loss = error(P, Q)
+            loss.backward()
+            return loss
+
+        descent.step(closure)
+        best = min(best, float(error(P, Q).detach()))
+    return best
 
 
 @pytest.mark.parametrize("make", [bert, gpt2])

@@ -99,6 +99,7 @@ def _tenslora() -> Iterable[Method]:
             "exchanged the two are equal.",
             "projection": "Where grouped queries make projections unequal, the authors repeat heads and average; here "
             "narrower ones use the first rows.",
+            "_cp": "Dropout drops inputs; that of the authors drops components of the rank.",
         }
         for core, suffix in (("tucker", ""), ("cp", "_cp")):
             cp: dict[str, Any] = {"init": "uniform", "core_init": "uniform", "zero": "input"}
@@ -109,7 +110,7 @@ def _tenslora() -> Iterable[Method]:
                 modes=modes,
                 core=core,
                 blocks="head" if "head" in modes else "none",
-                differs=next((differs[mode] for mode in ("head", "projection") if mode in along), ""),
+                differs=" ".join(text for key, text in differs.items() if key in (*along, suffix)),
                 **(cp if core == "cp" else {}),
             )
 
@@ -175,7 +176,8 @@ _ROWS = (
         init="kaiming",
         core_init="uniform",
         zero="output",
-        differs="The scale, which the authors search for each task, is 1.",
+        differs="The scale, which the authors search for each task, is 1, and there is no dropout; theirs, of 0.1, "
+        "stands before the output factor.",
     ),
     Method(
         "fact_tk",
@@ -188,7 +190,7 @@ _ROWS = (
         core_init="xavier",
         zero="output",
         differs="The authors' code interleaves rank and square of the feed-forward weights and transposes the second; "
-        "here every square has a core of its own.",
+        "here every square has a core of its own. Scale and dropout as in fact_tt.",
     ),
     Method(
         "lorta",
@@ -201,6 +203,8 @@ _ROWS = (
         core_init="uniform",
         zero="output",
         alpha=8,
+        differs="The authors' code for instruction tuning is this row; that for GLUE applies the transposes, so that "
+        "heads cut the input.",
     ),
     Method(
         "metatt_4d",
@@ -231,8 +235,8 @@ _ROWS = (
         core="scaled_cp",
         blocks="head_or_square",
         zero="input",
-        differs="The authors add three trained bias vectors that all layers share; bias=lotr_only trains those of each "
-        "module instead.",
+        differs="The authors add three trained bias vectors that all layers share (bias=lotr_only trains those of each "
+        "module instead), search the scale for each task, and drop a tenth of the update's numbers in training.",
     ),
     Method(
         "lora_xs",

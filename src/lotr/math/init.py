@@ -117,17 +117,18 @@ def weight_values(
     r: int,
     generator: Generator,
 ) -> tuple[Tensor, Tensor]:  # (o, k), (i, r)
-    """The directions of `weight`, those of `U` multiplied by their singular values: of one weight `U_k Σ_k` and `V_r`.
+    """The directions of `weight`, those of `V` multiplied by their singular values: of one weight `U_k` and `V_r Σ_r`.
 
-    Source: LoRA-XS, arXiv 2405.17604. Under Adam the values make it another method than `weight`.
+    Source: LoRA-XS, arXiv 2405.17604, whose code has the values beside the input. Under Adam they make it another
+    method than `weight`.
 
     Example:
         >>> W = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
-        >>> weight_values([W], 2, 2, torch.Generator().manual_seed(0))[0].norm(dim=0)
+        >>> weight_values([W], 2, 2, torch.Generator().manual_seed(0))[1].norm(dim=0)
         tensor([3., 2.])
     """
-    (U, values), (V, _) = _leading(weights, k, generator), _leading([W.T for W in weights], r, generator)
-    return U * values, V
+    (U, _), (V, values) = _leading(weights, k, generator), _leading([W.T for W in weights], r, generator)
+    return U, V * values
 
 
 def _leading(

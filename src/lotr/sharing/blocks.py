@@ -119,7 +119,7 @@ class Site:
         if mode == "site":
             expert = None if "expert" in modes else self.expert
             return (self.module, self.projection, expert) if {"head", "expert"} & set(modes) else self
-        return getattr(self, mode)
+        return 0 if mode == "task" else getattr(self, mode)
 
 
 def cut(target: Target, layer: str, projection: str, blocks: str, split_fused: bool) -> Iterator[Site]:

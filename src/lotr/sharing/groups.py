@@ -55,14 +55,15 @@ class Group:
 
     @property
     def n_factors(self) -> int:
-        """Numbers in `U` and `V`."""
+        """Numbers in `U` and `V`, and in what a core keeps with them."""
         (o, i), (k, r) = self.shape, self.rank
-        return o * k + i * r
+        return o * k + i * r + sum(math.prod(self.core.shapes[name]) for name in self.core.of_basis)
 
     @property
     def n_cores(self) -> int:
         """Numbers in the cores of all sites."""
-        return self.core.n_parameters(len(self.sites))
+        with_factors = sum(math.prod(self.core.shapes[name]) for name in self.core.of_basis)
+        return self.core.n_parameters(len(self.sites)) - with_factors
 
     @property
     def n_parameters(self) -> int:

@@ -14,8 +14,8 @@ from .plan import Plan
 PREFIX = "lotr_"
 #: The one module that holds the shared factors of a model.
 BASIS = "lotrbasis"
-#: Names of the shared factors `U` and `V`.
-FACTORS = ("lotr_U", "lotr_V")
+#: Names of the shared factors `U` and `V`, and of the numbers of a core that are kept with them.
+FACTORS = ("lotr_U", "lotr_V", "lotr_shared")
 _ROOT = "base_model.model."
 
 
@@ -58,7 +58,8 @@ def is_factor(key: str) -> bool:
 def group_keys(group: Group) -> dict[str, str]:
     """Return the names in a file of what a group shares: `U`, `V` (transposed) and the numbers of its core."""
     root = f"{_ROOT}{BASIS}.{group.name}"
-    core = {} if group.core.by_site else {n: f"{root}.lotr_core.{n}" for n in group.core.shapes}
+    place = dict.fromkeys(group.core.shapes, "lotr_core") | dict.fromkeys(group.core.of_basis, "lotr_shared")
+    core = {} if group.core.by_site else {name: f"{root}.{place[name]}.{name}" for name in place}
     return {"U": f"{root}.lotr_U.weight", "V": f"{root}.lotr_V.weight", **core}
 
 

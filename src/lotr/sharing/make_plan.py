@@ -19,8 +19,8 @@ Rank = tuple[int, int]  # (k, r)
 UNEQUAL = ("grouped_query", "slice", "separate", "error")
 
 #: The coordinates along which sites can share factors. `site` is all of them in one, or layer and projection in one
-#: beside `head` and `expert`.
-MODES = ("site", "layer", "projection", "head", "expert")
+#: beside `head` and `expert`. `task` is one in an adapter, and any number in a bank on it.
+MODES = ("site", "layer", "projection", "head", "expert", "task")
 
 
 def make_plan(
@@ -138,7 +138,8 @@ def _group(
     if CORES[core].has_ranks:
         given = core_ranks if isinstance(core_ranks, dict) else dict.fromkeys(modes, core_ranks)
         mode_ranks = tuple(given.get(m) or min(r, size) for m, size in zip(modes, sizes, strict=True))
-    structure = CORES[core](k=k, r=r, sizes=sizes, ranks=mode_ranks)
+    task = modes.index("task") if "task" in modes else None
+    structure = CORES[core](k=k, r=r, sizes=sizes, ranks=mode_ranks, task=task)
     return Group(name, modes, tuple(sites), structure, index, rank)
 
 

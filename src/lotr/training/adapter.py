@@ -13,7 +13,14 @@ from ..tuner.config import LotrConfig
 from ..tuner.ranks import largest_rank
 from ..tuner.saved_adapter import read_saved
 from .data import check_task
-from .settings import TrainSettings, read_core_ranks, read_modes, read_rank, read_target_modules
+from .settings import (
+    TrainSettings,
+    read_core_ranks,
+    read_modes,
+    read_names,
+    read_rank,
+    read_target_modules,
+)
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -25,9 +32,21 @@ AUTO = "auto"
 PEERS = ("peft_lora", "peft_dora", "head")
 TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 #: Settings of this library's methods, which PEFT's own do not know.
-_OURS = ("modes", "core", "core_ranks", "blocks", "magnitude", "trainable", "init", "basis", "budget")
+_STRUCTURE = (
+    "alpha",
+    "basis",
+    "blocks",
+    "core",
+    "core_init",
+    "init",
+    "magnitude",
+    "trainable",
+    "unequal",
+    "zero",
+)
+_OURS = (*_STRUCTURE, "modes", "core_ranks", "budget")
 #: Settings that are fields of the configuration as they are.
-_AS_IN_CONFIG = ("basis", "core", "blocks", "magnitude", "trainable", "init", "dropout", "seed")
+_AS_IN_CONFIG = (*_STRUCTURE, "dropout", "seed")
 
 #: The most of a setting that must be positive: beyond, a run neither fits into a memory nor ends.
 _MOST = {"epochs": 10**6, "batch_size": 10**6, "max_length": 10**6}
@@ -48,6 +67,7 @@ def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConf
     common: dict[str, Any] = {
         "task_type": TASK_TYPES[task or "classification"],
         "target_modules": read_target_modules(settings.target_modules),
+        "target_parameters": read_names(settings.target_parameters),
     }
     if settings.method == "head":
         return LotrConfig(**{**common, "target_modules": DUMMY_TARGET_MODULES})
@@ -87,6 +107,7 @@ def _check_meaning(settings: TrainSettings) -> None:
     check_positive(settings, "start_batches", "budget")
     method, basis, rank, budget = settings.method, settings.basis, settings.rank, settings.budget
     misfits = [name for name in _OURS if method in PEERS and getattr(settings, name) is not None]
+    misfits += ["target_parameters"] if method == "head" and settings.target_parameters is not None else []
     problem = ""
     if rank == AUTO and budget is None:
         problem = "rank='auto' needs a budget: the trained numbers that it may use. Add --budget 9216."

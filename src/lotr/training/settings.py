@@ -62,18 +62,30 @@ class TrainSettings:
     target_modules: str | None = unset(
         _ADAPTER, "Modules to adapt: names with commas, a regex, or `all-linear`.", "by architecture"
     )
+    target_parameters: str | None = unset(
+        _ADAPTER, "Parameters that hold the experts of a layer, `mlp.experts.down_proj`, with commas.", "none"
+    )
     modes: str | None = unset(
         _ADAPTER,
-        "What shares factors: any of `layer,projection,head,expert`; `site`; or `none`.",
+        "What shares factors: any of `layer,projection,head,expert,task`; `site`; or `none`.",
         "by method",
     )
-    core: str | None = unset(_ADAPTER, "Structure of the cores: free, identity, tucker, cp, tt.", "by method")
+    core: str | None = unset(
+        _ADAPTER, "Structure of the cores: free, identity, tucker, cp, scaled_cp, tt.", "by method"
+    )
     core_ranks: str | None = unset(
         _ADAPTER,
         "Tucker cores: rank of every mode (`4`), or of each (`layer=8,head=4`).",
         "the rank, at most the mode's extent",
     )
-    blocks: str | None = unset(_ADAPTER, "How weights are cut: none, head, square.", "by method")
+    blocks: str | None = unset(
+        _ADAPTER, "How weights are cut: none, head, head_rows, square, head_or_square.", "by method"
+    )
+    unequal: str | None = unset(
+        _ADAPTER,
+        "What unequal weights do that would share: grouped_query, slice (all use first rows), separate, error.",
+        "grouped_query",
+    )
     magnitude: str | None = unset(
         _ADAPTER,
         "Rule on the whole weight: none, per_output, per_output_and_input, base_and_update.",
@@ -90,10 +102,18 @@ class TrainSettings:
     scaling: float | None = unset(
         _ADAPTER, "σ: multiplies the update; not divided by the rank.", "by method, mostly 1"
     )
+    alpha: float | None = unset(_ADAPTER, "Instead of scaling: σ = alpha / rank.", "by method, mostly none")
     init: str | None = unset(
         _ADAPTER,
-        "How the factors start: orthonormal, gaussian, kaiming, weight; or gradient, from the first batches.",
+        "How the factors start: orthonormal, gaussian, kaiming, uniform, identity, weight, weight_values; or gradient, "
+        "first_step, from the first batches.",
         "by method; gradient where cores alone train",
+    )
+    core_init: str | None = unset(
+        _ADAPTER, "How the cores start: uniform, xavier, tiny, identity.", "by method and structure"
+    )
+    zero: str | None = unset(
+        _ADAPTER, "What starts at zero, so that the update does: core, output, input, none.", "by method"
     )
     start_batches: int | None = unset(_ADAPTER, "Batches whose gradients a start from data takes.", "8")
     dropout: float = setting(0.0, _ADAPTER, "Dropout on the input of the update.")
@@ -205,12 +225,17 @@ def read_rank(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[-1])
 
 
+def read_names(text: str | None) -> list[str] | None:
+    """Read names with commas."""
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
 def read_target_modules(text: str | None) -> list[str] | str | None:
     """Read names with commas, `query,value`; a regex, `layer.[01].*`; or `all-linear`."""
     if text is None or text == "all-linear":
         return text
     if not re.search(r"[*+?()\[\]|\\^$]", text):  # a character that no module's name has
-        return [name.strip() for name in text.split(",") if name.strip()]
+        return read_names(text)
     try:
         re.compile(text)
     except re.error as error:

@@ -47,15 +47,17 @@ class Rows:
     numbers: Mapping[str, Tensor]
     head: HeadRows | None = None
 
-    def core(self, part: Part) -> LinearMap:  # (m·rows, *n, b·r) -> (m·rows, *n, a·k)
-        """Return the map that multiplies each row of a batch by its own cores of a part."""
+    def core(
+        self, part: Part, shared: Mapping[str, Tensor]
+    ) -> LinearMap:  # (m·rows, *n, b·r) -> (m·rows, *n, a·k)
+        """Return the map that multiplies each row of a batch by its own cores of a part; all share some numbers."""
         core = part.group.core
         if core.by_site:
             C = self.numbers[core_key(part)]  # (rows, a·k, b·r)
         else:
             keys = group_keys(part.group)
-            own = {name: self.numbers[keys[name]] for name in core.shapes}
-            C = torch.vmap(lambda one: part.lay(core.block(one, part.region)))(own)
+            own = {name: self.numbers[keys[name]] for name in core.shapes if name not in shared}
+            C = torch.vmap(lambda one: part.lay(core.block({**one, **shared}, part.region)))(own)
         return lambda h: by_row(h, C.to(h.device))
 
 

@@ -45,6 +45,11 @@ def check_core(
         raise ConfigError(
             f'modes={modes!r} names "head", but blocks={blocks!r} cuts no weight into heads. Use blocks="head".'
         )
+    if "task" in modes and core != "tt":
+        raise ConfigError(
+            f'modes={modes!r} names "task", which is a core of a tensor train, and core={core!r} is none. Use '
+            'core="tt", or leave it out: every adapter on a basis is a task of a bank.'
+        )
     if trainable == "cores" and CORES[core].is_identity:
         raise ConfigError(
             f"trainable='cores' with core={core!r} leaves nothing to train. Use trainable='all', or another core."

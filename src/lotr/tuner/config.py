@@ -83,8 +83,8 @@ class LotrConfig(PeftConfig):
     )
     method: str = _field("Row of the table of methods; fields set explicitly override it. Default: lotr.")
     modes: tuple[str, ...] = _field(
-        "Coordinates along which sites share factors: layer, projection, head, expert; or site, all in one. In a "
-        "tensor train from the output to the input."
+        "Coordinates along which sites share factors: layer, projection, head, expert; or site, all in one; task, of a "
+        "train in a bank. In a tensor train from the output to the input."
     )
     core: str = _field("Structure of the cores: free, identity, tucker, cp, scaled_cp, tt.")
     core_ranks: int | dict[str, int] | None = _field(
@@ -113,7 +113,7 @@ class LotrConfig(PeftConfig):
     )
     init: str = _field(
         "How the shared factors start: orthonormal, gaussian, kaiming (±1/√width), uniform (±1/√rank), identity, "
-        "weight (singular directions), weight_values (those of U times their singular values); "
+        "weight (singular directions), weight_values (those of V times their singular values); "
         "gradient, first_step and lora begin orthonormal until lotr.init_from_data(model, batches) or "
         "lotr.init_from_lora(model, folder) turns them. The name is saved either way."
     )
@@ -236,6 +236,10 @@ class LotrConfig(PeftConfig):
         if self.scaling is not None and self.alpha is not None:
             raise ConfigError(
                 f"scaling={self.scaling} and alpha={self.alpha} say one number twice, σ = alpha / r. Leave one out."
+            )
+        if self._open and self.alpha is not None:
+            raise ConfigError(
+                f"alpha={self.alpha} contradicts basis={self.basis!r}, whose scaling is kept. Leave it out."
             )
         self._alpha = row.alpha if self.alpha is None and self.scaling is None else self.alpha
         self.alpha = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..sharing.blocks import Shape
+from ..sharing.keys import FACTORS
 
 if TYPE_CHECKING:
     from .batch_cores import RowsOfCall
@@ -117,10 +118,11 @@ class LotrGroup(nn.Module, LotrLayer):
     """What the sites of one group share, for every adapter that has the group.
 
     `lotr_U[adapter].weight` is `U` of shape `(o, k)`; `lotr_V[adapter].weight` is `Vᵀ` of shape `(r, i)`;
-    `lotr_core[adapter]` has the numbers of a core that is not kept site by site.
+    `lotr_core[adapter]` has the numbers of a core that is not kept site by site, `lotr_shared[adapter]` those of them
+    that stay with the factors.
     """
 
-    adapter_layer_names = ("lotr_U", "lotr_V", "lotr_core")
+    adapter_layer_names = (*FACTORS, "lotr_core")
     other_param_names = ("scaling",)
     # a group wraps nothing; code that asks any tuner layer for its base weight gets an answer
     weight: Any = None
@@ -129,6 +131,7 @@ class LotrGroup(nn.Module, LotrLayer):
     lotr_U: Any
     lotr_V: Any
     lotr_core: Any
+    lotr_shared: Any
     _active_adapter: Any
 
     def __init__(self, shape: Shape, scaling: dict[str, float]) -> None:
@@ -137,6 +140,7 @@ class LotrGroup(nn.Module, LotrLayer):
         self.lotr_U = nn.ModuleDict()
         self.lotr_V = nn.ModuleDict()
         self.lotr_core = nn.ModuleDict()
+        self.lotr_shared = nn.ModuleDict()
         # one dictionary for the whole model: PEFT's hot-swapping writes it beside whatever tensor it swaps
         self.scaling = scaling
         self.merged_adapters: list[str] = []
@@ -150,6 +154,7 @@ class LotrGroup(nn.Module, LotrLayer):
         U: Tensor,  # (o, k)
         V: Tensor,  # (i, r)
         core: Mapping[str, Tensor],
+        of_basis: Sequence[str],
         frozen: bool,
         device: torch.device | None,
         dtype: torch.dtype | None,
@@ -157,12 +162,23 @@ class LotrGroup(nn.Module, LotrLayer):
         """Add the numbers of an adapter where its first member lives: the factors, and the shared ones of the core."""
         self.lotr_U[adapter] = linear_from(U)
         self.lotr_V[adapter] = linear_from(V.T)
-        if core:
-            self.lotr_core[adapter] = NamedNumbers(core)
+        for place, names in ((self.lotr_shared, of_basis), (self.lotr_core, core.keys() - of_basis)):
+            if names and core:
+                place[adapter] = NamedNumbers(
+                    {name: number for name, number in core.items() if name in names}
+                )
         if frozen:  # PEFT thaws what it activates, except what is named here
-            self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter: ("lotr_U", "lotr_V")}
+            self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter: FACTORS}
         self._home = device
         self._move_adapter_to_device_of_base_layer(adapter, device, dtype)
+
+    def core_numbers(self, adapter: str) -> dict[str, Tensor]:
+        """Return the numbers of a core that is not kept site by site, by name."""
+        return self.lotr_core[adapter]() | self.shared_numbers(adapter)
+
+    def shared_numbers(self, adapter: str) -> dict[str, Tensor]:
+        """Return those of a core that all tasks on the factors have in common."""
+        return self.lotr_shared[adapter]() if adapter in self.lotr_shared else {}
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: Any = None, dtype: torch.dtype | None = None

@@ -101,7 +101,9 @@ class LotrLinear(AdaptedWeight):
             output = formula.apply(
                 x if width == self.in_features else x.narrow(-1, first, width),
                 partial(_input, part, group, adapter),
-                self._core_map(adapter, part, group) if batch is None else batch.core(part),
+                self._core_map(adapter, part, group)
+                if batch is None
+                else batch.core(part, group.shared_numbers(adapter)),
                 partial(_output, part, group, adapter),
                 self.scaling[adapter] * part.gain,
                 part.grid,

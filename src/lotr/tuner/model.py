@@ -217,11 +217,13 @@ class LotrModel(BaseTuner):
             U, V, core = start_group(group, config, injection.modules, adapter, injection.empty)
             injection.cores[group.name] = core
             if injection.basis_factors:
-                U, V = (injection.basis_factors[group_keys(group)[name]] for name in ("U", "V"))
-                V = V.T
+                keys, factors = group_keys(group), injection.basis_factors
+                U, V = factors[keys["U"]], factors[keys["V"]].T
+                core |= {name: factors[keys[name]] for name in group.core.of_basis}
             device, dtype = member.device_and_dtype()
             own = {} if group.core.by_site else core
-            shared.add(adapter, U, V, own, config.trainable == "cores", device, dtype)
+            of_basis, frozen = group.core.of_basis, config.trainable == "cores"
+            shared.add(adapter, U, V, own, of_basis, frozen, device, dtype)
             shared.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         return shared
 

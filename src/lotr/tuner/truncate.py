@@ -41,7 +41,8 @@ def truncate(
     """Cut the ranks of a trained adapter down, keeping as much of its update as the ranks allow.
 
     Every group's updates `U C_s Vᵀ` are turned to the directions that carry most of `Σ_s ‖ΔW_s‖²`; afterwards `U` and
-    `V` are orthonormal. Make an optimiser anew when training goes on.
+    `V` are orthonormal. Sites that use the first rows of a factor count with what those rows carry, and their cores are
+    the nearest to their updates. Make an optimiser anew when training goes on.
 
     Args:
         model: A PEFT model with an adapter that has free cores.
@@ -77,10 +78,10 @@ def truncate(
     report = []
     for shared, update in updates.items():
         after = ranks[update.group.name]
-        U, cores, V = update.cut(*after)
+        U, cores, V, energy = update.cut(*after)
         _replace(shared, name, parts[shared], U, cores, V)
-        kept = sum(float(C.square().sum()) for C in cores) / max(update.energy, 1e-300)
-        report.append(Truncated(update.group.name, update.group.rank, after, kept if update.energy else 1.0))
+        kept = energy / update.energy if update.energy else 1.0
+        report.append(Truncated(update.group.name, update.group.rank, after, kept))
     for layer in {layer for of_group in parts.values() for layer, _ in of_group}:
         planned = {part.name: part for part in plan.parts[layer.parts[name][0][0].sites[0].module]}
         layer.parts[name] = tuple((planned[part.name], group) for part, group in layer.parts[name])
@@ -89,15 +90,21 @@ def truncate(
 
 
 class _Update:
-    """The updates of one group, as cores between orthonormal bases; in double, because what is cut is small."""
+    """The updates of one group, as cores between orthonormal bases; in double, because what is cut is small.
+
+    A narrower site sees the first rows of a basis alone. Between square roots of their Gram matrices its core has the
+    norm of its update, so that all sites weigh as much as they change their weights.
+    """
 
     def __init__(self, shared: LotrGroup, adapter: str, parts: list[tuple[AdaptedWeight, Part]]) -> None:
         self.group: Group = parts[0][1].group
         self.Q_U, R_U = torch.linalg.qr(shared.lotr_U[adapter].weight.double())
         self.Q_V, R_V = torch.linalg.qr(shared.lotr_V[adapter].weight.T.double())
-        cores = [layer.site_core(adapter, part).to(R_U) for layer, part in parts]
+        cores = [part.cores(layer.site_core(adapter, part).to(R_U)) for layer, part in parts]
+        blocks = [part.block[::-1] if part.transposed else part.block for _, part in parts]
+        self.roots = [(_root(self.Q_U, n), _root(self.Q_V, m)) for n, m in blocks]
         #: Of each part, `(sites, k, r)`.
-        self.cores = [R_U @ part.cores(C) @ R_V.T for C, (_, part) in zip(cores, parts, strict=True)]
+        self.cores = [A @ R_U @ C @ R_V.T @ B for C, (A, B) in zip(cores, self.roots, strict=True)]
         self.energy = sum(float(C.square().sum()) for C in self.cores)
 
     def ranks(self, most: int | Rank | None, energy: float) -> Rank:
@@ -109,11 +116,24 @@ class _Update:
         k, r = (_enough(torch.linalg.svdvals(stacked.movedim(side, 0).flatten(1)), energy) for side in (1, 2))
         return k, r
 
-    def cut(self, k: int, r: int) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Return `U` `(o, k)`, the cores `(sites, k, r)` of each part, and `V` `(i, r)`."""
+    def cut(self, k: int, r: int) -> tuple[Tensor, list[Tensor], Tensor, float]:
+        """Return `U` `(o, k)`, the cores `(sites, k, r)` of each part, `V` `(i, r)`, and the energy that is left."""
         eye_U, eye_V = (torch.eye(n).to(self.Q_U) for n in self.group.rank)
         P, Q = tucker2([(C, eye_V) for C in torch.cat(self.cores)], eye_U[:, :k], eye_V[:, :r])
-        return self.Q_U @ P, [P.T @ C @ Q for C in self.cores], self.Q_V @ Q
+        cores, energy = [], 0.0
+        for C, (A, B) in zip(self.cores, self.roots, strict=True):
+            left, right = A @ P, B @ Q  # the new factors as the sites see them; least squares between them
+            cores.append(torch.linalg.pinv(left) @ C @ torch.linalg.pinv(right).T)
+            energy += float((left @ cores[-1] @ right.T).square().sum())
+        return self.Q_U @ P, cores, self.Q_V @ Q, energy
+
+
+def _root(basis: Tensor, n: int) -> Tensor:  # (N, q) -> (q, q)
+    """Return the root of `N/n · BᵀB` of the first `n` rows `B` of a basis; the identity where those are all."""
+    if n == len(basis):
+        return torch.eye(basis.shape[1]).to(basis)
+    values, vectors = torch.linalg.eigh(basis[:n].T @ basis[:n] * (len(basis) / n))
+    return vectors * values.clamp_min(0).sqrt() @ vectors.T
 
 
 def _enough(sigma: Tensor, energy: float) -> int:

@@ -147,7 +147,7 @@ class AdaptedWeight(nn.Module, LotrLayer):
         if core.is_identity:
             U = group.lotr_U[adapter].weight
             return torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
-        numbers = group.lotr_core[adapter]()
+        numbers = group.core_numbers(adapter)
         # autocast would turn some of these small products to another type, and not others
         with _without_autocast(next(iter(numbers.values())).device):
             return part.lay(core.block(numbers, part.region))

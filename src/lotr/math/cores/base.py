@@ -29,12 +29,14 @@ class Core(ABC):
         r: Input rank, columns of every `C_s`.
         sizes: Extent of each mode of the group.
         ranks: Rank of each mode, for structures that have them.
+        task: Which mode is the task, if one is: its numbers are a task's own, and the others belong to the factors.
     """
 
     k: int
     r: int
     sizes: Index
     ranks: Index = ()
+    task: int | None = None
 
     #: The numbers are slices that belong to one site each, so each is kept with its site.
     by_site: ClassVar[bool] = False
@@ -63,6 +65,11 @@ class Core(ABC):
     @abstractmethod
     def zero(self) -> str | None:
         """Name of the one number at zero that makes every `C_s` zero; `None` where no number can."""
+
+    @property
+    def of_basis(self) -> tuple[str, ...]:
+        """Names of the numbers that are kept with the factors, and that all tasks on them have in common."""
+        return ()
 
     @abstractmethod
     def init(self, name: str, generator: Generator) -> Tensor:

@@ -16,7 +16,8 @@ class TTCore(Core):
     """`C[l, p, …] = G_layer[l] · G_projection[p] · …`: one matrix for each position of each mode.
 
     The first is `(k, r)`, the others `(r, r)`: `size_0·k·r + Σ size·r²` numbers. The first starts at zero, the
-    others at the identity. Over one mode this is the free core.
+    others at the identity. Over one mode this is the free core. With a mode for the task (MetaTT-(4+1)D) the matrices
+    of the other modes belong to the factors, and a task on them has its own alone.
 
     Example:
         >>> TTCore(k=4, r=4, sizes=(12, 3)).shapes
@@ -37,7 +38,12 @@ class TTCore(Core):
 
     @property
     def zero(self) -> str:
-        return "core_0"
+        return f"core_{self.task or 0}"
+
+    @property
+    def of_basis(self) -> tuple[str, ...]:
+        own = f"core_{self.task}"
+        return () if self.task is None else tuple(name for name in self.shapes if name != own)
 
     def init(self, name: str, generator: Generator) -> Tensor:
         if name == self.zero:

@@ -13,7 +13,10 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import set_seed
-from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from ..errors import ConfigError, TrainingError, near
 from ..files.adapter_folder import fingerprint, read_adapter
@@ -64,11 +67,7 @@ def check(settings: TrainSettings, config: PeftConfig | None) -> TrainSettings:
     check_positive(settings, *_POSITIVE)
     check_from_zero(settings)
     check_dtype(settings.dtype)
-    loggers = ["none", "all", *get_available_reporting_integrations()]
-    if settings.report_to not in loggers:
-        raise ConfigError(
-            f"report_to={settings.report_to!r} is not known, or not installed. {near(settings.report_to, loggers)}"
-        )
+    _check_logger(settings.report_to)
     if config is not None and settings.budget is not None:
         raise ConfigError(
             f"budget={settings.budget} chooses the ranks of the adapter that the settings describe, and config "
@@ -78,6 +77,16 @@ def check(settings: TrainSettings, config: PeftConfig | None) -> TrainSettings:
     if not settings.resume and is_main_process():  # the others would find what the main process made
         check_output(Path(str(settings.output)), settings.overwrite)
     return settings
+
+
+def _check_logger(name: str) -> None:
+    """Refuse a logger that transformers does not know, or that is not installed."""
+    known = ["none", "all", *INTEGRATION_TO_CALLBACK]
+    if name not in known:
+        raise ConfigError(f"report_to={name!r} is not known. {near(name, known)}")
+    if name in INTEGRATION_TO_CALLBACK and name not in get_available_reporting_integrations():
+        package = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml", "flyte": "flytekit"}.get(name, name)
+        raise ConfigError(f"report_to={name!r} needs a package that is not installed: pip install {package}")
 
 
 def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConfig | None) -> Run:

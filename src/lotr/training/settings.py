@@ -119,7 +119,9 @@ class TrainSettings:
     eval_steps: int | None = unset(_RUN, "Steps between evaluations and checkpoints.", "five a run")
     resume: bool = setting(False, _RUN, "Go on from the last checkpoint in OUTPUT.")
     overwrite: bool = setting(False, _RUN, "Replace an output folder that is not empty.")
-    report_to: str = setting("none", _RUN, "Where transformers logs to: none, tensorboard, wandb, …")
+    report_to: str = setting(
+        "none", _RUN, "Where transformers logs to: none, tensorboard (in OUTPUT/runs), wandb, …"
+    )
 
     def named(self) -> dict[str, Any]:
         """Return what differs from the defaults."""

@@ -59,6 +59,7 @@ class AdapterTrainer(Trainer):
         grouped = super()._get_train_sampler(train_dataset)
         if not isinstance(grouped, LengthGroupedSampler):
             return grouped
+        grouped.batch_size *= self.args.world_size  # rows of one step, as one process would group them
         return EpochSampler(grouped, self.args.seed, lambda: int(self.state.epoch or 0))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:

@@ -17,6 +17,7 @@ from ..errors import Interrupted, TrainingError
 from ..files.atomic import locked, read_json
 from . import metrics
 from .checkpoint import TRAINER_STATE, AdapterTrainer
+from .hub import upload
 from .output import RunReport, options_to_resume, started_run, write
 from .prepare import Run, begin, check, prepare
 from .process import StopOnInterrupt, device, is_main_process, peak_memory
@@ -65,6 +66,8 @@ def train(
             report = _train(run, callbacks, say)
             if is_main:
                 write(run.folder, run.model, report)
+        if is_main and settings.push_to_hub is not None:
+            say(f"Uploaded: {upload(run.folder, settings.push_to_hub)}")
     return report
 
 
@@ -97,7 +100,8 @@ class _Progress(TrainerCallback, ExportableState):
 def _train(run: Run, callbacks: Sequence[TrainerCallback], say: Callable[[str], None]) -> RunReport:
     """Begin or go on, train to the end, and measure."""
     if run.checkpoint is None:
-        run.model.to(device())
+        if run.settings.load_in is None:  # else it is where bitsandbytes put it
+            run.model.to(device())
         progress = _Progress(begin(run, say))
     else:
         progress = _Progress.of(run.checkpoint)
@@ -125,8 +129,10 @@ def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
         output_dir=str(run.folder),
         max_steps=run.steps,
         per_device_train_batch_size=s.batch_size,
+        gradient_accumulation_steps=s.gradient_accumulation_steps,
         per_device_eval_batch_size=2 * s.batch_size,
         learning_rate=run.rates.lr,
+        lr_scheduler_type=s.scheduler,
         warmup_steps=math.ceil(run.steps * s.warmup),
         eval_strategy="steps",
         eval_steps=every,
@@ -140,14 +146,12 @@ def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
         remove_unused_columns=False,
         label_names=["labels"],
         prediction_loss_only=causal,
-        # a mean over tokens needs the tokens of all processes; a mean over rows is a mean already, and would be
-        # multiplied by the number of processes
-        average_tokens_across_devices=causal,
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to=s.report_to,
         seed=s.seed,
         disable_tqdm=True,
     )
+    args._n_gpu = min(args.n_gpu, 1)  # replicas of DataParallel would lose the factors that modules share
     groups = parameter_groups(run.model, **vars(run.rates))
     trainer = AdapterTrainer(
         model=run.model,
@@ -159,6 +163,9 @@ def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
         optimizers=(torch.optim.AdamW(groups, weight_decay=s.weight_decay), None),
         callbacks=callbacks,
     )
+    # a mean over tokens needs the tokens of all processes and passes; a mean over rows is a mean already, and would be
+    # multiplied by the number of both
+    trainer.model_accepts_loss_kwargs = causal
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer

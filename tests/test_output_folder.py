@@ -7,13 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import TrainerCallback
 
 from commands import CtrlC, quiet, refused, settings
 from lotr.errors import ConfigError, Interrupted
 from lotr.files.adapter_folder import WEIGHTS
 from lotr.training import prepare
 from lotr.training.checkpoint import TRAINER_STATE
-from lotr.training.output import CURVE, METRICS, PICTURES
+from lotr.training.output import CURVE, LOGS, METRICS, PICTURES
 from lotr.training.run import train
 
 
@@ -70,7 +71,7 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing_that_blocks
         with pytest.raises(error):
             train(settings(place, tmp_path / "o", head_warmup=2), say=lines.append)
     assert (tmp_path / "o").exists() == existed and not _files(tmp_path)
-    assert "nothing is left of this run" in lines[-1]
+    assert "No checkpoint was written yet" in lines[-1]
     train(settings(place, tmp_path / "o", max_steps=1), say=quiet)
 
 
@@ -106,6 +107,50 @@ def test_a_run_that_goes_on_knows_how_it_began_and_how_long_it_took(place: Path,
     straight = train(settings(place, tmp_path / "straight", **begins), say=quiet)
     assert report.begun == straight.begun and report.begun["head_warmup"] == 1
     assert report.seconds > 1000 + before - 0.01
+
+    one, two = (_comparable(tmp_path / name) for name in ("straight", "o"))
+    assert (one.pop("resumed_at"), two.pop("resumed_at")) == ([], [5])
+    assert one == two
+
+
+def _comparable(folder: Path) -> dict:
+    """`metrics.json` without clocks, memory, the output's name and means over steps since a run went on."""
+    content = json.loads((folder / METRICS).read_text())
+    del content["seconds"], content["peak_memory_bytes"], content["settings"]["output"]
+    for log in content["history"]:
+        for name in [name for name in log if name.endswith(("runtime", "second")) or name == "train_loss"]:
+            del log[name]
+    return content
+
+
+def test_what_loggers_write_is_kept_with_the_adapter(place: Path, tmp_path: Path) -> None:
+    class Logger(TrainerCallback):
+        def on_log(self, args, state, control, **kwargs) -> None:
+            (Path(args.output_dir) / LOGS).mkdir(exist_ok=True)
+            (Path(args.output_dir) / LOGS / "events").touch()
+
+    train(settings(place, tmp_path / "o", max_steps=1), say=quiet, callbacks=[Logger()])
+    assert (tmp_path / "o" / LOGS / "events").is_file() and not (tmp_path / "o" / "checkpoints").exists()
+
+
+def test_tensorboard_logs_are_kept_with_the_adapter(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    train(settings(place, tmp_path / "o", max_steps=1, report_to="tensorboard"), say=quiet)
+    assert list((tmp_path / "o" / LOGS).glob("*/events.out.tfevents*"))
+
+
+def test_a_logger_that_is_not_installed_is_named_with_its_command(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "get_available_reporting_integrations", list)
+    for name, says in (
+        ("wandb", "pip install wandb"),
+        ("comet_ml", "pip install comet-ml"),
+        ("wandbb", "Near"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            train(settings(place, tmp_path / "o", report_to=name), say=quiet)
+    assert not (tmp_path / "o").exists()
 
 
 def test_pictures_of_an_earlier_adapter_go_when_the_new_one_is_whole(place: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import saved_models
 from lotr import CoreBank, LotrConfig
 from lotr.errors import ConfigError, DataError, TrainingError, UnknownTaskError
+from lotr.files.atomic import locked
 from lotr.training.tasks.predict import predict
 from lotr.training.tasks.run import RUN, train_bank
 from lotr.training.tasks.served import load_served
@@ -161,7 +163,12 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(home: Path, tmp_path: Pa
     assert len(CoreBank.open(tmp_path / "cut")) >= 1  # the tasks as of step 10
     with pytest.raises(ConfigError, match="not finished"):
         train_bank(settings(home, tmp_path / "cut", basis=None, **common), quiet)
-    train_bank(BankSettings(output=str(tmp_path / "cut"), resume=True), quiet)
+    again = BankSettings(output=str(tmp_path / "cut"), resume=True)
+    with pytest.raises(ConfigError, match="batch_size was 2, not 4"):
+        train_bank(replace(again, batch_size=4), quiet)
+    with locked(tmp_path / "cut"), pytest.raises(ConfigError, match="Another run is writing"):
+        train_bank(again, quiet)
+    train_bank(again, quiet)
     for name in PAIRS:
         whole, cut = (CoreBank.open(tmp_path / bank).get(name) for bank in ("whole", "cut"))
         assert torch.allclose(whole.numbers, cut.numbers, atol=1e-6)
@@ -195,7 +202,7 @@ def test_tasks_that_do_not_fit_into_memory_are_refused_with_their_bytes(
     lines: list[str] = []
     with pytest.raises(ConfigError, match=r"these need [\d,]+ bytes, [\d,]+ a task, and there are 4,096"):
         train_bank(settings(home, tmp_path / "bank"), lines.append)
-    assert "bytes of memory a task" in lines[0]
+    assert "bytes of memory a task" in lines[0] and not (tmp_path / "bank").exists()
 
 
 def test_a_list_of_tasks_is_checked(tmp_path: Path) -> None:

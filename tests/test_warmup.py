@@ -69,7 +69,7 @@ def test_a_warmed_up_head_leaves_the_adapter_where_it_was() -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     batch = {"input_ids": tokens(12), "labels": torch.arange(12) % 3}
     losses = [model(**batch).loss.item()]
-    warm_head(model, iter([batch] * 30), 30, lr=3e-2)
+    warm_head(model, iter([[(1.0, batch)]] * 30), 30, lr=3e-2)
     losses.append(model(**batch).loss.item())
     after = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert losses[1] < losses[0] and before.keys() == after.keys()

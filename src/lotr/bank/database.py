@@ -59,7 +59,7 @@ class Database:
             self._connection = sqlite3.connect(
                 uri, uri=True, isolation_level=None, timeout=_WAIT, check_same_thread=False
             )
-            self._process = os.getpid()
+            self._process, self._file = os.getpid(), self.path.stat()
             # a changed byte in one name must not keep the others from being listed
             self._connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
             if self.truncated:  # else SQLite refuses to look at any of it
@@ -107,6 +107,12 @@ class Database:
         with self._lock, self._in_words(task):
             if self._process != os.getpid():  # a connection must not be carried into a forked process
                 self._open()
+            # SQLite goes on with a file that has no name any more: reads would be old, writes lost
+            if not (self.path.exists() and os.path.samestat(self._file, self.path.stat())):
+                raise CheckpointError(
+                    f"{self.path} was removed or replaced while the bank was open. Open the bank again, or restore "
+                    "its folder from a copy."
+                )
             yield self._connection
 
     def rows(self, sql: str, *values: Any, task: str | None = None) -> list[Any]:

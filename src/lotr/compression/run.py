@@ -83,21 +83,23 @@ def compress(
     places = find_adapters(adapters)
     for path in places.values():
         check_apart(output, "adapter", path)
-    name, model, trained_on = _base(base, places)
-    stack, task_types = _read(places, model, name, trained_on, weights, tick)
-    changed = {module for entry in stack.entries for module in entry.energies}
-    modules = [module for module in linear_shapes(model) if module in changed]
-    config = bank_config(model, modules, modes, core, task_types)
-    config.base_model_name_or_path = name
-    state = State(output, repr((stack.digest(), size, config.to_dict(), weights, dtype, sweeps, tolerance)))
-    try:
-        groups = config.recorded_plan().groups
-        fits = find_directions(groups, stack, state, tick)
-        curves = {group.name: _curve(group, fits[group.name], len(stack), dtype) for group in groups}
-        ranks = _ranks(curves, size, sum(entry.head_bytes for entry in stack.entries))
-        config, plan = with_ranks(config, ranks)
-        run_sweeps(plan.groups, fits, stack, state, sweeps, tolerance, tick)
-        with whole_folder(output, overwrite) as folder:
+    with whole_folder(output, overwrite) as folder:  # from the start: nobody else writes it meanwhile
+        name, model, trained_on = _base(base, places)
+        stack, task_types = _read(places, model, name, trained_on, weights, tick)
+        changed = {module for entry in stack.entries for module in entry.energies}
+        modules = [module for module in linear_shapes(model) if module in changed]
+        config = bank_config(model, modules, modes, core, task_types)
+        config.base_model_name_or_path = name
+        state = State(
+            output, repr((stack.digest(), size, config.to_dict(), weights, dtype, sweeps, tolerance))
+        )
+        try:
+            groups = config.recorded_plan().groups
+            fits = find_directions(groups, stack, state, tick)
+            curves = {group.name: _curve(group, fits[group.name], len(stack), dtype) for group in groups}
+            ranks = _ranks(curves, size, sum(entry.head_bytes for entry in stack.entries))
+            config, plan = with_ranks(config, ranks)
+            run_sweeps(plan.groups, fits, stack, state, sweeps, tolerance, tick)
             lost = write_bank(folder / "bank", config, model, fits, stack, dtype, tick)
             size_after = sum(file.stat().st_size for file in (folder / "bank").iterdir())
             told: Any = {
@@ -113,12 +115,12 @@ def compress(
             draw(report, folder / PICTURE)
             for log in ("-wal", "-shm"):  # of a bank that is replaced
                 (output / f"{TASKS}{log}").unlink(missing_ok=True)
-    except KeyboardInterrupt:
-        if not state.exists:
-            raise
-        raise Interrupted(
-            f"Stopped. The same command goes on from the last pass; {state.folder} keeps it."
-        ) from None
+        except KeyboardInterrupt:
+            if not state.exists:
+                raise
+            raise Interrupted(
+                f"Stopped. The same command goes on from the last pass; {state.folder} keeps it."
+            ) from None
     state.clear()
     return report
 

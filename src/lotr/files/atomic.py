@@ -1,22 +1,29 @@
-"""Files that are there whole or not at all, JSON, and the size of a safetensors file before it exists."""
+"""Files that are there whole or not at all, folders that one run at a time writes, JSON, sizes of files to come."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError
 
+try:
+    import fcntl
+except ImportError:  # Windows, where folders cannot be locked
+    fcntl = None  # type: ignore[assignment]
+
 
 @contextmanager
 def whole_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     """Give a temporary folder that becomes `folder` when the block ends well, and vanishes when it does not.
+
+    What a killed process left of it goes when the next one begins.
 
     Args:
         folder: Where the files shall be.
@@ -26,22 +33,75 @@ def whole_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
         An empty folder beside `folder`.
 
     Raises:
-        ConfigError: `folder` is a file, or is not empty.
+        ConfigError: `folder` is a file, or is not empty, or another process is writing it.
     """
-    check_free(folder, overwrite)
     folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    made = folder.with_name(f".{folder.name}.new")
+    check_free(folder, overwrite)
+    with locked(made, folder):
+        check_free(folder, overwrite)  # as the one that was writing left it
+        _empty(made)
+        try:
+            yield made
+            if folder.is_dir() and any(folder.iterdir()):
+                move_into(made, folder)
+            else:
+                made.replace(folder)
+        except BaseException:
+            shutil.rmtree(made, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def locked(folder: Path, output: Path | None = None) -> Iterator[None]:
+    """Keep a folder for one run at a time; it is made where it is missing, and goes again where it stays empty.
+
+    The lock is on the open folder and no file: the system drops it with the process, however that ends. On a network's
+    file system it may not be seen from other machines.
+
+    Args:
+        folder: The folder.
+        output: What the user named, where that is another folder.
+
+    Raises:
+        ConfigError: `folder` is a file, or another run has it.
+    """
+    check_free(folder, overwrite=True)
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    descriptor = _lock(folder, output or folder)
     try:
-        yield made
-        made.chmod(0o755)
-        if folder.is_dir() and any(folder.iterdir()):
-            move_into(made, folder)
-        else:
-            made.replace(folder)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
+        yield
+    finally:
+        for path in missing:
+            with suppress(OSError):  # it is gone, or holds something
+                path.rmdir()
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _lock(folder: Path, output: Path) -> int | None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ConfigError(
+            f"Another run is writing {output}. Wait until it has ended, or choose another output folder."
+        ) from None
+    except OSError:  # a file system without locks
+        return descriptor
+    if folder.is_dir() and os.path.samestat(os.fstat(descriptor), folder.stat()):
+        return descriptor
+    os.close(descriptor)  # the run before removed or renamed it at this moment
+    return _lock(folder, output)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def check_free(folder: Path, overwrite: bool = False) -> None:

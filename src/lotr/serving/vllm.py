@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from ..bank import CoreBank
 from ..errors import LotrError
 from ..files.adapter_folder import CONFIG, WEIGHTS, save_tensors
-from ..files.atomic import read_json, whole_folder, write_json
+from ..files.atomic import read_json, write_json
 
 BANK, CACHE, CACHE_BYTES = "LOTR_BANK", "LOTR_VLLM_CACHE", "LOTR_VLLM_CACHE_BYTES"
 #: Ranks that vLLM has kernels for; a LoRA is padded with zeros to one of them.
@@ -67,16 +67,22 @@ class LoraFolders:
             self.bank.export(name, Path(temporary) / "lora", as_lora=True)
             config = read_json(Path(temporary) / "lora" / CONFIG, "a LoRA's configuration")
             tensors = load_file(Path(temporary) / "lora" / WEIGHTS)
-        rank = next((rank for rank in RANKS if rank >= config["r"]), config["r"])
-        for key, tensor in tensors.items():
-            if ".lora_A." in key:
-                tensors[key] = F.pad(tensor, (0, 0, 0, rank - len(tensor)))
-            elif ".lora_B." in key:
-                tensors[key] = F.pad(tensor, (0, rank - tensor.shape[1]))
-        same: dict[str, Any] = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
-        with whole_folder(folder, overwrite=True) as made:  # another process may have been quicker
+            rank = next((rank for rank in RANKS if rank >= config["r"]), config["r"])
+            for key, tensor in tensors.items():
+                if ".lora_A." in key:
+                    tensors[key] = F.pad(tensor, (0, 0, 0, rank - len(tensor)))
+                elif ".lora_B." in key:
+                    tensors[key] = F.pad(tensor, (0, rank - tensor.shape[1]))
+            same: dict[str, Any] = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
+            made = Path(temporary) / "padded"
+            made.mkdir()
             save_tensors(tensors, made)
             write_json(made / CONFIG, {**config, **same})
+            try:
+                made.replace(folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was quicker
+                    raise
 
     def _evict(self) -> None:
         """Remove folders, the least recently used first, until the others fit."""

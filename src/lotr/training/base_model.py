@@ -61,17 +61,18 @@ def load_model(
     labels: tuple[str, ...] = (),
     dtype: str = "float32",
     tokenizer: PreTrainedTokenizerBase | None = None,
+    load_in: str | None = None,
 ) -> PreTrainedModel:
     """Load a base model with the head that a task needs, in evaluation mode.
 
-    The tokenizer tells a model without a padding token which one to use.
+    The tokenizer tells a model without a padding token which one to use; `load_in` quantises to `4bit` or `8bit`.
 
     Raises:
         ConfigError: The model or the type is unknown, or the model has no such head.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    check_dtype(dtype)
+    check_dtype(dtype, load_in)
     head: dict[str, Any] = {}
     if task == "classification":
         head = {"problem_type": "single_label_classification", "id2label": dict(enumerate(labels))}
@@ -79,6 +80,8 @@ def load_model(
     elif task == "regression":
         head = {"problem_type": "regression", "num_labels": 1}
     kind = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
+    if load_in is not None:
+        head["quantization_config"] = _quantisation(load_in, DTYPES[dtype])
     head |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
     base, loading = _load(kind, model, "model", dtype=DTYPES[dtype], **head)
     if task == "causal-lm":
@@ -88,10 +91,22 @@ def load_model(
     return base.eval()
 
 
-def check_dtype(dtype: str) -> None:
-    """Raise ConfigError if a base model cannot be loaded in this type."""
+def check_dtype(dtype: str, load_in: str | None = None) -> None:
+    """Raise ConfigError if a base model cannot be loaded in this type, or quantised so."""
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not known. {near(dtype, DTYPES)}")
+    if load_in not in (None, "4bit", "8bit"):
+        raise ConfigError(f"load_in={load_in!r} is not known. {near(str(load_in), ('4bit', '8bit'))}")
+    if load_in is not None and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"load_in={load_in!r} needs bitsandbytes: pip install bitsandbytes")
+
+
+def _quantisation(load_in: str, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if load_in == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def text_length(model: nn.Module, name: str, max_length: int | None) -> int:

@@ -24,6 +24,7 @@ from transformers.trainer_utils import sort_checkpoints
 
 from ..errors import CheckpointError, TrainingError
 from ..files.adapter_folder import CONFIG, WEIGHTS, write_adapter
+from .trained import CHECKPOINTS
 
 OPTIMIZER, RANDOM, TRAINER_STATE = "optimizer.safetensors", "random-{}.safetensors", "trainer_state.json"
 
@@ -50,6 +51,7 @@ class AdapterTrainer(Trainer):
     """Trains the adapter of a PEFT model."""
 
     model_files: tuple[str, ...] = (WEIGHTS, CONFIG)  # of a checkpoint, beside the state of the run
+    checkpoints = CHECKPOINTS  # folder inside the output
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any
 
@@ -57,6 +59,7 @@ class AdapterTrainer(Trainer):
         grouped = super()._get_train_sampler(train_dataset)
         if not isinstance(grouped, LengthGroupedSampler):
             return grouped
+        grouped.batch_size *= self.args.world_size  # rows of one step, as one process would group them
         return EpochSampler(grouped, self.args.seed, lambda: int(self.state.epoch or 0))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -66,8 +69,12 @@ class AdapterTrainer(Trainer):
             raise TrainingError(self._diverged(f"The loss is {loss.item()}", self.state.global_step + 1))
         return loss
 
+    def _get_output_dir(self, trial: Any) -> str:
+        """Keep checkpoints apart from what loggers write: they go when the run ends."""
+        return str(Path(str(self.args.output_dir), self.checkpoints))
+
     def _diverged(self, what: str, step: int) -> str:
-        last = last_whole(Path(str(self.args.output_dir)), self.model_files)
+        last = last_whole(Path(self._get_output_dir(None)), self.model_files)
         saved = f"The last good checkpoint is {last}." if last else "No checkpoint was written before."
         return f"{what} at step {step}. {saved} Lower the learning rates, or look for bad rows in the data."
 

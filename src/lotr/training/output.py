@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -28,10 +29,12 @@ if TYPE_CHECKING:
 SETTINGS, METRICS, CURVE = "settings.json", "metrics.json", "curve.png"
 #: Where the results are put together before they replace those of an earlier run.
 STAGED = ".new"
+#: Where loggers of transformers write, such as TensorBoard's.
+LOGS = "runs"
 #: Pictures of an adapter that `lotr inspect` and `lotr evaluate` draw later.
 PICTURES = ("cores.png", "confusion.png")
 #: A run that goes on may differ in these and still be the same run.
-_FREE_ON_RESUME = frozenset({"resume", "overwrite", "output", "eval_steps", "report_to"})
+_FREE_ON_RESUME = frozenset({"resume", "overwrite", "output", "eval_steps", "save_steps", "report_to"})
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
@@ -42,7 +45,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
             f"{folder} is a bank, and an adapter cannot replace it. Choose another output folder."
         )
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if names != {CHECKPOINTS} or last_whole(folder / CHECKPOINTS) is not None:
+    if not names <= {CHECKPOINTS, LOGS} or last_whole(folder / CHECKPOINTS) is not None:
         check_free(folder, overwrite)
 
 
@@ -61,7 +64,6 @@ def check_apart(settings: TrainSettings, config: PeftConfig | None = None) -> No
 @contextmanager
 def started_run(folder: Path, settings: TrainSettings, say: Callable[[str], None]) -> Iterator[None]:
     """Make the folder of checkpoints for the time of the block; a block that fails before the first leaves none."""
-    existed = folder.exists()
     if not settings.resume:
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     try:
@@ -72,11 +74,7 @@ def started_run(folder: Path, settings: TrainSettings, say: Callable[[str], None
     except BaseException:
         if last_whole(folder / CHECKPOINTS) is None:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-            if not existed and not any(folder.iterdir()):
-                folder.rmdir()
-            say(
-                "No checkpoint was written yet, so nothing is left of this run; the same command starts it again."
-            )
+            say("No checkpoint was written yet, so the same command starts this run again.")
         raise
 
 
@@ -86,9 +84,9 @@ def options_to_resume(options: Mapping[str, Any]) -> dict[str, Any]:
     if "output" not in named:
         raise ConfigError("--resume needs --output, the folder of the run to go on with.")
     folder = Path(named["output"])
-    if not folder.is_dir():
+    if not folder.is_dir() or not any(folder.iterdir()):
         raise ConfigError(
-            f"{folder} does not exist, so there is no run to resume. Leave --resume out to start one."
+            f"{folder} does not exist, or is empty, so there is no run to resume. Leave --resume out to start one."
         )
     # checkpoints are removed last, so where some are left there is a run to go on with, over an older one too
     if (folder / METRICS).is_file() and not (folder / CHECKPOINTS).is_dir():
@@ -98,13 +96,19 @@ def options_to_resume(options: Mapping[str, Any]) -> dict[str, Any]:
     saved = read_json(folder / CHECKPOINTS / SETTINGS, "the folder of a run that was started")
     if last_whole(folder / CHECKPOINTS) is None:
         raise ConfigError(f"{folder} holds no whole checkpoint to resume from. Start again with --overwrite.")
-    for name in sorted(named.keys() - _FREE_ON_RESUME):
-        if named[name] != saved.get(name):
+    check_same_run(named, saved)
+    return read_options({**saved, **named})
+
+
+def check_same_run(named: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Refuse settings that are named for a run that goes on and differ from those it was started with."""
+    plain = json.loads(json.dumps(dict(named), default=str))
+    for name in sorted(plain.keys() - _FREE_ON_RESUME):
+        if plain[name] != saved.get(name):
             raise ConfigError(
                 f"--resume goes on with the run's own settings, and {name} was {saved.get(name)!r}, not "
-                f"{named[name]!r}. Leave it out, or start a new run in another folder."
+                f"{plain[name]!r}. Leave it out, or start a new run in another folder."
             )
-    return read_options({**saved, **named})
 
 
 @dataclass
@@ -126,6 +130,7 @@ class RunReport:
     peak_memory_bytes: int  # of the accelerator, or of the process
     adapter_bytes: int = 0
     rank: int | None = None  # where a budget chose it
+    resumed_at: list[int] = field(default_factory=list)  # steps at which the run went on after a stop
     history: list[dict[str, Any]] = field(default_factory=list)  # losses and scores over the steps
 
     @property

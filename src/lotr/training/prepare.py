@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import set_seed
-from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers import SchedulerType, get_scheduler, set_seed
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from ..errors import ConfigError, TrainingError, near
 from ..files.adapter_folder import fingerprint, read_adapter
@@ -21,8 +24,11 @@ from .adapter import adapter_config, add_adapter, check_from_zero, check_positiv
 from .base_model import check_dtype, load_model, load_tokenizer, locate, text_length
 from .checkpoint import last_whole
 from .data import Columns, collator, encode, load_task
+from .data.chat import IGNORED
+from .data.packing import packed
+from .hub import check_hub
 from .output import check_apart, check_output
-from .process import is_main_process
+from .process import is_main_process, n_processes
 from .rates import Rates, rates_of
 from .trained import CHECKPOINTS, TaskRecord
 
@@ -32,9 +38,14 @@ if TYPE_CHECKING:
 
     from .settings import TrainSettings
 
-_COUNTS = ("epochs", "batch_size", "max_length", "max_steps", "eval_steps", "start_batches")
+_COUNTS = (
+    *("epochs", "batch_size", "gradient_accumulation_steps", "max_length", "max_steps", "eval_steps"),
+    "start_batches",
+)
 _POSITIVE = (*_COUNTS, *Rates.__dataclass_fields__)
 _HEAD = ".modules_to_save."
+#: A batch, and its share of the loss of a step.
+Microbatch = tuple[float, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -63,12 +74,11 @@ def check(settings: TrainSettings, config: PeftConfig | None) -> TrainSettings:
             raise ConfigError(f"--{name} is missing. `lotr train --help` shows examples.")
     check_positive(settings, *_POSITIVE)
     check_from_zero(settings)
-    check_dtype(settings.dtype)
-    loggers = ["none", "all", *get_available_reporting_integrations()]
-    if settings.report_to not in loggers:
-        raise ConfigError(
-            f"report_to={settings.report_to!r} is not known, or not installed. {near(settings.report_to, loggers)}"
-        )
+    check_dtype(settings.dtype, settings.load_in)
+    _check_logger(settings.report_to)
+    _check_scheduler(settings.scheduler)
+    if settings.push_to_hub is not None and is_main_process():
+        check_hub(settings.push_to_hub)
     if config is not None and settings.budget is not None:
         raise ConfigError(
             f"budget={settings.budget} chooses the ranks of the adapter that the settings describe, and config "
@@ -78,6 +88,29 @@ def check(settings: TrainSettings, config: PeftConfig | None) -> TrainSettings:
     if not settings.resume and is_main_process():  # the others would find what the main process made
         check_output(Path(str(settings.output)), settings.overwrite)
     return settings
+
+
+def _check_logger(name: str) -> None:
+    """Refuse a logger that transformers does not know, or that is not installed."""
+    known = ["none", "all", *INTEGRATION_TO_CALLBACK]
+    if name not in known:
+        raise ConfigError(f"report_to={name!r} is not known. {near(name, known)}")
+    if name in INTEGRATION_TO_CALLBACK and name not in get_available_reporting_integrations():
+        package = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml", "flyte": "flytekit"}.get(name, name)
+        raise ConfigError(f"report_to={name!r} needs a package that is not installed: pip install {package}")
+
+
+def _check_scheduler(name: str) -> None:
+    """Refuse a schedule that transformers does not know, or cannot make from its name alone."""
+    known = [kind.value for kind in SchedulerType]
+    if name not in known:
+        raise ConfigError(f"scheduler={name!r} is not known. {near(name, known)}")
+    try:
+        get_scheduler(name, torch.optim.SGD([torch.zeros(1)]), num_warmup_steps=1, num_training_steps=2)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"scheduler={name!r} needs more than its name: {error}. Use linear or cosine."
+        ) from None
 
 
 def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConfig | None) -> Run:
@@ -93,7 +126,7 @@ def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConf
     if given is None:
         settings = complete(settings, config, data.task)
     set_seed(settings.seed)
-    base = load_model(name, data.task, data.labels, settings.dtype, tokenizer)
+    base = load_model(name, data.task, data.labels, settings.dtype, tokenizer, settings.load_in)
     length = text_length(base, name, settings.max_length)
     settings = replace(settings, max_length=length)
     checkpoint = last_whole(folder / CHECKPOINTS) if settings.resume else None
@@ -116,12 +149,15 @@ def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConf
         pairs=data.pairs,
         method=settings.method,
         dtype=settings.dtype,
+        load_in=settings.load_in,
         base_fingerprint=fingerprint(base, sorted(adapted.targeted_module_names)),
     )
     train, eval = (
         encode(part, tokenizer, data.task, data.labels, length) for part in (data.train, data.eval)
     )
-    an_epoch = math.ceil(len(train) / (settings.batch_size * int(os.environ.get("WORLD_SIZE", "1"))))
+    collate = collator(tokenizer, data.task)
+    if settings.packing:
+        collate = packed(base, data.task, collate, train)
     return Run(
         settings,
         folder,
@@ -131,9 +167,14 @@ def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConf
         task,
         (train, eval),
         data.eval_source,
-        collator(tokenizer, data.task),
-        settings.max_steps or math.ceil(an_epoch * settings.epochs),
+        collate,
+        settings.max_steps or math.ceil(math.ceil(len(train) / rows_a_step(settings)) * settings.epochs),
     )
+
+
+def rows_a_step(settings: TrainSettings) -> int:
+    """Return how many rows one step takes, over all processes and forward passes."""
+    return settings.batch_size * settings.gradient_accumulation_steps * n_processes()
 
 
 def begin(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
@@ -151,15 +192,16 @@ def begin(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
         is_first = run.task.task != "causal-lm" and settings.method != "head"
         steps = min(20, run.steps // 5) if is_first else 0
     done: dict[str, Any] = {"head_warmup": steps}
-    batches = _batches(run)
+    data = _steps(run)
     if steps:
-        warm_head(model, batches, steps, run.rates.head_lr)
+        warm_head(model, data, steps, run.rates.head_lr)
         say(f"Head: warmed up for {steps} steps.")
     if settings.init in ("gradient", "first_step"):
         from ..tuner.data_init import init_from_data
 
         count = settings.start_batches or 8
-        init_from_data(model, [next(batches) for _ in range(count)], seed=settings.seed)
+        batches = [batch for _ in range(count) for batch in next(data)]
+        init_from_data(model, batches, loss=_share_of_loss, seed=settings.seed)
         done |= {"init": settings.init, "start_batches": count}
         stay = model.active_peft_config.trainable == "cores"
         why = ", because they stay as they start (--init orthonormal keeps them random)" if stay else ""
@@ -167,8 +209,8 @@ def begin(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
     return done
 
 
-def warm_head(model: PeftModel, batches: Iterator[Any], steps: int, lr: float) -> None:
-    """Train the modules that are saved in full, and nothing else, for some steps.
+def warm_head(model: PeftModel, data: Iterator[list[Microbatch]], steps: int, lr: float) -> None:
+    """Train the modules that are saved in full, and nothing else, for some steps; `data` has the parts of each.
 
     Cold, the gradients that reach the adapter are those of a random head.
     """
@@ -181,10 +223,11 @@ def warm_head(model: PeftModel, batches: Iterator[Any], steps: int, lr: float) -
         for parameter in adapter:
             parameter.requires_grad_(False)
         for _ in tqdm(range(steps), desc="Head", unit=" steps", delay=2, leave=False, disable=None):
-            loss = model(**next(batches)).loss
-            if not torch.isfinite(loss):
-                raise TrainingError("The loss is not finite while the head warms up. Lower head_lr.")
-            loss.backward()
+            for part in next(data):
+                loss = _share_of_loss(model, part)
+                if not torch.isfinite(loss):
+                    raise TrainingError("The loss is not finite while the head warms up. Lower head_lr.")
+                loss.backward()
             optimizer.step()
             optimizer.zero_grad()
     finally:
@@ -193,11 +236,29 @@ def warm_head(model: PeftModel, batches: Iterator[Any], steps: int, lr: float) -
             parameter.requires_grad_(True)
 
 
-def _batches(run: Run) -> Iterator[Any]:
-    """Yield batches without end, in an order that depends on the seed alone."""
+def _share_of_loss(model: nn.Module, part: Microbatch) -> Tensor:
+    share, batch = part
+    return share * model(**batch).loss
+
+
+def _steps(run: Run) -> Iterator[list[Microbatch]]:
+    """Yield the rows of one step after another, without end, in an order that depends on the seed alone.
+
+    A step has the rows that all processes and forward passes take in a step of the run, in parts that fit a device.
+    """
     order = torch.Generator().manual_seed(run.settings.seed)
-    size = run.settings.batch_size
-    loader = DataLoader(run.rows[0], size, shuffle=True, collate_fn=run.collate, generator=order)
+    step, size = rows_a_step(run.settings), run.settings.batch_size
+    loader = DataLoader(run.rows[0], step, shuffle=True, collate_fn=list, generator=order)
     while True:
-        for batch in loader:
-            yield {name: value.to(run.model.device) for name, value in batch.items()}
+        for rows in loader:
+            parts = [run.collate(rows[first : first + size]) for first in range(0, len(rows), size)]
+            taught = [_taught(part["labels"]) for part in parts]
+            yield [
+                (n / sum(taught), {name: value.to(run.model.device) for name, value in part.items()})
+                for n, part in zip(taught, parts, strict=True)
+            ]
+
+
+def _taught(labels: Tensor) -> int:
+    """Return over how many rows, or tokens of a language model, the loss is a mean."""
+    return int((labels[:, 1:] != IGNORED).sum()) if labels.dim() == 2 else len(labels)

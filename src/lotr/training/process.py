@@ -24,6 +24,11 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def n_processes() -> int:
+    """Return how many processes a launcher started for this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def leave_processes() -> None:
     """Leave the other processes of a run; threads of their group that outlive the program abort it."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():

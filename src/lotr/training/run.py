@@ -14,15 +14,15 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from transformers.trainer_callback import ExportableState
 
 from ..errors import Interrupted, TrainingError
-from ..files.atomic import read_json
+from ..files.atomic import locked, read_json
 from . import metrics
 from .checkpoint import TRAINER_STATE, AdapterTrainer
+from .hub import upload
 from .output import RunReport, options_to_resume, started_run, write
 from .prepare import Run, begin, check, prepare
 from .process import StopOnInterrupt, device, is_main_process, peak_memory
 from .rates import parameter_groups
 from .settings import TrainSettings, read_options
-from .trained import CHECKPOINTS
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -51,34 +51,40 @@ def train(
     Raises:
         ConfigError: A setting has no meaning, alone or with this model.
         DataError: The data cannot be used.
-        CheckpointError: The output folder is not free, or there is nothing whole to go on from.
+        CheckpointError: There is nothing whole to go on from.
         TrainingError: The loss is not finite.
         Interrupted: The user stopped the run.
     """
     options = (settings.named() if settings is not None else {}) | options
-    read = options_to_resume if options.get("resume") else read_options
-    settings = check(TrainSettings(**read(options)), config)
-    is_main = is_main_process()
+    is_main, output = is_main_process(), options.get("output")
     say = say if is_main else lambda line: None
-    run = prepare(settings, say, config)
-    with started_run(run.folder, run.settings, say) if is_main else nullcontext():
-        report = _train(run, callbacks, say)
-        if is_main:
-            write(run.folder, run.model, report)
+    with locked(Path(output)) if is_main and output is not None else nullcontext():
+        read = options_to_resume if options.get("resume") else read_options
+        settings = check(TrainSettings(**read(options)), config)
+        run = prepare(settings, say, config)
+        with started_run(run.folder, run.settings, say) if is_main else nullcontext():
+            report = _train(run, callbacks, say)
+            if is_main:
+                write(run.folder, run.model, report)
+        if is_main and settings.push_to_hub is not None:
+            say(f"Uploaded: {upload(run.folder, settings.push_to_hub)}")
     return report
 
 
 class _Progress(TrainerCallback, ExportableState):
     """What the report tells of the run so far; the Trainer keeps it in every checkpoint."""
 
-    def __init__(self, begun: dict[str, Any], seconds: float = 0.0) -> None:
+    def __init__(self, begun: dict[str, Any], seconds: float = 0.0, resumed_at: Sequence[int] = ()) -> None:
         self.begun, self.before, self.started = begun, seconds, time.perf_counter()
+        self.resumed_at = list(resumed_at)
 
     @classmethod
     def of(cls, checkpoint: Path) -> _Progress:
         """Go on from a checkpoint."""
-        states = read_json(checkpoint / TRAINER_STATE, "a checkpoint of a run")["stateful_callbacks"]
-        return cls(**states[cls.__name__]["attributes"])
+        state = read_json(checkpoint / TRAINER_STATE, "a checkpoint of a run")
+        progress = cls(**state["stateful_callbacks"][cls.__name__]["attributes"])
+        progress.resumed_at.append(state["global_step"])
+        return progress
 
     @property
     def seconds(self) -> float:
@@ -87,13 +93,15 @@ class _Progress(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
-        return {"args": {}, "attributes": {"begun": self.begun, "seconds": self.seconds}}
+        attributes = {"begun": self.begun, "seconds": self.seconds, "resumed_at": self.resumed_at}
+        return {"args": {}, "attributes": attributes}
 
 
 def _train(run: Run, callbacks: Sequence[TrainerCallback], say: Callable[[str], None]) -> RunReport:
     """Begin or go on, train to the end, and measure."""
     if run.checkpoint is None:
-        run.model.to(device())
+        if run.settings.load_in is None:  # else it is where bitsandbytes put it
+            run.model.to(device())
         progress = _Progress(begin(run, say))
     else:
         progress = _Progress.of(run.checkpoint)
@@ -118,11 +126,13 @@ def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
     s, causal = run.settings, run.task.task == "causal-lm"
     every = s.eval_steps or max(1, math.ceil(run.steps / 5))
     args = TrainingArguments(
-        output_dir=str(run.folder / CHECKPOINTS),
+        output_dir=str(run.folder),
         max_steps=run.steps,
         per_device_train_batch_size=s.batch_size,
+        gradient_accumulation_steps=s.gradient_accumulation_steps,
         per_device_eval_batch_size=2 * s.batch_size,
         learning_rate=run.rates.lr,
+        lr_scheduler_type=s.scheduler,
         warmup_steps=math.ceil(run.steps * s.warmup),
         eval_strategy="steps",
         eval_steps=every,
@@ -136,14 +146,12 @@ def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
         remove_unused_columns=False,
         label_names=["labels"],
         prediction_loss_only=causal,
-        # a mean over tokens needs the tokens of all processes; a mean over rows is a mean already, and would be
-        # multiplied by the number of processes
-        average_tokens_across_devices=causal,
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to=s.report_to,
         seed=s.seed,
         disable_tqdm=True,
     )
+    args._n_gpu = min(args.n_gpu, 1)  # replicas of DataParallel would lose the factors that modules share
     groups = parameter_groups(run.model, **vars(run.rates))
     trainer = AdapterTrainer(
         model=run.model,
@@ -155,6 +163,9 @@ def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
         optimizers=(torch.optim.AdamW(groups, weight_decay=s.weight_decay), None),
         callbacks=callbacks,
     )
+    # a mean over tokens needs the tokens of all processes and passes; a mean over rows is a mean already, and would be
+    # multiplied by the number of both
+    trainer.model_accepts_loss_kwargs = causal
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
@@ -191,5 +202,6 @@ def _report(run: Run, trainer: AdapterTrainer, scores: dict[str, float], progres
         seconds=round(progress.seconds, 2),
         peak_memory_bytes=peak_memory(),
         rank=None if run.settings.budget is None else config.r,
+        resumed_at=progress.resumed_at,
         history=trainer.state.log_history,
     )

@@ -129,17 +129,28 @@ class TrainSettings:
     )
     epochs: float = setting(3.0, _TRAINING, "Passes over the training data.")
     max_steps: int | None = unset(_TRAINING, "Steps, instead of epochs.", "by epochs")
-    batch_size: int = setting(32, _TRAINING, "Rows a step and device.")
+    batch_size: int = setting(32, _TRAINING, "Rows a forward pass and device.")
+    gradient_accumulation_steps: int = setting(1, _TRAINING, "Forward passes whose gradients make one step.")
+    packing: bool = setting(
+        False, _TRAINING, "Texts of a batch one behind the other, without padding; causal-lm alone."
+    )
+    scheduler: str = setting(
+        "linear", _TRAINING, "How the rates go on after the warm-up: linear, cosine, constant_with_warmup, …"
+    )
     warmup: float = setting(0.06, _TRAINING, "Share of the steps in which the rates rise.")
     weight_decay: float = setting(0.0, _TRAINING, "Weight decay of AdamW.")
     gradient_checkpointing: bool = setting(False, _TRAINING, "Recompute activations to save memory.")
     dtype: str = setting("float32", _TRAINING, "Type of the base model: float32, bfloat16, float16.")
+    load_in: str | None = unset(_TRAINING, "Quantise the base model: 4bit or 8bit, by bitsandbytes.", "none")
     seed: int = setting(0, _TRAINING, "Seed of everything random.")
 
     eval_steps: int | None = unset(_RUN, "Steps between evaluations and checkpoints.", "five a run")
     resume: bool = setting(False, _RUN, "Go on from the last checkpoint in OUTPUT.")
     overwrite: bool = setting(False, _RUN, "Replace an output folder that is not empty.")
-    report_to: str = setting("none", _RUN, "Where transformers logs to: none, tensorboard, wandb, …")
+    push_to_hub: str | None = unset(_RUN, "Repository on the hub that the result is uploaded to.", "none")
+    report_to: str = setting(
+        "none", _RUN, "Where transformers logs to: none, tensorboard (in OUTPUT/runs), wandb, …"
+    )
 
     def named(self) -> dict[str, Any]:
         """Return what differs from the defaults."""

@@ -38,6 +38,7 @@ class TaskRecord:
     method: str = "lotr"
     dtype: str = "float32"
     base_fingerprint: str | None = None
+    load_in: str | None = None
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> TaskRecord:
@@ -76,7 +77,7 @@ def load_trained(path: str | Path, model: str | None = None) -> Trained:
     task = TaskRecord.from_dict(adapter.task) if adapter.task else _record_of_lora(adapter, model)
     base = model or adapter.config.get("base_model_name_or_path") or task.base_model
     tokenizer = load_tokenizer(base)
-    bare = load_model(base, task.task, task.labels, task.dtype, tokenizer)
+    bare = load_model(base, task.task, task.labels, task.dtype, tokenizer, task.load_in)
     try:
         loaded = PeftModel.from_pretrained(bare, str(adapter.path), is_trainable=False)
     except CheckpointError:
@@ -102,7 +103,8 @@ def load_trained(path: str | Path, model: str | None = None) -> Trained:
             f"({task.base_model!r}): fingerprint {current}, not {task.base_fingerprint}. Name the right base "
             "model with --model."
         )
-    return Trained(adapter, loaded.eval().to(device()), tokenizer, task)
+    loaded = loaded.eval() if task.load_in else loaded.eval().to(device())
+    return Trained(adapter, loaded, tokenizer, task)
 
 
 def _record_of_lora(adapter: AdapterFolder, model: str | None) -> TaskRecord:

@@ -6,8 +6,9 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,12 @@ from torch import Tensor
 from ...bank import CoreBank, Task
 from ...bank.layout import Layout
 from ...errors import ConfigError, Interrupted
-from ...files.atomic import read_json, write_json
+from ...files.atomic import locked, read_json, write_json
 from ...tuner.saved_adapter import read_saved
 from ..adapter import check_from_zero, check_positive
 from ..base_model import load_tokenizer, locate, skeleton, text_length
 from ..checkpoint import last_whole
-from ..output import SETTINGS, versions
+from ..output import SETTINGS, check_same_run, versions
 from ..process import StopOnInterrupt
 from ..rates import default_rates
 from .predict import scores_of_tasks
@@ -63,18 +64,34 @@ def train_bank(
     """
     _check(settings)
     path = Path(str(settings.output))
-    settings = _settings_to_resume(settings, path) if settings.resume else settings
-    bank = _open(settings, path)
-    name = base_of(bank, settings.model) if bank is not None else _base_of_basis(settings)
-    settings = replace(settings, max_length=text_length(skeleton(name)[0], name, settings.max_length))
-    sources = [TaskSource(**source) for source in settings.tasks]
-    prepared = prepare(sources, load_tokenizer(name), settings.max_length or 0, settings.seed)
-    if bank is None:  # only now: data that cannot be used leaves no bank behind
-        bank = CoreBank.create(path, str(settings.basis), dtype=settings.keep)
-    if not settings.resume:
-        shutil.rmtree(path / RUN, ignore_errors=True)
-    with bank:
-        return _run(settings, bank, name, prepared, say, callbacks)
+    with ExitStack() as stack:
+        if path.is_dir():
+            stack.enter_context(locked(path))
+        settings = _settings_to_resume(settings, path) if settings.resume else settings
+        bank = _open(settings, path)
+        name = base_of(bank, settings.model) if bank is not None else _base_of_basis(settings)
+        settings = replace(settings, max_length=text_length(skeleton(name)[0], name, settings.max_length))
+        sources = [TaskSource(**source) for source in settings.tasks]
+        prepared = prepare(sources, load_tokenizer(name), settings.max_length or 0, settings.seed)
+        if bank is None:
+            bank = stack.enter_context(_new_bank(path, settings))
+        if not settings.resume:
+            shutil.rmtree(path / RUN, ignore_errors=True)
+        with bank:
+            return _run(settings, bank, name, prepared, say, callbacks)
+
+
+@contextmanager
+def _new_bank(path: Path, settings: BankSettings) -> Iterator[CoreBank]:
+    """Make a bank and keep it for this run; a run that fails before its first checkpoint leaves none."""
+    bank = CoreBank.create(path, str(settings.basis), dtype=settings.keep)
+    with locked(path):
+        try:
+            yield bank
+        except BaseException:
+            if last_whole(path / RUN, (TASKS,)) is None:
+                shutil.rmtree(path)
+            raise
 
 
 def _check(settings: BankSettings) -> None:
@@ -95,7 +112,9 @@ def _settings_to_resume(settings: BankSettings, path: Path) -> BankSettings:
     if not unfinished.is_file():
         raise ConfigError(f"There is no unfinished run in {path}; there is nothing to resume.")
     saved = read_json(unfinished, "the folder of a run that was started")
-    return replace(settings, **{**saved, "tasks": tuple(saved["tasks"]), "output": str(path)})
+    named = {f.name: value for f in fields(settings) if (value := getattr(settings, f.name)) != f.default}
+    check_same_run(named, saved)
+    return replace(settings, **{**saved, **named, "tasks": tuple(saved["tasks"]), "output": str(path)})
 
 
 def _open(settings: BankSettings, path: Path) -> CoreBank | None:

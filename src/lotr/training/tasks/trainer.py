@@ -40,6 +40,7 @@ class TaskTrainer(AdapterTrainer):
     """
 
     model_files = (TASKS,)
+    checkpoints = ""  # the whole of a run's folder
 
     def __init__(
         self, *args: Any, served: Served, tasks: Sequence[Task], sampler: Sampler[int], **kwargs: Any

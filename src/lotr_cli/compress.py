@@ -59,6 +59,12 @@ def compress(
     dtype: Annotated[str, Option(help="How cores are kept: float32, bfloat16 or float16.")] = _DEFAULTS[
         "dtype"
     ],
+    evaluate: Annotated[
+        Path | None,
+        Option(
+            help="List of tasks (YAML, as `lotr bank train` takes it): scores on their own data, before and after."
+        ),
+    ] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an output that exists.")] = False,
 ) -> Report:
     """Fit one bank to many LoRAs: shared factors, and a core of a few kilobytes a task."""
@@ -69,7 +75,8 @@ def compress(
                 "--add takes a bank and then adapters, and no --output: lotr compress BANK --add A B"
             )
         sizes = {"rank": rank, "max_error": max_error, "max_bytes": max_bytes}
-        _refuse("with --add: the bank has its factors", base=base, overwrite=overwrite, **sizes, **shared)
+        own: Any = {"base": base, "overwrite": overwrite, "evaluate": evaluate}
+        _refuse("with --add: the bank has its factors", **own, **sizes, **shared)
         from lotr.compression.add import add as project
 
         with console.phases() as tick:
@@ -81,7 +88,7 @@ def compress(
     from lotr.compression.sources import is_one_adapter
 
     if is_one_adapter(adapters):
-        _refuse("for one adapter, which stays an adapter", max_bytes=max_bytes, **shared)
+        _refuse("for one adapter, which stays an adapter", max_bytes=max_bytes, evaluate=evaluate, **shared)
         from lotr.compression.cut import cut
 
         return _cut(cut(adapters[0], output, base, **size))
@@ -89,7 +96,9 @@ def compress(
 
     shared["modes"] = modes.replace(" ", "").split(",")
     with console.phases() as tick:
-        return _fitted(fit(adapters, output, base, max_bytes=max_bytes, **size, **shared, tick=tick))
+        return _fitted(
+            fit(adapters, output, base, max_bytes=max_bytes, evaluate=evaluate, **size, **shared, tick=tick)
+        )
 
 
 def _refuse(case: str, **options: Any) -> None:
@@ -111,6 +120,8 @@ def _fitted(report: Compressed) -> Report:
         of_groups = f"{len(groups)} groups of ranks {min(ranks)} to {max(ranks)}; the JSON report has each."
     names = ("task", "error", "kept", "rank_before", "bytes_before")
     tasks = [tuple(task[name] for name in names) for task in report.by_task[:_ROWS]]
+    scored = ("task", "metric", "score_before", "score_after", "error")
+    scores = [tuple(task[name] for name in scored) for task in report.by_task if "metric" in task]
     modules = sorted(report.by_module.items(), key=lambda pair: -pair[1])[:_ROWS]
     return Report(
         asdict(report),
@@ -120,6 +131,7 @@ def _fitted(report: Compressed) -> Report:
                 "Tasks that lose most", ("task", "error", "energy kept", "rank before", "bytes before"), tasks
             ),
             table("Modules that lose most", ("module", "error"), modules),
+            *([table("Scores", ("task", "metric", "before", "after", "error"), scores)] if scores else []),
             *report.advice,
             f"{report.tasks:,} tasks are in {report.bank}: relative error {report.error:.3g}, "
             f"{report.bytes_after:,} bytes instead of {report.bytes_before:,}. The report is in compress.json "

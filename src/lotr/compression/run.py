@@ -22,6 +22,7 @@ from .fit import GroupFit
 from .passes import State, find_directions, run_sweeps
 from .ranks import Curve, chosen_ranks
 from .report import PICTURE, REPORT, Report, draw, report_of
+from .scores import measure_adapters, measure_bank
 from .sources import find_adapters
 from .stack import Entry, Stack, Tick, read_entry, weights_of
 from .tasks import write_bank
@@ -41,6 +42,7 @@ def compress(
     dtype: str = "bfloat16",
     sweeps: int = 50,
     tolerance: float = 1e-4,
+    evaluate: str | Path | None = None,
     overwrite: bool = False,
     tick: Tick | None = None,
 ) -> Report:
@@ -62,6 +64,7 @@ def compress(
         dtype: Type in which the bank keeps cores.
         sweeps: Most sweeps of HOOI.
         tolerance: A sweep that lowers the error by a smaller share than this is the last.
+        evaluate: List of tasks (YAML) whose adapters are measured on their own data, before and after.
         overwrite: Replace a bank that is there.
         tick: Called as work is done.
 
@@ -71,6 +74,7 @@ def compress(
     Raises:
         ConfigError: A setting has no meaning, or nothing is to be compressed.
         CheckpointError: An adapter is damaged, no low-rank update, or of another base model; nothing is written.
+        DataError: Data to measure on does not fit an adapter's task; nothing is written.
 
     Source: Compress then Serve, https://arxiv.org/abs/2407.00066
     """
@@ -85,6 +89,8 @@ def compress(
         check_apart(output, "adapter", path)
     name, model, trained_on = _base(base, places)
     stack, task_types = _read(places, model, name, trained_on, weights, tick)
+    named = None if isinstance(base, nn.Module) else base
+    before = [] if evaluate is None else measure_adapters(evaluate, places, named, tick)
     changed = {module for entry in stack.entries for module in entry.energies}
     modules = [module for module in linear_shapes(model) if module in changed]
     config = bank_config(model, modules, modes, core, task_types)
@@ -107,7 +113,8 @@ def compress(
                 "bytes_after": size_after,
             }
             seconds = round(time.monotonic() - begun, 3)
-            report = report_of(stack, plan, curves, fits, lost, max_error, seconds=seconds, **told)
+            scores = measure_bank(before, folder / "bank", named, tick) if before else {}
+            report = report_of(stack, plan, curves, fits, lost, max_error, scores, seconds=seconds, **told)
             move_into(folder / "bank", folder)
             write_json(folder / REPORT, asdict(report))
             draw(report, folder / PICTURE)

@@ -231,3 +231,16 @@ def test_scores_before_are_those_of_the_adapters_and_scores_after_those_of_the_e
     message = refused(2, *call[:-1], tmp_path / "other", "--evaluate", tmp_path / "tasks.yaml")
     assert "names 'prize', which is no adapter. Near matches: price" in message
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("modes", ["task", "task,layer"])
+def test_the_plan_foretells_the_bytes_of_the_bank(modes: str, place: Path) -> None:
+    result = lotr(
+        "compress", f"{place}/task-*", "--output", place / "bank", "--rank", 3, "--modes", modes, "--json"
+    )
+    report = json.loads(result.stdout)
+    options = ("--rank", 3, "--target-modules", "query,value", "--compress", 5, "--json")
+    own = ("--modes", "layer") if "layer" in modes else ()
+    planned = json.loads(lotr("plan", place / "base", *options, *own).stdout)
+    assert planned["bank"]["bytes"] == report["bytes_of_numbers"] - report["bytes_of_heads"]
+    assert planned["bank"]["bytes_of_loras_a_rank"] == 5 * 6 * 64 * 2

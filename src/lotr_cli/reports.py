@@ -70,8 +70,8 @@ def planned(model: str, report: dict[str, Any]) -> Report:
 def _as_bank(report: dict[str, Any]) -> str:
     bank = report["bank"]
     return (
-        f"{bank['tasks']:,} LoRAs as one bank: {bank['bytes']:,} bytes, {bank['bytes_a_task']:,} of them a task; heads and "
-        f"the store's 256 KiB come on top. As LoRAs in bfloat16 they take {bank['bytes_of_loras_a_rank']:,} bytes a rank."
+        f"{bank['tasks']:,} LoRAs as one bank: {bank['bytes']:,} bytes, {bank['bytes_a_task']:,} of them a task; heads "
+        f"and the store's 256 KiB come on top. LoRAs take {bank['bytes_of_loras_a_rank']:,} a rank in bfloat16."
     )
 
 

@@ -65,6 +65,9 @@ def compress(
             help="List of tasks (YAML, as `lotr bank train` takes it): scores on their own data, before and after."
         ),
     ] = None,
+    ray: Annotated[
+        str | None, Option(help="Fit on a Ray cluster: local, or its address.", show_default="in one process")
+    ] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an output that exists.")] = False,
 ) -> Report:
     """Fit one bank to many LoRAs: shared factors, and a core of a few kilobytes a task."""
@@ -75,8 +78,8 @@ def compress(
                 "--add takes a bank and then adapters, and no --output: lotr compress BANK --add A B"
             )
         sizes = {"rank": rank, "max_error": max_error, "max_bytes": max_bytes}
-        own: Any = {"base": base, "overwrite": overwrite, "evaluate": evaluate}
-        _refuse("with --add: the bank has its factors", **own, **sizes, **shared)
+        other: Any = {"base": base, "overwrite": overwrite, "evaluate": evaluate, "ray": ray}
+        _refuse("with --add: the bank has its factors", **other, **sizes, **shared)
         from lotr.compression.add import add as project
 
         with console.phases() as tick:
@@ -87,8 +90,9 @@ def compress(
     size: Any = {"rank": rank, "max_error": max_error, "overwrite": overwrite}
     from lotr.compression.sources import is_one_adapter
 
+    own: Any = {"max_bytes": max_bytes, "evaluate": evaluate, "ray": ray}
     if is_one_adapter(adapters):
-        _refuse("for one adapter, which stays an adapter", max_bytes=max_bytes, evaluate=evaluate, **shared)
+        _refuse("for one adapter, which stays an adapter", **own, **shared)
         from lotr.compression.cut import cut
 
         return _cut(cut(adapters[0], output, base, **size))
@@ -96,9 +100,7 @@ def compress(
 
     shared["modes"] = modes.replace(" ", "").split(",")
     with console.phases() as tick:
-        return _fitted(
-            fit(adapters, output, base, max_bytes=max_bytes, evaluate=evaluate, **size, **shared, tick=tick)
-        )
+        return _fitted(fit(adapters, output, base, **own, **size, **shared, tick=tick))
 
 
 def _refuse(case: str, **options: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from .diagonal import sorted_kept
 from .fit import GroupFit
 from .passes import State, find_directions, run_sweeps
 from .ranks import Curve, chosen_ranks
+from .ray import cluster
 from .report import PICTURE, REPORT, Report, draw, report_of
 from .scores import measure_adapters, measure_bank
 from .sources import find_adapters
@@ -43,6 +44,7 @@ def compress(
     sweeps: int = 50,
     tolerance: float = 1e-4,
     evaluate: str | Path | None = None,
+    ray: str | None = None,
     overwrite: bool = False,
     tick: Tick | None = None,
 ) -> Report:
@@ -65,6 +67,7 @@ def compress(
         sweeps: Most sweeps of HOOI.
         tolerance: A sweep that lowers the error by a smaller share than this is the last.
         evaluate: List of tasks (YAML) whose adapters are measured on their own data, before and after.
+        ray: Run the passes of the fit on a Ray cluster: `local`, or its address; workers read the adapters themselves.
         overwrite: Replace a bank that is there.
         tick: Called as work is done.
 
@@ -97,12 +100,14 @@ def compress(
     config.base_model_name_or_path = name
     state = State(output, repr((stack.digest(), size, config.to_dict(), weights, dtype, sweeps, tolerance)))
     try:
-        groups = config.recorded_plan().groups
-        fits = find_directions(groups, stack, state, tick)
-        curves = {group.name: _curve(group, fits[group.name], len(stack), dtype) for group in groups}
-        ranks = _ranks(curves, size, sum(entry.head_bytes for entry in stack.entries))
-        config, plan = with_ranks(config, ranks)
-        run_sweeps(plan.groups, fits, stack, state, sweeps, tolerance, tick)
+        with cluster(ray) as spread:
+            stack = replace(stack, spread=spread)
+            groups = config.recorded_plan().groups
+            fits = find_directions(groups, stack, state, tick)
+            curves = {group.name: _curve(group, fits[group.name], len(stack), dtype) for group in groups}
+            ranks = _ranks(curves, size, sum(entry.head_bytes for entry in stack.entries))
+            config, plan = with_ranks(config, ranks)
+            run_sweeps(plan.groups, fits, stack, state, sweeps, tolerance, tick)
         with whole_folder(output, overwrite) as folder:
             lost = write_bank(folder / "bank", config, model, fits, stack, dtype, tick)
             size_after = sum(file.stat().st_size for file in (folder / "bank").iterdir())

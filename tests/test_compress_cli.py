@@ -244,3 +244,12 @@ def test_the_plan_foretells_the_bytes_of_the_bank(modes: str, place: Path) -> No
     planned = json.loads(lotr("plan", place / "base", *options, *own).stdout)
     assert planned["bank"]["bytes"] == report["bytes_of_numbers"] - report["bytes_of_heads"]
     assert planned["bank"]["bytes_of_loras_a_rank"] == 5 * 6 * 64 * 2
+
+
+def test_a_cluster_without_ray_is_answered_with_what_to_install(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    message = refused(2, "compress", f"{place}/task-*", "--output", place / "bank", "--ray", "local")
+    assert "pip install 'lotr[ray]'" in message
+    assert not (place / "bank").exists()

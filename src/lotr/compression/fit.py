@@ -116,7 +116,9 @@ def directions(groups: Mapping[str, Shape], total: Total, widest: int = 1024) ->
 
 def _moments(groups: Mapping[str, Shape], widest: int, batches: Iterable[Batch]) -> Sums:
     """Return `Σ Δ Δᵀ`, `Σ Δᵀ Δ` and `Σ ‖Δ‖²`."""
-    sums = {name: [*(SecondMoment(n, widest) for n in shape), 0.0] for name, shape in groups.items()}
+    sums: dict[str, list[Any]] = {
+        name: [*(SecondMoment(n, widest) for n in shape), 0.0] for name, shape in groups.items()
+    }
     for batch in batches:
         for name, of_group in sums.items():
             for B, A in batch[name]:

@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # The versions of everything: pinned; `CONSTRAINTS=constraints-lowest.txt` takes the oldest, `/dev/null` the newest.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo demo-bank demo-serve test test-vllm setup check wheel-test bench bench-performance bench-methods bench-bank bench-serve bench-quality bench-quality-report docs clean
+.PHONY: demo demo-bank demo-serve test test-vllm test-ray setup check wheel-test bench bench-performance bench-methods bench-bank bench-compress bench-serve bench-quality bench-quality-report docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -49,6 +49,10 @@ test-vllm: $(READY)  ## the plugin for vLLM against its released wheel, on any p
 		protobuf pycountry referencing rpds-py yarl || true
 	OMP_NUM_THREADS=1 PYTHONPATH=$(VLLM):$(VLLM)/needs $(BIN)/python -m pytest -n 0 -rs tests/test_serve_vllm.py
 
+test-ray: $(READY)  ## `lotr compress --ray`, with Ray beside the other packages; skips where that cannot be had
+	test -d build/ray || $(BIN)/pip install --quiet --target build/ray 'ray>=2.40,<3' || true
+	OMP_NUM_THREADS=1 PYTHONPATH=build/ray $(BIN)/python -m pytest -n 0 -rs tests/test_compress_ray.py
+
 check: $(READY)  ## format, lint, types, who imports whom
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -82,6 +86,9 @@ bench-methods: $(READY)  ## every row of the table of methods on real text (half
 bench-bank: $(READY)  ## batches of 64 rows with 64 tasks and banks of 100,000, beside one task and beside PEFT
 	$(BIN)/python benchmarks/bench_bank.py --json out/bench_bank.json
 	$(BIN)/python benchmarks/bench_bank_store.py --json out/bench_bank_store.json
+
+bench-compress: $(READY)  ## many LoRAs into one bank: beside tensorly on the dense stack, and 100 to 10,000 adapters
+	$(BIN)/python benchmarks/bench_compress.py --json out/bench_compress.json
 
 bench-serve: $(READY)  ## requests over HTTP for 64 tasks, beside one task, beside PEFT, and for a bank of 100,000
 	$(BIN)/python benchmarks/bench_serve.py --json out/bench_serve.json

@@ -19,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,12 @@ def error_of(B: Tensor, A: Tensor, U: Tensor, V: Tensor) -> float:
     return float((lost / ((B.mT @ B) * (A @ A.mT)).sum()) ** 0.5)
 
 
+def added_up(B: Tensor, A: Tensor, add_up: Callable[[Iterator[Any]], Any]) -> Any:
+    """Run a pass of the fit over one module's updates, eight tasks at a time."""
+    pairs = zip(B.split(8), A.split(8), strict=True)
+    return add_up({"module": [(own_B.double(), own_A.double())]} for own_B, own_A in pairs)
+
+
 def dense_run(which: str, rank: int, modules: int) -> Row:
     """Fit some modules, one after the other, and report time, memory and error."""
     import tensorly as tl
@@ -76,15 +83,11 @@ def dense_run(which: str, rank: int, modules: int) -> Row:
         B, A = stack(module)
         begun = time.perf_counter()
         if which == "lotr":
-
-            def batches(B: Tensor = B, A: Tensor = A) -> Iterator[fit.Batch]:
-                for own_B, own_A in zip(B.split(8), A.split(8), strict=True):
-                    yield {"module": [(own_B.double(), own_A.double())]}
-
-            fits = fit.directions({"module": (WIDTH, WIDTH)}, batches)
-            fit.begin(fits, {"module": rank}, batches)
+            total = partial(added_up, B, A)
+            fits = fit.directions({"module": (WIDTH, WIDTH)}, total)
+            fit.begin(fits, {"module": rank}, total)
             while not fit.is_settled(fits["module"], 1e-4):
-                fit.sweep(fits, batches)
+                fit.sweep(fits, total)
             U, V = fits["module"].factors(rank)
         else:
             (_, (U, V)), _ = partial_tucker(B @ A, [rank, rank], modes=[1, 2], n_iter_max=100, tol=1e-4)

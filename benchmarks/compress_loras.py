@@ -1,12 +1,12 @@
-"""Twelve LoRAs trained with PEFT on MiniLM, before and after they became one bank, at three sizes.
+"""Twelve LoRAs trained with PEFT on MiniLM, before and after they became one bank, at four sizes.
 
     python benchmarks/compress_loras.py --data ../shared/data --json out/compress_loras.json
 
-Each task's score is that of its adapter after it went through the bank and out again as plain LoRA, on the task's own
-test rows. Beside the bank: each adapter cut by its own SVD to the bank's bytes, ranks chosen over its modules; and
-PEFT's `add_weighted_adapter(combination_type="svd")`, one adapter for all tasks with the head of each. Bytes are those
-of adapter numbers: factors in float32 and cores in bfloat16 for the bank, bfloat16 for LoRAs. Two of the tasks are left
-out of a second fit and projected afterwards.
+Each task is measured on its own test rows. *bank*: its task in the bank. *own SVD*: each adapter cut by its own SVD to
+the bank's bytes, ranks chosen over its modules. *merged*: PEFT's `add_weighted_adapter(combination_type="svd")` at the
+bank's bytes, one adapter for all tasks with the head of each. *held out*: every fourth adapter, left out of a second
+fit and projected afterwards. Bytes are those of updates: factors in float32 and cores in bfloat16 for the bank,
+bfloat16 for LoRAs. Without --data the sets of reviews and sentences are left out, and docstrings alone remain.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import lotr
 from lotr.compression.add import add
+from lotr.compression.scores import Before, measure_adapters, measure_bank
 from lotr.files.peft_lora import read_lora
 from lotr.training.base_model import load_model
 from lotr.training.data.docstrings import load_docstrings
+from lotr.training.trained import Trained, load_trained
 from records import calm, show, write
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
@@ -40,15 +42,15 @@ import demo_bank
 
 Row = dict[str, Any]
 Pairs = dict[str, tuple[Tensor, Tensor]]  # module → A, B
-RANK, RANKS, ROWS = 8, (4, 8, 16), {"train": 600, "test": 400}
-HELD_OUT = 2
+RANK, ROWS = 8, {"train": 240, "test": 200}
+SETS = ("reviews_books", "reviews_dvd", "reviews_kitchen", "sst2")
 WEIGHTS = "adapter_model.safetensors"
 
 
 def write_tasks(folder: Path, data: Path | None, n: int) -> dict[str, dict[str, str]]:
     """Write the rows of the tasks: reviews and sentences where they are at hand, then docstrings."""
     tasks: dict[str, demo_bank.Rows] = {}
-    for name in ("reviews_books", "reviews_dvd", "reviews_kitchen", "sst2") if data else ():
+    for name in SETS if data else ():
         tasks[name] = {split: _rows(data / name, split) for split in ("train", "test")}
     tasks |= {name.replace(" ", "_"): rows for name, rows in demo_bank.tasks_of(load_docstrings()).items()}
     files = {}
@@ -78,33 +80,6 @@ def _rows(folder: Path, split: str) -> list[dict[str, str]]:
 def pairs_of(folder: Path) -> Pairs:
     lora = read_lora(folder)
     return {module: lora.matrices(module) for module in lora.keys}
-
-
-def write_pairs(like: Path, folder: Path, pairs: Pairs) -> Path:
-    """Write an adapter with other matrices, the head and the task of another one."""
-    shutil.copytree(like, folder, dirs_exist_ok=True)
-    lora = read_lora(like)
-    config = json.loads((like / "adapter_config.json").read_text())
-    ranks = {module: len(A) for module, (A, _) in pairs.items()}
-    exact = {f"^{module.replace('.', chr(92) + '.')}": rank for module, rank in ranks.items()}
-    config |= {
-        "r": 1,
-        "lora_alpha": 1,
-        "rank_pattern": exact,
-        "alpha_pattern": exact,
-        "target_modules": sorted(ranks),
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    tensors = dict(lora.head())
-    for module, (A, B) in pairs.items():
-        tensors[f"base_model.model.{module}.lora_A.weight"] = A.contiguous()
-        tensors[f"base_model.model.{module}.lora_B.weight"] = B.contiguous()
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    record = json.loads((folder / "task.json").read_text())
-    for known in ("weights_sha256", "base_fingerprint"):  # fewer modules have another fingerprint
-        record.pop(known, None)
-    (folder / "task.json").write_text(json.dumps(record))
-    return folder
 
 
 def cut_by_svd(pairs: Pairs, units: int) -> Pairs:
@@ -145,8 +120,33 @@ def merged_by_peft(folders: list[Path], place: Path, rank: int) -> Pairs:
     }
 
 
-def score(folder: Path, data: str) -> float:
-    return float(lotr.evaluate(folder, data)["accuracy"])
+def score_with(trained: Trained, pairs: Pairs, data: str) -> float:
+    """Return the accuracy of an adapter with other matrices and the head that it has."""
+    for path, module in trained.model.base_model.model.named_modules():
+        if hasattr(module, "lora_A"):
+            A, B = pairs.get(path, (torch.zeros(1, module.in_features), torch.zeros(module.out_features, 1)))
+            module.lora_A["default"].weight = nn.Parameter(A)
+            module.lora_B["default"].weight = nn.Parameter(B / module.scaling["default"])
+    return float(lotr.evaluate(trained, data)["accuracy"])
+
+
+def train(files: dict[str, dict[str, str]], place: Path) -> dict[str, Path]:
+    """Train a LoRA with PEFT for every task that has none yet."""
+    folders = {name: place / name for name in files}
+    for name, folder in folders.items():
+        if not (folder / WEIGHTS).is_file():
+            rows = {"train": files[name]["train"], "eval": files[name]["test"], "max_length": 48}
+            epochs = 3 if name in SETS else 6  # docstrings have 80 rows
+            lotr.train(
+                model="minilm",
+                output=str(folder),
+                method="peft_lora",
+                rank=str(RANK),
+                epochs=epochs,
+                lr=3e-3,
+                **rows,
+            )
+    return folders
 
 
 def main() -> None:
@@ -155,113 +155,104 @@ def main() -> None:
     )
     options.add_argument("--data", type=Path, help="folder with reviews_books, … and sst2")
     options.add_argument("--tasks", type=int, default=12)
+    options.add_argument("--ranks", type=int, nargs="+", default=[4, 8, 16, 32])
     options.add_argument("--work", type=Path, default=Path("out/compress_loras"))
     options.add_argument("--json", type=Path)
+    options.add_argument("--picture", type=Path)
     given = options.parse_args()
     calm()
     work: Path = given.work
     (work / "data").mkdir(parents=True, exist_ok=True)
     files = write_tasks(work / "data", given.data, given.tasks)
-    folders: dict[str, Path] = {}
-    for name, of_task in files.items():
-        folders[name] = work / "loras" / name
-        if not (folders[name] / WEIGHTS).is_file():
-            lotr.train(
-                model="minilm",
-                train=of_task["train"],
-                eval=of_task["test"],
-                output=str(folders[name]),
-                method="peft_lora",
-                rank=str(RANK),
-                epochs=4,
-                lr=3e-3,
-                max_length=64,
-            )
-    before = {name: score(folder, files[name]["test"]) for name, folder in folders.items()}
+    folders = train(files, work / "loras")
+    tests = {name: str(Path(of_task["test"]).resolve()) for name, of_task in files.items()}
+    (work / "tasks.yaml").write_text(json.dumps(tests))
+    begun = measure_adapters(work / "tasks.yaml", folders, None, tick)
+    before = {of.source.name: of.score for of in begun}
     pairs = {name: pairs_of(folder) for name, folder in folders.items()}
+    loaded = {name: load_trained(folder) for name, folder in folders.items()}
+
+    def scores(after: dict[str, Pairs]) -> dict[str, float]:
+        return {name: score_with(loaded[name], after[name], tests[name]) for name in after}
+
+    numbers = sum(A.numel() + B.numel() for own in pairs.values() for A, B in own.values())
+    held = [name for n, name in enumerate(folders) if n % 4 == 2]
+    rest = [folder for name, folder in folders.items() if name not in held]
     rows = [
-        _row(
-            "LoRA, rank 8",
-            sum(2 * (A.numel() + B.numel()) for own in pairs.values() for A, B in own.values()),
-            0.0,
-            before,
-        )
+        row("the LoRAs", 0, 2 * numbers, 0.0, before, held),
+        row("their heads alone", 0, 0, 1.0, scores({name: {} for name in pairs}), held),
     ]
     width = sum(next(iter(next(iter(pairs.values())).values()))[n].shape[1 - n] for n in (0, 1))
-    for rank in RANKS:
+    modules = len(next(iter(pairs.values())))
+    for rank in given.ranks:
         place = work / f"rank-{rank}"
         shutil.rmtree(place, ignore_errors=True)
         report = lotr.compress(list(folders.values()), place / "bank", "minilm", rank=rank)
         size = report.bytes_of_numbers - report.bytes_of_heads
-        rows.append(_row(f"bank, rank {rank}", size, report.error, _through(place, files, folders)))
+        rows.append(row("bank", rank, size, report.error, after_of(begun, place / "bank"), held))
         units = size // len(folders) // (2 * width)
         cut = {name: cut_by_svd(own, units) for name, own in pairs.items()}
-        rows.append(
-            _row(
-                "own SVD, same bytes",
-                2 * width * units * len(folders),
-                _error(pairs, cut),
-                _scores(cut, folders, place / "svd", files),
-            )
-        )
+        size_of_cut = 2 * width * units * len(folders)
+        rows.append(row("own SVD", rank, size_of_cut, error_of(pairs, cut), scores(cut), held))
         merged = merged_by_peft(
-            list(folders.values()), place / "plain", max(1, size // (2 * width * len(pairs[name])))
+            list(folders.values()), place / "plain", max(1, size // (2 * width * modules))
         )
-        rows.append(
-            _row(
-                "add_weighted_adapter(svd)",
-                size,
-                _error(pairs, dict.fromkeys(pairs, merged)),
-                _scores(dict.fromkeys(pairs, merged), folders, place / "merged", files),
-            )
-        )
-        held = list(folders)[-HELD_OUT:]
-        rest = [folder for other, folder in folders.items() if other not in held]
+        all_merged = dict.fromkeys(pairs, merged)
+        rows.append(row("merged", rank, size, error_of(pairs, all_merged), scores(all_merged), held))
         lotr.compress(rest, place / "others", "minilm", rank=rank)
-        errors = add(place / "others", [folders[other] for other in held])["added"]
-        rows.append(
-            _row(
-                f"held out: {', '.join(held)}",
-                0,
-                max(errors.values()),
-                _through(place, {k: files[k] for k in held}, folders, "others"),
-            )
-        )
-    show(
-        "Twelve LoRAs on MiniLM",
-        list(rows[0])[:4],
-        [[str(v) for v in list(row.values())[:4]] for row in rows],
-    )
+        errors = add(place / "others", [folders[name] for name in held])["added"]
+        error = (sum(error**2 for error in errors.values()) / len(held)) ** 0.5
+        of_held = [of for of in begun if of.source.name in held]
+        rows.append(row("held out", rank, size, error, after_of(of_held, place / "others"), held))
+    header = ["what", "rank", "bytes", "error", "score", "score_held"]
+    show(f"{len(folders)} LoRAs on MiniLM", header, [[str(r[key]) for key in header] for r in rows])
     if given.json:
         write(given.json, rows)
+    if given.picture:
+        draw(rows, given.picture)
 
 
-def _row(what: str, size: int, error: float, scores: dict[str, float]) -> Row:
-    mean = sum(scores.values()) / len(scores)
-    return {"what": what, "bytes": size, "error": round(error, 4), "score": round(mean, 4), "scores": scores}
+def tick(what: str, done: int, of: int) -> None:
+    """Show no progress."""
 
 
-def _through(
-    place: Path, files: dict[str, Any], folders: dict[str, Path], bank: str = "bank"
-) -> dict[str, float]:
-    scores = {}
-    with lotr.CoreBank.open(place / bank) as opened:
-        for name in files:
-            opened.export(name, place / f"{bank}-{name}", as_lora=True)
-            scores[name] = score(place / f"{bank}-{name}", files[name]["test"])
-    return scores
+def after_of(before: list[Before], bank: Path) -> dict[str, float]:
+    return {name: of["score_after"] for name, of in measure_bank(before, bank, None, tick).items()}
 
 
-def _scores(
-    pairs: dict[str, Pairs], folders: dict[str, Path], place: Path, files: dict[str, Any]
-) -> dict[str, float]:
+def row(what: str, rank: int, size: int, error: float, scores: dict[str, float], held: list[str]) -> Row:
+    means = [sum(scores[name] for name in names) / len(names) for names in (scores, held)]
     return {
-        name: score(write_pairs(folders[name], place / name, own), files[name]["test"])
-        for name, own in pairs.items()
+        "what": what,
+        "rank": rank,
+        "bytes": size,
+        "error": round(error, 4),
+        "score": round(means[0], 4),
+        "score_held": round(means[1], 4),
+        "scores": scores,
     }
 
 
-def _error(before: dict[str, Pairs], after: dict[str, Pairs]) -> float:
+def draw(rows: list[Row], path: Path) -> None:
+    """Draw mean accuracy against bytes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.8), dpi=130, layout="constrained")
+    axis = figure.subplots()
+    for what, color in (("bank", "#d9822b"), ("own SVD", "#3b6fb6"), ("merged", "#5d9b4b")):
+        own = [row for row in rows if row["what"] == what]
+        axis.plot([r["bytes"] for r in own], [r["score"] for r in own], "o-", color=color, label=what)
+    for n, style in ((0, ":"), (1, "--")):
+        axis.axhline(rows[n]["score"], color="#8a8f98", linestyle=style, label=rows[n]["what"])
+    axis.set_xscale("log")
+    axis.set_xlabel("bytes of all updates")
+    axis.set_ylabel("mean accuracy")
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def error_of(before: dict[str, Pairs], after: dict[str, Pairs]) -> float:
     """Return the root of the mean of the tasks' squared relative errors, as the bank has it."""
     squares = []
     for name, own in before.items():

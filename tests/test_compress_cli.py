@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from conftest import bert, tokens
 from loras import dense, lora
 from lotr import LotrConfig
 from lotr.compression import passes as fit_passes
-from saved_models import save_bert
+from saved_models import WORDS, save_bert
 
 
 @pytest.fixture
@@ -186,3 +188,68 @@ def test_a_killed_fit_leaves_nothing_at_the_output(place: Path) -> None:
     assert not (place / "bank").exists()
     library.compress([f"{place}/task-*"], place / "bank", place / "base", rank=3)
     assert len(library.CoreBank.open(place / "bank")) == 5
+
+
+def test_scores_before_are_those_of_the_adapters_and_scores_after_those_of_the_exported_tasks(
+    tmp_path: Path,
+) -> None:
+    base = save_bert(tmp_path / "base")
+    for n, (name, classes) in enumerate({"price": 1, "mail": 2, "idle": 2}.items()):
+        make = partial(AutoModelForSequenceClassification.from_pretrained, base, num_labels=classes)
+        lora(tmp_path / "loras" / name, n, make, base, task_type="SEQ_CLS", r=2, lora_alpha=20)
+    generator = random.Random(0)
+    texts = [" ".join(generator.choices(WORDS, k=6)) for _ in range(40)]
+    prices = [f"{text},{generator.random()}" for text in texts]
+    (tmp_path / "prices.csv").write_text("\n".join(["text,label", *prices]))
+    (tmp_path / "mail.csv").write_text(
+        "\n".join(["words,class", *(f"{text},{n % 2}" for n, text in enumerate(texts))])
+    )
+    (tmp_path / "tasks.yaml").write_text(
+        "price: prices.csv\nmail: {train: mail.csv, text: words, label: class}\n"
+    )
+    call = ("compress", tmp_path / "loras" / "*", "--rank", 1, "--output", tmp_path / "bank")
+    result = lotr(*call, "--evaluate", tmp_path / "tasks.yaml", "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    tasks = {row["task"]: row for row in report["by_task"]}
+    assert "metric" not in tasks["idle"]
+    columns = {
+        "price": {"data": "prices.csv"},
+        "mail": {"data": "mail.csv", "text": "words", "label": "class"},
+    }
+    for name, metric in (("price", "pearson"), ("mail", "accuracy")):
+        with library.CoreBank.open(tmp_path / "bank") as bank:
+            bank.export(name, tmp_path / "out" / name, as_lora=True)
+        for when, folder in (("before", "loras"), ("after", "out")):
+            options = {**columns[name], "data": str(tmp_path / columns[name]["data"])}
+            measured = library.evaluate(tmp_path / folder / name, **options)
+            assert tasks[name][f"score_{when}"] == pytest.approx(measured[metric], abs=1e-5)
+    before, after = tasks["price"]["score_before"], tasks["price"]["score_after"]
+    assert abs(before - after) > 1e-3
+    assert f"Mean pearson of 1 tasks: {before:.4g} before, {after:.4g} after" in " ".join(report["advice"])
+    (tmp_path / "tasks.yaml").write_text("prize: prices.csv\n")
+    message = refused(2, *call[:-1], tmp_path / "other", "--evaluate", tmp_path / "tasks.yaml")
+    assert "names 'prize', which is no adapter. Near matches: price" in message
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("modes", ["task", "task,layer"])
+def test_the_plan_foretells_the_bytes_of_the_bank(modes: str, place: Path) -> None:
+    result = lotr(
+        "compress", f"{place}/task-*", "--output", place / "bank", "--rank", 3, "--modes", modes, "--json"
+    )
+    report = json.loads(result.stdout)
+    options = ("--rank", 3, "--target-modules", "query,value", "--compress", 5, "--json")
+    own = ("--modes", "layer") if "layer" in modes else ()
+    planned = json.loads(lotr("plan", place / "base", *options, *own).stdout)
+    assert planned["bank"]["bytes"] == report["bytes_of_numbers"] - report["bytes_of_heads"]
+    assert planned["bank"]["bytes_of_loras_a_rank"] == 5 * 6 * 64 * 2
+
+
+def test_a_cluster_without_ray_is_answered_with_what_to_install(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    message = refused(2, "compress", f"{place}/task-*", "--output", place / "bank", "--ray", "local")
+    assert "pip install 'lotr[ray]'" in message
+    assert not (place / "bank").exists()

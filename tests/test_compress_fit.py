@@ -25,28 +25,28 @@ def _updates(tasks: int = TASKS) -> tuple[Tensor, Tensor]:
     return B, torch.randn(tasks, Q, WIDTH, generator=generator, dtype=torch.float64)
 
 
-def _batches(B: Tensor, A: Tensor, size: int) -> fit.Batches:
+def _total(B: Tensor, A: Tensor, size: int) -> fit.Total:
     def batches() -> Iterator[fit.Batch]:
         for own in zip(B.split(size), A.split(size), strict=True):
             yield {"g": [own]}
 
-    return batches
+    return lambda add_up: add_up(batches())
 
 
 @pytest.mark.parametrize("tasks", [4, TASKS])  # fewer and more directions than the block is wide
 @pytest.mark.parametrize("rank", [2, 5])
 def test_every_error_is_that_of_the_dense_stack_and_falls_to_that_of_tensorly(rank: int, tasks: int) -> None:
     B, A = _updates(tasks)
-    batches, stack = _batches(B, A, 4), B @ A
-    fits = fit.directions({"g": (OUT, WIDTH)}, batches)
+    total, stack = _total(B, A, 4), B @ A
+    fits = fit.directions({"g": (OUT, WIDTH)}, total)
     group = fits["g"]
-    fit.begin(fits, {"g": rank}, batches)
+    fit.begin(fits, {"g": rank}, total)
     group.turn_back()
     for _ in range(60):
         U, V = group.factors(rank)
         left = stack - U @ (U.T @ stack @ V) @ V.T
         assert group.errors[-1] == pytest.approx(float(left.norm() / stack.norm()), rel=1e-9)
-        fit.sweep(fits, batches)
+        fit.sweep(fits, total)
     assert all(after <= before + 1e-12 for before, after in pairwise(group.errors))
     tl.set_backend("pytorch")
     (core, (U, V)), _ = partial_tucker(stack, [rank, rank], modes=[1, 2], n_iter_max=200, tol=1e-12)
@@ -58,10 +58,10 @@ def test_the_batches_do_not_change_the_fit() -> None:
     B, A = _updates()
     factors = []
     for size in (1, 4, TASKS):
-        batches = _batches(B, A, size)
-        fits = fit.directions({"g": (OUT, WIDTH)}, batches)
-        fit.begin(fits, {"g": 4}, batches)
-        fit.sweep(fits, batches)
+        total = _total(B, A, size)
+        fits = fit.directions({"g": (OUT, WIDTH)}, total)
+        fit.begin(fits, {"g": 4}, total)
+        fit.sweep(fits, total)
         U, _ = fits["g"].factors(4)
         factors.append(U @ U.T)
     for other in factors[1:]:
@@ -100,11 +100,11 @@ def test_what_a_projection_leaves_is_exact_where_it_is_tiny() -> None:
 
 def test_diagonals_never_get_worse_and_are_those_of_least_squares() -> None:
     B, A = _updates()
-    batches = _batches(B, A, 4)
-    fits = fit.directions({"g": (OUT, WIDTH)}, batches)
-    diagonal.begin(fits, {"g": 4}, batches)
+    total = _total(B, A, 4)
+    fits = fit.directions({"g": (OUT, WIDTH)}, total)
+    diagonal.begin(fits, {"g": 4}, total)
     for _ in range(20):
-        diagonal.sweep(fits, batches)
+        diagonal.sweep(fits, total)
     errors = fits["g"].errors
     assert all(after <= before + 1e-12 for before, after in pairwise(errors))
     U, V = fits["g"].factors(4)

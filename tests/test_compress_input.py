@@ -84,7 +84,7 @@ def test_a_head_says_how_many_classes_there_are(tmp_path: Path) -> None:
     with lotr.CoreBank.open(tmp_path / "bank") as bank:
         assert (bank.get("a").task, bank.get("a").labels) == (
             "classification",
-            ("LABEL_0", "LABEL_1", "LABEL_2"),
+            ("0", "1", "2"),
         )
         assert (bank.get("b").task, dict(bank.get("b").head)) == (None, {})
 

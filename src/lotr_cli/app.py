@@ -142,13 +142,16 @@ def predict(
 def plan(
     model: Annotated[str, Argument(help="Local folder, hub id or `minilm`; only its config is read.")],
     dtype: Annotated[str, Option(help="Type of the numbers.")] = "float32",
+    compress: Annotated[
+        int | None, Option(min=1, help="Foretell the bytes of a bank of this many LoRAs.")
+    ] = None,
     **options: Any,
 ) -> Report:
     """Show what would share what, and what it costs, before anything is trained. Needs no weights."""
     from lotr.training.planning import plan_model
 
     settings = TrainSettings(**read_options({**options, "model": model}))
-    return reports.planned(model, plan_model(settings, dtype))
+    return reports.planned(model, plan_model(settings, dtype, compress))
 
 
 @command(app, "inspect", "Reading")

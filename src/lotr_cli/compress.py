@@ -59,6 +59,15 @@ def compress(
     dtype: Annotated[str, Option(help="How cores are kept: float32, bfloat16 or float16.")] = _DEFAULTS[
         "dtype"
     ],
+    evaluate: Annotated[
+        Path | None,
+        Option(
+            help="List of tasks (YAML, as `lotr bank train` takes it): scores on their own data, before and after."
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None, Option(help="Fit on a Ray cluster: local, or its address.", show_default="in one process")
+    ] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an output that exists.")] = False,
 ) -> Report:
     """Fit one bank to many LoRAs: shared factors, and a core of a few kilobytes a task."""
@@ -69,7 +78,8 @@ def compress(
                 "--add takes a bank and then adapters, and no --output: lotr compress BANK --add A B"
             )
         sizes = {"rank": rank, "max_error": max_error, "max_bytes": max_bytes}
-        _refuse("with --add: the bank has its factors", base=base, overwrite=overwrite, **sizes, **shared)
+        other: Any = {"base": base, "overwrite": overwrite, "evaluate": evaluate, "ray": ray}
+        _refuse("with --add: the bank has its factors", **other, **sizes, **shared)
         from lotr.compression.add import add as project
 
         with console.phases() as tick:
@@ -80,8 +90,9 @@ def compress(
     size: Any = {"rank": rank, "max_error": max_error, "overwrite": overwrite}
     from lotr.compression.sources import is_one_adapter
 
+    own: Any = {"max_bytes": max_bytes, "evaluate": evaluate, "ray": ray}
     if is_one_adapter(adapters):
-        _refuse("for one adapter, which stays an adapter", max_bytes=max_bytes, **shared)
+        _refuse("for one adapter, which stays an adapter", **own, **shared)
         from lotr.compression.cut import cut
 
         return _cut(cut(adapters[0], output, base, **size))
@@ -89,7 +100,7 @@ def compress(
 
     shared["modes"] = modes.replace(" ", "").split(",")
     with console.phases() as tick:
-        return _fitted(fit(adapters, output, base, max_bytes=max_bytes, **size, **shared, tick=tick))
+        return _fitted(fit(adapters, output, base, **own, **size, **shared, tick=tick))
 
 
 def _refuse(case: str, **options: Any) -> None:
@@ -111,6 +122,8 @@ def _fitted(report: Compressed) -> Report:
         of_groups = f"{len(groups)} groups of ranks {min(ranks)} to {max(ranks)}; the JSON report has each."
     names = ("task", "error", "kept", "rank_before", "bytes_before")
     tasks = [tuple(task[name] for name in names) for task in report.by_task[:_ROWS]]
+    scored = ("task", "metric", "score_before", "score_after", "error")
+    scores = [tuple(task[name] for name in scored) for task in report.by_task if "metric" in task]
     modules = sorted(report.by_module.items(), key=lambda pair: -pair[1])[:_ROWS]
     return Report(
         asdict(report),
@@ -120,6 +133,7 @@ def _fitted(report: Compressed) -> Report:
                 "Tasks that lose most", ("task", "error", "energy kept", "rank before", "bytes before"), tasks
             ),
             table("Modules that lose most", ("module", "error"), modules),
+            *([table("Scores", ("task", "metric", "before", "after", "error"), scores)] if scores else []),
             *report.advice,
             f"{report.tasks:,} tasks are in {report.bank}: relative error {report.error:.3g}, "
             f"{report.bytes_after:,} bytes instead of {report.bytes_before:,}. The report is in compress.json "

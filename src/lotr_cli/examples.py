@@ -34,6 +34,7 @@ EXAMPLES = {
         "lotr plan minilm --method tenslora_att_qkv_depth --core-ranks 4 --target-modules query,key,value",
         "lotr plan minilm --rank auto --budget 9216",
         "lotr plan minilm --rank 64 --json",
+        "lotr plan minilm --compress 100 --rank 16",
     ),
     "inspect": ("lotr inspect runs/first", "lotr inspect runs/first --json"),
     "merge": ("lotr merge runs/first --output plain-model",),

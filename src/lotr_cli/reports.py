@@ -62,8 +62,17 @@ def planned(model: str, report: dict[str, Any]) -> Report:
         f"On disk: {report['bytes']:,} bytes without a head.",
         report["cut_ranks"],
         report.get("rank_choice"),
+        _as_bank(report) if "bank" in report else None,
     )
     return Report(report, [table(title, header, rows), *filter(None, lines)])
+
+
+def _as_bank(report: dict[str, Any]) -> str:
+    bank = report["bank"]
+    return (
+        f"{bank['tasks']:,} LoRAs as one bank: {bank['bytes']:,} bytes, {bank['bytes_a_task']:,} of them a task; heads "
+        f"and the store's 256 KiB come on top. LoRAs take {bank['bytes_of_loras_a_rank']:,} a rank in bfloat16."
+    )
 
 
 def inspected(adapter: str, inspection: Inspection, picture: Path) -> Report:

@@ -5,12 +5,14 @@ Source: Compress then Serve (arXiv 2407.00066), there "JD-Diag"; CP by alternati
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .fit import Batches, GroupFit
+from .fit import Batch, GroupFit, Sums, Total
 
 
 def sorted_kept(of_group: GroupFit) -> Tensor:  # (K·L,)
@@ -18,39 +20,51 @@ def sorted_kept(of_group: GroupFit) -> Tensor:  # (K·L,)
     return of_group.squares.flatten().sort(descending=True).values.cumsum(0)
 
 
-def begin(fits: Mapping[str, GroupFit], ranks: Mapping[str, int], batches: Batches) -> None:
+def begin(fits: Mapping[str, GroupFit], ranks: Mapping[str, int], total: Total) -> None:
     """Start every group at the better of two pairs of factors.
 
     One takes the pairs of HOSVD directions between which there is most energy. The other is exact where the updates
     do have diagonal cores: for two sums of updates `S = U D Vᵀ` and `S' = U D' Vᵀ`, the eigenvectors of `S S'⁻¹`
     are `U`.
     """
-    if not fits:
-        return
-    sums = {
-        name: torch.zeros(2, *(min(ranks[name], n) for n in f.squares.shape)).double()
-        for name, f in fits.items()
-    }
-    generator = torch.Generator().manual_seed(0)
-    for batch in batches():
-        for name, of_group in fits.items():
-            k, r = sums[name].shape[1:]
-            for B, A in of_group.reduced(batch[name]):
-                mix = torch.randn(2, len(B), generator=generator, dtype=torch.float64)
-                sums[name] += torch.einsum("sn,nkq,nqr->skr", mix, B[:, :k], A[:, :, :r])
+    sums = total(partial(_mixtures, fits, ranks))
     starts = {
         name: (_pairs(f, ranks[name]), _eigenvectors(f, ranks[name], *sums[name])) for name, f in fits.items()
     }
-    kept = {name: [0.0, 0.0] for name in fits}
-    for batch in batches():
+    for name, kept in total(partial(_kept, fits, starts)).items():
+        best = max((0, 1), key=kept.__getitem__)
+        fits[name].U, fits[name].V = starts[name][best]
+        fits[name].errors = [fits[name].error(kept[best])]
+
+
+def _mixtures(fits: Mapping[str, GroupFit], ranks: Mapping[str, int], batches: Iterable[Batch]) -> Sums:
+    """Return two sums of updates between the leading directions, each weighted by its part along a drawn direction."""
+    generator = torch.Generator().manual_seed(0)
+    sums, drawn = {}, {}
+    for name, of_group in fits.items():
+        shape = [min(ranks[name], n) for n in of_group.squares.shape]
+        sums[name] = [torch.zeros(*shape).double() for _ in range(2)]
+        drawn[name] = [torch.randn(2, n, generator=generator).double() for n in shape]
+    for batch in batches:
+        for name, of_group in fits.items():
+            u, v = drawn[name]
+            for B, A in of_group.reduced(batch[name]):
+                B, A = B[:, : u.shape[1]], A[:, :, : v.shape[1]]
+                for n in range(2):
+                    weights = ((u[n] @ B) * (A @ v[n])).sum(-1)
+                    sums[name][n] += torch.einsum("n,nkq,nqr->kr", weights, B, A)
+    return sums
+
+
+def _kept(fits: Mapping[str, GroupFit], starts: Mapping[str, Any], batches: Iterable[Batch]) -> Sums:
+    """Return the energy that pairs of factors keep."""
+    sums = {name: [0.0 for _ in of_group] for name, of_group in starts.items()}
+    for batch in batches:
         for name, of_group in fits.items():
             for B, A in of_group.reduced(batch[name]):
                 for n, (U, V) in enumerate(starts[name]):
-                    kept[name][n] += float((diagonals(U, V, B, A) * _products(U, V, B, A)).sum())
-    for name, of_group in fits.items():
-        best = max((0, 1), key=kept[name].__getitem__)
-        of_group.U, of_group.V = starts[name][best]
-        of_group.errors = [of_group.error(kept[name][best])]
+                    sums[name][n] += float((diagonals(U, V, B, A) * _products(U, V, B, A)).sum())
+    return sums
 
 
 def _pairs(of_group: GroupFit, rank: int) -> tuple[Tensor, Tensor]:
@@ -75,33 +89,34 @@ def _unit(factor: Tensor) -> Tensor:
     return factor / factor.norm(dim=0).clamp_min(1e-300)
 
 
-def sweep(fits: Mapping[str, GroupFit], batches: Batches) -> None:
+def sweep(fits: Mapping[str, GroupFit], total: Total) -> None:
     """Run one sweep: `U` for `V` and the diagonals that fit both, then `V`."""
-    for side in ("U", "V"):
-        sums = {
-            name: (torch.zeros_like(getattr(f, side)), f.U.new_zeros(f.U.shape[1], f.U.shape[1]))
-            for name, f in fits.items()
-        }
-        kept = dict.fromkeys(fits, 0.0)
-        for batch in batches():
-            for name, of_group in fits.items():
-                total, gram = sums[name]
-                for B, A in of_group.reduced(batch[name]):
-                    UB, AV = of_group.U.T @ B, A @ of_group.V
-                    c = diagonals(of_group.U, of_group.V, B, A)
-                    kept[name] += float((c * _products(of_group.U, of_group.V, B, A)).sum())
-                    gram += c.T @ c
-                    mixed = (B @ AV if side == "U" else A.mT @ UB.mT) * c[:, None, :]
-                    total += mixed.sum(0)
-        for name, of_group in fits.items():
-            total, gram = sums[name]
-            other = of_group.V if side == "U" else of_group.U
-            solved = total @ torch.linalg.pinv(gram * (other.T @ other), hermitian=True)
+    for side, other in (("U", "V"), ("V", "U")):
+        for name, (mixed, gram, kept) in total(partial(_normal_equations, fits, side)).items():
+            of_group = fits[name]
+            fixed = getattr(of_group, other)
+            solved = mixed @ torch.linalg.pinv(gram * (fixed.T @ fixed), hermitian=True)
             setattr(of_group, side, _unit(solved))
             if side == "U":  # of the factors before this sweep
-                of_group.errors[-1] = of_group.error(kept[name])
-            else:  # before the last half of it; the next sweep, or the cores, tell the rest
-                of_group.errors.append(of_group.error(kept[name]))
+                of_group.errors.pop()
+            of_group.errors.append(of_group.error(kept))
+
+
+def _normal_equations(fits: Mapping[str, GroupFit], side: str, batches: Iterable[Batch]) -> Sums:
+    """Return what least squares for one side needs, and the energy that the factors keep."""
+    sums: dict[str, list[Any]] = {}
+    for name, f in fits.items():
+        r = f.U.shape[1]
+        sums[name] = [torch.zeros_like(getattr(f, side)), f.U.new_zeros(r, r), 0.0]
+    for batch in batches:
+        for name, f in fits.items():
+            for B, A in f.reduced(batch[name]):
+                c = diagonals(f.U, f.V, B, A)
+                mixed = B @ (A @ f.V) if side == "U" else A.mT @ (f.U.T @ B).mT
+                sums[name][0] += (mixed * c[:, None, :]).sum(0)
+                sums[name][1] += c.T @ c
+                sums[name][2] += float((c * _products(f.U, f.V, B, A)).sum())
+    return sums
 
 
 def diagonals(

@@ -2,16 +2,18 @@
 
 For updates `Δ_{t,s} = B_{t,s} A_{t,s}` of tasks `t` at the sites `s` of a group, orthonormal `U` and `V` maximise
 `Σ_{t,s} w_t² ‖Uᵀ Δ_{t,s} V‖²`, and the best cores are `C_{t,s} = Uᵀ Δ_{t,s} V`. The error is what is left:
-`‖Δ − U C Vᵀ‖² = ‖Δ‖² − ‖C‖²`. Updates come in batches of tasks, as often as they are asked for; what is kept between
-passes depends on the width of the group and not on how many there are.
+`‖Δ − U C Vᵀ‖² = ‖Δ‖² − ‖C‖²`. A pass is a function that adds up what batches of tasks contribute, here or on many
+machines (`Total`); what is kept between passes depends on the width of the group and not on how many there are.
 
 Source: Compress then Serve (arXiv 2407.00066); HOSVD and HOOI (De Lathauwer et al., 2000).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,10 @@ from ..math.moments import SecondMoment
 
 #: Weighted updates of some tasks: group → of each of its sites `B` `(n, o, q)` and `A` `(n, q, i)`.
 Batch = Mapping[str, list[tuple[Tensor, Tensor]]]
-Batches = Callable[[], Iterator[Batch]]
+#: By group: numbers, tensors and moments that add up over batches.
+Sums = Mapping[str, list[Any]]
+#: Runs a pass, which adds up batches, over the updates of all tasks.
+Total = Callable[[Callable[[Iterable[Batch]], Sums]], Sums]
 Shape = tuple[int, int]
 
 
@@ -83,39 +88,59 @@ class GroupFit:
             yield B, A @ self.Q_V if len(self.Q_V) else A
 
 
-def directions(groups: Mapping[str, Shape], batches: Batches, widest: int = 1024) -> dict[str, GroupFit]:
+def merged(one: Sums, other: Sums) -> Sums:
+    """Add the sums of other tasks to those of some."""
+    for name, values in other.items():
+        for n, value in enumerate(values):
+            one[name][n] += value
+    return one
+
+
+def directions(groups: Mapping[str, Shape], total: Total, widest: int = 1024) -> dict[str, GroupFit]:
     """Return the HOSVD of every group: one pass for the directions, one for the energy that each rank keeps.
 
     Args:
         groups: Name → block `(o, i)`.
-        batches: Yields the updates of all tasks.
+        total: Runs a pass over the updates of all tasks.
         widest: Blocks at most this wide are summed exactly; of wider ones the leading directions are followed.
     """
-    left = {name: SecondMoment(o, widest) for name, (o, _) in groups.items()}
-    right = {name: SecondMoment(i, widest) for name, (_, i) in groups.items()}
-    energy = dict.fromkeys(groups, 0.0)
-    for batch in batches():
-        for name in groups:
-            for B, A in batch[name]:
-                P = B @ triangle(A.mT)
-                left[name].add(P)
-                right[name].add(A.mT @ triangle(B))
-                energy[name] += float(P.square().sum())
     none = torch.zeros(0, 0, dtype=torch.float64)
     fits: dict[str, GroupFit] = {}
-    for name in groups:
-        Q_U, Q_V = left[name].leading(widest)[0], right[name].leading(widest)[0]
-        squares = torch.zeros(Q_U.shape[1], Q_V.shape[1], dtype=torch.float64)
-        fits[name] = GroupFit(energy[name], Q_U, Q_V, squares, none, none)
-    for batch in batches():
-        for name, of_group in fits.items():
-            for B, A in of_group.reduced(batch[name]):
-                for B_t, A_t in zip(B, A, strict=True):  # one at a time: the product is as large as the block
-                    of_group.squares += (B_t @ A_t).square_()
+    for name, (left, right, energy) in total(partial(_moments, groups, widest)).items():
+        Q_U, Q_V = left.leading(widest)[0], right.leading(widest)[0]
+        fits[name] = GroupFit(energy, Q_U, Q_V, none, none, none)
+    for name, (squares,) in total(partial(_squares, fits)).items():
+        fits[name].squares = squares
     return fits
 
 
-def begin(fits: Mapping[str, GroupFit], ranks: Mapping[str, int], batches: Batches) -> None:
+def _moments(groups: Mapping[str, Shape], widest: int, batches: Iterable[Batch]) -> Sums:
+    """Return `Σ Δ Δᵀ`, `Σ Δᵀ Δ` and `Σ ‖Δ‖²`."""
+    sums: dict[str, list[Any]] = {
+        name: [*(SecondMoment(n, widest) for n in shape), 0.0] for name, shape in groups.items()
+    }
+    for batch in batches:
+        for name, of_group in sums.items():
+            for B, A in batch[name]:
+                P = B @ triangle(A.mT)
+                of_group[0].add(P)
+                of_group[1].add(A.mT @ triangle(B))
+                of_group[2] += float(P.square().sum())
+    return sums
+
+
+def _squares(fits: Mapping[str, GroupFit], batches: Iterable[Batch]) -> Sums:
+    """Return the energy between each two directions."""
+    sums = {name: [f.Q_U.new_zeros(f.Q_U.shape[1], f.Q_V.shape[1])] for name, f in fits.items()}
+    for batch in batches:
+        for name, of_group in fits.items():
+            for B, A in of_group.reduced(batch[name]):
+                for B_t, A_t in zip(B, A, strict=True):  # one at a time: the product is as large as the block
+                    sums[name][0] += (B_t @ A_t).square_()
+    return sums
+
+
+def begin(fits: Mapping[str, GroupFit], ranks: Mapping[str, int], total: Total) -> None:
     """Start every group at its HOSVD; no pass is needed for it."""
     for name, of_group in fits.items():
         r = ranks[name]
@@ -123,26 +148,32 @@ def begin(fits: Mapping[str, GroupFit], ranks: Mapping[str, int], batches: Batch
         of_group.errors = [of_group.error(float(of_group.squares[:r, :r].sum()))]
 
 
-def sweep(fits: Mapping[str, GroupFit], batches: Batches) -> None:
+def sweep(fits: Mapping[str, GroupFit], total: Total) -> None:
     """Run one sweep of HOOI on every group: `U` for the `V` there is, then `V` for the new `U`."""
     for side in ("U", "V"):
-        moments = {
-            name: SecondMoment(len(f.U if side == "U" else f.V), max(len(f.U), len(f.V)))
-            for name, f in fits.items()
-        }
-        for batch in batches():
-            for name, of_group in fits.items():
-                for B, A in of_group.reduced(batch[name]):
-                    if side == "U":
-                        moments[name].add(B @ triangle((A @ of_group.V).mT))
-                    else:
-                        moments[name].add(A.mT @ triangle(of_group.U.T @ B))
-        for name, of_group in fits.items():
+        for name, (moment,) in total(partial(_inside, fits, side)).items():
+            of_group = fits[name]
             before = getattr(of_group, side)
-            vectors, energies = moments[name].leading(before.shape[1])
+            vectors, energies = moment.leading(before.shape[1])
             setattr(of_group, side, completed(vectors, before))
             if side == "V":
                 of_group.errors.append(of_group.error(float(energies.sum())))
+
+
+def _inside(fits: Mapping[str, GroupFit], side: str, batches: Iterable[Batch]) -> Sums:
+    """Return the second moment of one side of what the factor of the other side keeps."""
+    sums = {}
+    for name, of_group in fits.items():
+        widths = len(of_group.U), len(of_group.V)
+        sums[name] = [SecondMoment(widths["UV".index(side)], max(widths))]
+    for batch in batches:
+        for name, of_group in fits.items():
+            for B, A in of_group.reduced(batch[name]):
+                if side == "U":
+                    sums[name][0].add(B @ triangle((A @ of_group.V).mT))
+                else:
+                    sums[name][0].add(A.mT @ triangle(of_group.U.T @ B))
+    return sums
 
 
 def is_settled(of_group: GroupFit, tolerance: float) -> bool:

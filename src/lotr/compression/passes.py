@@ -108,8 +108,8 @@ def find_directions(groups: Sequence[Group], stack: Stack, state: State, tick: T
         names = [group.name for group in chunk]
         known = state.load(names)
         if known is None:
-            batches = stack.batches(chunk, "Directions", tick)
-            known = fit.directions({group.name: group.shape for group in chunk}, batches)
+            total = stack.total(chunk, "Directions", tick)
+            known = fit.directions({group.name: group.shape for group in chunk}, total)
             state.save(known, names)
         fits |= known
     return fits
@@ -138,9 +138,10 @@ def run_sweeps(
     kind: ModuleType = fit if groups[0].core.by_site else diagonal
     for chunk in chunks(groups, stack):
         names = [group.name for group in chunk]
-        batches = stack.batches(chunk, "Fitting", tick)
+        total = stack.total(chunk, "Fitting", tick)
         new = {group.name: group.core.r for group in chunk if not fits[group.name].errors}
-        kind.begin({name: fits[name] for name in new}, new, batches)
+        if new:
+            kind.begin({name: fits[name] for name in new}, new, total)
         for name in new:
             fits[name].turn_back()
         while unsettled := {
@@ -148,5 +149,5 @@ def run_sweeps(
             for name in names
             if len(fits[name].errors) <= most and not fit.is_settled(fits[name], tolerance)
         }:
-            kind.sweep(unsettled, batches)
+            kind.sweep(unsettled, total)
             state.save(fits, names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from ..sharing.plan import Plan
@@ -34,7 +34,8 @@ class Report:
         bytes_of_heads: Bytes of heads in it.
         bytes_of_numbers: Bytes of factors, cores and heads in it.
         groups: Name, sites, block and rank of every group, and its errors at the start and after every sweep.
-        by_task: Error, energy kept, rank and bytes before, and modules that it lacks of every task, the worst first.
+        by_task: Error, energy kept, rank and bytes before, and modules that it lacks of every task, the worst first;
+            where it was measured, the metric too, and its score before and after.
         by_module: Relative error of every module, all adapters together.
         curve: Rank, bytes and error of the HOSVD with one rank for all groups, at most 48 points.
         advice: What to do about the error and the bytes, in sentences.
@@ -66,6 +67,7 @@ def report_of(
     fits: Mapping[str, GroupFit],
     lost: Lost,
     asked: float | None,
+    scores: Mapping[str, Mapping[str, Any]],
     **told: Any,
 ) -> Report:
     """Return the report of a fit.
@@ -77,6 +79,7 @@ def report_of(
         fits: The fit of every group.
         lost: By task: `‖Δ − U C Vᵀ‖²` of every module.
         asked: The error that was asked for, if any.
+        scores: By task: what was measured on its own data, before and after.
         told: The other fields of the report.
     """
     by_task: list[dict[str, Any]] = [
@@ -87,11 +90,12 @@ def report_of(
             "rank_before": entry.rank,
             "bytes_before": entry.bytes,
             "missing": len(plan.targets) - len(entry.energies),
+            **scores.get(entry.name, {}),
         }
         for entry in stack.entries
     ]
     errors = [row["error"] for row in by_task]
-    mean = (sum(error * error for error in errors) / len(errors)) ** 0.5
+    overall = (sum(error * error for error in errors) / len(errors)) ** 0.5
     ranks = {group.name: group.core.r for group in plan.groups}
     heads = sum(entry.head_bytes for entry in stack.entries)
     before = sum(entry.bytes for entry in stack.entries)
@@ -102,7 +106,7 @@ def report_of(
     ) ** 0.5
     return Report(
         tasks=len(stack),
-        error=mean,
+        error=overall,
         median_error=median(errors),
         bytes_before=before,
         bytes_of_heads=heads,
@@ -121,8 +125,9 @@ def report_of(
         by_module=_by_module(stack, plan, lost),
         curve=_curve(curves, heads),
         advice=[
-            *_about_error(curves, ranks, mean, fitted, asked),
+            *_about_error(curves, ranks, overall, fitted, asked),
             *_about_tasks(by_task, stack),
+            *_about_scores(by_task),
             *_about_base(told["base_model"], told["trained_on"]),
             *_about_bytes(before, after, told["bytes_after"]),
         ],
@@ -186,6 +191,21 @@ def _about_tasks(by_task: list[dict[str, Any]], stack: Stack) -> list[str]:
     if nothing := [entry.name for entry in stack.entries if not entry.energy]:
         notes.append(
             f"{len(nothing)} adapters are zero everywhere, first {nothing[0]}: they were never trained."
+        )
+    return notes
+
+
+def _about_scores(by_task: list[dict[str, Any]]) -> list[str]:
+    """Say what the adapters score on average, and which loses most."""
+    notes = []
+    for metric in dict.fromkeys(row["metric"] for row in by_task if "metric" in row):
+        rows = [row for row in by_task if row.get("metric") == metric]
+        before, after = (mean(row[f"score_{when}"] for row in rows) for when in ("before", "after"))
+        sign = -1 if metric == "loss" else 1
+        worst = min(rows, key=lambda row: sign * (row["score_after"] - row["score_before"]))
+        notes.append(
+            f"Mean {metric} of {len(rows)} tasks: {before:.4g} before, {after:.4g} after; {worst['task']} loses most, "
+            f"{worst['score_before']:.4g} to {worst['score_after']:.4g}."
         )
     return notes
 

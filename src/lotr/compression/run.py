@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from .diagonal import sorted_kept
 from .fit import GroupFit
 from .passes import State, find_directions, run_sweeps
 from .ranks import Curve, chosen_ranks
+from .ray import cluster
 from .report import PICTURE, REPORT, Report, draw, report_of
+from .scores import measure_adapters, measure_bank
 from .sources import find_adapters
 from .stack import Entry, Stack, Tick, read_entry, weights_of
 from .tasks import write_bank
@@ -41,6 +43,8 @@ def compress(
     dtype: str = "bfloat16",
     sweeps: int = 50,
     tolerance: float = 1e-4,
+    evaluate: str | Path | None = None,
+    ray: str | None = None,
     overwrite: bool = False,
     tick: Tick | None = None,
 ) -> Report:
@@ -62,6 +66,8 @@ def compress(
         dtype: Type in which the bank keeps cores.
         sweeps: Most sweeps of HOOI.
         tolerance: A sweep that lowers the error by a smaller share than this is the last.
+        evaluate: List of tasks (YAML) whose adapters are measured on their own data, before and after.
+        ray: Run the passes of the fit on a Ray cluster: `local`, or its address; workers read the adapters themselves.
         overwrite: Replace a bank that is there.
         tick: Called as work is done.
 
@@ -71,6 +77,7 @@ def compress(
     Raises:
         ConfigError: A setting has no meaning, or nothing is to be compressed.
         CheckpointError: An adapter is damaged, no low-rank update, or of another base model; nothing is written.
+        DataError: Data to measure on does not fit an adapter's task; nothing is written.
 
     Source: Compress then Serve, https://arxiv.org/abs/2407.00066
     """
@@ -86,6 +93,8 @@ def compress(
     with whole_folder(output, overwrite) as folder:  # from the start: nobody else writes it meanwhile
         name, model, trained_on = _base(base, places)
         stack, task_types = _read(places, model, name, trained_on, weights, tick)
+        named = None if isinstance(base, nn.Module) else base
+        before = [] if evaluate is None else measure_adapters(evaluate, places, named, tick)
         changed = {module for entry in stack.entries for module in entry.energies}
         modules = [module for module in linear_shapes(model) if module in changed]
         config = bank_config(model, modules, modes, core, task_types)
@@ -94,12 +103,14 @@ def compress(
             output, repr((stack.digest(), size, config.to_dict(), weights, dtype, sweeps, tolerance))
         )
         try:
-            groups = config.recorded_plan().groups
-            fits = find_directions(groups, stack, state, tick)
-            curves = {group.name: _curve(group, fits[group.name], len(stack), dtype) for group in groups}
-            ranks = _ranks(curves, size, sum(entry.head_bytes for entry in stack.entries))
-            config, plan = with_ranks(config, ranks)
-            run_sweeps(plan.groups, fits, stack, state, sweeps, tolerance, tick)
+            with cluster(ray) as spread:
+                stack = replace(stack, spread=spread)
+                groups = config.recorded_plan().groups
+                fits = find_directions(groups, stack, state, tick)
+                curves = {group.name: _curve(group, fits[group.name], len(stack), dtype) for group in groups}
+                ranks = _ranks(curves, size, sum(entry.head_bytes for entry in stack.entries))
+                config, plan = with_ranks(config, ranks)
+                run_sweeps(plan.groups, fits, stack, state, sweeps, tolerance, tick)
             lost = write_bank(folder / "bank", config, model, fits, stack, dtype, tick)
             size_after = sum(file.stat().st_size for file in (folder / "bank").iterdir())
             told: Any = {
@@ -109,7 +120,8 @@ def compress(
                 "bytes_after": size_after,
             }
             seconds = round(time.monotonic() - begun, 3)
-            report = report_of(stack, plan, curves, fits, lost, max_error, seconds=seconds, **told)
+            scores = measure_bank(before, folder / "bank", named, tick) if before else {}
+            report = report_of(stack, plan, curves, fits, lost, max_error, scores, seconds=seconds, **told)
             move_into(folder / "bank", folder)
             write_json(folder / REPORT, asdict(report))
             draw(report, folder / PICTURE)

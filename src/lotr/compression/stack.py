@@ -13,10 +13,11 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError, near
 from ..sharing.blocks import Site
 from ..sharing.groups import Group
-from .fit import Batch, Batches
+from .fit import Batch, Total
 from .sources import Source, open_source
 
 Tick = Callable[[str, int, int], None]  # what is done, how many, of how many
+Spread = Callable[["Stack", Sequence[Group], str, Tick], Total]
 Shape = tuple[int, int]
 Pairs = dict[str, tuple[Tensor, Tensor]]  # `B` `(n, out, q)` and `A` `(n, q, in)` of some tasks, by module
 BATCH = 32 << 20  # bytes of the updates that are worked on at once, in float32
@@ -96,10 +97,12 @@ class Stack:
     Args:
         entries: One an adapter, in the order of their names.
         weights: What the update of each is multiplied by in the fit.
+        spread: Runs the passes elsewhere; see `total`.
     """
 
     entries: tuple[Entry, ...]
     weights: tuple[float, ...]
+    spread: Spread | None = None
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -113,7 +116,18 @@ class Stack:
         """Return the bytes of one task's updates at the sites of some groups, in float32."""
         return sum(4 * self.rank * len(group.sites) * sum(group.shape) for group in groups)
 
-    def batches(self, groups: Sequence[Group], what: str, tick: Tick) -> Batches:
+    def part(self, start: int, stop: int) -> Stack:
+        """Return some of the adapters, for a pass here."""
+        return Stack(self.entries[start:stop], self.weights[start:stop])
+
+    def total(self, groups: Sequence[Group], what: str, tick: Tick) -> Total:
+        """Return what runs passes over the weighted updates at the sites of some groups; args: see `batches`."""
+        if self.spread is not None:
+            return self.spread(self, groups, what, tick)
+        batches = self.batches(groups, what, tick)
+        return lambda add_up: add_up(batches())
+
+    def batches(self, groups: Sequence[Group], what: str, tick: Tick) -> Callable[[], Iterator[Batch]]:
         """Return a function that yields the weighted updates at the sites of some groups, a few tasks at a time.
 
         Updates of all tasks that fit into the cache together stay there after the first time, as the files have them.

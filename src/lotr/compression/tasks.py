@@ -95,7 +95,7 @@ def task_of(source: Source, numbers: Tensor, error: float) -> Task:
     kind = source.kind
     if head and not labels and kind == "classification":
         n = min(tensor.shape[0] for tensor in head.values() if tensor.dim())
-        labels = tuple(f"LABEL_{label}" for label in range(n)) if n > 1 else ()
+        labels = tuple(map(str, range(n))) if n > 1 else ()
         kind = "classification" if n > 1 else "regression"
     recorded = {key: value for key, value in source.record.items() if key not in KNOWN}
     metadata = {**recorded, "compressed_from": str(source.path), "error": round(error, 9)}

@@ -56,6 +56,19 @@ class SecondMoment:
             self._columns = [vectors * energies.sqrt()]
             self._n_columns = len(energies)
 
+    def __iadd__(self, other: SecondMoment) -> SecondMoment:
+        """Add the sum of other matrices of the same width."""
+        if other._sum is None:
+            for columns in other._columns:
+                self.add(columns)
+        else:
+            own, self._columns, self._n_columns = self._columns, [], 0
+            self._sum = other._sum if self._sum is None else self._sum + other._sum
+            for columns in own:
+                self.add(columns)
+        self.lost += other.lost
+        return self
+
     def leading(self, n: int | None = None) -> tuple[Tensor, Tensor]:  # (d, m), (m,)
         """Return at most `n` eigenvectors, by falling energy, and the energies; what is rounding is left out."""
         if self._sum is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ..bank.task import DTYPES
@@ -9,6 +10,7 @@ from ..errors import ConfigError, near
 from ..files.atomic import file_bytes
 from ..methods import METHODS
 from ..sharing.keys import file_shapes
+from ..sharing.plan import Plan
 from ..tuner.basis import check_basis
 from ..tuner.saved_adapter import read_basis
 from ..tuner.targets import plan
@@ -17,12 +19,19 @@ from .base_model import check_dtype, skeleton
 from .settings import TrainSettings
 
 
-def plan_model(settings: TrainSettings, dtype: str = "float32") -> dict[str, Any]:
+def plan_model(settings: TrainSettings, dtype: str = "float32", tasks: int | None = None) -> dict[str, Any]:
     """Plan an adapter for a model on the meta device, so that a 70B model needs no memory.
+
+    Args:
+        settings: The adapter's.
+        dtype: Type of the numbers.
+        tasks: How many LoRAs `lotr compress` shall make one bank of; then only the tasks share, unless modes are given.
 
     Returns:
         Groups with shapes and counts, totals, the LoRA rank of equal cost, bytes on disk in the type.
     """
+    if tasks is not None:
+        settings = replace(settings, modes=settings.modes or "none")
     check_dtype(dtype)
     if settings.method not in METHODS:
         raise ConfigError(
@@ -66,5 +75,14 @@ def plan_model(settings: TrainSettings, dtype: str = "float32") -> dict[str, Any
         "trains": planned.trainable,
         "equal_lora_rank": planned.equal_lora_rank,
         "lora_same_rank": planned.lora_per_rank * max(config.rank),
+        **({} if tasks is None else {"bank": _bank(planned, tasks)}),
         "bytes": file_bytes(file_shapes(planned, factors=not config.refers_to_basis), DTYPES[dtype].itemsize),
     }
+
+
+def _bank(planned: Plan, tasks: int) -> dict[str, int]:
+    """Foretell the bytes of a bank: factors in float32, cores in bfloat16, as `lotr compress` keeps them."""
+    core = 2 * planned.n_cores
+    size = 4 * planned.n_factors + tasks * core
+    loras = 2 * tasks * planned.lora_per_rank  # at rank 1, in bfloat16
+    return {"tasks": tasks, "bytes_a_task": core, "bytes": size, "bytes_of_loras_a_rank": loras}

@@ -1,0 +1,102 @@
+"""Every adapter's score on its own data, before it went into a bank and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, near
+from ..training.data import Columns
+from ..training.predict import evaluate
+from ..training.tasks.served import Served, load_served
+from ..training.tasks.task_list import TaskSource, read_tasks
+from ..training.trained import Trained, load_trained
+from .stack import Tick
+
+_METRICS = ("accuracy", "pearson", "loss")  # the first that a task has is its score
+
+
+@dataclass(frozen=True)
+class Before:
+    """The score of an adapter by itself.
+
+    Args:
+        source: Where its rows are.
+        trained: The adapter, without the model that it was measured on.
+        metric: What the score is.
+        score: The score.
+    """
+
+    source: TaskSource
+    trained: Trained
+    metric: str
+    score: float
+
+
+def measure_adapters(
+    tasks: str | Path, places: Mapping[str, Path], model: str | None, tick: Tick
+) -> list[Before]:
+    """Measure adapters, each on its base model and its own data.
+
+    Args:
+        tasks: A list as `lotr bank train --tasks` takes it; the rows of `eval` are measured, or else those of `train`.
+        places: Name and folder of every adapter.
+        model: Base model to use instead of the recorded one.
+        tick: Called as adapters are done.
+
+    Raises:
+        ConfigError: The list is none, or names what is no adapter.
+        CheckpointError: An adapter does not tell what it was trained for.
+        DataError: The data does not fit an adapter's task.
+    """
+    sources = read_tasks(Path(tasks))
+    for source in sources:
+        if source.name not in places:
+            raise ConfigError(
+                f"{tasks} names {source.name!r}, which is no adapter. {near(source.name, places)}"
+            )
+    before = []
+    for source in sources:
+        trained = load_trained(places[source.name], model)
+        metric, score = _score(trained, source)
+        unloaded: Any = None
+        before.append(Before(source, replace(trained, model=unloaded), metric, score))
+        tick("Scores before", len(before), len(sources))
+    return before
+
+
+def measure_bank(
+    before: Sequence[Before], bank: Path, model: str | None, tick: Tick
+) -> dict[str, dict[str, Any]]:
+    """Measure the same adapters as tasks of a bank: task → metric, score before and score after."""
+    served = load_served(bank, model)
+    scores: dict[str, dict[str, Any]] = {}
+    with served.bank:
+        for of in before:
+            task: Any = _OneTask(served, of.trained, of.source.name)
+            _, after = _score(replace(of.trained, model=task), of.source)
+            scores[of.source.name] = {"metric": of.metric, "score_before": of.score, "score_after": after}
+            tick("Scores after", len(scores), len(before))
+    return scores
+
+
+def _score(trained: Trained, source: TaskSource) -> tuple[str, float]:
+    columns = {key: name for key, name in vars(source.columns).items() if name != getattr(Columns, key)}
+    scores = evaluate(trained, source.eval or source.train, **columns)
+    metric = next(metric for metric in _METRICS if metric in scores)
+    return metric, float(scores[metric])
+
+
+class _OneTask:
+    """The model of a bank as `evaluate` calls one: all rows have one task, and as many logits as it has classes."""
+
+    def __init__(self, served: Served, trained: Trained, name: str) -> None:
+        self.model, self.name, self.device = served.model, name, served.model.device
+        self.classes = None if served.kind == "causal-lm" else len(trained.task.labels) or 1
+
+    def __call__(self, **inputs: Any) -> Any:
+        output = self.model(**inputs, task_ids=[self.name] * len(inputs["input_ids"]))
+        output.logits = output.logits[..., : self.classes]
+        return output

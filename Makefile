@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # The versions of everything: pinned; `CONSTRAINTS=constraints-lowest.txt` takes the oldest, `/dev/null` the newest.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo demo-bank demo-serve test test-vllm test-ray setup check wheel-test bench bench-performance bench-methods bench-bank bench-compress bench-serve bench-quality bench-quality-report docs clean
+.PHONY: demo demo-bank demo-serve test test-vllm test-ray test-quantised fuzz setup check wheel-test bench bench-performance bench-methods bench-bank bench-compress bench-serve bench-quality bench-quality-report docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -49,9 +49,13 @@ test-vllm: $(READY)  ## the plugin for vLLM against its released wheel, on any p
 		protobuf pycountry referencing rpds-py yarl || true
 	OMP_NUM_THREADS=1 PYTHONPATH=$(VLLM):$(VLLM)/needs $(BIN)/python -m pytest -n 0 -rs tests/test_serve_vllm.py
 
-test-ray: $(READY)  ## `lotr compress --ray`, with Ray beside the other packages; skips where that cannot be had
-	test -d build/ray || $(BIN)/pip install --quiet --target build/ray 'ray>=2.40,<3' || true
-	OMP_NUM_THREADS=1 PYTHONPATH=build/ray $(BIN)/python -m pytest -n 0 -rs tests/test_compress_ray.py
+test-ray: $(READY)  ## `lotr compress --ray` and the server on Ray Serve, with Ray beside the other packages; skips where that cannot be had
+	test -d build/ray || $(BIN)/pip install --quiet --target build/ray 'ray[serve]>=2.40,<3' || true
+	OMP_NUM_THREADS=1 PYTHONPATH=build/ray $(BIN)/python -m pytest -n 0 -rs tests/test_compress_ray.py tests/test_serve_ray.py
+
+test-quantised: $(READY)  ## adapters on 4- and 8-bit bases on any processor; skips where bitsandbytes cannot be had
+	test -d build/quantised || $(BIN)/pip install --quiet --no-deps --target build/quantised bitsandbytes==0.50.2 || true
+	OMP_NUM_THREADS=1 PYTHONPATH=build/quantised $(BIN)/python -m pytest -n 0 -rs tests/test_tuner_quantised.py
 
 check: $(READY)  ## format, lint, types, who imports whom
 	$(BIN)/ruff format --check .

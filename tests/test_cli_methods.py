@@ -33,7 +33,7 @@ def test_a_row_runs_from_plan_to_export_or_merge(place: Path, name: str) -> None
 
     merged = report("merge", adapter, "--output", place / f"{name}-merged")
     exported = lotr("export", adapter, "--output", place / f"{name}-lora")
-    if MAGNITUDES[METHODS[name].magnitude].additive:
+    if MAGNITUDES[METHODS[name].magnitude].has_lora_form:
         assert exported.exit_code == 0, exported.stderr
         _answers_alike(place / f"{name}-lora", Path(merged["output"]))
     else:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, optimizers
 from torch import nn
 
 from conftest import VOCABULARY, bert, llama, tokens
@@ -41,6 +41,17 @@ def test_every_field_of_loraconfig_works_or_is_answered() -> None:
 def test_a_word_without_a_counterpart_says_what_to_do(fields: Any, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         LotrConfig(**fields)
+
+
+@pytest.mark.parametrize("name", ["create_loraplus_optimizer", "create_lorafa_optimizer"])
+def test_optimisers_that_go_by_loras_names_refuse_ours_and_take_loras(name: str) -> None:
+    words: dict[str, Any] = {"optimizer_cls": torch.optim.AdamW, "lr": 1e-3, "loraplus_lr_ratio": 16}
+    if name == "create_lorafa_optimizer":
+        words = {"r": 2, "lora_alpha": 2, "lr": 1e-3}
+    with pytest.raises(ConfigError, match=rf"{name} .*lotr\.parameter_groups"):
+        getattr(optimizers, name)(get_peft_model(llama(), LotrConfig(r=2)), **words)
+    groups = getattr(optimizers, name)(get_peft_model(llama(), LoraConfig(r=2)), **words).param_groups
+    assert any(group["params"] for group in groups)
 
 
 def test_sums_are_exact_so_words_of_approximations_are_refused() -> None:

@@ -8,6 +8,7 @@ from peft import get_peft_model
 
 from conftest import bert, tokens
 from lotr import LotrConfig
+from lotr.files.card import Card, results
 
 
 def test_the_card_that_peft_writes_says_how_to_load(tmp_path: Path) -> None:
@@ -17,6 +18,25 @@ def test_the_card_that_peft_writes_says_how_to_load(tmp_path: Path) -> None:
     card = (tmp_path / "README.md").read_text()
     assert card.count("import lotr") == 1
     assert "lotr export" in card
+
+
+def test_the_card_has_tags_base_model_ranks_targets_and_rates(tmp_path: Path) -> None:
+    config = LotrConfig(method="dora", r=2, target_modules=["query", "value"], rank_pattern={"value": 3})
+    model = get_peft_model(bert(), config)
+    config.base_model_name_or_path = "some/base"
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "tags: [lotr, dora, peft]" in card and "base_model: some/base" in card
+    assert "Rank 2, 3, on `query`, `value`." in card
+    assert (
+        "tags: [lotr, peft]" in Card("lotr").text() and "[lora, peft]" in Card("lora", is_lotr=False).text()
+    )
+    fields = dict.fromkeys(("train", "task", "eval_rows"), "") | dict.fromkeys(
+        ("rows", "steps", "seed", "adapter", "head", "bytes"), 1
+    )
+    assert "- learning rates: lr 0.003, core_lr 0.01\n" in results(
+        {}, [], {"lr": 3e-3, "core_lr": 1e-2}, **fields
+    )
 
 
 def test_disabling_a_merged_adapter_leaves_a_regular_status() -> None:

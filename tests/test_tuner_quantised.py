@@ -29,7 +29,7 @@ def base(bits: int) -> nn.Sequential:
     return nn.Sequential(*layers).to("cpu")
 
 
-ROWS = ["lotr", "dora", "bora", "map", "lora_xs", "metatt_4d"]
+ROWS = ["lotr", "dora", "bora", "map", "lora", "metatt_4d"]
 
 
 def adapted(bits: int, row: str, **kwargs: bool) -> PeftModel:

@@ -191,16 +191,21 @@ def merge(
 def export(
     adapter: Adapter,
     output: Annotated[Path, Option(help="Folder for the LoRA.")],
+    pad_rank: Annotated[int | None, Option(min=1, help="Rank to bring all modules to, with zeros.")] = None,
     overwrite: Overwrite = False,
 ) -> Report:
     """Write an adapter as plain PEFT LoRA, exactly; it loads without this library."""
     from lotr.adapters.export import export as write_lora
 
-    report = write_lora(adapter, output, overwrite)
+    report = write_lora(adapter, output, overwrite, pad_rank)
     line = (
         f"A LoRA of rank {report['rank']} for {report['modules']} modules is in {output}: {report['numbers']:,} "
         f"numbers, {report['bytes']:,} bytes (the adapter has {report['bytes_before']:,})."
-        + (f" Servers of LoRA leave out {len(report['peft_only'])} tensors." if report["peft_only"] else "")
+        + (
+            f" PEFT reads all of it; servers of LoRA do not take {len(report['peft_only'])} tensors."
+            if report["peft_only"]
+            else ""
+        )
     )
     return Report(report, [line])
 

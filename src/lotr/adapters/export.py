@@ -9,15 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import CheckpointError
-from ..files.adapter_folder import CONFIG, WEIGHTS, AdapterFolder, save_tensors, write_task
+from ..errors import CheckpointError, ConfigError
+from ..files.adapter_folder import CONFIG, WEIGHTS, save_tensors, write_task
 from ..files.atomic import check_apart, check_free, whole_folder, write_json
 from ..math.magnitude import MAGNITUDES
-from ..math.update import FactoredUpdate
-from ..sharing.blocks import Target
-from ..sharing.groups import Part
-from ..sharing.keys import file_shapes, lora_keys
-from ..tuner.saved_adapter import read_saved
+from ..math.update import FactoredUpdate, loras_of
+from ..sharing.keys import file_shapes, lora_keys, magnitude_keys
+from ..tuner.saved_adapter import SavedAdapter, read_saved
 from .inspection import updates
 
 _CARD = """---
@@ -33,56 +31,56 @@ else installed: `AutoPeftModel.from_pretrained("path/or/hub-id")`.
 """
 
 
-def export(adapter: str | Path, output: str | Path, overwrite: bool = False) -> dict[str, Any]:
+def export(
+    adapter: str | Path, output: str | Path, overwrite: bool = False, pad_rank: int | None = None
+) -> dict[str, Any]:
     """Write a saved adapter as plain PEFT LoRA, exactly and without the base model.
 
+    A `dora` adapter becomes DoRA of PEFT, and experts that one parameter holds its `target_parameters`.
+
     Args:
-        adapter: Folder or hub id of a LoTR adapter whose magnitude adds: `W + ΔW`.
+        adapter: Folder or hub id of a LoTR adapter whose magnitude adds, `W + ΔW`, or is DoRA's.
         output: Folder to make.
         overwrite: Replace the folder when it is not empty.
+        pad_rank: Rank that every module is brought to with zeros, for servers that take few ranks, or one.
 
     Returns:
         Counts: modules, rank, numbers and bytes before and after; and under `peft_only` the tensors (of a head, of
-        modules trained in full, of new tokens) that PEFT reads and servers of LoRA do not.
+        modules trained in full, of new tokens, of DoRA's norms, of experts) that PEFT reads and servers of LoRA do not.
 
     Raises:
         CheckpointError: The adapter is of another method, has no LoRA form, or has trained biases.
-        ConfigError: `output` is not free, or is what the adapter is read from.
+        ConfigError: `output` is not free, or is what the adapter is read from; or `pad_rank` is below its rank.
     """
     saved, output = read_saved(adapter), Path(output)
     config = saved.config
     check_apart(output, "adapter", saved.path)
     check_apart(output, "basis", config.basis)
     check_apart(output, "base model", config.base_model_name_or_path)
-    if not MAGNITUDES[config.magnitude].additive:
+    if not MAGNITUDES[config.magnitude].has_lora_form:
         raise CheckpointError(
             f"{saved.path} has magnitude={config.magnitude!r}, which rescales the weight, so no LoRA equals it. "
             "Use `lotr merge` to leave with a plain model."
         )
     if not saved.plan.targets:
         raise CheckpointError(f"{saved.path} adapts no module: it holds a trained head alone.")
-    if any(target.experts for target in saved.plan.targets):
-        raise CheckpointError(
-            f"{saved.path} adapts experts that one parameter holds, for which servers of LoRA have no common form. Use "
-            "`lotr merge` to leave with a plain model."
-        )
-    tensors = saved.tensors()
-    others = tensors.keys() - file_shapes(saved.plan).keys()
     if config.bias != "none":
         raise CheckpointError(
             f"{saved.path} has bias={config.bias!r}: biases of the base model were trained with it, and no server that "
             "reads LoRA takes them. Use `lotr merge` to leave with a plain model."
         )
-    parts: dict[str, list[tuple[Part, FactoredUpdate]]] = {}
-    for part, update in updates(saved, tensors):
-        parts.setdefault(part.sites[0].module, []).append((part, update))
-    lora = {key: tensors[key] for key in others}
-    ranks: dict[str, int] = {}
-    for target in saved.plan.targets:
-        for key, matrix in zip(lora_keys(target), lora_of(target, parts[target.path]), strict=True):
-            lora[key] = matrix.clone()  # safetensors refuses what shares memory
-        ranks[target.path] = len(lora[lora_keys(target)[0]])
-    lora_config = _lora_config(saved.folder, ranks)
+    tensors = saved.tensors()
+    others = tensors.keys() - file_shapes(saved.plan).keys()
+    lora, ranks = _lora(saved, tensors, pad_rank)
+    plain = {
+        key
+        for target in saved.plan.targets
+        if not target.experts
+        for key in lora_keys(saved.plan, target)[:2]
+    }
+    numbers = sum(tensor.numel() for tensor in lora.values())
+    lora |= {key: tensors[key] for key in others}
+    lora_config = _lora_config(saved, ranks)
     with whole_folder(output, overwrite) as made:
         save_tensors(lora, made)
         write_json(made / CONFIG, lora_config)
@@ -94,37 +92,46 @@ def export(adapter: str | Path, output: str | Path, overwrite: bool = False) -> 
     return {
         "modules": len(ranks),
         "rank": max(ranks.values()),
-        "numbers": sum(tensor.numel() for key, tensor in lora.items() if ".lora_" in key),
+        "numbers": numbers,
         "bytes": (output / WEIGHTS).stat().st_size,
         "bytes_before": saved.folder.size,
-        "peft_only": sorted(others),
+        "peft_only": sorted(lora.keys() - plain),
         "output": str(output),
     }
 
 
-def lora_of(target: Target, parts: list[tuple[Part, FactoredUpdate]]) -> tuple[Tensor, Tensor]:
-    """Return the two matrices of plain LoRA for one module; the ranks of its parts add up.
+def _lora(
+    saved: SavedAdapter, tensors: dict[str, Tensor], pad_rank: int | None
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Return the tensors of the LoRA as PEFT names and lays them, and the rank of each target."""
+    parts: dict[str, list[FactoredUpdate]] = {}
+    for part, update in updates(saved, tensors):
+        parts.setdefault(part.sites[0].module, []).append(update)
+    lora, ranks = {}, {}
+    for target in saved.plan.targets:
+        loras = loras_of(parts[target.path], target.shape, target.experts)
+        own = max(len(A) for A, _ in loras)
+        rank = ranks[target.path] = own if pad_rank is None else pad_rank
+        if rank < own:
+            raise ConfigError(
+                f"pad_rank={rank} is below the rank {own} of {target.path!r}, and padding adds zeros alone. Name {own} "
+                "or more, or cut the adapter down first with `lotr.truncate` or `lotr compress`."
+            )
+        As, Bs = zip(*(_padded(A, B, rank) for A, B in loras), strict=True)
+        A_key, B_key, norms_key = lora_keys(saved.plan, target)
+        # of experts, PEFT has the `A` below each other and the columns of the `B` in turn
+        lora[A_key], lora[B_key] = torch.cat(As), torch.stack(Bs, -1).flatten(1)
+        for key in magnitude_keys(saved.plan, target).values():
+            lora[norms_key] = tensors[key]
+    return lora, ranks
 
-    Args:
-        target: The module.
-        parts: Its parts, each in factored form.
 
-    Returns:
-        `A` of shape `(q, in)` and `B` of shape `(out, q)` with `ΔW = B · A`.
-    """
-    if len(parts) == 1:
-        return parts[0][1].as_lora()
-    out, width = target.shape
-    As, Bs = [], []
-    for part, update in parts:
-        A, B = update.as_lora()
-        (row, n_rows), (column, n_columns) = part.rows, part.columns
-        As.append(F.pad(A, (column, width - column - n_columns)))
-        Bs.append(F.pad(B, (0, 0, row, out - row - n_rows)))
-    return torch.cat(As), torch.cat(Bs, 1)
+def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    missing = rank - len(A)
+    return F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
 
 
-def _lora_config(adapter: AdapterFolder, ranks: dict[str, int]) -> dict[str, Any]:
+def _lora_config(saved: SavedAdapter, ranks: dict[str, int]) -> dict[str, Any]:
     """Return the configuration of the LoRA; `lora_alpha = r`, because the scaling is in the matrices."""
     from peft import LoraConfig
 
@@ -133,11 +140,14 @@ def _lora_config(adapter: AdapterFolder, ranks: dict[str, int]) -> dict[str, Any
     other = {f"^{path.replace('.', chr(92) + '.')}": rank for path, rank in ranks.items() if rank != most}
     of_model = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
     trained = ("modules_to_save", "trainable_token_indices")
-    copied: dict[str, Any] = {name: adapter.config.get(name) for name in (*of_model, *trained)}
+    copied: dict[str, Any] = {name: saved.folder.config.get(name) for name in (*of_model, *trained)}
+    experts = sorted(target.path for target in saved.plan.targets if target.experts)
     config = LoraConfig(
         r=most,
         lora_alpha=most,
-        target_modules=sorted(ranks),
+        target_modules=sorted(ranks.keys() - set(experts)),
+        target_parameters=experts or None,
+        use_dora=not MAGNITUDES[saved.config.magnitude].additive,
         rank_pattern=dict(other),
         alpha_pattern=dict(other),
         inference_mode=True,

@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapters.export import lora_of
 from ..adapters.inspection import updates
 from ..bank.basis import BANK
 from ..bank.heads import NAMES
@@ -19,6 +18,7 @@ from ..errors import CheckpointError, ConfigError
 from ..files.adapter_folder import CONFIG, read_adapter
 from ..files.peft_lora import read_lora
 from ..math.magnitude import MAGNITUDES
+from ..math.update import FactoredUpdate, loras_of
 from ..sharing.keys import file_shapes
 from ..tuner.saved_adapter import read_saved
 
@@ -102,13 +102,13 @@ def _lotr_source(name: str, path: Path, task_type: str | None, base: str | None)
     @contextmanager
     def reader() -> Iterator[Reader]:
         tensors = saved.tensors()
-        parts: dict[str, list[Any]] = {}
+        parts: dict[str, list[FactoredUpdate]] = {}
         for part, update in updates(saved, tensors):
-            parts.setdefault(part.sites[0].module, []).append((part, update))
-        targets = {target.path: target for target in saved.plan.targets}
+            parts.setdefault(part.sites[0].module, []).append(update)
 
         def read(module: str) -> tuple[Tensor, Tensor]:
-            A, B = (matrix.float() for matrix in lora_of(targets[module], parts[module]))
+            [lora] = loras_of(parts[module], saved.plan.shape_of[module])
+            A, B = (matrix.float() for matrix in lora)
             if not (A.isfinite().all() and B.isfinite().all()):
                 raise CheckpointError(f"The update of {module!r} in {path} is not finite. Train it again.")
             return A, B

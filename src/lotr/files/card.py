@@ -32,7 +32,7 @@ _AUTO = {
 }
 
 _EXITS = {
-    True: "the same update as a plain LoRA, which is exact: `lotr export path/of/this/adapter --output lora-folder`",
+    True: "the same update as PEFT's LoRA, which is exact: `lotr export path/of/this/adapter --output lora-folder`",
     False: "a plain model with the update merged in: `lotr merge path/of/this/adapter --output model-folder`",
 }
 
@@ -46,7 +46,7 @@ _RESULTS = """Trained on `{train}` ({task}, {rows:,} rows, {steps} steps, seed {
 
 - {adapter:,} trained numbers in the adapter, {head:,} in the head
 - {bytes:,} bytes on disk
-
+{rates}
 {labels}| metric ({eval_rows} rows) | value |
 |---|---|
 {scores}
@@ -61,19 +61,23 @@ class Card:
         method: Row of the table of methods, or the name of a method of PEFT's.
         base_model: Name of the base model, where it is known.
         task_type: PEFT's task type, which names the class to load with.
-        additive: Whether the adapter only adds to the weight, so that a LoRA can hold it.
+        has_lora_form: Whether PEFT's LoRA can hold it.
         n_labels: Size of a new head, which the base model is loaded with.
         basis: Path or hub id, and hash, of the adapter that the file refers to.
         is_lotr: Whether this library is needed to load it.
+        ranks: The ranks `(k, r)` of its modules, each once.
+        targets: Names of the adapted modules, each once.
     """
 
     method: str
     base_model: str | None = None
     task_type: str | None = None
-    additive: bool = True
+    has_lora_form: bool = True
     n_labels: int = 0
     basis: tuple[str, str] | None = None
     is_lotr: bool = True
+    ranks: Sequence[tuple[int, int]] = ()
+    targets: Sequence[str] = ()
 
     def usage(self) -> str:
         """Return the section that says how the adapter is loaded.
@@ -86,7 +90,7 @@ class Card:
             return ""
         more = f", num_labels={self.n_labels}" if self.n_labels else ""
         text = _USAGE.replace("{auto}", _AUTO.get(str(self.task_type), ""))
-        text = text.replace("{exit}", _EXITS[self.additive]).replace("{more}", more)
+        text = text.replace("{exit}", _EXITS[self.has_lora_form]).replace("{more}", more)
         if self.basis is None:
             return text
         name, digest = self.basis
@@ -97,9 +101,14 @@ class Card:
         """Return the whole card, with the front matter that the hub reads; equal adapters have equal cards."""
         base = f" for {self.base_model}" if self.base_model else ""
         front = f"base_model: {self.base_model}\n" if self.base_model else ""
-        sections = [part for part in (results.strip(), self.usage().strip()) if part]
+        ranks = ", ".join(str(k) if k == r else f"({k}, {r})" for k, r in self.ranks)
+        adapted = (
+            f"Rank {ranks}, on {', '.join(f'`{name}`' for name in self.targets)}." if self.targets else ""
+        )
+        sections = [part for part in (adapted, results.strip(), self.usage().strip()) if part]
+        tags = dict.fromkeys([*(["lotr"] if self.is_lotr else []), self.method, "peft"])
         return (
-            f"---\n{front}library_name: peft\ntags: [{self.method}, peft]\n---\n\n"
+            f"---\n{front}library_name: peft\ntags: [{', '.join(tags)}]\n---\n\n"
             f"# {self.method} adapter{base}\n\n" + "\n\n".join(sections) + "\n"
         )
 
@@ -116,14 +125,22 @@ def update_card(folder: Path, card: Card) -> None:
         path.write_text(f"{text.rstrip()}\n\n{card.usage()}", encoding="utf-8")
 
 
-def results(scores: Mapping[str, float], labels: Sequence[str], **fields: object) -> str:
+def results(
+    scores: Mapping[str, float],
+    labels: Sequence[str],
+    rates: Mapping[str, float] | None = None,
+    **fields: object,
+) -> str:
     """Return the section of a card on how an adapter was trained and how it scores.
 
     Args:
         scores: Metrics by name.
         labels: Names of the classes.
+        rates: Learning rates by part of the adapter.
         fields: The other fields of the template above.
     """
     table = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(scores.items()))
     named = f"Labels: {', '.join(labels)}.\n\n" if labels else ""
-    return _RESULTS.format(labels=named, scores=table, **fields)
+    shown = ", ".join(f"{name} {rate:g}" for name, rate in (rates or {}).items())
+    listed = f"- learning rates: {shown}\n" if shown else ""
+    return _RESULTS.format(labels=named, scores=table, rates=listed, **fields)

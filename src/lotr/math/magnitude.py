@@ -89,8 +89,10 @@ class _Scaled(Function):
 class Magnitude(ABC):
     """Rule on a whole module."""
 
-    #: The result is `W + ΔW`: it has an exact LoRA form, and no gains.
+    #: The result is `W + ΔW`, without gains.
     additive: ClassVar[bool] = False
+    #: PEFT's LoRA can hold it exactly; with `use_dora` where it is not additive.
+    has_lora_form: ClassVar[bool] = False
     #: The rule divides by the norm of the update, so the update must not start at zero.
     divides_by_update: ClassVar[bool] = False
 
@@ -119,7 +121,7 @@ class Magnitude(ABC):
 class NoMagnitude(Magnitude):
     """`W' = W + ΔW`."""
 
-    additive = True
+    additive = has_lora_form = True
 
     def shapes(self, out_features: int, in_features: int) -> Shapes:
         return {}
@@ -139,6 +141,8 @@ class PerOutput(Magnitude):
 
     Source: DoRA, arXiv 2402.09353.
     """
+
+    has_lora_form = True
 
     def shapes(self, out_features: int, in_features: int) -> Shapes:
         return {"m": (out_features,)}

@@ -18,10 +18,11 @@ Source: LoTR, arXiv 2402.01376.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LinearMap = Callable[[Tensor], Tensor]
@@ -165,3 +166,32 @@ class FactoredUpdate:
             return torch.block_diag(*[self.V.T] * b), self.left()
         C = scaled(self.C, self.scaling).unflatten(1, (b, -1))  # (a·k, b, r)
         return (C @ self.V.T).flatten(1), torch.block_diag(*[self.U] * a)
+
+
+def loras_of(
+    updates: Sequence[FactoredUpdate],
+    shape: tuple[int, int],
+    experts: int = 0,
+) -> list[tuple[Tensor, Tensor]]:  # (q, in), (out, q)
+    """Write the parts of one weight as plain LoRA, exactly; the ranks of parts that cover the same rows add up.
+
+    Args:
+        updates: The parts.
+        shape: Features `(out, in)` of the weight; `(experts · out, in)` of a stack of experts.
+        experts: How many experts it stacks, each of which gets a LoRA; `0`: it is one matrix.
+
+    Returns:
+        `A` of shape `(q, in)` and `B` of shape `(out, q)` for every expert, or for the one matrix.
+    """
+    (height, width), count = shape, max(experts, 1)
+    As: list[list[Tensor]] = [[] for _ in range(count)]
+    Bs: list[list[Tensor]] = [[] for _ in range(count)]
+    for update in updates:
+        A, B = update.as_lora()
+        rows, columns = update.rows, update.columns
+        A = F.pad(A, (columns.start, width - columns.stop))
+        blocks = F.pad(B, (0, 0, rows.start, height - rows.stop)).unflatten(0, (count, -1))
+        for expert in range(rows.start * count // height, -(-rows.stop * count // height)):
+            As[expert].append(A)
+            Bs[expert].append(blocks[expert])
+    return [(torch.cat(A), torch.cat(B, 1)) for A, B in zip(As, Bs, strict=True)]

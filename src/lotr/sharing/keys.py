@@ -74,10 +74,18 @@ def magnitude_keys(plan: Plan, target: Target) -> dict[str, str]:
     return {name: f"{_ROOT}{normalise(target.path)}.lotr_magnitude.{name}" for name in names}
 
 
-def lora_keys(target: Target) -> tuple[str, str]:
-    """Return the names of `A` and `B` in the file of a plain LoRA."""
-    path = f"{_ROOT}{target.path}"
-    return f"{path}.lora_A.weight", f"{path}.lora_B.weight"
+def lora_keys(plan: Plan, target: Target) -> tuple[str, str, str]:
+    """Return the names of `A`, `B` and DoRA's norms in the file of a plain LoRA.
+
+    PEFT wraps a module once for each of its adapted parameters, the last one outermost.
+    """
+    path = target.path
+    if target.experts:
+        path = path.rpartition(".")[0]
+        siblings = [other for other in plan.targets if other.path.rpartition(".")[0] == path]
+        path += ".base_layer" * (len(siblings) - 1 - siblings.index(target))
+    path = f"{_ROOT}{path}"
+    return f"{path}.lora_A.weight", f"{path}.lora_B.weight", f"{path}.lora_magnitude_vector"
 
 
 def file_shapes(plan: Plan, factors: bool = True) -> dict[str, tuple[int, ...]]:

@@ -336,9 +336,17 @@ class LotrConfig(PeftConfig):
 
     def card(self, n_labels: int = 0) -> Card:
         """Return what a model card tells of the adapter."""
-        additive = MAGNITUDES[self.magnitude].additive
-        reference = (str(self.basis), str(self.basis_hash)) if self.refers_to_basis else None
-        return Card(self.method, self.base_model_name_or_path, self.task_type, additive, n_labels, reference)
+        targets = [Target.from_dict(fields) for fields in self.targets or ()]
+        return Card(
+            self.method,
+            self.base_model_name_or_path,
+            self.task_type,
+            MAGNITUDES[self.magnitude].has_lora_form,
+            n_labels,
+            (str(self.basis), str(self.basis_hash)) if self.refers_to_basis else None,
+            ranks=sorted({target.rank for target in targets}),
+            targets=sorted({target.path.rpartition(".")[2] for target in targets}),
+        )
 
     @property
     def starts_at_zero(self) -> bool:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..math.update import FactoredUpdate, scaled
 from ..sharing.keys import BASIS
 from ..sharing.paths import normalise
+from .stacked_weight import StackedWeight, StackUpdate
 from .weight import AdaptedWeight
 
 
@@ -40,7 +42,8 @@ class ExpertsWeight:
 class LotrExperts(nn.Module):
     """An experts module whose parameters have updates; each child holds those of the parameter of its name.
 
-    The module reads its parameters itself, so it runs with `W + ΔW` in their place, computed in every forward pass.
+    The module reads its parameters itself, so it runs with `W + ΔW` in their place: in factored form where the experts
+    of the parameter share factors, else as a sum that every forward pass computes.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -83,9 +86,19 @@ def _adapted(weight: AdaptedWeight) -> Tensor | None:
     if weight.merged or not active:
         return None
     W: Any = weight.get_base_layer().weight
+    updates = [update for adapter in active for update in weight.factored(adapter)]
+    grids = {update.grid for update in updates}
+    # a compiler and experts with factors of their own see the sum
+    if grids == {(weight.experts, 1)} and not torch.compiler.is_compiling():
+        return StackedWeight.of(W, [_stacked(weight, update) for update in updates])
     for adapter in active:
         W = weight.plus(W, weight.delta(adapter))
     return W
+
+
+def _stacked(weight: AdaptedWeight, update: FactoredUpdate) -> StackUpdate:
+    cores = scaled(update.C, update.scaling).unflatten(0, (weight.experts, -1))
+    return StackUpdate(update.U, cores, update.V.T, weight.fan_in_fan_out)
 
 
 def stacked_weights(model: nn.Module) -> dict[str, tuple[str, ExpertsWeight]]:

@@ -42,6 +42,8 @@ def register() -> None:
 
     from .config import LotrConfig
     from .model import LotrModel
+    from .peft_optimizers import refuse_adapters
+    from .to_lora import teach_conversion
 
     holder = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[NAME])
     if holder is not None and holder is not LotrConfig:
@@ -52,3 +54,5 @@ def register() -> None:
     if holder is None:
         register_peft_method(name=NAME.lower(), config_cls=LotrConfig, model_cls=LotrModel, prefix=PREFIX)
         hotswap.CONFIG_KEYS_TO_CHECK[PeftType[NAME]] = _HOTSWAP_KEYS
+        teach_conversion()
+        refuse_adapters()

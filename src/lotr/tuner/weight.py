@@ -261,8 +261,10 @@ class AdaptedWeight(nn.Module, LotrLayer):
         self._unmerged = None
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the update is `W + ΔW`, so that plain LoRA can hold it."""
-        return adapter_name in self.magnitude and self.magnitude[adapter_name].additive
+        """Whether PEFT may convert the update: it is `W + ΔW` of one matrix, or there is none here."""
+        return not self.experts and (
+            adapter_name not in self.magnitude or self.magnitude[adapter_name].additive
+        )
 
 
 def base_weight(module: Any) -> Tensor:  # (out, in)

@@ -1,0 +1,42 @@
+"""Small models whose experts one parameter holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers as tf
+from torch import nn
+
+from conftest import VOCABULARY, seeded
+
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "num_experts_per_tok": 2,
+}
+
+
+def qwen(**sizes: Any) -> nn.Module:
+    fields = SIZES | {"intermediate_size": 12, "moe_intermediate_size": 12, "num_experts": 4} | sizes
+    return seeded(tf.Qwen3MoeForCausalLM, tf.Qwen3MoeConfig(**fields))
+
+
+def mixtral() -> nn.Module:
+    return seeded(tf.MixtralForCausalLM, tf.MixtralConfig(**SIZES, intermediate_size=12, num_local_experts=4))
+
+
+def gpt_oss() -> nn.Module:
+    """Stored transposed: `(experts, in, out)`."""
+    config = tf.GptOssConfig(**SIZES, intermediate_size=12, num_local_experts=4)
+    model = seeded(tf.GptOssForCausalLM, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bias" in name or "sinks" in name:  # made without numbers
+                parameter.zero_()
+    return model

@@ -1,0 +1,159 @@
+"""What leaves the library as PEFT's LoRA answers as it did here: DoRA, experts, padded ranks, PEFT's own converter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoHaConfig, PeftModel, convert_to_lora, get_peft_model, save_as_lora
+from safetensors.torch import load_file
+from torch import nn
+
+import lotr
+from conftest import bert, gpt2, llama, tokens
+from lotr import ConfigError, LotrConfig
+from lotr.tuner import to_lora
+from lotr.tuner.layer import LotrLinear
+from moe_models import EXPERTS, gpt_oss, mixtral, qwen
+from tuner_contract import outputs
+
+INPUTS = {"input_ids": tokens()}
+
+
+def adapted(make: Callable[[], nn.Module], folder: Path, **fields: Any) -> PeftModel:
+    start: dict[str, Any] = {"r": 3, "scaling": 1.4, "init_weights": False, "seed": 0}
+    model = get_peft_model(make(), LotrConfig(**(start | fields))).eval()
+    for name, number in model.named_parameters():
+        if "lotr_magnitude" in name:  # away from the norms of the base
+            nn.init.uniform_(number, 0.5, 1.5)
+    model.save_pretrained(folder)
+    return model
+
+
+def of_peft(make: Callable[[], nn.Module], folder: Path) -> nn.Module:
+    model = PeftModel.from_pretrained(make(), folder).eval()
+    assert model.peft_config["default"].peft_type == "LORA"
+    return model
+
+
+@pytest.mark.parametrize("make, targets", [(llama, ["q_proj", "v_proj"]), (gpt2, ["c_attn", "c_proj"])])
+@pytest.mark.parametrize("row", ["dora", "lotr"])
+def test_a_dora_is_pefts_dora(make, targets, row, tmp_path: Path) -> None:
+    fields = {"method": row, "magnitude": "per_output", "target_modules": targets}
+    model = adapted(make, tmp_path / "adapter", **fields)
+    report = lotr.export(tmp_path / "adapter", tmp_path / "lora")
+    assert all(key.endswith("lora_magnitude_vector") for key in report["peft_only"])
+    dora = of_peft(make, tmp_path / "lora")
+    assert dora.peft_config["default"].use_dora
+    torch.testing.assert_close(outputs(dora, INPUTS), outputs(model, INPUTS), atol=1e-6, rtol=1e-6)
+    assert (outputs(dora, INPUTS) - outputs(make(), INPUTS)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("fields", [{}, {"magnitude": "per_output"}, {"rank_pattern": {"value": 2}}], ids=str)
+def test_padding_brings_all_modules_to_one_rank_with_zeros(fields, tmp_path: Path) -> None:
+    model = adapted(bert, tmp_path / "adapter", target_modules=["query", "value"], **fields)
+    lotr.export(tmp_path / "adapter", tmp_path / "lora", pad_rank=8)
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {len(t) for key, t in tensors.items() if "lora_A" in key} == {8}
+    assert not any(t[3:].any() for key, t in tensors.items() if "lora_A" in key)
+    written = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"], written["rank_pattern"]) == (8, 8, {})
+    padded = outputs(of_peft(bert, tmp_path / "lora"), INPUTS)
+    torch.testing.assert_close(padded, outputs(model, INPUTS), atol=1e-6, rtol=1e-6)
+
+
+def test_a_rank_below_that_of_the_adapter_is_refused(tmp_path: Path) -> None:
+    adapted(bert, tmp_path / "adapter", target_modules=["query"])
+    with pytest.raises(ConfigError, match="pad_rank=2 is below the rank 3 of"):
+        lotr.export(tmp_path / "adapter", tmp_path / "lora", pad_rank=2)
+    assert not (tmp_path / "lora").exists()
+
+
+# ---- PEFT's own converter
+
+
+HEADS = {"modules_to_save": ["classifier"], "blocks": "head", "modes": ("head",)}
+
+
+@pytest.mark.parametrize(
+    "fields, rank",
+    [
+        ({"target_modules": ["query", "value"]}, 3),
+        ({"target_modules": "all-linear", "exclude_modules": ["pooler.dense"]}, 12),
+        ({}, 1.0),
+        (HEADS, 12),
+        (HEADS, 1.0),
+    ],
+    ids=str,
+)
+def test_peft_converts_exactly(fields, rank, tmp_path: Path) -> None:
+    model = adapted(bert, tmp_path / "adapter", **fields)
+    save_as_lora(tmp_path / "lora", model, rank=rank)
+    lora = of_peft(bert, tmp_path / "lora")
+    torch.testing.assert_close(outputs(lora, INPUTS), outputs(model, INPUTS), atol=1e-5, rtol=1e-5)
+
+
+def test_peft_converts_to_the_matrices_of_our_export(tmp_path: Path) -> None:
+    model = adapted(bert, tmp_path / "adapter", target_modules=["query", "value"])
+    lotr.export(tmp_path / "adapter", tmp_path / "lora")
+    _, tensors = convert_to_lora(model, rank=8)
+    exported = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert tensors.keys() == exported.keys()
+    assert all(torch.equal(tensors[key], exported[key]) for key in tensors)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 0.6])
+def test_a_smaller_rank_is_the_nearest_as_peft_computes_it_from_the_dense_update(
+    rank, tmp_path: Path
+) -> None:
+    model = adapted(bert, tmp_path / "adapter", target_modules=["query", "value"])
+    _, tensors = convert_to_lora(model, rank=rank)
+    for name, layer in model.named_modules():
+        if isinstance(layer, LotrLinear):
+            dense_A, dense_B, cut = to_lora._of_peft(layer, rank)
+            A, B = (tensors[f"{name}.lora_{letter}.weight"] for letter in "AB")
+            assert len(A) == cut
+            torch.testing.assert_close(B @ A, dense_B @ dense_A, atol=1e-6, rtol=1e-5)
+
+
+def test_what_no_lora_holds_is_refused_by_the_converter(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        convert_to_lora(adapted(bert, tmp_path / "a", method="dora", target_modules=["query"]), rank=4)
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        convert_to_lora(adapted(qwen, tmp_path / "b", target_parameters=EXPERTS), rank=4)
+
+
+def test_pefts_own_methods_are_converted_as_before() -> None:
+    model = get_peft_model(bert(), LoHaConfig(r=2, target_modules=["query"], init_weights=False))
+    _, tensors = convert_to_lora(model, rank=4)
+    assert tensors and all(len(t) == 4 for key, t in tensors.items() if "lora_A" in key)
+
+
+# ---- experts
+
+
+@pytest.mark.filterwarnings("default:The following")  # PEFT looks for the names of ranks among modules alone
+@pytest.mark.parametrize("make", [qwen, mixtral, gpt_oss])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_parameters": EXPERTS},
+        {"target_parameters": EXPERTS[:1], "target_modules": ["q_proj"]},
+        {"target_modules": "all-linear", "rank_pattern": {"down_proj": 2}},
+        {"target_modules": "all-linear", "method": "lora"},
+        {"target_parameters": EXPERTS, "r": (2, 5)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("pad_rank", [None, 40])
+def test_experts_are_target_parameters_of_pefts_lora(make, fields, pad_rank, tmp_path: Path) -> None:
+    model = adapted(make, tmp_path / "adapter", **fields)
+    report = lotr.export(tmp_path / "adapter", tmp_path / "lora", pad_rank=pad_rank)
+    assert report["peft_only"] and all(".experts." in key for key in report["peft_only"])
+    lora = outputs(of_peft(make, tmp_path / "lora"), INPUTS)
+    torch.testing.assert_close(lora, outputs(model, INPUTS), atol=1e-5, rtol=1e-5)
+    assert (lora - outputs(make(), INPUTS)).abs().max() > 1e-4

@@ -50,7 +50,7 @@ test-vllm: $(READY)  ## the plugin for vLLM against its released wheel, on any p
 	OMP_NUM_THREADS=1 PYTHONPATH=$(VLLM):$(VLLM)/needs $(BIN)/python -m pytest -n 0 -rs tests/test_serve_vllm.py
 
 test-ray: $(READY)  ## `lotr compress --ray` and the server on Ray Serve, with Ray beside the other packages; skips where that cannot be had
-	test -d build/ray || $(BIN)/pip install --quiet --target build/ray 'ray[serve]>=2.40,<3' || true
+	test -d build/ray || $(BIN)/pip install --quiet --target build/ray 'ray[serve]>=2.50,<3' || true
 	OMP_NUM_THREADS=1 PYTHONPATH=build/ray $(BIN)/python -m pytest -n 0 -rs tests/test_compress_ray.py tests/test_serve_ray.py
 
 test-quantised: $(READY)  ## adapters on 4- and 8-bit bases on any processor; skips where bitsandbytes cannot be had

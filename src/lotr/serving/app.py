@@ -21,17 +21,25 @@ from starlette.exceptions import HTTPException
 from ..bank import CoreBank
 from ..training.tasks.served import Served
 from .batcher import Batcher, answers_of
-from .completions import Chat, Completion, Writing
+from .bodies import Chat, Completion, Embed, Texts
+from .completions import Writing
 from .decoder import Continuation, Decoder
+from .embeddings import check_pooling, in_openai_form
 from .gate import Gate
 from .metrics import Metrics
-from .predictor import Predictor, Texts
+from .predictor import Predictor
 from .problems import Problem, problem_of
 from .settings import ServeSettings
 from .upload import add_archive
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
-TaskName = Annotated[str, Depends(lambda task: unquote(task))]
+
+
+async def _task_name(task: str) -> str:  # asynchronous, or every request would wait for a thread
+    return unquote(task)
+
+
+TaskName = Annotated[str, Depends(_task_name)]
 
 
 class Server:
@@ -46,8 +54,8 @@ class Server:
         self.served, self.settings, self.metrics = served, settings, Metrics()
         self.predictor = Predictor(served) if served.kind != "causal-lm" else None
         self.decoder = Decoder(served) if served.kind == "causal-lm" else None
-        run: Any = (self.predictor or self.decoder).run  # type: ignore[union-attr]
-        self.batcher = Batcher(run, settings, self.metrics.batch)
+        engine: Any = self.predictor or self.decoder
+        self.batcher = Batcher(engine.run, settings, engine.call_tokens, self.metrics.batch)
         self._reader = ThreadPoolExecutor(1, "reader")  # reads tasks and makes tokens, beside the model
         self.metrics.watch("lotr_queue_rows", "Rows that wait.", lambda: len(self.batcher))
         cache = served.rows.cache
@@ -73,6 +81,8 @@ class Server:
         """Label texts with a task."""
         if self.predictor is None:
             raise Problem(404, "This bank's base model is a language model. Use /v1/completions.")
+        if self.served.rows.head is None:
+            raise Problem(404, "This bank's base model has no head for labels. Use /v1/embeddings.")
         request.state.log["task"] = task
         firsts, seconds = texts.columns(self.settings.max_texts)
         self.batcher.check_room(len(firsts))
@@ -82,6 +92,22 @@ class Server:
         self.metrics.rows.labels(kind).inc(len(rows))
         request.state.log["rows"] = len(rows)
         return {"task": task, "predictions": predictions}
+
+    async def embed(self, asked: Embed, request: Request) -> JSONResponse:
+        """Turn texts into vectors with a task."""
+        if self.predictor is None:
+            raise Problem(404, "This bank's base model is a language model. Use /v1/completions.")
+        check_pooling(self.served.model.get_base_model())
+        if len(asked.input) > self.settings.max_texts:
+            most = self.settings.max_texts
+            raise Problem(422, f"{len(asked.input)} texts are more than the {most} of one request.", "input")
+        request.state.log["task"] = asked.model
+        self.batcher.check_room(len(asked.input))
+        rows = await self.read(partial(self.predictor.encode, asked.model, asked.input, embed=True))
+        vectors = await answers_of(self.batcher.submit(rows))
+        self.metrics.rows.labels("embedding").inc(len(rows))
+        request.state.log["rows"] = len(rows)
+        return JSONResponse(in_openai_form(asked, vectors, sum(row.length for row in rows)))
 
     async def complete(self, asked: Completion, request: Request) -> Any:
         return await self._write(asked, request)
@@ -185,6 +211,7 @@ def create_app(served: Served, settings: ServeSettings | None = None) -> Gate:
         ("POST", "/v1/tasks/{task}", server.add),
         ("DELETE", "/v1/tasks/{task}", server.remove),
         ("POST", "/v1/tasks/{task}/predict", server.predict),
+        ("POST", "/v1/embeddings", server.embed),
         ("POST", "/v1/completions", server.complete),
         ("POST", "/v1/chat/completions", server.chat),
     ]

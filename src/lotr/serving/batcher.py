@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from .problems import Problem
@@ -25,13 +26,14 @@ class _Waiting:
 class Batcher:
     """Gathers rows until there are `max_batch` of them or the oldest has waited `max_wait`, and runs them.
 
-    The oldest row is in every batch, with those nearest to it in length, so that little is padded and nobody starves.
-    While a batch runs, the next one gathers. A row whose request was cancelled leaves the queue.
+    The oldest row is in every batch, so nobody starves; beside it are those near it in length with which the least work
+    is padding. While a batch runs, the next one gathers. A row whose request was cancelled leaves the queue.
 
     Args:
         run: Yields number and answer of each job as they come, in a thread that runs nothing else. An answer may be an
             exception, which that job's request gets; after one that is raised, those without an answer run alone.
         settings: How many rows, how long.
+        call_tokens: What running the model costs beside the tokens of a batch, in tokens.
         observe: Told of every batch how long each of its rows has waited, in seconds.
     """
 
@@ -39,9 +41,10 @@ class Batcher:
         self,
         run: Callable[[Sequence[Any]], Iterable[tuple[int, Any]]],
         settings: ServeSettings,
+        call_tokens: int,
         observe: Callable[[Sequence[float]], None],
     ) -> None:
-        self._run, self._settings, self._observe = run, settings, observe
+        self._run, self._settings, self._call_tokens, self._observe = run, settings, call_tokens, observe
         self._waiting: dict[asyncio.Future[Any], _Waiting] = {}  # the oldest first
         self._changed = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
@@ -111,15 +114,26 @@ class Batcher:
                 await asyncio.wait_for(self._changed.wait(), seconds)
 
     def _take(self) -> list[_Waiting]:
-        """Take the oldest row and its neighbours by length out of the queue."""
+        """Take the oldest row out of the queue, and the neighbours by length with which it wastes least."""
         oldest = next(iter(self._waiting.values()))
         rows = sorted(self._waiting.values(), key=lambda row: row.job.length)
-        size = self._settings.max_batch
-        first = max(0, min(rows.index(oldest) - size // 2, len(rows) - size))
-        batch = rows[first : first + size]
-        for row in batch:
+        own, size = rows.index(oldest), self._settings.max_batch
+        tokens = [0, *accumulate(row.job.length for row in rows)]
+
+        def useful_part(batch: tuple[int, int]) -> float:
+            first, end = batch
+            padded = (end - first) * rows[end - 1].job.length
+            return (tokens[end] - tokens[first]) / (self._call_tokens + padded)
+
+        batches = (
+            (first, end)
+            for first in range(max(0, own + 1 - size), own + 1)
+            for end in range(own + 1, min(len(rows), first + size) + 1)
+        )
+        first, end = max(batches, key=useful_part)
+        for row in rows[first:end]:
             del self._waiting[row.answer]
-        return batch
+        return rows[first:end]
 
     def _answer(self, rows: Sequence[_Waiting], loop: asyncio.AbstractEventLoop) -> None:
         """Run a batch in the model's thread; what one row breaks is run again without it."""

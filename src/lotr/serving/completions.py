@@ -1,4 +1,4 @@
-"""Completions and chats as OpenAI's API has them: what is asked, and the answers, whole or as they are written."""
+"""Completions and chats in the form of OpenAI's API: the answers, whole or as they are written."""
 
 from __future__ import annotations
 
@@ -7,76 +7,11 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
-
+from .bodies import Asked, Chat
 from .decoder import Continuation, Prompt
 from .problems import event
-
-NotEmpty = Annotated[str, StringConstraints(min_length=1)]
-#: What may be one text or several; unlike a union it names what is wrong by its place.
-OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
-Text = str | list[dict[str, Any]]  # or the turns of a conversation
-
-
-class Closed(BaseModel):
-    """A field that might change the answer and is not known here is refused."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class Asked(Closed):
-    """What completions and chats have."""
-
-    model: str
-    max_tokens: int | None = Field(
-        None, ge=1, validation_alias=AliasChoices("max_tokens", "max_completion_tokens")
-    )
-    temperature: float = Field(1.0, ge=0, le=2)
-    stop: Annotated[list[NotEmpty], Field(max_length=4), OneOrMore] | None = None
-    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
-    stream: bool = False
-    stream_options: dict[Literal["include_usage"], bool] | None = None
-    n: Literal[1] = 1
-    top_p: Literal[1] = 1
-    user: str | None = None
-
-
-class Completion(Asked):
-    """Texts that are to be continued."""
-
-    prompt: Annotated[list[str], OneOrMore]
-
-    def prompts(self) -> Sequence[Text]:
-        return self.prompt
-
-
-class Part(Closed):
-    """A piece of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Turn(Closed):
-    """A message of a conversation."""
-
-    role: NotEmpty
-    content: Annotated[
-        list[Part], BeforeValidator(lambda c: [{"type": "text", "text": c}] if isinstance(c, str) else c)
-    ]
-    name: str | None = None
-
-
-class Chat(Asked):
-    """A conversation that is to be answered."""
-
-    messages: Annotated[list[Turn], Field(min_length=1)]
-
-    def prompts(self) -> Sequence[Text]:
-        turns = ((turn.role, "".join(part.text for part in turn.content)) for turn in self.messages)
-        return [[{"role": role, "content": content} for role, content in turns]]
 
 
 class Writing:

@@ -57,6 +57,10 @@ class Continuation:
 class Decoder:
     """Continues texts with a bank's tasks."""
 
+    call_tokens = (
+        1 << 16
+    )  # a batch calls the model for every token that is written, whatever the prompts' lengths
+
     def __init__(self, served: Served) -> None:
         self.served = served
         self._longest = getattr(served.model.config, "max_position_embeddings", None)
@@ -86,8 +90,7 @@ class Decoder:
             UnknownTaskError: There is no such task.
             Problem: It is too long, or the conversation has no form here.
         """
-        (task,) = self.served.rows.find([name])
-        assert task is not None
+        task = self.served.task(name)
         ids = self._ids(text)
         room = most if self._longest is None else min(most, self._longest - len(ids))
         if room < (max_tokens or 1):

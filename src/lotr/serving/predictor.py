@@ -1,13 +1,13 @@
-"""Texts to labels and scores: rows of any tasks in one batch of an encoder."""
+"""Texts to labels and scores, or to vectors: rows of any tasks in one batch of an encoder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, StringConstraints
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..bank.cache import LoadedTask
@@ -15,44 +15,15 @@ from ..training.base_model import text_length
 from ..training.tasks.served import Served
 from .problems import Problem
 
-NotEmpty = Annotated[str, StringConstraints(min_length=1)]
-
-
-class Texts(BaseModel):
-    """What is to be labelled: one text or several; a second one each where the task takes pairs."""
-
-    model_config = ConfigDict(extra="forbid")
-    text: NotEmpty | None = None
-    text2: NotEmpty | None = None
-    texts: list[NotEmpty] | None = None
-    texts2: list[NotEmpty] | None = None
-    truncate: bool = False
-
-    def columns(self, most: int) -> tuple[list[str], list[str] | None]:
-        """Return the texts, and the second of each.
-
-        Raises:
-            Problem: They are none, too many, or do not go together.
-        """
-        firsts = self.texts if self.text is None else [self.text]
-        seconds = self.texts2 if self.text2 is None else [self.text2]
-        both = (self.text, self.texts), (self.text2, self.texts2)
-        if not firsts or any(None not in pair for pair in both):
-            raise Problem(422, "Send one of text and texts (and of text2 and texts2), not empty.", "text")
-        if seconds is not None and len(seconds) != len(firsts):
-            raise Problem(422, f"{len(firsts)} texts and {len(seconds)} second texts are no pairs.", "texts2")
-        if len(firsts) > most:
-            raise Problem(422, f"{len(firsts)} texts are more than the {most} of one request.", "texts")
-        return firsts, seconds
-
 
 @dataclass(frozen=True)
 class Text:
-    """One text, or a pair, in tokens, and its task as it was when the text came."""
+    """One text, or a pair, in tokens, its task as it was when the text came, and whether to embed or to label it."""
 
     name: str
     task: LoadedTask
     inputs: dict[str, list[int]]
+    embed: bool = False
 
     @property
     def length(self) -> int:
@@ -65,9 +36,19 @@ class Predictor:
 
     def __init__(self, served: Served) -> None:
         self.served, self.collate = served, served.collator()
+        # measured on a MiniLM: on an accelerator the calls take most of the time of a small batch
+        self.call_tokens = 32 if served.model.device.type == "cpu" else 4096
+        self._encoder = served.model.get_base_model().base_model  # without the head, where there is one
         self._longest = text_length(served.model, str(served.bank.base_model), None)
 
-    def encode(self, name: str, texts: Sequence[str], pairs: Sequence[str] | None, cut: bool) -> list[Text]:
+    def encode(
+        self,
+        name: str,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        cut: bool = False,
+        embed: bool = False,
+    ) -> list[Text]:
         """Return texts in tokens.
 
         Args:
@@ -75,23 +56,23 @@ class Predictor:
             texts: The texts.
             pairs: The second text of each, where the task takes pairs.
             cut: Whether to cut what is too long, as in training.
+            embed: Whether they become vectors; then the task may be one of pairs, too.
 
         Raises:
             UnknownTaskError: There is no such task.
             CheckpointError: It is damaged.
             Problem: A text is too long, or there should be two.
         """
-        (task,) = self.served.rows.find([name])
-        assert task is not None
+        task = self.served.task(name)
         takes_pairs = task.metadata.get("pairs")
-        if takes_pairs is not None and takes_pairs != (pairs is not None):
+        if not embed and takes_pairs is not None and takes_pairs != (pairs is not None):
             what = "pairs: send text2 (or texts2) too" if takes_pairs else "single texts: leave text2 out"
             raise Problem(422, f"Task {name!r} takes {what}.", "text2")
         most = int(task.metadata.get("max_length", self._longest))
         columns = [list(texts)] if pairs is None else [list(texts), list(pairs)]
         encoded = self.served.tokenizer(*columns, truncation=cut, max_length=most if cut else None)
         inputs = [key for key in self.served.tokenizer.model_input_names if key in encoded]
-        rows = [Text(name, task, {key: encoded[key][n] for key in inputs}) for n in range(len(texts))]
+        rows = [Text(name, task, {key: encoded[key][n] for key in inputs}, embed) for n in range(len(texts))]
         for n, row in enumerate(rows, 1):
             if row.length > most:
                 raise Problem(
@@ -103,18 +84,36 @@ class Predictor:
                 )
         return rows
 
-    def run(self, texts: Sequence[Text]) -> Iterable[tuple[int, dict[str, Any]]]:
-        """Yield number and prediction of each text."""
+    def run(self, texts: Sequence[Text]) -> Iterator[tuple[int, Any]]:
+        """Yield number and prediction, or vector, of each text."""
+        for answers, embed in ((self._predictions, False), (self.vectors, True)):
+            rows = [n for n, text in enumerate(texts) if text.embed == embed]
+            if rows:
+                yield from zip(rows, answers([texts[n] for n in rows]), strict=True)
+
+    def _predictions(self, texts: Sequence[Text]) -> list[dict[str, Any]]:
         logits = self.logits(texts)
-        return enumerate(prediction(text.task, own) for text, own in zip(texts, logits, strict=True))
+        return [prediction(text.task, own) for text, own in zip(texts, logits, strict=True)]
 
     def logits(self, texts: Sequence[Text]) -> Tensor:  # (rows, labels)
         """Return what the model says of texts, each by its task."""
-        model = self.served.model
-        inputs = {k: v.to(model.device) for k, v in self.collate([text.inputs for text in texts]).items()}
-        with torch.inference_mode(), self.served.rows.use([text.task for text in texts]):
-            logits: Tensor = model(**inputs).logits
+        logits: Tensor = self._call(self.served.model, texts, self._inputs(texts)).logits
         return logits.float().cpu()
+
+    def vectors(self, texts: Sequence[Text]) -> Tensor:  # (rows, width)
+        """Return the mean over the tokens of each text, of length 1, as sentence-transformers' MiniLM does."""
+        inputs = self._inputs(texts)
+        hidden = self._call(self._encoder, texts, inputs).last_hidden_state.float()  # (rows, tokens, width)
+        mask = inputs["attention_mask"].unsqueeze(-1)
+        return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1).cpu()
+
+    def _inputs(self, texts: Sequence[Text]) -> dict[str, Tensor]:
+        device = self.served.model.device
+        return {name: x.to(device) for name, x in self.collate([text.inputs for text in texts]).items()}
+
+    def _call(self, model: Any, texts: Sequence[Text], inputs: dict[str, Tensor]) -> Any:
+        with torch.inference_mode(), self.served.rows.use([text.task for text in texts]):
+            return model(**inputs)
 
 
 def prediction(task: LoadedTask, logits: Tensor) -> dict[str, Any]:  # (labels,)

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...bank import CoreBank, Task
-from ...errors import ConfigError
+from ...errors import ConfigError, UnknownTaskError
 from ..base_model import load_model, load_tokenizer
 from ..data import collator
 from ..process import device
 
 if TYPE_CHECKING:
+    from ...bank.cache import LoadedTask
     from ...bank.wrap import BankModel, TaskRows
 
 
@@ -33,6 +34,18 @@ class Served:
     def rows(self) -> TaskRows:
         """Which task each row has."""
         return self.model.tasks
+
+    def task(self, name: str) -> LoadedTask:
+        """Return a task as the bank has it now.
+
+        Raises:
+            UnknownTaskError: There is none of this name, which that of the base model is, too.
+            CheckpointError: It is damaged.
+        """
+        (task,) = self.rows.find([name])
+        if task is None:
+            raise UnknownTaskError(f"{name!r} is the base model without a task. Name a task of the bank.")
+        return task
 
     def collator(self) -> Callable[[list[Any]], dict[str, Tensor]]:
         """Return what makes a batch of rows of any tasks."""
@@ -107,7 +120,9 @@ def load_served(
     kind = "causal-lm" if kind == "causal-lm" else "classification"
     tokenizer = load_tokenizer(name)
     labels = ("0", "1") if kind == "classification" else ()
-    base: nn.Module = load_model(name, kind, labels, dtype, tokenizer)
+    base: Any = load_model(name, kind, labels, dtype, tokenizer)
+    if kind == "classification" and not bank.plan.targets[0].path.startswith(f"{base.base_model_prefix}."):
+        base = base.base_model  # the basis was made on the bare encoder: its tasks embed, and label nothing
     return Served(bank, bank.wrap(base.to(device()), capacity), tokenizer, kind)
 
 

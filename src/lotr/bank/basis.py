@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, near
-from ..files.adapter_folder import BASIS_WEIGHTS, CONFIG, fingerprint
+from ..files.adapter_folder import BASIS_WEIGHTS, CONFIG, fingerprint, write_config
 from ..files.atomic import read_json, whole_folder, write_json
+from ..files.checksum import CHECKSUM, check_sealed, sealed
 from ..tuner.basis import check_basis
 from ..tuner.config import LotrConfig
 from ..tuner.saved_adapter import hash_of, read_basis, read_saved
@@ -51,8 +52,10 @@ class Description:
                 f"The bank in {folder} has format {content.get('format')}, and this version of lotr reads format "
                 f"{FORMAT} alone: use the version that wrote it, or make the bank anew with `lotr bank create`."
             )
+        read_json(folder / CONFIG, "a bank")
+        check_sealed(folder / BANK, content, folder / CONFIG)
         try:
-            description = Description(**content)
+            description = Description(**{key: value for key, value in content.items() if key != CHECKSUM})
         except TypeError as error:
             raise CheckpointError(f"{folder / BANK} is damaged: {error}. Restore it from a copy.") from None
         if description.dtype not in DTYPES:
@@ -151,6 +154,6 @@ def create_folder(path: Path, basis: str | Path, dtype: str) -> None:
         save_file(dict(sorted(factors.items())), folder / BASIS_WEIGHTS, metadata={"format": "pt"})
         (folder / BASIS_WEIGHTS).chmod(0o644)
         alone = {"basis": None, "basis_hash": None, "inference_mode": True}
-        write_json(folder / CONFIG, config.to_dict() | alone)
-        write_json(folder / BANK, asdict(description))
+        write_config(folder, config.to_dict() | alone)
+        write_json(folder / BANK, sealed(asdict(description), folder / CONFIG))
         create_store(folder / TASKS, description.basis_hash, description.task_bytes)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from ..bank import CoreBank, Task
 from ..bank.task import DTYPES
 from ..bank.transfer import KNOWN
-from ..files.adapter_folder import CONFIG, fingerprint, save_tensors, write_task
-from ..files.atomic import write_json
+from ..files.adapter_folder import fingerprint, save_tensors, write_config, write_task
 from ..math.update import side_by_side
 from ..sharing.blocks import Site
 from ..sharing.groups import Group
@@ -59,7 +58,7 @@ def write_bank(
         tensors |= {keys["U"]: U.float().contiguous(), keys["V"]: V.T.float().contiguous()}
     with tempfile.TemporaryDirectory() as basis:
         save_tensors(tensors, Path(basis))
-        write_json(Path(basis) / CONFIG, config.to_dict())
+        write_config(Path(basis), config.to_dict())
         sample = fingerprint(model, [target.path for target in plan.targets])
         write_task(Path(basis), {"base_model": config.base_model_name_or_path, "base_fingerprint": sample})
         bank = CoreBank.create(path, basis, dtype=dtype)

@@ -7,7 +7,6 @@ safetensors and JSON; nothing is ever unpickled.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, near
 from .atomic import read_json, write_json
+from .checksum import check_sealed, sealed
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 WEIGHTS, CONFIG, TASK = "adapter_model.safetensors", "adapter_config.json", "task.json"
 #: Instead of `WEIGHTS` in the folder of a bank, which can be named as a basis: factors alone.
 BASIS_WEIGHTS = "basis.safetensors"
-_CHECKSUM = "checksum"  # in `TASK`
 _SETS = ("target_modules", "exclude_modules")
 
 
@@ -57,24 +56,19 @@ def write_adapter(
     # PEFT's own methods write sets, which have another order in every process
     lists = {key: sorted(config[key]) for key in _SETS if isinstance(config.get(key), list)}
     recorded = {"base_model_name_or_path": base} if base else {}
-    write_json(folder / CONFIG, config | lists | recorded)
+    write_config(folder, config | lists | recorded)
     if task is not None:
         write_task(folder, task)
 
 
+def write_config(folder: Path, fields: dict[str, Any]) -> None:
+    """Write a configuration; one of this library has a checksum of itself, which other methods do not know."""
+    write_json(folder / CONFIG, sealed(fields) if fields["peft_type"] == "LOTR" else fields)
+
+
 def write_task(folder: Path, task: dict[str, Any]) -> None:
     """Write what evaluation needs, with a checksum of it and of the configuration and the weights beside it."""
-    write_json(folder / TASK, {**task, _CHECKSUM: _checksum(folder, task)})
-
-
-def _checksum(folder: Path, task: dict[str, Any]) -> str:
-    digest = hashlib.sha256()
-    for name in (WEIGHTS, CONFIG):
-        with (folder / name).open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    record = {key: value for key, value in task.items() if key != _CHECKSUM}
-    digest.update(json.dumps(record, sort_keys=True).encode())
-    return digest.hexdigest()
+    write_json(folder / TASK, sealed(task, folder / WEIGHTS, folder / CONFIG))
 
 
 def check_finite(tensors: Mapping[str, Tensor], place: str) -> None:
@@ -167,12 +161,7 @@ def read_adapter(path: str | Path) -> AdapterFolder:
             f"{folder} holds no {WEIGHTS}. Pickled weights are never read; save it as safetensors."
         )
     adapter.shapes()
-    if _CHECKSUM in task and task[_CHECKSUM] != _checksum(folder, task):
-        raise CheckpointError(
-            f"{folder} is damaged, or holds files of different adapters: the checksum of {WEIGHTS}, {CONFIG} and "
-            f"{TASK} differs. Copy or download the folder again. After a change by hand, take the line "
-            f"{_CHECKSUM!r} out of {TASK}."
-        )
+    check_sealed(folder / TASK, task, folder / WEIGHTS, folder / CONFIG)
     return adapter
 
 

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, near
-from ..files.adapter_folder import BASIS_WEIGHTS, CONFIG, fingerprint, write_config
+from ..files.adapter_folder import BASIS_WEIGHTS, CONFIG, write_config
 from ..files.atomic import read_json, whole_folder, write_json
 from ..files.checksum import CHECKSUM, check_sealed, sealed
+from ..files.fingerprint import changed
 from ..tuner.basis import check_basis
 from ..tuner.config import LotrConfig
 from ..tuner.saved_adapter import hash_of, read_basis, read_saved
@@ -108,22 +109,23 @@ class Basis:
         return read_basis(self.config)
 
     def check_base(self, model: nn.Module) -> None:
-        """Refuse a bare base model whose adapted weights are others than those that the basis was made for.
+        """Refuse a bare base model whose weights are others than those that the basis was made for.
 
         Raises:
-            CheckpointError: The message names both.
+            CheckpointError: The message names the first of them.
         """
         name, expected = self.description.base_model, self.description.base_fingerprint
         try:
-            actual = fingerprint(model, [target.path for target in self.plan.targets])
+            for target in self.plan.targets:
+                model.get_submodule(target.path)
         except AttributeError as error:
             raise CheckpointError(
                 f"The bank in {self.path} is for {name!r}, and this model has another structure: {error}."
             ) from None
-        if expected and actual and expected != actual:
+        if odd := changed(expected, model) if expected else []:
             raise CheckpointError(
-                f"The weights of this model are not those that the bank in {self.path} is for ({name!r}): "
-                f"fingerprint {actual}, not {expected}. Load the right base model."
+                f"The weights of this model are not those that the bank in {self.path} is for ({name!r}): its "
+                f"fingerprint differs in {len(odd)} tensors, first {odd[0]!r}. Load the right base model."
             )
 
 

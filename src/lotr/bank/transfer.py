@@ -12,6 +12,7 @@ from ..errors import CheckpointError, ConfigError
 from ..files.adapter_folder import WEIGHTS, AdapterFolder, save_tensors, write_config, write_task
 from ..files.atomic import check_free, whole_folder
 from ..files.checksum import CHECKSUM
+from ..files.fingerprint import changed
 from ..tuner.config import LotrConfig
 from ..tuner.saved_adapter import factors_of, hash_of, read_saved, used_by
 from .basis import Basis
@@ -72,11 +73,11 @@ def check_fingerprint(basis: Basis, path: Path, record: Mapping[str, Any]) -> No
         record: Content of its `task.json`.
     """
     mine, theirs = basis.description.base_fingerprint, record.get("base_fingerprint")
-    if mine and theirs and mine != theirs:
+    if odd := changed(mine, theirs) if mine and theirs else []:
         raise CheckpointError(
-            f"{path} was trained on another base model ({record.get('base_model')!r}, fingerprint {theirs}) than the "
-            f"bank in {basis.path} is for ({basis.description.base_model!r}, fingerprint {mine}). Put it into a bank "
-            "of its own."
+            f"{path} was trained on another base model ({record.get('base_model')!r}) than the bank in {basis.path} is "
+            f"for ({basis.description.base_model!r}): their fingerprints differ in {len(odd)} tensors, first "
+            f"{odd[0]!r}. Put it into a bank of its own."
         )
 
 

@@ -6,7 +6,6 @@ safetensors and JSON; nothing is ever unpickled.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +23,6 @@ from .checksum import check_sealed, sealed
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from torch import nn
 
 WEIGHTS, CONFIG, TASK = "adapter_model.safetensors", "adapter_config.json", "task.json"
 #: Instead of `WEIGHTS` in the folder of a bank, which can be named as a basis: factors alone.
@@ -163,30 +161,6 @@ def read_adapter(path: str | Path) -> AdapterFolder:
     adapter.shapes()
     check_sealed(folder / TASK, task, folder / WEIGHTS, folder / CONFIG)
     return adapter
-
-
-def fingerprint(model: nn.Module, modules: list[str]) -> str | None:
-    """Return a short hash of the weights that an adapter changes, to tell base models apart.
-
-    Sixteen numbers of each weight, rounded to bfloat16, so that it is the same for a model loaded in float32 and
-    in bfloat16; `None` for weights that are not plain numbers (quantised, or on the meta device).
-
-    Args:
-        model: The base model, before an adapter is merged into it.
-        modules: Paths of the adapted modules.
-    """
-    digest = hashlib.sha256()
-    if not modules:  # a head alone: the first layers stand for the model that it belongs to
-        modules = [path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)][:4]
-    for path in sorted(modules):
-        module = model.get_submodule(path)
-        weight = getattr(getattr(module, "base_layer", module), "weight", None)
-        if weight is None or weight.is_meta or not weight.is_floating_point():
-            return None
-        sample = weight.detach().flatten()[:16].to("cpu", torch.bfloat16)
-        digest.update(f"{tuple(weight.shape)}".encode())
-        digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 @contextmanager

@@ -69,6 +69,20 @@ def load_model(
     Raises:
         ConfigError: The model or the type is unknown, or the model has no such head.
     """
+    return load_with_new(model, task, labels, dtype, tokenizer)[0]
+
+
+def load_with_new(
+    model: str,
+    task: str,
+    labels: tuple[str, ...] = (),
+    dtype: str = "float32",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> tuple[PreTrainedModel, list[str]]:
+    """Return a base model as `load_model` does, and its modules of which its files have no weights.
+
+    They begin random, and are not the same when the model is loaded again: an adapter has to train and save them.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     check_dtype(dtype)
@@ -85,7 +99,7 @@ def load_model(
         _check_writes(model, base.config, sorted(loading["missing_keys"]))
     if tokenizer is not None and base.config.pad_token_id is None:
         base.config.pad_token_id = tokenizer.pad_token_id
-    return base.eval()
+    return base.eval(), sorted({key.rpartition(".")[0] for key in loading["missing_keys"]})
 
 
 def check_dtype(dtype: str) -> None:

@@ -10,8 +10,9 @@ import torch
 
 from ..bank.basis import BANK
 from ..errors import CheckpointError
-from ..files.adapter_folder import CONFIG, AdapterFolder, fingerprint, read_adapter
+from ..files.adapter_folder import CONFIG, AdapterFolder, read_adapter
 from ..files.atomic import check_apart, check_free
+from ..files.fingerprint import changed
 from ..files.peft_lora import read_lora
 from .adapter import full_precision_head
 from .base_model import TEXT_LENGTH, load_model, load_tokenizer, locate
@@ -77,6 +78,7 @@ def load_trained(path: str | Path, model: str | None = None) -> Trained:
     base = model or adapter.config.get("base_model_name_or_path") or task.base_model
     tokenizer = load_tokenizer(base)
     bare = load_model(base, task.task, task.labels, task.dtype, tokenizer)
+    odd = changed(task.base_fingerprint, bare) if task.base_fingerprint else []
     try:
         loaded = PeftModel.from_pretrained(bare, str(adapter.path), is_trainable=False)
     except CheckpointError:
@@ -94,13 +96,11 @@ def load_trained(path: str | Path, model: str | None = None) -> Trained:
         ) from error
     if full_precision_head(loaded).dtype != torch.float32:
         set_peft_model_state_dict(loaded, adapter.tensors())  # the head again, without rounding
-    adapted: Any = loaded.base_model
-    current = fingerprint(bare, sorted(adapted.targeted_module_names))
-    if None not in (current, task.base_fingerprint) and current != task.base_fingerprint:
+    if odd:
         raise CheckpointError(
             f"The weights of {base!r} are not those that the adapter in {adapter.path} was trained on "
-            f"({task.base_model!r}): fingerprint {current}, not {task.base_fingerprint}. Name the right base "
-            "model with --model."
+            f"({task.base_model!r}): its fingerprint differs in {len(odd)} tensors, first {odd[0]!r}. Name the right "
+            "base model with --model."
         )
     return Trained(adapter, loaded.eval().to(device()), tokenizer, task)
 

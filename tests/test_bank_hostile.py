@@ -1,4 +1,4 @@
-"""A bank from someone else: nothing in its file runs, none of it is endless, and no row is believed for its checksum."""
+"""A bank from someone else: nothing in its file runs, nothing is endless, no row is believed for its checksum."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_pages_that_point_to_each_other_end_in_an_error(tmp_path: Path, table: s
         "task_name": [lambda: len(bank), lambda: list(bank.names()), bank.store.ids],
     }
     for walk in walks[table]:
-        with pytest.raises(CheckpointError, match="reading it does not end|is damaged"):
+        with pytest.raises(CheckpointError, match=r"reading it does not end|is damaged"):
             walk()
     assert not bank.verify()["ok"]
 

@@ -59,10 +59,17 @@ class Description:
             description = Description(**{key: value for key, value in content.items() if key != CHECKSUM})
         except TypeError as error:
             raise CheckpointError(f"{folder / BANK} is damaged: {error}. Restore it from a copy.") from None
-        if description.dtype not in DTYPES:
-            raise CheckpointError(
-                f"{folder / BANK} is damaged: dtype={description.dtype!r} is none. Restore it from a copy."
-            )
+        texts = isinstance(description.base_model, str | None) and isinstance(description.base_fingerprint, str | None)
+        for name, holds in {
+            "dtype": isinstance(description.dtype, str) and description.dtype in DTYPES,
+            "numbers": type(description.numbers) is int,
+            "basis_hash": isinstance(description.basis_hash, str) and texts,
+        }.items():
+            if not holds:
+                raise CheckpointError(
+                    f"{folder / BANK} is damaged: {name}={str(getattr(description, name))[:80]!r} is none, or a text "
+                    "beside it is no text. Restore it from a copy."
+                )
         return description
 
     @property

@@ -163,8 +163,14 @@ def _load(kind: Any, model: str, what: str, **options: Any) -> Any:
     try:
         if not Path(source).is_dir():
             _check_reachable(source)
-        return kind.from_pretrained(source, **options)
+        # left open, transformers asks on the terminal whether to run a model's own code
+        return kind.from_pretrained(source, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"Model {model!r} brings code of its own (auto_map), and none of it was run. Who trusts it loads it in "
+                "Python, from_pretrained(…, trust_remote_code=True), and gives it to get_peft_model."
+            ) from None
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(
             f"The {what} of {model!r} cannot be loaded: {reason} Name a local folder, a hub id that can be reached, or "

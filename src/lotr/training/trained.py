@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -42,7 +42,21 @@ class TaskRecord:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> TaskRecord:
-        """Read the content of `task.json`."""
+        """Read the content of `task.json`.
+
+        Raises:
+            CheckpointError: A field is missing, or holds something else than it should.
+        """
+        labels, columns, length = (content.get(name) for name in ("labels", "columns", "max_length"))
+        texts = [*labels, *columns.values()] if isinstance(labels, list) and isinstance(columns, dict) else [None]
+        texts += [content.get("base_model"), content.get("method", ""), content.get("dtype", "")]
+        named = content.get("task") in get_args(Task) and set(columns or ()) <= set(Columns.__dataclass_fields__)
+        sampled = isinstance(content.get("base_fingerprint"), str | None)
+        if not (named and sampled and type(length) is int and all(isinstance(text, str) for text in texts)):
+            raise CheckpointError(
+                "task.json is damaged: its task, labels, columns, length or base model are missing, or not what they "
+                "should be. Copy or download the adapter again."
+            )
         known = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
         return cls(**{**known, "labels": tuple(content["labels"]), "columns": Columns(**content["columns"])})
 

@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # The versions of everything: pinned; `CONSTRAINTS=constraints-lowest.txt` takes the oldest, `/dev/null` the newest.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo demo-bank demo-serve test test-vllm setup check wheel-test bench bench-performance bench-methods bench-bank bench-serve bench-quality bench-quality-report docs clean
+.PHONY: demo demo-bank demo-serve test test-vllm fuzz setup check wheel-test bench bench-performance bench-methods bench-bank bench-serve bench-quality bench-quality-report docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -48,6 +48,9 @@ test-vllm: $(READY)  ## the plugin for vLLM against its released wheel, on any p
 		aiosignal aiohappyeyeballs attrs distro frozenlist jiter jsonschema jsonschema-specifications multidict propcache \
 		protobuf pycountry referencing rpds-py yarl || true
 	OMP_NUM_THREADS=1 PYTHONPATH=$(VLLM):$(VLLM)/needs $(BIN)/python -m pytest -n 0 -rs tests/test_serve_vllm.py
+
+fuzz: $(READY)  ## 20,000 mutated files before every reader, outcomes counted (minutes); the tests have a short form
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/fuzz.py 20000
 
 check: $(READY)  ## format, lint, types, who imports whom
 	$(BIN)/ruff format --check .

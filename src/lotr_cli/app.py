@@ -215,7 +215,7 @@ command(app, "serve", "Loading", settings=ServeSettings)(serve)
 def main() -> None:
     """Run the command line."""
     if sys.stdout is None:  # closed by the shell
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     app()

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -102,7 +103,7 @@ def working(waiting: str) -> Iterator[None]:
                 f"{error.filename}: {error.strerror}. Check the path, and the rights on it."
             )
         elif isinstance(error, OSError):  # of stdout, which is tried again when the program ends
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
             error = CheckpointError(f"The report cannot be written: {error.strerror or error}.")
         known = isinstance(error, LotrError)
         # each process has rows and a device of its own, so those errors may be of one process alone

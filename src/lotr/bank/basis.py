@@ -59,7 +59,9 @@ class Description:
             description = Description(**{key: value for key, value in content.items() if key != CHECKSUM})
         except TypeError as error:
             raise CheckpointError(f"{folder / BANK} is damaged: {error}. Restore it from a copy.") from None
-        texts = isinstance(description.base_model, str | None) and isinstance(description.base_fingerprint, str | None)
+        texts = isinstance(description.base_model, str | None) and isinstance(
+            description.base_fingerprint, str | None
+        )
         for name, holds in {
             "dtype": isinstance(description.dtype, str) and description.dtype in DTYPES,
             "numbers": type(description.numbers) is int,

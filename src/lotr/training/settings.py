@@ -192,7 +192,9 @@ def _cast(path: Path, name: str, value: Any, kind: str) -> Any:
     try:
         return {"int": int, "float": float, "str": str, "bool": bool}[kind](value)
     except (OverflowError, TypeError, ValueError):
-        raise ConfigError(f"--config {path}: {name}={str(value)[:80]!r} is not a value of type {kind}.") from None
+        raise ConfigError(
+            f"--config {path}: {name}={str(value)[:80]!r} is not a value of type {kind}."
+        ) from None
 
 
 def read_modes(text: str | None) -> tuple[str, ...] | None:

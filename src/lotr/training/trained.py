@@ -48,9 +48,13 @@ class TaskRecord:
             CheckpointError: A field is missing, or holds something else than it should.
         """
         labels, columns, length = (content.get(name) for name in ("labels", "columns", "max_length"))
-        texts = [*labels, *columns.values()] if isinstance(labels, list) and isinstance(columns, dict) else [None]
+        texts = (
+            [*labels, *columns.values()] if isinstance(labels, list) and isinstance(columns, dict) else [None]
+        )
         texts += [content.get("base_model"), content.get("method", ""), content.get("dtype", "")]
-        named = content.get("task") in get_args(Task) and set(columns or ()) <= set(Columns.__dataclass_fields__)
+        named = content.get("task") in get_args(Task) and set(columns or ()) <= set(
+            Columns.__dataclass_fields__
+        )
         sampled = isinstance(content.get("base_fingerprint"), str | None)
         if not (named and sampled and type(length) is int and all(isinstance(text, str) for text in texts)):
             raise CheckpointError(

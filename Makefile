@@ -57,6 +57,9 @@ test-quantised: $(READY)  ## adapters on 4- and 8-bit bases on any processor; sk
 	test -d build/quantised || $(BIN)/pip install --quiet --no-deps --target build/quantised bitsandbytes==0.50.2 || true
 	OMP_NUM_THREADS=1 PYTHONPATH=build/quantised $(BIN)/python -m pytest -n 0 -rs tests/test_tuner_quantised.py
 
+fuzz: $(READY)  ## 20,000 mutated files before every reader, outcomes counted (minutes); the tests have a short form
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/fuzz.py 20000
+
 check: $(READY)  ## format, lint, types, who imports whom
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import banks
 import saved_models
 from commands import lotr, refused, report, training
-from lotr.files.adapter_folder import CONFIG, TASK, WEIGHTS, write_task
+from lotr.files.adapter_folder import CONFIG, TASK, WEIGHTS, write_config, write_task
 
 USUAL = "train --model bert --train train.csv --output o"
 #: Words behind the usual ones (the last of an option counts), the exit code, and what the message holds.
@@ -223,7 +223,7 @@ def _bytes(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
 
 def _fields(**change: Any) -> Callable[[Path], object]:
     def edit(folder: Path) -> None:
-        (folder / CONFIG).write_text(json.dumps({**json.loads((folder / CONFIG).read_text()), **change}))
+        write_config(folder, {**json.loads((folder / CONFIG).read_text()), **change})
         _seal(folder)
 
     return edit

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import sqlite3
 import tempfile
@@ -210,16 +211,17 @@ def test_a_basis_with_other_numbers_is_refused_and_tasks_stay_readable(folder: P
 def test_files_of_different_banks_are_told_apart(folder: Path, tmp_path: Path) -> None:
     for file, fields, says in (
         (TASKS, {"seed": 9}, "belong to a basis with hash"),
-        (BANK, {"seed": 9}, "belong to a basis with hash"),
-        (CONFIG, {"r": 2}, "96 numbers a task, and adapter_config.json beside it of 24"),
+        (BANK, {"seed": 9}, "the checksum of bank.json, adapter_config.json differs"),
+        (CONFIG, {"r": 2}, "the checksum of bank.json, adapter_config.json differs"),
     ):
         torch.manual_seed(9)
         (tmp_path / f"other-{file}").mkdir()
         banks.bank(tmp_path / f"other-{file}", **fields).close()
         mixed = shutil.copytree(folder, tmp_path / f"mixed-{file}")
         shutil.copyfile(tmp_path / f"other-{file}" / "bank" / file, mixed / file)
-        with pytest.raises(CheckpointError, match=f"{says}.*put together from different banks"):
+        with pytest.raises(CheckpointError, match=says) as refusal:
             CoreBank.open(mixed)
+        assert "put together from different" in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -234,9 +236,20 @@ def test_files_of_different_banks_are_told_apart(folder: Path, tmp_path: Path) -
 )
 def test_a_description_that_does_not_fit_is_refused(folder: Path, change: dict, says: str) -> None:
     description = json.loads((folder / BANK).read_text())
+    del description["checksum"]
     (folder / BANK).write_text(json.dumps(description | change))
     with pytest.raises(CheckpointError, match=says):
         CoreBank.open(folder)
+
+
+@pytest.mark.parametrize("name", [BANK, CONFIG])
+def test_one_changed_digit_in_a_bank_s_description_is_refused(folder: Path, name: str) -> None:
+    text = (folder / name).read_text()
+    for digit in re.finditer(r"\d", text):
+        other = str((int(digit[0]) + 1) % 10)
+        (folder / name).write_text(text[: digit.start()] + other + text[digit.end() :])
+        with pytest.raises(CheckpointError, match=r"checksum|damaged|has format|saved in format"):
+            CoreBank.open(folder)
 
 
 def test_a_full_disk_loses_nothing(folder: Path) -> None:

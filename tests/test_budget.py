@@ -27,7 +27,10 @@ def test_a_budget_gives_all_groups_the_largest_rank(
     planned = report("plan", place / "bert", *words)
     assert planned["trained_numbers"] == result.trained_numbers["adapter"] <= 700
     assert json.loads((tmp_path / CONFIG).read_text())["r"] == int(planned["rank"])
-    assert planned["rank_choice"] in lines and "largest that trains at most 700 numbers" in planned["rank_choice"]
+    assert (
+        planned["rank_choice"] in lines
+        and "largest that trains at most 700 numbers" in planned["rank_choice"]
+    )
 
 
 def test_a_run_that_goes_on_has_the_rank_that_was_chosen(place: Path, tmp_path: Path) -> None:

@@ -275,6 +275,23 @@ def test_a_file_that_does_not_fit_the_model_is_refused(
         PeftModel.from_pretrained(bert(), folder, low_cpu_mem_usage=low)
 
 
+@pytest.mark.parametrize("field, value", [("scaling", 9.0), ("r", 3), ("modes", []), ("unheard", 1)])
+def test_a_changed_field_is_refused_by_peft_alone_until_its_checksum_is_taken_out(
+    tmp_path: Path, field: str, value: object
+) -> None:
+    adapted().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text()) | {field: value}
+    path.write_text(json.dumps(config))
+    for read in (lambda: PeftModel.from_pretrained(bert(), tmp_path), lambda: inspect(tmp_path)):
+        with pytest.raises(CheckpointError, match=r"take the line 'checksum' out of adapter_config\.json"):
+            read()
+    if field == "scaling":
+        del config["checksum"]
+        path.write_text(json.dumps(config))
+        assert PeftModel.from_pretrained(bert(), tmp_path).peft_config["default"].scaling == 9.0
+
+
 @pytest.mark.parametrize("format", [None, 1, 3])
 def test_a_folder_of_another_format_is_refused_in_one_sentence(format: int | None, tmp_path: Path) -> None:
     adapted().save_pretrained(tmp_path)

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -48,6 +49,7 @@ class Report:
         for part in () if as_json else self.shown:
             # whole lines; names are data, so nothing in them is markup
             out.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
+        sys.stdout.flush()  # here, where a full disk or a closed pipe is told in a sentence
         if not self.ok:
             raise typer.Exit(1)
 
@@ -100,6 +102,9 @@ def working(waiting: str) -> Iterator[None]:
             error = CheckpointError(
                 f"{error.filename}: {error.strerror}. Check the path, and the rights on it."
             )
+        elif isinstance(error, OSError):  # of stdout, which is tried again when the program ends
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+            error = CheckpointError(f"The report cannot be written: {error.strerror or error}.")
         known = isinstance(error, LotrError)
         # each process has rows and a device of its own, so those errors may be of one process alone
         if speaks or not known or isinstance(error, TrainingError):

@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, near
-from ..files.adapter_folder import BASIS_WEIGHTS, CONFIG, fingerprint
+from ..files.adapter_folder import BASIS_WEIGHTS, CONFIG, write_config
 from ..files.atomic import read_json, whole_folder, write_json
+from ..files.checksum import CHECKSUM, check_sealed, sealed
+from ..files.fingerprint import changed
 from ..tuner.basis import check_basis
 from ..tuner.config import LotrConfig
 from ..tuner.saved_adapter import hash_of, read_basis, read_saved
@@ -51,14 +53,25 @@ class Description:
                 f"The bank in {folder} has format {content.get('format')}, and this version of lotr reads format "
                 f"{FORMAT} alone: use the version that wrote it, or make the bank anew with `lotr bank create`."
             )
+        read_json(folder / CONFIG, "a bank")
+        check_sealed(folder / BANK, content, folder / CONFIG)
         try:
-            description = Description(**content)
+            description = Description(**{key: value for key, value in content.items() if key != CHECKSUM})
         except TypeError as error:
             raise CheckpointError(f"{folder / BANK} is damaged: {error}. Restore it from a copy.") from None
-        if description.dtype not in DTYPES:
-            raise CheckpointError(
-                f"{folder / BANK} is damaged: dtype={description.dtype!r} is none. Restore it from a copy."
-            )
+        texts = isinstance(description.base_model, str | None) and isinstance(
+            description.base_fingerprint, str | None
+        )
+        for name, holds in {
+            "dtype": isinstance(description.dtype, str) and description.dtype in DTYPES,
+            "numbers": type(description.numbers) is int,
+            "basis_hash": isinstance(description.basis_hash, str) and texts,
+        }.items():
+            if not holds:
+                raise CheckpointError(
+                    f"{folder / BANK} is damaged: {name}={str(getattr(description, name))[:80]!r} is none, or a text "
+                    "beside it is no text. Restore it from a copy."
+                )
         return description
 
     @property
@@ -105,22 +118,23 @@ class Basis:
         return read_basis(self.config)
 
     def check_base(self, model: nn.Module) -> None:
-        """Refuse a bare base model whose adapted weights are others than those that the basis was made for.
+        """Refuse a bare base model whose weights are others than those that the basis was made for.
 
         Raises:
-            CheckpointError: The message names both.
+            CheckpointError: The message names the first of them.
         """
         name, expected = self.description.base_model, self.description.base_fingerprint
         try:
-            actual = fingerprint(model, [target.path for target in self.plan.targets])
+            for target in self.plan.targets:
+                model.get_submodule(target.path)
         except AttributeError as error:
             raise CheckpointError(
                 f"The bank in {self.path} is for {name!r}, and this model has another structure: {error}."
             ) from None
-        if expected and actual and expected != actual:
+        if odd := changed(expected, model) if expected else []:
             raise CheckpointError(
-                f"The weights of this model are not those that the bank in {self.path} is for ({name!r}): "
-                f"fingerprint {actual}, not {expected}. Load the right base model."
+                f"The weights of this model are not those that the bank in {self.path} is for ({name!r}): its "
+                f"fingerprint differs in {len(odd)} tensors, first {odd[0]!r}. Load the right base model."
             )
 
 
@@ -151,6 +165,6 @@ def create_folder(path: Path, basis: str | Path, dtype: str) -> None:
         save_file(dict(sorted(factors.items())), folder / BASIS_WEIGHTS, metadata={"format": "pt"})
         (folder / BASIS_WEIGHTS).chmod(0o644)
         alone = {"basis": None, "basis_hash": None, "inference_mode": True}
-        write_json(folder / CONFIG, config.to_dict() | alone)
-        write_json(folder / BANK, asdict(description))
+        write_config(folder, config.to_dict() | alone)
+        write_json(folder / BANK, sealed(asdict(description), folder / CONFIG))
         create_store(folder / TASKS, description.basis_hash, description.task_bytes)

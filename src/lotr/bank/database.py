@@ -1,5 +1,8 @@
 """An SQLite file over one connection that threads share and forked processes do not, and what its errors mean.
 
+The file may come from someone else. So no statement takes more steps, and no value more bytes, than a file of its size
+has work and room for, whatever its pages point to; `TaskStore` compares its tables.
+
 The file is in WAL mode with `synchronous=FULL`: readers go on while one process writes, and a commit that returned is
 on the disk, so neither a killed process nor a power cut takes it back. (`NORMAL` would do for a killed process.)
 """
@@ -18,6 +21,10 @@ from ..errors import CheckpointError, ConfigError
 
 _WAIT = 60.0  # seconds that a writer waits for another one
 _LOG = 4 << 20  # bytes of the write-ahead log
+_STEPS = 2_000_000  # of SQLite's machine that any statement may take, and more for each byte of the file
+_STEPS_A_BYTE = 4  # reading everything takes about one
+_LONGEST = 1_000_000_000  # bytes of a row that is written; SQLite's own limit
+_LOOK = 10_000  # steps between two looks at how many there were
 _IN_WORDS = {
     sqlite3.SQLITE_FULL: "cannot grow: the disk is full. Nothing was written and nothing lost; make room and try again",
     sqlite3.SQLITE_IOERR: "cannot be read or written: the disk fails, or is full. Nothing was lost; make room, or move "
@@ -29,6 +36,10 @@ _IN_WORDS = {
     "right, or copy the folder",
     sqlite3.SQLITE_CORRUPT: "is damaged: it was cut off, or bytes in it changed. Nothing was written. Restore the "
     "folder from a copy, or save every task that can still be read with `lotr bank recover`",
+    sqlite3.SQLITE_INTERRUPT: "is damaged: reading it does not end, because its pages point to each other. Restore the "
+    "folder from a copy, or save every task that can still be read with `lotr bank recover`",
+    sqlite3.SQLITE_TOOBIG: "is damaged: a row says that it is larger than the file. Restore the folder from a copy, or "
+    "save every task that can still be read with `lotr bank recover`",
     sqlite3.SQLITE_NOTADB: "is no database, or its first bytes are damaged. Restore the folder from a copy, or save "
     "what can be read with `lotr bank recover`",
 }
@@ -54,17 +65,30 @@ class Database:
     def _open(self) -> None:
         if not self.path.is_file():
             raise CheckpointError(f"{self.path.parent} holds no {self.path.name}: the bank's tasks are gone.")
+        if self._beside(
+            "-journal"
+        ).exists():  # SQLite would undo what it says, and delete the file that it names
+            raise CheckpointError(
+                f"{self._beside('-journal')} belongs to no bank: {self.path.name} has a write-ahead log, and no "
+                "rollback journal. If you trust the folder, remove the file."
+            )
         with self._in_words():
             uri = f"{self.path.resolve().as_uri()}?mode={self._mode()}"
             self._connection = sqlite3.connect(
                 uri, uri=True, isolation_level=None, timeout=_WAIT, check_same_thread=False
             )
             self._process, self._file = os.getpid(), self.path.stat()
+            self._steps = self._most_steps = 0
+            self._connection.set_progress_handler(self._is_endless, _LOOK)
+            self._set_limits()
+            self._connection.execute("PRAGMA trusted_schema = OFF")
+            self._connection.execute("PRAGMA cell_size_check = ON")
             # a changed byte in one name must not keep the others from being listed
             self._connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
             if self.truncated:  # else SQLite refuses to look at any of it
                 self._connection.execute("PRAGMA writable_schema = ON")
             if self.writable:
+                self._connection.execute("PRAGMA journal_mode = WAL")  # it is, in every file of this library
                 self._connection.execute("PRAGMA synchronous = FULL")
                 # the log goes into the file when it is this long; SQLite counts in pages
                 page = self._connection.execute("PRAGMA page_size").fetchone()[0]
@@ -74,10 +98,23 @@ class Database:
     def _mode(self) -> str:
         if self.writable:
             return "rw"
-        log = self.path.with_name(f"{self.path.name}-wal")
-        unfinished = log.exists() and log.stat().st_size > 0
+        unfinished = _bytes(self._beside("-wal")) > 0
         # readers note beside the file what they read; where none can, nobody writes either
         return "ro" if unfinished or os.access(self.path.parent, os.W_OK) else "ro&immutable=1"
+
+    def _beside(self, end: str) -> Path:
+        return self.path.with_name(self.path.name + end)
+
+    def _set_limits(self) -> None:
+        """Begin a statement: what it may take depends on the file as it is now."""
+        size = _bytes(self.path) + _bytes(self._beside("-wal"))
+        self._steps, self._most_steps = 0, _STEPS + _STEPS_A_BYTE * size
+        if not self._connection.in_transaction:  # which may write what is larger than the file
+            self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, size + _LOG)
+
+    def _is_endless(self) -> bool:
+        self._steps += _LOOK
+        return self._steps > self._most_steps
 
     @contextmanager
     def _in_words(self, task: str | None = None) -> Iterator[None]:
@@ -118,6 +155,7 @@ class Database:
     def rows(self, sql: str, *values: Any, task: str | None = None) -> list[Any]:
         """Run one statement; returns its rows. `task` is named where it fails."""
         with self.connected(task) as connection:
+            self._set_limits()
             return connection.execute(sql, values).fetchall()
 
     @contextmanager
@@ -134,6 +172,7 @@ class Database:
             )
         with self.connected() as connection:
             connection.execute("BEGIN IMMEDIATE")
+            connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST)
             try:
                 yield
                 connection.execute("COMMIT")
@@ -146,3 +185,7 @@ class Database:
         """Let go of the file."""
         with self._lock:
             self._connection.close()
+
+
+def _bytes(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

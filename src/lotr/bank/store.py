@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import astuple, replace
+from functools import cache
 from pathlib import Path
 
 from ..errors import CheckpointError, ConfigError, UnknownTaskError, near
@@ -20,8 +21,9 @@ CREATE TABLE task (
 );
 CREATE UNIQUE INDEX task_name ON task (name);
 """
+_DESCRIBE = "SELECT type, name, tbl_name, sql FROM sqlite_schema LIMIT 9"
 _LARGE = 65536  # bytes of the largest page
-_NAME = "coalesce(CAST(name AS TEXT), '')"  # one changed byte makes it anything else
+_NAME = "coalesce(substr(CAST(name AS TEXT), 1, 999), '')"  # one changed byte makes it anything else
 _COLUMNS = "name, dtype, created, error, about, numbers, head, checksum"  # in the order of `Record`
 
 
@@ -43,13 +45,36 @@ def create_store(path: Path, basis_hash: str, task_bytes: int) -> None:
     connection.close()
 
 
+@cache
+def _tables() -> list[tuple[str, ...]]:
+    """Return what SQLite tells of the tables of a bank."""
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.executescript(_SCHEMA)
+        return connection.execute(_DESCRIBE).fetchall()
+
+
 class TaskStore:
-    """The tasks of a bank, in a `Database` of these arguments; changes are made in a transaction of it."""
+    """The tasks of a bank, in a `Database` of these arguments; changes are made in a transaction of it.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, or has other tables than a bank: SQL that somebody else put
+            there (triggers, views, columns that are computed) would run with every statement.
+    """
 
     def __init__(self, path: Path, writable: bool = False, truncated: bool = False) -> None:
         self.path = path
         self.database = Database(path, writable, truncated)
         self._rows = self.database.rows
+        tables = self._rows(_DESCRIBE)
+        odd = sorted({name for _, name, *_ in set(tables) ^ set(_tables())})
+        if truncated:  # what is only read runs nothing, but a view in place of the table
+            odd = [name for name in odd if name == "task"]
+        if odd:
+            self.database.close()
+            raise CheckpointError(
+                f"{path} is damaged, or was not made by this library: {odd[0][:80]!r} is not as in a bank. Nothing of "
+                "it was run. Restore the folder from a copy, or save its tasks with `lotr bank recover`."
+            )
 
     @property
     def basis_hash(self) -> str:
@@ -58,15 +83,21 @@ class TaskStore:
         return str(rows[0][0]) if rows else "none"
 
     def __len__(self) -> int:
-        return int(self._rows("SELECT count(*) FROM task")[0][0])
+        return int(self._rows("SELECT count(id) FROM task")[0][0])  # count(*) could not be interrupted
 
     def __contains__(self, name: object) -> bool:
         return self._id(name) is not None
 
     def names(self, after: str = "", limit: int = -1) -> list[str]:
         """Return names in the order of their characters, from the one behind `after` on; they are in the index."""
-        sql = f"SELECT {_NAME} FROM task WHERE name > ? ORDER BY name LIMIT ?"
-        return [name for (name,) in self._rows(sql, after, limit)]
+        sql = f"SELECT {_NAME} FROM task WHERE name > ? AND typeof(name) = 'text' ORDER BY name LIMIT ?"
+        names = [name for (name,) in self._rows(sql, after, limit)]
+        if any(
+            "\ufffd" in name for name in names
+        ):  # bytes that are no text have another order than what is shown
+            shown = {name for (name,) in self._rows(sql, "", -1)}
+            names = sorted(name for name in shown if name > after)[: limit if limit >= 0 else None]
+        return names
 
     def ids(self) -> list[tuple[int, str]]:
         """Return number and name of every task, in the order of the numbers; only the index is read."""
@@ -127,7 +158,7 @@ class TaskStore:
 
     def summary(self) -> tuple[int, dict[str, int], float]:
         """Return how many tasks there are, how many of each kind, and the largest error of rounding."""
-        kind = "CASE WHEN json_valid(about) THEN json_extract(about, '$.task') END"
+        kind = "CASE WHEN json_valid(about) THEN substr(json_extract(about, '$.task'), 1, 40) END"
         error = "CASE WHEN typeof(error) = 'real' THEN error ELSE 0.0 END"  # a damaged one can be anything
         rows = self._rows(f"SELECT {kind}, count(*), max({error}) FROM task GROUP BY 1")
         kinds = {str(name or "unknown"): count for name, count, _ in rows}

@@ -7,7 +7,7 @@ import json
 import time
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -16,9 +16,13 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
+from ..files.adapter_folder import check_finite
 from .head_form import check_head
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: What SQLite gives for the fields of `Record`: a file from elsewhere can have anything in any column.
+_COLUMNS = (str, str, float, float, str, bytes, bytes, bytes)
+_LATEST = 1e11  # seconds since 1970; years have four digits
 #: How a row of a batch without a task is written: PEFT's name, or `None`.
 BASE = "__base__"
 _LONGEST_NAME = 200
@@ -105,8 +109,10 @@ class Record:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every byte is the one that was written."""
-        return self.checksum == self._digest()
+        """Whether every byte is the one that was written, and every column holds what it should."""
+        values = zip(astuple(self), _COLUMNS, strict=True)
+        typed = all(isinstance(value, kind) for value, kind in values) and abs(self.created) < _LATEST
+        return typed and self.checksum == self._digest()
 
     def _digest(self) -> bytes:
         digest = hashlib.blake2b(digest_size=16)
@@ -178,13 +184,30 @@ def to_task(record: Record, size: int) -> Task:
         )
     numbers = torch.frombuffer(bytearray(record.numbers), dtype=dtype).float()
     try:
-        about, tensors = json.loads(record.about), load(record.head) if record.head else {}
+        about, tensors = _about(record.about), load(record.head) if record.head else {}
         head = {key: p.float() if p.is_floating_point() else p for key, p in tensors.items()}
-        labels = tuple(about.get("labels", ()))
-        task = Task(record.name, numbers, head, labels, about.get("task"), about.get("metadata", {}))
+        check_finite({"numbers": numbers, **head}, f"Task {record.name!r}")
+        task = Task(record.name, numbers, head, **about)
         check_head(task.head, task.labels, task.task)
-    except (SafetensorError, AttributeError, TypeError, ValueError) as error:
+    except (SafetensorError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"Task {record.name!r} cannot be used: {error} Remove it, or write it again."
         ) from None
     return task
+
+
+def _about(text: str) -> dict[str, Any]:
+    """Read what a record tells of its task, as fields of `Task`."""
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError("what is told of it nests too deeply.") from None
+    if not isinstance(content, dict):
+        raise ValueError("what is told of it is no JSON object.")
+    kind, labels, metadata = content.get("task"), content.get("labels", []), content.get("metadata", {})
+    texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    if not texts or not isinstance(kind, str | None) or not isinstance(metadata, dict):
+        raise ValueError(
+            "its kind is no text, its labels are no list of texts, or its metadata is no object."
+        )
+    return {"task": kind, "labels": tuple(labels), "metadata": metadata}

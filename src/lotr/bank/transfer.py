@@ -9,8 +9,10 @@ from typing import Any
 
 from ..adapters.export import export as write_lora
 from ..errors import CheckpointError, ConfigError
-from ..files.adapter_folder import CONFIG, WEIGHTS, AdapterFolder, save_tensors, write_task
-from ..files.atomic import check_free, whole_folder, write_json
+from ..files.adapter_folder import WEIGHTS, AdapterFolder, save_tensors, write_config, write_task
+from ..files.atomic import check_free, whole_folder
+from ..files.checksum import CHECKSUM
+from ..files.fingerprint import changed
 from ..tuner.config import LotrConfig
 from ..tuner.saved_adapter import factors_of, hash_of, read_saved, used_by
 from .basis import Basis
@@ -19,7 +21,7 @@ from .task import Task
 _ROOT = "base_model.model."
 _TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 #: What the bank, or a task's own fields, know already.
-KNOWN = {"task", "labels", "base_model", "base_fingerprint", "checksum"}
+KNOWN = {"task", "labels", "base_model", "base_fingerprint", CHECKSUM}
 
 
 def task_of(basis: Basis, name: str, adapter: AdapterFolder, metadata: Mapping[str, Any]) -> Task:
@@ -71,11 +73,11 @@ def check_fingerprint(basis: Basis, path: Path, record: Mapping[str, Any]) -> No
         record: Content of its `task.json`.
     """
     mine, theirs = basis.description.base_fingerprint, record.get("base_fingerprint")
-    if mine and theirs and mine != theirs:
+    if odd := changed(mine, theirs) if mine and theirs else []:
         raise CheckpointError(
-            f"{path} was trained on another base model ({record.get('base_model')!r}, fingerprint {theirs}) than the "
-            f"bank in {basis.path} is for ({basis.description.base_model!r}, fingerprint {mine}). Put it into a bank "
-            "of its own."
+            f"{path} was trained on another base model ({record.get('base_model')!r}) than the bank in {basis.path} is "
+            f"for ({basis.description.base_model!r}): their fingerprints differ in {len(odd)} tensors, first "
+            f"{odd[0]!r}. Put it into a bank of its own."
         )
 
 
@@ -132,7 +134,7 @@ def _write(basis: Basis, task: Task, folder: Path, refer: bool) -> int:
     factors = used_by(basis.plan, basis.factors())
     own = {**basis.layout.unflatten(task.numbers), **({} if refer else factors)}
     save_tensors({key: tensor.clone() for key, tensor in {**own, **task.head}.items()}, folder)
-    write_json(folder / CONFIG, _config(basis, task, refer))
+    write_config(folder, _config(basis, task, refer))
     if task.task is not None and {"columns", "max_length"} <= set(task.metadata):
         known = {
             "base_model": basis.description.base_model,

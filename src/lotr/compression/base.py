@@ -69,7 +69,7 @@ def load_base(name: str, kind: str | None, labels: int = 2, dtype: str = "bfloat
         names = tuple(map(str, range(labels))) if kind == "classification" else ()
         return told, load_model(name, kind, names, dtype)
     try:
-        return told, AutoModel.from_pretrained(source, dtype=DTYPES[dtype])
+        return told, AutoModel.from_pretrained(source, dtype=DTYPES[dtype], trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"The model {name!r} cannot be loaded: {str(error).splitlines()[0]} Name a local folder, a hub id that can "

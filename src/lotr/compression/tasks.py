@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..bank import CoreBank, Task
+from ..bank.heads import NAMES
 from ..bank.task import DTYPES
 from ..bank.transfer import KNOWN
-from ..files.adapter_folder import CONFIG, fingerprint, save_tensors, write_task
-from ..files.atomic import write_json
+from ..files.adapter_folder import save_tensors, write_config, write_task
+from ..files.fingerprint import fingerprint
 from ..math.update import side_by_side
 from ..sharing.blocks import Site
 from ..sharing.groups import Group
@@ -59,8 +60,8 @@ def write_bank(
         tensors |= {keys["U"]: U.float().contiguous(), keys["V"]: V.T.float().contiguous()}
     with tempfile.TemporaryDirectory() as basis:
         save_tensors(tensors, Path(basis))
-        write_json(Path(basis) / CONFIG, config.to_dict())
-        sample = fingerprint(model, [target.path for target in plan.targets])
+        write_config(Path(basis), config.to_dict())
+        sample = fingerprint(model, NAMES)
         write_task(Path(basis), {"base_model": config.base_model_name_or_path, "base_fingerprint": sample})
         bank = CoreBank.create(path, basis, dtype=dtype)
     with bank:

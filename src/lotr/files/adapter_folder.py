@@ -6,8 +6,6 @@ safetensors and JSON; nothing is ever unpickled.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,15 +19,14 @@ from torch import Tensor
 
 from ..errors import CheckpointError, near
 from .atomic import read_json, write_json
+from .checksum import check_sealed, sealed
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from torch import nn
 
 WEIGHTS, CONFIG, TASK = "adapter_model.safetensors", "adapter_config.json", "task.json"
 #: Instead of `WEIGHTS` in the folder of a bank, which can be named as a basis: factors alone.
 BASIS_WEIGHTS = "basis.safetensors"
-_CHECKSUM = "checksum"  # in `TASK`
 _SETS = ("target_modules", "exclude_modules")
 
 
@@ -57,24 +54,19 @@ def write_adapter(
     # PEFT's own methods write sets, which have another order in every process
     lists = {key: sorted(config[key]) for key in _SETS if isinstance(config.get(key), list)}
     recorded = {"base_model_name_or_path": base} if base else {}
-    write_json(folder / CONFIG, config | lists | recorded)
+    write_config(folder, config | lists | recorded)
     if task is not None:
         write_task(folder, task)
 
 
+def write_config(folder: Path, fields: dict[str, Any]) -> None:
+    """Write a configuration; one of this library has a checksum of itself, which other methods do not know."""
+    write_json(folder / CONFIG, sealed(fields) if fields["peft_type"] == "LOTR" else fields)
+
+
 def write_task(folder: Path, task: dict[str, Any]) -> None:
     """Write what evaluation needs, with a checksum of it and of the configuration and the weights beside it."""
-    write_json(folder / TASK, {**task, _CHECKSUM: _checksum(folder, task)})
-
-
-def _checksum(folder: Path, task: dict[str, Any]) -> str:
-    digest = hashlib.sha256()
-    for name in (WEIGHTS, CONFIG):
-        with (folder / name).open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    record = {key: value for key, value in task.items() if key != _CHECKSUM}
-    digest.update(json.dumps(record, sort_keys=True).encode())
-    return digest.hexdigest()
+    write_json(folder / TASK, sealed(task, folder / WEIGHTS, folder / CONFIG))
 
 
 def check_finite(tensors: Mapping[str, Tensor], place: str) -> None:
@@ -167,37 +159,8 @@ def read_adapter(path: str | Path) -> AdapterFolder:
             f"{folder} holds no {WEIGHTS}. Pickled weights are never read; save it as safetensors."
         )
     adapter.shapes()
-    if _CHECKSUM in task and task[_CHECKSUM] != _checksum(folder, task):
-        raise CheckpointError(
-            f"{folder} is damaged, or holds files of different adapters: the checksum of {WEIGHTS}, {CONFIG} and "
-            f"{TASK} differs. Copy or download the folder again. After a change by hand, take the line "
-            f"{_CHECKSUM!r} out of {TASK}."
-        )
+    check_sealed(folder / TASK, task, folder / WEIGHTS, folder / CONFIG)
     return adapter
-
-
-def fingerprint(model: nn.Module, modules: list[str]) -> str | None:
-    """Return a short hash of the weights that an adapter changes, to tell base models apart.
-
-    Sixteen numbers of each weight, rounded to bfloat16, so that it is the same for a model loaded in float32 and
-    in bfloat16; `None` for weights that are not plain numbers (quantised, or on the meta device).
-
-    Args:
-        model: The base model, before an adapter is merged into it.
-        modules: Paths of the adapted modules.
-    """
-    digest = hashlib.sha256()
-    if not modules:  # a head alone: the first layers stand for the model that it belongs to
-        modules = [path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)][:4]
-    for path in sorted(modules):
-        module = model.get_submodule(path)
-        weight = getattr(getattr(module, "base_layer", module), "weight", None)
-        if weight is None or weight.is_meta or not weight.is_floating_point():
-            return None
-        sample = weight.detach().flatten()[:16].to("cpu", torch.bfloat16)
-        digest.update(f"{tuple(weight.shape)}".encode())
-        digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 @contextmanager

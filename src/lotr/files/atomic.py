@@ -170,7 +170,9 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         raise CheckpointError(f"{path.parent} holds no {path.name}, so it is not {what}.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise CheckpointError(f"{path} is damaged: it nests too deeply.") from None
+    except ValueError as error:  # no JSON, no text, or a number of thousands of digits
         raise CheckpointError(f"{path} is damaged: {error}.") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is damaged: it holds no object.")

@@ -142,6 +142,14 @@ def read_lora(path: str | Path | AdapterFolder) -> LoraFolder:
         raise CheckpointError(
             f"{folder.path / CONFIG} has no field lora_alpha, so the size of the update is unknown."
         )
+    alphas = {"lora_alpha": folder.config["lora_alpha"]}
+    patterns = folder.config.get("alpha_pattern") or {}
+    alphas |= patterns if isinstance(patterns, dict) else {"alpha_pattern": patterns}
+    for name, alpha in alphas.items():
+        if type(alpha) not in (int, float) or not abs(alpha) < 1e30:
+            raise CheckpointError(
+                f"{folder.path / CONFIG} is damaged: {name}={str(alpha)[:80]!r} is no number."
+            )
     init = folder.config.get("init_lora_weights", True)
     if init not in _PLAIN_INITS:
         raise CheckpointError(

@@ -70,6 +70,21 @@ def load_model(
     Raises:
         ConfigError: The model or the type is unknown, or the model has no such head.
     """
+    return load_with_new(model, task, labels, dtype, tokenizer, load_in)[0]
+
+
+def load_with_new(
+    model: str,
+    task: str,
+    labels: tuple[str, ...] = (),
+    dtype: str = "float32",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    load_in: str | None = None,
+) -> tuple[PreTrainedModel, list[str]]:
+    """Return a base model as `load_model` does, and its modules of which its files have no weights.
+
+    They begin random, and are not the same when the model is loaded again: an adapter has to train and save them.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     check_dtype(dtype, load_in)
@@ -88,7 +103,7 @@ def load_model(
         _check_writes(model, base.config, sorted(loading["missing_keys"]))
     if tokenizer is not None and base.config.pad_token_id is None:
         base.config.pad_token_id = tokenizer.pad_token_id
-    return base.eval()
+    return base.eval(), sorted({key.rpartition(".")[0] for key in loading["missing_keys"]})
 
 
 def check_dtype(dtype: str, load_in: str | None = None) -> None:
@@ -164,8 +179,14 @@ def _load(kind: Any, model: str, what: str, **options: Any) -> Any:
     try:
         if not Path(source).is_dir():
             _check_reachable(source)
-        return kind.from_pretrained(source, **options)
+        # left open, transformers asks on the terminal whether to run a model's own code
+        return kind.from_pretrained(source, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"Model {model!r} brings code of its own (auto_map), and none of it was run. Who trusts it loads it in "
+                "Python, from_pretrained(…, trust_remote_code=True), and gives it to get_peft_model."
+            ) from None
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(
             f"The {what} of {model!r} cannot be loaded: {reason} Name a local folder, a hub id that can be reached, or "

@@ -18,10 +18,12 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
+from ..bank.heads import NAMES
 from ..errors import ConfigError, TrainingError, near
-from ..files.adapter_folder import fingerprint, read_adapter
+from ..files.adapter_folder import read_adapter
+from ..files.fingerprint import fingerprint
 from .adapter import adapter_config, add_adapter, check_from_zero, check_positive, complete, fit_rank
-from .base_model import check_dtype, load_model, load_tokenizer, locate, text_length
+from .base_model import check_dtype, load_tokenizer, load_with_new, locate, text_length
 from .checkpoint import last_whole
 from .data import Columns, collator, encode, load_task
 from .data.chat import IGNORED
@@ -126,7 +128,11 @@ def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConf
     if given is None:
         settings = complete(settings, config, data.task)
     set_seed(settings.seed)
-    base = load_model(name, data.task, data.labels, settings.dtype, tokenizer, settings.load_in)
+    base, new = load_with_new(name, data.task, data.labels, settings.dtype, tokenizer, settings.load_in)
+    # PEFT trains and saves the head by itself
+    own = {*(config.modules_to_save or ()), *(path for path in new if not set(path.split(".")) & set(NAMES))}
+    config.modules_to_save = sorted(own) or None
+    of_base = fingerprint(base, (*NAMES, *own))
     length = text_length(base, name, settings.max_length)
     settings = replace(settings, max_length=length)
     checkpoint = last_whole(folder / CHECKPOINTS) if settings.resume else None
@@ -139,7 +145,6 @@ def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConf
     share = 100 * trained / total
     say(chosen or f"Method: {settings.method}, {trained:,} trained numbers ({share:.2f} % of the model).")
 
-    adapted: Any = model.base_model
     task = TaskRecord(
         task=data.task,
         labels=tuple(data.labels),
@@ -150,7 +155,7 @@ def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConf
         method=settings.method,
         dtype=settings.dtype,
         load_in=settings.load_in,
-        base_fingerprint=fingerprint(base, sorted(adapted.targeted_module_names)),
+        base_fingerprint=of_base,
     )
     train, eval = (
         encode(part, tokenizer, data.task, data.labels, length) for part in (data.train, data.eval)

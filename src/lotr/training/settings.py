@@ -173,15 +173,32 @@ def read_options(options: Mapping[str, Any], file: str | Path | None = None) -> 
     return values
 
 
-def _read_yaml(path: Path, known: Mapping[str, str]) -> dict[str, Any]:
+def load_yaml(path: Path, option: str) -> Any:
+    """Read YAML, or JSON, without tags of Python's.
+
+    Args:
+        path: The file.
+        option: What named it, for the message.
+
+    Raises:
+        ConfigError: The file is missing, or is no YAML; the message is one line.
+    """
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"--config {path} does not exist.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path} is not valid YAML: {error}") from None
+        raise ConfigError(f"{option} {path} does not exist.") from None
+    except OSError as error:
+        raise ConfigError(f"{option} {path} cannot be read: {error.strerror}. Name a file.") from None
+    except RecursionError:
+        raise ConfigError(f"{option} {path} nests too deeply.") from None
+    except (yaml.YAMLError, ValueError, AttributeError, TypeError) as error:  # also dates that are none
+        raise ConfigError(f"{option} {path} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _read_yaml(path: Path, known: Mapping[str, str]) -> dict[str, Any]:
+    content = load_yaml(path, "--config")
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} must hold settings by name, for example `rank: 16`.")
     values = {}
@@ -205,8 +222,10 @@ def _cast(path: Path, name: str, value: Any, kind: str) -> Any:
         raise ConfigError(f"--config {path}: {name}={value!r} is neither true nor false.")
     try:
         return {"int": int, "float": float, "str": str, "bool": bool}[kind](value)
-    except ValueError:
-        raise ConfigError(f"--config {path}: {name}={value!r} is not a value of type {kind}.") from None
+    except (OverflowError, TypeError, ValueError):
+        raise ConfigError(
+            f"--config {path}: {name}={str(value)[:80]!r} is not a value of type {kind}."
+        ) from None
 
 
 def read_modes(text: str | None) -> tuple[str, ...] | None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
 from ..bank.basis import BANK
 from ..errors import CheckpointError
-from ..files.adapter_folder import CONFIG, AdapterFolder, fingerprint, read_adapter
+from ..files.adapter_folder import CONFIG, AdapterFolder, read_adapter
 from ..files.atomic import check_apart, check_free
+from ..files.fingerprint import changed
 from ..files.peft_lora import read_lora
 from .adapter import full_precision_head
 from .base_model import TEXT_LENGTH, load_model, load_tokenizer, locate
@@ -42,7 +43,25 @@ class TaskRecord:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> TaskRecord:
-        """Read the content of `task.json`."""
+        """Read the content of `task.json`.
+
+        Raises:
+            CheckpointError: A field is missing, or holds something else than it should.
+        """
+        labels, columns, length = (content.get(name) for name in ("labels", "columns", "max_length"))
+        texts = (
+            [*labels, *columns.values()] if isinstance(labels, list) and isinstance(columns, dict) else [None]
+        )
+        texts += [content.get("base_model"), content.get("method", ""), content.get("dtype", "")]
+        named = content.get("task") in get_args(Task) and set(columns or ()) <= set(
+            Columns.__dataclass_fields__
+        )
+        sampled = isinstance(content.get("base_fingerprint"), str | None)
+        if not (named and sampled and type(length) is int and all(isinstance(text, str) for text in texts)):
+            raise CheckpointError(
+                "task.json is damaged: its task, labels, columns, length or base model are missing, or not what they "
+                "should be. Copy or download the adapter again."
+            )
         known = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
         return cls(**{**known, "labels": tuple(content["labels"]), "columns": Columns(**content["columns"])})
 
@@ -78,6 +97,7 @@ def load_trained(path: str | Path, model: str | None = None) -> Trained:
     base = model or adapter.config.get("base_model_name_or_path") or task.base_model
     tokenizer = load_tokenizer(base)
     bare = load_model(base, task.task, task.labels, task.dtype, tokenizer, task.load_in)
+    odd = changed(task.base_fingerprint, bare) if task.base_fingerprint else []
     try:
         loaded = PeftModel.from_pretrained(bare, str(adapter.path), is_trainable=False)
     except CheckpointError:
@@ -95,13 +115,11 @@ def load_trained(path: str | Path, model: str | None = None) -> Trained:
         ) from error
     if full_precision_head(loaded).dtype != torch.float32:
         set_peft_model_state_dict(loaded, adapter.tensors())  # the head again, without rounding
-    adapted: Any = loaded.base_model
-    current = fingerprint(bare, sorted(adapted.targeted_module_names))
-    if None not in (current, task.base_fingerprint) and current != task.base_fingerprint:
+    if odd:
         raise CheckpointError(
             f"The weights of {base!r} are not those that the adapter in {adapter.path} was trained on "
-            f"({task.base_model!r}): fingerprint {current}, not {task.base_fingerprint}. Name the right base "
-            "model with --model."
+            f"({task.base_model!r}): its fingerprint differs in {len(odd)} tensors, first {odd[0]!r}. Name the right "
+            "base model with --model."
         )
     loaded = loaded.eval() if task.load_in else loaded.eval().to(device())
     return Trained(adapter, loaded, tokenizer, task)

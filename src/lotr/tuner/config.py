@@ -16,7 +16,10 @@ from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
 from ..errors import ConfigError
+from ..files.adapter_folder import CONFIG, write_config
+from ..files.atomic import read_json
 from ..files.card import Card, update_card
+from ..files.checksum import CHECKSUM, check_sealed
 from ..math.cores import CORES
 from ..math.init import CORE_INITS, DATA_INITS, INITS, WEIGHT_INITS, ZEROS
 from ..math.magnitude import MAGNITUDES
@@ -161,6 +164,7 @@ class LotrConfig(PeftConfig):
         "cuts. The plan follows from it, so a file speaks for itself."
     )
     format: int = _field("Version of the adapter's folder; others are refused when read.", FORMAT)
+    checksum: str | None = _field("Filled in when saved: of all other fields. Checked when read.")
     init_weights: bool | None = _field(
         "Whether the update starts at zero; False starts it at random. Default: zero, except where the "
         "magnitude divides by the update's norm."
@@ -175,7 +179,7 @@ class LotrConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("LOTR")
-        self.format = FORMAT
+        self.format, self.checksum = FORMAT, None
         on_basis = self.basis is not None and self.basis_hash is None
         # what is left open beside a basis is filled in from it when the plan is made
         self._open = tuple(
@@ -332,7 +336,9 @@ class LotrConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the configuration, and make the model card beside it say how to use the adapter."""
         super().save_pretrained(save_directory, **kwargs)
-        update_card(Path(save_directory), self.card())
+        folder = Path(save_directory)
+        write_config(folder, read_json(folder / CONFIG, "an adapter's configuration"))
+        update_card(folder, self.card())
 
     def card(self, n_labels: int = 0) -> Card:
         """Return what a model card tells of the adapter."""
@@ -365,6 +371,15 @@ class LotrConfig(PeftConfig):
             beside = Path(pretrained_model_name_or_path).resolve().parent / Path(config.basis).name
             config.basis = str(beside) if beside.is_dir() else config.basis
         return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Read the fields of a configuration, whoever loads the adapter, and check them against their checksum."""
+        path = Path(path_json_file)
+        fields = read_json(path, "an adapter's configuration")
+        check_format(fields)
+        check_sealed(path, fields)
+        return {key: value for key, value in fields.items() if key != CHECKSUM}
 
     @property
     def refers_to_basis(self) -> bool:

@@ -80,11 +80,11 @@ def read_saved(adapter: str | Path | AdapterFolder) -> SavedAdapter:
         config = LotrConfig.from_pretrained(str(folder.path))
     except CheckpointError as error:
         raise CheckpointError(f"{folder.path} cannot be read. {error}") from error
-    except (TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise CheckpointError(f"The configuration in {folder.path} does not hold: {error}") from error
     try:
         return SavedAdapter(folder, config, config.recorded_plan())
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"The field targets of the configuration in {folder.path} is damaged: {error!r}"
         ) from None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ...bank.task import check_name
 from ...errors import ConfigError, DataError, near
 from ..data import Columns, TaskData, encode, load_task
+from ..settings import load_yaml
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,14 +64,7 @@ def read_tasks(path: Path) -> list[TaskSource]:
         >>> [(task.name, task.label) for task in read_tasks(path)]
         [('mail', 'label'), ('news', 'topic')]
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"--tasks {path} does not exist.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--tasks {path} is not valid YAML: {error}") from None
+    content = load_yaml(path, "--tasks")
     if not isinstance(content, dict) or not content:
         raise ConfigError(f"--tasks {path} must hold tasks by name, for example `mail: mail.csv`.")
     known = [field.name for field in fields(TaskSource)][1:]
@@ -83,6 +77,8 @@ def read_tasks(path: Path) -> list[TaskSource]:
         for key in values:
             if key not in known:
                 raise ConfigError(f"{task} has {key!r}, which is not known. {near(str(key), known)}")
+        if odd := [key for key, value in values.items() if not isinstance(value, str | None)]:
+            raise ConfigError(f"{task} has {odd[0]}={str(values[odd[0]])[:80]!r}, which is no text.")
         for key in ("train", "eval"):
             beside = path.parent / str(values.get(key))
             if key in values and beside.exists():

@@ -123,6 +123,8 @@ def loss_of(model: nn.Module, tokens: Tensor) -> float:
 def adapted(plan: Plan, key: Key) -> nn.Module:
     """Return the base model with a fresh adapter that has started as the method says."""
     base, method = load_model(plan["model"], "causal-lm"), plan["methods"][key.method]
+    # around one forward pass: what autocast has cast it keeps until it ends, and the trained numbers change
+    base.forward = torch.autocast("cpu", torch.bfloat16)(base.forward)
     set_seed(key.seed)
     fields = {"task_type": "CAUSAL_LM", "target_modules": list(plan["modules"]), **method["fields"]}
     if "peft" in method:
@@ -149,23 +151,22 @@ def groups(model: nn.Module, rates: dict[str, float]) -> list[dict[str, Any]]:
 def measure(plan: Plan, key: Key, rates: dict[str, float]) -> dict[str, Any]:
     """Return a run as a line of the file."""
     started, tokens = time.perf_counter(), rows(plan["model"], plan["length"])
-    with torch.autocast("cpu", torch.bfloat16):
-        model = adapted(plan, key)
-        optimizer = torch.optim.AdamW(groups(model, rates), weight_decay=0.0)
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        rise, steps = plan["warmup"], plan["steps"]
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / rise, (steps - step) / (steps - rise))
-        )
-        model.train()
-        for batch in itertools.islice(batches(tokens["train"], plan["batch_size"], key.seed), steps):
-            model(**batch).loss.backward()
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-        dev = loss_of(model, tokens["dev"][: plan["dev_rows"]])
-        test = round(loss_of(model, tokens["test"][: plan["test_rows"]]), 5) if key.part == "final" else ""
+    model = adapted(plan, key)
+    optimizer = torch.optim.AdamW(groups(model, rates), weight_decay=0.0)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    rise, steps = plan["warmup"], plan["steps"]
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / rise, (steps - step) / (steps - rise))
+    )
+    model.train()
+    for batch in itertools.islice(batches(tokens["train"], plan["batch_size"], key.seed), steps):
+        model(**batch).loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    dev = loss_of(model, tokens["dev"][: plan["dev_rows"]])
+    test = round(loss_of(model, tokens["test"][: plan["test_rows"]]), 5) if key.part == "final" else ""
     seconds = round(time.perf_counter() - started)
     numbers = sum(p.numel() for p in trained)
     return {**key._asdict(), "numbers": numbers, "dev": round(dev, 5), "test": test, "seconds": seconds}

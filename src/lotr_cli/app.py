@@ -140,7 +140,7 @@ def predict(
 
 @command(app, "plan", "Planning", settings=TrainSettings, panels=["Adapter"])
 def plan(
-    model: Annotated[str, Argument(help="Local folder, hub id or `minilm`; only its config is read.")],
+    model: Annotated[str, Argument(help="As --model of lotr train; only its config is read.")],
     dtype: Annotated[str, Option(help="Type of the numbers.")] = "float32",
     **options: Any,
 ) -> Report:

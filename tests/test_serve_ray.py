@@ -1,5 +1,7 @@
 """The server as a deployment of Ray Serve (`make test-ray`): replicas share the bank's folder."""
 
+# the server needs packages of extras, so they are asked for before it is imported
+# ruff: noqa: E402
 from __future__ import annotations
 
 from collections.abc import Iterator

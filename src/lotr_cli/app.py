@@ -141,7 +141,7 @@ def predict(
 
 @command(app, "plan", "Planning", settings=TrainSettings, panels=["Adapter"])
 def plan(
-    model: Annotated[str, Argument(help="Local folder, hub id or `minilm`; only its config is read.")],
+    model: Annotated[str, Argument(help="As --model of lotr train; only its config is read.")],
     dtype: Annotated[str, Option(help="Type of the numbers.")] = "float32",
     compress: Annotated[
         int | None, Option(min=1, help="Foretell the bytes of a bank of this many LoRAs.")

@@ -73,7 +73,7 @@ def load_base(name: str, kind: str | None, labels: int = 2, dtype: str = "bfloat
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"The model {name!r} cannot be loaded: {str(error).splitlines()[0]} Name a local folder, a hub id that can "
-            "be reached, or `minilm` as --base."
+            "be reached, `minilm` or `smollm2` as --base."
         ) from error
 
 

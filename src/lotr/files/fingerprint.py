@@ -115,7 +115,7 @@ def _offloaded(weights: Any, name: str) -> Any:
             told = json.loads(opened.read(length))[entry.get("weight_name", key)]
         at, kind, shape = 8 + length + told["data_offsets"][0], told["dtype"], told["shape"]
     kind = _OF_NUMPY.get(kind, kind)
-    mapped = np.memmap(file, kind.replace("bfloat16", "int16"), "c", at, tuple(shape) or (1,))
+    mapped: Any = np.memmap(file, kind.replace("bfloat16", "int16"), "c", at, tuple(shape) or (1,))
     if hasattr(mmap, "MADV_RANDOM"):  # no pages around the numbers
         mapped._mmap.madvise(mmap.MADV_RANDOM)
     tensor = torch.from_numpy(mapped)
@@ -127,7 +127,8 @@ def _numbers(weights: Any, shape: _Shape, recorded: _Shape) -> Tensor:  # (16,)
     numbers = [torch.tensor(torch.nan)] * _N
     last = math.prod(recorded) - 1
     for n in range(_N) if _alike(shape, recorded) else ():
-        place, rest = [], last * n // (_N - 1)
+        place: list[slice] = []
+        rest = last * n // (_N - 1)
         for size in reversed(recorded):
             rest, at = divmod(rest, size)
             place.insert(0, slice(at, at + 1))

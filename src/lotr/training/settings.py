@@ -33,7 +33,10 @@ class TrainSettings:
     """What `lotr train` is told. Fields left at `None` are decided by the run, which says how."""
 
     model: str | None = setting(
-        None, _DATA, "Local folder, hub id, or `minilm` (packaged all-MiniLM-L6-v2).", "required"
+        None,
+        _DATA,
+        "Local folder, .gguf file, hub id, or packaged: `minilm` (all-MiniLM-L6-v2) or `smollm2` (SmolLM2-135M).",
+        "required",
     )
     train: str | None = setting(
         None,

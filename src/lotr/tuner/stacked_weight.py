@@ -130,15 +130,14 @@ def _grouped(func: Any, x: Any, weight: Any, *, offs: Any, **words: Any) -> Any:
 
 _OF_THE_BASE = {
     getattr(Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta")
+    for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta", "requires_grad")
 } | {
     Tensor.dim,
     Tensor.size,
     Tensor.as_subclass,
     Tensor.data_ptr,
     Tensor.is_floating_point,
-    Tensor.requires_grad.__get__,
-}  # type: ignore[attr-defined]
+}
 
 _OPERATIONS: dict[Any, Callable[..., Any]] = {
     Tensor.__getitem__: _select,

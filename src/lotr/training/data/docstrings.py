@@ -73,9 +73,37 @@ def load_docstrings(root: Path | None = None, packages: int = 16) -> dict[str, l
     splits: dict[str, list[Row]] = {"train": [], "test": []}
     for text, row in unique.items():
         if row["label"] in largest:
-            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-            splits["test" if int.from_bytes(digest, "big") % 5 == 0 else "train"].append(row)
+            splits[_side(text)].append(row)
     return splits
+
+
+def load_functions(root: Path | None = None) -> dict[str, list[Row]]:
+    """Read names of functions and the first paragraphs of their docstrings, as `prompt` and `completion`.
+
+    Split as `load_docstrings` splits; a text occurs once.
+
+    Args:
+        root: Folder with Python sources. Default: the standard library of the running Python.
+
+    Example:
+        >>> sorted(load_functions()["test"][0])
+        ['completion', 'prompt']
+    """
+    root = Path(sysconfig.get_path("stdlib")) if root is None else root
+    names: dict[str, str] = {}
+    for file in _sources(root):
+        for node, text in _documented(file):
+            if KINDS[type(node)].endswith("function") and SHORTEST <= len(text) <= LONGEST:
+                names.setdefault(text, node.name)
+    splits: dict[str, list[Row]] = {"train": [], "test": []}
+    for text, name in names.items():
+        splits[_side(text.casefold())].append({"prompt": name, "completion": text})
+    return splits
+
+
+def _side(text: str) -> str:
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return "test" if int.from_bytes(digest, "big") % 5 == 0 else "train"
 
 
 def _sources(root: Path) -> list[Path]:
@@ -90,12 +118,6 @@ def _sources(root: Path) -> list[Path]:
 def _rows(file: Path, root: Path) -> Iterator[Row]:
     parts = file.relative_to(root).with_suffix("").parts
     parts = parts[:-1] if parts[-1] == "__init__" else parts
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of invalid escapes in old sources
-            tree = ast.parse(file.read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return
     if not parts:
         return
     # _pydecimal is the Python half of a module that users know as decimal
@@ -103,11 +125,23 @@ def _rows(file: Path, root: Path) -> Iterator[Row]:
     label = public if (root / f"{public}.py").is_file() else parts[0]
     names = "|".join(map(re.escape, {parts[0], label, parts[-1]}))
     own_names = re.compile(rf"\b(?:{names})\b", re.IGNORECASE)
-    for node in _definitions(tree):
-        paragraph = re.split(r"\n\s*\n", (ast.get_docstring(node) or "").strip(), maxsplit=1)[0]
-        text = own_names.sub(MARK, " ".join(paragraph.split()))
+    for node, paragraph in _documented(file):
+        text = own_names.sub(MARK, paragraph)
         if SHORTEST <= len(text) <= LONGEST:
             yield {"text": text, "label": label, "kind": KINDS[type(node)], "module": ".".join(parts)}
+
+
+def _documented(file: Path) -> Iterator[tuple[Any, str]]:
+    """Yield the definitions of a source file, each with the first paragraph of its docstring."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of invalid escapes in old sources
+            tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return
+    for node in _definitions(tree):
+        paragraph = re.split(r"\n\s*\n", (ast.get_docstring(node) or "").strip(), maxsplit=1)[0]
+        yield node, " ".join(paragraph.split())
 
 
 def _definitions(node: ast.AST) -> Iterator[Any]:

@@ -1,0 +1,204 @@
+"""Held-out loss per token of a decoder of thirty layers after a short fine-tuning: LoTR beside PEFT's LoRA.
+
+    python benchmarks/deep.py --plan benchmarks/deep.yaml --runs docs/data/deep.csv
+
+The texts are the functions of Python's own library, `def name: \"""docstring\"""`, joined and cut into rows of equal
+length. Products are bfloat16 (autocast); AdamW, a rate that rises for some steps and then falls to zero, gradients
+clipped to a norm of one. A run is a line of the file; one that is there is not run again, so it can be stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import itertools
+import os
+import random
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is packaged
+
+import peft
+import torch
+import yaml
+from torch import Tensor, nn
+from transformers import set_seed
+
+import lotr
+from lotr.training.base_model import load_model, load_tokenizer
+from lotr.training.data.docstrings import load_functions
+from quality_runs import rates_text
+from records import calm
+
+HERE = Path(__file__).parent
+COLUMNS = ("modules", "method", "numbers", "rates", "steps", "seed", "part", "dev", "test", "seconds")
+Plan = dict[str, Any]
+
+
+class Key(NamedTuple):
+    """What tells a run from others; `part` is `rates` or `final`."""
+
+    modules: str
+    method: str
+    rates: str
+    steps: int
+    seed: int
+    part: str
+
+
+def wanted(plan: Plan) -> Iterator[tuple[Key, dict[str, float]]]:
+    """Yield the runs of a plan with their rates, seed by seed."""
+    for part in ("rates", "final"):
+        for entry in plan.get(part) or ():
+            for seed, name in itertools.product(entry["seeds"], entry["methods"]):
+                for rates in plan["methods"][name][part]:
+                    modules = " ".join(plan["modules"])
+                    yield Key(modules, name, rates_text(rates), plan["steps"], seed, part), rates
+
+
+def read(path: Path) -> dict[Key, dict[str, str]]:
+    """Return the runs of a file."""
+    if not path.is_file():
+        return {}
+    with path.open(newline="") as file:
+        return {
+            Key(
+                **{name: int(row[name]) if name in ("steps", "seed") else row[name] for name in Key._fields}
+            ): row
+            for row in csv.DictReader(file)
+        }
+
+
+def append(path: Path, run: dict[str, Any]) -> None:
+    """Add a run to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.is_file()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerow(run)
+
+
+@functools.cache
+def rows(model: str, length: int) -> dict[str, Tensor]:
+    """Return the tokens of train, dev and test, `(rows, length)` each; a fifth of the training texts is dev."""
+    tokenizer, splits = load_tokenizer(model), load_functions()
+    draw = random.Random(0)
+    train = draw.sample(splits["train"], len(splits["train"]))
+    test = draw.sample(splits["test"], len(splits["test"]))
+    fifth = len(train) // 5
+    parts = {"train": train[fifth:], "dev": train[:fifth], "test": test}
+    packed = {}
+    for part, texts in parts.items():
+        tokens: list[int] = []
+        for text in texts:
+            words = f'def {text["prompt"]}: """{text["completion"]}"""'
+            tokens += [*tokenizer(words)["input_ids"], tokenizer.eos_token_id]
+        packed[part] = torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
+    return packed
+
+
+def batches(tokens: Tensor, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Yield batches without end, in an order that depends on the seed alone."""
+    draw = torch.Generator().manual_seed(seed)
+    while True:
+        for part in torch.randperm(len(tokens), generator=draw)[: len(tokens) // size * size].split(size):
+            yield {"input_ids": tokens[part], "labels": tokens[part]}
+
+
+def loss_of(model: nn.Module, tokens: Tensor) -> float:
+    """Return the mean loss per token."""
+    model.eval()
+    with torch.inference_mode():
+        losses = [float(model(input_ids=some, labels=some).loss) * len(some) for some in tokens.split(8)]
+    return sum(losses) / len(tokens)
+
+
+def adapted(plan: Plan, key: Key) -> nn.Module:
+    """Return the base model with a fresh adapter that has started as the method says."""
+    base, method = load_model(plan["model"], "causal-lm"), plan["methods"][key.method]
+    # around one forward pass: what autocast has cast it keeps until it ends, and the trained numbers change
+    base.forward = torch.autocast("cpu", torch.bfloat16)(base.forward)
+    set_seed(key.seed)
+    fields = {"task_type": "CAUSAL_LM", "target_modules": list(plan["modules"]), **method["fields"]}
+    if "peft" in method:
+        return peft.get_peft_model(base, getattr(peft, method["peft"])(**fields))
+    model = peft.get_peft_model(base, lotr.LotrConfig(seed=key.seed, **fields))
+    if fields.get("init") == "gradient":
+        stream = batches(rows(plan["model"], plan["length"])["train"], plan["batch_size"], key.seed)
+        seen = list(itertools.islice(stream, plan["gradient_batches"]))
+        lotr.init_from_data(model, seen, seed=key.seed)
+    return model
+
+
+def groups(model: nn.Module, rates: dict[str, float]) -> list[dict[str, Any]]:
+    """Return the trained parameters with their rates; `b_lr` is the rate of LoRA's B, as in LoRA+."""
+    if "b_lr" not in rates:
+        return lotr.parameter_groups(model, **rates)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return [
+        {"params": [p for name, p in trained.items() if (".lora_B." in name) == is_b], "lr": lr}
+        for is_b, lr in ((False, rates["lr"]), (True, rates["b_lr"]))
+    ]
+
+
+def measure(plan: Plan, key: Key, rates: dict[str, float]) -> dict[str, Any]:
+    """Return a run as a line of the file."""
+    started, tokens = time.perf_counter(), rows(plan["model"], plan["length"])
+    model = adapted(plan, key)
+    optimizer = torch.optim.AdamW(groups(model, rates), weight_decay=0.0)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    rise, steps = plan["warmup"], plan["steps"]
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / rise, (steps - step) / (steps - rise))
+    )
+    model.train()
+    for batch in itertools.islice(batches(tokens["train"], plan["batch_size"], key.seed), steps):
+        model(**batch).loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    dev = loss_of(model, tokens["dev"][: plan["dev_rows"]])
+    test = round(loss_of(model, tokens["test"][: plan["test_rows"]]), 5) if key.part == "final" else ""
+    seconds = round(time.perf_counter() - started)
+    numbers = sum(p.numel() for p in trained)
+    return {**key._asdict(), "numbers": numbers, "dev": round(dev, 5), "test": test, "seconds": seconds}
+
+
+def main() -> None:
+    """Do what is missing of the plan."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--plan", type=Path, default=HERE / "deep.yaml")
+    parser.add_argument("--runs", type=Path, default=Path("docs/data/deep.csv"))
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, each on one thread or OMP_NUM_THREADS"
+    )
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so long")
+    options = parser.parse_args()
+    calm()
+    plan, until = yaml.safe_load(options.plan.read_text()), time.monotonic() + 60 * options.minutes
+    missing = [run for run in wanted(plan) if run[0] not in read(options.runs)]
+    with ProcessPoolExecutor(options.jobs) as pool:
+        doing = set()
+        while doing or missing:
+            while missing and len(doing) < options.jobs and time.monotonic() < until:
+                doing.add(pool.submit(measure, plan, *missing.pop(0)))
+            if not doing:
+                break
+            done = next(as_completed(doing))
+            doing.remove(done)
+            append(options.runs, done.result())
+            print(f"{len(missing)} left: {done.result()}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

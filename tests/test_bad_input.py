@@ -39,7 +39,7 @@ TRAIN = [
     ("--magnitude per_ouput", 2, "Near matches: per_output"),
     ("--dtype floatt32", 2, "'floatt32'", "float32"),
     ("--task clasification", 2, "'clasification'", "classification"),
-    ("--report-to tensorbord", 2, "'tensorbord'", "none"),
+    ("--report-to tensorbord", 2, "'tensorbord'", "tensorboard."),
     ("--basis nowhere/at/all", 1, "basis='nowhere/at/all' cannot be read: Adapter folder nowhere/at/all"),
     # numbers
     ("--max-length 65", 2, "max_length=65", "64 tokens"),

@@ -31,7 +31,7 @@ from lotr.tuner.saved_adapter import read_saved
 from tuner_contract import linears, outputs, weights
 
 STEPS = 10
-RESCALED = ("dora", "bora", "map")
+MERGED_ALONE = ("bora", "map")
 #: Rows whose published start is not the base model.
 STARTED = ("lora_xs", "lora_sb")
 
@@ -236,8 +236,8 @@ def test_inspecting_finds_the_norm_of_every_sites_update(row: Row) -> None:
     assert report.numbers == numbers and report.head == 0
 
 
-def test_an_additive_row_leaves_as_a_lora_and_others_are_told_to_merge(row: Row, tmp_path: Path) -> None:
-    if row.name in RESCALED:
+def test_a_row_leaves_as_a_lora_or_a_dora_and_the_others_are_told_to_merge(row: Row, tmp_path: Path) -> None:
+    if row.name in MERGED_ALONE:
         with pytest.raises(CheckpointError, match="lotr merge"):
             export(row.folder, tmp_path / "lora")
         return

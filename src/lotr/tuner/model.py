@@ -30,6 +30,7 @@ from .experts import ExpertsWeight, LotrExperts, stacked_weights
 from .group import LotrGroup, LotrLayer
 from .group_init import start_group
 from .layer import LotrLinear
+from .learning_rate import watch_rates
 from .lora_words import check_combination_words
 from .saved_adapter import hash_of, read_basis, used_by
 from .targets import DEFAULT_TARGETS, is_basis, plan_adapter
@@ -84,6 +85,7 @@ class LotrModel(BaseTuner):
         self._injection = _Injection(adapter_name, paths, low_cpu_mem_usage)
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            watch_rates(model, adapter_name, self.peft_config[adapter_name])
         finally:
             self._injection = None
 

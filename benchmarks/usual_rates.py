@@ -11,18 +11,18 @@ from pathlib import Path
 import torch
 import yaml
 from peft import LoraConfig, PeftConfig, get_peft_model
-from quality_training import Task, minilm
-from records import calm
 from transformers import AutoModelForSequenceClassification, set_seed
 
 import lotr
+from quality_training import Task, minilm
+from records import calm
 
 STEPS, HEAD_RATE, SEED = 100, 1e-2, 0
 LAYERS = {"target_modules": ["query", "value"], "task_type": "SEQ_CLS", "r": 16}
 
 
 def train(task: Task, config: PeftConfig | None, rate: float) -> tuple[float, float]:
-    """Train with one rate for the adapter and a linear fall; return mean loss of the last 20 steps, and dev accuracy."""
+    """Train with one rate for the adapter and a linear fall; return the loss of the last 20 steps and dev accuracy."""
     set_seed(SEED)
     model = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=16)
     if config is None:

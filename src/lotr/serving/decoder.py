@@ -57,9 +57,8 @@ class Continuation:
 class Decoder:
     """Continues texts with a bank's tasks."""
 
-    call_tokens = (
-        1 << 16
-    )  # a batch calls the model for every token that is written, whatever the prompts' lengths
+    #: A batch calls the model for every token that is written, whatever the prompts' lengths.
+    call_tokens = 1 << 16
 
     def __init__(self, served: Served) -> None:
         self.served = served

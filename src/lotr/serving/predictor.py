@@ -36,7 +36,7 @@ class Predictor:
 
     def __init__(self, served: Served) -> None:
         self.served, self.collate = served, served.collator()
-        # measured on a MiniLM: on an accelerator the calls take most of the time of a small batch
+        # on a processor as on a MiniLM there; on an accelerator a guess: calls take most of the time of a small batch
         self.call_tokens = 32 if served.model.device.type == "cpu" else 4096
         self._encoder = served.model.get_base_model().base_model  # without the head, where there is one
         self._longest = text_length(served.model, str(served.bank.base_model), None)

@@ -85,7 +85,7 @@ class LotrModel(BaseTuner):
         self._injection = _Injection(adapter_name, paths, low_cpu_mem_usage)
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-            watch_rates(model, adapter_name, self.peft_config[adapter_name])
+            watch_rates(model, adapter_name, cast("LotrConfig", self.peft_config[adapter_name]))
         finally:
             self._injection = None
 

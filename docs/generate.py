@@ -21,7 +21,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put the tables where a page asks for them."""
-    for mark, table in {"<!-- fields -->": fields}.items():
+    for mark, table in {"<!-- fields -->": fields, "<!-- memory -->": memory}.items():
         if mark in markdown:
             markdown = markdown.replace(mark, table())
     return markdown
@@ -170,6 +170,58 @@ def _sizes() -> dict[str, tuple[int, int]]:
         name: [plan(model, LotrConfig(method=name)).n_parameters for model in models] for name in METHODS
     }
     return {name: (bert, llama) for name, (bert, llama) in counts.items()}
+
+
+def memory() -> str:
+    """Return the table of what large models and their adapters take while they train."""
+    import torch
+    import transformers as tf
+
+    from lotr import LotrConfig, plan
+
+    def llama(width: int, inner: int, layers: int, heads: int) -> Any:
+        config = tf.LlamaConfig(
+            vocab_size=128_256,
+            hidden_size=width,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=8,
+        )
+        return tf.LlamaForCausalLM(config)
+
+    experts = tf.Qwen3MoeConfig(
+        vocab_size=151_936,
+        hidden_size=2048,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+    )
+    with torch.device("meta"):
+        models = {
+            "Llama 8B": llama(4096, 14_336, 32, 32),
+            "Llama 70B": llama(8192, 28_672, 80, 64),
+            "Qwen3 30B-A3B": tf.Qwen3MoeForCausalLM(experts),
+        }
+    lines = [
+        "| | weights, bfloat16 | trained: LoRA / LoTR | with gradients and Adam: LoRA / LoTR | activations a token |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, model in models.items():
+        weights = 2 * sum(parameter.numel() for parameter in model.parameters())
+        counts = [
+            plan(model, LotrConfig(method=method, r=16, target_modules="all-linear")).n_parameters
+            for method in ("lora", "lotr")
+        ]
+        state = " / ".join(f"{16 * count / 1e9:.2f} GB" for count in counts)
+        kept = 2 * model.config.hidden_size * model.config.num_hidden_layers
+        trained = " / ".join(f"{count / 1e6:.1f} M" for count in counts)
+        lines.append(f"| {name} | {weights / 1e9:.1f} GB | {trained} | {state} | {kept / 1e3:,.0f} KB |")
+    return "\n".join(lines)
 
 
 def command_line() -> str:

@@ -48,8 +48,8 @@ def test_every_error_is_that_of_the_dense_stack_and_falls_to_that_of_tensorly(ra
         assert group.errors[-1] == pytest.approx(float(left.norm() / stack.norm()), rel=1e-9)
         fit.sweep(fits, total)
     assert all(after <= before + 1e-12 for before, after in pairwise(group.errors))
-    tl.set_backend("pytorch")
-    (core, (U, V)), _ = partial_tucker(stack, [rank, rank], modes=[1, 2], n_iter_max=200, tol=1e-12)
+    with tl.backend_context("pytorch"):
+        (core, (U, V)), _ = partial_tucker(stack, [rank, rank], modes=[1, 2], n_iter_max=200, tol=1e-12)
     dense = float((stack - U @ core @ V.T).norm() / stack.norm())
     assert group.errors[-1] == pytest.approx(dense, rel=1e-3)
 

@@ -20,8 +20,8 @@ from conftest import bert, tokens
 from lotr import METHODS, CheckpointError, ConfigError, LotrConfig, PlanError
 from lotr.bank.layout import Layout
 from lotr.compression.sources import open_source
+from lotr.math.stacked_weight import StackUpdate
 from lotr.tuner.experts import LotrExperts
-from lotr.tuner.stacked_weight import StackUpdate
 from lotr.tuner.weight import AdaptedWeight
 from moe_models import EXPERTS, gpt_oss, mixtral, qwen
 from tuner_contract import outputs

@@ -12,7 +12,8 @@
 
 `o` and `i` are the features of a site's block: the whole weight's, unless the weight is cut into blocks.
 
-Forward, merge and export all call this file; nothing else in the library multiplies `U`, `C` and `V`.
+Forward, merge and export all call this file. Beside it `fused_linear.py` multiplies for one function of autograd, and
+`stacked_weight.py` for the experts of one parameter; each is tested against the dense product.
 Source: LoTR, arXiv 2402.01376.
 """
 

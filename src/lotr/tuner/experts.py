@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..math.stacked_weight import StackedWeight, StackUpdate
 from ..math.update import FactoredUpdate, scaled
 from ..sharing.keys import BASIS
 from ..sharing.paths import normalise
-from .stacked_weight import StackedWeight, StackUpdate
 from .weight import AdaptedWeight
 
 

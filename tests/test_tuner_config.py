@@ -318,3 +318,8 @@ def test_groups_and_factors_start_differently() -> None:
     factors = [p for n, p in model.named_parameters() if "lotrbasis" in n]
     flat = [f.reshape(-1) for f in factors]
     assert all(not torch.equal(a, b) for i, a in enumerate(flat) for b in flat[:i])
+
+
+def test_a_module_that_is_no_text_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"target_modules has 3, which is no name"):
+        LotrConfig(target_modules=["query", 3])  # type: ignore[list-item]

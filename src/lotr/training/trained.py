@@ -53,9 +53,8 @@ class TaskRecord:
             [*labels, *columns.values()] if isinstance(labels, list) and isinstance(columns, dict) else [None]
         )
         texts += [content.get("base_model"), content.get("method", ""), content.get("dtype", "")]
-        named = content.get("task") in get_args(Task) and set(columns or ()) <= set(
-            Columns.__dataclass_fields__
-        )
+        named = content.get("task") in get_args(Task) and isinstance(columns, dict)
+        named = named and set(columns or ()) <= set(Columns.__dataclass_fields__)
         sampled = isinstance(content.get("base_fingerprint"), str | None)
         if not (named and sampled and type(length) is int and all(isinstance(text, str) for text in texts)):
             raise CheckpointError(

@@ -213,8 +213,11 @@ class LotrConfig(PeftConfig):
             name: checked_rank(f"rank_pattern[{name!r}]", r) for name, r in (self.rank_pattern or {}).items()
         }
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list | tuple):
-                setattr(self, name, set(getattr(self, name)))
+            names = getattr(self, name)
+            if isinstance(names, list | tuple | set):
+                if odd := [entry for entry in names if not isinstance(entry, str)]:
+                    raise ConfigError(f"{name} has {odd[0]!r}, which is no name. Name modules by text.")
+                setattr(self, name, set(names))
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout={self.dropout} is not a probability below one. Use 0 <= dropout < 1.")
         if not 0 < self.scaling < math.inf:

@@ -38,11 +38,11 @@ def read_splits(source: str) -> dict[str, Table]:
         from .docstrings import load_docstrings
 
         return {name: Table.from_rows(rows) for name, rows in load_docstrings().items()}
-    if path.is_file():
+    if os.path.isfile(path):  # noqa: PTH113 – pathlib raises for a long name
         return {"train": read_table(path)}
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112
         return _read_folder(path)
-    here = path.parent.is_dir()
+    here = os.path.isdir(path.parent)  # noqa: PTH112
     names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")] if here else []
     # with a suffix, what is nearly the name of a file is one; asking the hub for it would take its retries
     mistyped = bool(path.suffix and get_close_matches(path.name, names, cutoff=0.75))

@@ -32,7 +32,7 @@ from transformers import set_seed
 import lotr
 from lotr.training.base_model import load_model, load_tokenizer
 from lotr.training.data.docstrings import load_functions
-from quality_runs import rates_text
+from quality_runs import append, rates_text
 from records import calm
 
 HERE = Path(__file__).parent
@@ -72,17 +72,6 @@ def read(path: Path) -> dict[Key, dict[str, str]]:
             ): row
             for row in csv.DictReader(file)
         }
-
-
-def append(path: Path, run: dict[str, Any]) -> None:
-    """Add a run to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(run)
 
 
 @functools.cache
@@ -196,7 +185,7 @@ def main() -> None:
                 break
             done = next(as_completed(doing))
             doing.remove(done)
-            append(options.runs, done.result())
+            append(options.runs, done.result(), COLUMNS)
             print(f"{len(missing)} left: {done.result()}", flush=True)
 
 

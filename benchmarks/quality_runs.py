@@ -71,12 +71,12 @@ def read(path: Path) -> Runs:
     return {Key(*(run[name] for name in Key._fields)): run for run in runs}
 
 
-def append(path: Path, run: dict[str, Any]) -> None:
-    """Add a run to a file."""
+def append(path: Path, run: dict[str, Any], columns: Sequence[str] = COLUMNS) -> None:
+    """Add a run to a file, a line with these columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.is_file()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if is_new:
             writer.writeheader()
         writer.writerow(run)

@@ -62,4 +62,4 @@ def near(name: str, known: Iterable[str], limit: int = 5) -> str:
     if close:
         return f"Near matches: {', '.join(close)}."
     shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
-    return f"Known: {shown}." if names else "None exist."
+    return f"Known: {shown}." if names else "There are no others."

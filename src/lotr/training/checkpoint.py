@@ -114,9 +114,8 @@ class AdapterTrainer(Trainer):
         name, keys, *rest = np.random.get_state()
         plain = {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}
         folder = Path(output_dir)
-        folder.mkdir(
-            parents=True, exist_ok=True
-        )  # transformers may have let the first process alone save the model
+        # some versions of transformers let the first process alone save the model, and make the folder
+        folder.mkdir(parents=True, exist_ok=True)
         _write(folder / RANDOM.format(self.args.process_index), tensors, plain)
         self.accelerator.wait_for_everyone()  # a whole checkpoint has the state of every process
 

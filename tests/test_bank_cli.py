@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -81,7 +83,7 @@ def test_a_task_leaves_as_an_adapter(bank: Path) -> None:
 
 
 def test_verify_ends_with_one_where_something_is_damaged(bank: Path) -> None:
-    whole = {"ok": True, "tasks": 4, "damaged": [], "file": [], "basis": None}
+    whole = {"ok": True, "tasks": 4, "damaged": [], "files": []}
     assert report("bank", "verify", bank) == whole
     assert "4 of 4 tasks are whole" in lotr("bank", "verify", bank).stdout
     blob = CoreBank.open(bank).store.read("a").numbers
@@ -95,6 +97,31 @@ def test_verify_ends_with_one_where_something_is_damaged(bank: Path) -> None:
     recovered = json.loads(result.stdout)
     assert (result.exit_code, recovered["saved"], recovered["lost"]) == (1, 3, ["a"])
     assert report("bank", "verify", "new")["tasks"] == 3
+
+
+def test_verify_reports_every_damage_also_where_a_bank_cannot_be_opened(bank: Path) -> None:
+    with closing(sqlite3.connect(bank / "tasks.sqlite")) as connection, connection:
+        connection.execute("CREATE VIEW extra AS SELECT 1")
+        connection.execute("UPDATE task SET numbers = x'00' WHERE name = 'a'")
+    (bank / "bank.json").write_text("{")
+    with (bank / "basis.safetensors").open("r+b") as weights:
+        weights.truncate(900)
+    result = lotr("bank", "verify", bank)
+    assert result.exit_code == 1 and "3 of 4 tasks are whole" in result.stdout
+    assert "Task 'a'" in " ".join(result.stdout.split())
+    lines = [line for line in result.stderr.splitlines() if str(bank) in line]
+    assert len(lines) == 3
+    for line, says in zip(
+        lines, ("bank.json is damaged", "basis.safetensors is truncated", "'extra'"), strict=True
+    ):
+        assert says in line
+    (bank / "adapter_config.json").write_text("[]")
+    (bank / "tasks.sqlite").write_bytes(b"none")
+    told = json.loads(lotr("bank", "verify", bank, "--json").stdout)
+    for name in ("bank.json", "adapter_config.json", "basis.safetensors", "tasks.sqlite"):
+        assert any(name in line for line in told["files"])
+    assert (told["ok"], told["tasks"]) == (False, 0)
+    assert "does not exist" in refused(1, "bank", "verify", "nowhere")
 
 
 def test_stats_count_bytes(bank: Path) -> None:

@@ -103,7 +103,7 @@ def test_verify_reports_every_damaged_task(folder: Path) -> None:
     report = CoreBank.open(folder).verify(lambda done, of: ticks.append((done, of)))
     assert sorted(found["task"] for found in report["damaged"]) == ["task-1", "task-14", "task-2", "task-3"]
     assert all("checksum" in found["reason"] for found in report["damaged"])
-    assert (report["tasks"], report["ok"], report["file"]) == (N, False, [])
+    assert (report["tasks"], report["ok"], report["files"]) == (N, False, [])
     assert ticks == [(n, N) for n in range(1, N + 1)]
 
 
@@ -133,7 +133,7 @@ def test_a_page_of_garbage_costs_its_own_tasks_alone(large: Path, tmp_path: Path
     content[at : at + size] = b"\x63" + os.urandom(size - 1)  # no kind of page
     (large / TASKS).write_bytes(content)
     report = CoreBank.open(large).verify()
-    assert not report["ok"] and report["file"] and 0 < len(report["damaged"]) < 40
+    assert not report["ok"] and report["files"] and 0 < len(report["damaged"]) < 40
     saved = recover(large, tmp_path / "new")["saved"]
     assert saved == 300 - len(report["damaged"]) == len(CoreBank.open(tmp_path / "new"))
 
@@ -205,7 +205,7 @@ def test_a_basis_with_other_numbers_is_refused_and_tasks_stay_readable(folder: P
         bank.export("task-0", folder.parent / "out")
     assert not (folder.parent / "out").exists()
     report = bank.verify()
-    assert "hash" in report["basis"] and not report["damaged"] and not report["ok"]
+    assert "hash" in report["files"][0] and not report["damaged"] and not report["ok"]
 
 
 def test_files_of_different_banks_are_told_apart(folder: Path, tmp_path: Path) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForSequenceClassification
 
+import loras
+from commands import refused, report, training
 from lotr import ConfigError
-from lotr.training.base_model import load_model
 from lotr.training.settings import read_options
 from lotr.training.tasks.task_list import read_tasks
 
@@ -63,10 +67,58 @@ def test_a_full_or_closed_stdout_is_no_traceback() -> None:
     assert closed.returncode == 0 and not closed.stderr
 
 
-def test_code_that_a_base_model_brings_is_refused_and_not_asked_for(tmp_path: Path) -> None:
-    auto_map = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "its-own", "auto_map": auto_map}))
-    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(ConfigError, match=r"brings code of its own \(auto_map\), and none of it was run"):
-        load_model(str(tmp_path), "causal-lm")
-    assert not (tmp_path / "ran").exists()
+OWN = """
+from pathlib import Path
+from transformers import BertConfig, BertForSequenceClassification, BertModel
+Path({ran!r}).touch()
+class Config(BertConfig):
+    model_type = "its-own"
+class Model(BertModel):
+    config_class = Config
+class Classifier(BertForSequenceClassification):
+    config_class = Config
+"""
+
+
+def test_code_that_a_base_model_brings_runs_on_the_users_word_alone(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    own, adapter, bank, ran = (tmp_path / name for name in ("own", "adapter", "bank", "ran"))
+    shutil.copytree(place / "bert", own)
+    auto = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForSequenceClassification": "Classifier"}
+    changed = {"model_type": "its-own", "auto_map": {name: f"code.{cls}" for name, cls in auto.items()}}
+    config = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps(config | changed))
+    (own / "code.py").write_text(OWN.format(ran=str(ran)))
+    train = (*training(place), "--max-steps", 2, "--target-modules", "query,value")
+    report(*train, "--output", adapter)
+    report("bank", "create", bank, "--basis", adapter)
+    whole = partial(AutoModelForSequenceClassification.from_pretrained, place / "bert", num_labels=3)
+    for n in range(2):
+        loras.lora(tmp_path / "loras" / str(n), n, whole, place / "bert", task_type="SEQ_CLS")
+    of_bank, data = ("--train", place / "dev.csv", "--max-steps", 1), ("--data", place / "dev.csv")
+    commands = {
+        "train": ("--train", place / "dev.csv", *train[-4:], "--model", own, "--output", tmp_path / "new"),
+        "evaluate": (adapter, *data, "--model", own),
+        "predict": (adapter, *data, "--model", own, "--output", tmp_path / "rows.csv"),
+        "merge": (adapter, "--model", own, "--output", tmp_path / "merged"),
+        "plan": (own, "--target-modules", "query,value"),
+        "compress": (tmp_path / "loras" / "*", "--base", own, "--output", tmp_path / "fit"),
+        "bank train": ("--tasks", tmp_path / "tasks.yaml", "--output", bank, *of_bank[2:], "--model", own),
+    }
+    (tmp_path / "tasks.yaml").write_text(f"one: {place / 'dev.csv'}\n")
+
+    def refuses(*words: object) -> None:
+        assert "code of its own (auto_map), and none of it was run" in (told := refused(2, *words))
+        assert "--trust-remote-code" in told and not ran.exists()
+
+    for name, words in commands.items():
+        refuses(*name.split(), *words)
+    refuses("serve", bank, "--model", own, "--port", 0)
+    known = report("evaluate", adapter, *data)
+    for name, words in commands.items():
+        told = report(*name.split(), *words, "--trust-remote-code")
+        assert ran.exists() and (name != "evaluate" or told == known)
+    ran.unlink()
+    refuses("evaluate", *commands["evaluate"])  # the word was for those calls

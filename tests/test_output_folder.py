@@ -118,7 +118,7 @@ def _comparable(folder: Path) -> dict:
     content = json.loads((folder / METRICS).read_text())
     del content["seconds"], content["peak_memory_bytes"], content["settings"]["output"]
     for log in content["history"]:
-        for name in [name for name in log if name.endswith(("runtime", "second")) or name == "train_loss"]:
+        for name in [name for name in log if name.endswith(("runtime", "second"))]:
             del log[name]
     return content
 

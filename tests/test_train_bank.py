@@ -156,6 +156,13 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(home: Path, tmp_path: Pa
             if state.global_step == 14:
                 raise KeyboardInterrupt
 
+    class Saves(TrainerCallback):
+        def __init__(self, saved: list[int]) -> None:
+            self.saved = saved
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.saved.append(state.global_step)
+
     common = {"max_steps": 20, "save_steps": 5, "batch_size": 2}
     train_bank(settings(home, tmp_path / "whole", **common), quiet)
     with pytest.raises(KeyboardInterrupt):
@@ -166,13 +173,17 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(home: Path, tmp_path: Pa
     again = BankSettings(output=str(tmp_path / "cut"), resume=True)
     with pytest.raises(ConfigError, match="batch_size was 2, not 4"):
         train_bank(replace(again, batch_size=4), quiet)
+    with pytest.raises(ConfigError, match="batch_size was 2, not 32"):  # also where that is the default
+        train_bank(again, quiet, batch_size=32)
     with locked(tmp_path / "cut"), pytest.raises(ConfigError, match="Another run is writing"):
         train_bank(again, quiet)
-    train_bank(again, quiet)
+    saved: list[int] = []
+    train_bank(again, quiet, [Saves(saved)], save_steps=2)
+    assert saved == [12, 14, 16, 18, 20]
     for name in PAIRS:
         whole, cut = (CoreBank.open(tmp_path / bank).get(name) for bank in ("whole", "cut"))
-        assert torch.allclose(whole.numbers, cut.numbers, atol=1e-6)
-        assert all(torch.allclose(value, cut.head[key], atol=1e-6) for key, value in whole.head.items())
+        assert torch.equal(whole.numbers, cut.numbers)
+        assert all(torch.equal(value, cut.head[key]) for key, value in whole.head.items())
 
 
 def test_runs_killed_at_random_points_lose_nothing_that_was_saved(home: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForSequenceClassification, TrainerState
+from transformers import AutoModel, AutoModelForSequenceClassification, BertForMaskedLM, TrainerState
 
 import saved_models
 from commands import CtrlC, quiet, settings
@@ -275,3 +275,25 @@ def test_minilm_is_the_packaged_model_or_else_the_hubs(monkeypatch: pytest.Monke
     assert (source, name) == locate(MINILM)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert locate("minilm") == (MINILM, MINILM)
+
+
+def test_modules_that_the_files_of_the_base_lack_are_trained_and_saved(place: Path, tmp_path: Path) -> None:
+    """They begin random and are others at every load, so that an adapter without them would answer otherwise."""
+    saved_models.save_bert(tmp_path / "bert")
+    masked = BertForMaskedLM.from_pretrained(tmp_path / "bert")
+    masked.save_pretrained(tmp_path / "bert")  # which has no pooler
+    report = train(replace(settings(place, tmp_path / "o"), model=str(tmp_path / "bert")), say=quiet)
+    kept = {key.removeprefix("base_model.model.") for key in load_file(tmp_path / "o" / WEIGHTS)}
+    assert {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight"} <= kept
+    answers = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        answers.append(predict(tmp_path / "o", str(place / "dev.csv")))
+    assert answers[0] == answers[1]
+    assert evaluate(tmp_path / "o", str(place / "dev.csv"))["accuracy"] == report.score
+
+
+def test_how_often_a_run_is_saved_is_as_told_when_it_goes_on(place: Path, tmp_path: Path) -> None:
+    stopped(place, tmp_path / "o", step=4)
+    report = train(output=str(tmp_path / "o"), resume=True, eval_steps=1, say=quiet)
+    assert [log["step"] for log in report.history if "eval_loss" in log] == [3, 6, 7, 8, 9, 10]

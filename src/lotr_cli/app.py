@@ -28,7 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bank.app)
-command(app, "compress", "Starting")(compress.compress)
+command(app, "compress", "Starting", loads_base=True)(compress.compress)
 
 Adapter = Annotated[str, Argument(help="Adapter folder or hub id.", show_default=False)]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an output that exists.")]
@@ -65,7 +65,7 @@ def options(
         warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
-@command(app, "train", "Starting", settings=TrainSettings)
+@command(app, "train", "Starting", settings=TrainSettings, loads_base=True)
 def train(
     config: Annotated[Path | None, Option(help="YAML file with any of these settings.")] = None,
     **options: Any,
@@ -85,7 +85,7 @@ def train(
         leave_processes()
 
 
-@command(app, "evaluate", "Loading")
+@command(app, "evaluate", "Loading", loads_base=True)
 def evaluate(
     adapter: Adapter,
     data: Data,
@@ -110,7 +110,7 @@ def evaluate(
     return reports.evaluated(adapter, data, scores, picture)
 
 
-@command(app, "predict", "Loading")
+@command(app, "predict", "Loading", loads_base=True)
 def predict(
     adapter: Annotated[str, Argument(help="Adapter folder, hub id, or bank.", show_default=False)],
     data: Data,
@@ -139,7 +139,7 @@ def predict(
     return Report({"rows": len(rows), "output": str(output)}, [line])
 
 
-@command(app, "plan", "Planning", settings=TrainSettings, panels=["Adapter"])
+@command(app, "plan", "Planning", settings=TrainSettings, panels=["Adapter"], loads_base=True)
 def plan(
     model: Annotated[str, Argument(help="As --model of lotr train; only its config is read.")],
     dtype: Annotated[str, Option(help="Type of the numbers.")] = "float32",
@@ -174,7 +174,7 @@ def inspect(
     return reports.inspected(adapter, inspection, picture)
 
 
-@command(app, "merge", "Merging")
+@command(app, "merge", "Merging", loads_base=True)
 def merge(
     adapter: Adapter,
     output: Annotated[Path, Option(help="Folder for the merged model.")],
@@ -217,7 +217,7 @@ def methods() -> Report:
     return reports.methods()
 
 
-command(app, "serve", "Loading", settings=ServeSettings)(serve)
+command(app, "serve", "Loading", settings=ServeSettings, loads_base=True)(serve)
 
 
 def main() -> None:

@@ -53,7 +53,7 @@ def create(
     return Report(report, [line])
 
 
-@command(app, "bank train", "Starting", settings=BankSettings)
+@command(app, "bank train", "Starting", settings=BankSettings, loads_base=True)
 def train(
     tasks: Annotated[
         Path | None,
@@ -74,12 +74,14 @@ def _train(tasks: list[dict[str, Any]], options: dict[str, Any]) -> Report:
     from .progress import TrainingProgress
 
     named = {name: value for name, value in options.items() if value is not None}
+    if tasks:
+        named["tasks"] = tuple(tasks)
     with TrainingProgress() as bar:
-        report = train_bank(BankSettings(**named, tasks=tuple(tasks)), console.say, [bar])
+        report = train_bank(say=console.say, callbacks=[bar], **named)
     return reports.trained_tasks(report)
 
 
-@command(app, "bank add", "Adding", settings=BankSettings, panels=["Training"])
+@command(app, "bank add", "Adding", settings=BankSettings, panels=["Training"], loads_base=True)
 def add(
     bank: Bank,
     adapters: Annotated[
@@ -170,10 +172,12 @@ def rename(
 
 @command(app, "bank verify", "Opening")
 def verify(bank: Bank) -> Report:
-    """Read the basis, every page and every task with its checksum; ends with 1 when anything is damaged."""
-    with _open(bank) as opened, console.counting("Verifying") as tick:
-        report = opened.verify(tick)
-    for complaint in ([report["basis"]] if report["basis"] else []) + report["file"]:
+    """Read every file, every page and every task with its checksum; ends with 1 when anything is damaged."""
+    from lotr.bank.recover import verify as read_all
+
+    with console.counting("Verifying") as tick:
+        report = read_all(bank, tick)
+    for complaint in report["files"]:
         console.say(complaint)
     rows = [(damage["task"], damage["reason"]) for damage in report["damaged"]]
     tables = [table("Damaged tasks", ("task", "why"), rows)] if rows else []

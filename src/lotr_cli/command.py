@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from typing import Annotated, Any, get_type_hints
 
@@ -20,10 +21,23 @@ _JSON = inspect.Parameter(
     default=False,
     annotation=Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")],
 )
+_TRUST = inspect.Parameter(
+    "trust_remote_code",
+    _KEYWORD,
+    default=False,
+    annotation=Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that the base model brings, if it does.")
+    ],
+)
 
 
 def command(
-    app: typer.Typer, path: str, waiting: str, settings: type | None = None, panels: Sequence[str] = ()
+    app: typer.Typer,
+    path: str,
+    waiting: str,
+    settings: type | None = None,
+    panels: Sequence[str] = (),
+    loads_base: bool = False,
 ) -> Callable[[Callable[..., console.Report | None]], Callable[..., None]]:
     """Make a command of a function that returns a report.
 
@@ -34,6 +48,7 @@ def command(
         settings: Dataclass whose fields become options; each is optional, because a config file may hold it, and comes
             as `None` where it was not given.
         panels: Those of its panels that the command takes; default: all.
+        loads_base: Whether it loads a base model, which may bring code of its own.
     """
 
     def register(function: Callable[..., console.Report | None]) -> Callable[..., None]:
@@ -45,10 +60,10 @@ def command(
         ]
         described = [f for f in fields(settings) if f.metadata["panel"]] if settings else []
         options = [_option(f) for f in described if not panels or f.metadata["panel"] in panels]
-        parameters = (*options, *own, _JSON)
+        parameters = (*options, *own, *((_TRUST,) if loads_base else ()), _JSON)
 
-        def run(json: bool, **values: Any) -> None:
-            with console.working(waiting):
+        def run(json: bool, trust_remote_code: bool = False, **values: Any) -> None:
+            with console.working(waiting), _trusting(trust_remote_code):
                 report = function(**values)
                 if report is not None:
                     report.show(json)
@@ -61,6 +76,14 @@ def command(
         return run
 
     return register
+
+
+def _trusting(trusted: bool) -> AbstractContextManager[None]:
+    if not trusted:
+        return nullcontext()
+    from lotr.training.base_model import trusted_code
+
+    return trusted_code()
 
 
 def _option(f: Any) -> inspect.Parameter:

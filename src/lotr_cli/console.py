@@ -119,7 +119,7 @@ def working(waiting: str) -> Iterator[None]:
 
 def say(line: str) -> None:
     """Print a line for the user, not part of the report."""
-    err.print(line, markup=False, highlight=False, style="dim")
+    err.print(line, markup=False, highlight=False, style="dim", soft_wrap=True)
 
 
 def calm() -> None:

@@ -52,11 +52,7 @@ class CoreBank:
         self.description = known = self.basis.description
         self.base_model, self.dtype, self.task_bytes = known.base_model, known.dtype, known.task_bytes
         self.store = TaskStore(path / TASKS, writable)
-        if known.basis_hash != self.store.basis_hash:
-            raise CheckpointError(
-                f"The tasks in {path / TASKS} belong to a basis with hash {self.store.basis_hash}, and bank.json tells "
-                f"of {known.basis_hash}. The files were put together from different banks."
-            )
+        self.store.check_basis(known.basis_hash)
 
     @classmethod
     def create(cls, path: str | Path, basis: str | Path, *, dtype: str = "bfloat16") -> CoreBank:
@@ -276,7 +272,7 @@ class CoreBank:
 
     def verify(self, tick: Callable[[int, int], None] | None = None) -> dict[str, Any]:
         """Read everything and report all that is damaged. See `recover.verify`."""
-        return recover.verify(self.basis, self.store, tick)
+        return recover.verify(self.path, tick)
 
 
 def _time(seconds: float) -> str:

@@ -6,60 +6,88 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import CheckpointError
-from ..files.adapter_folder import BASIS_WEIGHTS, CONFIG
+from ..files.adapter_folder import BASIS_WEIGHTS, CONFIG, AdapterFolder
 from ..files.atomic import check_free, whole_folder
+from ..tuner.saved_adapter import read_saved
 from .basis import BANK, TASKS, Basis, Description
 from .head_form import head_form
 from .store import TaskStore, create_store
 from .task import to_task
 
+T = TypeVar("T")
 Tick = Callable[[int, int], None]  # tasks done, tasks in all
 _LEAF = 13  # first byte of a page that holds rows of a table
 
 
-def verify(basis: Basis, store: TaskStore, tick: Tick | None = None) -> dict[str, Any]:
-    """Read everything: the basis, every page of the file of tasks, and every task with its checksum.
+def verify(path: Path, tick: Tick | None = None) -> dict[str, Any]:
+    """Read everything: the description, the basis, every page of the file of tasks, and every task with its checksum.
+
+    What one file lacks keeps no other from being judged.
 
     Args:
-        basis: The basis of the bank.
-        store: Its tasks.
+        path: Folder of the bank.
         tick: Called as tasks are done.
 
     Returns:
-        `ok`; `tasks`, how many there are; `damaged`, each with its name and the reason; `file`, what is wrong with the
-        file itself; `basis`, what is wrong with the basis.
+        `ok`; `tasks`, how many there are; `damaged`, each with its name and the reason; `files`, what is wrong with the
+        files, a line each.
+
+    Raises:
+        CheckpointError: There is no such folder.
     """
-    broken_basis: str | None = None
-    damaged: list[dict[str, str]] = []
-    tasks: list[tuple[int, str]] = []
-    forms: dict[str, list[str]] = {}  # of heads → tasks
-    try:
-        basis.factors()
-    except CheckpointError as error:
-        broken_basis = str(error)
-    file = store.complaints()
-    try:
-        tasks = store.ids()
-    except CheckpointError as error:
-        file.append(f"The names of the tasks cannot be read. {error}")
-    for done, (number, name) in enumerate(tasks, start=1):
+    files: list[str] = []
+
+    def judged(read: Callable[[], T]) -> T | None:
         try:
-            head = to_task(store.read_id(number, name), basis.layout.size).head
+            return read()
+        except CheckpointError as error:
+            files.extend({str(error)} - set(files))
+            return None
+
+    if not path.is_dir():
+        Description.read(path)
+    description, saved = judged(lambda: Description.read(path)), judged(lambda: read_saved(path))
+    basis = judged(lambda: Basis(path)) if description and saved else None
+    judged(basis.factors if basis else AdapterFolder(path, {}).tensors)
+    # with other tables than a bank's, or without its end, the tasks in it may still be whole
+    store = judged(lambda: TaskStore(path / TASKS))
+    if store is None:
+        store = judged(lambda: TaskStore(path / TASKS, truncated=True))
+    tasks, damaged = 0, list[dict[str, str]]()
+    if store is not None:
+        if description is not None:
+            judged(lambda: store.check_basis(description.basis_hash))
+        files += store.complaints()
+        names = judged(store.ids) or []
+        tasks, damaged = len(names), _damaged(store, names, description and description.numbers, tick)
+        store.database.close()
+    return {"ok": not (files or damaged), "tasks": tasks, "damaged": damaged, "files": files}
+
+
+def _damaged(
+    store: TaskStore, names: list[tuple[int, str]], size: int | None, tick: Tick | None
+) -> list[dict[str, str]]:
+    """Return the damaged tasks, of which each has `size` numbers where that is known, and the reasons."""
+    damaged: list[dict[str, str]] = []
+    forms: dict[str, list[str]] = {}  # of heads → tasks
+    for done, (number, name) in enumerate(names, start=1):
+        try:
+            record = store.read_id(number, name)
+            head = {} if size is None else to_task(record, size).head
             if head:
                 forms.setdefault(head_form(head), []).append(name)
         except CheckpointError as error:
             damaged.append({"task": name, "reason": str(error)})
         if tick is not None:
-            tick(done, len(tasks))
+            tick(done, len(names))
     usual = max(forms, key=lambda form: len(forms[form]), default="")
-    for form, names in forms.items():
+    for form, odd in forms.items():
         reason = f"Its head is {form}, and those of most tasks are {usual}: it is of another base model. Remove it."
-        damaged += [{"task": name, "reason": reason} for name in names if form != usual]
-    ok = not (broken_basis or file or damaged)
-    return {"ok": ok, "tasks": len(tasks), "damaged": damaged, "file": file, "basis": broken_basis}
+        damaged += [{"task": name, "reason": reason} for name in odd if form != usual]
+    return damaged
 
 
 def recover(path: Path, output: Path, tick: Tick | None = None) -> dict[str, Any]:

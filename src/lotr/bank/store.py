@@ -76,11 +76,15 @@ class TaskStore:
                 "it was run. Restore the folder from a copy, or save its tasks with `lotr bank recover`."
             )
 
-    @property
-    def basis_hash(self) -> str:
-        """Hash of the factors that the tasks belong to."""
+    def check_basis(self, expected: str) -> None:
+        """Refuse tasks that belong to other factors than those of a hash."""
         rows = self._rows("SELECT basis_hash FROM bank")
-        return str(rows[0][0]) if rows else "none"
+        own = str(rows[0][0]) if rows else "none"
+        if own != expected:
+            raise CheckpointError(
+                f"The tasks in {self.path} belong to a basis with hash {own}, and bank.json tells of {expected}. The "
+                "files were put together from different banks."
+            )
 
     def __len__(self) -> int:
         return int(self._rows("SELECT count(id) FROM task")[0][0])  # count(*) could not be interrupted

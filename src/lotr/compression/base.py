@@ -14,7 +14,7 @@ from ..bank.task import DTYPES
 from ..errors import CheckpointError, ConfigError
 from ..files.adapter_folder import CONFIG
 from ..sharing.plan import Plan
-from ..training.base_model import load_model, locate
+from ..training.base_model import load_model, load_part, locate
 from ..tuner.config import LotrConfig
 from ..tuner.factors import set_ranks
 from ..tuner.names import linear_paths
@@ -60,21 +60,12 @@ def load_base(name: str, kind: str | None, labels: int = 2, dtype: str = "bfloat
         ConfigError: It cannot be loaded.
     """
     from transformers import AutoModel
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    source, told = locate(name)
+    told = locate(name)[1]
     if kind is not None:
         names = tuple(map(str, range(labels))) if kind == "classification" else ()
         return told, load_model(name, kind, names, dtype)
-    try:
-        return told, AutoModel.from_pretrained(source, dtype=DTYPES[dtype], trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"The model {name!r} cannot be loaded: {str(error).splitlines()[0]} Name a local folder, a hub id that can "
-            "be reached, `minilm` or `smollm2` as --base."
-        ) from error
+    return told, load_part(AutoModel, name, "model", dtype=DTYPES[dtype])
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:

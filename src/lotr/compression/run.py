@@ -127,13 +127,13 @@ def compress(
             draw(report, folder / PICTURE)
             for log in ("-wal", "-shm"):  # of a bank that is replaced
                 (output / f"{TASKS}{log}").unlink(missing_ok=True)
+            state.clear()  # before the bank is at its place: a finished one would keep the command from coming back
         except KeyboardInterrupt:
             if not state.exists:
                 raise
             raise Interrupted(
                 f"Stopped. The same command goes on from the last pass; {state.folder} keeps it."
             ) from None
-    state.clear()
     return report
 
 

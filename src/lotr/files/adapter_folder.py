@@ -119,10 +119,7 @@ class AdapterFolder:
         Raises:
             CheckpointError: The file is truncated or damaged, or a number is not finite.
         """
-        with opened(self.weights) as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        check_finite(tensors, str(self.weights))
-        return tensors
+        return read_tensors(self.weights)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Read the shapes alone.
@@ -169,10 +166,22 @@ def opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except SafetensorError as error:
+    except (SafetensorError, FileNotFoundError) as error:
         raise CheckpointError(
             f"{path} is truncated or damaged ({error}). Copy or download it again; nothing of it was loaded."
         ) from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: The file is missing, truncated or damaged, or a number is not finite.
+    """
+    with opened(path) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    check_finite(tensors, str(path))
+    return tensors
 
 
 def _folder(path: str | Path) -> Path:

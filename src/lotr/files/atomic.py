@@ -36,7 +36,7 @@ def whole_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
         ConfigError: `folder` is a file, or is not empty, or another process is writing it.
     """
     folder = folder.resolve()
-    made = folder.with_name(f".{folder.name}.new")
+    made = unfinished(folder)
     check_free(folder, overwrite)
     with locked(made, folder):
         check_free(folder, overwrite)  # as the one that was writing left it
@@ -50,6 +50,19 @@ def whole_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(made, ignore_errors=True)
             raise
+
+
+def unfinished(folder: Path) -> Path:
+    """Return where a folder is while it is made, or removed: under a hidden name beside it."""
+    return folder.with_name(f".{folder.name}.new")
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder at once, and what a killed process left of it: it is there whole, or not at all."""
+    shutil.rmtree(unfinished(folder), ignore_errors=True)
+    with suppress(FileNotFoundError):
+        folder.rename(unfinished(folder))
+    shutil.rmtree(unfinished(folder), ignore_errors=True)
 
 
 @contextmanager

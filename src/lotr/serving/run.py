@@ -42,26 +42,27 @@ def run(
         ConfigError: The address cannot be had, or the base model cannot be loaded.
         CheckpointError: The bank is damaged.
     """
-    listener = _listen(host, port)
-    served = load_served(bank, model, capacity=capacity, dtype=dtype)
-    app = create_app(served, settings)
-    loaded()
-    log_to_stderr()
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=round(settings.timeout) + 5,
-    )
-    listener.listen(config.backlog)  # so that who reads the next line can ask, and waits for the first answer
-    address, taken = listener.getsockname()[:2]
-    log("listening", url=f"http://{address}:{taken}", bank=str(bank))
-    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises it again when it has finished
-        signal.signal(number, lambda number, frame: None)
-    uvicorn.Server(config).run(sockets=[listener])
-    log("ended", requests=app.metrics.answered)
-    return app.metrics.answered
+    with _listen(host, port) as listener:
+        served = load_served(bank, model, capacity=capacity, dtype=dtype)
+        app = create_app(served, settings)
+        loaded()
+        log_to_stderr()
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=round(settings.timeout) + 5,
+        )
+        # so that who reads the next line can ask, and waits for the first answer
+        listener.listen(config.backlog)
+        address, taken = listener.getsockname()[:2]
+        log("listening", url=f"http://{address}:{taken}", bank=str(bank))
+        for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises it again when it has finished
+            signal.signal(number, lambda number, frame: None)
+        uvicorn.Server(config).run(sockets=[listener])
+        log("ended", requests=app.metrics.answered)
+        return app.metrics.answered
 
 
 def _listen(host: str, port: int) -> socket.socket:

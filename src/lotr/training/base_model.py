@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +22,20 @@ if TYPE_CHECKING:
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 TEXT_LENGTH = 128
+_TRUSTED = ContextVar("_TRUSTED", default=False)
+
+
+@contextmanager
+def trusted_code(trusted: bool = True) -> Iterator[None]:
+    """Let base models that are loaded in the block run code that they bring (`auto_map`), where they are `trusted`.
+
+    That is a word for a call: no configuration, checkpoint or record of a run can say it.
+    """
+    before = _TRUSTED.set(trusted)
+    try:
+        yield
+    finally:
+        _TRUSTED.reset(before)
 
 
 def locate(model: str) -> tuple[str, str]:
@@ -56,7 +73,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a base model; one without a token to pad with takes the end of a text."""
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, model, "tokenizer")
+    tokenizer: PreTrainedTokenizerBase = load_part(AutoTokenizer, model, "tokenizer")
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -105,7 +122,7 @@ def load_with_new(
     if load_in is not None:
         head["quantization_config"] = _quantisation(load_in, DTYPES[dtype])
     head |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
-    base, loading = _load(kind, model, "model", dtype=DTYPES[dtype], **head)
+    base, loading = load_part(kind, model, "model", dtype=DTYPES[dtype], **head)
     if task == "causal-lm":
         _check_writes(model, base.config, sorted(loading["missing_keys"]))
     if tokenizer is not None and base.config.pad_token_id is None:
@@ -167,17 +184,23 @@ def skeleton(model: str) -> tuple[nn.Module, str]:
     """Return a model without weights, from its configuration alone, and the task that its architecture suggests."""
     import transformers
 
-    config = _load(transformers.AutoConfig, model, "configuration")
-    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and any(
+    config = load_part(transformers.AutoConfig, model, "configuration")
+    known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    causal = (known or "AutoModelForCausalLM" in getattr(config, "auto_map", ())) and any(
         "CausalLM" in name or "LMHead" in name for name in (config.architectures or ["CausalLM"])
     )
     kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     with torch.device("meta"):
-        return kind.from_config(config), "causal-lm" if causal else "classification"
+        made = kind.from_config(config, trust_remote_code=_TRUSTED.get())
+    return made, "causal-lm" if causal else "classification"
 
 
-def _load(kind: Any, model: str, what: str, **options: Any) -> Any:
-    """Load a part of a base model with one of transformers' classes, in silence."""
+def load_part(kind: Any, model: str, what: str, **options: Any) -> Any:
+    """Load a part of a base model with one of transformers' classes, in silence.
+
+    Raises:
+        ConfigError: It cannot be loaded, or brings code of its own and is not trusted.
+    """
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -187,12 +210,12 @@ def _load(kind: Any, model: str, what: str, **options: Any) -> Any:
         if not Path(source).is_dir():
             _check_reachable(source)
         # left open, transformers asks on the terminal whether to run a model's own code
-        return kind.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
+        return kind.from_pretrained(source, trust_remote_code=_TRUSTED.get(), **options)
+    except (ImportError, OSError, ValueError) as error:  # ImportError: what its own code needs
         if "trust_remote_code" in str(error):
             raise ConfigError(
-                f"Model {model!r} brings code of its own (auto_map), and none of it was run. Who trusts it loads it in "
-                "Python, from_pretrained(…, trust_remote_code=True), and gives it to get_peft_model."
+                f"Model {model!r} brings code of its own (auto_map), and none of it was run. If you trust it, say so: "
+                "--trust-remote-code."
             ) from None
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(

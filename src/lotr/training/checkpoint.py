@@ -23,7 +23,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import sort_checkpoints
 
 from ..errors import CheckpointError, TrainingError
-from ..files.adapter_folder import CONFIG, WEIGHTS, write_adapter
+from ..files.adapter_folder import CONFIG, WEIGHTS, check_finite, read_adapter, write_adapter
 from .trained import CHECKPOINTS
 
 OPTIMIZER, RANDOM, TRAINER_STATE = "optimizer.safetensors", "random-{}.safetensors", "trainer_state.json"
@@ -73,6 +73,10 @@ class AdapterTrainer(Trainer):
         """Keep checkpoints apart from what loggers write: they go when the run ends."""
         return str(Path(str(self.args.output_dir), self.checkpoints))
 
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        self.state.compute_steps(self.args, self.args.max_steps)  # as told now: the state has those of before
+
     def _diverged(self, what: str, step: int) -> str:
         last = last_whole(Path(self._get_output_dir(None)), self.model_files)
         saved = f"The last good checkpoint is {last}." if last else "No checkpoint was written before."
@@ -95,6 +99,10 @@ class AdapterTrainer(Trainer):
         moments = {f"{n}.{key}": t for n, own in optimizer["state"].items() for key, t in own.items()}
         plain = {"param_groups": optimizer["param_groups"], "scheduler": schedule}
         _write(Path(output_dir) / OPTIMIZER, moments, plain)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        read_adapter(resume_from_checkpoint).tensors()  # refused in a sentence where it is damaged
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -141,11 +149,13 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-            return tensors, json.loads(opened.metadata()["content"])
-    except (SafetensorError, OSError) as error:
+            plain = json.loads(opened.metadata()["content"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{file} is truncated or damaged ({error}). Delete {file.parent} to go on from the checkpoint before."
         ) from None
+    check_finite(tensors, str(file))
+    return tensors, plain
 
 
 def last_whole(folder: Path, model_files: tuple[str, ...] = (WEIGHTS, CONFIG)) -> Path | None:

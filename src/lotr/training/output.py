@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError
 from ..files import atomic, card
 from ..files.adapter_folder import BASIS_WEIGHTS, WEIGHTS, write_adapter
-from ..files.atomic import check_free, move_into, read_json, whole_folder, write_json
+from ..files.atomic import (
+    check_free,
+    move_into,
+    read_json,
+    remove_folder,
+    unfinished,
+    whole_folder,
+    write_json,
+)
 from ..files.card import Card
 from ..tuner.config import LotrConfig
 from .checkpoint import last_whole
@@ -44,6 +52,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
         raise ConfigError(
             f"{folder} is a bank, and an adapter cannot replace it. Choose another output folder."
         )
+    shutil.rmtree(unfinished(folder / CHECKPOINTS), ignore_errors=True)  # of a run that was killed at its end
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if not names <= {CHECKPOINTS, LOGS} or last_whole(folder / CHECKPOINTS) is not None:
         check_free(folder, overwrite)
@@ -65,7 +74,7 @@ def check_apart(settings: TrainSettings, config: PeftConfig | None = None) -> No
 def started_run(folder: Path, settings: TrainSettings, say: Callable[[str], None]) -> Iterator[None]:
     """Make the folder of checkpoints for the time of the block; a block that fails before the first leaves none."""
     if not settings.resume:
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        remove_folder(folder / CHECKPOINTS)
     try:
         # beside the checkpoints: the settings of an older, finished run in the folder stay with its adapter
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
@@ -90,6 +99,7 @@ def options_to_resume(options: Mapping[str, Any]) -> dict[str, Any]:
         )
     # checkpoints are removed last, so where some are left there is a run to go on with, over an older one too
     if (folder / METRICS).is_file() and not (folder / CHECKPOINTS).is_dir():
+        remove_folder(folder / CHECKPOINTS)  # what is left of it
         raise ConfigError(
             f"The run in {folder} is finished; there is nothing to resume. Start another with --overwrite."
         )
@@ -97,7 +107,7 @@ def options_to_resume(options: Mapping[str, Any]) -> dict[str, Any]:
     if last_whole(folder / CHECKPOINTS) is None:
         raise ConfigError(f"{folder} holds no whole checkpoint to resume from. Start again with --overwrite.")
     check_same_run(named, saved)
-    return read_options({**saved, **named})
+    return read_options(named, folder / CHECKPOINTS / SETTINGS)
 
 
 def check_same_run(named: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
@@ -167,7 +177,7 @@ def write(folder: Path, model: PeftModel, report: RunReport) -> None:
     for name in PICTURES:  # they show the earlier adapter
         (folder / name).unlink(missing_ok=True)
     move_into(folder / STAGED, folder, last=METRICS)
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    remove_folder(folder / CHECKPOINTS)
 
 
 def _card(model: PeftModel, report: RunReport) -> str:

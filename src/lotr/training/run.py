@@ -203,5 +203,6 @@ def _report(run: Run, trainer: AdapterTrainer, scores: dict[str, float], progres
         peak_memory_bytes=peak_memory(),
         rank=None if run.settings.budget is None else config.r,
         resumed_at=progress.resumed_at,
-        history=trainer.state.log_history,
+        # but for the Trainer's last line, which counts since the last start alone
+        history=[log for log in trainer.state.log_history if "train_runtime" not in log],
     )

@@ -93,6 +93,7 @@ def load_trained(path: str | Path, model: str | None = None) -> Trained:
     _check_finished(Path(path))
     adapter = read_adapter(path)
     task = TaskRecord.from_dict(adapter.task) if adapter.task else _record_of_lora(adapter, model)
+    tensors = adapter.tensors()  # whoever wrote them: PEFT looks at none of its own methods' numbers
     base = model or adapter.config.get("base_model_name_or_path") or task.base_model
     tokenizer = load_tokenizer(base)
     bare = load_model(base, task.task, task.labels, task.dtype, tokenizer, task.load_in)
@@ -113,7 +114,7 @@ def load_trained(path: str | Path, model: str | None = None) -> Trained:
             f"The adapter in {adapter.path} does not fit the base model {base!r}: {[*lines, str(error)][0]} {why}"
         ) from error
     if full_precision_head(loaded).dtype != torch.float32:
-        set_peft_model_state_dict(loaded, adapter.tensors())  # the head again, without rounding
+        set_peft_model_state_dict(loaded, tensors)  # the head again, without rounding
     if odd:
         raise CheckpointError(
             f"The weights of {base!r} are not those that the adapter in {adapter.path} was trained on "

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,8 @@ from torch import Tensor
 from ...bank import CoreBank, Task
 from ...bank.layout import Layout
 from ...errors import ConfigError, Interrupted
-from ...files.atomic import locked, read_json, write_json
-from ...tuner.saved_adapter import read_saved
+from ...files.atomic import locked, read_json, remove_folder, write_json
+from ...tuner.saved_adapter import hash_of, read_saved
 from ..adapter import check_from_zero, check_positive
 from ..base_model import load_tokenizer, locate, skeleton, text_length
 from ..checkpoint import last_whole
@@ -40,7 +39,10 @@ RUN = "training"
 
 
 def train_bank(
-    settings: BankSettings, say: Callable[[str], None] = print, callbacks: Sequence[TrainerCallback] = ()
+    settings: BankSettings | None = None,
+    say: Callable[[str], None] = print,
+    callbacks: Sequence[TrainerCallback] = (),
+    **options: Any,
 ) -> dict[str, Any]:
     """Train tasks at once on a basis that stays as it is, and keep them in a bank.
 
@@ -51,6 +53,7 @@ def train_bank(
         settings: What to train on what.
         say: Called with lines for the user.
         callbacks: More callbacks for the Trainer, for example a progress bar.
+        options: Settings by name, instead of `settings` or over them; with `resume`, each counts or is refused.
 
     Returns:
         The scores of every task, as the bank has it, with counts and cost.
@@ -62,12 +65,14 @@ def train_bank(
         TrainingError: The loss of a task is not finite.
         Interrupted: The user stopped the run.
     """
+    named = {**(settings.named() if settings is not None else {}), **options}
+    settings = BankSettings(**named)
     _check(settings)
     path = Path(str(settings.output))
     with ExitStack() as stack:
         if path.is_dir():
             stack.enter_context(locked(path))
-        settings = _settings_to_resume(settings, path) if settings.resume else settings
+        settings = _settings_to_resume(named, path) if settings.resume else settings
         bank = _open(settings, path)
         name = base_of(bank, settings.model) if bank is not None else _base_of_basis(settings)
         settings = replace(settings, max_length=text_length(skeleton(name)[0], name, settings.max_length))
@@ -76,7 +81,7 @@ def train_bank(
         if bank is None:
             bank = stack.enter_context(_new_bank(path, settings))
         if not settings.resume:
-            shutil.rmtree(path / RUN, ignore_errors=True)
+            remove_folder(path / RUN)
         with bank:
             return _run(settings, bank, name, prepared, say, callbacks)
 
@@ -90,7 +95,7 @@ def _new_bank(path: Path, settings: BankSettings) -> Iterator[CoreBank]:
             yield bank
         except BaseException:
             if last_whole(path / RUN, (TASKS,)) is None:
-                shutil.rmtree(path)
+                remove_folder(path)
             raise
 
 
@@ -107,14 +112,14 @@ def _check(settings: BankSettings) -> None:
     temperature_of(settings.sampling, settings.temperature)
 
 
-def _settings_to_resume(settings: BankSettings, path: Path) -> BankSettings:
+def _settings_to_resume(named: dict[str, Any], path: Path) -> BankSettings:
     unfinished = path / RUN / SETTINGS
     if not unfinished.is_file():
+        remove_folder(path / RUN)  # what a run that was killed at its end left of it
         raise ConfigError(f"There is no unfinished run in {path}; there is nothing to resume.")
     saved = read_json(unfinished, "the folder of a run that was started")
-    named = {f.name: value for f in fields(settings) if (value := getattr(settings, f.name)) != f.default}
     check_same_run(named, saved)
-    return replace(settings, **{**saved, **named, "tasks": tuple(saved["tasks"]), "output": str(path)})
+    return BankSettings(**{**saved, **named, "tasks": tuple(saved["tasks"]), "output": str(path)})
 
 
 def _open(settings: BankSettings, path: Path) -> CoreBank | None:
@@ -135,8 +140,9 @@ def _open(settings: BankSettings, path: Path) -> CoreBank | None:
             )
         return None
     bank = CoreBank.open(path, writable=True)
-    if settings.basis is not None:
-        raise ConfigError(f"{path} is a bank and has its basis. Leave out --basis={settings.basis}.")
+    basis = settings.basis  # named again by who starts a run again that was killed early
+    if basis is not None and hash_of(read_saved(basis).factors()) != bank.description.basis_hash:
+        raise ConfigError(f"{path} is a bank and has another basis. Leave out --basis={basis}.")
     taken = [source["name"] for source in settings.tasks if source["name"] in bank]
     if taken and not settings.replace:
         raise ConfigError(
@@ -299,7 +305,8 @@ def _measure(served: Served, prepared: Sequence[Prepared]) -> dict[str, Any]:
         for task in map(bank.get, scores)
     )
     bank.add_many(measured, replace=True)
-    shutil.rmtree(bank.path / RUN, ignore_errors=True)
+    served.rows.cache.store.database.close()  # SQLite takes its log away with the last connection that writes
+    remove_folder(bank.path / RUN)
     return {
         p.source.name: {
             "task": p.data.task,

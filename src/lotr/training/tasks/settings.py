@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ..settings import setting
@@ -46,6 +46,10 @@ class BankSettings:
 
     #: The tasks, as plain values; see `lotr.training.tasks.task_list.TaskSource`.
     tasks: tuple[dict[str, Any], ...] = field(default=(), metadata={"panel": ""})
+
+    def named(self) -> dict[str, Any]:
+        """Return what differs from the defaults."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values; how the run was called is not one of them."""

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from ...bank import Task
 from ...bank.heads import row_losses
 from ...errors import CheckpointError, ConfigError, TrainingError, near
+from ...files.adapter_folder import read_tensors
 from ..checkpoint import TRAINER_STATE, AdapterTrainer
 from .served import Served
 
@@ -97,7 +98,7 @@ class TaskTrainer(AdapterTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         file = Path(resume_from_checkpoint) / TASKS
-        saved = load_file(file)
+        saved = read_tensors(file)
         for name, parameter in self.served.tensors().items():
             if name not in saved or saved[name].shape != parameter.shape:
                 raise CheckpointError(

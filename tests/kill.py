@@ -10,6 +10,7 @@ again. In the end every file has to be as an uninterrupted run leaves it, and no
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import random
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,11 +31,11 @@ from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 import banks
-import commands
 import lotr.compression.run
 import lotr.training.run
 import lotr.training.tasks.run  # noqa: F401  (everything is imported once, before processes are made)
 import saved_models
+from commands import lotr as lotr_command
 from fuzz import plain
 from loras import lora
 from lotr import CoreBank, LotrConfig
@@ -86,20 +88,21 @@ def make(home: Path, out: Path) -> dict[str, Command]:
 
 
 def forked(shim: Any, out: Path, words: tuple[object, ...], operation: int = 0, moment: int = 0) -> Any:
-    """Run a command in a fork; return its code, its message and its operations, or nothing where it was killed."""
+    """Run a command in a fork; return code, message, operations and imports, or nothing where it was killed."""
     reads, writes = os.pipe()
     if (child := os.fork()) == 0:
         torch.set_num_threads(1)  # torch makes its pool anew in a fork, and not from two threads at once
         shim.kill_at(os.fsencode(out), operation, moment)
-        result = commands.lotr(*map(str, words))
-        told = json.dumps((result.exit_code, result.stderr or repr(result.exception), shim.operations()))
-        os.write(writes, told.encode())
+        before = set(sys.modules)
+        result = lotr_command(*map(str, words))
+        told = result.exit_code, result.stderr or repr(result.exception), shim.operations()
+        os.write(writes, json.dumps((*told, sorted(set(sys.modules) - before))).encode())
         os._exit(0)
     os.close(writes)
     with os.fdopen(reads) as pipe:
-        told = pipe.read()
+        answer = pipe.read()
     os.waitpid(child, 0)
-    return json.loads(told) if told else None
+    return json.loads(answer) if answer else None
 
 
 def content(folder: Path) -> dict[str, Any]:
@@ -125,75 +128,71 @@ def _timeless(value: Any) -> Any:
     return {key: _timeless(inner) for key, inner in value.items() if not key.endswith(TIMES)}
 
 
-def run(times: int, seed: int = 0) -> tuple[dict[str, Counter[str]], list[str]]:
-    """Kill commands so many times in all; return what was counted of each, and what is wrong."""
-    shim, draw, wrong = ctypes.CDLL(os.environ["LD_PRELOAD"]), random.Random(seed), list[str]()
-    passes.SAVE_AFTER = 0.0  # a fit of a second is kept as one of hours
-    counts: dict[str, Counter[str]] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        home, out = Path(temporary) / "home", Path(temporary) / "out"
-        for name, command in make(home, out).items():
-            counted = counts[name] = Counter()
+def go_on(shim: Any, out: Path, command: Command) -> tuple[str, list[str]]:
+    """Bring a killed command to its end; return how, and what was said on the way."""
+    said: list[str] = []
+    if command.resume is not None:
+        code, message, *_ = forked(shim, out, command.resume)
+        if code == 0:
+            return "went on", said
+        said.append(message)
+    code, message, *_ = forked(shim, out, command.words)
+    return ("begun again" if code == 0 else "was finished"), [*said, message]
 
-            def begin(command: Command = command) -> None:
-                shutil.rmtree(out, ignore_errors=True)
-                out.mkdir()
-                if command.bank is not None:
-                    shutil.copytree(command.bank, out / "bank")
 
-            begin()
-            code, message, operations = forked(shim, out, command.words)
-            assert code == 0, message
-            right, share = content(out), times // 4
-            counted["operations"] = operations
-            for n in range(share):
-                begin()
-                at, moment = 1 + int((n + draw.random()) * operations / share), n % 3
-                place = f"{name}, {MOMENTS[moment]} operation {at}"
-                if forked(shim, out, command.words, at, moment) is not None:
-                    wrong.append(f"{place}: was not reached")
-                    continue
-                counted[f"killed {MOMENTS[moment]}"] += 1
-                if n % 3 == draw.randrange(3):
-                    at = draw.randrange(1, operations + 1)
-                    again = command.resume or command.words
-                    if forked(shim, out, again, at, moment) is None:
-                        counted["killed again"] += 1
-                        place += f", and again at {at}"
-                outcome, messages = "resumed", []
-                if command.resume is None or (ended := forked(shim, out, command.resume))[0]:
-                    if command.resume is not None:
-                        messages.append(ended[1])
-                    outcome, ended = "run again", forked(shim, out, command.words)
-                    if ended[0]:
-                        messages.append(ended[1])
-                        outcome = "was finished"
-                counted[outcome] += 1
-                left = content(out)
-                odd = [key for key in {**right, **left} if key not in left or left[key] != right.get(key)]
-                if odd:
-                    wrong.append(f"{place}: {outcome}, but differs in {odd}; {messages}")
-    return counts, wrong
+def run(name: str, command: Command, out: Path, kills: int, draw: random.Random) -> int:
+    """Kill a command so many times, and print what was counted and what is wrong; return how much is."""
+    shim, wrong, counted = ctypes.CDLL(os.environ["LD_PRELOAD"]), list[str](), Counter[str]()
+
+    def begin() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        if command.bank is not None:
+            shutil.copytree(command.bank, out / "bank")
+
+    begin()
+    code, message, operations, imports = forked(shim, out, command.words)
+    assert code == 0, message
+    for module in imports:  # here, so that those to come need not
+        with suppress(ImportError):
+            importlib.import_module(module)
+    right = content(out)
+    for n in range(kills):
+        begin()
+        at, moment = 1 + int((n + draw.random()) * operations / kills), n % 3
+        place = f"{MOMENTS[moment]} operation {at}"
+        killed = forked(shim, out, command.words, at, moment) is None
+        counted[f"killed {MOMENTS[moment]}"] += killed
+        if draw.random() < 1 / 3:
+            at = draw.randrange(1, operations)
+            if forked(shim, out, command.resume or command.words, at, moment) is None:
+                counted["killed again"] += 1
+                place += f", and again {at}"
+        how, said = go_on(shim, out, command)
+        counted[how] += 1
+        left = content(out)
+        odd = [key for key in {**right, **left} if key not in left or left[key] != right.get(key)]
+        if odd or not killed:
+            wrong.append(f"  {place}: {how if killed else 'was not reached'}; differs in {odd}; {said}")
+    told = (f"{what}: {count}" for what, count in counted.items())
+    print(f"{name}, {operations} operations", *told, *wrong, sep="\n  ", flush=True)
+    return len(wrong)
 
 
 def main() -> None:
-    """Print the table, in a process that `kill.c` is loaded into."""
+    """Run all commands, in a process that `kill.c` is loaded into."""
     if "LD_PRELOAD" not in os.environ:
         with tempfile.TemporaryDirectory() as folder:
-            shim = Path(folder) / "kill.so"
-            source = Path(__file__).with_suffix(".c")
+            shim, source = Path(folder) / "kill.so", Path(__file__).with_suffix(".c")
             subprocess.run(["cc", "-shared", "-fPIC", "-o", shim, source, "-ldl"], check=True)
             loaded = {**os.environ, "LD_PRELOAD": str(shim), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
             sys.exit(subprocess.run([sys.executable, *sys.argv], env=loaded).returncode)
-    counts, wrong = run(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0)
-    for name, counted in counts.items():
-        print(f"{name:16}", *(f"{what}: {count}" for what, count in counted.items()), sep="  ")
-    print(
-        sum(count for counted in counts.values() for what, count in counted.items() if "killed" in what),
-        "kills",
-    )
-    print(*wrong, sep="\n")
-    sys.exit(bool(wrong))
+    times, seed = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    passes.SAVE_AFTER = 0.0  # a fit of a second is kept as one of hours
+    with tempfile.TemporaryDirectory() as temporary:
+        commands = make(Path(temporary) / "home", out := Path(temporary) / "out")
+        wrong = [run(*one, out, times // len(commands), random.Random(seed)) for one in commands.items()]
+    sys.exit(bool(sum(wrong)))
 
 
 if __name__ == "__main__":

@@ -83,7 +83,9 @@ def train_bank(
         if not settings.resume:
             remove_folder(path / RUN)
         with bank:
-            return _run(settings, bank, name, prepared, say, callbacks)
+            report = _run(settings, bank, name, prepared, say, callbacks)
+        remove_folder(path / RUN)  # killed before this, the run can go on; behind it, nothing is left to do
+        return report
 
 
 @contextmanager
@@ -296,7 +298,7 @@ def _optimizer(settings: BankSettings, served: Served) -> torch.optim.Optimizer:
 
 
 def _measure(served: Served, prepared: Sequence[Prepared]) -> dict[str, Any]:
-    """Measure every task as the bank has it, keep the scores with it, and forget the run."""
+    """Measure every task as the bank has it, and keep the scores with it."""
     served.rest()
     bank = served.bank
     scores = scores_of_tasks(served, {p.source.name: p.eval for p in prepared})
@@ -306,7 +308,6 @@ def _measure(served: Served, prepared: Sequence[Prepared]) -> dict[str, Any]:
     )
     bank.add_many(measured, replace=True)
     served.rows.cache.store.database.close()  # SQLite takes its log away with the last connection that writes
-    remove_folder(bank.path / RUN)
     return {
         p.source.name: {
             "task": p.data.task,

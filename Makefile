@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # The versions of everything: pinned; `CONSTRAINTS=constraints-lowest.txt` takes the oldest, `/dev/null` the newest.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo demo-lm demo-bank demo-serve test test-vllm test-ray test-quantised fuzz setup check wheel-test bench bench-performance bench-methods bench-deep bench-bank bench-compress bench-serve bench-quality bench-quality-report docs clean
+.PHONY: demo demo-lm demo-bank demo-serve test test-vllm test-ray test-quantised fuzz soak setup check wheel-test bench bench-performance bench-methods bench-deep bench-bank bench-compress bench-serve bench-quality bench-quality-report docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -63,6 +63,9 @@ test-quantised: $(READY)  ## adapters on 4- and 8-bit bases on any processor; sk
 
 fuzz: $(READY)  ## 20,000 mutated files before every reader, outcomes counted (minutes); the tests have a short form
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/fuzz.py 20000
+
+soak: $(READY)  ## ten minutes of every kind of request to two servers: does their memory stay?
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/soak.py 600
 
 check: $(READY)  ## format, lint, types, who imports whom
 	$(BIN)/ruff format --check .

@@ -99,7 +99,7 @@ def test_a_name_is_data_and_never_a_path(client: Client) -> None:
         ("tasks/task-1/predict", {"txt": "a"}, 422, "txt: "),
         ("tasks/task-1/predict", {}, 422, "Send one of"),
         ("tasks/task-1/predict", {"text": "a", "texts": ["a"]}, 422, "Send one of"),
-        ("tasks/task-1/predict", {"texts": ["a"] * 65}, 422, "more than the 64"),
+        ("tasks/task-1/predict", {"texts": ["a"] * 65}, 422, "Send 1 to 64 texts"),
         ("tasks/task-1/predict", {"text": "a " * 100}, 422, "has 100 tokens, and task 'task-1' takes 64"),
         ("tasks/task-1/predict", {"text": "a" * (2 << 20)}, 413, "longer than"),
         ("tasks/pairs/predict", {"text": "a"}, 422, "takes pairs"),

@@ -8,6 +8,7 @@ only eight fit into memory.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import random
 import re
@@ -152,7 +153,6 @@ def zipped(bank: CoreBank, folder: Path) -> bytes:
 def soak(root: Path, seconds: float) -> tuple[dict[str, list[int]], Counter[str]]:
     """Ask for some seconds; returns bytes of each server's memory, sample by sample, and what was answered."""
     answered: Counter[str] = Counter()
-    end = time.monotonic() + seconds
 
     def ask(client: Client, kinds: Kinds, seed: int) -> None:
         draw = random.Random(seed)
@@ -178,17 +178,22 @@ def soak(root: Path, seconds: float) -> tuple[dict[str, list[int]], Counter[str]
             for seed in range(CLIENTS)
         ]
         memory: dict[str, list[int]] = {name: [] for name in servers}
+        end = time.monotonic() + seconds
         for thread in threads:
             thread.start()
-        for n in range(int(seconds / EVERY)):
+        for n in itertools.count():
             encoder.add(
                 encoder_task(encoder, f"other process {n}", n)
             )  # with nothing but the folder in common
             decoder.add(decoder_task(decoder, f"other process {n}", n))
-            time.sleep(EVERY)
+            left = end - time.monotonic()
+            if left <= 0:
+                break
+            time.sleep(min(EVERY, left))
             for name, ((_, process), _) in servers.items():
                 memory[name].append(process.memory_info().rss)
-                print(f"{n * EVERY + EVERY:6.0f} s  {name:15} {memory[name][-1] / 1e6:8.1f} MB", flush=True)
+                at = time.monotonic() - end + seconds
+                print(f"{at:6.0f} s  {name:15} {memory[name][-1] / 1e6:8.1f} MB", flush=True)
         for thread in threads:
             thread.join()
     return memory, answered

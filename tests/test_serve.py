@@ -110,11 +110,12 @@ def test_a_name_is_data_and_never_a_path(client: Client) -> None:
     ],
 )
 def test_a_wrong_request_gets_one_clear_error(
-    client: Client, path: str, body: Any, status: int, message: str
+    client: Client, folder: Path, path: str, body: Any, status: int, message: str
 ) -> None:
     answered, answer, _ = client.send("POST", f"/v1/{path}", body)
     assert (answered, answer["error"].keys()) == (status, {"message", "type", "param", "code"})
     assert message in answer["error"]["message"]
+    assert str(folder) not in answer["error"]["message"]
 
 
 def test_a_body_that_does_not_say_it_is_json_is_told_so(client: Client) -> None:
@@ -143,6 +144,7 @@ def test_a_damaged_task_fails_alone(tmp_path: Path) -> None:
         )
         assert [status for status, *_ in answers] == [200, 500, 200]
         assert "Task 'task-1'" in answers[1][1]["error"]["message"]
+        assert str(tmp_path) not in answers[1][1]["error"]["message"]  # where it is concerns nobody outside
 
 
 def test_tokens_keep_others_out(folder: Path) -> None:

@@ -220,8 +220,8 @@ def create_app(served: Served, settings: ServeSettings | None = None) -> Gate:
     for method, path, endpoint in routes:
         app.add_api_route(path, endpoint, methods=[method], response_model=None)
     for kind in (Exception, HTTPException, RequestValidationError):
-        app.add_exception_handler(kind, _answer)
-    return Gate(app, settings, server.metrics)
+        app.add_exception_handler(kind, partial(_answer, served.bank.path))
+    return Gate(app, settings, server.metrics, served.bank.path)
 
 
 def _as_model(name: str, created: str) -> dict[str, Any]:
@@ -235,7 +235,7 @@ async def _after(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[byte
         yield piece
 
 
-async def _answer(request: Request, error: Exception) -> Response:
+async def _answer(bank: Path, request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"][1:])
@@ -250,4 +250,4 @@ async def _answer(request: Request, error: Exception) -> Response:
         return Problem(422, f"{field}: {first['msg']}.", field).response()
     if isinstance(error, HTTPException):
         return Problem(error.status_code, f"{request.method} {request.url.path}: {error.detail}.").response()
-    return problem_of(error).response()
+    return problem_of(error, bank).response()

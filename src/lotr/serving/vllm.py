@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import logging
 import os
@@ -80,8 +81,8 @@ class LoraFolders:
             write_json(made / CONFIG, {**config, **same})
             try:
                 made.replace(folder)
-            except OSError:
-                if not folder.is_dir():  # else another process was quicker
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another process was quicker
                     raise
 
     @contextmanager
@@ -93,8 +94,10 @@ class LoraFolders:
         """Remove folders, the least recently used first, until the others fit."""
         used = []
         for folder in self.root.iterdir():
+            written = folder.name.startswith(".")  # by somebody who may need long, or was killed
             try:
-                used.append((folder.stat().st_mtime, sum(f.stat().st_size for f in folder.iterdir()), folder))
+                at = folder.stat().st_mtime + (3600 if written else 0)
+                used.append((at, sum(file.stat().st_size for file in folder.iterdir()), folder))
             except (FileNotFoundError, NotADirectoryError):  # another process removed it
                 continue
         total = sum(size for _, size, _ in used)

@@ -189,6 +189,12 @@ def test_tasks_come_and_go_while_others_are_served(tmp_path: Path) -> None:
         assert admin.send("DELETE", "/v1/tasks/task-0")[0] == 404
         assert admin.send("POST", "/v1/tasks/bad", b"PK garbage", **as_zip)[0] == 400
         assert admin.send("POST", "/v1/tasks/bad", zipped[:-40], **as_zip)[0] == 400
+        weights = tmp_path / "exported" / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:200])
+        status, answer, _ = admin.send("POST", "/v1/tasks/cut", archive(tmp_path / "exported"), **as_zip)
+        assert status == 400 and answer["error"]["message"].startswith(
+            "cut/adapter_model.safetensors is truncated"
+        )
         with CoreBank.open(tmp_path / "bank", writable=True) as other:  # as another process does
             other.add(encoder_task(other, "later", 5, labels=("x", "y")))
             assert set(client.predict("later", "a")["scores"]) == {"x", "y"}

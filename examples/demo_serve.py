@@ -114,6 +114,7 @@ def main() -> None:
         f"{len(asked)} requests for {len(tasks)} tasks by 32 clients: {len(asked) / seconds:.0f} a second, "
         f"{sum(right) / len(right):.0%} right."
     )
+    print(f"The bank stays: lotr serve {bank}")
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def test_a_name_is_data_and_never_a_path(client: Client) -> None:
         ("tasks/task-1/predict", {"txt": "a"}, 422, "txt: "),
         ("tasks/task-1/predict", {}, 422, "Send one of"),
         ("tasks/task-1/predict", {"text": "a", "texts": ["a"]}, 422, "Send one of"),
-        ("tasks/task-1/predict", {"texts": ["a"] * 65}, 422, "more than the 64"),
+        ("tasks/task-1/predict", {"texts": ["a"] * 65}, 422, "Send 1 to 64 texts"),
         ("tasks/task-1/predict", {"text": "a " * 100}, 422, "has 100 tokens, and task 'task-1' takes 64"),
         ("tasks/task-1/predict", {"text": "a" * (2 << 20)}, 413, "longer than"),
         ("tasks/pairs/predict", {"text": "a"}, 422, "takes pairs"),
@@ -110,11 +110,12 @@ def test_a_name_is_data_and_never_a_path(client: Client) -> None:
     ],
 )
 def test_a_wrong_request_gets_one_clear_error(
-    client: Client, path: str, body: Any, status: int, message: str
+    client: Client, folder: Path, path: str, body: Any, status: int, message: str
 ) -> None:
     answered, answer, _ = client.send("POST", f"/v1/{path}", body)
     assert (answered, answer["error"].keys()) == (status, {"message", "type", "param", "code"})
     assert message in answer["error"]["message"]
+    assert str(folder) not in answer["error"]["message"]
 
 
 def test_a_body_that_does_not_say_it_is_json_is_told_so(client: Client) -> None:
@@ -143,6 +144,7 @@ def test_a_damaged_task_fails_alone(tmp_path: Path) -> None:
         )
         assert [status for status, *_ in answers] == [200, 500, 200]
         assert "Task 'task-1'" in answers[1][1]["error"]["message"]
+        assert str(tmp_path) not in answers[1][1]["error"]["message"]  # where it is concerns nobody outside
 
 
 def test_tokens_keep_others_out(folder: Path) -> None:
@@ -187,6 +189,12 @@ def test_tasks_come_and_go_while_others_are_served(tmp_path: Path) -> None:
         assert admin.send("DELETE", "/v1/tasks/task-0")[0] == 404
         assert admin.send("POST", "/v1/tasks/bad", b"PK garbage", **as_zip)[0] == 400
         assert admin.send("POST", "/v1/tasks/bad", zipped[:-40], **as_zip)[0] == 400
+        weights = tmp_path / "exported" / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:200])
+        status, answer, _ = admin.send("POST", "/v1/tasks/cut", archive(tmp_path / "exported"), **as_zip)
+        assert status == 400 and answer["error"]["message"].startswith(
+            "cut/adapter_model.safetensors is truncated"
+        )
         with CoreBank.open(tmp_path / "bank", writable=True) as other:  # as another process does
             other.add(encoder_task(other, "later", 5, labels=("x", "y")))
             assert set(client.predict("later", "a")["scores"]) == {"x", "y"}

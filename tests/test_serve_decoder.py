@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch
 
 pytest.importorskip("fastapi")
 
+from lotr import CoreBank
 from lotr.bank.cache import LoadedTask
 from lotr.serving.decoder import Prompt, _Writer
 from lotr.training.tasks.served import Served, load_served
-from served_banks import decoder_bank, encoder_bank
+from served_banks import decoder_bank, decoder_task, encoder_bank
 from servers import Client, serving
 
 PROMPTS = ["the red thing", "a very old blue", "what colour is the thing here ?"]
@@ -161,7 +163,7 @@ def test_characters_of_several_tokens_are_given_whole() -> None:
     ("body", "status", "message"),
     [
         ({"model": "task-9", "prompt": "a"}, 404, "no task 'task-9'"),
-        ({"model": "task-1", "prompt": []}, 422, "1 to 64"),
+        ({"model": "task-1", "prompt": []}, 422, "Send 1 to 64 texts"),
         ({"model": "task-1", "prompt": [3, 4]}, 422, "prompt.0: "),
         ({"model": "task-1", "prompt": "a", "max_tokens": 33}, 422, "at most 32"),
         ({"model": "task-1", "prompt": "a " * 50, "max_tokens": 20}, 422, "takes 64 tokens in all"),
@@ -179,6 +181,19 @@ def test_a_wrong_request_gets_one_clear_error(
 ) -> None:
     answered, answer, _ = client.send("POST", "/v1/completions", body)
     assert answered == status and message in answer["error"]["message"]
+
+
+def test_a_task_whose_numbers_overflow_fails_alone(served: Served, client: Client) -> None:
+    with CoreBank.open(served.bank.path, writable=True) as bank:
+        usual = decoder_task(bank, "huge")
+        bank.add(replace(usual, numbers=3e38 * usual.numbers.sign()))
+    tasks = ["task-0", "huge", "task-1"]
+    bodies = [{"model": task, "prompt": PROMPTS[0], "max_tokens": 6, "seed": 2} for task in tasks]
+    expected = [client.send("POST", "/v1/completions", bodies[n])[1]["choices"] for n in (0, 2)]
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda body: client.send("POST", "/v1/completions", body)[:2], bodies))
+    assert [status for status, _ in answers] == [200, 500, 200]
+    assert [answers[n][1]["choices"] for n in (0, 2)] == expected
 
 
 def test_each_kind_of_base_says_what_it_cannot(client: Client, tmp_path: Path) -> None:

@@ -92,9 +92,9 @@ def test_base64_is_the_same_numbers_and_errors_are_openais(tmp_path: Path) -> No
         packed = embed(client, "task-0", "the red thing", encoding_format="base64")[1]["data"][0]["embedding"]
         assert list(struct.unpack("<32f", base64.b64decode(packed))) == pytest.approx(vector, abs=1e-7)
         for wrong, status, message in (
-            ({"input": []}, 422, "input"),
+            ({"input": []}, 422, "Send 1 to 64 texts"),
             ({"input": [3, 4]}, 422, "input.0"),
-            ({"input": ["a"] * 65}, 422, "more than the 64"),
+            ({"input": ["a"] * 65}, 422, "Send 1 to 64 texts"),
             ({"input": "a " * 100}, 422, "has 100 tokens"),
             ({"encoding_format": "hex"}, 422, "encoding_format"),
             ({"dimensions": 3}, 422, "dimensions"),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import sys
 import time
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -82,6 +84,34 @@ def test_folders_that_were_not_used_for_long_are_removed(bank: CoreBank) -> None
     assert not second.exists() and len(list(own.root.iterdir())) == 2  # what is in use stays
 
 
+def test_several_servers_share_folders_that_are_removed_all_the_while(
+    bank: CoreBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugin, "_IN_USE", 0.0)
+
+    def serve(seed: int) -> int:
+        """Make folders as a process of its own does; returns how many of them it could read whole."""
+        draw, whole = random.Random(seed), 0
+        with CoreBank.open(bank.path) as own:
+            for _ in range(40):
+                path = folders(own, most=10_000).make(f"task-{draw.randrange(3)}")  # of which two fit
+                try:
+                    whole += len(load_file(path / "adapter_model.safetensors")) == 8
+                except FileNotFoundError:
+                    assert not path.exists()  # removed as a whole
+        return whole
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(serve, range(4))) > 40
+
+
+def test_what_is_no_task_of_the_bank_is_left_to_the_next_resolver(bank: CoreBank) -> None:
+    resolver = plugin.BankResolver(folders(bank))
+    for base, name in ((str(bank.base_model), "nothing"), ("other/model", "task-1")):
+        assert asyncio.run(resolver.resolve_lora(base, name)) is None
+    assert not resolver.folders.root.exists()
+
+
 def test_the_entry_point_is_declared_and_silent_without_a_bank(monkeypatch: pytest.MonkeyPatch) -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert project["entry-points"]["vllm.general_plugins"] == {"lotr": "lotr.serving.vllm:register"}
@@ -111,11 +141,7 @@ def test_vllm_finds_and_reads_the_tasks(bank: CoreBank, theirs: Any) -> None:
 
     resolver = LoRAResolverRegistry.get_resolver("lotr")
 
-    def resolve(name: str, base: str = str(bank.base_model)) -> Any:
-        return asyncio.run(resolver.resolve_lora(base, name))
-
-    assert resolve("nothing") is None and resolve("task-1", "other/model") is None
-    request = resolve("../x")
+    request: Any = asyncio.run(resolver.resolve_lora(str(bank.base_model), "../x"))
     assert request.lora_name == "../x" and request.lora_int_id > 0
     adapters = SimpleNamespace(
         supported_lora_modules=["q_proj", "v_proj"],

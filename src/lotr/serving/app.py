@@ -77,36 +77,42 @@ class Server:
 
     # ------------------------------------------------------------------ routes
 
-    async def predict(self, task: TaskName, texts: Texts, request: Request) -> dict[str, Any]:
-        """Label texts with a task."""
+    async def _rows(
+        self, request: Request, task: str, texts: Sequence[Any], encode: Callable[[], Any]
+    ) -> list[Any]:
+        """Return the texts of a request in tokens, unless they are too many."""
+        if not 0 < len(texts) <= self.settings.max_texts:
+            most = self.settings.max_texts
+            raise Problem(422, f"Send 1 to {most} texts in a request, and not {len(texts)}.")
+        request.state.log |= {"task": task, "rows": len(texts)}
+        self.batcher.check_room(len(texts))
+        return list(await self.read(encode))
+
+    def _predictor(self) -> Predictor:
         if self.predictor is None:
             raise Problem(404, "This bank's base model is a language model. Use /v1/completions.")
+        return self.predictor
+
+    async def predict(self, task: TaskName, texts: Texts, request: Request) -> JSONResponse:
+        """Label texts with a task."""
+        predictor = self._predictor()
         if self.served.rows.head is None:
             raise Problem(404, "This bank's base model has no head for labels. Use /v1/embeddings.")
-        request.state.log["task"] = task
-        firsts, seconds = texts.columns(self.settings.max_texts)
-        self.batcher.check_room(len(firsts))
-        rows = await self.read(self.predictor.encode, task, firsts, seconds, texts.truncate)
+        firsts, seconds = texts.columns()
+        encode = partial(predictor.encode, task, firsts, seconds, texts.truncate)
+        rows = await self._rows(request, task, firsts, encode)
         predictions = await answers_of(self.batcher.submit(rows))
         kind = "regression" if "value" in predictions[0] else "classification"
         self.metrics.rows.labels(kind).inc(len(rows))
-        request.state.log["rows"] = len(rows)
-        return {"task": task, "predictions": predictions}
+        return JSONResponse({"task": task, "predictions": predictions})
 
     async def embed(self, asked: Embed, request: Request) -> JSONResponse:
         """Turn texts into vectors with a task."""
-        if self.predictor is None:
-            raise Problem(404, "This bank's base model is a language model. Use /v1/completions.")
+        encode = partial(self._predictor().encode, asked.model, asked.input, embed=True)
         check_pooling(self.served.model.get_base_model())
-        if len(asked.input) > self.settings.max_texts:
-            most = self.settings.max_texts
-            raise Problem(422, f"{len(asked.input)} texts are more than the {most} of one request.", "input")
-        request.state.log["task"] = asked.model
-        self.batcher.check_room(len(asked.input))
-        rows = await self.read(partial(self.predictor.encode, asked.model, asked.input, embed=True))
+        rows = await self._rows(request, asked.model, asked.input, encode)
         vectors = await answers_of(self.batcher.submit(rows))
         self.metrics.rows.labels("embedding").inc(len(rows))
-        request.state.log["rows"] = len(rows)
         return JSONResponse(in_openai_form(asked, vectors, sum(row.length for row in rows)))
 
     async def complete(self, asked: Completion, request: Request) -> Any:
@@ -119,22 +125,18 @@ class Server:
         if self.decoder is None:
             raise Problem(404, "This bank's base is no language model. Use /v1/tasks/TASK/predict.")
         texts, most = asked.prompts(), self.settings.max_tokens
-        if not 0 < len(texts) <= self.settings.max_texts:
-            raise Problem(422, f"Send 1 to {self.settings.max_texts} prompts.", "prompt")
         if (asked.max_tokens or 0) > most:
             raise Problem(422, f"max_tokens is at most {most} here.", "max_tokens")
-        request.state.log["task"] = asked.model
-        self.batcher.check_room(len(texts))
         options: dict[str, Any] = {
             "temperature": asked.temperature,
             "stop": asked.stop or (),
             "seed": asked.seed,
         }
-        encode = partial(self.decoder.encode, max_tokens=asked.max_tokens, most=most, **options)
-        prompts = [await self.read(encode, asked.model, text) for text in texts]
+        encode = partial(self.decoder.encode, asked.model, texts, asked.max_tokens, most, **options)
+        prompts = await self._rows(request, asked.model, texts, encode)
         writing = Writing(asked, prompts, self.batcher.submit, self._count)
         if not asked.stream:
-            return await writing.whole()
+            return JSONResponse(await writing.whole())
         events = writing.events()
         first = await anext(events)  # where this is an error, it still is the answer
         return StreamingResponse(_after(first, events), media_type="text/event-stream")
@@ -218,8 +220,8 @@ def create_app(served: Served, settings: ServeSettings | None = None) -> Gate:
     for method, path, endpoint in routes:
         app.add_api_route(path, endpoint, methods=[method], response_model=None)
     for kind in (Exception, HTTPException, RequestValidationError):
-        app.add_exception_handler(kind, _answer)
-    return Gate(app, settings, server.metrics)
+        app.add_exception_handler(kind, partial(_answer, served.bank.path))
+    return Gate(app, settings, server.metrics, served.bank.path)
 
 
 def _as_model(name: str, created: str) -> dict[str, Any]:
@@ -233,7 +235,7 @@ async def _after(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[byte
         yield piece
 
 
-async def _answer(request: Request, error: Exception) -> Response:
+async def _answer(bank: Path, request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"][1:])
@@ -248,4 +250,4 @@ async def _answer(request: Request, error: Exception) -> Response:
         return Problem(422, f"{field}: {first['msg']}.", field).response()
     if isinstance(error, HTTPException):
         return Problem(error.status_code, f"{request.method} {request.url.path}: {error.detail}.").response()
-    return problem_of(error).response()
+    return problem_of(error, bank).response()

@@ -97,7 +97,8 @@ class Batcher:
             patience = (
                 None if oldest is None else oldest.since + self._settings.max_wait / 1000 - time.monotonic()
             )
-            if patience is None or (patience > 0 and len(self) < self._settings.max_batch):
+            gathers = not self._closing and len(self) < self._settings.max_batch
+            if patience is None or (patience > 0 and gathers):
                 await self._change(patience)
                 continue
             rows = self._take()
@@ -109,9 +110,8 @@ class Batcher:
     async def _change(self, seconds: float | None) -> None:
         """Wait until rows came or left, or for some time."""
         self._changed.clear()
-        if not self._closing:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), seconds)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), seconds)
 
     def _take(self) -> list[_Waiting]:
         """Take the oldest row out of the queue, and the neighbours by length with which it wastes least."""

@@ -30,11 +30,11 @@ class Texts(Closed):
     texts2: list[NotEmpty] | None = None
     truncate: bool = False
 
-    def columns(self, most: int) -> tuple[list[str], list[str] | None]:
+    def columns(self) -> tuple[list[str], list[str] | None]:
         """Return the texts, and the second of each.
 
         Raises:
-            Problem: They are none, too many, or do not go together.
+            Problem: They are none, or do not go together.
         """
         firsts = self.texts if self.text is None else [self.text]
         seconds = self.texts2 if self.text2 is None else [self.text2]
@@ -43,8 +43,6 @@ class Texts(Closed):
             raise Problem(422, "Send one of text and texts (and of text2 and texts2), not empty.", "text")
         if seconds is not None and len(seconds) != len(firsts):
             raise Problem(422, f"{len(firsts)} texts and {len(seconds)} second texts are no pairs.", "texts2")
-        if len(firsts) > most:
-            raise Problem(422, f"{len(firsts)} texts are more than the {most} of one request.", "texts")
         return firsts, seconds
 
 
@@ -52,7 +50,7 @@ class Embed(Closed):
     """Texts that are to become vectors."""
 
     model: str
-    input: Annotated[list[NotEmpty], Field(min_length=1), OneOrMore]
+    input: Annotated[list[NotEmpty], OneOrMore]
     encoding_format: Literal["float", "base64"] = "float"
     user: str | None = None
 

@@ -71,36 +71,37 @@ class Decoder:
     def encode(
         self,
         name: str,
-        text: str | Sequence[dict[str, Any]],
+        texts: Sequence[str | Sequence[dict[str, Any]]],
         max_tokens: int | None,
         most: int,
         **options: Any,
-    ) -> Prompt:
-        """Return a text, or a conversation that is to be answered, in tokens.
+    ) -> list[Prompt]:
+        """Return texts, or conversations that are to be answered, in tokens.
 
         Args:
             name: The task that writes.
-            text: The text, or the turns.
+            texts: Each a text, or the turns.
             max_tokens: Tokens to write; default: as many as there is room for.
             most: Tokens that are ever written.
             options: Of `Prompt`.
 
         Raises:
             UnknownTaskError: There is no such task.
-            Problem: It is too long, or the conversation has no form here.
+            Problem: One is too long, or a conversation has no form here.
         """
-        task = self.served.task(name)
-        ids = self._ids(text)
-        room = most if self._longest is None else min(most, self._longest - len(ids))
-        if room < (max_tokens or 1):
-            raise Problem(
-                422,
-                f"The model takes {self._longest} tokens in all: {len(ids)} were sent, and no answer of "
-                f"{max_tokens or 1} goes with them. Send less, or a smaller max_tokens.",
-                "max_tokens",
-                "context_length_exceeded",
-            )
-        return Prompt(task, ids, max_tokens or room, **options)
+        task, prompts = self.served.task(name), []
+        for ids in map(self._ids, texts):
+            room = most if self._longest is None else min(most, self._longest - len(ids))
+            if room < (max_tokens or 1):
+                raise Problem(
+                    422,
+                    f"The model takes {self._longest} tokens in all: {len(ids)} were sent, and no answer of "
+                    f"{max_tokens or 1} goes with them. Send less, or a smaller max_tokens.",
+                    "max_tokens",
+                    "context_length_exceeded",
+                )
+            prompts.append(Prompt(task, ids, max_tokens or room, **options))
+        return prompts
 
     def _ids(self, text: str | Sequence[dict[str, Any]]) -> list[int]:
         tokenizer = self.served.tokenizer
@@ -165,10 +166,15 @@ class _Steps:
 
     def write(self) -> Iterable[tuple[int, Any]]:
         """Write a token a row; returns the rows that have ended, which leave."""
-        staying, ended = [], []
+        staying: list[int] = []
+        ended: list[tuple[int, Any]] = []
         for place, (row, logits) in enumerate(zip(self.rows, self.logits, strict=True)):
             prompt, writer = self.prompts[row], self.writers[row]
-            reason = "stop" if prompt.left else writer.write(logits, self.decoder._ends)
+            try:
+                reason = "stop" if prompt.left else writer.write(logits, self.decoder._ends)
+            except Exception as error:  # numbers of its task that are not finite, and nothing of the others
+                ended.append((row, error))
+                continue
             if reason is None:
                 staying.append(place)
             else:

@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import time
 from collections.abc import Awaitable
+from pathlib import Path
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -27,10 +28,11 @@ class Gate:
         app: The application.
         settings: Limits and tokens.
         metrics: Where requests are counted.
+        bank: Folder of the bank.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics) -> None:
-        self.app, self.settings, self.metrics = app, settings, metrics
+    def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics, bank: Path) -> None:
+        self.app, self.settings, self.metrics, self.bank = app, settings, metrics, bank
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -58,7 +60,7 @@ class Gate:
                 body = await _body(scope, receive, most)
                 await _unless_gone(self.app(scope, _replay(body), counted), receive)
         except Exception as error:
-            problem = problem_of(error)
+            problem = problem_of(error, self.bank)
             if problem.status == 500:
                 LOG.exception("failed", extra={"fields": {"path": path}})
             if not status:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -44,16 +45,20 @@ class Problem(Exception):
         return JSONResponse(self.body(), self.status, self.headers)
 
 
-def problem_of(error: Exception) -> Problem:
-    """Return an error of the library as clients get it; what nobody foresaw does not tell its inside."""
+def problem_of(error: Exception, bank: Path) -> Problem:
+    """Return an error of the library as clients get it.
+
+    They do not learn where the bank is, and nothing of what nobody foresaw.
+    """
     if isinstance(error, Problem):
         return error
+    text = str(error).replace(str(bank), bank.name)
     if isinstance(error, UnknownTaskError):
-        return Problem(404, str(error), "model", "model_not_found")
+        return Problem(404, text, "model", "model_not_found")
     if isinstance(error, CheckpointError):
-        return Problem(500, str(error), "model", "task_damaged")
+        return Problem(500, text, "model", "task_damaged")
     if isinstance(error, LotrError):
-        return Problem(400, str(error), code="bad_request")
+        return Problem(400, text, code="bad_request")
     if isinstance(error, TimeoutError):
         return Problem(504, "The deadline has passed. Send fewer texts, or come back later.", code="timeout")
     return Problem(500, "The server failed; its log tells why.", code="internal_error")

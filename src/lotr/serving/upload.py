@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 from ..bank import CoreBank
+from ..errors import LotrError
 from ..files.adapter_folder import CONFIG, TASK, WEIGHTS
 from .problems import Problem
 
@@ -23,8 +24,8 @@ def add_archive(bank: CoreBank, name: str, archive: bytes, replace: bool, most: 
         most: Bytes of the files, unpacked.
 
     Raises:
-        Problem: It is no such file, or too large, or the name is taken.
-        LotrError: The adapter is damaged, or not on the bank's basis.
+        Problem: It is no such file, damaged, too large, or not on the bank's basis, or the name is taken.
+        CheckpointError: The bank is damaged.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -34,7 +35,11 @@ def add_archive(bank: CoreBank, name: str, archive: bytes, replace: bool, most: 
         with CoreBank.open(bank.path, writable=True) as writable:
             if name in writable and not replace:
                 raise Problem(409, f"There is a task {name!r} already. Send it to ?replace=true.", "task")
-            return writable.add_adapter(name, folder, replace=replace)
+            try:
+                task = writable.from_adapter(name, folder)
+            except LotrError as error:  # of what was sent, and not of the bank
+                raise Problem(400, str(error).replace(folder, name), code="task_damaged") from None
+            return writable.add(task, replace=replace)
 
 
 def _unpack(archive: bytes, folder: Path, most: int) -> None:

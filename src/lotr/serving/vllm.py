@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import logging
 import os
-import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +57,17 @@ class LoraFolders:
         """
         checksum = self.bank.about(name)["checksum"]
         folder = self.root / hashlib.sha256(f"{checksum} {name}".encode()).hexdigest()[:32]
-        if not folder.is_dir():
+        if not _use(folder):
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._write(name, folder)
             self._evict()
-        os.utime(folder)
         return folder
 
     def _write(self, name: str, folder: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=self.root, prefix=".") as temporary:
-            self.bank.export(name, Path(temporary) / "lora", as_lora=True)
-            config = read_json(Path(temporary) / "lora" / CONFIG, "a LoRA's configuration")
-            tensors = load_file(Path(temporary) / "lora" / WEIGHTS)
+        with self._temporary() as temporary:
+            self.bank.export(name, temporary / "lora", as_lora=True)
+            config = read_json(temporary / "lora" / CONFIG, "a LoRA's configuration")
+            tensors = load_file(temporary / "lora" / WEIGHTS)
             rank = next((rank for rank in RANKS if rank >= config["r"]), config["r"])
             for key, tensor in tensors.items():
                 if ".lora_A." in key:
@@ -74,29 +75,37 @@ class LoraFolders:
                 elif ".lora_B." in key:
                     tensors[key] = F.pad(tensor, (0, rank - tensor.shape[1]))
             same: dict[str, Any] = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
-            made = Path(temporary) / "padded"
+            made = temporary / "padded"
             made.mkdir()
             save_tensors(tensors, made)
             write_json(made / CONFIG, {**config, **same})
             try:
                 made.replace(folder)
-            except OSError:
-                if not folder.is_dir():  # else another process was quicker
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another process was quicker
                     raise
+
+    @contextmanager
+    def _temporary(self) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(dir=self.root, prefix=".") as folder:
+            yield Path(folder)
 
     def _evict(self) -> None:
         """Remove folders, the least recently used first, until the others fit."""
         used = []
         for folder in self.root.iterdir():
+            written = folder.name.startswith(".")  # by somebody who may need long, or was killed
             try:
-                used.append((folder.stat().st_mtime, sum(f.stat().st_size for f in folder.iterdir()), folder))
+                at = folder.stat().st_mtime + (3600 if written else 0)
+                used.append((at, sum(file.stat().st_size for file in folder.iterdir()), folder))
             except (FileNotFoundError, NotADirectoryError):  # another process removed it
                 continue
         total = sum(size for _, size, _ in used)
         for at, size, folder in sorted(used):
             if total <= self.most or time.time() - at < _IN_USE:
                 return
-            shutil.rmtree(folder, ignore_errors=True)
+            with self._temporary() as away, suppress(FileNotFoundError):  # or another process removed it
+                folder.replace(away / "removed")  # a folder is there whole or not at all
             total -= size
 
 
@@ -163,12 +172,21 @@ def register() -> None:
     def load_adapter(self: Any, lora_request: Any) -> Any:
         """Load a LoRA; a folder that was removed meanwhile is made again."""
         path = Path(lora_request.lora_path)
-        if path.parent == root and not path.is_dir():
+        if path.parent == root and not _use(path):
             lora_request.lora_path = str(folders.make(lora_request.lora_name))
         return load(self, lora_request)
 
     load_adapter.makes_folders = True  # type: ignore[attr-defined]
     manager._load_adapter = load_adapter
+
+
+def _use(folder: Path) -> bool:
+    """Keep a folder from being removed soon; returns whether it is there."""
+    try:
+        os.utime(folder)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _memory() -> Path:

@@ -19,7 +19,7 @@ from ..files.atomic import check_free, move_into, read_json, whole_folder, write
 from ..files.card import Card
 from ..tuner.config import LotrConfig
 from .checkpoint import last_whole
-from .rates import Rates
+from .rates import Rates, parameter_groups
 from .settings import TrainSettings, read_options
 from .trained import CHECKPOINTS, TaskRecord
 
@@ -178,6 +178,7 @@ def _card(model: PeftModel, report: RunReport) -> str:
     results = card.results(
         report.eval,
         task.labels,
+        {part["name"]: part["lr"] for part in parameter_groups(model, **vars(report.rates))},
         train=settings.train,
         task=task.task,
         rows=report.rows["train"],

@@ -57,9 +57,9 @@ test-ray: $(READY)  ## `lotr compress --ray` and the server on Ray Serve, with R
 	test -d build/ray || $(BIN)/pip install --quiet --target build/ray 'ray[serve]>=2.50,<3' || true
 	OMP_NUM_THREADS=1 PYTHONPATH=build/ray $(BIN)/python -m pytest -n 0 -rs tests/test_compress_ray.py tests/test_serve_ray.py
 
-test-quantised: $(READY)  ## adapters on 4- and 8-bit bases on any processor; skips where bitsandbytes cannot be had
-	test -d build/quantised || $(BIN)/pip install --quiet --no-deps --target build/quantised bitsandbytes==0.50.2 || true
-	OMP_NUM_THREADS=1 PYTHONPATH=build/quantised $(BIN)/python -m pytest -n 0 -rs tests/test_tuner_quantised.py
+test-quantised: $(READY)  ## adapters on bases of bitsandbytes and torchao on any processor; skips where those cannot be had
+	test -d build/quantised || $(BIN)/pip install --quiet --no-deps --target build/quantised bitsandbytes==0.50.2 torchao==0.18.0 || true
+	OMP_NUM_THREADS=1 PYTHONPATH=build/quantised $(BIN)/python -m pytest -n 0 -rs tests/test_tuner_quantised.py tests/test_tuner_torchao.py
 
 test-engines: $(READY)  ## DDP, FSDP2 and DeepSpeed's ZeRO in two and three processes on any processor; ZeRO skips where it cannot be had
 	test -d build/engines || DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-deps --target build/engines \

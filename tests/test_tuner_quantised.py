@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from conftest import llama, tokens
-from lotr import METHODS, LotrConfig
+from lotr import METHODS, LotrConfig, PlanError
 from lotr.math.cores import CORES
 from lotr.math.magnitude import MAGNITUDES
 from lotr.tuner.layer import LotrLinear
@@ -40,7 +40,7 @@ CASES = {row: {"method": row} for row in METHODS} | {
 
 
 def quantised(bits: int, weight: Tensor) -> nn.Module:
-    layer = KINDS[bits](*weight.shape).eval()
+    layer = KINDS[bits](*weight.shape)
     layer.load_state_dict({"weight": weight})
     layer.to("cpu")
     layer(torch.zeros(1, weight.shape[1]))  # the first call quantises
@@ -88,17 +88,30 @@ def codes(layer: LotrLinear) -> Tensor:
 
 
 def test_step_0_is_the_quantised_base(bits: int, case: dict[str, Any]) -> None:
-    result, expected = outputs(adapted(base(bits), case, random=False), INPUTS), outputs(base(bits), INPUTS)
+    """In training mode: in evaluation bitsandbytes has other kernels for a base without an adapter."""
+    model, plain = adapted(base(bits), case, random=False).train(), base(bits).train()
+    result, expected = outputs(model, INPUTS), outputs(plain, INPUTS)
     if case.get("method") == "lora_xs":  # starts at a deviation of 1e-5
         torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
     else:
         assert torch.equal(result, expected)
 
 
-def test_every_number_gets_a_gradient(bits: int, case: dict[str, Any]) -> None:
-    model = adapted(base(bits), case).train()
+def test_every_number_gets_a_gradient_also_after_an_evaluation(bits: int, case: dict[str, Any]) -> None:
+    model = adapted(base(bits), case)
+    outputs(model, INPUTS)
+    model.train()
     model(**INPUTS).logits.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_4_bit_base_that_was_packed_for_evaluation_is_refused() -> None:
+    layer = quantised(4, torch.randn(64, 64)).eval()
+    layer(torch.zeros(1, 64))
+    if not getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+        pytest.skip("bitsandbytes packs nothing on this processor")
+    with pytest.raises(PlanError, match="has packed the 4-bit weight of '0'"):
+        get_peft_model(nn.Sequential(layer), LotrConfig(r=4, target_modules=["0"]))
 
 
 @pytest.mark.parametrize("size", ["as it starts", "of the weight"])

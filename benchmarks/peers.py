@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lotr import LotrConfig
 from lotr.math import matmul
-from shapes import SHAPES, SIZES, SIZES_CUDA, Batch
+from shapes import SHAPES, SIZES, SIZES_CUDA, SIZES_NAMED, Batch
 
 
 def _lora(r: int, linears: list[str], **more: Any) -> PeftConfig:
@@ -75,7 +75,7 @@ def settings(
         if plain(name) not in (*ADAPTERS, FULL, FROZEN):
             raise SystemExit(f"{name!r} is no method. There are {FULL}, {', '.join(ADAPTERS)}.")
     sizes = SIZES_CUDA if device.type == "cuda" else SIZES
-    sizes = sizes[: 3 if options.short and not options.shapes else None]
+    sizes = (*sizes, *SIZES_NAMED) if options.shapes else sizes[: 3 if options.short else None]
     if options.batch:
         sizes = tuple((shape, options.batch, options.length) for shape in dict.fromkeys(s[0] for s in sizes))
     for shape, batch, length in sizes:
@@ -114,17 +114,18 @@ def make(method: str, rank: int, shape: str, base: PreTrainedModel, trains: bool
     if method.endswith(MERGED):
         return _adapted(plain(method), rank, shape, copy.deepcopy(base)).merge_and_unload()
     if method == FROZEN:
-        return _frozen(shape, base) if trains else _sharing(base)
-    return _adapted(plain(method), rank, shape, _sharing(base))
+        return _frozen(shape, base) if trains else sharing(base)
+    return _adapted(plain(method), rank, shape, sharing(base))
 
 
-def _sharing(base: PreTrainedModel) -> PreTrainedModel:
+def sharing(base: Any) -> Any:
+    """Return a copy of a model on the same numbers."""
     return copy.deepcopy(base, {id(p): p for p in base.parameters()})
 
 
 def _frozen(shape: str, base: PreTrainedModel, graph: bool = False) -> PreTrainedModel:
     """Return the frozen model; a graph cannot ask for a gradient inside, but can have one number that trains."""
-    model = _sharing(base)
+    model = sharing(base)
     first = model.get_submodule(SHAPES[shape].blocks)[0]
     if graph:
         first.register_parameter("start", nn.Parameter(torch.zeros(())))
@@ -134,7 +135,9 @@ def _frozen(shape: str, base: PreTrainedModel, graph: bool = False) -> PreTraine
 
 def _adapted(method: str, rank: int, shape: str, model: PreTrainedModel) -> PeftModel:
     torch.manual_seed(0)
-    return get_peft_model(model, ADAPTERS[method](rank, list(SHAPES[shape].linears)))
+    config = ADAPTERS[method](rank, list(SHAPES[shape].linears))
+    config.target_parameters = list(SHAPES[shape].experts) or None  # type: ignore[attr-defined]
+    return get_peft_model(model, config)
 
 
 def _input_requires_grad(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

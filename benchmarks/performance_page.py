@@ -37,7 +37,7 @@ TIMES = (
 
 def tables(data: Path) -> dict[str, list[str]]:
     """Return what stands between the marks of the page, by name."""
-    names = ("train_step", "inference", "memory", "start")
+    names = ("train_step", "inference", "memory", "start", "experts_time", "experts_memory")
     paths = {name: data / f"{name}.json" for name in names}
     records = {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
     return {
@@ -45,6 +45,7 @@ def tables(data: Path) -> dict[str, list[str]]:
         "compiled": compiled(records),
         "start": start(records["start"]) if "start" in records else [],
         "memory": memory(records["memory"]) if "memory" in records else [],
+        "experts": experts(records) if "experts_memory" in records else [],
         "machine": [line for name, record in records.items() for line in machine(name, record)],
     }
 
@@ -123,6 +124,32 @@ def memory(record: Record) -> list[str]:
                 rows.append([f"{title}, {size[1]} × {size[2]}, {text}", *cells])
     header = ("of LoRA's, beyond the frozen model", "kept for backward", "peak, allocator", "peak, process")
     return markdown(header, rows)
+
+
+def experts(records: dict[str, Record]) -> list[str]:
+    """Return time and memory of a step of adapters on experts, a column a model."""
+    of = {
+        name: {(row["shape"], row["method"]): row for row in records[name]["rows"]}
+        for name in ("experts_time", "experts_memory")
+    }
+    shapes = list(dict.fromkeys(shape for shape, _ in of["experts_time"]))
+    time = [of["experts_time"][shape, "lotr"] for shape in shapes]
+    memory = [of["experts_memory"][shape, "lotr"] for shape in shapes]
+    numbers = [
+        (of["experts_time"][shape, "peft_lora"]["trained"], row["trained"])
+        for shape, row in zip(shapes, time, strict=True)
+    ]
+    lines = [["training step, of LoRA's / of the frozen model's time"]]
+    lines[0] += [f"{_median(row, 'of_lora')} / {_median(row, 'of_frozen')}" for row in time]
+    for measure, text in (("saved", "kept for backward"), ("allocated", "peak, allocator")):
+        lines.append(
+            [
+                f"{text}, of LoRA's beyond the frozen model",
+                *(f"{row['of_lora'][measure]:.2f}" for row in memory),
+            ]
+        )
+    lines.append(["trained numbers, LoRA / LoTR", *(f"{lora:,} / {ours:,}" for lora, ours in numbers)])
+    return markdown(("rank 16 on the experts", *shapes), lines)
 
 
 def machine(name: str, record: Record) -> list[str]:

@@ -39,6 +39,7 @@ def parser(what: str, name: str) -> argparse.ArgumentParser:
     options.add_argument("--short", action="store_true", help="fewer models, methods and rounds")
     options.add_argument("--rounds", type=int, help=f"default {ROUNDS[False]}, short {ROUNDS[True]}")
     options.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all processors")
+    options.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
     options.add_argument("--rank", type=int, default=16)
     options.add_argument("--json", type=Path, default=Path("out/bench") / f"{name}.json", help="the record")
     return options
@@ -49,6 +50,10 @@ def begin(options: argparse.Namespace) -> torch.device:
     options.rounds = options.rounds or ROUNDS[options.short]
     torch.set_num_threads(options.threads)
     calm()
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for children and for what the record says, too
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("torch sees no GPU here.")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -15,8 +15,12 @@ from transformers import (
     GPT2Model,
     LlamaConfig,
     LlamaModel,
+    MixtralConfig,
+    MixtralModel,
     PretrainedConfig,
     PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeModel,
 )
 
 BERT_LINEARS = ("query", "key", "value", "dense")
@@ -33,12 +37,14 @@ class Shape:
         linears: Names of the linear modules of the blocks: all of them are adapted.
         blocks: Path of the list of blocks.
         text: What it is, for a reader.
+        experts: Parameters that hold experts, adapted too.
     """
 
     make: Callable[[], PreTrainedModel]
     linears: tuple[str, ...]
     blocks: str
     text: str
+    experts: tuple[str, ...] = ()
 
 
 def _bert(layers: int, width: int) -> PreTrainedModel:
@@ -57,18 +63,39 @@ def _gpt2() -> PreTrainedModel:
     return GPT2Model(_alike(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)))
 
 
-def _llama(width: int, heads: int, vocabulary: int) -> PreTrainedModel:
+def _llama(
+    width: int, heads: int, vocabulary: int, layers: int = 16, inner: int | None = None, groups: int = 4
+) -> PreTrainedModel:
     config = LlamaConfig(
         hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=16,
+        intermediate_size=inner or 4 * width,
+        num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads // 4,
+        num_key_value_heads=heads // groups,
         vocab_size=vocabulary,
         max_position_embeddings=8192,
         use_cache=False,
     )
     return LlamaModel(_alike(config))
+
+
+_MOE = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 8000}
+_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+
+
+def _qwen3_moe() -> PreTrainedModel:
+    sizes = {
+        "num_hidden_layers": 4,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 256,
+    }
+    return Qwen3MoeModel(_alike(Qwen3MoeConfig(**_MOE, **sizes, use_cache=False)))
+
+
+def _mixtral() -> PreTrainedModel:
+    sizes = {"num_hidden_layers": 4, "num_local_experts": 8, "intermediate_size": 1024}
+    return MixtralModel(_alike(MixtralConfig(**_MOE, **sizes, use_cache=False)))
 
 
 def _alike(config: PretrainedConfig) -> PretrainedConfig:
@@ -94,6 +121,25 @@ SHAPES = {
         "layers",
         "Llama, 16 layers, 2048 wide, 32 heads on 8 key-value heads",
     ),
+    "llama-3b": Shape(
+        lambda: _llama(3072, 24, 128256, layers=28, inner=8192, groups=3),
+        LLAMA_LINEARS,
+        "layers",
+        "Llama, 28 layers, 3072 wide, 24 heads on 8 key-value heads",
+    ),
+    "llama-8b": Shape(
+        lambda: _llama(4096, 32, 128256, layers=32, inner=14336),
+        LLAMA_LINEARS,
+        "layers",
+        "Llama, 32 layers, 4096 wide, 32 heads on 8 key-value heads",
+    ),
+    "tiny": Shape(lambda: _llama(64, 4, 100, layers=2), LLAMA_LINEARS, "layers", "for tests"),
+    "qwen3-moe": Shape(
+        _qwen3_moe, (), "layers", "Qwen3-MoE, 4 layers, 512 wide, 4 of 32 experts, 256 wide", _EXPERTS
+    ),
+    "mixtral": Shape(
+        _mixtral, (), "layers", "Mixtral, 4 layers, 512 wide, 2 of 8 experts, 1024 wide", _EXPERTS
+    ),
 }
 
 
@@ -111,6 +157,14 @@ SIZES_CUDA: tuple[Size, ...] = (
     ("bert-base", 128, 256),
     ("gpt2", 32, 1024),
     ("llama-1b", 8, 2048),
+)
+#: Measured where they are named.
+SIZES_NAMED: tuple[Size, ...] = (
+    ("llama-3b", 4, 2048),
+    ("llama-8b", 2, 2048),
+    ("qwen3-moe", 4, 128),
+    ("mixtral", 4, 128),
+    ("tiny", 2, 8),
 )
 
 

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,6 +65,7 @@ def interleaved(
     device: torch.device | None = None,
     tick: Callable[[], object] = lambda: None,
     before: Mapping[str, Run] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Samples:
     """Time every run once a round, in an order that is drawn anew each round; a first round is not counted.
 
@@ -76,9 +78,11 @@ def interleaved(
         tick: Called after each measurement, for a progress bar.
         before: What has to happen before a run, every time, and is not timed. Such a run is never repeated within a
             measurement.
+        clock: What tells the time on a processor; `time.process_time` leaves out what other programs take.
     """
     before = before or {}
-    seconds = _cuda_seconds if device is not None and device.type == "cuda" else _wall_seconds
+    on_cuda = device is not None and device.type == "cuda"
+    seconds = _cuda_seconds if on_cuda else partial(_seconds, clock)
     order, draw = list(runs), random.Random(0)
     samples, repeats = Samples({name: [] for name in runs}), dict.fromkeys(runs, 1)
     for number in range(-1, rounds):
@@ -97,11 +101,11 @@ def interleaved(
     return samples
 
 
-def _wall_seconds(run: Run, repeats: int) -> float:
-    started = time.perf_counter()
+def _seconds(clock: Callable[[], float], run: Run, repeats: int) -> float:
+    started = clock()
     for _ in range(repeats):
         run()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def _cuda_seconds(run: Run, repeats: int) -> float:

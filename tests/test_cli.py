@@ -58,9 +58,10 @@ def test_everything_promised_is_written_and_nothing_else(trained) -> None:
     assert names == {"README.md", "adapter_model.safetensors", "curve.png", *records}
 
 
-def test_model_card_says_how_to_load(trained) -> None:
+def test_model_card_says_how_to_load_and_how_it_was_trained(trained) -> None:
     card = (trained[0] / "README.md").read_text()
-    for words in ("import lotr", "lotr export", "AutoPeftModelForSequenceClassification"):
+    rates = "- learning rates: factors 0.03, cores 0.03, head 0.03\n"
+    for words in ("import lotr", "lotr export", "AutoPeftModelForSequenceClassification", rates):
         assert words in card
 
 

@@ -34,8 +34,8 @@ def test_the_card_has_tags_base_model_ranks_targets_and_rates(tmp_path: Path) ->
     fields = dict.fromkeys(("train", "task", "eval_rows"), "") | dict.fromkeys(
         ("rows", "steps", "seed", "adapter", "head", "bytes"), 1
     )
-    assert "- learning rates: lr 0.003, core_lr 0.01\n" in results(
-        {}, [], {"lr": 3e-3, "core_lr": 1e-2}, **fields
+    assert "- learning rates: factors 0.003, cores 0.01\n" in results(
+        {}, [], {"factors": 3e-3, "cores": 1e-2}, **fields
     )
 
 

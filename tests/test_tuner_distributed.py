@@ -1,7 +1,10 @@
-"""Two processes give what one process gives."""
+"""Several processes give what one process gives."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,34 +12,54 @@ from pathlib import Path
 import pytest
 import torch
 
-WORKER = Path(__file__).with_name("distributed_worker.py")
+HERE = Path(__file__).parent
+ENGINES = ["ddp", "ddp-checkpointed", "fsdp2", "fsdp2-checkpointed"]
+ADAPTERS = ["free", "tucker", "train", "cores", "magnitude"]
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
+)
 
 
-STARTER = Path(__file__).with_name("distributed_init.py")
+def launch(processes: int, script: str, *words: str) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    result = subprocess.run(
+        [*command, str(HERE / script), *words], capture_output=True, text=True, env=environment, timeout=900
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_two_processes_start_from_the_batches_of_both() -> None:
     """Also where a batch reaches some modules only."""
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"),
-        str(STARTER),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert result.returncode == 0, result.stderr[-3000:]
-    equal = dict(line.split() for line in result.stdout.splitlines())
+    equal = dict(line.split() for line in launch(2, "distributed_init.py").splitlines())
     assert equal == dict.fromkeys(("both", "an-expert-each", "unequal"), "True")
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def assert_as_one(processes: int, engines: list[str], adapters: list[str]) -> None:
+    """Losses and gradients of every step, numbers at the end, those in files, and those read from shards."""
+    cases = [f"{engine} {adapter}" for engine in engines for adapter in adapters]
+    worst = json.loads(launch(processes, "distributed_worker.py", *cases).splitlines()[-1])
+    assert list(worst) == cases
+    for case, differences in worst.items():
+        assert {"losses", "gradients", "numbers", "saved"} <= differences.keys(), case
+        assert ("resumed" in differences) == case.startswith("fsdp2")
+        assert max(differences.values()) < 1e-6, (case, differences)
+
+
 def test_two_processes_train_the_same_numbers_as_one() -> None:
-    ways = ["ddp", "ddp-checkpointed", "fsdp2", "fsdp2-checkpointed"]
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"),
-        *(str(WORKER), *ways),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert result.returncode == 0, result.stderr[-3000:]
-    worst = dict(line.split() for line in result.stdout.splitlines())
-    assert set(worst) == set(ways)
-    assert max(map(float, worst.values())) < 1e-6, worst
+    assert_as_one(2, ENGINES, ["free"])
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("processes", [2, 3])
+def test_every_core_trains_in_several_processes_as_in_one(processes: int) -> None:
+    assert_as_one(processes, ENGINES, ADAPTERS)
+
+
+@needs_deepspeed
+@pytest.mark.engines
+@pytest.mark.parametrize("processes", [2, 3])
+def test_every_core_trains_under_zero_as_in_one_process(processes: int) -> None:
+    assert_as_one(processes, ["zero2", "zero3"], ADAPTERS)

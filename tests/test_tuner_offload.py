@@ -56,3 +56,15 @@ def test_an_adapter_of_a_whole_model_answers_the_same_on_an_offloaded_one(
     model.load_adapter(tmp_path / "adapter", adapter_name="second")
     model.set_adapter("second")
     torch.testing.assert_close(outputs(model, INPUTS), outputs(whole, INPUTS), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("magnitude", ["none", "per_output"])
+def test_a_saved_adapter_loads_on_a_base_with_a_device_map_of_memory_alone(
+    magnitude: str, tmp_path: Path
+) -> None:
+    whole = get_peft_model(llama(), config(magnitude=magnitude, init_weights=False)).eval()
+    whole.save_pretrained(tmp_path / "adapter")
+    llama().save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base", device_map={"": "cpu"})
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert torch.equal(outputs(model, INPUTS), outputs(whole, INPUTS))

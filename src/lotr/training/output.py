@@ -27,7 +27,7 @@ from ..files.atomic import (
 from ..files.card import Card
 from ..tuner.config import LotrConfig
 from .checkpoint import last_whole
-from .rates import Rates
+from .rates import Rates, parameter_groups
 from .settings import TrainSettings, read_options
 from .trained import CHECKPOINTS, TaskRecord
 
@@ -188,6 +188,7 @@ def _card(model: PeftModel, report: RunReport) -> str:
     results = card.results(
         report.eval,
         task.labels,
+        {part["name"]: part["lr"] for part in parameter_groups(model, **vars(report.rates))},
         train=settings.train,
         task=task.task,
         rows=report.rows["train"],

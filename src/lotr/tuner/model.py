@@ -32,6 +32,7 @@ from .group_init import start_group
 from .layer import LotrLinear
 from .learning_rate import watch_rates
 from .lora_words import check_combination_words
+from .quantised import keep_layout
 from .saved_adapter import hash_of, read_basis, used_by
 from .targets import DEFAULT_TARGETS, is_basis, plan_adapter
 from .weight import AdaptedWeight
@@ -101,6 +102,7 @@ class LotrModel(BaseTuner):
             injection.basis_factors = read_basis(peft_config)
             check_basis(plan, injection.basis_factors, peft_config.basis)
             peft_config.basis_hash = hash_of(injection.basis_factors)
+        keep_layout(model)
         if peft_config.targets is None:
             peft_config.warn_of_random_factors()
             if plan.cut_ranks:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -23,6 +22,7 @@ from ..sharing.groups import Part
 from .config import LotrConfig
 from .group import LotrGroup, LotrLayer, NamedNumbers, linear_from, move, weight_of
 from .offload import device_of_adapter
+from .quantised import backend_of, check_can_merge
 
 
 class AdaptedWeight(nn.Module, LotrLayer):
@@ -56,7 +56,7 @@ class AdaptedWeight(nn.Module, LotrLayer):
         self.out_features, self.in_features = shape
         self.experts = experts
         self.fan_in_fan_out = _is_transposed(self.get_base_layer())
-        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization)
+        self.quantization_backend = backend_of(self.get_base_layer(), **quantization)
         self.cast_input_dtype_enabled = True
         self.lotr_C = nn.ModuleDict()
         self.lotr_magnitude = nn.ModuleDict()
@@ -219,7 +219,9 @@ class AdaptedWeight(nn.Module, LotrLayer):
 
         Raises:
             ValueError: `safe_merge` found NaN or infinity.
+            ConfigError: A quantised weight cannot be quantised again.
         """
+        check_can_merge(self.quantization_backend)
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.parts:
                 continue
@@ -271,7 +273,7 @@ def base_weight(module: Any) -> Tensor:  # (out, in)
     """Return the weight of a linear module, adapted or not, dequantised."""
     if isinstance(module, AdaptedWeight):
         return module._untouched()
-    backend = resolve_quantization_backend(module)
+    backend = backend_of(module)
     with align_module_device(module):
         weight: Any = module.weight.data if backend is None else backend.get_base_weight(module)
     return _as_matrix(weight, _is_transposed(module))

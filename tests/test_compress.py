@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +183,27 @@ def test_fused_and_unequal_projections_are_compressed_exactly(
     )
     assert report.error < 1e-5
     assert_answers(tmp_path / "bank", "task-1", tmp_path / "task-1", make)
+
+
+def test_diagonals_lose_no_more_than_the_same_number_of_each_adapter_s_own_directions(tmp_path: Path) -> None:
+    """Adapters that share nothing; the bank has as many directions a module as all of them together."""
+    originals = [dense(lora(tmp_path / f"task-{n}", n, r=4)) for n in range(3)]
+    report = lotr.compress(
+        [tmp_path / "task-*"], tmp_path / "bank", bert(), rank=6, core="diagonal", dtype="float32"
+    )
+    lost = 0.0
+    for updates in originals:
+        norm = sum(float(dW.square().sum()) for dW in updates.values())
+        lost += sum(float(torch.linalg.svdvals(dW)[2:].square().sum()) for dW in updates.values()) / norm
+    assert report.error <= (lost / 3) ** 0.5 + 1e-6
+
+
+@pytest.mark.parametrize("max_error", [0.1, 0.4])
+def test_diagonals_reach_an_error_and_no_rank_below_does(max_error: float, tmp_path: Path) -> None:
+    for n in range(4):
+        lora(tmp_path / f"task-{n}", n, r=3)
+    compress = partial(lotr.compress, [tmp_path / "task-*"], base=bert(), core="diagonal")
+    report = compress(output=tmp_path / "bank", max_error=max_error)
+    assert 0.8 * max_error < report.error <= max_error
+    smaller = compress(output=tmp_path / "smaller", max_bytes=int(0.9 * report.bytes_of_numbers))
+    assert smaller.error > max_error

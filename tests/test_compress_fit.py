@@ -101,7 +101,7 @@ def test_what_a_projection_leaves_is_exact_where_it_is_tiny() -> None:
 def test_diagonals_never_get_worse_and_are_those_of_least_squares() -> None:
     B, A = _updates()
     total = _total(B, A, 4)
-    fits = fit.directions({"g": (OUT, WIDTH)}, total)
+    fits = diagonal.directions({"g": (OUT, WIDTH)}, total)
     diagonal.begin(fits, {"g": 4}, total)
     for _ in range(20):
         diagonal.sweep(fits, total)

@@ -42,6 +42,9 @@ class GroupFit:
         U: Output factor, in the coordinates of `Q_U` unless that is empty.
         V: Input factor, in those of `Q_V`.
         errors: Relative error at the start and after every sweep.
+        own_U: The strongest singular directions of single updates, like `U`; for diagonal cores alone.
+        own_V: Those on the input side.
+        own_energies: Their energies, falling.
     """
 
     energy: float
@@ -51,6 +54,9 @@ class GroupFit:
     U: Tensor
     V: Tensor
     errors: list[float] = field(default_factory=list)
+    own_U: Tensor = field(default_factory=partial(torch.zeros, 0, 0))
+    own_V: Tensor = field(default_factory=partial(torch.zeros, 0, 0))
+    own_energies: Tensor = field(default_factory=partial(torch.zeros, 0))
 
     @property
     def kept(self) -> Tensor:
@@ -174,6 +180,12 @@ def _inside(fits: Mapping[str, GroupFit], side: str, batches: Iterable[Batch]) -
                 else:
                     sums[name][0].add(A.mT @ triangle(of_group.U.T @ B))
     return sums
+
+
+def error_of_all(fits: Mapping[str, GroupFit]) -> float:
+    """Return the relative error of all groups together."""
+    energy = sum(f.energy for f in fits.values())
+    return float((sum(f.energy * f.errors[-1] ** 2 for f in fits.values()) / energy) ** 0.5)
 
 
 def is_settled(of_group: GroupFit, tolerance: float) -> bool:

@@ -70,8 +70,12 @@ class State:
             for name in groups
             for field, value in vars(fits[name]).items()
         }
-        save_file(tensors, file.with_suffix(".tmp"))
-        file.with_suffix(".tmp").replace(file)
+        written = file.with_suffix(".tmp")
+        try:
+            save_file(tensors, written)
+            written.replace(file)
+        finally:
+            written.unlink(missing_ok=True)
         self._saved = time.monotonic()
 
     def clear(self) -> None:
@@ -101,6 +105,10 @@ def chunks(groups: Sequence[Group], stack: Stack) -> Iterator[list[Group]]:
     yield chunk
 
 
+def _kind(groups: Sequence[Group]) -> ModuleType:
+    return fit if groups[0].core.by_site else diagonal
+
+
 def find_directions(groups: Sequence[Group], stack: Stack, state: State, tick: Tick) -> dict[str, GroupFit]:
     """Return the HOSVD of all groups."""
     fits: dict[str, GroupFit] = {}
@@ -109,7 +117,7 @@ def find_directions(groups: Sequence[Group], stack: Stack, state: State, tick: T
         known = state.load(names)
         if known is None:
             total = stack.total(chunk, "Directions", tick)
-            known = fit.directions({group.name: group.shape for group in chunk}, total)
+            known = _kind(chunk).directions({group.name: group.shape for group in chunk}, total)
             state.save(known, names)
         fits |= known
     return fits
@@ -119,7 +127,7 @@ def run_sweeps(
     groups: Sequence[Group],
     fits: dict[str, GroupFit],
     stack: Stack,
-    state: State,
+    state: State | None,
     most: int,
     tolerance: float,
     tick: Tick,
@@ -130,12 +138,12 @@ def run_sweeps(
         groups: Groups with their ranks.
         fits: Their fits, which are changed.
         stack: The adapters.
-        state: Where finished sweeps are kept.
+        state: Where finished sweeps are kept, if they are.
         most: Most sweeps.
         tolerance: A sweep that lowers the error by a smaller share is a group's last.
         tick: Called as tasks are done.
     """
-    kind: ModuleType = fit if groups[0].core.by_site else diagonal
+    kind = _kind(groups)
     for chunk in chunks(groups, stack):
         names = [group.name for group in chunk]
         total = stack.total(chunk, "Fitting", tick)
@@ -150,4 +158,5 @@ def run_sweeps(
             if len(fits[name].errors) <= most and not fit.is_settled(fits[name], tolerance)
         }:
             kind.sweep(unsettled, total)
-            state.save(fits, names)
+            if state is not None:
+                state.save(fits, names)

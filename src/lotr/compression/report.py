@@ -10,7 +10,7 @@ from typing import Any
 
 from ..sharing.plan import Plan
 from .base import is_same_base
-from .fit import GroupFit
+from .fit import GroupFit, error_of_all
 from .ranks import Curve, bytes_of, chosen_ranks, error_of
 from .stack import Stack
 from .tasks import Lost
@@ -101,9 +101,6 @@ def report_of(
     before = sum(entry.bytes for entry in stack.entries)
     after = heads + bytes_of(curves, ranks)
     by_task.sort(key=lambda row: -row["error"])
-    fitted = (
-        sum(f.energy * f.errors[-1] ** 2 for f in fits.values()) / sum(f.energy for f in fits.values())
-    ) ** 0.5
     return Report(
         tasks=len(stack),
         error=overall,
@@ -125,7 +122,7 @@ def report_of(
         by_module=_by_module(stack, plan, lost),
         curve=_curve(curves, heads),
         advice=[
-            *_about_error(curves, ranks, overall, fitted, asked),
+            *_about_error(curves, ranks, overall, error_of_all(fits), asked),
             *_about_tasks(by_task, stack),
             *_about_scores(by_task),
             *_about_base(told["base_model"], told["trained_on"]),
@@ -158,11 +155,11 @@ def _curve(curves: dict[str, Curve], heads: int) -> list[dict[str, float]]:
 def _about_error(
     curves: dict[str, Curve], ranks: dict[str, int], error: float, fitted: float, asked: float | None
 ) -> list[str]:
-    """Say what a smaller error takes: another rank, or another type where rounding of the cores is much of it."""
+    """Say what a smaller error takes: another rank, or another type where rounding is much of it."""
     missed = asked is not None and error > asked
     notes = [f"The error that was asked for, {asked:.2g}, is not reached."] if missed else []
     if (error > 1e-3 and fitted < error / 2) or (missed and fitted <= float(asked or 0)):
-        return [*notes, "Much of this error is rounding of the cores. Keep them with --dtype float32."]
+        return [*notes, "Much of this error is rounding. Keep the numbers with --dtype float32."]
     if error <= 1e-3:
         return notes
     better = chosen_ranks(curves, max_error=error / 2)

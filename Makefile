@@ -106,7 +106,7 @@ bench-compress: $(READY)  ## many LoRAs into one bank: beside tensorly on the de
 	$(BIN)/python benchmarks/bench_compress.py --json out/bench_compress.json
 
 # `SETS=../shared/data` adds four tasks of reviews and sentences
-bench-loras: $(READY)  ## sixteen LoRAs trained on MiniLM before and after they became a bank, and beside the packages that share factors (hours; goes on where it was)
+bench-loras: $(READY)  ## LoRAs trained on MiniLM before and after they became a bank, and beside the packages that share factors (hours; goes on where it was)
 	test -d build/peers || $(BIN)/pip install --quiet --no-deps --target build/peers vlora-dev==1.0.0 lorashare==0.1.3 || true
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compress_loras.py $(if $(SETS),--data $(SETS)) --json out/compress_loras.json
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compress_peers.py $(if $(SETS),--data $(SETS)) --json out/compress_peers.json

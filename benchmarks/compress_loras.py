@@ -1,4 +1,4 @@
-"""Sixteen LoRAs trained with PEFT on MiniLM, before and after they became one bank, at four sizes.
+"""Twelve LoRAs trained with PEFT on MiniLM, before and after they became one bank, at four sizes.
 
     python benchmarks/compress_loras.py --data ../shared/data --json docs/data/compress_loras.json
 
@@ -31,10 +31,16 @@ from lotr.compression.ranks import Curve, chosen_ranks
 from lotr.compression.ranks import error_of as error_at
 from lotr.training.base_model import load_model
 from real_loras import RANK, STARTS, WEIGHTS, Family, Pairs, Results, Row, Scores, error_of, mean, options
-from records import calm, show, write
+from records import calm, fill, markdown, write
 
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 Case = tuple[Row, Callable[[], Row], Callable[[], Scores] | None]
+TITLES = {
+    "error": "Relative error",
+    "error_held": "Relative error of every fourth adapter, in the fit and held out",
+    "score": "Mean accuracy of all tasks",
+    "score_held": "Mean accuracy of every fourth task, in the fit and held out",
+}
 CORES = {"bank": "free", "bank, diagonal": "diagonal"}
 
 
@@ -173,7 +179,8 @@ class Compared:
         def error() -> Row:
             row = self._fit(bank, [name for name in self.family.folders if name not in self.held], size, core)
             errors = add(bank, [self.family.folders[name] for name in self.held])["added"]
-            return row | {"error": rms(list(errors.values())), "error_of_fit": row["error"], "errors": errors}
+            error = rms(list(errors.values()))
+            return row | {"error": error, "error_held": error, "error_of_fit": row["error"], "errors": errors}
 
         return error, lambda: self.family.scores_in(bank, self.held)
 
@@ -184,7 +191,7 @@ def rms(values: list[float]) -> float:
 
 
 def main() -> None:
-    parser = options(__doc__ or "", "out/compress_loras")
+    parser = options(__doc__ or "", 12)
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS)
     given = parser.parse_args()
     calm()
@@ -198,18 +205,38 @@ def main() -> None:
             if score is not None:
                 of = {"family": compared.family.start, "measured": "score"} | key
                 results.get(of, partial(scored, score, compared.held))
-    header = ["family", "what", "share", "bytes", "error", "score"]
-    rows = [
-        row | results.of(row | {"measured": "score"}, header[:3]) for row in results.rows if "error" in row
-    ]
-    show(
-        f"{given.tasks} LoRAs on MiniLM",
-        header,
-        [[str(row.get(k, "")) for k in header] for row in rows],
-        left=2,
-    )
+    keys = ["family", "what", "share"]
+    rows = [row | results.of(row | {"measured": "score"}, keys) for row in results.rows if "error" in row]
+    lines = tables(rows)
+    print("\n".join(lines))
     if given.json:
         write(given.json, rows)
+    if given.page:
+        fill(given.page, "loras", lines)
+
+
+def tables(rows: list[Row]) -> list[str]:
+    """Return a table of errors and one of scores, in Markdown."""
+    held = [f"{what}, held out" for what in CORES]
+    lines: list[str] = []
+    for value, columns in {
+        "error": ["bound", "own SVD", *CORES, "merged"],
+        "error_held": [*CORES, *held],
+        "score": ["the LoRAs", "heads alone", "own SVD", *CORES, "merged"],
+        "score_held": ["the LoRAs", *CORES, *held],
+    }.items():
+        cells = {(r["family"], r.get("share"), r["what"]): f"{r[value]:.3f}" for r in rows if value in r}
+        body = [
+            [family, f"1/{round(1 / share)}", *(_cell(cells, family, share, what) for what in columns)]
+            for family in dict.fromkeys(row["family"] for row in rows)
+            for share in SHARES
+        ]
+        lines += [f"**{TITLES[value]}**", "", *markdown(["A starts", "size", *columns], body, left=2), ""]
+    return lines[:-1]
+
+
+def _cell(cells: dict[Any, str], family: str, share: float, what: str) -> str:
+    return cells.get((family, share, what), "") or cells.get((family, None, what), "")  # what has no size
 
 
 def scored(score: Callable[[], Scores], held: list[str]) -> Row:

@@ -30,10 +30,11 @@ from safetensors.torch import load_file, save_file
 
 import lotr
 from real_loras import WEIGHTS, Family, Pairs, Results, Row, error_of, mean, options, pairs_of
-from records import calm, show, write
+from records import calm, fill, markdown, write
 
 PEERS = Path("build/peers")
 SHARES = (1 / 8, 1 / 4, 1 / 2)
+COLUMNS = {"bytes": ",", "error": ".3f", "score": ".3f", "seconds": ".1f", "memory_mb": ".0f"}
 OURS, PACKAGES = ("lotr", "lotr_diagonal"), ("vlora", "lorashare")
 
 
@@ -118,7 +119,7 @@ def plain(folder: Path, place: Path, **config: Any) -> Path:
     """Write a LoRA without its head, with `alpha` in `B`, which one of the packages leaves out."""
     place.mkdir(parents=True, exist_ok=True)
     fields = json.loads((folder / "adapter_config.json").read_text())
-    fields |= {"modules_to_save": None, "task_type": None, "lora_alpha": fields["r"]}
+    fields |= {"modules_to_save": None, "lora_alpha": fields["r"]}
     tensors = {}
     for module, (A, B) in pairs_of(folder).items():
         key = f"base_model.model.{module}"
@@ -200,7 +201,7 @@ def compare(given: argparse.Namespace, targets: str | None, packages: list[str],
 
 
 def main() -> None:
-    parser = options(__doc__ or "", "out/compress_loras")
+    parser = options(__doc__ or "", 16)
     parser.add_argument("--one", nargs=4, help="one run, in this process")
     given = parser.parse_args()
     sys.path.append(str(PEERS))
@@ -216,11 +217,36 @@ def main() -> None:
     results = Results(given.work / "peers.jsonl")
     for targets in (None, "all-linear"):
         compare(given, targets, packages, results)
-    header = ["targets", "share", "what", "bytes", "error", "score", "seconds", "memory_mb"]
-    rows = [[str(row[key]) for key in header] for row in results.rows if "targets" in row]
-    show("Thirty-two LoRAs on MiniLM", header, rows, left=2)
+    lines = tables(results.rows)
+    print("\n".join(lines))
     if given.json:
         write(given.json, results.rows)
+    if given.page:
+        fill(given.page, "peers", lines)
+
+
+def tables(rows: list[Row]) -> list[str]:
+    """Return a table of sizes and one of adapters that differ, in Markdown."""
+    body = [
+        [
+            row["targets"],
+            row["what"],
+            f"1/{round(1 / row['share'])}",
+            *(f"{row[name]:{form}}" for name, form in COLUMNS.items()),
+        ]
+        for row in rows
+        if "targets" in row
+    ]
+    answers = [
+        [row["case"], row["what"], row["answer"], f"{row.get('error', ''):.2}", row.get("heads", "")]
+        for row in rows
+        if "case" in row
+    ]
+    return [
+        *markdown(["targets", "what", "size", *COLUMNS], body, left=2),
+        "",
+        *markdown(["adapters", "what", "answer", "error", "heads read back"], answers, left=3),
+    ]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Real LoRAs for the benchmarks of compression: sixteen tasks on MiniLM, trained with PEFT, and what scores them.
+"""Real LoRAs for the benchmarks of compression: tasks on MiniLM, trained with PEFT, and what scores them.
 
-A family is the same sixteen tasks, trained from other starts. Everything is kept in a folder, adapters and results, so
+A family is the same tasks, trained from other starts. Everything is kept in a folder, adapters and results, so
 a benchmark that is stopped goes on where it was.
 """
 
@@ -76,7 +76,7 @@ class Family:
         data: Path | None,
         start: str,
         targets: str | None,
-        tasks: int = 16,
+        tasks: int,
         lr: float = 2e-3,
     ) -> None:
         self.start, self.targets, self.lr = start, targets, lr
@@ -197,15 +197,19 @@ def quiet(what: str, done: int, of: int) -> None:
     """Show no progress."""
 
 
-def options(what: str, work: str) -> argparse.ArgumentParser:
+def options(what: str, tasks: int) -> argparse.ArgumentParser:
     """Return a parser with the options that these benchmarks share."""
     parser = argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with reviews_books, … and sst2")
-    parser.add_argument("--tasks", type=int, default=16)
+    parser.add_argument("--tasks", type=int, default=tasks)
     parser.add_argument(
-        "--work", type=Path, default=Path(work), help="adapters and results; a run goes on there"
+        "--work",
+        type=Path,
+        default=Path("out/compress_loras"),
+        help="adapters and results; a run goes on there",
     )
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--page", type=Path, help="page whose tables are written anew")
     return parser
 
 

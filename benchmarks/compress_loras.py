@@ -196,10 +196,12 @@ def main() -> None:
     given = parser.parse_args()
     calm()
     results = Results(given.work / "results.jsonl")
-    every = [Compared(Family(given.work, given.data, start, None, given.tasks)) for start in given.starts]
-    for compared in every:  # errors of all before scores, which take longer
+    every = []
+    for start in given.starts:  # errors of all before scores, which take longer
+        compared = Compared(Family(given.work, given.data, start, None, given.tasks))
+        every.append(compared)
         for key, error, _ in compared.cases():
-            results.get({"family": compared.family.start, "measured": "error"} | key, error)
+            results.get({"family": start, "measured": "error"} | key, error)
     for compared in every:
         for key, _, score in compared.cases():
             if score is not None:

@@ -12,69 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import fit
-from .fit import Batch, GroupFit, Shape, Sums, Total
-
-
-class Strongest:
-    """The strongest of the singular directions that updates have, each by itself.
-
-    Args:
-        n: Most of them.
-        widths: Of the two sides, `(K, L)`.
-    """
-
-    def __init__(self, n: int, widths: tuple[int, int]) -> None:
-        self.n = n
-        self.U, self.V = (torch.zeros(width, 0).double() for width in widths)
-        self.energies = torch.zeros(0).double()
-
-    def add(
-        self,
-        B: Tensor,  # (n, K, q)
-        A: Tensor,  # (n, q, L)
-    ) -> None:
-        """Take in some updates."""
-        (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.mT)
-        u, s, vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
-        self._take(Q_B @ u, Q_A @ vh.mT, s.square())
-
-    def _take(self, U: Tensor, V: Tensor, energies: Tensor) -> None:
-        self.energies, order = torch.cat([self.energies, energies.flatten()]).sort(
-            descending=True, stable=True
-        )
-        order, self.energies = order[: self.n], self.energies[: self.n].clone()
-        for side, new in (("U", U), ("V", V)):
-            columns = new.movedim(-2, 0).flatten(1)
-            setattr(self, side, torch.cat([getattr(self, side), columns], 1)[:, order])
-
-    def __iadd__(self, other: Strongest) -> Strongest:
-        """Take in what others kept."""
-        self._take(other.U, other.V, other.energies)
-        return self
-
-
-def directions(groups: Mapping[str, Shape], total: Total) -> dict[str, GroupFit]:
-    """Return the HOSVD of every group, and the strongest singular directions of single updates in it."""
-    fits = fit.directions(groups, total)
-    for name, (strongest,) in total(partial(_strongest, fits)).items():
-        energies = strongest.energies
-        n = int((energies > 1e-14 * energies[:1]).sum())  # what is below is rounding
-        fits[name].own_U, fits[name].own_V = strongest.U[:, :n], strongest.V[:, :n]
-        fits[name].own_energies = energies[:n]
-    return fits
-
-
-def _strongest(fits: Mapping[str, GroupFit], batches: Iterable[Batch]) -> Sums:
-    sums: dict[str, list[Any]] = {}
-    for name, f in fits.items():
-        K, L = f.squares.shape
-        sums[name] = [Strongest(max(len(f.Q_U), len(f.Q_V)), (K, L))]
-    for batch in batches:
-        for name, of_group in fits.items():
-            for B, A in of_group.reduced(batch[name]):
-                sums[name][0].add(B, A)
-    return sums
+from .fit import Batch, GroupFit, Sums, Total
 
 
 def kept_at_least(of_group: GroupFit) -> Tensor:  # (n,)

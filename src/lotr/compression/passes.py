@@ -105,10 +105,6 @@ def chunks(groups: Sequence[Group], stack: Stack) -> Iterator[list[Group]]:
     yield chunk
 
 
-def _kind(groups: Sequence[Group]) -> ModuleType:
-    return fit if groups[0].core.by_site else diagonal
-
-
 def find_directions(groups: Sequence[Group], stack: Stack, state: State, tick: Tick) -> dict[str, GroupFit]:
     """Return the HOSVD of all groups."""
     fits: dict[str, GroupFit] = {}
@@ -117,7 +113,7 @@ def find_directions(groups: Sequence[Group], stack: Stack, state: State, tick: T
         known = state.load(names)
         if known is None:
             total = stack.total(chunk, "Directions", tick)
-            known = _kind(chunk).directions({group.name: group.shape for group in chunk}, total)
+            known = fit.directions({group.name: group.shape for group in chunk}, total)
             state.save(known, names)
         fits |= known
     return fits
@@ -143,7 +139,7 @@ def run_sweeps(
         tolerance: A sweep that lowers the error by a smaller share is a group's last.
         tick: Called as tasks are done.
     """
-    kind = _kind(groups)
+    kind: ModuleType = fit if groups[0].core.by_site else diagonal
     for chunk in chunks(groups, stack):
         names = [group.name for group in chunk]
         total = stack.total(chunk, "Fitting", tick)

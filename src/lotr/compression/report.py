@@ -64,6 +64,7 @@ def report_of(
     stack: Stack,
     plan: Plan,
     curves: dict[str, Curve],
+    others: Mapping[str, dict[str, Curve]],
     fits: Mapping[str, GroupFit],
     lost: Lost,
     asked: float | None,
@@ -76,6 +77,7 @@ def report_of(
         stack: The adapters.
         plan: The plan of the bank.
         curves: What rank buys, by group.
+        others: The same with other cores, by what `--core` calls them.
         fits: The fit of every group.
         lost: By task: `‖Δ − U C Vᵀ‖²` of every module.
         asked: The error that was asked for, if any.
@@ -123,6 +125,7 @@ def report_of(
         curve=_curve(curves, heads),
         advice=[
             *_about_error(curves, ranks, overall, error_of_all(fits), asked),
+            *_about_cores(others, bytes_of(curves, ranks), overall),
             *_about_tasks(by_task, stack),
             *_about_scores(by_task),
             *_about_base(told["base_model"], told["trained_on"]),
@@ -171,6 +174,17 @@ def _about_error(
         f"Half of this error takes {factor:.1f} times the bytes: --max-error {error / 2:.2g} (ranks "
         f"{min(better.values())} to {max(better.values())}).",
     ]
+
+
+def _about_cores(others: Mapping[str, dict[str, Curve]], size: int, error: float) -> list[str]:
+    """Say which other cores are sure to lose less in as many bytes."""
+    notes = []
+    for core, curves in others.items():
+        least = bytes_of(curves, dict.fromkeys(curves, 1))
+        of_other = error_of(curves, chosen_ranks(curves, max_bytes=size)) if least <= size else 1.0
+        if of_other < 0.95 * error:
+            notes.append(f"In as many bytes --core {core} loses at most {of_other:.2g}.")
+    return notes
 
 
 def _about_tasks(by_task: list[dict[str, Any]], stack: Stack) -> list[str]:

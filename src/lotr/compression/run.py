@@ -19,7 +19,7 @@ from ..errors import ConfigError, Interrupted, near
 from ..files.atomic import check_apart, check_free, move_into, whole_folder, write_json
 from ..sharing.groups import Group
 from ..tuner.config import LotrConfig
-from .base import bank_config, base_of, check_same_base, linear_shapes, load_base, with_ranks
+from .base import CORES, bank_config, base_of, check_same_base, linear_shapes, load_base, with_ranks
 from .diagonal import kept_at_least
 from .fit import GroupFit, error_of_all
 from .passes import State, find_directions, run_sweeps
@@ -113,7 +113,10 @@ def compress(
                 stack = replace(stack, spread=spread)
                 groups = config.recorded_plan().groups
                 fits = find_directions(groups, stack, state, tick)
-                curves = {group.name: _curve(group, fits[group.name], len(stack), dtype) for group in groups}
+                by_core = {
+                    kind: _curves(groups, fits, len(stack), dtype, kind == "diagonal") for kind in CORES
+                }
+                curves = by_core.pop(core)
                 run = partial(run_sweeps, stack=stack, most=sweeps, tolerance=tolerance, tick=tick)
                 if core == "diagonal" and max_error is not None:
                     fits, ranks = _smallest(fits, curves, max_error, DTYPES[dtype], config, run)
@@ -132,7 +135,9 @@ def compress(
             }
             seconds = round(time.monotonic() - begun, 3)
             scores = measure_bank(before, folder / "bank", named, tick) if before else {}
-            report = report_of(stack, plan, curves, fits, lost, max_error, scores, seconds=seconds, **told)
+            report = report_of(
+                stack, plan, curves, by_core, fits, lost, max_error, scores, seconds=seconds, **told
+            )
             move_into(folder / "bank", folder)
             write_json(folder / REPORT, asdict(report))
             draw(report, folder / PICTURE)
@@ -232,13 +237,17 @@ def _read(
     return Stack(tuple(entries), weights_of(entries, weights)), task_types
 
 
-def _curve(group: Group, of_group: GroupFit, tasks: int, dtype: str) -> Curve:
-    is_diagonal = not group.core.by_site
-    kept = kept_at_least(of_group)[: min(group.shape)] if is_diagonal else of_group.kept
-    width = DTYPES[dtype].itemsize
-    return Curve(
-        of_group.energy, kept, width * sum(group.shape), width * tasks * len(group.sites), is_diagonal
-    )
+def _curves(
+    groups: Sequence[Group], fits: Mapping[str, GroupFit], tasks: int, dtype: str, is_diagonal: bool
+) -> dict[str, Curve]:
+    """Return what rank buys in every group, with diagonal cores or free ones."""
+    curves, width = {}, DTYPES[dtype].itemsize
+    for group in groups:
+        f = fits[group.name]
+        kept = kept_at_least(f)[: min(group.shape)] if is_diagonal else f.kept
+        cores = width * tasks * len(group.sites)
+        curves[group.name] = Curve(f.energy, kept, width * sum(group.shape), cores, is_diagonal)
+    return curves
 
 
 def _ranks(curves: dict[str, Curve], size: tuple[str, float], head_bytes: int) -> dict[str, int]:

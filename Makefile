@@ -9,6 +9,7 @@ CONSTRAINTS ?= constraints.txt
 .PHONY: demo demo-lm demo-bank demo-serve test test-vllm test-ray test-quantised fuzz kill setup check wheel-test bench bench-performance bench-methods bench-deep bench-bank bench-compress bench-serve bench-quality bench-quality-report docs clean
 .PHONY: demo demo-lm demo-bank demo-serve test test-vllm test-ray test-quantised fuzz soak setup check wheel-test bench bench-performance bench-methods bench-deep bench-bank bench-compress bench-serve bench-quality bench-quality-report docs clean
 .PHONY: demo demo-lm demo-bank demo-serve test test-vllm test-ray test-quantised test-engines test-gpu fuzz setup check wheel-test bench bench-performance bench-methods bench-deep bench-experts bench-gpu bench-bank bench-compress bench-serve bench-quality bench-quality-report docs clean
+.PHONY: demo demo-lm demo-bank demo-serve test test-vllm test-ray test-quantised fuzz setup check wheel-test bench bench-performance bench-methods bench-deep bench-bank bench-compress bench-loras bench-serve bench-quality bench-quality-report docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -135,6 +136,12 @@ bench-bank: $(READY)  ## batches of 64 rows with 64 tasks and banks of 100,000, 
 
 bench-compress: $(READY)  ## many LoRAs into one bank: beside tensorly on the dense stack, and 100 to 10,000 adapters
 	$(BIN)/python benchmarks/bench_compress.py --json out/bench_compress.json
+
+# `SETS=../shared/data` adds four tasks of reviews and sentences
+bench-loras: $(READY)  ## LoRAs trained on MiniLM before and after they became a bank, and beside the packages that share factors (hours; goes on where it was)
+	test -d build/peers || $(BIN)/pip install --quiet --no-deps --target build/peers vlora-dev==1.0.0 lorashare==0.1.3 || true
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compress_loras.py $(if $(SETS),--data $(SETS)) --json out/compress_loras.json
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compress_peers.py $(if $(SETS),--data $(SETS)) --json out/compress_peers.json
 
 bench-serve: $(READY)  ## requests over HTTP for 64 tasks, beside one task, beside PEFT, and for a bank of 100,000
 	$(BIN)/python benchmarks/bench_serve.py --json out/bench_serve.json

@@ -1,112 +1,79 @@
 """Twelve LoRAs trained with PEFT on MiniLM, before and after they became one bank, at four sizes.
 
-    python benchmarks/compress_loras.py --data ../shared/data --json out/compress_loras.json
+    python benchmarks/compress_loras.py --data ../shared/data --json docs/data/compress_loras.json
 
-Each task is measured on its own test rows. *bank*: its task in the bank. *own SVD*: each adapter cut by its own SVD to
-the bank's bytes, ranks chosen over its modules. *merged*: PEFT's `add_weighted_adapter(combination_type="svd")` at the
-bank's bytes, one adapter for all tasks with the head of each. *held out*: every fourth adapter, left out of a second
-fit and projected afterwards. Bytes are those of updates: factors in float32 and cores in bfloat16 for the bank,
-bfloat16 for LoRAs. Without --data the sets of reviews and sentences are left out, and docstrings alone remain.
+Three families of the same tasks: every adapter starts at an A of its own, all start at one A, or that one A is not
+trained. Sizes are shares of the LoRAs' bytes, all in bfloat16, without heads.
+
+*bank*, *bank, diagonal*: its tasks in a bank with free or diagonal cores. *own SVD*: each adapter cut by its own SVD,
+the largest directions of all its modules. *merged*: PEFT's `add_weighted_adapter(combination_type="svd")`, one adapter
+for all tasks with the head of each. *bound*: the least error that any factors leave which free cores of this size
+share, from the spectra of the stacked updates. *held out*: every fourth adapter, left out of a second fit and projected
+afterwards; *in the fit* is the same adapters where they were not. Scores are accuracies on each task's own test rows.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
-import os
-import random
 import shutil
-import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 import lotr
 from lotr.compression.add import add
-from lotr.compression.scores import Before, measure_adapters, measure_bank
-from lotr.files.peft_lora import read_lora
+from lotr.compression.ranks import Curve, chosen_ranks
+from lotr.compression.ranks import error_of as error_at
 from lotr.training.base_model import load_model
-from lotr.training.data.docstrings import load_docstrings
-from lotr.training.trained import Trained, load_trained
-from records import calm, show, write
+from real_loras import RANK, STARTS, WEIGHTS, Family, Pairs, Results, Row, Scores, error_of, mean, options
+from records import calm, fill, markdown, write
 
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-import demo_bank
-
-Row = dict[str, Any]
-Pairs = dict[str, tuple[Tensor, Tensor]]  # module → A, B
-RANK, ROWS = 8, {"train": 240, "test": 200}
-SETS = ("reviews_books", "reviews_dvd", "reviews_kitchen", "sst2")
-WEIGHTS = "adapter_model.safetensors"
-
-
-def write_tasks(folder: Path, data: Path | None, n: int) -> dict[str, dict[str, str]]:
-    """Write the rows of the tasks: reviews and sentences where they are at hand, then docstrings."""
-    tasks: dict[str, demo_bank.Rows] = {}
-    for name in SETS if data else ():
-        tasks[name] = {split: _rows(data / name, split) for split in ("train", "test")}
-    tasks |= {name.replace(" ", "_"): rows for name, rows in demo_bank.tasks_of(load_docstrings()).items()}
-    files = {}
-    for name, rows in list(tasks.items())[:n]:
-        files[name] = {split: str(folder / f"{name}-{split}.csv") for split in ("train", "test")}
-        for split, path in files[name].items():
-            with Path(path).open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, ["text", "label"])
-                writer.writeheader()
-                writer.writerows(rows[split])
-    return files
+SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
+Case = tuple[Row, Callable[[], Row], Callable[[], Scores] | None]
+TITLES = {
+    "error": "Relative error",
+    "error_held": "Relative error of every fourth adapter, in the fit and held out",
+    "score": "Mean accuracy of all tasks",
+    "score_held": "Mean accuracy of every fourth task, in the fit and held out",
+}
+CORES = {"bank": "free", "bank, diagonal": "diagonal"}
 
 
-def _rows(folder: Path, split: str) -> list[dict[str, str]]:
-    names = [
-        path
-        for path in sorted(folder.iterdir())
-        if split in path.name or (split == "test" and "dev" in path.name)
-    ]
-    with names[0].open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file, delimiter="\t" if names[0].suffix == ".tsv" else ","))
-    text = "text" if "text" in rows[0] else "sentence"
-    random.Random(0).shuffle(rows)
-    return [{"text": row[text], "label": row["label"]} for row in rows[: ROWS[split]]]
-
-
-def pairs_of(folder: Path) -> Pairs:
-    lora = read_lora(folder)
-    return {module: lora.matrices(module) for module in lora.keys}
-
-
-def cut_by_svd(pairs: Pairs, units: int) -> Pairs:
+def cut_by_svd(pairs: Pairs, size: int) -> Pairs:
     """Keep the largest singular directions of all modules, as many as there are bytes for."""
     parts = {m: torch.linalg.svd(B @ A, full_matrices=False) for m, (A, B) in pairs.items()}
-    order = sorted(((float(s), m) for m, (_, S, _) in parts.items() for s in S[:RANK]), reverse=True)[:units]
-    kept = {m: sum(module == m for _, module in order) for m in pairs}
+    kept = dict.fromkeys(parts, 0)
+    for _, module in sorted(
+        ((float(s), m) for m, (_, S, _) in parts.items() for s in S[:RANK]), reverse=True
+    ):
+        size -= 2 * sum(B.shape[0] + A.shape[1] for A, B in [pairs[module]])
+        if size < 0:
+            break
+        kept[module] += 1
     return {m: (Vh[: kept[m]], U[:, : kept[m]] * S[: kept[m]]) for m, (U, S, Vh) in parts.items() if kept[m]}
 
 
 def merged_by_peft(folders: list[Path], place: Path, rank: int) -> Pairs:
+    """Merge all adapters into one of some rank."""
     model: Any = None
     names = [f"t{n}" for n in range(len(folders))]
     for name, folder in zip(names, folders, strict=True):
         plain = place / name
+        shutil.rmtree(plain, ignore_errors=True)
         plain.mkdir(parents=True)
-        config = json.loads((folder / "adapter_config.json").read_text()) | {
-            "modules_to_save": None,
-            "task_type": None,
-        }
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config |= {"modules_to_save": None, "task_type": None}
         (plain / "adapter_config.json").write_text(json.dumps(config))
         tensors = {key: t for key, t in load_file(folder / WEIGHTS).items() if ".lora_" in key}
         save_file(tensors, plain / WEIGHTS, metadata={"format": "pt"})
         if model is None:
-            model = PeftModel.from_pretrained(
-                load_model("minilm", "classification", ("0", "1")), str(plain), name
-            )
+            base = load_model("minilm", "classification", ("0", "1"))
+            model = PeftModel.from_pretrained(base, str(plain), name)
         else:
             model.load_adapter(str(plain), name)
     model.add_weighted_adapter(names, [1.0] * len(names), "all", combination_type="svd", svd_rank=rank)
@@ -120,150 +87,164 @@ def merged_by_peft(folders: list[Path], place: Path, rank: int) -> Pairs:
     }
 
 
-def score_with(trained: Trained, pairs: Pairs, data: str) -> float:
-    """Return the accuracy of an adapter with other matrices and the head that it has."""
-    for path, module in trained.model.base_model.model.named_modules():
-        if hasattr(module, "lora_A"):
-            A, B = pairs.get(path, (torch.zeros(1, module.in_features), torch.zeros(module.out_features, 1)))
-            module.lora_A["default"].weight = nn.Parameter(A)
-            module.lora_B["default"].weight = nn.Parameter(B / module.scaling["default"])
-    return float(lotr.evaluate(trained, data)["accuracy"])
+def bound(pairs: dict[str, Pairs], size: int) -> Row:
+    """Return the error that no free cores of this size can fall below, whatever their factors.
+
+    Factors of rank r keep of a stack at most the r largest eigenvalues of its second moment, on either side.
+    """
+    norms = {t: sum(float((B @ A).square().sum()) for A, B in own.values()) for t, own in pairs.items()}
+    curves = {}
+    for module, (A, B) in next(iter(pairs.values())).items():
+        stack = torch.stack([own[module][1] @ own[module][0] / norms[t] ** 0.5 for t, own in pairs.items()])
+        stack = stack.double()
+        sides = (torch.einsum("toi,tpi->op", stack, stack), torch.einsum("toi,toj->ij", stack, stack))
+        kept = torch.stack([torch.linalg.eigvalsh(side).flip(0).cumsum(0) for side in sides]).amin(0)
+        numbers = B.shape[0] + A.shape[1]
+        curves[module] = Curve(float(stack.square().sum()), kept, 2 * numbers, 2 * len(pairs))
+    return {"error": error_at(curves, chosen_ranks(curves, max_bytes=size))}
 
 
-def train(files: dict[str, dict[str, str]], place: Path) -> dict[str, Path]:
-    """Train a LoRA with PEFT for every task that has none yet."""
-    folders = {name: place / name for name in files}
-    for name, folder in folders.items():
-        if not (folder / WEIGHTS).is_file():
-            rows = {"train": files[name]["train"], "eval": files[name]["test"], "max_length": 48}
-            epochs = 3 if name in SETS else 6  # docstrings have 80 rows
-            lotr.train(
-                model="minilm",
-                output=str(folder),
-                method="peft_lora",
-                rank=str(RANK),
-                epochs=epochs,
-                lr=3e-3,
-                **rows,
-            )
-    return folders
+class Compared:
+    """A family at its sizes.
+
+    Args:
+        family: The adapters.
+    """
+
+    def __init__(self, family: Family) -> None:
+        self.family, self.place = family, family.work / "banks" / family.name
+        self.held = [name for n, name in enumerate(family.folders) if n % 4 == 2]
+
+    def cases(self) -> Iterator[Case]:
+        """Yield what is compared: its key, how bytes and error are measured, and how its scores."""
+        family = self.family
+        nothing: dict[str, Pairs] = {name: {} for name in family.folders}
+        yield {"what": "the LoRAs"}, lambda: {"bytes": 2 * family.numbers, "error": 0.0}, family.scores_before
+        yield {"what": "heads alone"}, lambda: {"bytes": 0, "error": 1.0}, lambda: family.scores_with(nothing)
+        for share in SHARES:
+            size = int(2 * family.numbers * share)
+            yield {"what": "bound", "share": share}, partial(bound, family.pairs, size), None
+            for what, cut in {"own SVD": self._own_svd, "merged": self._merged}.items():
+                if what == "own SVD" or family.start == "own":
+                    yield {"what": what, "share": share}, *self._of_pairs(partial(cut, size))
+            for what, core in CORES.items():
+                bank = self.place / f"{core}-{share}"
+                yield {"what": what, "share": share}, *self._of_bank(bank, size, core)
+                held = self.place / f"{core}-{share}-held"
+                yield {"what": f"{what}, held out", "share": share}, *self._of_held_out(held, size, core)
+
+    def _of_pairs(
+        self, cut: Callable[[], dict[str, Pairs]]
+    ) -> tuple[Callable[[], Row], Callable[[], Scores]]:
+        def error() -> Row:
+            after = cut()
+            distinct = {id(pair): pair for own in after.values() for pair in own.values()}.values()
+            size = sum(2 * (A.numel() + B.numel()) for A, B in distinct)
+            return {"bytes": size, "error": error_of(self.family.pairs, after)}
+
+        return error, lambda: self.family.scores_with(cut())
+
+    def _own_svd(self, size: int) -> dict[str, Pairs]:
+        each = size // len(self.family.pairs)
+        return {name: cut_by_svd(own, each) for name, own in self.family.pairs.items()}
+
+    def _merged(self, size: int) -> dict[str, Pairs]:
+        modules = next(iter(self.family.pairs.values())).values()
+        rank = max(1, size // sum(2 * (A.shape[1] + B.shape[0]) for A, B in modules))
+        merged = merged_by_peft(list(self.family.folders.values()), self.place / "plain", rank)
+        return dict.fromkeys(self.family.pairs, merged)
+
+    def _fit(self, bank: Path, names: list[str], size: int, core: str) -> Row:
+        folders = [self.family.folders[name] for name in names]
+        heads = self.family.head_bytes(names)
+        report = lotr.compress(folders, bank, "minilm", max_bytes=size + heads, core=core, overwrite=True)
+        return {
+            "bytes": report.bytes_of_numbers - heads,
+            "error": report.error,
+            "ranks": [group["rank"] for group in report.groups],
+            "seconds": report.seconds,
+            "errors": {row["task"]: row["error"] for row in report.by_task},
+        }
+
+    def _of_bank(self, bank: Path, size: int, core: str) -> tuple[Callable[[], Row], Callable[[], Scores]]:
+        def error() -> Row:
+            row = self._fit(bank, list(self.family.folders), size, core)
+            return row | {"error_held": rms([row["errors"][name] for name in self.held])}
+
+        return error, lambda: self.family.scores_in(bank)
+
+    def _of_held_out(
+        self, bank: Path, size: int, core: str
+    ) -> tuple[Callable[[], Row], Callable[[], Scores]]:
+        def error() -> Row:
+            row = self._fit(bank, [name for name in self.family.folders if name not in self.held], size, core)
+            errors = add(bank, [self.family.folders[name] for name in self.held])["added"]
+            error = rms(list(errors.values()))
+            return row | {"error": error, "error_held": error, "error_of_fit": row["error"], "errors": errors}
+
+        return error, lambda: self.family.scores_in(bank, self.held)
+
+
+def rms(values: list[float]) -> float:
+    """Return the root of the mean square."""
+    return (sum(value**2 for value in values) / len(values)) ** 0.5
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_argument("--data", type=Path, help="folder with reviews_books, … and sst2")
-    options.add_argument("--tasks", type=int, default=12)
-    options.add_argument("--ranks", type=int, nargs="+", default=[4, 8, 16, 32])
-    options.add_argument("--work", type=Path, default=Path("out/compress_loras"))
-    options.add_argument("--json", type=Path)
-    options.add_argument("--picture", type=Path)
-    given = options.parse_args()
+    parser = options(__doc__ or "", 12)
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS)
+    given = parser.parse_args()
     calm()
-    work: Path = given.work
-    (work / "data").mkdir(parents=True, exist_ok=True)
-    files = write_tasks(work / "data", given.data, given.tasks)
-    folders = train(files, work / "loras")
-    tests = {name: str(Path(of_task["test"]).resolve()) for name, of_task in files.items()}
-    (work / "tasks.yaml").write_text(json.dumps(tests))
-    begun = measure_adapters(work / "tasks.yaml", folders, None, tick)
-    before = {of.source.name: of.score for of in begun}
-    pairs = {name: pairs_of(folder) for name, folder in folders.items()}
-    loaded = {name: load_trained(folder) for name, folder in folders.items()}
-
-    def scores(after: dict[str, Pairs]) -> dict[str, float]:
-        return {name: score_with(loaded[name], after[name], tests[name]) for name in after}
-
-    numbers = sum(A.numel() + B.numel() for own in pairs.values() for A, B in own.values())
-    held = [name for n, name in enumerate(folders) if n % 4 == 2]
-    rest = [folder for name, folder in folders.items() if name not in held]
-    rows = [
-        row("the LoRAs", 0, 2 * numbers, 0.0, before, held),
-        row("their heads alone", 0, 0, 1.0, scores({name: {} for name in pairs}), held),
-    ]
-    width = sum(next(iter(next(iter(pairs.values())).values()))[n].shape[1 - n] for n in (0, 1))
-    modules = len(next(iter(pairs.values())))
-    for rank in given.ranks:
-        place = work / f"rank-{rank}"
-        shutil.rmtree(place, ignore_errors=True)
-        report = lotr.compress(list(folders.values()), place / "bank", "minilm", rank=rank)
-        size = report.bytes_of_numbers - report.bytes_of_heads
-        rows.append(row("bank", rank, size, report.error, after_of(begun, place / "bank"), held))
-        units = size // len(folders) // (2 * width)
-        cut = {name: cut_by_svd(own, units) for name, own in pairs.items()}
-        size_of_cut = 2 * width * units * len(folders)
-        rows.append(row("own SVD", rank, size_of_cut, error_of(pairs, cut), scores(cut), held))
-        merged = merged_by_peft(
-            list(folders.values()), place / "plain", max(1, size // (2 * width * modules))
-        )
-        all_merged = dict.fromkeys(pairs, merged)
-        rows.append(row("merged", rank, size, error_of(pairs, all_merged), scores(all_merged), held))
-        lotr.compress(rest, place / "others", "minilm", rank=rank)
-        errors = add(place / "others", [folders[name] for name in held])["added"]
-        error = (sum(error**2 for error in errors.values()) / len(held)) ** 0.5
-        of_held = [of for of in begun if of.source.name in held]
-        rows.append(row("held out", rank, size, error, after_of(of_held, place / "others"), held))
-    header = ["what", "rank", "bytes", "error", "score", "score_held"]
-    show(f"{len(folders)} LoRAs on MiniLM", header, [[str(r[key]) for key in header] for r in rows])
+    results = Results(given.work / "results.jsonl")
+    every = []
+    for start in given.starts:  # errors of all before scores, which take longer
+        compared = Compared(Family(given.work, given.data, start, None, given.tasks))
+        every.append(compared)
+        for key, error, _ in compared.cases():
+            results.get({"family": start, "measured": "error"} | key, error)
+    for compared in every:
+        for key, _, score in compared.cases():
+            if score is not None:
+                of = {"family": compared.family.start, "measured": "score"} | key
+                results.get(of, partial(scored, score, compared.held))
+    keys = ["family", "what", "share"]
+    rows = [row | results.of(row | {"measured": "score"}, keys) for row in results.rows if "error" in row]
+    lines = tables(rows)
+    print("\n".join(lines))
     if given.json:
         write(given.json, rows)
-    if given.picture:
-        draw(rows, given.picture)
+    if given.page:
+        fill(given.page, "loras", lines)
 
 
-def tick(what: str, done: int, of: int) -> None:
-    """Show no progress."""
+def tables(rows: list[Row]) -> list[str]:
+    """Return a table of errors and one of scores, in Markdown."""
+    held = [f"{what}, held out" for what in CORES]
+    lines: list[str] = []
+    for value, columns in {
+        "error": ["bound", "own SVD", *CORES, "merged"],
+        "error_held": [*CORES, *held],
+        "score": ["the LoRAs", "heads alone", "own SVD", *CORES, "merged"],
+        "score_held": ["the LoRAs", *CORES, *held],
+    }.items():
+        cells = {(r["family"], r.get("share"), r["what"]): f"{r[value]:.3f}" for r in rows if value in r}
+        body = [
+            [family, f"1/{round(1 / share)}", *(_cell(cells, family, share, what) for what in columns)]
+            for family in dict.fromkeys(row["family"] for row in rows)
+            for share in SHARES
+        ]
+        lines += [f"**{TITLES[value]}**", "", *markdown(["A starts", "size", *columns], body, left=2), ""]
+    return lines[:-1]
 
 
-def after_of(before: list[Before], bank: Path) -> dict[str, float]:
-    return {name: of["score_after"] for name, of in measure_bank(before, bank, None, tick).items()}
+def _cell(cells: dict[Any, str], family: str, share: float, what: str) -> str:
+    return cells.get((family, share, what), "") or cells.get((family, None, what), "")  # what has no size
 
 
-def row(what: str, rank: int, size: int, error: float, scores: dict[str, float], held: list[str]) -> Row:
-    means = [sum(scores[name] for name in names) / len(names) for names in (scores, held)]
-    return {
-        "what": what,
-        "rank": rank,
-        "bytes": size,
-        "error": round(error, 4),
-        "score": round(means[0], 4),
-        "score_held": round(means[1], 4),
-        "scores": scores,
-    }
-
-
-def draw(rows: list[Row], path: Path) -> None:
-    """Draw mean accuracy against bytes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 3.8), dpi=130, layout="constrained")
-    axis = figure.subplots()
-    for what, color in (("bank", "#d9822b"), ("own SVD", "#3b6fb6"), ("merged", "#5d9b4b")):
-        own = [row for row in rows if row["what"] == what]
-        axis.plot([r["bytes"] for r in own], [r["score"] for r in own], "o-", color=color, label=what)
-    for n, style in ((0, ":"), (1, "--")):
-        axis.axhline(rows[n]["score"], color="#8a8f98", linestyle=style, label=rows[n]["what"])
-    axis.set_xscale("log")
-    axis.set_xlabel("bytes of all updates")
-    axis.set_ylabel("mean accuracy")
-    axis.legend(frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, metadata={"Software": None})
-
-
-def error_of(before: dict[str, Pairs], after: dict[str, Pairs]) -> float:
-    """Return the root of the mean of the tasks' squared relative errors, as the bank has it."""
-    squares = []
-    for name, own in before.items():
-        lost = energy = 0.0
-        for module, (A, B) in own.items():
-            dW = B @ A
-            new = after[name].get(module)
-            lost += float((dW - new[1] @ new[0] if new else dW).square().sum())
-            energy += float(dW.square().sum())
-        squares.append(lost / energy)
-    return (sum(squares) / len(squares)) ** 0.5
+def scored(score: Callable[[], Scores], held: list[str]) -> Row:
+    """Return the mean of all scores, and of those that another fit leaves out."""
+    scores = score()
+    return {"score": mean(scores), "score_held": mean(scores, held), "scores": scores}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +183,50 @@ def test_fused_and_unequal_projections_are_compressed_exactly(
     )
     assert report.error < 1e-5
     assert_answers(tmp_path / "bank", "task-1", tmp_path / "task-1", make)
+
+
+def test_diagonals_lose_no_more_than_the_same_number_of_each_adapter_s_own_directions(tmp_path: Path) -> None:
+    """Adapters that share nothing; the bank has as many directions a module as all of them together."""
+    originals = [dense(lora(tmp_path / f"task-{n}", n, r=4)) for n in range(3)]
+    report = lotr.compress(
+        [tmp_path / "task-*"], tmp_path / "bank", bert(), rank=6, core="diagonal", dtype="float32"
+    )
+    lost = 0.0
+    for updates in originals:
+        norm = sum(float(dW.square().sum()) for dW in updates.values())
+        lost += sum(float(torch.linalg.svdvals(dW)[2:].square().sum()) for dW in updates.values()) / norm
+    assert report.error <= (lost / 3) ** 0.5 + 1e-6
+    free = lotr.compress(
+        [tmp_path / "task-*"], tmp_path / "free", bert(), max_bytes=report.bytes_of_numbers, dtype="float32"
+    )
+    assert any("In as many bytes --core diagonal loses at most" in line for line in free.advice)
+
+
+@pytest.mark.parametrize("max_error", [0.1, 0.4])
+def test_diagonals_reach_an_error_and_no_rank_below_does(max_error: float, tmp_path: Path) -> None:
+    for n in range(4):
+        lora(tmp_path / f"task-{n}", n, r=3)
+    compress = partial(lotr.compress, [tmp_path / "task-*"], base=bert(), core="diagonal")
+    report = compress(output=tmp_path / "bank", max_error=max_error)
+    assert 0.8 * max_error < report.error <= max_error
+    smaller = compress(output=tmp_path / "smaller", max_bytes=int(0.9 * report.bytes_of_numbers))
+    assert smaller.error > max_error
+
+
+@pytest.mark.parametrize("core", ["free", "diagonal"])
+def test_factors_kept_in_bfloat16_take_later_adapters_and_answer_as_exported(
+    core: str, tmp_path: Path
+) -> None:
+    for n in range(2):
+        lora(tmp_path / f"task-{n}", n)
+    lotr.compress([tmp_path / "task-*"], tmp_path / "bank", bert(), rank=6, core=core)
+    with lotr.CoreBank.open(tmp_path / "bank", writable=True) as bank:
+        assert {tensor.dtype for tensor in bank.basis.factors().values()} == {torch.bfloat16}
+        banks.stirred(bank.config, seed=3).save_pretrained(str(tmp_path / "own"), save_embedding_layers=False)
+        bank.add_adapter("own", tmp_path / "own")
+        for name, as_lora in (("own", False), ("own", True), ("task-1", True)):
+            bank.export(name, tmp_path / f"{name}-{as_lora}", as_lora=as_lora)
+            with torch.no_grad():
+                mixed = bank.wrap(bert())(input_ids=tokens(), task_ids=[name] * 4).logits
+                alone = PeftModel.from_pretrained(bert(), str(tmp_path / f"{name}-{as_lora}")).eval()
+                torch.testing.assert_close(alone(input_ids=tokens()).logits, mixed, rtol=1e-5, atol=1e-5)

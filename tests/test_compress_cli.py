@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import banks
@@ -59,7 +61,7 @@ def test_the_shell_makes_a_bank_and_says_what_it_lost(place: Path) -> None:
     options = ("--max-bytes", "1mb", "--base", place / "moved")
     result = lotr("compress", f"{place}/task-*", "--output", place / "exact", *options)
     assert "both must be the same weights" in result.stdout
-    assert "Much of this error is rounding of the cores. Keep them with --dtype float32" in result.stdout
+    assert "Much of this error is rounding. Keep the numbers with --dtype float32" in result.stdout
     result = lotr(
         "compress", f"{place}/task-*", "--output", place / "near", "--max-error", 0.0016, *options[2:]
     )
@@ -253,3 +255,34 @@ def test_a_cluster_without_ray_is_answered_with_what_to_install(
     message = refused(2, "compress", f"{place}/task-*", "--output", place / "bank", "--ray", "local")
     assert "pip install 'lotr[ray]'" in message
     assert not (place / "bank").exists()
+
+
+def _full(*args: object, **words: object) -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def _full_system(*args: object, **words: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    "writer, fails",
+    [
+        ("passes.save_file", _full),
+        ("tasks.save_tensors", _full),
+        ("run.write_json", _full_system),
+        ("run.draw", _full_system),
+    ],
+)
+def test_a_disk_that_fills_up_while_a_bank_is_made_leaves_nothing(
+    writer: str, fails: Any, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit_passes, "SAVE_AFTER", 0.0)
+    before = sorted(place.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(f"lotr.compression.{writer}", fails)
+        message = refused(1, "compress", f"{place}/task-*", "--output", place / "bank", "--rank", 3)
+    assert "bank cannot be written: the disk is full. Nothing is left of it; make room" in message
+    assert {path.name for path in place.iterdir()} - {path.name for path in before} <= {".bank.fit"}
+    library.compress([f"{place}/task-*"], place / "bank", place / "base", rank=3)
+    assert len(library.CoreBank.open(place / "bank")) == 5

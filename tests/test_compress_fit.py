@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lotr.compression import diagonal, fit
 from lotr.compression.ranks import Curve, bytes_of, chosen_ranks, error_of
-from lotr.math.moments import SecondMoment
+from lotr.math.moments import SecondMoment, Strongest
 
 OUT, WIDTH, TASKS, Q = 24, 18, 9, 3
 
@@ -123,3 +123,16 @@ def test_ranks_go_to_where_they_keep_most_energy_a_byte() -> None:
     size = bytes_of(curves, ranks)
     assert chosen_ranks(curves, max_bytes=size) == ranks
     assert bytes_of(curves, chosen_ranks(curves, max_bytes=size - 1)) < size
+
+
+def test_the_strongest_directions_are_those_of_the_dense_updates_however_they_come() -> None:
+    B, A = _updates()
+    values = torch.linalg.svdvals(B @ A).square()[:, :Q].flatten().sort(descending=True).values
+    one, other = Strongest(7, (OUT, WIDTH)), Strongest(7, (OUT, WIDTH))
+    for t in range(4):
+        one.add(B[t : t + 1], A[t : t + 1])
+    other.add(B[4:], A[4:])
+    one += other
+    torch.testing.assert_close(one.energies, values[:7])
+    products = torch.einsum("or,toi,ir->tr", one.U, B @ A, one.V).abs().amax(0)
+    torch.testing.assert_close(products, one.energies.sqrt())  # each is a pair of its own update

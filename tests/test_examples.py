@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 import torch
 
 import lotr
+from commands import lotr as command
 from conftest import bert
+from saved_models import save_bert
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,3 +92,22 @@ def test_every_name_in_the_reference_is_public() -> None:
     missing = set(lotr.__all__) - {name.partition(".")[0] for name in documented}
     assert not missing - {"__version__"}, "public, and not in docs/python.md"
     assert set(documented) <= set(lotr.__all__), "in docs/python.md, and not public"
+
+
+def test_the_six_lines_for_those_who_have_loras_run_as_they_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a small model and few rows in the place of the packaged ones."""
+    save_bert(tmp_path / "minilm")
+    (tmp_path / "rows.csv").write_text("text,label\nred thing,0\nblue thing,1\n" * 20)
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## I have LoRAs already")[2]
+    lines = re.search(r"```sh\n(.*?)```", section, re.S)[1].splitlines()  # type: ignore[index]
+    assert len(lines) == 6
+    for line in lines:
+        words = shlex.split(
+            line.replace("docstrings", "rows.csv").replace("minilm", "./minilm"), comments=True
+        )
+        result = command(*words[1:])
+        assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "two-again" / "adapter_model.safetensors").is_file()
+    assert len(lotr.CoreBank.open(tmp_path / "bank")) == 2

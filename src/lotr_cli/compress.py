@@ -56,9 +56,9 @@ def compress(
         str,
         Option(help="relative: every adapter's relative error counts alike; absolute: as they are."),
     ] = _DEFAULTS["weights"],
-    dtype: Annotated[str, Option(help="How cores are kept: float32, bfloat16 or float16.")] = _DEFAULTS[
-        "dtype"
-    ],
+    dtype: Annotated[
+        str, Option(help="How factors and cores are kept: float32, bfloat16 or float16.")
+    ] = _DEFAULTS["dtype"],
     evaluate: Annotated[
         Path | None,
         Option(

@@ -131,7 +131,7 @@ def export(
 
 def _write(basis: Basis, task: Task, folder: Path, refer: bool) -> int:
     """Write the files of an adapter; returns how many numbers of the method it has."""
-    factors = used_by(basis.plan, basis.factors())
+    factors = {key: U.float() for key, U in used_by(basis.plan, basis.factors()).items()}  # as the cores are
     own = {**basis.layout.unflatten(task.numbers), **({} if refer else factors)}
     save_tensors({key: tensor.clone() for key, tensor in {**own, **task.head}.items()}, folder)
     write_config(folder, _config(basis, task, refer))

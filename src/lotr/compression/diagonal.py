@@ -15,24 +15,35 @@ from torch import Tensor
 from .fit import Batch, GroupFit, Sums, Total
 
 
-def sorted_kept(of_group: GroupFit) -> Tensor:  # (K·L,)
-    """Return the energy that the best `n + 1` pairs of HOSVD directions keep, for every rank."""
-    return of_group.squares.flatten().sort(descending=True).values.cumsum(0)
+def kept_at_least(of_group: GroupFit) -> Tensor:  # (n,)
+    """Return the energy that diagonals keep without any sweep, for every rank.
+
+    That is what the best pairs of HOSVD directions have between them, or the strongest directions of single updates.
+    """
+    n = len(of_group.own_energies)
+    shared = of_group.squares.flatten().sort(descending=True).values[:n].cumsum(0)
+    return torch.maximum(shared, of_group.own_energies.cumsum(0)[: len(shared)])
 
 
 def begin(fits: Mapping[str, GroupFit], ranks: Mapping[str, int], total: Total) -> None:
-    """Start every group at the better of two pairs of factors.
+    """Start every group at the best of three pairs of factors.
 
-    One takes the pairs of HOSVD directions between which there is most energy. The other is exact where the updates
+    One takes the pairs of HOSVD directions between which there is most energy. The next is exact where the updates
     do have diagonal cores: for two sums of updates `S = U D Vᵀ` and `S' = U D' Vᵀ`, the eigenvectors of `S S'⁻¹`
-    are `U`.
+    are `U`. The last takes the strongest singular directions of single updates, so that diagonals are no worse than
+    adapters that are cut one by one to the same number of directions.
     """
     sums = total(partial(_mixtures, fits, ranks))
     starts = {
-        name: (_pairs(f, ranks[name]), _eigenvectors(f, ranks[name], *sums[name])) for name, f in fits.items()
+        name: (
+            _pairs(f, ranks[name]),
+            _eigenvectors(f, ranks[name], *sums[name]),
+            (f.own_U[:, : ranks[name]], f.own_V[:, : ranks[name]]),
+        )
+        for name, f in fits.items()
     }
     for name, kept in total(partial(_kept, fits, starts)).items():
-        best = max((0, 1), key=kept.__getitem__)
+        best = max(range(3), key=kept.__getitem__)
         fits[name].U, fits[name].V = starts[name][best]
         fits[name].errors = [fits[name].error(kept[best])]
 

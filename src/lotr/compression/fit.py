@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..math.hooi import completed, triangle
-from ..math.moments import SecondMoment
+from ..math.moments import SecondMoment, Strongest
 
 #: Weighted updates of some tasks: group → of each of its sites `B` `(n, o, q)` and `A` `(n, q, i)`.
 Batch = Mapping[str, list[tuple[Tensor, Tensor]]]
@@ -42,6 +42,9 @@ class GroupFit:
         U: Output factor, in the coordinates of `Q_U` unless that is empty.
         V: Input factor, in those of `Q_V`.
         errors: Relative error at the start and after every sweep.
+        own_U: The strongest singular directions of single updates, like `U`.
+        own_V: Those on the input side.
+        own_energies: Their energies, falling.
     """
 
     energy: float
@@ -51,6 +54,9 @@ class GroupFit:
     U: Tensor
     V: Tensor
     errors: list[float] = field(default_factory=list)
+    own_U: Tensor = field(default_factory=partial(torch.zeros, 0, 0))
+    own_V: Tensor = field(default_factory=partial(torch.zeros, 0, 0))
+    own_energies: Tensor = field(default_factory=partial(torch.zeros, 0))
 
     @property
     def kept(self) -> Tensor:
@@ -99,6 +105,8 @@ def merged(one: Sums, other: Sums) -> Sums:
 def directions(groups: Mapping[str, Shape], total: Total, widest: int = 1024) -> dict[str, GroupFit]:
     """Return the HOSVD of every group: one pass for the directions, one for the energy that each rank keeps.
 
+    The second pass collects the strongest directions of single updates too, with which diagonal cores begin.
+
     Args:
         groups: Name → block `(o, i)`.
         total: Runs a pass over the updates of all tasks.
@@ -109,8 +117,10 @@ def directions(groups: Mapping[str, Shape], total: Total, widest: int = 1024) ->
     for name, (left, right, energy) in total(partial(_moments, groups, widest)).items():
         Q_U, Q_V = left.leading(widest)[0], right.leading(widest)[0]
         fits[name] = GroupFit(energy, Q_U, Q_V, none, none, none)
-    for name, (squares,) in total(partial(_squares, fits)).items():
-        fits[name].squares = squares
+    for name, (squares, strongest) in total(partial(_squares, fits)).items():
+        of_group = fits[name]
+        of_group.squares, of_group.own_energies = squares, strongest.energies
+        of_group.own_U, of_group.own_V = strongest.U, strongest.V
     return fits
 
 
@@ -130,11 +140,15 @@ def _moments(groups: Mapping[str, Shape], widest: int, batches: Iterable[Batch])
 
 
 def _squares(fits: Mapping[str, GroupFit], batches: Iterable[Batch]) -> Sums:
-    """Return the energy between each two directions."""
-    sums = {name: [f.Q_U.new_zeros(f.Q_U.shape[1], f.Q_V.shape[1])] for name, f in fits.items()}
+    """Return the energy between each two directions, and the strongest directions of single updates."""
+    sums: dict[str, list[Any]] = {}
+    for name, f in fits.items():
+        n, K, L = max(len(f.Q_U), len(f.Q_V)), f.Q_U.shape[1], f.Q_V.shape[1]
+        sums[name] = [f.Q_U.new_zeros(K, L), Strongest(n, (K, L))]
     for batch in batches:
         for name, of_group in fits.items():
             for B, A in of_group.reduced(batch[name]):
+                sums[name][1].add(B, A)
                 for B_t, A_t in zip(B, A, strict=True):  # one at a time: the product is as large as the block
                     sums[name][0] += (B_t @ A_t).square_()
     return sums
@@ -174,6 +188,12 @@ def _inside(fits: Mapping[str, GroupFit], side: str, batches: Iterable[Batch]) -
                 else:
                     sums[name][0].add(A.mT @ triangle(of_group.U.T @ B))
     return sums
+
+
+def error_of_all(fits: Mapping[str, GroupFit]) -> float:
+    """Return the relative error of all groups together."""
+    energy = sum(f.energy for f in fits.values())
+    return float((sum(f.energy * f.errors[-1] ** 2 for f in fits.values()) / energy) ** 0.5)
 
 
 def is_settled(of_group: GroupFit, tolerance: float) -> bool:

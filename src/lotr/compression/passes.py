@@ -70,8 +70,12 @@ class State:
             for name in groups
             for field, value in vars(fits[name]).items()
         }
-        save_file(tensors, file.with_suffix(".tmp"))
-        file.with_suffix(".tmp").replace(file)
+        written = file.with_suffix(".tmp")
+        try:
+            save_file(tensors, written)
+            written.replace(file)
+        finally:
+            written.unlink(missing_ok=True)
         self._saved = time.monotonic()
 
     def clear(self) -> None:
@@ -119,7 +123,7 @@ def run_sweeps(
     groups: Sequence[Group],
     fits: dict[str, GroupFit],
     stack: Stack,
-    state: State,
+    state: State | None,
     most: int,
     tolerance: float,
     tick: Tick,
@@ -130,7 +134,7 @@ def run_sweeps(
         groups: Groups with their ranks.
         fits: Their fits, which are changed.
         stack: The adapters.
-        state: Where finished sweeps are kept.
+        state: Where finished sweeps are kept, if they are.
         most: Most sweeps.
         tolerance: A sweep that lowers the error by a smaller share is a group's last.
         tick: Called as tasks are done.
@@ -150,4 +154,5 @@ def run_sweeps(
             if len(fits[name].errors) <= most and not fit.is_settled(fits[name], tolerance)
         }:
             kind.sweep(unsettled, total)
-            state.save(fits, names)
+            if state is not None:
+                state.save(fits, names)

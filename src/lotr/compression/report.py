@@ -10,7 +10,7 @@ from typing import Any
 
 from ..sharing.plan import Plan
 from .base import is_same_base
-from .fit import GroupFit
+from .fit import GroupFit, error_of_all
 from .ranks import Curve, bytes_of, chosen_ranks, error_of
 from .stack import Stack
 from .tasks import Lost
@@ -64,6 +64,7 @@ def report_of(
     stack: Stack,
     plan: Plan,
     curves: dict[str, Curve],
+    others: Mapping[str, dict[str, Curve]],
     fits: Mapping[str, GroupFit],
     lost: Lost,
     asked: float | None,
@@ -76,6 +77,7 @@ def report_of(
         stack: The adapters.
         plan: The plan of the bank.
         curves: What rank buys, by group.
+        others: The same with other cores, by what `--core` calls them.
         fits: The fit of every group.
         lost: By task: `‖Δ − U C Vᵀ‖²` of every module.
         asked: The error that was asked for, if any.
@@ -101,9 +103,6 @@ def report_of(
     before = sum(entry.bytes for entry in stack.entries)
     after = heads + bytes_of(curves, ranks)
     by_task.sort(key=lambda row: -row["error"])
-    fitted = (
-        sum(f.energy * f.errors[-1] ** 2 for f in fits.values()) / sum(f.energy for f in fits.values())
-    ) ** 0.5
     return Report(
         tasks=len(stack),
         error=overall,
@@ -125,7 +124,8 @@ def report_of(
         by_module=_by_module(stack, plan, lost),
         curve=_curve(curves, heads),
         advice=[
-            *_about_error(curves, ranks, overall, fitted, asked),
+            *_about_error(curves, ranks, overall, error_of_all(fits), asked),
+            *_about_cores(others, bytes_of(curves, ranks), overall),
             *_about_tasks(by_task, stack),
             *_about_scores(by_task),
             *_about_base(told["base_model"], told["trained_on"]),
@@ -158,11 +158,11 @@ def _curve(curves: dict[str, Curve], heads: int) -> list[dict[str, float]]:
 def _about_error(
     curves: dict[str, Curve], ranks: dict[str, int], error: float, fitted: float, asked: float | None
 ) -> list[str]:
-    """Say what a smaller error takes: another rank, or another type where rounding of the cores is much of it."""
+    """Say what a smaller error takes: another rank, or another type where rounding is much of it."""
     missed = asked is not None and error > asked
     notes = [f"The error that was asked for, {asked:.2g}, is not reached."] if missed else []
     if (error > 1e-3 and fitted < error / 2) or (missed and fitted <= float(asked or 0)):
-        return [*notes, "Much of this error is rounding of the cores. Keep them with --dtype float32."]
+        return [*notes, "Much of this error is rounding. Keep the numbers with --dtype float32."]
     if error <= 1e-3:
         return notes
     better = chosen_ranks(curves, max_error=error / 2)
@@ -174,6 +174,17 @@ def _about_error(
         f"Half of this error takes {factor:.1f} times the bytes: --max-error {error / 2:.2g} (ranks "
         f"{min(better.values())} to {max(better.values())}).",
     ]
+
+
+def _about_cores(others: Mapping[str, dict[str, Curve]], size: int, error: float) -> list[str]:
+    """Say which other cores are sure to lose less in as many bytes."""
+    notes = []
+    for core, curves in others.items():
+        least = bytes_of(curves, dict.fromkeys(curves, 1))
+        of_other = error_of(curves, chosen_ranks(curves, max_bytes=size)) if least <= size else 1.0
+        if of_other < 0.95 * error:
+            notes.append(f"In as many bytes --core {core} loses at most {of_other:.2g}.")
+    return notes
 
 
 def _about_tasks(by_task: list[dict[str, Any]], stack: Stack) -> list[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..bank.basis import TASKS
@@ -16,9 +18,10 @@ from ..bank.task import DTYPES
 from ..errors import ConfigError, Interrupted, near
 from ..files.atomic import check_apart, check_free, move_into, whole_folder, write_json
 from ..sharing.groups import Group
-from .base import bank_config, base_of, check_same_base, linear_shapes, load_base, with_ranks
-from .diagonal import sorted_kept
-from .fit import GroupFit
+from ..tuner.config import LotrConfig
+from .base import CORES, bank_config, base_of, check_same_base, linear_shapes, load_base, with_ranks
+from .diagonal import kept_at_least
+from .fit import GroupFit, error_of_all
 from .passes import State, find_directions, run_sweeps
 from .ranks import Curve, chosen_ranks
 from .ray import cluster
@@ -27,6 +30,9 @@ from .scores import measure_adapters, measure_bank
 from .sources import find_adapters
 from .stack import Entry, Stack, Tick, read_entry, weights_of
 from .tasks import write_bank
+
+#: Fits among which the smallest that reaches an error is looked for.
+_TRIALS = 7
 
 
 def compress(
@@ -63,7 +69,7 @@ def compress(
         core: `free`, or `diagonal`.
         weights: `relative`: the relative error of every adapter counts alike; `absolute`: updates count as they are; or
             a factor by name, on top of `relative`.
-        dtype: Type in which the bank keeps cores.
+        dtype: Type in which the bank keeps factors and cores.
         sweeps: Most sweeps of HOOI.
         tolerance: A sweep that lowers the error by a smaller share than this is the last.
         evaluate: List of tasks (YAML) whose adapters are measured on their own data, before and after.
@@ -107,10 +113,18 @@ def compress(
                 stack = replace(stack, spread=spread)
                 groups = config.recorded_plan().groups
                 fits = find_directions(groups, stack, state, tick)
-                curves = {group.name: _curve(group, fits[group.name], len(stack), dtype) for group in groups}
-                ranks = _ranks(curves, size, sum(entry.head_bytes for entry in stack.entries))
-                config, plan = with_ranks(config, ranks)
-                run_sweeps(plan.groups, fits, stack, state, sweeps, tolerance, tick)
+                by_core = {
+                    kind: _curves(groups, fits, len(stack), dtype, kind == "diagonal") for kind in CORES
+                }
+                curves = by_core.pop(core)
+                run = partial(run_sweeps, stack=stack, most=sweeps, tolerance=tolerance, tick=tick)
+                if core == "diagonal" and max_error is not None:
+                    fits, ranks = _smallest(fits, curves, max_error, DTYPES[dtype], config, run)
+                    config, plan = with_ranks(config, ranks)
+                else:
+                    ranks = _ranks(curves, size, sum(entry.head_bytes for entry in stack.entries))
+                    config, plan = with_ranks(config, ranks)
+                    run(plan.groups, fits, state=state)
             lost = write_bank(folder / "bank", config, model, fits, stack, dtype, tick)
             size_after = sum(file.stat().st_size for file in (folder / "bank").iterdir())
             told: Any = {
@@ -121,7 +135,9 @@ def compress(
             }
             seconds = round(time.monotonic() - begun, 3)
             scores = measure_bank(before, folder / "bank", named, tick) if before else {}
-            report = report_of(stack, plan, curves, fits, lost, max_error, scores, seconds=seconds, **told)
+            report = report_of(
+                stack, plan, curves, by_core, fits, lost, max_error, scores, seconds=seconds, **told
+            )
             move_into(folder / "bank", folder)
             write_json(folder / REPORT, asdict(report))
             draw(report, folder / PICTURE)
@@ -135,6 +151,37 @@ def compress(
                 f"Stopped. The same command goes on from the last pass; {state.folder} keeps it."
             ) from None
     return report
+
+
+def _smallest(
+    fits: dict[str, GroupFit],
+    curves: dict[str, Curve],
+    max_error: float,
+    dtype: torch.dtype,
+    config: LotrConfig,
+    run: Callable[..., None],
+) -> tuple[dict[str, GroupFit], dict[str, int]]:
+    """Return the smallest diagonals that reach an error, rounding included, and their ranks.
+
+    What diagonals of some rank keep is known when they were fitted; the curve tells what they keep at least.
+    """
+    goal = max(max_error**2 - (torch.finfo(dtype).eps / 2) ** 2, 0.0) ** 0.5
+
+    def fitted(aim: float) -> tuple[dict[str, GroupFit], dict[str, int]]:
+        ranks = chosen_ranks(curves, max_error=aim)
+        trial = {name: replace(of_group) for name, of_group in fits.items()}
+        run(with_ranks(config, ranks)[1].groups, trial, state=None)
+        return trial, ranks
+
+    best, reached, missed = None, goal or max_error, 1.0
+    for _ in range(_TRIALS if goal else 0):
+        aim = (reached * missed) ** 0.5
+        trial = fitted(aim)
+        if error_of_all(trial[0]) <= goal:
+            best, reached = trial, aim
+        else:
+            missed = aim
+    return best or fitted(reached)
 
 
 def _base(base: str | nn.Module | None, places: Mapping[str, Path]) -> tuple[str, nn.Module, str | None]:
@@ -190,11 +237,17 @@ def _read(
     return Stack(tuple(entries), weights_of(entries, weights)), task_types
 
 
-def _curve(group: Group, of_group: GroupFit, tasks: int, dtype: str) -> Curve:
-    is_diagonal = not group.core.by_site
-    kept = sorted_kept(of_group)[: min(group.shape)] if is_diagonal else of_group.kept
-    cores = tasks * len(group.sites) * DTYPES[dtype].itemsize
-    return Curve(of_group.energy, kept, 4 * sum(group.shape), cores, is_diagonal)
+def _curves(
+    groups: Sequence[Group], fits: Mapping[str, GroupFit], tasks: int, dtype: str, is_diagonal: bool
+) -> dict[str, Curve]:
+    """Return what rank buys in every group, with diagonal cores or free ones."""
+    curves, width = {}, DTYPES[dtype].itemsize
+    for group in groups:
+        f = fits[group.name]
+        kept = kept_at_least(f)[: min(group.shape)] if is_diagonal else f.kept
+        cores = width * tasks * len(group.sites)
+        curves[group.name] = Curve(f.energy, kept, width * sum(group.shape), cores, is_diagonal)
+    return curves
 
 
 def _ranks(curves: dict[str, Curve], size: tuple[str, float], head_bytes: int) -> dict[str, int]:

@@ -49,7 +49,7 @@ def write_bank(
         model: The base model, for its fingerprint.
         fits: The fit of every group.
         stack: The adapters.
-        dtype: Type in which the bank keeps cores.
+        dtype: Type in which the bank keeps factors and cores.
         tick: Called as tasks are done.
     """
     plan = config.recorded_plan()
@@ -57,8 +57,9 @@ def write_bank(
     for group in plan.groups:
         U, V = fits[group.name].factors(group.core.r)
         keys = group_keys(group)
-        tensors |= {keys["U"]: U.float().contiguous(), keys["V"]: V.T.float().contiguous()}
-    with tempfile.TemporaryDirectory() as basis:
+        kept = DTYPES[dtype]
+        tensors |= {keys["U"]: U.to(kept).contiguous(), keys["V"]: V.T.to(kept).contiguous()}
+    with tempfile.TemporaryDirectory(dir=path.parent) as basis:
         save_tensors(tensors, Path(basis))
         write_config(Path(basis), config.to_dict())
         sample = fingerprint(model, NAMES)
@@ -124,7 +125,7 @@ class Projection:
     def __call__(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the numbers of some tasks by key, in float32, and what each module loses, `(n,)`.
 
-        What is lost is `‖Δ − σ U C Vᵀ‖²`, rounding of the cores included.
+        What is lost is `‖Δ − σ U C Vᵀ‖²`, rounding included.
         """
         numbers: dict[str, Tensor] = {}
         lost: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -34,6 +35,7 @@ def whole_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
 
     Raises:
         ConfigError: `folder` is a file, or is not empty, or another process is writing it.
+        CheckpointError: The disk is full.
     """
     folder = folder.resolve()
     made = unfinished(folder)
@@ -47,8 +49,12 @@ def whole_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
                 move_into(made, folder)
             else:
                 made.replace(folder)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(made, ignore_errors=True)
+            if _is_of_full_disk(error):
+                raise CheckpointError(
+                    f"{folder} cannot be written: the disk is full. Nothing is left of it; make room and try again."
+                ) from error
             raise
 
 
@@ -63,6 +69,12 @@ def remove_folder(folder: Path) -> None:
     with suppress(FileNotFoundError):
         folder.rename(unfinished(folder))
     shutil.rmtree(unfinished(folder), ignore_errors=True)
+
+
+def _is_of_full_disk(error: BaseException) -> bool:
+    """Whether a write ended for want of room; safetensors has the number in its text alone."""
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in numbers or any(f"(os error {n})" in str(error) for n in numbers)
 
 
 @contextmanager

@@ -1,11 +1,11 @@
-"""`Σ P Pᵀ` of thin matrices that come one batch after the other, and its leading directions."""
+"""What is kept of thin matrices that come one batch after the other: second moments, and the strongest directions."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .hooi import of_gram, principal, signed
+from .hooi import NOTHING, of_gram, principal, signed
 
 
 class SecondMoment:
@@ -78,3 +78,46 @@ class SecondMoment:
         else:
             return torch.zeros(self.d, 0).double(), torch.zeros(0).double()
         return signed(vectors[:, :n]).contiguous(), energies[:n]
+
+
+class Strongest:
+    """The strongest of the singular directions that updates have, each by itself.
+
+    Args:
+        n: Most of them.
+        widths: Of the two sides, `(K, L)`.
+
+    Example:
+        >>> strongest = Strongest(3, (6, 5))
+        >>> strongest.add(torch.eye(6, 2)[None], torch.eye(2, 5)[None])
+        >>> strongest.U.shape, strongest.V.shape, strongest.energies.tolist()
+        (torch.Size([6, 2]), torch.Size([5, 2]), [1.0, 1.0])
+    """
+
+    def __init__(self, n: int, widths: tuple[int, int]) -> None:
+        self.n = n
+        self.U, self.V = (torch.zeros(width, 0).double() for width in widths)
+        self.energies = torch.zeros(0).double()
+
+    def add(
+        self,
+        B: Tensor,  # (n, K, q)
+        A: Tensor,  # (n, q, L)
+    ) -> None:
+        """Take in some updates."""
+        (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B.double()), torch.linalg.qr(A.double().mT)
+        u, s, vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+        self._take(Q_B @ u, Q_A @ vh.mT, s.square())
+
+    def _take(self, U: Tensor, V: Tensor, energies: Tensor) -> None:
+        falling, order = torch.cat([self.energies, energies.flatten()]).sort(descending=True, stable=True)
+        alive = int((falling[: self.n] > NOTHING * falling[:1]).sum())  # what is below is rounding
+        order, self.energies = order[:alive], falling[:alive].clone()
+        for side, new in (("U", U), ("V", V)):
+            columns = new.movedim(-2, 0).flatten(1)
+            setattr(self, side, torch.cat([getattr(self, side), columns], 1)[:, order])
+
+    def __iadd__(self, other: Strongest) -> Strongest:
+        """Take in what others kept."""
+        self._take(other.U, other.V, other.energies)
+        return self

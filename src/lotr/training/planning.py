@@ -81,8 +81,8 @@ def plan_model(settings: TrainSettings, dtype: str = "float32", tasks: int | Non
 
 
 def _bank(planned: Plan, tasks: int) -> dict[str, int]:
-    """Foretell the bytes of a bank: factors in float32, cores in bfloat16, as `lotr compress` keeps them."""
+    """Foretell the bytes of a bank: factors and cores in bfloat16, as `lotr compress` keeps them."""
     core = 2 * planned.n_cores
-    size = 4 * planned.n_factors + tasks * core
+    size = 2 * planned.n_factors + tasks * core
     loras = 2 * tasks * planned.lora_per_rank  # at rank 1, in bfloat16
     return {"tasks": tasks, "bytes_a_task": core, "bytes": size, "bytes_of_loras_a_rank": loras}

@@ -95,15 +95,16 @@ def _described(row: Any, sizes: tuple[int, int], scores: list[float]) -> list[st
     magnitude = "" if row.magnitude == "none" else f", magnitude `{row.magnitude}`"
     cores = "" if row.core_init is None else f", cores `{row.core_init}`"
     bert, llama = sizes
+    dropout = "" if row.dropout_place == "input" else f" Dropout drops `{row.dropout_place}`."
     return [
         "",
         f"### `{row.name}`",
         "",
         f"{row.purpose} [{row.title}]({row.url}), {row.year}.",
         "",
-        f"- Shares {shares}; `{row.core}` core{cut}{magnitude}.",
-        f"- Starts with factors `{row.init}`{cores}; zero: {zeros[row.zero]}; σ = {scaling}.",
         f"- Trains {trains}: {bert:,} numbers on BERT-base, {llama:,} on Llama.",
+        f"- Shares {shares}; `{row.core}` core{cut}{magnitude}.",
+        f"- Starts with factors `{row.init}`{cores}; zero: {zeros[row.zero]}; σ = {scaling}.{dropout}",
         *([f"- {row.differs}"] if row.differs else []),
         *([f"- Accuracy on `docstrings`: {_seeds(scores)}."] if scores else []),
     ]

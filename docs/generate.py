@@ -121,7 +121,9 @@ def _scores() -> dict[str, list[float]]:
 
 def _seeds(scores: list[float]) -> str:
     each = ", ".join(f"{100 * score:.1f}" for score in scores)
-    return each if len(scores) == 1 else f"{each} (mean {100 * sum(scores) / len(scores):.1f})"
+    return (
+        f"{each} (one seed)" if len(scores) == 1 else f"{each} (mean {100 * sum(scores) / len(scores):.1f})"
+    )
 
 
 def _measured() -> list[str]:
@@ -145,8 +147,8 @@ def _measured() -> list[str]:
         *(f"| {name} | {_seeds(scores[method])} |" for name, method in rows.items() if method in scores),
         "",
         "One pass over 3,023 rows, 756 to score; a standard error of one run is 1.7 points. The Gaussian start runs "
-        "with σ = 1 / r and the best rate of a sweep. Accuracies below are of the same runs, a seed each: "
-        "`python benchmarks/bench_methods.py`.",
+        "with σ = 1 / r and the best rate of a sweep. Accuracies below are of the same runs, a seed each; where there "
+        "are fewer than three, the picture says how many. `python benchmarks/bench_methods.py` runs what is missing.",
         "",
         "![Accuracy of every row against its trained numbers](images/methods.png)",
     ]

@@ -95,8 +95,8 @@ def _tenslora() -> Iterable[Method]:
     """The seven constructions of TensLoRA, each with both cores."""
     names = {"att": "head", "qkv": "projection", "depth": "layer"}
     differs = {
-        "head": "The authors' code interleaves rows, so its heads are not the model's; once the axes are exchanged the "
-        "two are equal.",
+        "head": "The authors' code interleaves rows, so its heads, and those of its scores, are not the model's; once "
+        "the axes are exchanged the two are equal.",
         "projection": "Where grouped queries make projections unequal, the authors repeat heads and average; here "
         "narrower ones use the first rows.",
     }

@@ -95,15 +95,16 @@ def _described(row: Any, sizes: tuple[int, int], scores: list[float]) -> list[st
     magnitude = "" if row.magnitude == "none" else f", magnitude `{row.magnitude}`"
     cores = "" if row.core_init is None else f", cores `{row.core_init}`"
     bert, llama = sizes
+    dropout = "" if row.dropout_place == "input" else f" Dropout drops `{row.dropout_place}`."
     return [
         "",
         f"### `{row.name}`",
         "",
         f"{row.purpose} [{row.title}]({row.url}), {row.year}.",
         "",
-        f"- Shares {shares}; `{row.core}` core{cut}{magnitude}.",
-        f"- Starts with factors `{row.init}`{cores}; zero: {zeros[row.zero]}; σ = {scaling}.",
         f"- Trains {trains}: {bert:,} numbers on BERT-base, {llama:,} on Llama.",
+        f"- Shares {shares}; `{row.core}` core{cut}{magnitude}.",
+        f"- Starts with factors `{row.init}`{cores}; zero: {zeros[row.zero]}; σ = {scaling}.{dropout}",
         *([f"- {row.differs}"] if row.differs else []),
         *([f"- Accuracy on `docstrings`: {_seeds(scores)}."] if scores else []),
     ]
@@ -120,7 +121,9 @@ def _scores() -> dict[str, list[float]]:
 
 def _seeds(scores: list[float]) -> str:
     each = ", ".join(f"{100 * score:.1f}" for score in scores)
-    return each if len(scores) == 1 else f"{each} (mean {100 * sum(scores) / len(scores):.1f})"
+    return (
+        f"{each} (one seed)" if len(scores) == 1 else f"{each} (mean {100 * sum(scores) / len(scores):.1f})"
+    )
 
 
 def _measured() -> list[str]:
@@ -144,8 +147,8 @@ def _measured() -> list[str]:
         *(f"| {name} | {_seeds(scores[method])} |" for name, method in rows.items() if method in scores),
         "",
         "One pass over 3,023 rows, 756 to score; a standard error of one run is 1.7 points. The Gaussian start runs "
-        "with σ = 1 / r and the best rate of a sweep. Accuracies below are of the same runs, a seed each: "
-        "`python benchmarks/bench_methods.py`.",
+        "with σ = 1 / r and the best rate of a sweep. Accuracies below are of the same runs, a seed each; where there "
+        "are fewer than three, the picture says how many. `python benchmarks/bench_methods.py` runs what is missing.",
         "",
         "![Accuracy of every row against its trained numbers](images/methods.png)",
     ]

@@ -59,7 +59,7 @@ def site_updates(
             at = f"{ROOT}lotrbasis.{group.name}"
             U, V = tensors[f"{at}.lotr_U.weight"], tensors[f"{at}.lotr_V.weight"].T
             for site in part.sites:
-                C = _core_of(row, path, part.name, part.sites[0], site, group, tensors).to(U)
+                C = core_of(row, path, part.name, part.sites[0], site, group, tensors).to(U)
                 (N, M), (n, m) = (len(U), len(V)), site.shape
                 gain = (N / n) ** 0.5 * (M / m) ** 0.5
                 dW = scaling * gain * U[:n] @ C @ V[:m].T
@@ -70,7 +70,7 @@ def site_updates(
     return updates
 
 
-def _core_of(
+def core_of(
     row: str, path: str, part: str, first: Site, site: Site, group: Group, tensors: Mapping[str, Tensor]
 ) -> Tensor:
     (k, r), (o, i) = group.rank, site.shape

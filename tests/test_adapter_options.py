@@ -185,6 +185,8 @@ def test_without_a_seed_torchs_own_decides() -> None:
         ({"r": 1.5}, r"r=1\.5"),
         ({"rank_pattern": {"query": 0}}, "rank_pattern\\['query'\\]=0"),
         ({"dropout": 1.0}, r"dropout=1\.0"),
+        ({"dropout_place": "rank"}, "dropout_place='rank'"),
+        ({"dropout_place": "components"}, "dropout_place='components' with core='free'"),
         ({"scaling": 0.0}, r"scaling=0\.0"),
         ({"scaling": float("nan")}, "scaling=nan"),
         ({"layers_pattern": "layers"}, "layers_pattern is set"),

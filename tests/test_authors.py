@@ -4,6 +4,9 @@
 seed)`: the n-th tensor of the adapter, by name, has the seed n; the n-th module, by name, the input with seed 100 + n,
 and the weight of its output in the loss with seed 200 + n. The loss is the sum of all outputs of updates, so weighted.
 Of a gradient the file has the first number, the last, and the norm.
+
+No code of their authors could be had for MetaTT (arXiv 2506.09105), BoRA and MAP: test_rows.py has the equations of
+their papers. LoRA and DoRA are compared with PEFT's in test_parity.py.
 """
 
 from __future__ import annotations

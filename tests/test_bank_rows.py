@@ -33,6 +33,7 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tucker": ("bert", {"method": "lotr_joint", "core": "tucker", "core_ranks": 2}),
     "cp": ("bert", {**ALIKE, "core": "cp", "target_modules": ["query", "value", "intermediate.dense"]}),
     "tt": ("bert", {**ALIKE, "core": "tt", "target_modules": ["query", "value", "intermediate.dense"]}),
+    "slices": ("llama", ALIKE),  # values are narrower than queries
     "task of a train": ("bert", {"method": "metatt_4d", "r": 4, **TRAIN}),
     "heads": ("bert", {"blocks": "head", "modes": ("layer", "head"), "r": 4}),
     "square": ("bert", {"blocks": "square", "r": 4}),

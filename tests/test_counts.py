@@ -106,17 +106,25 @@ def test_with_all_weights_lorta_and_cara_have_the_counts_of_their_papers(roberta
     assert count(roberta, "cara", every, r) == (1 + 3 * L + d + H + dh) * r + (1 + 9 * L + 2 * d) * r
 
 
+def grouped(width: int, heads: int, few: int) -> dict[str, int]:
+    sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 2}
+    return sizes | {"num_attention_heads": heads, "num_key_value_heads": few}
+
+
+GROUPED = {
+    "Llama 8B": (tf.LlamaModel, tf.LlamaConfig(**grouped(4096, 32, 8))),
+    "SmolLM 135M": (tf.LlamaModel, tf.LlamaConfig(**grouped(576, 9, 3))),
+    "Qwen2 0.5B": (tf.Qwen2Model, tf.Qwen2Config(**grouped(896, 14, 2))),
+    "Qwen3 0.6B": (tf.Qwen3Model, tf.Qwen3Config(**grouped(1024, 16, 8), head_dim=128)),
+}
+
+
+@pytest.mark.parametrize("kind", GROUPED)
 @pytest.mark.parametrize("row", METHODS)
-def test_every_row_exists_on_grouped_queries(row: str) -> None:
-    config = tf.LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=2,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    )
+def test_every_row_exists_on_grouped_queries_with_default_targets(row: str, kind: str) -> None:
+    cls, config = GROUPED[kind]
     with torch.device("meta"):
-        model = tf.LlamaModel(config)
+        model = cls(config)
     plan = lotr.plan(model, LotrConfig(method=row, r=8))
     if "projection" in METHODS[row].modes:
         assert all(group.core.sizes[group.modes.index("projection")] == 2 for group in plan.groups)

@@ -139,13 +139,14 @@ def test_the_values_of_a_weight_go_to_the_input_side() -> None:
 # ---- starts of the rows
 
 
-def test_starts_of_cores_are_those_of_torch() -> None:
+def test_starts_of_cores_are_those_of_the_authors_modules() -> None:
     def bound(name: str, *shape: int) -> float:
         numbers = CORE_INITS[name](shape, generator_for(0))
         assert numbers.shape == shape and numbers.dtype == torch.float32
         return float(numbers.abs().max())
 
-    assert 0.99 / 5 < bound("uniform", 400, 25) <= 1 / 5  # as a linear layer that reads the last extent
+    # as linear layers that read the last extent, one or several
+    assert 0.99 / 5 < bound("uniform", 400, 25) <= 1 / 5 and 0.99 / 5 < bound("uniform", 4, 100, 25) <= 1 / 5
     assert 0.99 * 3**0.5 / 16 < bound("xavier", 16, 16, 16) <= 3**0.5 / 16  # FacT's core of rank 16
     assert float(CORE_INITS["tiny"]((100, 100), generator_for(0)).std()) == pytest.approx(1e-5, rel=0.05)
     assert torch.equal(CORE_INITS["identity"]((3, 2, 2), generator_for(0)), torch.eye(2).expand(3, 2, 2))

@@ -8,6 +8,7 @@ import pytest
 import lotr
 from lotr import METHODS, ConfigError, LotrConfig
 from lotr.math.cores import CORES
+from lotr.math.dropout import PLACES
 from lotr.math.init import CORE_INITS, INITS, WEIGHT_INITS, ZEROS
 from lotr.math.magnitude import MAGNITUDES
 from lotr.methods import method
@@ -31,7 +32,7 @@ ASKED |= {"fact_tt", "fact_tk", "metatt_4d", "metatt_5d"}
 CONSTRUCTIONS = ("att", "qkv", "depth", "att_qkv", "att_depth", "qkv_depth", "att_qkv_depth")
 ASKED |= {f"tenslora_{name}{core}" for name in CONSTRUCTIONS for core in ("", "_cp")}
 PAPERS = ("LoRA", "DoRA", "BoRA", "MAP", "FacT", "MetaTT", "TensLoRA", "CaRA", "LoRTA")
-FIELDS = ("modes", "core", "blocks", "magnitude", "init", "core_init", "zero", "trainable")
+FIELDS = ("modes", "core", "blocks", "magnitude", "init", "core_init", "zero", "trainable", "dropout_place")
 every_row = pytest.mark.parametrize("name", METHODS)
 
 
@@ -46,7 +47,7 @@ def test_every_row_names_things_that_exist(name: str) -> None:
     assert set(row.modes) <= set(MODES) and row.modes == check_modes(row.modes)
     assert row.core in CORES and row.blocks in BLOCKS and row.magnitude in MAGNITUDES
     assert row.init in {*INITS, *WEIGHT_INITS, "first_step"} and row.trainable in ("all", "cores")
-    assert row.core_init in (None, *CORE_INITS) and row.zero in ZEROS
+    assert row.core_init in (None, *CORE_INITS) and row.zero in ZEROS and row.dropout_place in PLACES
 
 
 @every_row

@@ -28,6 +28,7 @@ class Method:
         zero: What starts at zero, so that the update does: `"core"`, `"output"`, `"input"`, or `"none"`.
         alpha: Numerator of the scaling rule `σ = alpha / r`; default: `σ = 1`, which is `alpha = r`.
         trainable: What trains: `"all"`, or `"cores"` alone.
+        dropout_place: What dropout drops, where it is on; the rate is no part of a row.
         differs: One sentence on where the row differs from what was published, and how to have that.
     """
 
@@ -45,6 +46,7 @@ class Method:
     zero: str = "core"
     alpha: float | None = None
     trainable: str = "all"
+    dropout_place: str = "input"
     differs: str = ""
 
 
@@ -57,6 +59,7 @@ _LORA = _arxiv("LoRA: Low-Rank Adaptation of Large Language Models", 2021, "2106
 _DORA = _arxiv("DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, "2402.09353")
 _BORA = _arxiv("BoRA: Bi-dimensional Weight-Decomposed Low-Rank Adaptation", 2024, "2412.06441")
 _MAP = _arxiv("MAP: Revisiting Weight Decomposition for Low-Rank Adaptation", 2025, "2505.23094")
+_MOSLORA = _arxiv("Mixture-of-Subspaces in Low-Rank Adaptation", 2024, "2406.11909")
 _TENSLORA = _arxiv("TensLoRA: Tensor Alternatives for Low-Rank Adaptation", 2025, "2509.19391")
 _FACT = _arxiv("FacT: Factor-Tuning for Lightweight Adaptation on Vision Transformer", 2022, "2212.03145")
 _LORTA = _arxiv("LoRTA: Low Rank Tensor Adaptation of Large Language Models", 2024, "2410.04060")
@@ -76,9 +79,12 @@ _LORA_SB = _arxiv(
     2024,
     "2411.19557",
 )
-_MOSLORA = _arxiv("Mixture-of-Subspaces in Low-Rank Adaptation", 2024, "2406.11909")
-#: LoRA's own structure and start, of which some papers change one thing.
-_LORA_START: dict[str, Any] = {"modes": (), "core": "identity", "init": "kaiming", "zero": "output"}
+
+# what several rows have in common
+_PAIR: dict[str, Any] = {"modes": (), "core": "identity", "init": "kaiming", "zero": "output"}
+_CP: dict[str, Any] = {"core": "cp", "init": "uniform", "core_init": "uniform"}
+_TRAIN: dict[str, Any] = {"core": "tt", "init": "identity", "core_init": "identity", "zero": "input"}
+_SQUARES: dict[str, Any] = {"modes": ("site",), "blocks": "square", "init": "kaiming", "zero": "output"}
 _OUR_START = (
     "Published with Gaussian factors and a scaling of alpha / r, whose update grows with the width: init=gaussian and "
     "alpha. Here the columns are orthonormal and the scaling is 1."
@@ -88,30 +94,30 @@ _OUR_START = (
 def _tenslora() -> Iterable[Method]:
     """The seven constructions of TensLoRA, each with both cores."""
     names = {"att": "head", "qkv": "projection", "depth": "layer"}
+    differs = {
+        "head": "The authors' code interleaves rows, so its heads, and those of its scores, are not the model's; once "
+        "the axes are exchanged the two are equal.",
+        "projection": "Where grouped queries make projections unequal, the authors repeat heads and average; here "
+        "narrower ones use the first rows.",
+    }
     for name in ("att", "qkv", "depth", "att_qkv", "att_depth", "qkv_depth", "att_qkv_depth"):
         along = [mode for part, mode in names.items() if part in name]
-        modes = tuple(mode for mode in ("layer", "projection", "head") if mode in along)
         shared = f"{', '.join(along[:-1])} and {along[-1]}" if along[1:] else along[0]
         others = [part for part in ("layer", "projection") if part not in along]
         each = f" for each {' and '.join(others)}" if others else ""
-        differs = {
-            "head": "The authors' code interleaves rows, so its heads are not the model's; once the axes are "
-            "exchanged the two are equal.",
-            "projection": "Where grouped queries make projections unequal, the authors repeat heads and average; here "
-            "narrower ones use the first rows.",
-            "_cp": "Dropout drops inputs; that of the authors drops components of the rank.",
-        }
-        for core, suffix in (("tucker", ""), ("cp", "_cp")):
-            cp: dict[str, Any] = {"init": "uniform", "core_init": "uniform", "zero": "input"}
+        for title, suffix, core in (
+            ("Tucker", "", {"core": "tucker"}),
+            ("CP", "_cp", {**_CP, "zero": "input"}),
+        ):
             yield Method(
                 f"tenslora_{name}{suffix}",
                 *_TENSLORA,
-                f"A {'Tucker' if core == 'tucker' else 'CP'} tensor along {shared}{each}.",
-                modes=modes,
-                core=core,
-                blocks="head" if "head" in modes else "none",
-                differs=" ".join(text for key, text in differs.items() if key in (*along, suffix)),
-                **(cp if core == "cp" else {}),
+                f"A {title} tensor along {shared}{each}.",
+                modes=tuple(mode for mode in ("layer", "projection", "head") if mode in along),
+                blocks="head" if "head" in along else "none",
+                dropout_place="components",
+                differs=" ".join(text for mode, text in differs.items() if mode in along),
+                **core,
             )
 
 
@@ -130,13 +136,9 @@ _ROWS = (
         modes=("layer", "projection"),
         differs=_OUR_START,
     ),
-    Method("lora", *_LORA, "The common reference: every module has two factors of its own.", **_LORA_START),
+    Method("lora", *_LORA, "The common reference: every module has two factors of its own.", **_PAIR),
     Method(
-        "dora",
-        *_DORA,
-        "LoRA, and a trained norm for every output feature.",
-        magnitude="per_output",
-        **_LORA_START,
+        "dora", *_DORA, "LoRA, and a trained norm for every output feature.", magnitude="per_output", **_PAIR
     ),
     Method(
         "bora",
@@ -144,88 +146,72 @@ _ROWS = (
         "LoRA, and trained norms for every output and every input feature.",
         magnitude="per_output_and_input",
         differs="The authors published no code: start, floors and constant norms are our reading.",
-        **_LORA_START,
+        **_PAIR,
     ),
     Method(
         "map",
         *_MAP,
         "LoRA as a direction, with two trained sizes a module: of the weight and of the update.",
-        modes=(),
-        core="identity",
         magnitude="base_and_update",
-        zero="output",
         differs="The authors published no code: the size of the update starts at zero and both factors orthonormal, "
         "which is our reading.",
+        **{**_PAIR, "init": "orthonormal"},
     ),
     Method(
         "moslora",
         *_MOSLORA,
         "LoRA with a trained matrix between its two factors, which mixes their subspaces.",
-        modes=(),
-        init="kaiming",
         core_init="uniform",
-        zero="output",
+        **{**_PAIR, "core": "free"},
     ),
     *_tenslora(),
     Method(
         "fact_tt",
         *_FACT,
         "All weights cut into squares share one pair; a matrix each in between.",
-        modes=("site",),
-        blocks="square",
-        init="kaiming",
         core_init="uniform",
-        zero="output",
-        differs="The scale, which the authors search for each task, is 1, and there is no dropout; theirs, of 0.1, "
-        "stands before the output factor.",
+        dropout_place="core_output",
+        differs="The authors search the scale for each task, train with dropout=0.1, and start the cores of fc2 half "
+        "as large; the scale is 1 here.",
+        **_SQUARES,
     ),
     Method(
         "fact_tk",
         *_FACT,
         "All weights cut into squares in one Tucker tensor.",
-        modes=("site",),
         core="tucker",
-        blocks="square",
-        init="kaiming",
         core_init="xavier",
-        zero="output",
+        dropout_place="core_output",
         differs="The authors' code interleaves rank and square of the feed-forward weights and transposes the second; "
         "here every square has a core of its own. Scale and dropout as in fact_tt.",
+        **_SQUARES,
     ),
     Method(
         "lorta",
         *_LORTA,
         "One CP tensor over all layers, projections and heads: the fewest numbers a rank.",
         modes=("layer", "projection", "head"),
-        core="cp",
         blocks="head_rows",
-        init="uniform",
-        core_init="uniform",
         zero="output",
         alpha=8,
         differs="The authors' code for instruction tuning is this row; that for GLUE applies the transposes, so that "
         "heads cut the input.",
+        **_CP,
     ),
     Method(
         "metatt_4d",
         *_METATT,
         "One tensor train over layers and projections.",
         modes=("projection", "layer"),
-        core="tt",
-        init="identity",
-        core_init="identity",
-        zero="input",
+        **_TRAIN,
     ),
     Method(
         "metatt_5d",
         *_METATT,
         "One tensor train over layers, projections and heads.",
         modes=("head", "projection", "layer"),
-        core="tt",
         blocks="head",
-        init="identity",
-        core_init="identity",
-        zero="input",
+        **_TRAIN,
     ),
     Method(
         "cara",
@@ -235,8 +221,9 @@ _ROWS = (
         core="scaled_cp",
         blocks="head_or_square",
         zero="input",
+        dropout_place="update",
         differs="The authors add three trained bias vectors that all layers share (bias=lotr_only trains those of each "
-        "module instead), search the scale for each task, and drop a tenth of the update's numbers in training.",
+        "module instead), search the scale for each task, and train with dropout=0.1.",
     ),
     Method(
         "lora_xs",

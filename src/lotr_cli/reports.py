@@ -105,6 +105,7 @@ def methods() -> Report:
         scale += f", starts {row.init}" if row.init != "orthonormal" else ""
         scale += f", σ = {row.alpha:g} / r" if row.alpha else ""
         scale += ", trains cores" if row.trainable == "cores" else ""
+        scale += "" if row.dropout_place == "input" else f", dropout of {row.dropout_place}"
         differs = f"\n{row.differs}" if row.differs else ""
         about = f"{row.purpose}\n{along}, {row.core} core{cuts}{scale}. {row.year}, {row.url}{differs}"
         rows.append((row.name, about))

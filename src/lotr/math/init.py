@@ -174,9 +174,15 @@ def _filled(fill: Callable[..., Tensor], **given: float) -> CoreInit:
     return init
 
 
+def _within_last_extent(shape: tuple[int, ...], generator: Generator) -> Tensor:
+    # as a linear layer of each matrix; torch's own Kaiming start takes more axes for those of a convolution
+    bound = shape[-1] ** -0.5
+    return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+
+
 #: Starts of the numbers of a core, by shape, instead of the structure's own.
 CORE_INITS: dict[str, CoreInit] = {
-    "uniform": _filled(nn.init.kaiming_uniform_, a=5**0.5),  # ±1/√(last extent)
+    "uniform": _within_last_extent,
     "xavier": _filled(nn.init.xavier_uniform_),
     "tiny": _filled(nn.init.normal_, std=1e-5),
     "identity": lambda shape, _: torch.eye(*shape[-2:], dtype=torch.float32).expand(shape).clone(),

@@ -38,6 +38,7 @@ _STRUCTURE = (
     "blocks",
     "core",
     "core_init",
+    "dropout_place",
     "init",
     "magnitude",
     "trainable",

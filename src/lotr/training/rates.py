@@ -72,6 +72,8 @@ def parameter_groups(
     Returns:
         Groups with `params`, `lr` and `name`, without empty ones.
 
+    Source: a rate of its own for one factor is the idea of LoRA+ (arXiv 2402.12354); here it is the cores'.
+
     Example:
         >>> from torch import nn
         >>> [group["name"] for group in parameter_groups(nn.Linear(2, 2), lr=1e-3)]

@@ -119,7 +119,12 @@ class TrainSettings:
         _ADAPTER, "What starts at zero, so that the update does: core, output, input, none.", "by method"
     )
     start_batches: int | None = unset(_ADAPTER, "Batches whose gradients a start from data takes.", "8")
-    dropout: float = setting(0.0, _ADAPTER, "Dropout on the input of the update.")
+    dropout: float = setting(0.0, _ADAPTER, "Probability of dropping a number of the update.")
+    dropout_place: str | None = unset(
+        _ADAPTER,
+        "What dropout drops: input, core_output, components, update (of ΔW).",
+        "by method, mostly input",
+    )
 
     lr: float | None = unset(_TRAINING, "Learning rate of the factors.", "by method")
     core_lr: float | None = unset(_TRAINING, "Learning rate of the cores.", "by method")

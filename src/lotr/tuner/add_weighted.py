@@ -47,7 +47,7 @@ def add_weighted(
     config = copy.deepcopy(configs[0])
     config.core, config.core_ranks = "free", None
     config.init_weights = True  # what is not zero is written below
-    config.zero, config.core_init = "core", None
+    config.zero, config.core_init, config.dropout, config.dropout_place = "core", None, 0.0, "input"
     on_one_basis = all(c.refers_to_basis for c in configs) and len({c.basis_hash for c in configs}) == 1
     if not on_one_basis:
         config.scaling, config.trainable, config.init = 1.0, "all", "orthonormal"

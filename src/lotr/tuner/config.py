@@ -21,6 +21,7 @@ from ..files.atomic import read_json
 from ..files.card import Card, update_card
 from ..files.checksum import CHECKSUM, check_sealed
 from ..math.cores import CORES
+from ..math.dropout import PLACES
 from ..math.init import CORE_INITS, DATA_INITS, INITS, WEIGHT_INITS, ZEROS
 from ..math.magnitude import MAGNITUDES
 from ..methods import Method, method
@@ -54,6 +55,8 @@ STRUCTURE = (
     "rank_pattern",
     "init",
 )
+#: Fields that an adapter on a basis takes from it where they are open, and may have otherwise.
+_FROM_BASIS = ("magnitude", "dropout_place")
 
 
 def _field(help: str, default: Any = None) -> Any:
@@ -129,7 +132,11 @@ class LotrConfig(PeftConfig):
     )
     trainable: str = _field("What trains: all, or cores (the factors stay as they start).")
     seed: int | None = _field("Seed of the factors. Default: torch's own seed, so torch.manual_seed decides.")
-    dropout: float = _field("Probability of dropping an input of the update.", 0.0)
+    dropout: float = _field("Probability of dropping a number of the update while it trains.", 0.0)
+    dropout_place: str = _field(
+        "What dropout drops: input, core_output (what the factor U multiplies), components (of Tucker and CP cores), "
+        "update (numbers of ΔW, which is then built). Default: by method, mostly input."
+    )
     target_modules: list[str] | str | None = _field(
         "Modules to adapt: list of names, regex, or 'all-linear'. Default: by architecture."
     )
@@ -183,7 +190,7 @@ class LotrConfig(PeftConfig):
         on_basis = self.basis is not None and self.basis_hash is None
         # what is left open beside a basis is filled in from it when the plan is made
         self._open = tuple(
-            name for name in (*STRUCTURE, "magnitude") if on_basis and getattr(self, name) in (None, {})
+            name for name in (*STRUCTURE, *_FROM_BASIS) if on_basis and getattr(self, name) in (None, {})
         )
         self._fill()
         if not self._open:
@@ -218,6 +225,8 @@ class LotrConfig(PeftConfig):
                 if odd := [entry for entry in names if not isinstance(entry, str)]:
                     raise ConfigError(f"{name} has {odd[0]!r}, which is no name. Name modules by text.")
                 setattr(self, name, set(names))
+        place = row.dropout_place if self.core == row.core else "input"
+        self.dropout_place = one_of("dropout_place", self.dropout_place or place, PLACES)
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout={self.dropout} is not a probability below one. Use 0 <= dropout < 1.")
         if not 0 < self.scaling < math.inf:
@@ -263,6 +272,11 @@ class LotrConfig(PeftConfig):
         """Refuse fields that have no meaning beside each other."""
         ranks = {self.rank, *map(pair, self.rank_pattern.values())}
         check_core(self.core, self.modes, self.blocks, ranks, self.core_ranks, self.trainable)
+        if self.dropout_place == "components" and CORES[self.core].component_axes is None:
+            raise ConfigError(
+                f"dropout_place='components' with core={self.core!r}, which is no sum of components. Use a Tucker or "
+                "CP core, or dropout_place='core_output'."
+            )
         is_new = self.basis is None and self.targets is None
         check_zero(self.zero, self.core, self.init, self.trainable, self.init_weights, is_new)
         check_magnitude(
@@ -285,8 +299,9 @@ class LotrConfig(PeftConfig):
                     "the structure of its basis; leave it out."
                 )
             setattr(self, name, theirs)
-        if "magnitude" in self._open:
-            self.magnitude = basis.magnitude
+        for name in _FROM_BASIS:
+            if name in self._open:
+                setattr(self, name, getattr(basis, name))
         if all(getattr(self, name) is None for name in _TARGETS):
             for name in _TARGETS:
                 setattr(self, name, getattr(basis, name))

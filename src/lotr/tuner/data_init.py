@@ -59,7 +59,8 @@ def init_from_data(
     `−η · sign(Σ G_s)` that AdamW would take first, and the model computes what it would after that step.
 
     Source: factors from gradients with a small core between them are the idea of LoRA-SB (arXiv 2411.19557); LoRA-GA
-    (arXiv 2407.05000) starts LoRA from gradients. Here all sites of a group share them.
+    (arXiv 2407.05000) starts LoRA from gradients, EVA (arXiv 2410.07170) from activations. Here all sites of a group
+    share them.
 
     Example:
         >>> from peft import get_peft_model

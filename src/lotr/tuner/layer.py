@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import ConfigError
 from ..math import update as formula
+from ..math.dropout import Dropout
 from ..math.fused_linear import adapted_linear
 from ..math.matmul import runs_op_by_op
 from ..math.update import LinearMap
@@ -68,7 +70,7 @@ class LotrLinear(AdaptedWeight):
         dtype = base.weight.dtype
         if base.weight.requires_grad or not is_plain(base, dtype, x.device) or not runs_op_by_op():
             return False
-        if (x.dtype != dtype and _autocast_type(x) is None) or (self.dropout[adapter] and self.training):
+        if (x.dtype != dtype and _autocast_type(x) is None) or (self.dropout[adapter].rate and self.training):
             return False
         for part, group in self.parts[adapter]:
             if adapter in group.rows or part.grid[1] > 1 or part.columns[1] != self.in_features:
@@ -91,19 +93,22 @@ class LotrLinear(AdaptedWeight):
     def update(self, adapter: str, x: Tensor) -> Tensor:  # (*n, in) -> (*n, out)
         """Return the update of the output, before the magnitude, by calling the adapter's modules."""
         x = self._cast_input_dtype(x, self.parts[adapter][0][1].lotr_V[adapter].weight.dtype)
-        dropout = self.dropout[adapter]
-        x = F.dropout(x, dropout, self.training) if dropout else x
+        drop = self.dropout[adapter] if self.training else Dropout()
+        if drop.at("update"):
+            if any(adapter in group.rows for _, group in self.parts[adapter]):
+                raise ConfigError(
+                    "dropout_place='update' drops numbers of one ΔW, and the rows of a bank's batch have one each. "
+                    "Train on a basis whose adapter has another place, or no dropout."
+                )
+            return F.linear(x, drop("update", self.dense(adapter)).to(x.dtype))
+        x = drop("input", x)
         outputs: dict[int, Tensor] = {}  # first row → the sum of what covers those rows
         for part, group in self.parts[adapter]:
             first, width = part.columns
-            of_bank = group.rows.get(adapter)
-            batch = None if of_bank is None else of_bank.get()  # cores of a task for each row of this call
             output = formula.apply(
                 x if width == self.in_features else x.narrow(-1, first, width),
                 partial(_input, part, group, adapter),
-                self._core_map(adapter, part, group)
-                if batch is None
-                else batch.core(part, group.shared_numbers(adapter)),
+                self._core_map(adapter, part, group, drop),
                 partial(_output, part, group, adapter),
                 self.scaling[adapter] * part.gain,
                 part.grid,
@@ -113,14 +118,20 @@ class LotrLinear(AdaptedWeight):
         blocks = [outputs[row] for row in sorted(outputs)]
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1)
 
-    def _core_map(self, adapter: str, part: Part, group: LotrGroup) -> LinearMap:
-        if part.group.core.is_identity:
-            return lambda h: h
-        if part.group.core.by_site and not part.name:
-            module: LinearMap = self.lotr_C[adapter]
-            return module
-        C = self.core(adapter, part, group)
-        return lambda h: F.linear(h, C.to(h.device))
+    def _core_map(self, adapter: str, part: Part, group: LotrGroup, drop: Dropout) -> LinearMap:
+        of_bank, core, rate = group.rows.get(adapter), part.group.core, drop.at("components")
+        batch = None if of_bank is None else of_bank.get()  # cores of a task for each row of this call
+        multiply: LinearMap
+        if batch is not None:
+            multiply = batch.core(part, group.shared_numbers(adapter), rate)
+        elif core.is_identity:
+            multiply = _unchanged
+        elif core.by_site and not part.name:
+            multiply = self.lotr_C[adapter]
+        else:
+            C = self.core(adapter, part, group, rate)
+            multiply = partial(_times, C)
+        return (lambda h: drop("core_output", multiply(h))) if drop.at("core_output") else multiply
 
     def _mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(x) != len(adapter_names):
@@ -146,6 +157,14 @@ class LotrLinear(AdaptedWeight):
 
     def __repr__(self) -> str:
         return "lotr." + super().__repr__()
+
+
+def _unchanged(h: Tensor) -> Tensor:
+    return h
+
+
+def _times(C: Tensor, h: Tensor) -> Tensor:  # (a·k, b·r), (*n, b·r) -> (*n, a·k)
+    return F.linear(h, C.to(h.device))
 
 
 def _input(part: Part, group: LotrGroup, adapter: str, x: Tensor) -> Tensor:  # (*n, m) -> (*n, r)

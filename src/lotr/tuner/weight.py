@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..math.dropout import Dropout
 from ..math.magnitude import MAGNITUDES, Gains, Magnitude
 from ..math.norms import BaseWeight
 from ..math.update import FactoredUpdate
@@ -64,7 +65,7 @@ class AdaptedWeight(nn.Module, LotrLayer):
         self.parts: dict[str, tuple[tuple[Part, LotrGroup], ...]] = {}
         self.scaling = scaling  # one dictionary for the whole model, see LotrGroup
         self.magnitude: dict[str, Magnitude] = {}
-        self.dropout: dict[str, float] = {}
+        self.dropout: dict[str, Dropout] = {}
         self.norm_gradient: dict[str, bool] = {}
         self._norms: dict[str, Tensor] = {}  # of the base weight
         self.register_load_state_dict_post_hook(_forget_norms)
@@ -84,7 +85,8 @@ class AdaptedWeight(nn.Module, LotrLayer):
             self.lotr_C[adapter] = linear_from(cores[""]) if "" in cores else NamedNumbers(cores)
         magnitude = MAGNITUDES[str(config.magnitude)]
         self.parts[adapter], self.magnitude[adapter] = tuple(parts), magnitude
-        self.dropout[adapter], self.norm_gradient[adapter] = config.dropout, config.norm_gradient
+        self.dropout[adapter] = Dropout(config.dropout, config.dropout_place)
+        self.norm_gradient[adapter] = config.norm_gradient
         self.scaling[adapter] = config.scaling
         shapes = magnitude.shapes(self.out_features, self.in_features)
         if shapes:
@@ -139,8 +141,8 @@ class AdaptedWeight(nn.Module, LotrLayer):
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         return device or torch.device("cpu"), dtype
 
-    def core(self, adapter: str, part: Part, group: LotrGroup) -> Tensor:  # (a·k, b·r)
-        """Return the cores of a part, side by side."""
+    def core(self, adapter: str, part: Part, group: LotrGroup, dropout: float = 0.0) -> Tensor:  # (a·k, b·r)
+        """Return the cores of a part, side by side; `dropout` is the rate of dropping components."""
         core = part.group.core
         if core.by_site:
             return self.site_core(adapter, part)
@@ -150,7 +152,8 @@ class AdaptedWeight(nn.Module, LotrLayer):
         numbers = group.core_numbers(adapter)
         # autocast would turn some of these small products to another type, and not others
         with _without_autocast(next(iter(numbers.values())).device):
-            return part.lay(core.block(numbers, part.region))
+            kept = core.drop_components(numbers, dropout) if dropout else numbers
+            return part.lay(core.block(kept, part.region))
 
     def site_core(self, adapter: str, part: Part) -> Tensor:  # (a·k, b·r)
         """Return the cores of a part that are kept with the layer."""
@@ -187,8 +190,8 @@ class AdaptedWeight(nn.Module, LotrLayer):
         """Return `ΔW`, or `W' - W` with a magnitude, in the layout of the base weight: `(in, out)` for `Conv1D`."""
         return self.delta(adapter)
 
-    def delta(self, adapter: str) -> Tensor:
-        """Return what `get_delta_weight` does, with a way back for gradients."""
+    def dense(self, adapter: str) -> Tensor:  # (out, in)
+        """Return `ΔW`, before the magnitude."""
         with _without_autocast(self._home[0]):
             updates = self.factored(adapter)
             dW = updates[0].dense()
@@ -196,6 +199,11 @@ class AdaptedWeight(nn.Module, LotrLayer):
                 dW = dW.new_zeros(self.out_features, self.in_features)
                 for update in updates:
                     dW[update.rows, update.columns] = update.dense()
+        return dW
+
+    def delta(self, adapter: str) -> Tensor:
+        """Return what `get_delta_weight` does, with a way back for gradients."""
+        dW = self.dense(adapter)
         if not self.magnitude[adapter].additive:
             W = self._untouched().to(dW)
             dW = self.gains(adapter).weight(W, dW) - W

@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 Index = tuple[int, ...]  # position of a site along each mode of its group
 Region = tuple[slice, ...]  # a run of positions along each mode
 Numbers = Mapping[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
+_SMALL = 4
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Core(ABC):
     has_ranks: ClassVar[bool] = False
     #: Every `C_s` is square: `k` and `r` are one rank.
     is_square: ClassVar[bool] = False
+    #: Axes of the number at zero along which the update is a sum of components, which dropout may drop.
+    component_axes: ClassVar[slice | None] = None
 
     @classmethod
     @abstractmethod
@@ -78,6 +82,19 @@ class Core(ABC):
     @abstractmethod
     def block(self, numbers: Numbers, region: Region) -> Tensor:  # (*extents, k, r)
         """Return the cores of a region, from the group's numbers."""
+
+    def drop_components(self, numbers: Numbers, rate: float) -> Numbers:
+        """Return the numbers without the components that dropout takes; `(*rows, *shape)` loses the same in all rows.
+
+        A rank of at most four stays whole, as in the code of TensLoRA (arXiv 2509.19391).
+        """
+        name = str(self.zero)
+        kept, shape = numbers[name], self.shapes[name]
+        for axis in range(-len(shape), 0)[self.component_axes or slice(0)]:
+            if shape[axis] > _SMALL:
+                mask = F.dropout(kept.new_ones(shape[axis]), rate)
+                kept = kept * mask.reshape(-1, *[1] * (-1 - axis))
+        return {**numbers, name: kept}
 
     def to_tensor(self, numbers: Numbers) -> Tensor:  # (*sizes, k, r)
         """Return the whole core tensor."""

@@ -26,6 +26,7 @@ class ScaledCPCore(Core):
     """
 
     is_square: ClassVar[bool] = True
+    component_axes: ClassVar[slice | None] = slice(-1, None)
 
     @classmethod
     def check(cls, k: int, r: int, modes: tuple[str, ...]) -> None:

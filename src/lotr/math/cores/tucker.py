@@ -25,6 +25,7 @@ class TuckerCore(Core):
     """
 
     has_ranks: ClassVar[bool] = True
+    component_axes: ClassVar[slice | None] = slice(None)
 
     @classmethod
     def check(cls, k: int, r: int, modes: tuple[str, ...]) -> None:

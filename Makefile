@@ -6,10 +6,7 @@ READY := $(VENV)/.ready
 # The versions of everything: pinned; `CONSTRAINTS=constraints-lowest.txt` takes the oldest, `/dev/null` the newest.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo demo-lm demo-bank demo-serve test test-vllm test-ray test-quantised fuzz kill setup check wheel-test bench bench-performance bench-methods bench-deep bench-bank bench-compress bench-serve bench-quality bench-quality-report docs clean
-.PHONY: demo demo-lm demo-bank demo-serve test test-vllm test-ray test-quantised fuzz soak setup check wheel-test bench bench-performance bench-methods bench-deep bench-bank bench-compress bench-serve bench-quality bench-quality-report docs clean
-.PHONY: demo demo-lm demo-bank demo-serve test test-vllm test-ray test-quantised test-engines test-gpu fuzz setup check wheel-test bench bench-performance bench-methods bench-deep bench-experts bench-gpu bench-bank bench-compress bench-serve bench-quality bench-quality-report docs clean
-.PHONY: demo demo-lm demo-bank demo-serve test test-vllm test-ray test-quantised fuzz setup check wheel-test bench bench-performance bench-methods bench-deep bench-bank bench-compress bench-loras bench-serve bench-quality bench-quality-report docs clean
+.PHONY: demo demo-lm demo-bank demo-serve test test-vllm test-ray test-quantised fuzz kill setup check wheel-test bench bench-performance bench-methods bench-deep bench-bank bench-compress bench-serve bench-quality bench-quality-report docs clean soak test-engines test-gpu bench-experts bench-gpu bench-loras
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -77,6 +74,7 @@ fuzz: $(READY)  ## 20,000 mutated files before every reader, outcomes counted (m
 
 kill: $(READY)  ## 200 kills of four commands at their file operations, each gone on with and compared (minutes, Linux); the tests have a short form
 	PYTHONPATH=tests $(BIN)/python tests/kill.py 200
+
 soak: $(READY)  ## ten minutes of every kind of request to two servers: does their memory stay?
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/soak.py 600
 

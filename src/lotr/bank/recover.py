@@ -62,7 +62,10 @@ def verify(path: Path, tick: Tick | None = None) -> dict[str, Any]:
             judged(lambda: store.check_basis(description.basis_hash))
         files += store.complaints()
         names = judged(store.ids) or []
-        tasks, damaged = len(names), _damaged(store, names, description and description.numbers, tick)
+        tasks, damaged = (
+            len(names),
+            _damaged(store, names, description.numbers if description else None, tick),
+        )
         store.database.close()
     return {"ok": not (files or damaged), "tasks": tasks, "damaged": damaged, "files": files}
 

@@ -39,7 +39,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "free": {},
     "tucker": {"method": "lotr_joint", "core": "tucker"},
     "train": {"method": "metatt_4d"},
-    "cores": {"trainable": "cores"},
+    "cores": {"trainable": "cores", "init": "orthonormal"},
     "magnitude": {"magnitude": "per_output"},
 }
 Result = dict[str, dict[str, Tensor]]  # what it is → by name

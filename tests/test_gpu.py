@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-import subprocess
+import json
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,11 +14,14 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
+import bench_bank
+import bench_memory
+import bench_train_step
 from conftest import llama, tokens
 from lotr import CoreBank, LotrConfig, Task
+from records import KEEP_MEMORY
 from tuner_contract import outputs
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 NO_GPU = not torch.cuda.is_available()
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(NO_GPU, reason="needs a GPU")])
 CASES = {
@@ -25,7 +29,7 @@ CASES = {
     "tucker": {"method": "lotr_joint", "core": "tucker"},
     "metatt_4d": {"method": "metatt_4d"},
     "dora": {"method": "dora"},
-    "cores": {"trainable": "cores"},
+    "cores": {"trainable": "cores", "init": "orthonormal"},
 }
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -97,18 +101,27 @@ def test_merged_weights_answer_the_same(case, device) -> None:
     torch.testing.assert_close(outputs(model.merge_and_unload(), inputs), expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "script, words",
-    [
-        ("bench_train_step", ["--shapes", "tiny", "--methods", "peft_lora", "peft_dora", "lotr"]),
-        ("bench_memory", ["--shapes", "tiny", "--methods", "peft_lora", "lotr"]),
-        ("bench_bank", ["--shape", "tiny", "--large", "0", "--rows", "3", "--length", "4"]),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_what_a_gpu_is_measured_with_runs(script, words, device, tmp_path: Path) -> None:
-    words = [*words, "--device", device, "--rounds", "1", "--rank", "2", "--json", tmp_path / "record.json"]
-    command = [sys.executable, BENCHMARKS / f"{script}.py", *words]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert '"machine"' in (tmp_path / "record.json").read_text()
+@pytest.mark.parametrize("script", [bench_train_step, bench_bank], ids=lambda module: module.__name__)
+def test_what_a_gpu_is_measured_with_runs(
+    script: ModuleType, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods = ["--methods", "peft_lora", "peft_dora", "lotr", "lotr_cores", "lotr_per_output"]
+    own = {
+        bench_train_step: ["--shapes", "tiny", *methods],
+        bench_bank: ["--shape", "tiny", "--large", "0", "--rows", "3", "--length", "4"],
+    }
+    words = ["--device", device, "--rounds", "1", "--threads", "1", "--rank", "2"]
+    record = tmp_path / "record.json"
+    monkeypatch.setattr(sys, "argv", [script.__name__, *own[script], *words, "--json", str(record)])
+    for name, value in {**KEEP_MEMORY, "CUDA_VISIBLE_DEVICES": "0"}.items():
+        monkeypatch.setenv(name, value)  # else the program starts itself again; and put back what it sets
+    script.main()
+    assert json.loads(record.read_text())["machine"]
+
+
+def test_the_memory_of_a_step_is_measured() -> None:
+    frozen, lora = (
+        bench_memory.measure_one("tiny", 2, 8, method, rank=2, threads=1)
+        for method in ("frozen", "peft_lora")
+    )
+    assert 0 < frozen["saved"] < lora["saved"] and 0 < frozen["allocated"] < lora["allocated"]

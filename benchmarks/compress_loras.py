@@ -76,7 +76,8 @@ def merged_by_peft(folders: list[Path], place: Path, rank: int) -> Pairs:
             model = PeftModel.from_pretrained(base, str(plain), name)
         else:
             model.load_adapter(str(plain), name)
-    model.add_weighted_adapter(names, [1.0] * len(names), "all", combination_type="svd", svd_rank=rank)
+    weights = [1 / len(names)] * len(names)
+    model.add_weighted_adapter(names, weights, "all", combination_type="svd", svd_rank=rank)
     return {
         path: (
             module.lora_A["all"].weight.detach(),
@@ -112,7 +113,7 @@ class Compared:
     """
 
     def __init__(self, family: Family) -> None:
-        self.family, self.place = family, family.work / "banks" / family.name
+        self.family, self.place = family, family.work / "banks" / f"{family.name}-{len(family.folders)}"
         self.held = [name for n, name in enumerate(family.folders) if n % 4 == 2]
 
     def cases(self) -> Iterator[Case]:
@@ -196,19 +197,20 @@ def main() -> None:
     given = parser.parse_args()
     calm()
     results = Results(given.work / "results.jsonl")
-    every = []
+    of, every = {"tasks": given.tasks}, []
     for start in given.starts:  # errors of all before scores, which take longer
         compared = Compared(Family(given.work, given.data, start, None, given.tasks))
         every.append(compared)
         for key, error, _ in compared.cases():
-            results.get({"family": start, "measured": "error"} | key, error)
+            results.get(of | {"family": start, "measured": "error"} | key, error)
     for compared in every:
         for key, _, score in compared.cases():
             if score is not None:
-                of = {"family": compared.family.start, "measured": "score"} | key
-                results.get(of, partial(scored, score, compared.held))
-    keys = ["family", "what", "share"]
-    rows = [row | results.of(row | {"measured": "score"}, keys) for row in results.rows if "error" in row]
+                own = {"family": compared.family.start, "measured": "score"} | key
+                results.get(of | own, partial(scored, score, compared.held))
+    keys = ["tasks", "family", "what", "share"]
+    errors = [row for row in results.rows if of.items() <= row.items() and "error" in row]
+    rows = [row | results.of(row | {"measured": "score"}, keys) for row in errors]
     lines = tables(rows)
     print("\n".join(lines))
     if given.json:

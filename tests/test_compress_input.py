@@ -18,6 +18,7 @@ from conftest import bert, tokens
 from loras import BASE, WEIGHTS, dense, edit, lora
 from lotr import CheckpointError, ConfigError, LotrConfig
 from lotr.compression.sources import find_adapters, open_source
+from moe_models import qwen
 
 CONFIG = "adapter_config.json"
 
@@ -168,6 +169,16 @@ def test_what_cannot_be_compressed_is_refused_by_name(damage: str, tmp_path: Pat
     with pytest.raises(CheckpointError, match=f"offender.*{message}"):
         lotr.compress([tmp_path / "fine-*", offender], tmp_path / "bank", bert(), rank=2)
     assert sorted(tmp_path.iterdir()) == before  # nothing half-written
+
+
+def test_experts_in_one_parameter_are_refused_by_name(tmp_path: Path) -> None:
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    lora(tmp_path / "a", 0, qwen, r=2, target_modules=["q_proj"], target_parameters=parameters)
+    with pytest.raises(
+        CheckpointError, match=r"a adapts experts that one parameter of .*mlp.experts.*Leave it out"
+    ):
+        lotr.compress([tmp_path / "a"], tmp_path / "bank", qwen())
+    assert not (tmp_path / "bank").exists()
 
 
 def test_settings_without_meaning_are_refused(tmp_path: Path) -> None:

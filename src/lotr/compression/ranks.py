@@ -1,12 +1,19 @@
-"""Which rank each group has, from the energy that every rank keeps."""
+"""Which rank each group has, from the energy that every rank keeps and the size that was asked for."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from ..bank.cache import in_bytes
+from ..bank.task import DTYPES
+from ..errors import ConfigError
+from ..sharing.groups import Group
+from .diagonal import kept_at_least
+from .fit import GroupFit
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,18 @@ def bytes_of(curves: Mapping[str, Curve], ranks: Mapping[str, int]) -> int:
     return sum(curve.bytes(ranks[name]) for name, curve in curves.items())
 
 
+def one_rank_for_all(curves: Mapping[str, Curve], heads: int) -> list[dict[str, float]]:
+    """Return rank, bytes and error of at most 48 banks, each with one rank for all groups."""
+    most = max(curve.most for curve in curves.values())
+    points = []
+    for rank in sorted({round(most ** (n / 47)) for n in range(48)}):
+        ranks = {name: min(rank, curve.most) for name, curve in curves.items()}
+        points.append(
+            {"rank": rank, "bytes": heads + bytes_of(curves, ranks), "error": error_of(curves, ranks)}
+        )
+    return points
+
+
 def chosen_ranks(
     curves: Mapping[str, Curve],
     max_error: float | None = None,
@@ -90,3 +109,63 @@ def _offer(name: str, curve: Curve, rank: int) -> tuple[float, str, int, int, fl
         cost, gain = curve.bytes(after) - curve.bytes(rank), curve.at(after) - curve.at(rank)
         steps.append((-gain / cost, name, after, cost, gain))
     return min(steps)
+
+
+def curves_of(
+    groups: Sequence[Group], fits: Mapping[str, GroupFit], tasks: int, dtype: str, is_diagonal: bool
+) -> dict[str, Curve]:
+    """Return what rank buys in every group, with diagonal cores or free ones."""
+    curves, width = {}, DTYPES[dtype].itemsize
+    for group in groups:
+        f = fits[group.name]
+        kept = kept_at_least(f)[: min(group.shape)] if is_diagonal else f.kept
+        cores = width * tasks * len(group.sites)
+        curves[group.name] = Curve(f.energy, kept, width * sum(group.shape), cores, is_diagonal)
+    return curves
+
+
+def ranks_for(curves: dict[str, Curve], size: tuple[str, float], head_bytes: int) -> dict[str, int]:
+    """Return the ranks that a size means, which may be a rank, an error, or bytes with those of heads.
+
+    Raises:
+        ConfigError: The bytes do not pay for rank 1.
+    """
+    name, value = size
+    if name == "rank":
+        return {group: min(int(value), curve.most) for group, curve in curves.items()}
+    if name == "max_error":
+        return chosen_ranks(curves, max_error=value)
+    least = head_bytes + sum(curve.bytes(1) for curve in curves.values())
+    if least > value:
+        raise ConfigError(
+            f"max_bytes={int(value):,} is less than a bank of rank 1 takes, {least:,} bytes ({head_bytes:,} of them in "
+            "heads). Allow more, or share along layers too (modes: task, layer)."
+        )
+    return chosen_ranks(curves, max_bytes=int(value) - head_bytes)
+
+
+def checked_size(rank: int | None, max_error: float | None, max_bytes: int | str | None) -> tuple[str, float]:
+    """Return which of the three sizes is given, and its value.
+
+    Raises:
+        ConfigError: More than one is given, or it has no meaning.
+    """
+    sizes = {"rank": rank, "max_error": max_error, "max_bytes": _in_bytes(max_bytes)}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} are given, and each decides the ranks. Give one of them.")
+    (name, value), *_ = given.items() or [("rank", 16)]
+    if name == "max_error" and not 0 < value < 1:
+        raise ConfigError(f"max_error={value} is no relative error. Use a number between 0 and 1.")
+    if name != "max_error" and value < 1:
+        raise ConfigError(f"{name}={value} leaves nothing. Use a positive number.")
+    return name, value
+
+
+def _in_bytes(size: int | str | None) -> int | None:
+    if size is None or isinstance(size, int):
+        return size
+    number = int(size) if size.isdecimal() else in_bytes(size.strip())
+    if number is None:
+        raise ConfigError(f"max_bytes={size!r} is not understood. Use 20000000, or '20MB'.")
+    return number

@@ -11,7 +11,7 @@ from typing import Any
 from ..sharing.plan import Plan
 from .base import is_same_base
 from .fit import GroupFit, error_of_all
-from .ranks import Curve, bytes_of, chosen_ranks, error_of
+from .ranks import Curve, bytes_of, chosen_ranks, error_of, one_rank_for_all
 from .stack import Stack
 from .tasks import Lost
 
@@ -122,7 +122,7 @@ def report_of(
         ],
         by_task=by_task,
         by_module=_by_module(stack, plan, lost),
-        curve=_curve(curves, heads),
+        curve=one_rank_for_all(curves, heads),
         advice=[
             *_about_error(curves, ranks, overall, error_of_all(fits), asked),
             *_about_cores(others, bytes_of(curves, ranks), overall),
@@ -142,17 +142,6 @@ def _by_module(stack: Stack, plan: Plan, lost: Lost) -> dict[str, float]:
             left[module] += of_module
             energy[module] += entry.energies.get(module, 0.0)
     return {module: (left[module] / energy[module]) ** 0.5 if energy[module] else 0.0 for module in energy}
-
-
-def _curve(curves: dict[str, Curve], heads: int) -> list[dict[str, float]]:
-    most = max(curve.most for curve in curves.values())
-    points = []
-    for rank in sorted({round(most ** (n / 47)) for n in range(48)}):
-        ranks = {name: min(rank, curve.most) for name, curve in curves.items()}
-        points.append(
-            {"rank": rank, "bytes": heads + bytes_of(curves, ranks), "error": error_of(curves, ranks)}
-        )
-    return points
 
 
 def _about_error(
@@ -178,13 +167,16 @@ def _about_error(
 
 def _about_cores(others: Mapping[str, dict[str, Curve]], size: int, error: float) -> list[str]:
     """Say which other cores are sure to lose less in as many bytes."""
-    notes = []
-    for core, curves in others.items():
-        least = bytes_of(curves, dict.fromkeys(curves, 1))
-        of_other = error_of(curves, chosen_ranks(curves, max_bytes=size)) if least <= size else 1.0
-        if of_other < 0.95 * error:
-            notes.append(f"In as many bytes --core {core} loses at most {of_other:.2g}.")
-    return notes
+    losses = {
+        core: error_of(curves, chosen_ranks(curves, max_bytes=size))
+        for core, curves in others.items()
+        if bytes_of(curves, dict.fromkeys(curves, 1)) <= size
+    }
+    return [
+        f"In as many bytes --core {core} loses at most {most:.2g}."
+        for core, most in losses.items()
+        if most < 0.95 * error
+    ]
 
 
 def _about_tasks(by_task: list[dict[str, Any]], stack: Stack) -> list[str]:
@@ -221,13 +213,11 @@ def _about_scores(by_task: list[dict[str, Any]]) -> list[str]:
     return notes
 
 
-def _about_base(base_model: str, trained_on: str | None) -> list[str]:
+def _about_base(base: str, trained_on: str | None) -> list[str]:
     """Say that a base model of another name was given: where it lies may differ, its weights may not."""
-    if trained_on is None or is_same_base(base_model, trained_on):
+    if trained_on is None or is_same_base(base, trained_on):
         return []
-    return [
-        f"The adapters tell {trained_on!r}, and the bank is for {base_model!r}: both must be the same weights."
-    ]
+    return [f"The adapters tell {trained_on!r}, and the bank is for {base!r}: both must be the same weights."]
 
 
 def _about_bytes(before: int, numbers: int, after: int) -> list[str]:
@@ -249,16 +239,11 @@ def draw(report: Report, path: Path) -> None:
     figure = Figure(figsize=(6.4, 3.8), dpi=130, layout="constrained")
     axis = figure.subplots()
     points = report.curve
-    axis.plot(
-        [p["bytes"] for p in points], [p["error"] for p in points], color="#3b6fb6", label="one rank for all"
-    )
+    sizes, errors = ([point[name] for point in points] for name in ("bytes", "error"))
+    axis.plot(sizes, errors, color="#3b6fb6", label="one rank for all")
     size = report.bytes_of_numbers
     axis.plot([size], [report.error], "o", color="#d9822b", label="this bank")
     axis.axvline(report.bytes_before, color="#8a8f98", linestyle=":", label="the adapters")
-    axis.set_xscale("log")
-    axis.set_ylim(0, 1)
-    axis.set_xlabel("bytes of factors, cores and heads")
-    axis.set_ylabel("relative error")
+    axis.set(xscale="log", ylim=(0, 1), xlabel="bytes of factors, cores and heads", ylabel="relative error")
     axis.legend(frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Software": None})

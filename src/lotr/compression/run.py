@@ -13,17 +13,14 @@ import torch
 from torch import nn
 
 from ..bank.basis import TASKS
-from ..bank.cache import in_bytes
 from ..bank.task import DTYPES
 from ..errors import ConfigError, Interrupted, near
 from ..files.atomic import check_apart, check_free, move_into, whole_folder, write_json
-from ..sharing.groups import Group
 from ..tuner.config import LotrConfig
 from .base import CORES, bank_config, base_of, check_same_base, linear_shapes, load_base, with_ranks
-from .diagonal import kept_at_least
 from .fit import GroupFit, error_of_all
 from .passes import State, find_directions, run_sweeps
-from .ranks import Curve, chosen_ranks
+from .ranks import Curve, checked_size, chosen_ranks, curves_of, ranks_for
 from .ray import cluster
 from .report import PICTURE, REPORT, Report, draw, report_of
 from .scores import measure_adapters, measure_bank
@@ -89,7 +86,7 @@ def compress(
     """
     begun, output = time.monotonic(), Path(output)
     tick = tick or (lambda what, done, of: None)
-    size = _checked_size(rank, max_error, max_bytes)
+    size = checked_size(rank, max_error, max_bytes)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not a type of a bank's numbers. {near(dtype, DTYPES)}")
     check_free(output, overwrite)
@@ -114,7 +111,7 @@ def compress(
                 groups = config.recorded_plan().groups
                 fits = find_directions(groups, stack, state, tick)
                 by_core = {
-                    kind: _curves(groups, fits, len(stack), dtype, kind == "diagonal") for kind in CORES
+                    kind: curves_of(groups, fits, len(stack), dtype, kind == "diagonal") for kind in CORES
                 }
                 curves = by_core.pop(core)
                 run = partial(run_sweeps, stack=stack, most=sweeps, tolerance=tolerance, tick=tick)
@@ -122,7 +119,7 @@ def compress(
                     fits, ranks = _smallest(fits, curves, max_error, DTYPES[dtype], config, run)
                     config, plan = with_ranks(config, ranks)
                 else:
-                    ranks = _ranks(curves, size, sum(entry.head_bytes for entry in stack.entries))
+                    ranks = ranks_for(curves, size, sum(entry.head_bytes for entry in stack.entries))
                     config, plan = with_ranks(config, ranks)
                     run(plan.groups, fits, state=state)
             lost = write_bank(folder / "bank", config, model, fits, stack, dtype, tick)
@@ -194,31 +191,6 @@ def _base(base: str | nn.Module | None, places: Mapping[str, Path]) -> tuple[str
     return (*load_base(str(base or told), first.kind), told)
 
 
-def _checked_size(
-    rank: int | None, max_error: float | None, max_bytes: int | str | None
-) -> tuple[str, float]:
-    """Return which of the three sizes is given, and its value."""
-    sizes = {"rank": rank, "max_error": max_error, "max_bytes": _in_bytes(max_bytes)}
-    given = {name: value for name, value in sizes.items() if value is not None}
-    if len(given) > 1:
-        raise ConfigError(f"{' and '.join(given)} are given, and each decides the ranks. Give one of them.")
-    (name, value), *_ = given.items() or [("rank", 16)]
-    if name == "max_error" and not 0 < value < 1:
-        raise ConfigError(f"max_error={value} is no relative error. Use a number between 0 and 1.")
-    if name != "max_error" and value < 1:
-        raise ConfigError(f"{name}={value} leaves nothing. Use a positive number.")
-    return name, value
-
-
-def _in_bytes(size: int | str | None) -> int | None:
-    if size is None or isinstance(size, int):
-        return size
-    number = int(size) if size.isdecimal() else in_bytes(size.strip())
-    if number is None:
-        raise ConfigError(f"max_bytes={size!r} is not understood. Use 20000000, or '20MB'.")
-    return number
-
-
 def _read(
     places: Mapping[str, Path], model: nn.Module, base: str, trained_on: str | None, weights: Any, tick: Tick
 ) -> tuple[Stack, set[str | None]]:
@@ -235,31 +207,3 @@ def _read(
     if not any(entry.energy for entry in entries):
         raise ConfigError("No adapter changes anything: all of their updates are zero. Train them first.")
     return Stack(tuple(entries), weights_of(entries, weights)), task_types
-
-
-def _curves(
-    groups: Sequence[Group], fits: Mapping[str, GroupFit], tasks: int, dtype: str, is_diagonal: bool
-) -> dict[str, Curve]:
-    """Return what rank buys in every group, with diagonal cores or free ones."""
-    curves, width = {}, DTYPES[dtype].itemsize
-    for group in groups:
-        f = fits[group.name]
-        kept = kept_at_least(f)[: min(group.shape)] if is_diagonal else f.kept
-        cores = width * tasks * len(group.sites)
-        curves[group.name] = Curve(f.energy, kept, width * sum(group.shape), cores, is_diagonal)
-    return curves
-
-
-def _ranks(curves: dict[str, Curve], size: tuple[str, float], head_bytes: int) -> dict[str, int]:
-    name, value = size
-    if name == "rank":
-        return {group: min(int(value), curve.most) for group, curve in curves.items()}
-    if name == "max_error":
-        return chosen_ranks(curves, max_error=value)
-    least = head_bytes + sum(curve.bytes(1) for curve in curves.values())
-    if least > value:
-        raise ConfigError(
-            f"max_bytes={int(value):,} is less than a bank of rank 1 takes, {least:,} bytes ({head_bytes:,} of them in "
-            "heads). Allow more, or share along layers too (modes: task, layer)."
-        )
-    return chosen_ranks(curves, max_bytes=int(value) - head_bytes)

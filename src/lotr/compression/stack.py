@@ -68,6 +68,11 @@ def read_entry(name: str, path: Path, known: Mapping[str, Shape], base: str) -> 
     """
     source = open_source(name, path)
     for module, shape in source.shapes.items():
+        if module not in known and "experts" in module.split("."):
+            raise CheckpointError(
+                f"{path} adapts experts that one parameter of {module!r} holds, which a bank cannot: the experts see "
+                "tokens, not rows. Leave it out, or train it without target_parameters."
+            )
         if module not in known:
             raise CheckpointError(
                 f"{path} changes {module!r}, which is no linear module of the base model {base!r}. "

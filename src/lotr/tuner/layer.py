@@ -20,6 +20,8 @@ from ..sharing.groups import Part
 from .group import LotrGroup, call, call_transposed, is_plain
 from .weight import AdaptedWeight
 
+_NOTHING_DROPS = Dropout()
+
 
 class LotrLinear(AdaptedWeight):
     """A linear module with updates: as one function of autograd, module by module, or by the cores of a batch."""
@@ -93,7 +95,7 @@ class LotrLinear(AdaptedWeight):
     def update(self, adapter: str, x: Tensor) -> Tensor:  # (*n, in) -> (*n, out)
         """Return the update of the output, before the magnitude, by calling the adapter's modules."""
         x = self._cast_input_dtype(x, self.parts[adapter][0][1].lotr_V[adapter].weight.dtype)
-        drop = self.dropout[adapter] if self.training else Dropout()
+        drop = self.dropout[adapter] if self.training else _NOTHING_DROPS
         if drop.at("update"):
             if any(adapter in group.rows for _, group in self.parts[adapter]):
                 raise ConfigError(

@@ -27,15 +27,7 @@ from ..methods import Method, method
 from ..sharing.blocks import BLOCKS, Target
 from ..sharing.make_plan import UNEQUAL, check_modes, make_plan
 from ..sharing.plan import Plan
-from .checks import (
-    FORMAT,
-    check_core,
-    check_format,
-    check_magnitude,
-    check_zero,
-    checked_rank,
-    one_of,
-)
+from .checks import FORMAT, check_format, check_meaning, checked_rank, one_of, pair
 from .lora_words import check_lora_words
 
 _TARGETS = ("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern")
@@ -173,7 +165,7 @@ class LotrConfig(PeftConfig):
     def __new__(cls, *args: Any, **fields: Any) -> LotrConfig:
         """Refuse folders of other formats and the words of LoRA before the constructor refuses unknown fields."""
         check_format(fields)
-        check_lora_words(fields)
+        check_lora_words(fields, cls.__dataclass_fields__)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -187,7 +179,7 @@ class LotrConfig(PeftConfig):
         )
         self._fill()
         if not self._open:
-            self._check_meaning()
+            check_meaning(self)
 
     def _fill(self) -> None:
         """Fill in what was left open from the row of the method, and check every field alone."""
@@ -259,16 +251,6 @@ class LotrConfig(PeftConfig):
         if self._alpha is not None:
             self.scaling = self._alpha / self.rank[1]
 
-    def _check_meaning(self) -> None:
-        """Refuse fields that have no meaning beside each other."""
-        ranks = {self.rank, *map(pair, self.rank_pattern.values())}
-        check_core(self.core, self.modes, self.blocks, ranks, self.core_ranks, self.trainable)
-        is_new = self.basis is None and self.targets is None
-        check_zero(self.zero, self.core, self.init, self.trainable, self.init_weights, is_new)
-        check_magnitude(
-            self.magnitude, self.init, self.scaling, self.init_weights, self.norm_gradient, is_new
-        )
-
     def take_structure(self, basis: LotrConfig) -> None:
         """Fill in from the configuration of the basis what was left open.
 
@@ -291,7 +273,7 @@ class LotrConfig(PeftConfig):
             for name in _TARGETS:
                 setattr(self, name, getattr(basis, name))
         self._open = ()
-        self._check_meaning()
+        check_meaning(self)
 
     def warn_of_random_factors(self) -> None:
         """Warn where factors will stay as random as they start, and nobody asked for that."""
@@ -417,8 +399,3 @@ class LotrConfig(PeftConfig):
     def alpha_pattern(self) -> dict[str, float]:
         """Always empty: one scaling an adapter."""
         return {}
-
-
-def pair(r: int | tuple[int, int]) -> tuple[int, int]:
-    """Return `(k, r)`."""
-    return (r, r) if isinstance(r, int) else (r[0], r[1])

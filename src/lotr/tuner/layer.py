@@ -15,7 +15,7 @@ from ..math.fused_linear import adapted_linear
 from ..math.matmul import runs_op_by_op
 from ..math.update import LinearMap
 from ..sharing.groups import Part
-from .group import LotrGroup, call, call_transposed, is_plain
+from .group import LotrGroup, SiteCores, call, call_transposed, is_plain
 from .weight import AdaptedWeight
 
 
@@ -30,7 +30,7 @@ class LotrLinear(AdaptedWeight):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed(x, adapter_names, *args, **kwargs)
-        active = [adapter for adapter in self.active_adapters if adapter in self.parts]
+        active = [adapter for adapter in self.active_adapters if adapter in self.adapters]
         if self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
         if len(active) == 1:
@@ -38,7 +38,7 @@ class LotrLinear(AdaptedWeight):
         base = self.base_layer(x, *args, **kwargs)
         result = base
         for adapter in active:  # what each would change alone adds up
-            if self.magnitude[adapter].additive:
+            if self.adapters[adapter].magnitude.additive:
                 result = result + self.update(adapter, x)
             else:
                 result = result + (self._adapted(adapter, x, base, *args, **kwargs) - base)
@@ -47,7 +47,7 @@ class LotrLinear(AdaptedWeight):
     def _adapted(self, adapter: str, x: Tensor, base: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """Return the output with one adapter alone; `base` is that of the base layer where it is known."""
         bias = getattr(self.get_base_layer(), "bias", None)
-        gains = None if self.magnitude[adapter].additive else self.gains(adapter)
+        gains = None if self.adapters[adapter].magnitude.additive else self.gains(adapter)
         if gains is not None and gains.input is not None:
             x, base = (x * gains.input).to(x.dtype), None
         fused = base is None and not args and not kwargs and (gains is None or gains.alike)
@@ -68,16 +68,19 @@ class LotrLinear(AdaptedWeight):
         dtype = base.weight.dtype
         if base.weight.requires_grad or not is_plain(base, dtype, x.device) or not runs_op_by_op():
             return False
-        if (x.dtype != dtype and _autocast_type(x) is None) or (self.dropout[adapter] and self.training):
+        own = self.adapters[adapter]
+        if (x.dtype != dtype and _autocast_type(x) is None) or (own.dropout and self.training):
             return False
-        for part, group in self.parts[adapter]:
+        for part, group in own.parts:
             if adapter in group.rows or part.grid[1] > 1 or part.columns[1] != self.in_features:
                 return False
-            modules = [group.lotr_U[adapter], group.lotr_V[adapter]]
-            if part.group.core.by_site and not part.name:
-                modules.append(self.lotr_C[adapter])
-            if not all(type(m) is nn.Linear and is_plain(m, dtype, x.device) for m in modules):
+            factors = (group.lotr_U[adapter], group.lotr_V[adapter])
+            if not all(type(m) is nn.Linear and is_plain(m, dtype, x.device) for m in factors):
                 return False
+            if part.group.core.by_site:
+                cores = self.lotr_C[adapter]
+                if type(cores) is not SiteCores or not is_plain(cores, dtype, x.device, part.name):
+                    return False
         return True
 
     def _fused(self, adapter: str, x: Tensor) -> Tensor:  # (*n, in) -> (*n, out)
@@ -90,20 +93,16 @@ class LotrLinear(AdaptedWeight):
 
     def update(self, adapter: str, x: Tensor) -> Tensor:  # (*n, in) -> (*n, out)
         """Return the update of the output, before the magnitude, by calling the adapter's modules."""
-        x = self._cast_input_dtype(x, self.parts[adapter][0][1].lotr_V[adapter].weight.dtype)
-        dropout = self.dropout[adapter]
-        x = F.dropout(x, dropout, self.training) if dropout else x
+        own = self.adapters[adapter]
+        x = self._cast_input_dtype(x, self.dtype(adapter))
+        x = F.dropout(x, own.dropout, self.training) if own.dropout else x
         outputs: dict[int, Tensor] = {}  # first row → the sum of what covers those rows
-        for part, group in self.parts[adapter]:
+        for part, group in own.parts:
             first, width = part.columns
-            of_bank = group.rows.get(adapter)
-            batch = None if of_bank is None else of_bank.get()  # cores of a task for each row of this call
             output = formula.apply(
                 x if width == self.in_features else x.narrow(-1, first, width),
                 partial(_input, part, group, adapter),
-                self._core_map(adapter, part, group)
-                if batch is None
-                else batch.core(part, group.shared_numbers(adapter)),
+                self._core_map(adapter, part, group),
                 partial(_output, part, group, adapter),
                 self.scaling[adapter] * part.gain,
                 part.grid,
@@ -114,11 +113,14 @@ class LotrLinear(AdaptedWeight):
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1)
 
     def _core_map(self, adapter: str, part: Part, group: LotrGroup) -> LinearMap:
+        of_bank = group.rows.get(adapter)
+        batch = None if of_bank is None else of_bank.get()  # cores of a task for each row of this call
+        if batch is not None:
+            return batch.core(part, group.shared_numbers(adapter))
         if part.group.core.is_identity:
             return lambda h: h
-        if part.group.core.by_site and not part.name:
-            module: LinearMap = self.lotr_C[adapter]
-            return module
+        if part.group.core.by_site:
+            return partial(self.lotr_C[adapter], name=part.name)
         C = self.core(adapter, part, group)
         return lambda h: F.linear(h, C.to(h.device))
 
@@ -136,7 +138,7 @@ class LotrLinear(AdaptedWeight):
         base = self.base_layer(x, *args, **kwargs)
         result = base.clone()
         for adapter in dict.fromkeys(adapter_names):
-            if adapter not in self.parts:  # "__base__", or an adapter that does not touch this module
+            if adapter not in self.adapters:  # "__base__", or an adapter that does not touch this module
                 continue
             rows = torch.tensor(
                 [i for i, name in enumerate(adapter_names) if name == adapter], device=x.device

@@ -77,7 +77,7 @@ def core_of(
     if row in ONE:
         return torch.eye(r)
     if row in FREE:
-        cores = tensors[f"{ROOT}{path}.lotr_C.{part or 'weight'}"]
+        cores = tensors[f"{ROOT}{path}.lotr_C.{part}"]
         down, across = (site.row - first.row) // o, (site.column - first.column) // i
         return cores[down * k : (down + 1) * k, across * r : (across + 1) * r]
     prefix = f"{ROOT}lotrbasis.{group.name}.lotr_core."

@@ -85,7 +85,7 @@ def test_training_cores_leaves_the_factors_bit_for_bit() -> None:
 def test_lora_xs_starts_at_the_leading_singular_directions_of_each_weight() -> None:
     model = get_peft_model(llama(), config("lora_xs"))
     for layer in linears(model):
-        _, group = layer.parts["default"][0]
+        _, group = layer.adapters["default"].parts[0]
         U, V = group.lotr_U["default"].weight, group.lotr_V["default"].weight.T
         left, sizes, right = torch.linalg.svd(layer.base_layer.weight)
         for found, exact in ((U, left[:, :4]), (V, right[:4].T)):
@@ -244,7 +244,7 @@ def test_a_sum_with_a_magnitude_is_refused_and_nothing_is_left(row: str) -> None
     with pytest.raises(ConfigError, match=r"'b' has magnitude=.*[Mm]erge"):
         model.base_model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")
     assert set(model.peft_config) == {"a", "b"}
-    assert not any("sum" in m.parts for m in model.modules() if isinstance(m, LotrLinear))
+    assert not any("sum" in m.adapters for m in model.modules() if isinstance(m, LotrLinear))
 
 
 # ---- names of adapters

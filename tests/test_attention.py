@@ -80,7 +80,7 @@ def keep(model: nn.Module, wanted: Callable[[Site], bool]) -> None:
     """Set the free cores of all other sites to zero."""
     kept = 0
     for layer in (m for m in model.modules() if isinstance(m, LotrLinear)):
-        for part, _ in layer.parts["default"]:
+        for part, _ in layer.adapters["default"].parts:
             (_, across), (k, r) = part.grid, part.group.rank
             C = layer.site_core("default", part)
             for n, site in enumerate(part.sites):

@@ -87,7 +87,7 @@ def test_lora_xs_starts_where_the_authors_code_does() -> None:
     model = adapted(expected, base)
     for seed, name in enumerate(expected["gradients"]):
         layer = model.vit.layers[seed].attention.q_proj
-        ((_, group),) = layer.parts["default"]
+        ((_, group),) = layer.adapters["default"].parts
         U, V = group.lotr_U["default"].weight, group.lotr_V["default"].weight
         # singular vectors are free in their signs: pairs become those of one decomposition
         V.data *= (U.T @ layer.get_base_layer().weight @ V.T).diagonal().sign()[:, None]

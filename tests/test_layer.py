@@ -239,7 +239,7 @@ def test_what_listens_to_a_module_still_hears_it(fused: list[LotrLinear]) -> Non
     heard: list[str] = []
     layers = [m for m in model.modules() if isinstance(m, LotrLinear)]
     layers[0].base_layer.register_forward_hook(lambda *_: heard.append("base"))
-    _, group = layers[1].parts["default"][0]
+    _, group = layers[1].adapters["default"].parts[0]
     group.lotr_U["default"].register_forward_pre_hook(lambda *_: heard.append("U"))
     found = run(model, x_of())
     assert sorted(heard) == ["U", "U", "base"]  # the group has a module in each of the two layers
@@ -269,7 +269,8 @@ def test_hooks_on_all_modules_hear_every_module() -> None:
         adapted()(x_of())
     finally:
         handle.remove()
-    assert called.count("Linear") == 4 * 8  # base, V, C and U of eight modules
+    assert called.count("Linear") == 3 * 8  # base, V and U of eight modules
+    assert called.count("SiteCores") == 8
 
 
 def test_transforms_of_functions_work() -> None:

@@ -128,7 +128,7 @@ def test_gradients_are_those_of_the_dense_formula(settings: LotrConfig, norm_gra
     model = stirred(bert(), settings).double()
     x = torch.randn(3, 32, dtype=torch.float64)
     for layer in list(linears(model))[:2]:
-        own = [layer, *(group for _, group in layer.parts["default"])]
+        own = [layer, *(group for _, group in layer.adapters["default"].parts)]
         numbers = [p for m in own for p in m.parameters() if p.requires_grad]
 
         W, bias = layer.base_layer.weight, layer.base_layer.bias

@@ -39,7 +39,7 @@ class Twins:
             if not isinstance(mine, LotrLinear):
                 continue
             theirs = self.theirs.get_base_model().get_submodule(path)
-            ((_, group),) = mine.parts["default"]
+            ((_, group),) = mine.adapters["default"].parts
             found[f"{path} A"] = group.lotr_V["default"].weight, theirs.lora_A["default"].weight
             found[f"{path} B"] = group.lotr_U["default"].weight, theirs.lora_B["default"].weight
             if "default" in mine.lotr_magnitude:

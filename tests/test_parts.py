@@ -83,10 +83,10 @@ def test_the_region_of_a_part_holds_the_index_of_every_site_in_order(plan: Plan)
         assert list(positions) == [part.group.index[site] for site in part.sites]
 
 
-def test_names_of_the_parts_of_a_module_are_unique_and_empty_for_one(plan: Plan) -> None:
+def test_names_of_the_parts_of_a_module_are_unique_and_weight_for_one(plan: Plan) -> None:
     for parts in plan.parts.values():
         names = [part.name for part in parts]
-        assert len(set(names)) == len(names) and (names == [""]) == (len(names) == 1)
+        assert len(set(names)) == len(names) and (names == ["weight"]) == (len(names) == 1)
         assert all("." not in name for name in names)
 
 
@@ -129,14 +129,14 @@ def test_parts_give_the_update_that_the_sites_define(core: str, modes: tuple[str
 @pytest.mark.parametrize(
     "module, modes, blocks, expected",
     [
-        ("q_proj", ("layer",), "none", [("", (1, 1))]),
-        ("q_proj", ("layer", "head"), "head", [("", (4, 1))]),
-        ("o_proj", ("layer", "head"), "head", [("", (1, 4))]),
+        ("q_proj", ("layer",), "none", [("weight", (1, 1))]),
+        ("q_proj", ("layer", "head"), "head", [("weight", (4, 1))]),
+        ("o_proj", ("layer", "head"), "head", [("weight", (1, 4))]),
         ("q_proj", ("layer",), "head", [(f"head{n}", (1, 1)) for n in range(4)]),
-        ("up", ("site",), "square", [("", (3, 1))]),
-        ("down", ("site",), "square", [("", (1, 3))]),
+        ("up", ("site",), "square", [("weight", (3, 1))]),
+        ("down", ("site",), "square", [("weight", (1, 3))]),
         ("up", ("layer",), "square", [(str(n), (1, 1)) for n in range(3)]),
-        ("c_attn", (), "none", [("", (1, 1))]),
+        ("c_attn", (), "none", [("weight", (1, 1))]),
         ("c_attn", ("layer",), "none", [("query", (1, 1)), ("key", (1, 1)), ("value", (1, 1))]),
         # keys and values are below each other and of one shape; queries are of another
         ("c_attn", ("site",), "none", [("query", (1, 1)), ("key", (2, 1))]),
@@ -147,7 +147,7 @@ def test_parts_give_the_update_that_the_sites_define(core: str, modes: tuple[str
             "head",
             [("query", (4, 1)), ("key", (2, 1)), ("value", (2, 1))],
         ),
-        ("c_attn", ("site",), "head", [("", (8, 1))]),
+        ("c_attn", ("site",), "head", [("weight", (8, 1))]),
     ],
 )
 def test_blocks_of_one_group_are_one_part_where_they_make_a_grid(

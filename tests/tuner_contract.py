@@ -89,7 +89,7 @@ class TunerContract:
         ours = [p for n, p in model.named_parameters(remove_duplicate=False) if "lotr_" in n]
         assert len(ours) == len({id(p) for p in ours}) == len(trained)
         groups = [m for m in model.modules() if isinstance(m, LotrGroup)]
-        parts = sum(len(layer.parts["default"]) for layer in linears(model))
+        parts = sum(len(layer.adapters["default"].parts) for layer in linears(model))
         assert len(trained) == 2 * len(groups) + parts
         assert model.get_nb_trainable_parameters()[0] == sum(p.numel() for p in trained)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..math.cores import Core, Index, Region
@@ -77,7 +78,7 @@ class Part:
 
     Args:
         group: The group.
-        name: Empty when it is the only part of its module; else unique in the module.
+        name: `weight` when it is the only part of its module; else unique in the module.
         sites: The blocks, from the first row on.
         grid: `(a, b)`: blocks down and across.
         region: Positions along each mode of the group, in the order of the blocks.
@@ -120,6 +121,20 @@ class Part:
         cores = one_by_one(C, self.grid)
         return cores.mT if self.transposed else cores
 
+    def as_seen(
+        self, x: Tensor, y: Tensor
+    ) -> tuple[Tensor, Tensor]:  # (n, in), (n, out) -> (n, b, i), (n, a, o)
+        """Return inputs and gradients of outputs of the module as the factors meet them, block by block.
+
+        Narrower blocks are padded to the factors, with their gain; of transposed sites the two change places.
+        """
+        (row, rows), (column, columns), (a, b) = self.rows, self.columns, self.grid
+        x = x.narrow(-1, column, columns).unflatten(-1, (b, -1))
+        y = self.gain * y.narrow(-1, row, rows).unflatten(-1, (a, -1))
+        x, y = (y, x) if self.transposed else (x, y)
+        o, i = self.group.shape
+        return F.pad(x, (0, i - x.shape[-1])), F.pad(y, (0, o - y.shape[-1]))
+
     def factored(
         self,
         U: Tensor,  # (o, k)
@@ -158,7 +173,7 @@ def parts_of(members: Sequence[tuple[Group, list[Site]]]) -> tuple[Part, ...]:
         parts += [part for part in (whole, *split) if part is not None]
     if len(parts) == 1:
         only = parts[0]
-        return (Part(only.group, "", only.sites, only.grid, only.region),)
+        return (Part(only.group, "weight", only.sites, only.grid, only.region),)
     return tuple(parts)
 
 

@@ -65,7 +65,7 @@ def group_keys(group: Group) -> dict[str, str]:
 
 def core_key(part: Part) -> str:
     """Return the name in a file of the cores that belong to the sites of a part."""
-    return f"{_ROOT}{normalise(part.sites[0].module)}.lotr_C.{part.name or 'weight'}"
+    return f"{_ROOT}{normalise(part.sites[0].module)}.lotr_C.{part.name}"
 
 
 def magnitude_keys(plan: Plan, target: Target) -> dict[str, str]:

@@ -31,7 +31,8 @@ def check_checkpointing(model: nn.Module) -> None:
     users: dict[nn.Module, int] = {}
     for layer in model.modules():
         if isinstance(layer, AdaptedWeight):
-            groups = {group for adapter in layer.active_adapters for _, group in layer.parts.get(adapter, ())}
+            active = [own for name, own in layer.adapters.items() if name in layer.active_adapters]
+            groups = {group for own in active for _, group in own.parts}
             for group in groups:
                 users[group] = users.get(group, 0) + 1
     if any(n > 1 and any(p.requires_grad for p in group.parameters()) for group, n in users.items()):

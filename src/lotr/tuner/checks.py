@@ -30,99 +30,87 @@ def one_of(name: str, value: str, known: Iterable[str]) -> str:
     return value
 
 
-def check_core(
-    core: str,
-    modes: tuple[str, ...],
-    blocks: str,
-    ranks: Iterable[tuple[int, int]],
-    core_ranks: int | dict[str, int] | None,
-    trainable: str,
-) -> None:
-    """Refuse a structure of the cores that has no meaning beside the other fields."""
-    for k, r in ranks:
-        CORES[core].check(k, r, modes)
-    if "head" in modes and not blocks.startswith("head"):
+def check_meaning(c: Any) -> None:  # a LotrConfig, whose file imports this one
+    """Refuse fields that have no meaning beside each other (ConfigError, which names the field)."""
+    core, rule = CORES[c.core], MAGNITUDES[c.magnitude]
+    for k, r in c.ranks:
+        core.check(k, r, c.modes)
+    if "head" in c.modes and not c.blocks.startswith("head"):
         raise ConfigError(
-            f'modes={modes!r} names "head", but blocks={blocks!r} cuts no weight into heads. Use blocks="head".'
+            f'modes={c.modes!r} names "head", but blocks={c.blocks!r} cuts no weight into heads. Use blocks="head".'
         )
-    if "task" in modes and core != "tt":
+    if "task" in c.modes and c.core != "tt":
         raise ConfigError(
-            f'modes={modes!r} names "task", which is a core of a tensor train, and core={core!r} is none. Use '
+            f'modes={c.modes!r} names "task", which is a core of a tensor train, and core={c.core!r} is none. Use '
             'core="tt", or leave it out: every adapter on a basis is a task of a bank.'
         )
-    if trainable == "cores" and CORES[core].is_identity:
+    if core.is_identity and c.trainable == "cores":
         raise ConfigError(
-            f"trainable='cores' with core={core!r} leaves nothing to train. Use trainable='all', or another core."
+            f"trainable='cores' with core={c.core!r} leaves nothing to train. Use trainable='all', or another core."
         )
-    if core_ranks is None:
-        return
-    if not CORES[core].has_ranks:
-        raise ConfigError(f"core_ranks={core_ranks!r} has no meaning with core={core!r}. Leave it out.")
-    unknown = sorted(set(core_ranks) - set(modes)) if isinstance(core_ranks, dict) else []
-    if unknown:
-        raise ConfigError(f"core_ranks names {unknown[0]!r}, which is not among modes={modes!r}. Name those.")
-    if not _are_sizes(core_ranks.values() if isinstance(core_ranks, dict) else [core_ranks]):
-        raise ConfigError(f"core_ranks={core_ranks!r} holds no ranks. Use positive integers.")
-
-
-def check_zero(
-    zero: str, core: str, init: str, trainable: str, init_weights: bool | None, is_new: bool
-) -> None:
-    """Refuse a zero that leaves nothing to train, or that other fields exclude.
-
-    Raises:
-        ConfigError: The message names the field.
-    """
-    if zero == "core" and CORES[core].is_identity:
-        raise ConfigError(f"zero='core' with core={core!r}, which has no numbers. Use zero='output'.")
-    if init == "first_step" and core != "free":
+    if core.is_identity and c.zero == "core":
+        raise ConfigError(f"zero='core' with core={c.core!r}, which has no numbers. Use zero='output'.")
+    if c.init == "first_step" and c.core != "free":
         raise ConfigError(
-            f"init='first_step' sets a core a site, and core={core!r} has others. Use core='free'."
+            f"init='first_step' sets a core a site, and core={c.core!r} has others. Use core='free'."
         )
-    if zero == "none" and init_weights:
+    if c.dropout_place == "components" and core.component_axes is None:
+        raise ConfigError(
+            f"dropout_place='components' with core={c.core!r}, which is no sum of components. Use a Tucker or CP core, "
+            "or dropout_place='core_output'."
+        )
+    if c.zero == "none" and c.init_weights:
         raise ConfigError(
             "init_weights=True starts the update at zero, and zero='none' nothing. Leave one out."
         )
-    if zero not in ("output", "input") or not is_new:
-        return
-    if trainable == "cores":
+    if rule.divides_by_update and c.scaling != 1:
         raise ConfigError(
-            f"zero={zero!r} with trainable='cores' keeps a factor at zero, so nothing would train. Use zero='core'."
-        )
-    if init in DATA_INITS and not CORES[core].is_identity:
-        raise ConfigError(
-            f"zero={zero!r} starts a factor at zero, and init={init!r} turns it. Use zero='core'."
-        )
-
-
-def check_magnitude(
-    magnitude: str,
-    init: str,
-    scaling: float,
-    init_weights: bool | None,
-    norm_gradient: bool,
-    is_new: bool,
-) -> None:
-    """Refuse fields that have no meaning beside the magnitude; `is_new` where the factors have still to start."""
-    rule = MAGNITUDES[magnitude]
-    if rule.divides_by_update and scaling != 1:
-        raise ConfigError(
-            f"scaling={scaling} has no effect with magnitude={magnitude!r}, which divides the update by its norm. "
+            f"scaling={c.scaling} has no effect with magnitude={c.magnitude!r}, which divides the update by its norm. "
             "Leave scaling and alpha out; the trained size of the update starts at zero."
         )
-    if rule.divides_by_update and init_weights:
+    if rule.divides_by_update and c.init_weights:
         raise ConfigError(
-            f"init_weights=True starts the update at zero, and magnitude={magnitude!r} divides by its norm. "
+            f"init_weights=True starts the update at zero, and magnitude={c.magnitude!r} divides by its norm. "
             "Leave init_weights out; step 0 is the base model all the same."
         )
-    if rule.divides_by_update and init in DATA_INITS and is_new:
+    if rule.additive and c.norm_gradient:
         raise ConfigError(
-            f"init={init!r} looks at gradients where the update is zero, and magnitude={magnitude!r} divides by its "
-            'norm, so it never is. Use init="orthonormal" or "weight", or another magnitude.'
+            f"norm_gradient=True has no meaning with magnitude={c.magnitude!r}, which has no norms. Leave it out."
         )
-    if norm_gradient and rule.additive:
+    _check_core_ranks(c)
+    if c.basis is None and c.targets is None:
+        _check_start(c)
+
+
+def _check_core_ranks(c: Any) -> None:
+    if c.core_ranks is None:
+        return
+    if not CORES[c.core].has_ranks:
+        raise ConfigError(f"core_ranks={c.core_ranks!r} has no meaning with core={c.core!r}. Leave it out.")
+    unknown = sorted(set(c.core_ranks) - set(c.modes)) if isinstance(c.core_ranks, dict) else []
+    if unknown:
         raise ConfigError(
-            f"norm_gradient=True has no meaning with magnitude={magnitude!r}, which has no norms. Leave it out."
+            f"core_ranks names {unknown[0]!r}, which is not among modes={c.modes!r}. Name those."
+        )
+    if not _are_sizes(c.core_ranks.values() if isinstance(c.core_ranks, dict) else [c.core_ranks]):
+        raise ConfigError(f"core_ranks={c.core_ranks!r} holds no ranks. Use positive integers.")
+
+
+def _check_start(c: Any) -> None:
+    """Refuse a start that the adapter, whose factors are not there yet, could not train from."""
+    turned, at_zero = c.init in DATA_INITS, c.zero in ("output", "input")
+    if at_zero and c.trainable == "cores":
+        raise ConfigError(
+            f"zero={c.zero!r} with trainable='cores' keeps a factor at zero, so nothing would train. Use zero='core'."
+        )
+    if at_zero and turned and not CORES[c.core].is_identity:
+        raise ConfigError(
+            f"zero={c.zero!r} starts a factor at zero, and init={c.init!r} turns it. Use zero='core'."
+        )
+    if turned and MAGNITUDES[c.magnitude].divides_by_update:
+        raise ConfigError(
+            f"init={c.init!r} looks at gradients where the update is zero, and magnitude={c.magnitude!r} divides by "
+            'its norm, so it never is. Use init="orthonormal" or "weight", or another magnitude.'
         )
 
 

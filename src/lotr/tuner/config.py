@@ -28,15 +28,7 @@ from ..methods import Method, method
 from ..sharing.blocks import BLOCKS, Target
 from ..sharing.make_plan import UNEQUAL, check_modes, make_plan
 from ..sharing.plan import Plan
-from .checks import (
-    FORMAT,
-    check_core,
-    check_format,
-    check_magnitude,
-    check_zero,
-    checked_rank,
-    one_of,
-)
+from .checks import FORMAT, check_format, check_meaning, checked_rank, one_of
 from .lora_words import check_lora_words
 
 _TARGETS = ("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern")
@@ -180,7 +172,7 @@ class LotrConfig(PeftConfig):
     def __new__(cls, *args: Any, **fields: Any) -> LotrConfig:
         """Refuse folders of other formats and the words of LoRA before the constructor refuses unknown fields."""
         check_format(fields)
-        check_lora_words(fields)
+        check_lora_words(fields, cls.__dataclass_fields__)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -194,7 +186,7 @@ class LotrConfig(PeftConfig):
         )
         self._fill()
         if not self._open:
-            self._check_meaning()
+            check_meaning(self)
 
     def _fill(self) -> None:
         """Fill in what was left open from the row of the method, and check every field alone."""
@@ -268,21 +260,6 @@ class LotrConfig(PeftConfig):
         if self._alpha is not None:
             self.scaling = self._alpha / self.rank[1]
 
-    def _check_meaning(self) -> None:
-        """Refuse fields that have no meaning beside each other."""
-        ranks = {self.rank, *map(pair, self.rank_pattern.values())}
-        check_core(self.core, self.modes, self.blocks, ranks, self.core_ranks, self.trainable)
-        if self.dropout_place == "components" and CORES[self.core].component_axes is None:
-            raise ConfigError(
-                f"dropout_place='components' with core={self.core!r}, which is no sum of components. Use a Tucker or "
-                "CP core, or dropout_place='core_output'."
-            )
-        is_new = self.basis is None and self.targets is None
-        check_zero(self.zero, self.core, self.init, self.trainable, self.init_weights, is_new)
-        check_magnitude(
-            self.magnitude, self.init, self.scaling, self.init_weights, self.norm_gradient, is_new
-        )
-
     def take_structure(self, basis: LotrConfig) -> None:
         """Fill in from the configuration of the basis what was left open.
 
@@ -306,7 +283,7 @@ class LotrConfig(PeftConfig):
             for name in _TARGETS:
                 setattr(self, name, getattr(basis, name))
         self._open = ()
-        self._check_meaning()
+        check_meaning(self)
 
     def warn_of_random_factors(self) -> None:
         """Warn where factors will stay as random as they start, and nobody asked for that."""
@@ -408,6 +385,11 @@ class LotrConfig(PeftConfig):
     def rank(self) -> tuple[int, int]:
         """Ranks `(k, r)` where `rank_pattern` says nothing else."""
         return pair(self.r)
+
+    @property
+    def ranks(self) -> set[tuple[int, int]]:
+        """All ranks that a module may have."""
+        return {self.rank, *map(pair, self.rank_pattern.values())}
 
     def rank_of(self, path: str) -> tuple[int, int]:
         """Return the ranks `(k, r)` of a module."""

@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -126,22 +125,14 @@ class _Sums:
     def __init__(self, part: Part, space: Subspaces | FirstStep) -> None:
         self.part, self.space = part, space
         n = len(part.sites)
-        self.padding = [len(space.U) - part.block[0], len(space.V) - part.block[1]]
         self.left = space.U.new_zeros(n, len(space.U), space.V.shape[1])
         self.right = space.V.new_zeros(n, len(space.V), space.U.shape[1])
 
     @torch.no_grad()
     def add(self, x: Tensor, gradient: Tensor) -> None:  # (*n, in), (*n, out)
         """Add one batch, from the input and the gradient of the output of the module."""
-        (row, rows), (column, columns), (a, b) = self.part.rows, self.part.columns, self.part.grid
-        inputs = x.narrow(-1, column, columns).reshape(-1, b, columns // b).float()  # (n, b, i)
-        outputs = gradient.narrow(-1, row, rows).reshape(-1, a, rows // a).float()  # (n, a, o)
-        if self.part.transposed:
-            inputs, outputs = outputs, inputs
-        outputs, inputs = (
-            F.pad(side, (0, missing))
-            for side, missing in zip((self.part.gain * outputs, inputs), self.padding, strict=True)
-        )
+        rows = (side.reshape(-1, side.shape[-1]).float() for side in (x, gradient))
+        inputs, outputs = self.part.as_seen(*rows)  # (n, b, i), (n, a, o)
         U, V = self.space.U.to(x.device), self.space.V.to(x.device)
         left = torch.einsum("nao,nbq->aboq", outputs, inputs @ V).flatten(0, 1)
         right = torch.einsum("nbi,naq->abiq", inputs, outputs @ U).flatten(0, 1)

@@ -82,7 +82,7 @@ def _adapted(weight: AdaptedWeight) -> Tensor | None:
         if weight.merged:
             weight.unmerge()
         return None
-    active = [adapter for adapter in weight.active_adapters if adapter in weight.parts]
+    active = [adapter for adapter in weight.active_adapters if adapter in weight.adapters]
     if weight.merged or not active:
         return None
     W: Any = weight.get_base_layer().weight

@@ -34,7 +34,7 @@ def find_adapter(model: nn.Module, adapter: str | None) -> tuple[str, LotrConfig
             f"The model ({type(model).__name__}) has no adapter of this library. Give the PEFT model: what "
             "get_peft_model(model, LotrConfig()) or PeftModel.from_pretrained returned."
         )
-    known = {name for layer in layers for name in layer.parts}
+    known = {name for layer in layers for name in layer.adapters}
     if adapter is not None and adapter not in known:
         raise ConfigError(f"Adapter {adapter!r} does not exist. {near(adapter, known)}")
     names = {name for layer in layers for name in layer.active_adapters} if adapter is None else {adapter}
@@ -52,8 +52,8 @@ def parts_of(model: nn.Module, adapter: str) -> Parts:
     """Return the groups of an adapter, each with its parts in model order."""
     parts: Parts = {}
     for layer in model.modules():
-        if isinstance(layer, AdaptedWeight) and adapter in layer.parts:
-            for part, group in layer.parts[adapter]:
+        if isinstance(layer, AdaptedWeight) and adapter in layer.adapters:
+            for part, group in layer.adapters[adapter].parts:
                 parts.setdefault(group, []).append((layer, part))
     return parts
 

@@ -31,6 +31,19 @@ class NamedNumbers(nn.Module):
         return dict(self.named_parameters(recurse=False))
 
 
+class SiteCores(nn.Module):
+    """The cores that are kept with a module, by name of their part; calling it multiplies by those of one."""
+
+    def __init__(self, cores: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, C in cores.items():
+            self.register_parameter(name, _own(C))
+
+    def forward(self, h: Tensor, name: str) -> Tensor:  # (*n, b·r) -> (*n, a·k)
+        """Multiply by the cores of a part."""
+        return F.linear(h, getattr(self, name))
+
+
 def linear_from(weight: Tensor) -> nn.Linear:
     """Return a bias-free linear with this weight, without touching the global random state."""
     out_features, in_features = weight.shape
@@ -48,12 +61,13 @@ def _own(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach().clone(memory_format=torch.contiguous_format))
 
 
-def weight_of(module: nn.Linear) -> Tensor:
-    """Return the weight of a factor, also when it is offloaded (then without a way back for gradients)."""
+def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
+    """Return a matrix of a module, also when it is offloaded (then without a way back for gradients)."""
     if not hasattr(module, "_hf_hook"):
-        return module.weight
+        weight: Tensor = getattr(module, name)
+        return weight
     with align_module_device(module):
-        return module.weight.detach().clone()
+        return module.get_parameter(name).detach().clone()
 
 
 def call(factor: nn.Linear, x: Tensor) -> Tensor:
@@ -75,12 +89,12 @@ def call_transposed(factor: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, weight.T.to(x.device, x.dtype))
 
 
-def is_plain(module: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether calling a linear module multiplies by an ordinary tensor, and does nothing else.
+def is_plain(module: nn.Module, dtype: torch.dtype, device: torch.device, name: str = "weight") -> bool:
+    """Whether calling a module multiplies by an ordinary tensor, and does nothing else.
 
     Not so where its weight is sharded, elsewhere, quantised or of another type, or where a hook runs with it.
     """
-    weight: Any = module.weight
+    weight: Any = getattr(module, name)
     return (
         type(weight) in (nn.Parameter, Tensor)
         and weight.dtype == dtype

@@ -17,7 +17,7 @@ from ..math.fused_linear import adapted_linear
 from ..math.matmul import runs_op_by_op
 from ..math.update import LinearMap
 from ..sharing.groups import Part
-from .group import LotrGroup, call, call_transposed, is_plain
+from .group import LotrGroup, SiteCores, call, call_transposed, is_plain
 from .weight import AdaptedWeight
 
 _NOTHING_DROPS = Dropout()
@@ -34,7 +34,7 @@ class LotrLinear(AdaptedWeight):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed(x, adapter_names, *args, **kwargs)
-        active = [adapter for adapter in self.active_adapters if adapter in self.parts]
+        active = [adapter for adapter in self.active_adapters if adapter in self.adapters]
         if self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
         if len(active) == 1:
@@ -42,7 +42,7 @@ class LotrLinear(AdaptedWeight):
         base = self.base_layer(x, *args, **kwargs)
         result = base
         for adapter in active:  # what each would change alone adds up
-            if self.magnitude[adapter].additive:
+            if self.adapters[adapter].magnitude.additive:
                 result = result + self.update(adapter, x)
             else:
                 result = result + (self._adapted(adapter, x, base, *args, **kwargs) - base)
@@ -51,7 +51,7 @@ class LotrLinear(AdaptedWeight):
     def _adapted(self, adapter: str, x: Tensor, base: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """Return the output with one adapter alone; `base` is that of the base layer where it is known."""
         bias = getattr(self.get_base_layer(), "bias", None)
-        gains = None if self.magnitude[adapter].additive else self.gains(adapter)
+        gains = None if self.adapters[adapter].magnitude.additive else self.gains(adapter)
         if gains is not None and gains.input is not None:
             x, base = (x * gains.input).to(x.dtype), None
         fused = base is None and not args and not kwargs and (gains is None or gains.alike)
@@ -72,16 +72,19 @@ class LotrLinear(AdaptedWeight):
         dtype = base.weight.dtype
         if base.weight.requires_grad or not is_plain(base, dtype, x.device) or not runs_op_by_op():
             return False
-        if (x.dtype != dtype and _autocast_type(x) is None) or (self.dropout[adapter].rate and self.training):
+        own = self.adapters[adapter]
+        if (x.dtype != dtype and _autocast_type(x) is None) or (own.dropout.rate and self.training):
             return False
-        for part, group in self.parts[adapter]:
+        for part, group in own.parts:
             if adapter in group.rows or part.grid[1] > 1 or part.columns[1] != self.in_features:
                 return False
-            modules = [group.lotr_U[adapter], group.lotr_V[adapter]]
-            if part.group.core.by_site and not part.name:
-                modules.append(self.lotr_C[adapter])
-            if not all(type(m) is nn.Linear and is_plain(m, dtype, x.device) for m in modules):
+            factors = (group.lotr_U[adapter], group.lotr_V[adapter])
+            if not all(type(m) is nn.Linear and is_plain(m, dtype, x.device) for m in factors):
                 return False
+            if part.group.core.by_site:
+                cores = self.lotr_C[adapter]
+                if type(cores) is not SiteCores or not is_plain(cores, dtype, x.device, part.name):
+                    return False
         return True
 
     def _fused(self, adapter: str, x: Tensor) -> Tensor:  # (*n, in) -> (*n, out)
@@ -94,10 +97,11 @@ class LotrLinear(AdaptedWeight):
 
     def update(self, adapter: str, x: Tensor) -> Tensor:  # (*n, in) -> (*n, out)
         """Return the update of the output, before the magnitude, by calling the adapter's modules."""
-        x = self._cast_input_dtype(x, self.parts[adapter][0][1].lotr_V[adapter].weight.dtype)
-        drop = self.dropout[adapter] if self.training else _NOTHING_DROPS
+        own = self.adapters[adapter]
+        x = self._cast_input_dtype(x, self.dtype(adapter))
+        drop = own.dropout if self.training else _NOTHING_DROPS
         if drop.at("update"):
-            if any(adapter in group.rows for _, group in self.parts[adapter]):
+            if any(adapter in group.rows for _, group in own.parts):
                 raise ConfigError(
                     "dropout_place='update' drops numbers of one ΔW, and the rows of a bank's batch have one each. "
                     "Train on a basis whose adapter has another place, or no dropout."
@@ -105,7 +109,7 @@ class LotrLinear(AdaptedWeight):
             return F.linear(x, drop("update", self.dense(adapter)).to(x.dtype))
         x = drop("input", x)
         outputs: dict[int, Tensor] = {}  # first row → the sum of what covers those rows
-        for part, group in self.parts[adapter]:
+        for part, group in own.parts:
             first, width = part.columns
             output = formula.apply(
                 x if width == self.in_features else x.narrow(-1, first, width),
@@ -128,11 +132,10 @@ class LotrLinear(AdaptedWeight):
             multiply = batch.core(part, group.shared_numbers(adapter), rate)
         elif core.is_identity:
             multiply = _unchanged
-        elif core.by_site and not part.name:
-            multiply = self.lotr_C[adapter]
+        elif core.by_site:
+            multiply = partial(self.lotr_C[adapter], name=part.name)
         else:
-            C = self.core(adapter, part, group, rate)
-            multiply = partial(_times, C)
+            multiply = partial(_times, self.core(adapter, part, group, rate))
         return (lambda h: drop("core_output", multiply(h))) if drop.at("core_output") else multiply
 
     def _mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
@@ -149,7 +152,7 @@ class LotrLinear(AdaptedWeight):
         base = self.base_layer(x, *args, **kwargs)
         result = base.clone()
         for adapter in dict.fromkeys(adapter_names):
-            if adapter not in self.parts:  # "__base__", or an adapter that does not touch this module
+            if adapter not in self.adapters:  # "__base__", or an adapter that does not touch this module
                 continue
             rows = torch.tensor(
                 [i for i, name in enumerate(adapter_names) if name == adapter], device=x.device

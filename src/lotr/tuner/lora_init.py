@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -74,17 +73,8 @@ def _updates(folder: LoraFolder, layer: AdaptedWeight, part: Part) -> list[tuple
             f"model's has {(layer.out_features, layer.in_features)}: it was trained on another base model, "
             f"{folder.folder.config.get('base_model_name_or_path')!r}. Load that one."
         )
-    (row, rows), (column, columns), (a, b) = part.rows, part.columns, part.grid
-    left = B[row : row + rows].chunk(a, 0)
-    right = A[:, column : column + columns].chunk(b, 1)
-    o, i = part.group.shape
-    return [
-        (A_s.T, B_s.T)
-        if part.transposed
-        else (F.pad(part.gain * B_s, (0, 0, 0, o - len(B_s))), F.pad(A_s, (0, i - A_s.shape[1])))
-        for B_s in left
-        for A_s in right
-    ]
+    right, left = part.as_seen(A, B.T)
+    return [(left[:, n].T, right[:, m]) for n in range(left.shape[1]) for m in range(right.shape[1])]
 
 
 def _warn(subject: str, modules: set[str], consequence: str) -> None:

@@ -40,7 +40,7 @@ def forward_hooks(
             "see tokens, not rows. Run a batch for each adapter, with set_adapter."
         )
     layers = [m for m in tuner.modules() if isinstance(m, LotrLinear | AuxiliaryTrainingWrapper)]
-    known = {name for m in layers if isinstance(m, LotrLinear) for name in m.parts}
+    known = {name for m in layers if isinstance(m, LotrLinear) for name in m.adapters}
     missing = sorted(set(adapter_names) - known - {BASE})
     if missing:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(missing)}")

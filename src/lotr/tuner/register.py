@@ -41,8 +41,8 @@ def register() -> None:
     from peft.utils import hotswap, register_peft_method
 
     from .config import LotrConfig
+    from .lora_words import refuse_adapters
     from .model import LotrModel
-    from .peft_optimizers import refuse_adapters
     from .to_lora import teach_conversion
 
     holder = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[NAME])

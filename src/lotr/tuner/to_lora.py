@@ -24,11 +24,11 @@ def _lora_of_module(module: Any, rank: float, adapter_name: str = "default") -> 
     """
     if not isinstance(module, AdaptedWeight):
         return _of_peft(module, rank, adapter_name)
-    if adapter_name not in module.parts:  # PEFT leaves out a module of rank zero
+    if adapter_name not in module.adapters:  # PEFT leaves out a module of rank zero
         return torch.empty(0), torch.empty(0), 0
     shape = (module.out_features, module.in_features)
     [(A, B)] = loras_of(module.factored(adapter_name), shape)
-    dtype = module.parts[adapter_name][0][1].lotr_U[adapter_name].weight.dtype
+    dtype = module.dtype(adapter_name)
     if isinstance(rank, float) or rank < len(A):
         (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.T)
         left, values, right = torch.linalg.svd(R_B @ R_A.T)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -83,8 +83,9 @@ def truncate(
         kept = energy / update.energy if update.energy else 1.0
         report.append(Truncated(update.group.name, update.group.rank, after, kept))
     for layer in {layer for of_group in parts.values() for layer, _ in of_group}:
-        planned = {part.name: part for part in plan.parts[layer.parts[name][0][0].sites[0].module]}
-        layer.parts[name] = tuple((planned[part.name], group) for part, group in layer.parts[name])
+        own = layer.adapters[name]
+        planned = {part.name: part for part in plan.parts[own.parts[0][0].sites[0].module]}
+        layer.adapters[name] = replace(own, parts=tuple((planned[p.name], group) for p, group in own.parts))
     config.basis = config.basis_hash = None  # a copy of a basis has factors of its own from here on
     return report
 
@@ -152,19 +153,13 @@ def _replace(
 ) -> None:
     """Put factors and cores of other shapes in the place of those of a group."""
     for factors, weight in ((shared.lotr_U, U), (shared.lotr_V, V.T)):
-        factors[adapter] = _like(factors[adapter].weight, weight)
+        before = factors[adapter].weight
+        factors[adapter] = linear_from(weight.to(before))
+        factors[adapter].weight.requires_grad_(before.requires_grad)
     for (layer, part), of_part in zip(parts, cores, strict=True):
-        C = _like(layer.site_core(adapter, part), part.lay(of_part))
-        if part.name:
-            layer.lotr_C[adapter].register_parameter(part.name, C.weight)
-        else:
-            layer.lotr_C[adapter] = C
-
-
-def _like(before: Tensor, weight: Tensor) -> nn.Linear:
-    linear = linear_from(weight.to(before))
-    linear.weight.requires_grad_(before.requires_grad)
-    return linear
+        before = layer.site_core(adapter, part)
+        C = nn.Parameter(part.lay(of_part).to(before).contiguous(), before.requires_grad)
+        layer.lotr_C[adapter].register_parameter(part.name, C)
 
 
 def _check(config: LotrConfig, rank: Any, energy: Any) -> None:

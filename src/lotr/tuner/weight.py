@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,9 +22,18 @@ from ..math.update import FactoredUpdate
 from ..sharing.blocks import Shape
 from ..sharing.groups import Part
 from .config import LotrConfig
-from .group import LotrGroup, LotrLayer, NamedNumbers, linear_from, move, weight_of
-from .offload import device_of_adapter
+from .group import LotrGroup, LotrLayer, NamedNumbers, SiteCores, move, weight_of
 from .quantised import backend_of, check_can_merge
+
+
+@dataclass(frozen=True)
+class AdapterOfWeight:
+    """What a weight has of one adapter, beside numbers: its parts with their groups, and settings of the adapter."""
+
+    parts: tuple[tuple[Part, LotrGroup], ...]
+    magnitude: Magnitude
+    dropout: Dropout
+    norm_gradient: bool
 
 
 class AdaptedWeight(nn.Module, LotrLayer):
@@ -32,12 +42,12 @@ class AdaptedWeight(nn.Module, LotrLayer):
     A stack of experts `(experts, out, in)` is one matrix `(experts · out, in)` here.
 
     `lotr_C[adapter].weight` holds the cores that belong to the module's sites, side by side as their blocks are,
-    shape `(a·k, b·r)`; `lotr_C[adapter][part]` where the module has parts in several groups.
-    `lotr_magnitude[adapter]` has the numbers of the magnitude.
+    shape `(a·k, b·r)`; of a module with several parts, each is called like its part. `lotr_magnitude[adapter]` has the
+    numbers of the magnitude.
     """
 
     adapter_layer_names = ("lotr_C", "lotr_magnitude")
-    other_param_names = ("parts", "scaling", "magnitude", "dropout", "norm_gradient")
+    other_param_names = ("adapters", "scaling")
     # torch knows no better type of what a module holds than `Tensor | Module`
     base_layer: Any
     lotr_C: Any
@@ -61,12 +71,9 @@ class AdaptedWeight(nn.Module, LotrLayer):
         self.cast_input_dtype_enabled = True
         self.lotr_C = nn.ModuleDict()
         self.lotr_magnitude = nn.ModuleDict()
-        # adapter → its parts here, with their groups; plain, because groups are registered once, on the model's root
-        self.parts: dict[str, tuple[tuple[Part, LotrGroup], ...]] = {}
+        # plain, because groups are registered once, on the model's root
+        self.adapters: dict[str, AdapterOfWeight] = {}
         self.scaling = scaling  # one dictionary for the whole model, see LotrGroup
-        self.magnitude: dict[str, Magnitude] = {}
-        self.dropout: dict[str, Dropout] = {}
-        self.norm_gradient: dict[str, bool] = {}
         self._norms: dict[str, Tensor] = {}  # of the base weight
         self.register_load_state_dict_post_hook(_forget_norms)
         self.merged_adapters: list[str] = []
@@ -76,17 +83,17 @@ class AdaptedWeight(nn.Module, LotrLayer):
         self,
         adapter: str,
         parts: Sequence[tuple[Part, LotrGroup]],
-        cores: Mapping[str, Tensor],  # part's name -> (a·k, b·r)
+        cores: Mapping[str, Tensor],  # (a·k, b·r) each, by name
         config: LotrConfig,
         empty: bool,
     ) -> None:
         """Add an adapter: the parts of the module, and the cores that are kept with it."""
         if cores:
-            self.lotr_C[adapter] = linear_from(cores[""]) if "" in cores else NamedNumbers(cores)
+            self.lotr_C[adapter] = SiteCores(cores)
         magnitude = MAGNITUDES[str(config.magnitude)]
-        self.parts[adapter], self.magnitude[adapter] = tuple(parts), magnitude
-        self.dropout[adapter] = Dropout(config.dropout, config.dropout_place)
-        self.norm_gradient[adapter] = config.norm_gradient
+        self.adapters[adapter] = AdapterOfWeight(
+            tuple(parts), magnitude, Dropout(config.dropout, config.dropout_place), config.norm_gradient
+        )
         self.scaling[adapter] = config.scaling
         shapes = magnitude.shapes(self.out_features, self.in_features)
         if shapes:
@@ -104,10 +111,18 @@ class AdaptedWeight(nn.Module, LotrLayer):
                 move(numbers[adapter_name], device or home, own_type)
 
     def device_and_dtype(self) -> tuple[torch.device | None, torch.dtype | None]:
-        """Return where an adapter of the module lives, and in which type it starts."""
+        """Return where an adapter of the module lives, and in which type it starts.
+
+        An offloaded weight is on the meta device until its module is called. Numbers that followed it there would be
+        lost, so they live where the module runs.
+        """
         base = self.get_base_layer()
         device, dtype = self._get_base_layer_device_and_dtype(base)
-        return device_of_adapter(base, device), dtype
+        hook = getattr(base, "_hf_hook", None)
+        if device is not None and device.type == "meta" and hook is not None:
+            runs_on = getattr(hook, "execution_device", None)
+            device = torch.device("cpu" if runs_on is None else runs_on)
+        return device, dtype
 
     @property
     def base_weight(self) -> BaseWeight:
@@ -141,6 +156,11 @@ class AdaptedWeight(nn.Module, LotrLayer):
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         return device or torch.device("cpu"), dtype
 
+    def dtype(self, adapter: str) -> torch.dtype:
+        """Return the type of an adapter's factors."""
+        dtype: torch.dtype = self.adapters[adapter].parts[0][1].lotr_U[adapter].weight.dtype
+        return dtype
+
     def core(self, adapter: str, part: Part, group: LotrGroup, dropout: float = 0.0) -> Tensor:  # (a·k, b·r)
         """Return the cores of a part, side by side; `dropout` is the rate of dropping components."""
         core = part.group.core
@@ -157,8 +177,7 @@ class AdaptedWeight(nn.Module, LotrLayer):
 
     def site_core(self, adapter: str, part: Part) -> Tensor:  # (a·k, b·r)
         """Return the cores of a part that are kept with the layer."""
-        module = self.lotr_C[adapter]
-        return module()[part.name] if part.name else weight_of(module)
+        return weight_of(self.lotr_C[adapter], part.name)
 
     def factored(
         self, adapter: str, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -169,7 +188,7 @@ class AdaptedWeight(nn.Module, LotrLayer):
         where the factors have it; unless another device or type is named.
         """
         updates = []
-        for part, group in self.parts[adapter]:
+        for part, group in self.adapters[adapter].parts:
             U, Vt = weight_of(group.lotr_U[adapter]), weight_of(group.lotr_V[adapter])
             home = device or (U.device if self._home[0].type == "meta" else self._home[0])
             width = dtype or (torch.float64 if U.dtype == torch.float64 else torch.float32)
@@ -179,11 +198,11 @@ class AdaptedWeight(nn.Module, LotrLayer):
 
     def gains(self, adapter: str) -> Gains:
         """Return what the magnitude does, from the factors as they are now."""
-        numbers = self.lotr_magnitude[adapter]()
+        numbers, own = self.lotr_magnitude[adapter](), self.adapters[adapter]
         # norms in half precision would be coarse
         with _without_autocast(next(iter(numbers.values())).device):
-            updates, constant = self.factored(adapter), not self.norm_gradient[adapter]
-            return self.magnitude[adapter].gains(numbers, self.base_weight, updates, constant)
+            updates = self.factored(adapter)
+            return own.magnitude.gains(numbers, self.base_weight, updates, not own.norm_gradient)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -204,10 +223,10 @@ class AdaptedWeight(nn.Module, LotrLayer):
     def delta(self, adapter: str) -> Tensor:
         """Return what `get_delta_weight` does, with a way back for gradients."""
         dW = self.dense(adapter)
-        if not self.magnitude[adapter].additive:
+        if not self.adapters[adapter].magnitude.additive:
             W = self._untouched().to(dW)
             dW = self.gains(adapter).weight(W, dW) - W
-        dtype = self.parts[adapter][0][1].lotr_U[adapter].weight.dtype
+        dtype = self.dtype(adapter)
         if self.experts:
             dW = dW.unflatten(0, (self.experts, -1))
         return (dW.mT if self.fan_in_fan_out else dW).to(dtype)
@@ -231,7 +250,7 @@ class AdaptedWeight(nn.Module, LotrLayer):
         """
         check_can_merge(self.quantization_backend)
         for adapter in check_adapters_to_merge(self, adapter_names):
-            if adapter not in self.parts:
+            if adapter not in self.adapters:
                 continue
             W = self.get_base_weight()
             dW = self.get_delta_weight(adapter).to(W.device)
@@ -257,8 +276,8 @@ class AdaptedWeight(nn.Module, LotrLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self.merged_adapters = []
-        for parts in self.parts.values():  # a forward pass with adapters disabled unmerges layers alone
-            for _, group in parts:
+        for own in self.adapters.values():  # a forward pass with adapters disabled unmerges layers alone
+            for _, group in own.parts:
                 group.unmerge()
         if self._unmerged is None:
             return
@@ -272,9 +291,8 @@ class AdaptedWeight(nn.Module, LotrLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT may convert the update: it is `W + ΔW` of one matrix, or there is none here."""
-        return not self.experts and (
-            adapter_name not in self.magnitude or self.magnitude[adapter_name].additive
-        )
+        own = self.adapters.get(adapter_name)
+        return not self.experts and (own is None or own.magnitude.additive)
 
 
 def base_weight(module: Any) -> Tensor:  # (out, in)

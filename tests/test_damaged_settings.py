@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,33 @@ def test_a_full_or_closed_stdout_is_no_traceback() -> None:
         METHODS, stderr=subprocess.PIPE, text=True, check=False, preexec_fn=lambda: os.close(1)
     )
     assert closed.returncode == 0 and not closed.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "export", "merge", "bank create", "bank train", "compress"])
+def test_a_full_disk_is_told_in_a_sentence_and_nothing_is_left(
+    place: Path, tmp_path: Path, command: str
+) -> None:
+    adapter, out = place / "on a full disk", tmp_path / "out"
+    if not adapter.exists():
+        report(*training(place), "--max-steps", 3, "--output", adapter)
+    train = (*training(place)[1:], "--max-steps", 1)
+    tasks = ("--basis", adapter, "--tasks", place / "tasks.yaml", "--max-steps", 1)
+    (place / "tasks.yaml").write_text("one: dev.csv\n")
+    shutil.copytree(adapter, place / "other", dirs_exist_ok=True)
+    words = {
+        "train": (*train, "--output", out),
+        "bank create": (out, "--basis", adapter),
+        "bank train": (*tasks, "--output", out),
+        "compress": (adapter, place / "other", "--output", out, "--rank", 2),
+    }
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))  # of any file
+    try:
+        told = refused(1, *command.split(), *words.get(command, (adapter, "--output", out)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "The disk is full" in told and "make room" in told
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 OWN = """

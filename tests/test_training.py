@@ -288,7 +288,10 @@ def test_modules_that_the_files_of_the_base_lack_are_trained_and_saved(place: Pa
     saved_models.save_bert(tmp_path / "bert")
     masked = BertForMaskedLM.from_pretrained(tmp_path / "bert")
     masked.save_pretrained(tmp_path / "bert")  # which has no pooler
-    report = train(replace(settings(place, tmp_path / "o"), model=str(tmp_path / "bert")), say=quiet)
+    report = train(
+        replace(settings(place, tmp_path / "o", eval=str(place / "dev.csv")), model=str(tmp_path / "bert")),
+        say=quiet,
+    )
     kept = {key.removeprefix("base_model.model.") for key in load_file(tmp_path / "o" / WEIGHTS)}
     assert {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight"} <= kept
     answers = []

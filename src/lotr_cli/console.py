@@ -26,6 +26,14 @@ out, err = Console(), Console(stderr=True)
 debug = False
 
 _status: Any = None
+#: What the system, safetensors and SQLite say where a disk takes no more.
+_FULL = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "File too large",
+    "disk is full",
+    "disk I/O error",
+)
 
 
 @dataclass(frozen=True)
@@ -41,15 +49,20 @@ class Report:
 
         Raises:
             typer.Exit: It is not `ok`; the command ends with 1.
+        CheckpointError: Nothing takes it, because the disk is full or the pipe closed.
         """
         calm()
-        if as_json:
-            json.dump(self.content, sys.stdout, indent=2, default=str)
-            sys.stdout.write("\n")
-        for part in () if as_json else self.shown:
-            # whole lines; names are data, so nothing in them is markup
-            out.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
-        sys.stdout.flush()  # here, where a full disk or a closed pipe is told in a sentence
+        try:
+            if as_json:
+                json.dump(self.content, sys.stdout, indent=2, default=str)
+                sys.stdout.write("\n")
+            for part in () if as_json else self.shown:
+                # whole lines; names are data, so nothing in them is markup
+                out.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
+            sys.stdout.flush()
+        except OSError as error:
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - it is tried again when the program ends
+            raise CheckpointError(f"The report cannot be written: {error.strerror or error}.") from None
         if not self.ok:
             raise typer.Exit(1)
 
@@ -98,13 +111,15 @@ def working(waiting: str) -> Iterator[None]:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        if isinstance(error, OSError) and error.filename is not None:  # a place that the user named
+        if not isinstance(error, LotrError) and any(word in str(error) for word in _FULL):
+            error = CheckpointError(
+                f"The disk is full, or may not be written ({error}). Nothing is left half-written: make room, and run "
+                "the command again."
+            )
+        elif isinstance(error, OSError) and error.filename is not None:  # a place that the user named
             error = CheckpointError(
                 f"{error.filename}: {error.strerror}. Check the path, and the rights on it."
             )
-        elif isinstance(error, OSError):  # of stdout, which is tried again when the program ends
-            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
-            error = CheckpointError(f"The report cannot be written: {error.strerror or error}.")
         known = isinstance(error, LotrError)
         # each process has rows and a device of its own, so those errors may be of one process alone
         if speaks or not known or isinstance(error, TrainingError):

@@ -74,6 +74,9 @@ def train_bank(
             stack.enter_context(locked(path))
         settings = _settings_to_resume(named, path) if settings.resume else settings
         bank = _open(settings, path)
+        if bank is not None:
+            stack.enter_context(bank)  # closed also where it is refused, so that SQLite's log goes
+            _check_new(bank, settings)
         name = base_of(bank, settings.model) if bank is not None else _base_of_basis(settings)
         settings = replace(settings, max_length=text_length(skeleton(name)[0], name, settings.max_length))
         sources = [TaskSource(**source) for source in settings.tasks]
@@ -141,16 +144,21 @@ def _open(settings: BankSettings, path: Path) -> CoreBank | None:
                 f"{path} holds no bank yet. Name the adapter that gives its factors with --basis."
             )
         return None
-    bank = CoreBank.open(path, writable=True)
+    return CoreBank.open(path, writable=True)
+
+
+def _check_new(bank: CoreBank, settings: BankSettings) -> None:
+    """Refuse another basis than the bank's, and tasks that it has."""
     basis = settings.basis  # named again by who starts a run again that was killed early
+    if settings.resume:
+        return
     if basis is not None and hash_of(read_saved(basis).factors()) != bank.description.basis_hash:
-        raise ConfigError(f"{path} is a bank and has another basis. Leave out --basis={basis}.")
+        raise ConfigError(f"{bank.path} is a bank and has another basis. Leave out --basis={basis}.")
     taken = [source["name"] for source in settings.tasks if source["name"] in bank]
     if taken and not settings.replace:
         raise ConfigError(
-            f"The bank in {path} has a task {taken[0]!r} already. Choose another name, or use --replace."
+            f"The bank in {bank.path} has a task {taken[0]!r} already. Choose another name, or use --replace."
         )
-    return bank
 
 
 def _base_of_basis(settings: BankSettings) -> str:

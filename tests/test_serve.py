@@ -202,6 +202,14 @@ def test_tasks_come_and_go_while_others_are_served(tmp_path: Path) -> None:
             assert set(client.predict("later", "a")["scores"]) == {"x", "y", "z"}
 
 
+def test_a_task_that_is_removed_while_tasks_are_listed_is_left_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with CoreBank.open(folder / "bank") as bank:
+        monkeypatch.setattr(bank.store, "names", lambda after, limit: ["task-0", "task-05", "task-1"])
+        assert [row["name"] for row in bank.overview()] == ["task-0", "task-1"]
+
+
 class Slow:
     """A bank whose batches take a while."""
 

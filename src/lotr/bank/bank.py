@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, UnknownTaskError
 from ..files.adapter_folder import read_adapter
 from ..tuner.config import LotrConfig
 from . import recover, transfer
@@ -244,6 +244,8 @@ class CoreBank:
         for name in self.store.names(after, limit):
             try:
                 task = self.about(name)
+            except UnknownTaskError:  # somebody has removed it since
+                continue
             except CheckpointError:
                 task = {"task": "damaged", "labels": (), "created": ""}
             kind, classes = task["task"] or "", len(task["labels"]) or ""

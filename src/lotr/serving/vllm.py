@@ -12,8 +12,8 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class LoraFolders:
 
     def __init__(self, bank: CoreBank, root: Path, most: int) -> None:
         self.bank, self.root, self.most = bank, root, most
+        self._beside = partial(tempfile.TemporaryDirectory, dir=root, prefix=".")  # on the same file system
 
     def make(self, name: str) -> Path:
         """Return the folder of a task as the bank has it now; the name is no part of the path.
@@ -64,10 +65,11 @@ class LoraFolders:
         return folder
 
     def _write(self, name: str, folder: Path) -> None:
-        with self._temporary() as temporary:
-            self.bank.export(name, temporary / "lora", as_lora=True)
-            config = read_json(temporary / "lora" / CONFIG, "a LoRA's configuration")
-            tensors = load_file(temporary / "lora" / WEIGHTS)
+        with self._beside() as temporary:
+            exported, made = Path(temporary) / "lora", Path(temporary) / "padded"
+            self.bank.export(name, exported, as_lora=True)
+            config = read_json(exported / CONFIG, "a LoRA's configuration")
+            tensors = load_file(exported / WEIGHTS)
             rank = next((rank for rank in RANKS if rank >= config["r"]), config["r"])
             for key, tensor in tensors.items():
                 if ".lora_A." in key:
@@ -75,7 +77,6 @@ class LoraFolders:
                 elif ".lora_B." in key:
                     tensors[key] = F.pad(tensor, (0, rank - tensor.shape[1]))
             same: dict[str, Any] = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
-            made = temporary / "padded"
             made.mkdir()
             save_tensors(tensors, made)
             write_json(made / CONFIG, {**config, **same})
@@ -84,11 +85,6 @@ class LoraFolders:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another process was quicker
                     raise
-
-    @contextmanager
-    def _temporary(self) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(dir=self.root, prefix=".") as folder:
-            yield Path(folder)
 
     def _evict(self) -> None:
         """Remove folders, the least recently used first, until the others fit."""
@@ -104,8 +100,8 @@ class LoraFolders:
         for at, size, folder in sorted(used):
             if total <= self.most or time.time() - at < _IN_USE:
                 return
-            with self._temporary() as away, suppress(FileNotFoundError):  # or another process removed it
-                folder.replace(away / "removed")  # a folder is there whole or not at all
+            with self._beside() as away, suppress(FileNotFoundError):  # another process removed it
+                folder.replace(Path(away) / "removed")  # a folder is there whole or not at all
             total -= size
 
 

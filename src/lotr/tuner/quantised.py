@@ -18,7 +18,7 @@ def backend_of(module: nn.Module, **quantization: Any) -> Any:
     Where only a model that transformers quantised tells how to quantise again, other models have adapters all the same,
     which cannot be merged.
     """
-    backend = resolve_quantization_backend(module, **({_TORCHAO: object} | quantization))
+    backend: Any = resolve_quantization_backend(module, **({_TORCHAO: object} | quantization))
     if hasattr(backend, _TORCHAO) and _TORCHAO not in quantization:
         backend.supports_merge = False
     return backend
@@ -54,6 +54,7 @@ def keep_layout(model: nn.Module) -> None:
                 "weight can neither be merged nor pass gradients. Load the base model anew, and add or load the "
                 "adapter before its first forward pass."
             )
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    layer: Any
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False

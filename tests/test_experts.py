@@ -20,6 +20,7 @@ from conftest import bert, tokens
 from lotr import METHODS, CheckpointError, ConfigError, LotrConfig, PlanError
 from lotr.bank.layout import Layout
 from lotr.compression.sources import open_source
+from lotr.errors import TrainingError
 from lotr.math.stacked_weight import StackUpdate
 from lotr.tuner.experts import LotrExperts
 from lotr.tuner.weight import AdaptedWeight
@@ -342,6 +343,15 @@ def test_quantised_experts_are_refused() -> None:
     experts.down_proj = nn.Parameter(experts.down_proj.to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(PlanError, match="not quantised"):
         lotr.plan(model, LotrConfig(target_parameters=EXPERTS))
+
+
+def test_training_under_zero_3_is_refused() -> None:
+    model = adapted(qwen)
+    for parameter in model.parameters():
+        parameter.ds_id = 0  # as DeepSpeed marks what it cuts into parts
+    with pytest.raises(TrainingError, match="Use ZeRO-2 or FSDP2"):
+        model(**INPUTS)
+    assert torch.equal(outputs(model, INPUTS), outputs(adapted(qwen), INPUTS))
 
 
 def test_mixed_batches_starts_from_data_and_banks_are_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..errors import TrainingError
 from ..math.stacked_weight import StackedWeight, StackUpdate
 from ..math.update import FactoredUpdate, scaled
 from ..sharing.keys import BASIS
@@ -51,7 +52,18 @@ class LotrExperts(nn.Module):
         self.base_layer = base_layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the output of the experts with the active adapters."""
+        """Return the output of the experts with the active adapters.
+
+        Raises:
+            TrainingError: DeepSpeed has cut the parameters into parts.
+        """
+        parameters = self.base_layer.parameters(recurse=False)
+        if torch.is_grad_enabled() and any(hasattr(parameter, "ds_id") for parameter in parameters):
+            raise TrainingError(
+                "Adapters on experts that one parameter holds cannot train under ZeRO-3, which takes factors away "
+                "before the backward pass needs them. Use ZeRO-2 or FSDP2, or leave the experts out with "
+                "exclude_modules."
+            )
         weights = {name: _adapted(weight) for name, weight in self.adapted_weights()}
         changed = {name: W for name, W in weights.items() if W is not None}
         return (

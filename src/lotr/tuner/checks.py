@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import CheckpointError, ConfigError, near
 from ..math.cores import CORES
 from ..math.init import DATA_INITS
 from ..math.magnitude import MAGNITUDES
-
-if TYPE_CHECKING:
-    from .config import LotrConfig
 
 #: Version of the adapter folders that this code writes and reads: 2 has the keys of `sharing.keys`.
 FORMAT = 2
@@ -33,10 +30,10 @@ def one_of(name: str, value: str, known: Iterable[str]) -> str:
     return value
 
 
-def check_meaning(c: LotrConfig) -> None:
+def check_meaning(c: Any) -> None:  # a LotrConfig, whose file imports this one
     """Refuse fields that have no meaning beside each other (ConfigError, which names the field)."""
     core, rule = CORES[c.core], MAGNITUDES[c.magnitude]
-    for k, r in {c.rank, *map(pair, c.rank_pattern.values())}:
+    for k, r in c.ranks:
         core.check(k, r, c.modes)
     if "head" in c.modes and not c.blocks.startswith("head"):
         raise ConfigError(
@@ -80,7 +77,7 @@ def check_meaning(c: LotrConfig) -> None:
         _check_start(c)
 
 
-def _check_core_ranks(c: LotrConfig) -> None:
+def _check_core_ranks(c: Any) -> None:
     if c.core_ranks is None:
         return
     if not CORES[c.core].has_ranks:
@@ -94,7 +91,7 @@ def _check_core_ranks(c: LotrConfig) -> None:
         raise ConfigError(f"core_ranks={c.core_ranks!r} holds no ranks. Use positive integers.")
 
 
-def _check_start(c: LotrConfig) -> None:
+def _check_start(c: Any) -> None:
     """Refuse a start that the adapter, whose factors are not there yet, could not train from."""
     turned, at_zero = c.init in DATA_INITS, c.zero in ("output", "input")
     if at_zero and c.trainable == "cores":
@@ -110,11 +107,6 @@ def _check_start(c: LotrConfig) -> None:
             f"init={c.init!r} looks at gradients where the update is zero, and magnitude={c.magnitude!r} divides by "
             'its norm, so it never is. Use init="orthonormal" or "weight", or another magnitude.'
         )
-
-
-def pair(r: int | tuple[int, int]) -> tuple[int, int]:
-    """Return `(k, r)`."""
-    return (r, r) if isinstance(r, int) else (r[0], r[1])
 
 
 def checked_rank(name: str, r: Any) -> int | tuple[int, int]:

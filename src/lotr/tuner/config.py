@@ -27,7 +27,7 @@ from ..methods import Method, method
 from ..sharing.blocks import BLOCKS, Target
 from ..sharing.make_plan import UNEQUAL, check_modes, make_plan
 from ..sharing.plan import Plan
-from .checks import FORMAT, check_format, check_meaning, checked_rank, one_of, pair
+from .checks import FORMAT, check_format, check_meaning, checked_rank, one_of
 from .lora_words import check_lora_words
 
 _TARGETS = ("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern")
@@ -376,6 +376,11 @@ class LotrConfig(PeftConfig):
         """Ranks `(k, r)` where `rank_pattern` says nothing else."""
         return pair(self.r)
 
+    @property
+    def ranks(self) -> set[tuple[int, int]]:
+        """All ranks that a module may have."""
+        return {self.rank, *map(pair, self.rank_pattern.values())}
+
     def rank_of(self, path: str) -> tuple[int, int]:
         """Return the ranks `(k, r)` of a module."""
         return pair(self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), path), self.r))
@@ -399,3 +404,8 @@ class LotrConfig(PeftConfig):
     def alpha_pattern(self) -> dict[str, float]:
         """Always empty: one scaling an adapter."""
         return {}
+
+
+def pair(r: int | tuple[int, int]) -> tuple[int, int]:
+    """Return `(k, r)`."""
+    return (r, r) if isinstance(r, int) else (r[0], r[1])

@@ -66,8 +66,8 @@ class Injection:
         self.config.targets = targets
         modules = dict(model.named_modules())
         linear = {target.path for target in self.plan.targets if not target.experts}
-        #: Of the linear modules to adapt, with the names of wrappers.
-        self.keys = {key for key in modules if normalise(key) in linear}
+        #: Linear modules to adapt, with the names of wrappers → without.
+        self.targets = {key: path for key in modules if (path := normalise(key)) in linear}
         # by path, before any is replaced
         self._modules: dict[str, nn.Module | ExpertsWeight] = {
             path: weight for path, (_, weight) in stacked_weights(model).items()
@@ -86,7 +86,9 @@ class Injection:
 
     def adapt(self, key: str, module: nn.Module, **quantization: Any) -> LotrLinear:
         """Add the adapter to a linear module, and return the module that adapts it."""
-        path = normalise(key)
+        path = self.targets.get(key) or normalise(
+            key
+        )  # PEFT takes a compiler's name off where a file says the paths
         if not isinstance(module, LotrLinear):
             module = LotrLinear(module, self.plan.shape_of[path], self._scaling, **quantization)
             module._active_adapter = list(self.active)

@@ -93,7 +93,7 @@ class LotrModel(BaseTuner):
 
     def _check_target_module_exists(self, peft_config: LotrConfig, key: str) -> Any:  # type: ignore[override]
         if self._injection is not None and self._asked[1] is None:
-            if key in self._injection.keys:
+            if key in self._injection.targets:
                 return True
             if not peft_config.exclude_modules:
                 return False

@@ -9,14 +9,13 @@ from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils import resolve_quantization_backend
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import PlanError, near
 from ..sharing.keys import BASIS
 from ..sharing.paths import normalise
+from .adaptable import is_linear
 from .experts import stacked_weights
 
 #: Heads that PEFT itself adds to `modules_to_save`, whether the model has them or not.
@@ -73,14 +72,6 @@ def check_rank_pattern(patterns: Iterable[str], paths: Collection[str]) -> None:
 def linear_paths(model: nn.Module) -> list[str]:
     """Return the paths of all modules that could be adapted."""
     return [path for path, module in model.named_modules() if path and is_linear(module)]
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a `Linear`, a `Conv1D` or a quantised linear."""
-    if isinstance(module, nn.Linear | Conv1D):
-        return True
-    backend = resolve_quantization_backend(module)
-    return backend is not None and getattr(backend, "layer_type", None) == "linear"
 
 
 def suffixes(paths: Iterable[str]) -> set[str]:

@@ -23,14 +23,13 @@ from ..sharing.blocks import Target
 from ..sharing.keys import BASIS
 from ..sharing.paths import normalise
 from ..sharing.plan import Plan
+from .adaptable import check_adaptable
 from .attention import fused_projections, heads_of, is_query_key_value
 from .basis import resolve_basis
 from .config import LotrConfig
 from .expert_names import map_names
 from .experts import is_plain_stack, stacked_weights
-from .names import check_names, check_rank_pattern, is_linear, linear_paths, suffixes
-from .offload import check_offload
-from .unseen_weights import check_is_called
+from .names import check_names, check_rank_pattern, linear_paths, suffixes
 
 #: Query and value of the usual architectures: PEFT's own table for LoRA, and some that it lacks.
 DEFAULT_TARGETS: dict[str, Any] = {
@@ -154,14 +153,7 @@ def _nothing_left(config: LotrConfig) -> str:
 
 def _target(model: nn.Module, path: str, module: nn.Module, config: LotrConfig) -> Target:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    if not is_linear(base):
-        raise PlanError(
-            f"Target module {path!r} ({type(base).__name__}) is not supported. Currently, only Linear, "
-            "Conv1D and quantised linears can be adapted; leave it out with exclude_modules, or train it in "
-            "full with modules_to_save."
-        )
-    check_is_called(model, path)
-    check_offload(model, path, base)
+    check_adaptable(model, path, base)
     in_features, out_features = _get_in_out_features(base)
     shape = cast("tuple[int, int]", (out_features, in_features))
     clean = normalise(path)  # PEFT gives a compiled model's modules with or without the wrapper's name

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..math.hooi import tucker2
 from ..sharing.groups import Group, Part
-from .checks import checked_rank, pair
-from .config import LotrConfig
+from .checks import checked_rank
+from .config import LotrConfig, pair
 from .factors import find_adapter, parts_of, set_ranks
 from .group import LotrGroup, linear_from
 from .weight import AdaptedWeight

@@ -23,7 +23,6 @@ from ..sharing.blocks import Shape
 from ..sharing.groups import Part
 from .config import LotrConfig
 from .group import LotrGroup, LotrLayer, NamedNumbers, SiteCores, move, weight_of
-from .offload import device_of_adapter
 
 
 @dataclass(frozen=True)
@@ -111,10 +110,18 @@ class AdaptedWeight(nn.Module, LotrLayer):
                 move(numbers[adapter_name], device or home, own_type)
 
     def device_and_dtype(self) -> tuple[torch.device | None, torch.dtype | None]:
-        """Return where an adapter of the module lives, and in which type it starts."""
+        """Return where an adapter of the module lives, and in which type it starts.
+
+        An offloaded weight is on the meta device until its module is called. Numbers that followed it there would be
+        lost, so they live where the module runs.
+        """
         base = self.get_base_layer()
         device, dtype = self._get_base_layer_device_and_dtype(base)
-        return device_of_adapter(base, device), dtype
+        hook = getattr(base, "_hf_hook", None)
+        if device is not None and device.type == "meta" and hook is not None:
+            runs_on = getattr(hook, "execution_device", None)
+            device = torch.device("cpu" if runs_on is None else runs_on)
+        return device, dtype
 
     @property
     def base_weight(self) -> BaseWeight:

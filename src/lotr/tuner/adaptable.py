@@ -1,4 +1,4 @@
-"""Weights that their module's parent reads without calling the module, so that an update of it would be missed."""
+"""Which modules can be adapted: linear ones that the model calls, whose weights are where an adapter can stay."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import ast
 import inspect
 import textwrap
 from functools import cache
+from typing import Any
 
 import torch
+from peft.utils import resolve_quantization_backend
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import PlanError
 
@@ -21,14 +24,36 @@ _SETUP = {"__init__", "reset_parameters", "_reset_parameters", "_init_weights", 
 _BEHIND_AN_OPTION = {"BloomAttention", "BloomMLP", "DisentangledSelfAttention"}
 
 
-def check_is_called(model: nn.Module, path: str) -> None:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a `Linear`, a `Conv1D` or a quantised linear."""
+    if isinstance(module, nn.Linear | Conv1D):
+        return True
+    backend = resolve_quantization_backend(module)
+    return backend is not None and getattr(backend, "layer_type", None) == "linear"
+
+
+def check_adaptable(model: nn.Module, path: str, base_layer: nn.Module) -> None:
+    """Refuse a module that cannot be adapted.
+
+    Raises:
+        PlanError: It is not linear, the model reads its weight without calling it, or PEFT took the model apart. The
+            message says what to do.
+    """
+    if not is_linear(base_layer):
+        raise PlanError(
+            f"Target module {path!r} ({type(base_layer).__name__}) is not supported. Currently, only Linear, "
+            "Conv1D and quantised linears can be adapted; leave it out with exclude_modules, or train it in "
+            "full with modules_to_save."
+        )
+    _check_is_called(model, path)
+    _check_offload(model, path, base_layer)
+
+
+def _check_is_called(model: nn.Module, path: str) -> None:
     """Refuse a module whose parent multiplies by its weight without calling it.
 
     Attention of torch, fused encoder layers and the fused kernels of state-space models do so. What a parent does is
     read from the source of its class, so classes of remote code are seen too.
-
-    Raises:
-        PlanError: The message says what to leave out.
     """
     above, _, name = path.rpartition(".")
     parent = model.get_submodule(above)
@@ -43,6 +68,23 @@ def check_is_called(model: nn.Module, path: str) -> None:
         f"Target module {path!r} cannot be adapted: {type(parent).__name__} multiplies by its weight without calling "
         f"it, so the update would be missed. Leave it out, for example with exclude_modules={sorted(read)!r}{more}."
     )
+
+
+def _check_offload(model: nn.Module, path: str, base_layer: nn.Module) -> None:
+    """Refuse a base model that PEFT took apart while it loads an adapter.
+
+    `PeftModel.from_pretrained` takes the hooks off an offloaded model and lays its own index of files over it, in which
+    numbers that belong to no module of the base have no place.
+    """
+    weight: Any = getattr(base_layer, "weight", None)
+    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
+    taken_apart = weight is not None and weight.is_meta and not hasattr(base_layer, "_hf_hook")
+    if taken_apart and devices & {"cpu", "disk"}:
+        raise PlanError(
+            f"The weight of {path!r} is offloaded, and PeftModel.from_pretrained would lose the shared factors on such "
+            "a model. Make the adapter first, model = get_peft_model(base, LotrConfig.from_pretrained(folder)), and "
+            "then read its numbers: set_peft_model_state_dict(model, load_peft_weights(folder))."
+        )
 
 
 @cache

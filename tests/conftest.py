@@ -124,6 +124,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are empty files: painting one takes longer than the runs of the tests that use this."""
+    monkeypatch.setattr("lotr.adapters.plots._save", lambda figure, path: path.write_bytes(b""))
+
+
 @pytest.fixture(params=list(ARCHITECTURES))
 def architecture(request: pytest.FixtureRequest) -> Architecture:
     return ARCHITECTURES[request.param]

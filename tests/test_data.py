@@ -4,7 +4,7 @@ import pytest
 
 from data_files import CSV, ROWS, write
 from lotr.errors import ConfigError, DataError
-from lotr.training.data import Columns, load_rows, load_task
+from lotr.training.data import Columns, load_rows, load_task, read, rows_of_task
 from lotr.training.data.columns import label_values
 
 TEXTS = {row["text"] for row in ROWS}
@@ -16,7 +16,7 @@ def test_the_built_in_set_is_measured_on_its_test_split(monkeypatch):
     )
     data = load_task("docstrings")
     assert (len(data.train), len(data.eval), data.eval_source) == (20, 4, 'split "test" of docstrings')
-    assert len(load_rows("docstrings", Columns(), data.task, data.labels, data.pairs)[1]) == 4
+    assert len(load_rows("docstrings", Columns(), data.task, data.labels, data.pairs)) == 4
 
 
 def test_a_tenth_is_held_out_by_the_seed_alone_and_no_row_is_lost_or_shared(tmp_path):
@@ -82,5 +82,6 @@ def test_an_adapter_refuses_labels_that_it_does_not_know_and_needs_none_to_predi
     bare = write(tmp_path, "b.csv", "text,id\nx,7\n")
     with pytest.raises(DataError, match="--label"):
         load_rows(bare, *task)
-    plain, rows = load_rows(bare, *task, need_label=False)
+    plain, source = read(bare)
+    rows = rows_of_task(plain, Columns(), "classification", source, need_label=False)
     assert (plain.rows(), rows.to_list()) == ([{"text": "x", "id": "7"}], [{"text": "x"}])

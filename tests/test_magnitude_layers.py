@@ -51,11 +51,16 @@ def settings(request: pytest.FixtureRequest) -> LotrConfig:
     return config(*request.param)
 
 
+#: Every core below one magnitude, and every magnitude over one core.
+CROSSED = [*((row, "per_output_and_input") for row in SHARING), *(("lotr", name) for name in SCALED[::2])]
+
+
 # ---- any core, any sharing
 
 
-def test_step_0_is_the_base_and_training_lowers_the_loss(settings: LotrConfig) -> None:
-    model = get_peft_model(bert(), settings).eval()
+@pytest.mark.parametrize("row, magnitude", CROSSED)
+def test_step_0_is_the_base_and_training_lowers_the_loss(row: str, magnitude: str) -> None:
+    model = get_peft_model(bert(), config(row, magnitude)).eval()
     assert torch.equal(outputs(model, INPUTS), outputs(bert(), INPUTS))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
@@ -78,8 +83,9 @@ def test_merged_equals_unmerged(settings: LotrConfig) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
 
 
-def test_each_row_of_a_mixed_batch_uses_its_own_adapter(settings: LotrConfig) -> None:
-    model = get_peft_model(bert(), settings, adapter_name="scaled")
+@pytest.mark.parametrize("row, magnitude", CROSSED)
+def test_each_row_of_a_mixed_batch_uses_its_own_adapter(row: str, magnitude: str) -> None:
+    model = get_peft_model(bert(), config(row, magnitude), adapter_name="scaled")
     stir(model)
     model.add_adapter("plain", config("lotr", "none", seed=1, init_weights=False))
     model.add_adapter("other", config("lora", "per_output", seed=2, init_weights=False))
@@ -89,7 +95,7 @@ def test_each_row_of_a_mixed_batch_uses_its_own_adapter(settings: LotrConfig) ->
         model.set_adapter(name)
         alone[name] = outputs(model, INPUTS)
     mixed = outputs(model, INPUTS, adapter_names=names)
-    expected = torch.stack([alone[name][row] for row, name in enumerate(names)])
+    expected = torch.stack([alone[name][n] for n, name in enumerate(names)])
     torch.testing.assert_close(mixed, expected, atol=2e-6, rtol=1e-5)
 
 

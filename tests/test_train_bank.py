@@ -19,7 +19,7 @@ import saved_models
 from lotr import CoreBank, LotrConfig
 from lotr.errors import ConfigError, DataError, TrainingError, UnknownTaskError
 from lotr.files.atomic import locked
-from lotr.training.tasks.predict import predict
+from lotr.training.predict import predict
 from lotr.training.tasks.run import RUN, train_bank
 from lotr.training.tasks.served import load_served
 from lotr.training.tasks.settings import BankSettings
@@ -188,13 +188,13 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(home: Path, tmp_path: Pa
 
 def test_runs_killed_at_random_points_lose_nothing_that_was_saved(home: Path, tmp_path: Path) -> None:
     """In a process of its own, which forks: a child trains, is killed, and another one goes on."""
-    chosen = vars(settings(home, tmp_path / "bank", max_steps=400, save_steps=2, batch_size=2))
+    chosen = vars(settings(home, tmp_path / "bank", max_steps=100, save_steps=2, batch_size=2))
     command = [sys.executable, str(Path(__file__).with_name("killed_training.py")), json.dumps(chosen), "12"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["killed"] >= 10 and report["advanced"] >= 3
-    train_bank(BankSettings(output=str(tmp_path / "bank"), resume=True), quiet)
+    train_bank(BankSettings(output=str(tmp_path / "bank"), resume=True, save_steps=100), quiet)
     assert sorted(CoreBank.open(tmp_path / "bank").names()) == sorted(PAIRS)
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, BertForMaskedLM, TrainerState
 
 import saved_models
-from commands import CtrlC, quiet, settings
+from commands import CtrlC, quiet, refused, settings
 from lotr import LotrConfig
 from lotr.errors import ConfigError, DataError, Interrupted
 from lotr.files.adapter_folder import WEIGHTS
@@ -25,7 +25,7 @@ from lotr.files.atomic import whole_folder
 from lotr.training import checkpoint
 from lotr.training.base_model import MINILM, locate
 from lotr.training.checkpoint import last_whole
-from lotr.training.data import load_rows, load_task
+from lotr.training.data import load_rows, load_task, read, rows_of_task
 from lotr.training.data.columns import label_values
 from lotr.training.output import METRICS, SETTINGS
 from lotr.training.predict import evaluate, predict, scores_of
@@ -33,6 +33,8 @@ from lotr.training.rates import parameter_groups
 from lotr.training.run import train
 from lotr.training.settings import TrainSettings, read_options
 from lotr.training.trained import load_trained
+
+pytestmark = pytest.mark.usefixtures("unpainted")
 
 
 @pytest.fixture(scope="module")
@@ -82,63 +84,86 @@ def test_ctrl_c_in_a_real_process_ends_with_130_and_the_way_on(place: Path, tmp_
     assert int(checkpoint.name.rpartition("-")[2]) == step
 
 
-def _two_processes(*words: object) -> subprocess.CompletedProcess[str]:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lotr"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launch, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+TASKS = ("classification", "causal-lm")
+IN_TWO = """
+import json, sys
+from lotr.training.run import train
+from lotr_cli.app import main
+for run in json.loads(sys.argv.pop(1)):
+    train(say=lambda line: None, **run)
+main()
+"""
 
 
-def test_two_processes_train_one_adapter(place: Path, tmp_path: Path) -> None:
-    saved_models.write_colours(tmp_path / "dev.csv", rows=21, seed=1)
-    words = ("--model", place / "bert", "--train", place / "train.csv", "--eval", tmp_path / "dev.csv")
+@pytest.fixture(scope="module")
+def in_two_processes(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder with runs of two processes, one for each of `TASKS` and one by the command, and what that printed."""
+    folder = tmp_path_factory.mktemp("two")
+    runs = []
+    for task, save in zip(TASKS, (saved_models.save_bert, saved_models.save_llama), strict=True):
+        save(folder / task)
+        config = json.loads((folder / task / "config.json").read_text())
+        still = {name: 0.0 for name in config if "dropout" in name}
+        (folder / task / "config.json").write_text(json.dumps(config | still))
+        rows = saved_models.write_colours(folder / "rows.csv", rows=64)
+        run = {
+            "model": str(folder / task),
+            "train": rows,
+            "eval": rows,
+            "task": task,
+            "rank": "2",
+            "max_steps": 6,
+        }
+        run |= {"head_warmup": 3 * (task == "classification"), "init": "gradient", "start_batches": 2}
+        train(TrainSettings(**run, batch_size=16, output=str(folder / f"{task}-one")), say=quiet)
+        runs.append({**run, "batch_size": 8, "output": str(folder / f"{task}-two")})
+    saved_models.write_colours(folder / "dev.csv", rows=21, seed=1)
+    words = ("--model", place / "bert", "--train", place / "train.csv", "--eval", folder / "dev.csv")
     words += ("--max-steps", "4", "--eval-steps", "2", "--rank", "2", "--batch-size", "4")
-    done = _two_processes("train", *words, "--output", tmp_path / "o", "--json")
+    (folder / "in_two.py").write_text(IN_TWO)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", folder / "in_two.py"]
+    command = [sys.executable, *launch, json.dumps(runs), "train", *words, "--output", folder / "o", "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, env=environment, timeout=240
+    )
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)  # one report, from the main process
-    assert (report["steps"], report["processes"]) == (4, 2)
-    assert (tmp_path / "o" / WEIGHTS).is_file()
+    return folder, done.stdout
 
-    trained = load_trained(tmp_path / "o")
+
+def test_two_processes_train_one_adapter(in_two_processes: tuple[Path, str]) -> None:
+    folder, printed = in_two_processes
+    report = json.loads(printed)  # one report, from the main process
+    assert (report["steps"], report["processes"]) == (4, 2)
+    trained = load_trained(folder / "o")
     task = trained.task
-    _, rows = load_rows(str(tmp_path / "dev.csv"), task.columns, task.task, task.labels, task.pairs)
+    rows = load_rows(str(folder / "dev.csv"), task.columns, task.task, task.labels, task.pairs)
     scores, labels = (torch.from_numpy(part) for part in scores_of(trained, rows, with_labels=True))
     loss = torch.nn.functional.cross_entropy(scores, labels.long()).item()
     assert report["eval"]["loss"] == pytest.approx(loss, abs=1e-4)  # 21 rows fill no batches of two processes
 
 
-def test_what_two_processes_refuse_is_said_once(tmp_path: Path) -> None:
-    asked = ("train", "--model", "x", "--train", "x.csv", "--output", tmp_path / "o", "--trainable", "core")
-    for process, says in ((0, "trainable='core' is not known"), (1, "")):
-        environment = {**os.environ, "RANK": str(process), "WORLD_SIZE": "2"}
-        command = [sys.executable, "-m", "lotr", *map(str, asked)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-        assert done.returncode == 2
-        assert says in done.stderr if says else "Error" not in done.stderr
-
-
-@pytest.mark.parametrize("task", ["classification", "causal-lm"])
-def test_two_processes_of_8_rows_are_the_run_of_one_with_16(tmp_path: Path, task: str) -> None:
+@pytest.mark.parametrize("task", TASKS)
+def test_two_processes_of_8_rows_are_the_run_of_one_with_16(
+    in_two_processes: tuple[Path, str], task: str
+) -> None:
     """Warm-up, start from gradients, grouping by length, losses, and the numbers in the file; into a second epoch."""
-    saved_models.save_llama(tmp_path / "m") if task == "causal-lm" else saved_models.save_bert(tmp_path / "m")
-    config = json.loads((tmp_path / "m" / "config.json").read_text())
-    still = {name: 0.0 for name in config if "dropout" in name}
-    (tmp_path / "m" / "config.json").write_text(json.dumps(config | still))
-    saved_models.write_colours(tmp_path / "rows.csv", rows=64)
-    data = {"model": tmp_path / "m", "train": tmp_path / "rows.csv", "eval": tmp_path / "rows.csv"}
-    run = {name: str(path) for name, path in data.items()} | {"task": task, "rank": "2", "max_steps": 6}
-    run |= {"head_warmup": 3 * (task == "classification"), "init": "gradient", "start_batches": 2}
-    train(TrainSettings(**run, batch_size=16, output=str(tmp_path / "one")), say=quiet)
-    words = [w for name, value in run.items() for w in (f"--{name.replace('_', '-')}", value)]
-    done = _two_processes("train", *words, "--batch-size", "8", "--output", tmp_path / "two")
-    assert done.returncode == 0, done.stderr
-    one, two = (json.loads((tmp_path / name / METRICS).read_text()) for name in ("one", "two"))
-    assert two["processes"] == 2 and two["begun"] == one["begun"]
+    one, two = (in_two_processes[0] / f"{task}-{name}" for name in ("one", "two"))
+    alone, together = (json.loads((run / METRICS).read_text()) for run in (one, two))
+    assert together["processes"] == 2 and together["begun"] == alone["begun"]
     for name, tolerance in (("loss", 1e-4), ("grad_norm", 1e-3), ("eval_loss", 1e-4)):
-        ours, theirs = ([log[name] for log in r["history"] if name in log] for r in (two, one))
+        ours, theirs = ([log[name] for log in run["history"] if name in log] for run in (together, alone))
         assert len(ours) >= 3 and ours == pytest.approx(theirs, rel=tolerance), name
-    ours, theirs = (load_file(tmp_path / name / WEIGHTS) for name in ("two", "one"))
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(load_file(two / WEIGHTS), load_file(one / WEIGHTS), atol=1e-4, rtol=1e-3)
+
+
+def test_what_two_processes_refuse_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ("train", "--model", "x", "--train", "x.csv", "--output", tmp_path / "o", "--trainable", "core")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for process, says in (("0", "trainable='core' is not known"), ("1", "")):
+        monkeypatch.setenv("RANK", process)
+        message = refused(2, *asked)
+        assert says in message if says else "Error" not in message
 
 
 def test_checkpoints_hold_no_pickle(place: Path, tmp_path: Path) -> None:
@@ -265,9 +290,8 @@ def test_pairs_of_texts_are_one_input_and_are_asked_for_later(place: Path, tmp_p
     (tmp_path / "pair.csv").write_text("text,text2\nred thing,red\nred thing,blue\n")
     assert len(predict(trained, str(tmp_path / "pair.csv"))) == 2
     task = trained.task
-    _, pairs = load_rows(
-        str(tmp_path / "pair.csv"), task.columns, task.task, (), task.pairs, need_label=False
-    )
+    plain, source = read(str(tmp_path / "pair.csv"))
+    pairs = rows_of_task(plain, task.columns, task.task, source, need_label=False, pairs=task.pairs)
     logits, _ = scores_of(trained, pairs)
     assert (logits[0] != logits[1]).any()  # the second text is seen
     (tmp_path / "single.csv").write_text("text\nred thing\n")

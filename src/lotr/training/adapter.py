@@ -14,6 +14,7 @@ from ..tuner.ranks import largest_rank
 from ..tuner.saved_adapter import read_saved
 from .data import check_task
 from .settings import (
+    Settings,
     TrainSettings,
     read_core_ranks,
     read_modes,
@@ -49,10 +50,12 @@ _OURS = (*_STRUCTURE, "modes", "core_ranks", "budget")
 #: Settings that are fields of the configuration as they are.
 _AS_IN_CONFIG = (*_STRUCTURE, "dropout", "seed")
 
-#: The most of a setting that must be positive: beyond, a run neither fits into a memory nor ends.
-_MOST = {"epochs": 10**6, "batch_size": 10**6, "max_length": 10**6}
-#: The most of a setting that may be zero.
+#: The most of a setting that may be zero; others must be positive.
 _FROM_ZERO = {"warmup": 1, "weight_decay": 10**6, "seed": 2**32 - 1, "head_warmup": 10**9}
+#: The most of others: beyond, a run neither fits into a memory nor ends.
+_MOST = {"epochs": 10**6, "batch_size": 10**6, "max_length": 10**6}
+#: Numbers that somebody else checks: the configuration, and the sampler of tasks.
+_CHECKED = ("alpha", "dropout", "scaling", "temperature")
 
 
 def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConfig:
@@ -105,7 +108,7 @@ def _check_meaning(settings: TrainSettings) -> None:
     """Refuse settings that would be passed over."""
     if settings.task is not None:
         check_task(settings.task)
-    check_positive(settings, "start_batches", "budget")
+    check_numbers(settings)
     method, basis, rank, budget = settings.method, settings.basis, settings.rank, settings.budget
     misfits = [name for name in _OURS if method in PEERS and getattr(settings, name) is not None]
     misfits += ["target_parameters"] if method == "head" and settings.target_parameters is not None else []
@@ -136,22 +139,17 @@ def _check_meaning(settings: TrainSettings) -> None:
         raise ConfigError(problem)
 
 
-def check_positive(settings: object, *names: str) -> None:
-    """Raise ConfigError for the first of some settings that is a number and not positive, or beyond all use."""
-    for name in names:
-        value, most = getattr(settings, name), _MOST.get(name, 1e30)
-        if value is not None and not value > 0:
+def check_numbers(settings: Settings) -> None:
+    """Raise ConfigError for the first setting that is a number and out of its range."""
+    for name, value in vars(settings).items():
+        if type(value) not in (int, float) or name in _CHECKED:
+            continue
+        if name in _FROM_ZERO and not 0 <= value <= _FROM_ZERO[name]:
+            raise ConfigError(f"{name}={value} is out of range. Use a number from 0 to {_FROM_ZERO[name]:,}.")
+        if name not in _FROM_ZERO and not value > 0:
             raise ConfigError(f"{name}={value} trains nothing. Use a positive number.")
-        if value is not None and value > most:
+        if value > (most := _MOST.get(name, 1e30)):
             raise ConfigError(f"{name}={value} is out of range. Use a number of at most {most:,}.")
-
-
-def check_from_zero(settings: object) -> None:
-    """Raise ConfigError for the first setting that may be zero, and is below or out of range."""
-    for name, most in _FROM_ZERO.items():
-        value = getattr(settings, name, None)
-        if value is not None and not 0 <= value <= most:
-            raise ConfigError(f"{name}={value} is out of range. Use a number from 0 to {most:,}.")
 
 
 def complete(settings: TrainSettings, config: PeftConfig, task: str) -> TrainSettings:

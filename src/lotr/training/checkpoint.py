@@ -18,15 +18,38 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import sort_checkpoints
 
-from ..errors import CheckpointError, TrainingError
+from ..errors import CheckpointError, Interrupted, TrainingError
 from ..files.adapter_folder import CONFIG, WEIGHTS, check_finite, read_adapter, write_adapter
+from .process import StopOnInterrupt
 from .trained import CHECKPOINTS
 
 OPTIMIZER, RANDOM, TRAINER_STATE = "optimizer.safetensors", "random-{}.safetensors", "trainer_state.json"
+
+
+def arguments(
+    folder: Path, steps: int, save_steps: int, warmup: float, batch_size: int, **more: Any
+) -> TrainingArguments:
+    """Return what every run tells transformers: its length, its checkpoints, and silence; `more` are its own."""
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        warmup_steps=math.ceil(steps * warmup),
+        save_strategy="steps",
+        save_steps=save_steps,
+        logging_steps=max(1, steps // 50),
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        **more,
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # threads of DataParallel know neither shared factors nor tasks
+    return args
 
 
 class EpochSampler(Sampler[int]):
@@ -54,6 +77,22 @@ class AdapterTrainer(Trainer):
     checkpoints = CHECKPOINTS  # folder inside the output
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+
+    def run(self, checkpoint: Path | None, stop: StopOnInterrupt, go_on: str) -> None:
+        """Train from the start, or from a checkpoint, to the end.
+
+        Raises:
+            Interrupted: The user stopped the run; the message tells the command to go on with.
+        """
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        step, steps = self.state.global_step, self.state.max_steps
+        if stop.requested and step < steps:
+            raise Interrupted(f"Stopped at step {step} of {steps}. Go on with: {go_on}")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         grouped = super()._get_train_sampler(train_dataset)

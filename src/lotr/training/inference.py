@@ -30,14 +30,14 @@ def batches(
     tick: Tick | None = None,
     tasks: Sequence[str] = (),
 ) -> Iterator[Batch]:
-    """Run encoded rows, long ones with long ones, so that little is padded; the column `task` numbers `tasks`."""
+    """Run encoded rows, long ones with long ones, so that little is padded; the column `task` numbers a bank's."""
     lengths = rows[LENGTH][:]
     order = sorted(range(len(rows)), key=lambda n: -lengths[n])
     for at in range(0, len(order), batch_size):
         numbers = order[at : at + batch_size]
         inputs = {name: value.to(model.device) for name, value in collate([rows[n] for n in numbers]).items()}
         labels, own = inputs.pop("labels", None), inputs.pop("task", None)
-        named = {} if own is None else {"task_ids": [tasks[n] for n in own.tolist()]}
+        named = {"task_ids": [tasks[n] for n in own.tolist()]} if tasks and own is not None else {}
         with torch.inference_mode():
             logits = model(**inputs, **named).logits.float()
         yield numbers, logits, labels

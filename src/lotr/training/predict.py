@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +12,14 @@ import torch
 import torch.nn.functional as F
 
 from ..bank.basis import BANK
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from . import metrics
-from .data import collator, encode, load_rows
+from .data import collator, encode, load_rows, read, rows_of_task
 from .data.chat import IGNORED
+from .data.tables import Table
 from .inference import Batch, Tick, answers, batches, check_new_columns, prediction
-from .tasks.predict import predict as predict_with_bank
-from .tasks.served import load_served
+from .tasks.served import Served, load_served
+from .tasks.task_list import together
 from .trained import Trained, load_trained
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ def evaluate(
     trained = adapter if isinstance(adapter, Trained) else load_trained(adapter, model)
     trained = trained.with_columns(text=text, text2=text2, label=label)
     task = trained.task
-    _, rows = load_rows(data, task.columns, task.task, task.labels, task.pairs)
+    rows = load_rows(data, task.columns, task.task, task.labels, task.pairs)
     report: dict[str, Any] = {"rows": len(rows), "labels": list(task.labels)}
     if task.task == "causal-lm":
         return report | _language_loss(trained, rows, batch_size, tick)
@@ -79,7 +81,7 @@ def evaluate(
 
 
 def predict(
-    adapter: str | Path | Trained,
+    adapter: str | Path | Trained | Served,
     data: str,
     *,
     task: str | None = None,
@@ -94,7 +96,7 @@ def predict(
     """Return the rows of the data with a prediction each.
 
     Args:
-        adapter: Folder or hub id of an adapter, or folder of a bank; or what `load_trained` returned.
+        adapter: Folder or hub id of an adapter, or folder of a bank; or what `load_trained` or `load_served` returned.
         data: Data; labels are not needed.
         task: Of a bank: the task that answers all rows.
         task_column: Of a bank: column with the task that answers each row.
@@ -109,26 +111,63 @@ def predict(
         Rows with `prediction`, and for classification `confidence`, the probability of the predicted class.
 
     Raises:
-        ConfigError: A task is named and the adapter is no bank, or it is one and none is named.
-        DataError: The data does not fit the adapter's task.
+        ConfigError: A task is named and the adapter is no bank, or it is one and not one of both is named.
+        UnknownTaskError: The bank has no such task.
+        DataError: The data does not fit a task.
     """
-    columns = {"text": text, "text2": text2}
-    if not isinstance(adapter, Trained) and (Path(adapter) / BANK).is_file():
-        bank = load_served(adapter, model)
-        return predict_with_bank(bank, data, task, task_column, columns, batch_size, max_new_tokens, tick)
-    if task is not None or task_column is not None:
+    loaded: Trained | Served | None = adapter if isinstance(adapter, Trained | Served) else None
+    is_bank = isinstance(adapter, Served) or (loaded is None and (Path(str(adapter)) / BANK).is_file())
+    if is_bank and (task is None) == (task_column is None):
+        raise ConfigError(
+            "Which task answers? Give one of --task (for all rows) and --task-column (row by row)."
+        )
+    if not is_bank and (task is not None or task_column is not None):
         raise ConfigError(f"{adapter} is no bank, so it has no tasks. Leave out --task and --task-column.")
-    trained = adapter if isinstance(adapter, Trained) else load_trained(adapter, model)
-    record = trained.with_columns(**columns).task
-    plain, rows = load_rows(data, record.columns, record.task, record.labels, record.pairs, need_label=False)
-    check_new_columns(plain, data)
-    predicted: list[dict[str, Any]]
-    if record.task == "causal-lm":
-        predicted = answers(trained.model, trained.tokenizer, rows.to_list(), max_new_tokens, tick)
+    if loaded is None:
+        loaded = load_served(str(adapter), model) if is_bank else load_trained(str(adapter), model)
+    table, source = read(data)
+    check_new_columns(table, source)
+    names = [str(task)] * len(table) if task_column is None else _task_names(table, task_column, source)
+    numbers: dict[str, list[int]] = {}
+    for n, name in enumerate(names):
+        numbers.setdefault(name, []).append(n)
+    records = {n: loaded.task if isinstance(loaded, Trained) else loaded.record(n) for n in numbers}
+    parts = []
+    for name, record in records.items():
+        columns = record.columns.named(text=text, text2=text2)
+        part = table.take(numbers[name])
+        parts.append(rows_of_task(part, columns, record.task, source, False, record.pairs))
+    order = np.argsort([n for own in numbers.values() for n in own])
+    tokenizer, (first, *_) = loaded.tokenizer, records.values()
+    if first.task == "causal-lm":
+        rows = list(itertools.chain.from_iterable(parts))
+        asked: list[Any] = [rows[n] for n in order]
+        tasks = names if is_bank else ()
+        predicted = answers(loaded.model, tokenizer, asked, max_new_tokens, tick, tasks)
     else:
-        scores, _ = scores_of(trained, rows, batch_size, tick)
-        predicted = [prediction(record.task, record.labels, row) for row in torch.from_numpy(scores)]
-    return [{**row, **own} for row, own in zip(plain.rows(), predicted, strict=True)]
+        encoded = [
+            encode(rows, tokenizer, own.task, own.labels, own.max_length, with_labels=False)
+            for rows, own in zip(parts, records.values(), strict=True)
+        ]
+        mixed, collate = together(encoded).select(order), collator(tokenizer, first.task)
+        size = min(batch_size, loaded.rows.cache.capacity) if isinstance(loaded, Served) else batch_size
+        tasks = list(records) if is_bank else ()
+        predicted = [{}] * len(names)
+        for at, logits, _ in batches(loaded.model, collate, mixed, size, tick, tasks):
+            for n, row in zip(at, logits.cpu(), strict=True):
+                predicted[n] = prediction(records[names[n]].task, records[names[n]].labels, row)
+    return [{**row, **own} for row, own in zip(table.rows(), predicted, strict=True)]
+
+
+def _task_names(table: Table, name: str, source: str) -> list[str]:
+    column = table.check(name, "--task-column", source)
+    values = ["" if value is None else str(value).strip() for value in table[column]]
+    empty = [n for n, value in enumerate(values, 1) if not value]
+    if empty:
+        raise DataError(
+            f'Row {empty[0]} of {source} names no task in column "{column}" ({len(empty)} do not).'
+        )
+    return values
 
 
 def scores_of(
@@ -158,6 +197,6 @@ def _language_loss(trained: Trained, rows: Dataset, batch_size: int, tick: Tick 
 def _batches(
     trained: Trained, rows: Dataset, batch_size: int, with_labels: bool, tick: Tick | None
 ) -> Iterator[Batch]:
-    task, tokenizer = trained.task, trained.tokenizer
-    encoded = encode(rows, tokenizer, task.task, task.labels, task.max_length, with_labels)
-    return batches(trained.model, collator(tokenizer, task.task), encoded, batch_size, tick)
+    task = trained.task
+    encoded = encode(rows, trained.tokenizer, task.task, task.labels, task.max_length, with_labels)
+    return batches(trained.model, collator(trained.tokenizer, task.task), encoded, batch_size, tick)

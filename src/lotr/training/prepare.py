@@ -22,7 +22,7 @@ from ..bank.heads import NAMES
 from ..errors import ConfigError, TrainingError, near
 from ..files.adapter_folder import read_adapter
 from ..files.fingerprint import fingerprint
-from .adapter import adapter_config, add_adapter, check_from_zero, check_positive, complete, fit_rank
+from .adapter import adapter_config, add_adapter, check_numbers, complete, fit_rank
 from .base_model import check_dtype, load_tokenizer, load_with_new, locate, text_length
 from .checkpoint import last_whole
 from .data import Columns, collator, encode, load_task
@@ -40,11 +40,6 @@ if TYPE_CHECKING:
 
     from .settings import TrainSettings
 
-_COUNTS = (
-    *("epochs", "batch_size", "gradient_accumulation_steps", "max_length", "max_steps", "eval_steps"),
-    "start_batches",
-)
-_POSITIVE = (*_COUNTS, *Rates.__dataclass_fields__)
 _HEAD = ".modules_to_save."
 #: A batch, and its share of the loss of a step.
 Microbatch = tuple[float, dict[str, Tensor]]
@@ -74,8 +69,7 @@ def check(settings: TrainSettings, config: PeftConfig | None) -> TrainSettings:
     for name in ("model", "train", "output"):
         if getattr(settings, name) is None:
             raise ConfigError(f"--{name} is missing. `lotr train --help` shows examples.")
-    check_positive(settings, *_POSITIVE)
-    check_from_zero(settings)
+    check_numbers(settings)
     check_dtype(settings.dtype, settings.load_in)
     _check_logger(settings.report_to)
     _check_scheduler(settings.scheduler)

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..errors import Interrupted, TrainingError
+from ..errors import TrainingError
 from ..files.atomic import locked, read_json
 from . import metrics
-from .checkpoint import TRAINER_STATE, AdapterTrainer
+from .checkpoint import TRAINER_STATE, AdapterTrainer, arguments
 from .hub import upload
 from .output import RunReport, options_to_resume, started_run, write
 from .prepare import Run, begin, check, prepare
@@ -108,16 +108,9 @@ def _train(run: Run, callbacks: Sequence[TrainerCallback], say: Callable[[str], 
     stop = StopOnInterrupt(say)
     trainer = _trainer(run, [*callbacks, stop, progress])
     with stop:
-        trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
-        state = trainer.state
-        if stop.requested and state.global_step < state.max_steps:
-            raise Interrupted(
-                f"Stopped at step {state.global_step} of {state.max_steps}. Go on with: "
-                f"lotr train --resume --output {run.folder}"
-            )
-        measured = [
-            log for log in state.log_history if "eval_loss" in log and log["step"] == state.global_step
-        ]
+        trainer.run(run.checkpoint, stop, f"lotr train --resume --output {run.folder}")
+        history, step = trainer.state.log_history, trainer.state.global_step
+        measured = [log for log in history if "eval_loss" in log and log["step"] == step]
         scores = measured[-1] if measured else trainer.evaluate()
     return _report(run, trainer, scores, progress)
 
@@ -125,33 +118,26 @@ def _train(run: Run, callbacks: Sequence[TrainerCallback], say: Callable[[str], 
 def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
     s, causal = run.settings, run.task.task == "causal-lm"
     every = s.eval_steps or max(1, math.ceil(run.steps / 5))
-    args = TrainingArguments(
-        output_dir=str(run.folder),
-        max_steps=run.steps,
-        per_device_train_batch_size=s.batch_size,
+    args = arguments(
+        run.folder,
+        run.steps,
+        every,
+        s.warmup,
+        s.batch_size,
+        seed=s.seed,
         gradient_accumulation_steps=s.gradient_accumulation_steps,
         per_device_eval_batch_size=2 * s.batch_size,
         learning_rate=run.rates.lr,
         lr_scheduler_type=s.scheduler,
-        warmup_steps=math.ceil(run.steps * s.warmup),
         eval_strategy="steps",
         eval_steps=every,
-        save_strategy="steps",
-        save_steps=every,
         save_total_limit=2,
-        logging_steps=max(1, run.steps // 50),
         use_cpu=device().type == "cpu",  # without it, processes on a CPU do not know of each other
         train_sampling_strategy="group_by_length",
         length_column_name="length",
-        remove_unused_columns=False,
-        label_names=["labels"],
         prediction_loss_only=causal,
-        dataloader_pin_memory=torch.cuda.is_available(),
         report_to=s.report_to,
-        seed=s.seed,
-        disable_tqdm=True,
     )
-    args._n_gpu = min(args.n_gpu, 1)  # replicas of DataParallel would lose the factors that modules share
     groups = parameter_groups(run.model, **vars(run.rates))
     trainer = AdapterTrainer(
         model=run.model,
@@ -166,8 +152,6 @@ def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
     # a mean over tokens needs the tokens of all processes and passes; a mean over rows is a mean already, and would be
     # multiplied by the number of both
     trainer.model_accepts_loss_kwargs = causal
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
     return trainer
 
 

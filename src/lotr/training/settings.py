@@ -29,7 +29,21 @@ _DATA, _ADAPTER, _TRAINING, _RUN = "Model and data", "Adapter", "Training", "Run
 
 
 @dataclass(frozen=True)
-class TrainSettings:
+class Settings:
+    """Settings of a run, and how it was called."""
+
+    def named(self) -> dict[str, Any]:
+        """Return what differs from the defaults."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings of the run as plain values; how it was called is not one of them."""
+        called = ("resume", "overwrite", "replace")
+        return {name: value for name, value in asdict(self).items() if name not in called}
+
+
+@dataclass(frozen=True)
+class TrainSettings(Settings):
     """What `lotr train` is told. Fields left at `None` are decided by the run, which says how."""
 
     model: str | None = setting(
@@ -159,14 +173,6 @@ class TrainSettings:
     report_to: str = setting(
         "none", _RUN, "Where transformers logs to: none, tensorboard (in OUTPUT/runs), wandb, …"
     )
-
-    def named(self) -> dict[str, Any]:
-        """Return what differs from the defaults."""
-        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings of the run as plain values; how it was called is not one of them."""
-        return {name: value for name, value in asdict(self).items() if name not in ("resume", "overwrite")}
 
 
 def read_options(options: Mapping[str, Any], file: str | Path | None = None) -> dict[str, Any]:

@@ -112,15 +112,13 @@ def load_task(
     return TaskData(task, rows, eval_rows, labels, reason, eval_source)
 
 
-def load_rows(
-    source: str, columns: Columns, task: Task, labels: Sequence[str], pairs: bool, need_label: bool = True
-) -> tuple[Table, Dataset]:
-    """Return rows to evaluate a trained adapter on, or to predict: as they are, and what its task needs of them."""
+def load_rows(source: str, columns: Columns, task: Task, labels: Sequence[str], pairs: bool) -> Dataset:
+    """Return rows to evaluate a trained adapter on."""
     plain, name = read(source)
-    rows = rows_of_task(plain, columns, task, name, need_label, pairs)
-    if need_label and task == "classification":
+    rows = rows_of_task(plain, columns, task, name, pairs=pairs)
+    if task == "classification":
         check_labels(rows, labels, name, "the adapter")
-    return plain, rows
+    return rows
 
 
 def read(source: str) -> tuple[Table, str]:

@@ -16,16 +16,16 @@ from torch import Tensor
 
 from ...bank import CoreBank, Task
 from ...bank.layout import Layout
-from ...errors import ConfigError, Interrupted
+from ...errors import ConfigError
 from ...files.atomic import locked, read_json, remove_folder, write_json
 from ...tuner.saved_adapter import hash_of, read_saved
-from ..adapter import check_from_zero, check_positive
+from ..adapter import check_numbers
 from ..base_model import load_tokenizer, locate, skeleton, text_length
-from ..checkpoint import last_whole
+from ..checkpoint import arguments, last_whole
 from ..output import SETTINGS, check_same_run, versions
-from ..process import StopOnInterrupt
+from ..process import StopOnInterrupt, n_processes
 from ..rates import default_rates
-from .predict import scores_of_tasks
+from .scores import scores_of_tasks
 from .served import Served, base_of, load_served
 from .settings import BankSettings
 from .task_list import Prepared, TaskSource, prepare, together
@@ -107,13 +107,11 @@ def _new_bank(path: Path, settings: BankSettings) -> Iterator[CoreBank]:
 def _check(settings: BankSettings) -> None:
     if settings.output is None:
         raise ConfigError("--output is missing. `lotr bank train --help` shows examples.")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if n_processes() > 1:
         raise ConfigError(
             "Tasks of a bank train in one process. Start it without torchrun or accelerate launch."
         )
-    numbers = ("epochs", "batch_size", "max_length", "max_steps", "save_steps", "core_lr", "head_lr")
-    check_positive(settings, *numbers)
-    check_from_zero(settings)
+    check_numbers(settings)
     temperature_of(settings.sampling, settings.temperature)
 
 
@@ -197,19 +195,15 @@ def _run(
     trainer = _trainer(settings, served, prepared, tasks, [*callbacks, stop])
     checkpoint = last_whole(folder, (TASKS,)) if settings.resume else None
     with stop:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    seconds, step, steps = time.perf_counter() - started, trainer.state.global_step, trainer.state.max_steps
-    if stop.requested and step < steps:
-        raise Interrupted(
-            f"Stopped at step {step} of {steps}. Go on with: lotr bank train --resume --output {bank.path}"
-        )
+        trainer.run(checkpoint, stop, f"lotr bank train --resume --output {bank.path}")
+    seconds = time.perf_counter() - started
     return {
         "bank": str(bank.path),
         "model": locate(base)[1],
         "tasks": _measure(served, prepared),
         "numbers_a_task": bank.layout.size,
         "bytes_a_task": bank.task_bytes,
-        "steps": step,
+        "steps": trainer.state.global_step,
         "seconds": round(seconds, 2),
         "settings": settings.to_dict(),
         "versions": versions(),
@@ -250,33 +244,26 @@ def _trainer(
     tasks: Sequence[Task],
     callbacks: list[TrainerCallback],
 ) -> TaskTrainer:
-    from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
+    from transformers import set_seed
 
     set_seed(settings.seed)
     rows = together([p.train for p in prepared])
     steps = settings.max_steps or math.ceil(len(rows) * settings.epochs / settings.batch_size)
-    args = TrainingArguments(
-        output_dir=str(served.bank.path / RUN),
-        max_steps=steps,
-        per_device_train_batch_size=settings.batch_size,
-        warmup_steps=math.ceil(steps * settings.warmup),
+    args = arguments(
+        served.bank.path / RUN,
+        steps,
+        settings.save_steps or max(1, math.ceil(steps / 5)),
+        settings.warmup,
+        settings.batch_size,
+        seed=settings.seed,
         max_grad_norm=0.0,  # clipped task by task, in the optimiser
         eval_strategy="no",
-        save_strategy="steps",
-        save_steps=settings.save_steps or max(1, math.ceil(steps / 5)),
         save_total_limit=1,
-        logging_steps=max(1, steps // 50),
-        remove_unused_columns=False,
-        label_names=["labels"],
-        dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
-        seed=settings.seed,
-        disable_tqdm=True,
     )
-    args._n_gpu = min(args.n_gpu, 1)  # threads of DataParallel do not know the tasks
     temperature = temperature_of(settings.sampling, settings.temperature)
     drawn = steps * settings.batch_size
-    trainer = TaskTrainer(
+    return TaskTrainer(
         model=served.model,
         args=args,
         train_dataset=rows,
@@ -287,9 +274,6 @@ def _trainer(
         tasks=tasks,
         sampler=TaskSampler([len(p.train) for p in prepared], drawn, temperature, settings.seed),
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    return trainer
 
 
 def _optimizer(settings: BankSettings, served: Served) -> torch.optim.Optimizer:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ...bank import CoreBank, Task
 from ...errors import ConfigError, UnknownTaskError
-from ..base_model import load_model, load_tokenizer
-from ..data import collator
+from ..base_model import TEXT_LENGTH, load_model, load_tokenizer
+from ..data import Columns, collator
 from ..process import device
+from ..trained import TaskRecord
 
 if TYPE_CHECKING:
     from ...bank.cache import LoadedTask
@@ -46,6 +47,19 @@ class Served:
         if task is None:
             raise UnknownTaskError(f"{name!r} is the base model without a task. Name a task of the bank.")
         return task
+
+    def record(self, name: str) -> TaskRecord:
+        """Return what a task was trained for; raises as `CoreBank.get` does."""
+        task = self.bank.get(name)
+        known = {"max_length": TEXT_LENGTH, "columns": {}, **task.metadata}
+        return TaskRecord(
+            task.task,  # type: ignore[arg-type]
+            task.labels,
+            int(known["max_length"]),
+            Columns(**known["columns"]),
+            str(self.bank.base_model),
+            known.get("pairs", False),
+        )
 
     def collator(self) -> Callable[[list[Any]], dict[str, Tensor]]:
         """Return what makes a batch of rows of any tasks."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
-from ..settings import setting
+from ..settings import Settings, setting
 
 _DATA, _TRAINING, _RUN = "Model and data", "Training", "Run"
 
 
 @dataclass(frozen=True)
-class BankSettings:
+class BankSettings(Settings):
     """What `lotr bank train` and `lotr bank add --train` are told."""
 
     output: str | None = setting(None, _DATA, "Folder of the bank; made when it is not there.", "required")
@@ -46,11 +46,3 @@ class BankSettings:
 
     #: The tasks, as plain values; see `lotr.training.tasks.task_list.TaskSource`.
     tasks: tuple[dict[str, Any], ...] = field(default=(), metadata={"panel": ""})
-
-    def named(self) -> dict[str, Any]:
-        """Return what differs from the defaults."""
-        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain values; how the run was called is not one of them."""
-        return {name: value for name, value in asdict(self).items() if name not in ("resume", "replace")}

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a compiler of C")
+@pytest.mark.skipif(
+    sys.platform != "linux" or not shutil.which("cc"), reason="needs Linux and a compiler of C"
+)
 def test_commands_that_are_killed_at_a_file_operation_go_on_to_the_same_files() -> None:
     words = [sys.executable, str(Path(__file__).with_name("kill.py")), "8"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)

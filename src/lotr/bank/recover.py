@@ -62,10 +62,8 @@ def verify(path: Path, tick: Tick | None = None) -> dict[str, Any]:
             judged(lambda: store.check_basis(description.basis_hash))
         files += store.complaints()
         names = judged(store.ids) or []
-        tasks, damaged = (
-            len(names),
-            _damaged(store, names, description.numbers if description else None, tick),
-        )
+        size = None if description is None else description.numbers
+        tasks, damaged = len(names), _damaged(store, names, size, tick)
         store.database.close()
     return {"ok": not (files or damaged), "tasks": tasks, "damaged": damaged, "files": files}
 

@@ -19,6 +19,7 @@ import saved_models
 from lotr import CoreBank, LotrConfig
 from lotr.errors import ConfigError, DataError, TrainingError, UnknownTaskError
 from lotr.files.atomic import locked
+from lotr.training.output import SETTINGS
 from lotr.training.predict import predict
 from lotr.training.tasks.run import RUN, train_bank
 from lotr.training.tasks.served import load_served
@@ -175,6 +176,13 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(home: Path, tmp_path: Pa
         train_bank(replace(again, batch_size=4), quiet)
     with pytest.raises(ConfigError, match="batch_size was 2, not 32"):  # also where that is the default
         train_bank(again, quiet, batch_size=32)
+    started = tmp_path / "cut" / RUN / SETTINGS
+    whole_settings = started.read_text()
+    for damage in ({"seed_": 1}, {"batch_size": None}, {"tasks": 3}, {"tasks": [{"train": "x"}]}):
+        started.write_text(json.dumps({**json.loads(whole_settings), **damage}))
+        with pytest.raises(ConfigError, match="is damaged"):
+            train_bank(again, quiet)
+    started.write_text(whole_settings)
     with locked(tmp_path / "cut"), pytest.raises(ConfigError, match="Another run is writing"):
         train_bank(again, quiet)
     saved: list[int] = []

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +122,21 @@ def _settings_to_resume(named: dict[str, Any], path: Path) -> BankSettings:
         raise ConfigError(f"There is no unfinished run in {path}; there is nothing to resume.")
     saved = read_json(unfinished, "the folder of a run that was started")
     check_same_run(named, saved)
-    return BankSettings(**{**saved, **named, "tasks": tuple(saved["tasks"]), "output": str(path)})
+    try:
+        settings = BankSettings(**{**saved, **named, "tasks": tuple(saved["tasks"]), "output": str(path)})
+        if nulls := [
+            f.name for f in fields(settings) if f.default is not None and vars(settings)[f.name] is None
+        ]:
+            raise TypeError(f"{nulls[0]} is null")
+        _check(settings)
+        for source in settings.tasks:
+            TaskSource(**source)
+    except (TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{unfinished} is damaged ({error}), so its run cannot go on. Drop it with --replace; the bank keeps its "
+            "tasks as of the last checkpoint."
+        ) from None
+    return settings
 
 
 def _open(settings: BankSettings, path: Path) -> CoreBank | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import fields, replace
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +15,14 @@ import torch
 from torch import Tensor
 
 from ...bank import CoreBank, Task
-from ...bank.layout import Layout
 from ...errors import ConfigError
-from ...files.atomic import locked, read_json, remove_folder, write_json
-from ...tuner.saved_adapter import hash_of, read_saved
-from ..adapter import check_numbers
+from ...files.atomic import locked, remove_folder, write_json
 from ..base_model import load_tokenizer, locate, skeleton, text_length
 from ..checkpoint import arguments, last_whole
-from ..output import SETTINGS, check_same_run, versions
-from ..process import StopOnInterrupt, n_processes
+from ..output import SETTINGS, versions
+from ..process import StopOnInterrupt
 from ..rates import default_rates
+from .begin import RUN, base_of_basis, check, check_new, new_bank, open_bank, settings_to_resume
 from .scores import scores_of_tasks
 from .served import Served, base_of, load_served
 from .settings import BankSettings
@@ -33,9 +31,6 @@ from .trainer import TASKS, TaskSampler, TaskTrainer, temperature_of
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
-
-#: Folder of an unfinished run inside a bank.
-RUN = "training"
 
 
 def train_bank(
@@ -67,120 +62,28 @@ def train_bank(
     """
     named = {**(settings.named() if settings is not None else {}), **options}
     settings = BankSettings(**named)
-    _check(settings)
+    check(settings)
     path = Path(str(settings.output))
     with ExitStack() as stack:
         if path.is_dir():
             stack.enter_context(locked(path))
-        settings = _settings_to_resume(named, path) if settings.resume else settings
-        bank = _open(settings, path)
+        settings = settings_to_resume(named, path) if settings.resume else settings
+        bank = open_bank(settings, path)
         if bank is not None:
             stack.enter_context(bank)  # closed also where it is refused, so that SQLite's log goes
-            _check_new(bank, settings)
-        name = base_of(bank, settings.model) if bank is not None else _base_of_basis(settings)
+            check_new(bank, settings)
+        name = base_of(bank, settings.model) if bank is not None else base_of_basis(settings)
         settings = replace(settings, max_length=text_length(skeleton(name)[0], name, settings.max_length))
         sources = [TaskSource(**source) for source in settings.tasks]
         prepared = prepare(sources, load_tokenizer(name), settings.max_length or 0, settings.seed)
         if bank is None:
-            bank = stack.enter_context(_new_bank(path, settings))
+            bank = stack.enter_context(new_bank(path, settings))
         if not settings.resume:
             remove_folder(path / RUN)
         with bank:
             report = _run(settings, bank, name, prepared, say, callbacks)
         remove_folder(path / RUN)  # killed before this, the run can go on; behind it, nothing is left to do
         return report
-
-
-@contextmanager
-def _new_bank(path: Path, settings: BankSettings) -> Iterator[CoreBank]:
-    """Make a bank and keep it for this run; a run that fails before its first checkpoint leaves none."""
-    bank = CoreBank.create(path, str(settings.basis), dtype=settings.keep)
-    with locked(path):
-        try:
-            yield bank
-        except BaseException:
-            if last_whole(path / RUN, (TASKS,)) is None:
-                remove_folder(path)
-            raise
-
-
-def _check(settings: BankSettings) -> None:
-    if settings.output is None:
-        raise ConfigError("--output is missing. `lotr bank train --help` shows examples.")
-    if n_processes() > 1:
-        raise ConfigError(
-            "Tasks of a bank train in one process. Start it without torchrun or accelerate launch."
-        )
-    check_numbers(settings)
-    temperature_of(settings.sampling, settings.temperature)
-
-
-def _settings_to_resume(named: dict[str, Any], path: Path) -> BankSettings:
-    unfinished = path / RUN / SETTINGS
-    if not unfinished.is_file():
-        remove_folder(path / RUN)  # what a run that was killed at its end left of it
-        raise ConfigError(f"There is no unfinished run in {path}; there is nothing to resume.")
-    saved = read_json(unfinished, "the folder of a run that was started")
-    check_same_run(named, saved)
-    try:
-        settings = BankSettings(**{**saved, **named, "tasks": tuple(saved["tasks"]), "output": str(path)})
-        if nulls := [
-            f.name for f in fields(settings) if f.default is not None and vars(settings)[f.name] is None
-        ]:
-            raise TypeError(f"{nulls[0]} is null")
-        _check(settings)
-        for source in settings.tasks:
-            TaskSource(**source)
-    except (TypeError, KeyError) as error:
-        raise ConfigError(
-            f"{unfinished} is damaged ({error}), so its run cannot go on. Drop it with --replace; the bank keeps its "
-            "tasks as of the last checkpoint."
-        ) from None
-    return settings
-
-
-def _open(settings: BankSettings, path: Path) -> CoreBank | None:
-    """Open the bank, or return nothing where a new one is to be made."""
-    if settings.resume:
-        return CoreBank.open(path, writable=True)
-    if (path / RUN / SETTINGS).is_file() and not settings.replace:
-        raise ConfigError(
-            f"A run in {path} was not finished. Go on with it with --resume, or drop it with --replace; the bank keeps "
-            "its tasks as of the last checkpoint."
-        )
-    if not settings.tasks:
-        raise ConfigError("There are no tasks to train. Name them with --tasks.")
-    if not path.is_dir() or not any(path.iterdir()):
-        if settings.basis is None:
-            raise ConfigError(
-                f"{path} holds no bank yet. Name the adapter that gives its factors with --basis."
-            )
-        return None
-    return CoreBank.open(path, writable=True)
-
-
-def _check_new(bank: CoreBank, settings: BankSettings) -> None:
-    """Refuse another basis than the bank's, and tasks that it has."""
-    basis = settings.basis  # named again by who starts a run again that was killed early
-    if settings.resume:
-        return
-    if basis is not None and hash_of(read_saved(basis).factors()) != bank.description.basis_hash:
-        raise ConfigError(f"{bank.path} is a bank and has another basis. Leave out --basis={basis}.")
-    taken = [source["name"] for source in settings.tasks if source["name"] in bank]
-    if taken and not settings.replace:
-        raise ConfigError(
-            f"The bank in {bank.path} has a task {taken[0]!r} already. Choose another name, or use --replace."
-        )
-
-
-def _base_of_basis(settings: BankSettings) -> str:
-    """Return the base model of the adapter that gives a new bank its factors."""
-    saved = read_saved(str(settings.basis))
-    Layout.of(saved.plan)  # refused before any data is read
-    name = settings.model or saved.config.base_model_name_or_path or saved.folder.task.get("base_model")
-    if name is None:
-        raise ConfigError(f"{settings.basis} does not tell its base model. Name it with --model.")
-    return str(name)
 
 
 def _run(

@@ -135,7 +135,7 @@ bench-bank: $(READY)  ## batches of 64 rows with 64 tasks and banks of 100,000, 
 bench-compress: $(READY)  ## many LoRAs into one bank: beside tensorly on the dense stack, and 100 to 10,000 adapters
 	$(BIN)/python benchmarks/bench_compress.py --json out/bench_compress.json
 
-# `SETS=FOLDER` adds four tasks of reviews and sentences, as the page tells
+# `SETS=FOLDER` adds four tasks of reviews and sentences, in folders reviews_books, reviews_dvd, reviews_kitchen and sst2
 bench-loras: $(READY)  ## LoRAs trained on MiniLM before and after they became a bank, and beside the packages that share factors (hours; goes on where it was)
 	test -d build/peers || $(BIN)/pip install --quiet --no-deps --target build/peers vlora-dev==1.0.0 lorashare==0.1.3 || true
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compress_loras.py $(if $(SETS),--data $(SETS)) --json out/compress_loras.json

@@ -1,6 +1,6 @@
 """Twelve LoRAs trained with PEFT on MiniLM, before and after they became one bank, at four sizes.
 
-    python benchmarks/compress_loras.py --data ../shared/data --json docs/data/compress_loras.json
+    python benchmarks/compress_loras.py --data FOLDER --json out/compress_loras.json
 
 Three families of the same tasks: every adapter starts at an A of its own, all start at one A, or that one A is not
 trained. Sizes are shares of the LoRAs' bytes, all in bfloat16, without heads.

@@ -1,6 +1,6 @@
 """`lotr compress` beside the packages that share factors among LoRAs: error, score, time and memory at three sizes.
 
-    python benchmarks/compress_peers.py --data ../shared/data --json docs/data/compress_peers.json
+    python benchmarks/compress_peers.py --data FOLDER --json out/compress_peers.json
 
 Thirty-two LoRAs of rank 8 on MiniLM, sixteen tasks trained from two starts (`compress_loras.py`), on query and value
 and on all linear modules, without heads, which one of the packages drops. Sizes are shares of the LoRAs' bytes; all

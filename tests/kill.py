@@ -2,9 +2,9 @@
 
 Every command runs in a fork of this process, which has imported all that it needs. `kill.c` counts the operations below
 the output (open to write, write, sync, rename, remove, …, those of SQLite and of Rust too) and kills the process before
-one, halfway through it, or behind it; in a third of the cases the one that goes on is killed as well. Then it goes on
-as a user would let it: with `--resume` where the command has that, else, or where that is refused, by the same words
-again. In the end every file has to be as an uninterrupted run leaves it, and no other may be there.
+one, halfway through it, or behind it; in a third of the cases the one that goes on is to be killed too, if it gets that
+far. Then it goes on as a user would let it: with `--resume` where the command has that, else, or where that is refused,
+by the same words again. In the end every file has to be as an uninterrupted run leaves it, and no other may be there.
 """
 
 from __future__ import annotations

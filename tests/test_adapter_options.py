@@ -273,9 +273,11 @@ def test_a_fused_modules_cores_load_under_any_name(tmp_path: Path) -> None:
 def test_an_adapter_cannot_be_called_like_a_number_inside_another(
     row: str, make: Any, targets: list[str], name: str
 ) -> None:
-    """PEFT would leave the number out of the other's file."""
+    """PEFT would leave the number out of the other's file; the configuration stays as it was."""
+    refused = config(row, targets)
     with pytest.raises(ConfigError, match=f"adapter cannot be called '{name}'"):
-        get_peft_model(make(), config(row, targets), adapter_name=name)
+        get_peft_model(make(), refused, adapter_name=name)
+    assert refused.targets is None
     model = get_peft_model(make(), config(row, targets))
     with pytest.raises(ConfigError, match=f"adapter cannot be called '{name}'"):
         model.add_adapter(name, config("lora", targets))

@@ -262,3 +262,8 @@ def test_what_cannot_be_trained_says_so(home: Path, tmp_path: Path) -> None:
         with pytest.raises(error, match=message):
             train_bank(settings(home, tmp_path / "bank", sources, **more), quiet)
         assert not (tmp_path / "bank").exists()
+    (tmp_path / "project" / RUN).mkdir(parents=True)
+    (tmp_path / "project" / RUN / "mine.txt").write_text("no run of a bank")
+    with pytest.raises(ConfigError, match="nothing to resume"):
+        train_bank(BankSettings(output=str(tmp_path / "project"), resume=True), quiet)
+    assert (tmp_path / "project" / RUN / "mine.txt").exists()

@@ -49,7 +49,7 @@ class Report:
 
         Raises:
             typer.Exit: It is not `ok`; the command ends with 1.
-        CheckpointError: Nothing takes it, because the disk is full or the pipe closed.
+            CheckpointError: Nothing takes it, because the disk is full or the pipe closed.
         """
         calm()
         try:

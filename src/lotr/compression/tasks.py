@@ -57,8 +57,8 @@ def write_bank(
     for group in plan.groups:
         U, V = fits[group.name].factors(group.core.r)
         keys = group_keys(group)
-        kept = DTYPES[dtype]
-        tensors |= {keys["U"]: U.to(kept).contiguous(), keys["V"]: V.T.to(kept).contiguous()}
+        type_ = DTYPES[dtype]
+        tensors |= {keys["U"]: U.to(type_).contiguous(), keys["V"]: V.T.to(type_).contiguous()}
     with tempfile.TemporaryDirectory(dir=path.parent) as basis:
         save_tensors(tensors, Path(basis))
         write_config(Path(basis), config.to_dict())

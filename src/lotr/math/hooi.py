@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from .init import orthonormal
 
 _MORE = 8  # columns beyond the rank: they make the first, random round as good as the exact one
-NOTHING = 1e-14  # of the largest energy: what is below is rounding
+ROUNDING = 1e-14  # of the largest energy: what is below is rounding
 
 
 class Subspaces:
@@ -182,7 +182,7 @@ def of_gram(S: Tensor) -> tuple[Tensor, Tensor]:  # (n, n) -> (n, q), (q,)
     """Return eigenvectors and eigenvalues of `S = M Mᵀ`, falling, without those that are rounding."""
     energies, vectors = torch.linalg.eigh(S)
     energies, vectors = energies.flip(0), vectors.flip(1)
-    alive = int((energies > NOTHING * energies[:1].clamp_min(0)).sum())
+    alive = int((energies > ROUNDING * energies[:1].clamp_min(0)).sum())
     return vectors[:, :alive], energies[:alive]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .hooi import NOTHING, of_gram, principal, signed
+from .hooi import ROUNDING, of_gram, principal, signed
 
 
 class SecondMoment:
@@ -111,7 +111,7 @@ class Strongest:
 
     def _take(self, U: Tensor, V: Tensor, energies: Tensor) -> None:
         falling, order = torch.cat([self.energies, energies.flatten()]).sort(descending=True, stable=True)
-        alive = int((falling[: self.n] > NOTHING * falling[:1]).sum())  # what is below is rounding
+        alive = int((falling[: self.n] > ROUNDING * falling[:1]).sum())  # what is below is rounding
         order, self.energies = order[:alive], falling[:alive].clone()
         for side, new in (("U", U), ("V", V)):
             columns = new.movedim(-2, 0).flatten(1)

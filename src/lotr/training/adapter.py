@@ -54,7 +54,7 @@ _AS_IN_CONFIG = (*_STRUCTURE, "dropout", "seed")
 _FROM_ZERO = {"warmup": 1, "weight_decay": 10**6, "seed": 2**32 - 1, "head_warmup": 10**9}
 #: The most of others: beyond, a run neither fits into a memory nor ends.
 _MOST = {"epochs": 10**6, "batch_size": 10**6, "max_length": 10**6}
-#: Numbers that somebody else checks: the configuration, and the sampler of tasks.
+#: Checked elsewhere: by the configuration, and the sampler of tasks.
 _CHECKED = ("alpha", "dropout", "scaling", "temperature")
 
 

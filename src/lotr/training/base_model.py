@@ -186,13 +186,13 @@ def skeleton(model: str) -> tuple[nn.Module, str]:
 
     config = load_part(transformers.AutoConfig, model, "configuration")
     known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    causal = (known or "AutoModelForCausalLM" in getattr(config, "auto_map", ())) and any(
+    causal = (known or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or ())) and any(
         "CausalLM" in name or "LMHead" in name for name in (config.architectures or ["CausalLM"])
     )
     kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     with torch.device("meta"):
-        made = kind.from_config(config, trust_remote_code=_TRUSTED.get())
-    return made, "causal-lm" if causal else "classification"
+        empty = kind.from_config(config, trust_remote_code=_TRUSTED.get())
+    return empty, "causal-lm" if causal else "classification"
 
 
 def load_part(kind: Any, model: str, what: str, **options: Any) -> Any:

@@ -141,9 +141,9 @@ def predict(
     tokenizer, (first, *_) = loaded.tokenizer, records.values()
     if first.task == "causal-lm":
         rows = list(itertools.chain.from_iterable(parts))
-        asked: list[Any] = [rows[n] for n in order]
+        prompts: list[Any] = [rows[n] for n in order]
         tasks = names if is_bank else ()
-        predicted = answers(loaded.model, tokenizer, asked, max_new_tokens, tick, tasks)
+        predicted = answers(loaded.model, tokenizer, prompts, max_new_tokens, tick, tasks)
     else:
         encoded = [
             encode(rows, tokenizer, own.task, own.labels, own.max_length, with_labels=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from ..sharing.groups import Group
 from ..sharing.keys import BASIS, group_keys
 from ..sharing.paths import normalise
+from ..sharing.plan import Plan
 from .basis import check_basis
 from .config import LotrConfig
 from .experts import ExpertsWeight, LotrExperts, stacked_weights
 from .group import LotrGroup, LotrLayer
 from .group_init import start_group
 from .layer import LotrLinear
-from .quantised import keep_layout
+from .quantised import check_layout, keep_layout
 from .saved_adapter import hash_of, read_basis
 from .targets import plan_adapter
 from .weight import AdaptedWeight
@@ -36,6 +37,7 @@ class Injection:
         paths: Of a state dict that says what to adapt, instead of the configuration.
         empty: Whether the numbers are loaded afterwards.
         active: Names of the adapters in use.
+        check: Refuses a plan, before anything is recorded.
 
     Raises:
         ConfigError, CheckpointError, PlanError: See `lotr.plan`.
@@ -49,15 +51,17 @@ class Injection:
         paths: set[str] | None,
         empty: bool,
         active: list[str],
+        check: Callable[[Plan], None],
     ) -> None:
         self.model, self.adapter, self.empty, self.active = model, adapter, empty, active
         self.plan = plan_adapter(model, config, paths)
+        check(self.plan)
+        check_layout(model)
         self._factors: dict[str, Tensor] = {}  # of a basis, by key
         if config.basis is not None:
             self._factors = read_basis(config)
             check_basis(self.plan, self._factors, config.basis)
             config.basis_hash = hash_of(self._factors)
-        keep_layout(model)
         if config.targets is None:
             config.warn_of_random_factors()
             if self.plan.cut_ranks:
@@ -81,6 +85,7 @@ class Injection:
 
     def begin(self) -> None:
         """Take away an adapter of the name that is there; the new one takes its place."""
+        keep_layout(self.model)
         for layer in self.model.modules():
             if isinstance(layer, LotrLayer):
                 self._scaling = layer.scaling
@@ -88,9 +93,8 @@ class Injection:
 
     def adapt(self, key: str, module: nn.Module, **quantization: Any) -> LotrLinear:
         """Add the adapter to a linear module, and return the module that adapts it."""
-        path = self.targets.get(key) or normalise(
-            key
-        )  # PEFT takes a compiler's name off where a file says the paths
+        # PEFT takes a compiler's name off where a file says the paths
+        path = self.targets.get(key) or normalise(key)
         if not isinstance(module, LotrLinear):
             module = LotrLinear(module, self.plan.shape_of[path], self._scaling, **quantization)
             module._active_adapter = list(self.active)

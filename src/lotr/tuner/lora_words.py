@@ -1,4 +1,7 @@
-"""The words of PEFT's LoRA that have other names here, or no counterpart: each is answered by a sentence."""
+"""The words of PEFT's LoRA that have other names here, or no counterpart: each is answered by a sentence.
+
+PEFT's optimisers that go by LoRA's names refuse here too.
+"""
 
 from __future__ import annotations
 

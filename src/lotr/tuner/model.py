@@ -70,8 +70,8 @@ class LotrModel(BaseTuner):
         return peft_config  # the targets are resolved with the model at hand, in `_prepare_model`
 
     def _prepare_model(self, peft_config: LotrConfig, model: nn.Module) -> None:  # type: ignore[override]
-        injection = Injection(model, peft_config, *self._asked, list(self.active_adapters))
-        self._check_names(injection.plan)
+        active = list(self.active_adapters)
+        injection = Injection(model, peft_config, *self._asked, active, self._check_names)
         self.peft_config[injection.adapter] = injection.config
         injection.begin()
         self._injection = injection

@@ -15,8 +15,7 @@ _TORCHAO = "get_apply_tensor_subclass"  # how PEFT calls what quantises a merged
 def backend_of(module: nn.Module, **quantization: Any) -> Any:
     """Return how PEFT reads and writes a quantised weight, or `None` where it is an ordinary one.
 
-    Where only a model that transformers quantised tells how to quantise again, other models have adapters all the same,
-    which cannot be merged.
+    Without transformers' `TorchAoConfig` nothing tells how to quantise again: adapters work there and cannot be merged.
     """
     backend: Any = resolve_quantization_backend(module, **({_TORCHAO: object} | quantization))
     if hasattr(backend, _TORCHAO) and _TORCHAO not in quantization:
@@ -37,14 +36,11 @@ def check_can_merge(backend: Any) -> None:
         )
 
 
-def keep_layout(model: nn.Module) -> None:
-    """Keep bitsandbytes from laying 4-bit weights out for some processors' kernels (AVX-512 with bfloat16).
-
-    It does so in the first forward pass in evaluation mode. From then on gradients do not pass the layer, and its
-    weight is dequantised to other numbers, so norms and merged weights would be wrong; nothing says so.
+def check_layout(model: nn.Module) -> None:
+    """Refuse a model whose 4-bit weights bitsandbytes has laid out for some processors' kernels.
 
     Raises:
-        PlanError: It has happened already.
+        PlanError: See `keep_layout`.
     """
     for path, module in model.named_modules():
         weight: Any = getattr(module, "weight", None)
@@ -54,6 +50,14 @@ def keep_layout(model: nn.Module) -> None:
                 "weight can neither be merged nor pass gradients. Load the base model anew, and add or load the "
                 "adapter before its first forward pass."
             )
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Keep bitsandbytes from laying 4-bit weights out for some processors' kernels (AVX-512 with bfloat16).
+
+    It does so in the first forward pass in evaluation mode. From then on gradients do not pass the layer, and its
+    weight is dequantised to other numbers, so norms and merged weights would be wrong; nothing says so.
+    """
     layer: Any
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):

@@ -169,11 +169,11 @@ class AdaptedWeight(nn.Module, LotrLayer):
         if core.is_identity:
             U = group.lotr_U[adapter].weight
             return torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
-        numbers = group.core_numbers(adapter)
+        numbers: Mapping[str, Tensor] = group.core_numbers(adapter)
         # autocast would turn some of these small products to another type, and not others
         with _without_autocast(next(iter(numbers.values())).device):
-            kept = core.drop_components(numbers, dropout) if dropout else numbers
-            return part.lay(core.block(kept, part.region))
+            numbers = core.drop_components(numbers, dropout) if dropout else numbers
+            return part.lay(core.block(numbers, part.region))
 
     def site_core(self, adapter: str, part: Part) -> Tensor:  # (a·k, b·r)
         """Return the cores of a part that are kept with the layer."""

@@ -89,12 +89,12 @@ class Core(ABC):
         A rank of at most four stays whole, as in the code of TensLoRA (arXiv 2509.19391).
         """
         name = str(self.zero)
-        kept, shape = numbers[name], self.shapes[name]
+        number, shape = numbers[name], self.shapes[name]
         for axis in range(-len(shape), 0)[self.component_axes or slice(0)]:
             if shape[axis] > _SMALL:
-                mask = F.dropout(kept.new_ones(shape[axis]), rate)
-                kept = kept * mask.reshape(-1, *[1] * (-1 - axis))
-        return {**numbers, name: kept}
+                mask = F.dropout(number.new_ones(shape[axis]), rate)
+                number = number * mask.reshape(-1, *[1] * (-1 - axis))
+        return {**numbers, name: number}
 
     def to_tensor(self, numbers: Numbers) -> Tensor:  # (*sizes, k, r)
         """Return the whole core tensor."""

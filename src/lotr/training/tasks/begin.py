@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -11,7 +12,7 @@ from typing import Any
 from ...bank import CoreBank
 from ...bank.layout import Layout
 from ...errors import ConfigError
-from ...files.atomic import locked, read_json, remove_folder
+from ...files.atomic import locked, read_json, remove_folder, unfinished
 from ...tuner.saved_adapter import hash_of, read_saved
 from ..adapter import check_numbers
 from ..checkpoint import last_whole
@@ -52,11 +53,13 @@ def check(settings: BankSettings) -> None:
 
 def settings_to_resume(named: dict[str, Any], path: Path) -> BankSettings:
     """Return the settings of the stopped run in a bank; those named now must not differ from them."""
-    unfinished = path / RUN / SETTINGS
-    if not unfinished.is_file():
-        remove_folder(path / RUN)  # what a run that was killed at its end left of it
+    file = path / RUN / SETTINGS
+    if not file.is_file():
+        shutil.rmtree(
+            unfinished(path / RUN), ignore_errors=True
+        )  # what a run that was killed at its end left
         raise ConfigError(f"There is no unfinished run in {path}; there is nothing to resume.")
-    saved = read_json(unfinished, "the folder of a run that was started")
+    saved = read_json(file, "the folder of a run that was started")
     check_same_run(named, saved)
     try:
         settings = BankSettings(**{**saved, **named, "tasks": tuple(saved["tasks"]), "output": str(path)})
@@ -69,7 +72,7 @@ def settings_to_resume(named: dict[str, Any], path: Path) -> BankSettings:
             TaskSource(**source)
     except (TypeError, KeyError) as error:
         raise ConfigError(
-            f"{unfinished} is damaged ({error}), so its run cannot go on. Drop it with --replace; the bank keeps its "
+            f"{file} is damaged ({error}), so its run cannot go on. Drop it with --replace; the bank keeps its "
             "tasks as of the last checkpoint."
         ) from None
     return settings

@@ -97,10 +97,7 @@ def test_several_servers_share_folders_that_are_removed_all_the_while(
                 path = folders(own, most=10_000).make(f"task-{draw.randrange(3)}")  # of which two fit
                 try:
                     whole += len(load_file(path / "adapter_model.safetensors")) == 8
-                except (
-                    FileNotFoundError,
-                    RuntimeError,
-                ) as error:  # the second where it goes while it is opened
+                except (FileNotFoundError, RuntimeError) as error:  # by where in opening it is gone
                     assert "No such file" in str(error)  # removed as a whole, and by now there again perhaps
                     assert not path.exists() or (path / "adapter_model.safetensors").exists()
         return whole

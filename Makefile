@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # The versions of everything: pinned; `CONSTRAINTS=constraints-lowest.txt` takes the oldest, `/dev/null` the newest.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo demo-lm demo-bank demo-serve test test-vllm test-ray test-quantised fuzz kill setup check wheel-test bench bench-performance bench-methods bench-deep bench-bank bench-compress bench-serve bench-quality bench-quality-report docs clean soak test-engines test-gpu bench-experts bench-gpu bench-loras
+.PHONY: demo demo-lm demo-bank demo-serve test test-vllm test-ray test-quantised fuzz kill setup check wheel-test bench bench-performance bench-methods bench-deep bench-bank bench-compress bench-serve bench-quality bench-quality-report docs clean soak test-engines test-gpu bench-experts bench-gpu bench-loras bench-safety
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -143,6 +143,9 @@ bench-loras: $(READY)  ## LoRAs trained on MiniLM before and after they became a
 
 bench-serve: $(READY)  ## requests over HTTP for 64 tasks, beside one task, beside PEFT, and for a bank of 100,000
 	$(BIN)/python benchmarks/bench_serve.py --json out/bench_serve.json
+
+bench-safety: $(READY)  ## threads on one bank, beside one alone; the fingerprint of 8 billion numbers; 100,000 columns
+	$(BIN)/python benchmarks/bench_safety.py --json out/bench_safety.json
 
 bench-quality: $(READY)  ## three methods trained on real text, a short form of the grid of results
 	$(BIN)/python benchmarks/quality.py --grid benchmarks/quality_short.yaml --runs out/bench/quality.csv

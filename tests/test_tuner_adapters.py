@@ -134,8 +134,8 @@ def test_each_row_uses_its_own_head() -> None:
 @pytest.mark.parametrize("make, targets", [(llama, ["q_proj", "v_proj"]), (t5, ["q", "v"])])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_each_row_is_generated_by_its_own_adapter(make: Any, targets: list[str], beams: int) -> None:
-    model = get_peft_model(make(), config(target_modules=targets, scaling=3.0), adapter_name="a")
-    model.add_adapter("b", config(1, target_modules=targets, scaling=3.0))
+    model = get_peft_model(make(), config(target_modules=targets, scaling=30.0), adapter_name="a")
+    model.add_adapter("b", config(1, target_modules=targets, scaling=30.0))
     model.eval()
     names = ["a", "b", "__base__", "a"]
     settings = {

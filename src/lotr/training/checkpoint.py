@@ -101,6 +101,12 @@ class AdapterTrainer(Trainer):
         grouped.batch_size *= self.args.world_size  # rows of one step, as one process would group them
         return EpochSampler(grouped, self.args.seed, lambda: int(self.state.epoch or 0))
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
+        sampler = super()._get_eval_sampler(eval_dataset)
+        if isinstance(sampler, LengthGroupedSampler):  # transformers 5.12 draws from each process's own random numbers
+            sampler.generator = torch.Generator().manual_seed(self.args.seed)
+        return sampler
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Take one step; a loss that is not finite is a TrainingError."""
         loss = super().training_step(model, inputs, *args, **kwargs)

@@ -225,8 +225,8 @@ _ROWS = (
         zero="input",
         dropout_place="update",
         lora_bias=True,
-        differs="The authors search the scale for each task and train with dropout=0.1. Here a module without a bias "
-        "gets none.",
+        differs="The authors search the scale for each task, train with dropout=0.1, and adapt modules that have "
+        "biases; others get none here.",
     ),
     Method(
         "lora_xs",

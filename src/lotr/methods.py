@@ -218,7 +218,7 @@ _ROWS = (
     Method(
         "cara",
         *_CARA,
-        "Two CP tensors: query, key and value by heads, and the squares of all other weights.",
+        "Two CP tensors: query, key and value by heads, and the squares of all other weights, whose biases train too.",
         modes=("site", "head"),
         core="scaled_cp",
         blocks="head_or_square",

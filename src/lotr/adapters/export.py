@@ -126,11 +126,11 @@ def _lora(
         As, Bs = zip(*(_padded(A, B, rank) for A, B in loras), strict=True)
         A_key, B_key, norms_key = lora_keys(saved.plan, target)
         if saved.plan.has_biases:  # PEFT's LoRA has them in all modules or in none
-            own = [
+            members = [
                 (part, {name: tensors[key] for name, key in group_keys(part.group).items()})
                 for part in saved.plan.parts[target.path]
             ]
-            bias = bias_of(own, saved.config.scaling)
+            bias = bias_of(members, saved.config.scaling)
             lora[B_key.replace(".weight", ".bias")] = torch.zeros(target.shape[0]) if bias is None else bias
         # of experts, PEFT has the `A` below each other and the columns of the `B` in turn
         lora[A_key], lora[B_key] = torch.cat(As), torch.stack(Bs, -1).flatten(1)

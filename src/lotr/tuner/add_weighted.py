@@ -68,8 +68,8 @@ def add_weighted(
                 each = [factors[adapter].weight for adapter in adapters]
                 factors[name].weight.copy_(torch.cat(each, dim) if concatenated else each[0])
             for key in of_group[0][1].group.biases:
-                each = zip(adapters, weights, strict=True)
-                b = sum(w * group.scaling[a] * group.core_numbers(a)[key].double() for a, w in each)
+                shares = zip(adapters, weights, strict=True)
+                b = sum(w * group.scaling[a] * group.core_numbers(a)[key].double() for a, w in shares)
                 group.lotr_core[name].get_parameter(key).copy_(b / config.scaling)
             for n, (layer, part) in enumerate(of_group):
                 cores = []

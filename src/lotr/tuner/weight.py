@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import align_module_device
@@ -266,7 +266,7 @@ class AdaptedWeight(nn.Module, LotrLayer):
             W = self.get_base_weight()
             dW = self.get_delta_weight(adapter).to(W.device)
             merged = self.plus(W, dW)
-            quantised, base = self.quantization_backend is not None, self.get_base_layer()
+            quantised, base = self.quantization_backend is not None, cast("Any", self.get_base_layer())
             update = self.bias_update(adapter)
             bias = None if update is None else self.plus(base.bias.data, update.data.to(W.device))
             if safe_merge and not all(t is None or torch.isfinite(t).all() for t in (merged, bias)):

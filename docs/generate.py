@@ -93,6 +93,7 @@ def _described(row: Any, sizes: tuple[int, int], scores: list[float]) -> list[st
         else "factors and cores"
     )
     magnitude = "" if row.magnitude == "none" else f", magnitude `{row.magnitude}`"
+    bias = ", `lora_bias`" if row.lora_bias else ""
     cores = "" if row.core_init is None else f", cores `{row.core_init}`"
     bert, llama = sizes
     dropout = "" if row.dropout_place == "input" else f" Dropout drops `{row.dropout_place}`."
@@ -103,7 +104,7 @@ def _described(row: Any, sizes: tuple[int, int], scores: list[float]) -> list[st
         f"{row.purpose} [{row.title}]({row.url}), {row.year}.",
         "",
         f"- Trains {trains}: {bert:,} numbers on BERT-base, {llama:,} on Llama.",
-        f"- Shares {shares}; `{row.core}` core{cut}{magnitude}.",
+        f"- Shares {shares}; `{row.core}` core{cut}{magnitude}{bias}.",
         f"- Starts with factors `{row.init}`{cores}; zero: {zeros[row.zero]}; σ = {scaling}.{dropout}",
         *([f"- {row.differs}"] if row.differs else []),
         *([f"- Accuracy on `docstrings`: {_seeds(scores)}."] if scores else []),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -97,6 +99,20 @@ def updates(row: str, plan: Plan, tensors: Mapping[str, Tensor], scaling: float)
     return dense
 
 
+def biases(row: str, plan: Plan, tensors: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
+    """Path of a module → what CaRA adds to its bias, `s · CP_bias`: o, fc1 and fc2 have a vector each in all layers."""
+    vectors: dict[str, list[Tensor]] = defaultdict(list)  # fc1's is four squares high
+    for key, tensor in sorted(tensors.items()):
+        if row == "cara" and (named := re.search(r"\.b-(.+?)(-\d)?$", key)):
+            vectors[named[1]].append(tensor)
+    added = {}
+    for path in plan.parts:
+        names = [name for name in vectors if f".{path}".replace(".", "-").endswith(f"-{name}")]
+        if names:
+            added[path] = scaling * torch.cat(vectors[max(names, key=len)])
+    return added
+
+
 def rescaled(
     W: Tensor, dW: Tensor, magnitude: str, numbers: Mapping[str, Tensor], constant: bool = False
 ) -> Tensor:
@@ -135,6 +151,8 @@ def adapted(
         module = model.get_submodule(path)
         W = rescaled(weight_of(module).detach(), dW, plan.magnitude, numbers, constant=True)
         weights[f"{path}.weight"] = W.T if isinstance(module, Conv1D) else W
+    for path, b in biases(row, plan, tensors, scaling).items():
+        weights[f"{path}.bias"] = model.get_submodule(path).bias.detach() + b
     return weights
 
 

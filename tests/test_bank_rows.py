@@ -37,6 +37,8 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "task of a train": ("bert", {"method": "metatt_4d", "r": 4, **TRAIN}),
     "heads": ("bert", {"blocks": "head", "modes": ("layer", "head"), "r": 4}),
     "square": ("bert", {"blocks": "square", "r": 4}),
+    "biases": ("bert", {"lora_bias": True}),
+    "cara": ("bert", {"method": "cara", "r": 4, "zero": "core", "target_modules": ["query", "dense"]}),
     "fused": ("gpt2", {**ALIKE, "target_modules": ["c_attn"]}),
     "fused heads": ("gpt2", {**ALIKE, "target_modules": ["c_attn"], "blocks": "head"}),
 }

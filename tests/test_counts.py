@@ -102,8 +102,9 @@ def test_with_all_weights_lorta_and_cara_have_the_counts_of_their_papers(roberta
     attention = ["query", "key", "value", "attention.output.dense"]
     assert count(roberta, "lorta", attention, r) == (d + dh + L + H + 4) * r
     every = [*attention, "intermediate.dense", r"output.dense"]
-    # λ and four factors of query, key and value; λ and three of (9 L) × d × d
-    assert count(roberta, "cara", every, r) == (1 + 3 * L + d + H + dh) * r + (1 + 9 * L + 2 * d) * r
+    # λ and four factors of query, key and value; λ and three of (9 L) × d × d; biases of o, fc1 and fc2
+    of_tensors = (1 + 3 * L + d + H + dh) * r + (1 + 9 * L + 2 * d) * r
+    assert count(roberta, "cara", every, r) == of_tensors + d + 4 * d + d
 
 
 def grouped(width: int, heads: int, few: int) -> dict[str, int]:

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 import lotr
 from conftest import ARCHITECTURES, VOCABULARY, seeded, tokens
-from dense_truth import adapted, site_updates, updates, weight_of
+from dense_truth import adapted, biases, site_updates, updates, weight_of
 from lotr import METHODS, CheckpointError, LotrConfig, Plan
 from lotr.adapters.export import export
 from lotr.adapters.inspection import inspect
@@ -177,11 +177,13 @@ def test_the_change_of_the_weight_is_that_of_the_equations(row: Row) -> None:
 
 
 def test_the_modules_called_one_by_one_compute_the_same_update(row: Row) -> None:
-    dense = updates(row.name, row.plan, row.saved.tensors(), row.config.scaling)
+    adapter = row.name, row.plan, row.saved.tensors(), row.config.scaling
+    dense, of_biases = updates(*adapter), biases(*adapter)
     with torch.no_grad():
         for path, layer in row.layers():
             x = torch.randn(3, 2, layer.in_features, dtype=torch.float64)
-            torch.testing.assert_close(layer.update("default", x), x @ dense[path].T, atol=1e-12, rtol=1e-9)
+            expected = x @ dense[path].T + of_biases.get(path, 0.0)
+            torch.testing.assert_close(layer.update("default", x), expected, atol=1e-12, rtol=1e-9)
 
 
 def test_factored_norms_equal_dense_norms(row: Row) -> None:

@@ -29,6 +29,7 @@ class Method:
         alpha: Numerator of the scaling rule `σ = alpha / r`; default: `σ = 1`, which is `alpha = r`.
         trainable: What trains: `"all"`, or `"cores"` alone.
         dropout_place: What dropout drops, where it is on; the rate is no part of a row.
+        lora_bias: Whether the biases of the modules train too, with one vector a projection.
         differs: One sentence on where the row differs from what was published, and how to have that.
     """
 
@@ -47,6 +48,7 @@ class Method:
     alpha: float | None = None
     trainable: str = "all"
     dropout_place: str = "input"
+    lora_bias: bool = False
     differs: str = ""
 
 
@@ -216,14 +218,15 @@ _ROWS = (
     Method(
         "cara",
         *_CARA,
-        "Two CP tensors: query, key and value by heads, and the squares of all other weights.",
+        "Two CP tensors: query, key and value by heads, and the squares of all other weights, whose biases train too.",
         modes=("site", "head"),
         core="scaled_cp",
         blocks="head_or_square",
         zero="input",
         dropout_place="update",
-        differs="The authors add three trained bias vectors that all layers share (bias=lotr_only trains those of each "
-        "module instead), search the scale for each task, and train with dropout=0.1.",
+        lora_bias=True,
+        differs="The authors search the scale for each task, train with dropout=0.1, and adapt modules that have "
+        "biases; others get none here.",
     ),
     Method(
         "lora_xs",

@@ -14,7 +14,8 @@ from ..files.adapter_folder import CONFIG, WEIGHTS, save_tensors, write_task
 from ..files.atomic import check_apart, check_free, whole_folder, write_json
 from ..math.magnitude import MAGNITUDES
 from ..math.update import FactoredUpdate, loras_of
-from ..sharing.keys import file_shapes, lora_keys, magnitude_keys
+from ..sharing.groups import bias_of
+from ..sharing.keys import file_shapes, group_keys, lora_keys, magnitude_keys
 from ..tuner.saved_adapter import SavedAdapter, read_saved
 from .inspection import updates
 
@@ -45,8 +46,8 @@ def export(
         pad_rank: Rank that every module is brought to with zeros, for servers that take few ranks, or one.
 
     Returns:
-        Counts: modules, rank, numbers and bytes before and after; and under `peft_only` the tensors (of a head, of
-        modules trained in full, of new tokens, of DoRA's norms, of experts) that PEFT reads and servers of LoRA do not.
+        Counts: modules, rank, numbers and bytes before and after; and under `peft_only` the tensors (of a head,
+        modules trained in full, new tokens, DoRA's norms, biases, experts) that PEFT reads and servers of LoRA do not.
 
     Raises:
         CheckpointError: The adapter is of another method, has no LoRA form, or has trained biases.
@@ -68,6 +69,11 @@ def export(
         raise CheckpointError(
             f"{saved.path} has bias={config.bias!r}: biases of the base model were trained with it, and no server that "
             "reads LoRA takes them. Use `lotr merge` to leave with a plain model."
+        )
+    if saved.plan.has_biases and any(target.experts for target in saved.plan.targets):
+        raise CheckpointError(
+            f"{saved.path} has lora_bias=True beside experts that one parameter holds, and PEFT's LoRA has one of the "
+            "two. Use `lotr merge` to leave with a plain model."
         )
     tensors = saved.tensors()
     others = tensors.keys() - file_shapes(saved.plan).keys()
@@ -119,6 +125,13 @@ def _lora(
             )
         As, Bs = zip(*(_padded(A, B, rank) for A, B in loras), strict=True)
         A_key, B_key, norms_key = lora_keys(saved.plan, target)
+        if saved.plan.has_biases:  # PEFT's LoRA has them in all modules or in none
+            members = [
+                (part, {name: tensors[key] for name, key in group_keys(part.group).items()})
+                for part in saved.plan.parts[target.path]
+            ]
+            bias = bias_of(members, saved.config.scaling)
+            lora[B_key.replace(".weight", ".bias")] = torch.zeros(target.shape[0]) if bias is None else bias
         # of experts, PEFT has the `A` below each other and the columns of the `B` in turn
         lora[A_key], lora[B_key] = torch.cat(As), torch.stack(Bs, -1).flatten(1)
         for key in magnitude_keys(saved.plan, target).values():
@@ -150,6 +163,7 @@ def _lora_config(saved: SavedAdapter, ranks: dict[str, int]) -> dict[str, Any]:
         use_dora=not MAGNITUDES[saved.config.magnitude].additive,
         rank_pattern=dict(other),
         alpha_pattern=dict(other),
+        lora_bias=saved.plan.has_biases,
         inference_mode=True,
         **copied,
     ).to_dict()

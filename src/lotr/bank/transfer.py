@@ -83,7 +83,7 @@ def check_fingerprint(basis: Basis, path: Path, record: Mapping[str, Any]) -> No
 
 def _check_same_update(basis: Basis, adapter: AdapterFolder, config: LotrConfig) -> None:
     """Refuse what would make another update of the same numbers."""
-    for field in ("scaling", "magnitude", "core", "modes", "blocks"):
+    for field in ("scaling", "magnitude", "core", "modes", "blocks", "lora_bias"):
         theirs, mine = getattr(config, field), getattr(basis.config, field)
         if theirs != mine:
             raise CheckpointError(

@@ -93,6 +93,10 @@ def _lotr_source(name: str, path: Path, task_type: str | None, base: str | None)
             f"{path} has magnitude={saved.config.magnitude!r}, which rescales the weight, so its update is no low-rank "
             "matrix. Leave it out, or train it without a magnitude."
         )
+    if saved.plan.has_biases:
+        raise CheckpointError(
+            f"{path} has lora_bias=True, and the bias is no part of its update. Leave it out, or train it without."
+        )
     if any(target.experts for target in saved.plan.targets):
         raise CheckpointError(
             f"{path} adapts experts that one parameter holds, which a bank cannot. Leave it out."

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from ..bank import CoreBank
-from ..errors import LotrError
+from ..errors import CheckpointError, LotrError
 from ..files.adapter_folder import CONFIG, WEIGHTS, save_tensors
 from ..files.atomic import read_json, write_json
 
@@ -69,6 +69,8 @@ class LoraFolders:
             exported, made = Path(temporary) / "lora", Path(temporary) / "padded"
             self.bank.export(name, exported, as_lora=True)
             config = read_json(exported / CONFIG, "a LoRA's configuration")
+            if config["lora_bias"]:
+                raise CheckpointError(f"Task {name!r} has lora_bias=True, and vLLM's LoRAs have no biases.")
             tensors = load_file(exported / WEIGHTS)
             rank = next((rank for rank in RANKS if rank >= config["r"]), config["r"])
             for key, tensor in tensors.items():

@@ -40,6 +40,7 @@ class Target:
         heads: Its attention heads, when it has any.
         attention: Whether it is query, key or value, which grouped queries make unequal.
         experts: Number of experts that one parameter holds below each other, `shape[0] / experts` output features each.
+        bias: Whether its bias trains too.
     """
 
     path: str
@@ -49,6 +50,7 @@ class Target:
     heads: Heads | None = None
     attention: bool = False
     experts: int = 0
+    bias: bool = False
 
     @property
     def lora_per_rank(self) -> int:
@@ -72,6 +74,8 @@ class Target:
             fields["attention"] = True
         if self.experts:
             fields["experts"] = self.experts
+        if self.bias:
+            fields["bias"] = True
         return fields
 
     @staticmethod
@@ -81,7 +85,8 @@ class Target:
         fused = tuple((str(name), int(rows)) for name, rows in fields.get("fused", ()))
         heads = Heads(*fields["heads"]) if "heads" in fields else None
         attention, experts = bool(fields.get("attention")), int(fields.get("experts", 0))
-        return Target(str(fields["path"]), (out, width), (k, r), fused, heads, attention, experts)
+        bias = bool(fields.get("bias"))
+        return Target(str(fields["path"]), (out, width), (k, r), fused, heads, attention, experts, bias)
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,7 @@ class Site:
         attention: Whether it is of a query, key or value.
         transposed: Whether its update is `V C_sᵀ Uᵀ` in place of `U C_s Vᵀ`.
         expert: Number of its expert, when one parameter holds several.
+        bias: Whether the bias of its rows trains too; of sites side by side the first has it, those of heads never.
     """
 
     module: str
@@ -113,6 +119,12 @@ class Site:
     attention: bool = False
     transposed: bool = False
     expert: int | None = None
+    bias: bool = False
+
+    @property
+    def bias_name(self) -> str:
+        """Name in its group of what is added to the bias of its rows; PEFT trains whatever has "bias" in its name."""
+        return f"b-{self.projection}".replace(".", "-").replace("lotr_", "lotr-")
 
     def coordinate(self, mode: str, modes: tuple[str, ...]) -> object:
         """Return the site's coordinate along a mode, given the modes beside it."""
@@ -164,6 +176,7 @@ def cut(target: Target, layer: str, projection: str, blocks: str, split_fused: b
                 piece=piece,
                 attention=target.attention,
                 transposed=blocks == "head_or_square" and not is_head and shape[0] == shape[1] and b == 1,
+                bias=target.bias and not is_head and column == 0,
             )
         start += height
 

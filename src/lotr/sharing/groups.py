@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -49,6 +50,12 @@ class Group:
         """Ranks `(k, r)` of the factors, at most as large as the block."""
         return self.core.k, self.core.r
 
+    @cached_property
+    def biases(self) -> dict[str, tuple[int]]:
+        """Name and shape of what is added to biases: a vector for each projection, as long as its tallest block."""
+        by_height = sorted(self.sites, key=lambda site: site.shape[0])
+        return {site.bias_name: (site.shape[0],) for site in by_height if site.bias}
+
     @property
     def projections(self) -> tuple[str, ...]:
         """Names of the projections in the group, in model order."""
@@ -62,9 +69,10 @@ class Group:
 
     @property
     def n_cores(self) -> int:
-        """Numbers in the cores of all sites."""
+        """Numbers in the cores of all sites, and of biases, which train with them."""
         with_factors = sum(math.prod(self.core.shapes[name]) for name in self.core.of_basis)
-        return self.core.n_parameters(len(self.sites)) - with_factors
+        own = self.core.n_parameters(len(self.sites)) - with_factors
+        return own + sum(size for (size,) in self.biases.values())
 
     @property
     def n_parameters(self) -> int:
@@ -156,6 +164,19 @@ class Part:
     def columns(self) -> tuple[int, int]:
         """First input feature, and their number."""
         return self.sites[0].column, self.grid[1] * self.sites[0].shape[1]
+
+
+def bias_of(
+    parts: Iterable[tuple[Part, Mapping[str, Tensor]]], scaling: float
+) -> Tensor | None:  # (*rows, out)
+    """Return what is added to the bias of a module, from its parts and the numbers of their groups, by name."""
+    pieces = [
+        numbers[site.bias_name][..., : site.shape[0]]
+        for part, numbers in sorted(parts, key=lambda own: own[0].rows)
+        for site in part.sites
+        if site.bias
+    ]
+    return scaling * torch.cat(pieces, -1) if pieces else None
 
 
 def block_of(sites: Sequence[Site]) -> Shape:

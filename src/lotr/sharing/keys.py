@@ -56,11 +56,12 @@ def is_factor(key: str) -> bool:
 
 
 def group_keys(group: Group) -> dict[str, str]:
-    """Return the names in a file of what a group shares: `U`, `V` (transposed) and the numbers of its core."""
+    """Return the names in a file of what a group shares: `U`, `V` (transposed), the numbers of its core, and biases."""
     root = f"{_ROOT}{BASIS}.{group.name}"
     place = dict.fromkeys(group.core.shapes, "lotr_core") | dict.fromkeys(group.core.of_basis, "lotr_shared")
     core = {} if group.core.by_site else {name: f"{root}.{place[name]}.{name}" for name in place}
-    return {"U": f"{root}.lotr_U.weight", "V": f"{root}.lotr_V.weight", **core}
+    biases = {name: f"{root}.lotr_core.{name}" for name in group.biases}
+    return {"U": f"{root}.lotr_U.weight", "V": f"{root}.lotr_V.weight", **core, **biases}
 
 
 def core_key(part: Part) -> str:
@@ -98,7 +99,7 @@ def file_shapes(plan: Plan, factors: bool = True) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for group in plan.groups:
         (o, i), (k, r) = group.shape, group.rank
-        known = {"U": (o, k), "V": (r, i), **group.core.shapes}
+        known = {"U": (o, k), "V": (r, i), **group.core.shapes, **group.biases}
         shapes |= {key: known[name] for name, key in group_keys(group).items()}
     for target in plan.targets:
         for part in plan.parts[target.path]:

@@ -75,8 +75,13 @@ class Plan:
 
     @property
     def n_cores(self) -> int:
-        """Numbers in the cores: what one more task costs when the factors are kept."""
+        """Numbers in the cores, and biases: what one more task costs when the factors are kept."""
         return sum(group.n_cores for group in self.groups)
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether biases train too."""
+        return any(group.biases for group in self.groups)
 
     @property
     def n_magnitudes(self) -> int:
@@ -122,14 +127,14 @@ class Plan:
         widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (header, *rows)]
         frozen = "" if self.trainable == "all" else "not trained, "
-        trained = self.n_parameters
+        trained, and_biases = self.n_parameters, " and biases" if self.has_biases else ""
         return "\n".join(
             [
                 *lines,
                 f"{trained:,} trained numbers, {trained * _WIDTH:,} bytes in float32, for {self.n_sites:,} sites in "
                 f"{len(self.targets):,} modules:",
-                f"{self.n_factors:,} in factors ({frozen}shared), {self.n_cores:,} in cores, {self.n_magnitudes:,} in "
-                f"magnitudes. LoRA has as many at rank {self.equal_lora_rank:.2f}.",
+                f"{self.n_factors:,} in factors ({frozen}shared), {self.n_cores:,} in cores{and_biases}, "
+                f"{self.n_magnitudes:,} in magnitudes. LoRA has as many at rank {self.equal_lora_rank:.2f}.",
                 *([self.cut_ranks] if self.cut_ranks else []),
             ]
         )

@@ -41,6 +41,7 @@ _STRUCTURE = (
     "core_init",
     "dropout_place",
     "init",
+    "lora_bias",
     "magnitude",
     "trainable",
     "unequal",

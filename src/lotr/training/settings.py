@@ -132,6 +132,9 @@ class TrainSettings(Settings):
     zero: str | None = unset(
         _ADAPTER, "What starts at zero, so that the update does: core, output, input, none.", "by method"
     )
+    lora_bias: bool | None = unset(
+        _ADAPTER, "Train biases too: a vector for each projection, which layers share.", "by method"
+    )
     start_batches: int | None = unset(_ADAPTER, "Batches whose gradients a start from data takes.", "8")
     dropout: float = setting(0.0, _ADAPTER, "Probability of dropping a number of the update.")
     dropout_place: str | None = unset(

@@ -67,6 +67,10 @@ def add_weighted(
             for factors, dim in ((group.lotr_U, 1), (group.lotr_V, 0)):
                 each = [factors[adapter].weight for adapter in adapters]
                 factors[name].weight.copy_(torch.cat(each, dim) if concatenated else each[0])
+            for key in of_group[0][1].group.biases:
+                shares = zip(adapters, weights, strict=True)
+                b = sum(w * group.scaling[a] * group.core_numbers(a)[key].double() for a, w in shares)
+                group.lotr_core[name].get_parameter(key).copy_(b / config.scaling)
             for n, (layer, part) in enumerate(of_group):
                 cores = []
                 for adapter, weight in zip(adapters, weights, strict=True):
@@ -124,7 +128,10 @@ def _check(tuner: BaseTuner, adapters: list[str], weights: list[float], name: st
 def _check_groups(parts: dict[str, Parts], combination: str) -> None:
     names = ", ".join(parts)
     first, *others = (
-        {group: [(layer, part.name) for layer, part in of_group] for group, of_group in of_adapter.items()}
+        {
+            group: [(layer, part.name, part.group.biases) for layer, part in of_group]
+            for group, of_group in of_adapter.items()
+        }
         for of_adapter in parts.values()
     )
     if any(other != first for other in others):

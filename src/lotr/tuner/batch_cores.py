@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..math.update import LinearMap
-from ..sharing.groups import Part
+from ..sharing.groups import Group, Part
 from ..sharing.keys import core_key, group_keys
 
 
@@ -63,6 +63,11 @@ class Rows:
             own = dict(core.drop_components(own, dropout)) if dropout else own
             C = torch.vmap(lambda one: part.lay(core.block({**one, **shared}, part.region)))(own)
         return lambda h: by_row(h, C.to(h.device))
+
+    def biases(self, group: Group) -> dict[str, Tensor]:  # (rows, n) each
+        """Return what each row adds to biases, by name."""
+        keys = group_keys(group)
+        return {name: self.numbers[keys[name]] for name in group.biases}
 
 
 class RowsOfCall:

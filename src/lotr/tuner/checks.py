@@ -77,6 +77,10 @@ def check_meaning(c: Any) -> None:  # a LotrConfig, whose file imports this one
         raise ConfigError(
             f"norm_gradient=True has no meaning with magnitude={c.magnitude!r}, which has no norms. Leave it out."
         )
+    if not rule.additive and c.lora_bias:
+        raise ConfigError(
+            f"lora_bias=True adds to biases, and magnitude={c.magnitude!r} rescales what is added. Leave one out."
+        )
     _check_core_ranks(c)
     if c.basis is None and c.targets is None:
         _check_start(c)

@@ -46,6 +46,7 @@ STRUCTURE = (
     "scaling",
     "rank_pattern",
     "init",
+    "lora_bias",
 )
 #: Fields that an adapter on a basis takes from it where they are open, and may have otherwise.
 _FROM_BASIS = ("magnitude", "dropout_place")
@@ -144,6 +145,10 @@ class LotrConfig(PeftConfig):
         "Ranks of single modules, by name or regex; all sites of a group need the same one."
     )
     bias: Literal["none", "all", "lotr_only"] = _field("Which biases of the base model to train too.", "none")
+    lora_bias: bool = _field(
+        "Add to the bias of every module that has one and is not cut by heads: σ times a trained vector, one a "
+        "projection, which the layers of a group share. Default: by method, mostly False."
+    )
     modules_to_save: list[str] | None = _field(
         "Modules trained in full and saved with the adapter, e.g. a new head."
     )
@@ -206,6 +211,7 @@ class LotrConfig(PeftConfig):
             one_of("core_init", self.core_init, CORE_INITS)
         self.zero = one_of("zero", self.zero or self._default_zero(row), ZEROS)
         self._fill_scaling(row)
+        self.lora_bias = row.lora_bias if self.lora_bias is None else bool(self.lora_bias)
         one_of("bias", self.bias, ("none", "all", "lotr_only"))
         self.unequal = one_of("unequal", self.unequal or "grouped_query", UNEQUAL)
         self.rank_pattern = {

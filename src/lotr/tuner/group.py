@@ -132,8 +132,8 @@ class LotrGroup(nn.Module, LotrLayer):
     """What the sites of one group share, for every adapter that has the group.
 
     `lotr_U[adapter].weight` is `U` of shape `(o, k)`; `lotr_V[adapter].weight` is `Vᵀ` of shape `(r, i)`;
-    `lotr_core[adapter]` has the numbers of a core that is not kept site by site, `lotr_shared[adapter]` those of them
-    that stay with the factors.
+    `lotr_core[adapter]` has the numbers of a core that is not kept site by site, and what is added to biases;
+    `lotr_shared[adapter]` those numbers of a core that stay with the factors.
     """
 
     adapter_layer_names = (*FACTORS, "lotr_core")
@@ -187,7 +187,7 @@ class LotrGroup(nn.Module, LotrLayer):
         self._move_adapter_to_device_of_base_layer(adapter, device, dtype)
 
     def core_numbers(self, adapter: str) -> dict[str, Tensor]:
-        """Return the numbers of a core that is not kept site by site, by name."""
+        """Return the numbers of a core that is not kept site by site, and what is added to biases, by name."""
         return self.lotr_core[adapter]() | self.shared_numbers(adapter)
 
     def shared_numbers(self, adapter: str) -> dict[str, Tensor]:

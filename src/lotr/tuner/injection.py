@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, cast
 
+import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
@@ -150,6 +151,7 @@ class Injection:
                 core |= {name: self._factors[keys[name]] for name in group.core.of_basis}
             device, dtype = member.device_and_dtype()
             own = {} if group.core.by_site else core
+            own |= {name: torch.zeros(shape) for name, shape in group.biases.items()}
             frozen = self.config.trainable == "cores"
             shared.add(self.adapter, U, V, own, group.core.of_basis, frozen, device, dtype)
             shared.set_adapter(self.active, inference_mode=self.config.inference_mode)

@@ -92,6 +92,8 @@ class LotrLinear(AdaptedWeight):
         W, bias = self.base_layer.weight, self.base_layer.bias
         dtype = _autocast_type(x) or W.dtype
         W = (W.T if self.fan_in_fan_out else W).to(dtype)
+        update = self.bias_update(adapter)
+        bias = bias if update is None else bias + update.to(bias)
         updates = self.factored(adapter, x.device, dtype)
         return adapted_linear(x.to(dtype), W, None if bias is None else bias.to(dtype), updates)
 
@@ -106,7 +108,7 @@ class LotrLinear(AdaptedWeight):
                     "dropout_place='update' drops numbers of one ΔW, and the rows of a bank's batch have one each. "
                     "Train on a basis whose adapter has another place, or no dropout."
                 )
-            return F.linear(x, drop("update", self.dense(adapter)).to(x.dtype))
+            return self._with_bias(adapter, F.linear(x, drop("update", self.dense(adapter)).to(x.dtype)))
         x = drop("input", x)
         outputs: dict[int, Tensor] = {}  # first row → the sum of what covers those rows
         for part, group in own.parts:
@@ -122,7 +124,17 @@ class LotrLinear(AdaptedWeight):
             row = part.rows[0]
             outputs[row] = outputs[row] + output if row in outputs else output
         blocks = [outputs[row] for row in sorted(outputs)]
-        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1)
+        return self._with_bias(adapter, blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1))
+
+    def _with_bias(self, adapter: str, y: Tensor) -> Tensor:  # (*n, out)
+        """Add what the adapter, or the task of each row, adds to the bias."""
+        of_bank = self.adapters[adapter].parts[0][1].rows.get(adapter)
+        rows = None if of_bank is None else of_bank.get()
+        bias = self.bias_update(adapter, rows)
+        if bias is None or rows is None:
+            return y if bias is None else y + bias.to(y)
+        bias = bias.to(y).reshape(len(bias), *[1] * (y.dim() - 1), -1)
+        return (y.unflatten(0, (len(bias), -1)) + bias).flatten(0, 1)  # every row may come several times
 
     def _core_map(self, adapter: str, part: Part, group: LotrGroup, drop: Dropout) -> LinearMap:
         of_bank, core, rate = group.rows.get(adapter), part.group.core, drop.at("components")

@@ -29,7 +29,6 @@ _COUNTERPARTS = {
     "fan_in_fan_out": "leave it out, the layout is read from the module",
     "alpha_pattern": "an adapter has one scaling; put modules with another one into a second adapter",
     "ensure_weight_tying": "tied weights are adapted one by one here, and merging unties them; leave it out",
-    "lora_bias": 'the update has no bias; use bias="lotr_only" to train those of the modules',
     "eva_config": _FROM_DATA,
     "corda_config": _FROM_DATA,
     "lora_ga_config": _FROM_DATA,

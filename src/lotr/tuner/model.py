@@ -82,7 +82,7 @@ class LotrModel(BaseTuner):
         inner = {"weight", *layers, *MAGNITUDES[plan.magnitude].shapes(1, 1)}
         for parts in plan.parts.values():
             for part in parts:
-                inner |= {part.name, *part.group.core.shapes}
+                inner |= {part.name, *part.group.core.shapes, *part.group.biases}
         self._inner_names |= inner
         taken = sorted(self._inner_names.intersection(self.peft_config))
         if taken:

@@ -164,6 +164,7 @@ def _target(model: nn.Module, path: str, module: nn.Module, config: LotrConfig) 
         fused=fused_projections(model, path, shape) if config.modes else (),
         heads=heads_of(model, path, shape) if config.blocks.startswith("head") else None,
         attention=bool(config.modes) and is_query_key_value(path),
+        bias=config.lora_bias and getattr(base, "bias", None) is not None,
     )
 
 

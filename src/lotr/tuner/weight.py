@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import align_module_device
@@ -20,7 +20,8 @@ from ..math.magnitude import MAGNITUDES, Gains, Magnitude
 from ..math.norms import BaseWeight
 from ..math.update import FactoredUpdate
 from ..sharing.blocks import Shape
-from ..sharing.groups import Part
+from ..sharing.groups import Part, bias_of
+from .batch_cores import Rows
 from .config import LotrConfig
 from .group import LotrGroup, LotrLayer, NamedNumbers, SiteCores, move, weight_of
 from .quantised import backend_of, check_can_merge
@@ -78,6 +79,7 @@ class AdaptedWeight(nn.Module, LotrLayer):
         self.register_load_state_dict_post_hook(_forget_norms)
         self.merged_adapters: list[str] = []
         self._unmerged: Any = None
+        self._unmerged_bias: Any = None
 
     def add(
         self,
@@ -196,6 +198,15 @@ class AdaptedWeight(nn.Module, LotrLayer):
             updates.append(part.factored(U, C, Vt.T, self.scaling[adapter]))
         return updates
 
+    def bias_update(self, adapter: str, rows: Rows | None = None) -> Tensor | None:  # (out,), or (rows, out)
+        """Return what the adapter, or each of the rows of a batch, adds to the bias; `None`: nothing."""
+        parts = [
+            (part, group.core_numbers(adapter) if rows is None else rows.biases(part.group))
+            for part, group in self.adapters[adapter].parts
+            if part.group.biases
+        ]
+        return bias_of(parts, self.scaling[adapter])
+
     def gains(self, adapter: str) -> Gains:
         """Return what the magnitude does, from the factors as they are now."""
         numbers, own = self.lotr_magnitude[adapter](), self.adapters[adapter]
@@ -238,7 +249,7 @@ class AdaptedWeight(nn.Module, LotrLayer):
         return (W.to(exact) + dW.to(exact)).to(W.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the updates to the base weight; the untouched weight is kept, so `unmerge` is exact.
+        """Add the updates to the base weight and bias; what was untouched is kept, so `unmerge` is exact.
 
         Args:
             safe_merge: Refuse a result that is not finite, leaving the weight as it was.
@@ -255,23 +266,28 @@ class AdaptedWeight(nn.Module, LotrLayer):
             W = self.get_base_weight()
             dW = self.get_delta_weight(adapter).to(W.device)
             merged = self.plus(W, dW)
-            if safe_merge and not torch.isfinite(merged).all():
+            quantised, base = self.quantization_backend is not None, cast("Any", self.get_base_layer())
+            update = self.bias_update(adapter)
+            bias = None if update is None else self.plus(base.bias.data, update.data.to(W.device))
+            if safe_merge and not all(t is None or torch.isfinite(t).all() for t in (merged, bias)):
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken"
                 )
-            quantised, base = self.quantization_backend is not None, self.get_base_layer()
             if self._unmerged is None:
                 # quantising again would not give the same numbers, so the whole (small) quantised layer is kept
                 self._unmerged = copy.deepcopy(self.base_layer) if quantised else base.weight
+                self._unmerged_bias = getattr(base, "bias", None)
             if quantised:
                 self.set_base_weight(merged)
             else:  # another parameter in its place: embeddings that are tied to this one keep theirs
                 base.weight = nn.Parameter(merged, requires_grad=bool(base.weight.requires_grad))
+            if bias is not None:
+                base.bias = nn.Parameter(bias, requires_grad=bool(base.bias.requires_grad))
             self.merged_adapters.append(adapter)
             self._norms.clear()
 
     def unmerge(self) -> None:
-        """Restore the base weight bit for bit."""
+        """Restore the base weight and bias bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -284,15 +300,19 @@ class AdaptedWeight(nn.Module, LotrLayer):
         if self.quantization_backend is not None:
             self.base_layer = self._unmerged
         else:
-            base, weight = self.get_base_layer(), self._unmerged
-            weight.data = weight.data.to(device=base.weight.device, dtype=base.weight.dtype)
-            base.weight = weight
+            base = self.get_base_layer()
+            for name, untouched in (("weight", self._unmerged), ("bias", self._unmerged_bias)):
+                if untouched is not None:
+                    merged = getattr(base, name)
+                    untouched.data = untouched.data.to(device=merged.device, dtype=merged.dtype)
+                    setattr(base, name, untouched)
         self._unmerged = None
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT may convert the update: it is `W + ΔW` of one matrix, or there is none here."""
+        """Whether PEFT may convert the update: it is `W + ΔW` of one matrix, no bias, or there is none here."""
         own = self.adapters.get(adapter_name)
-        return not self.experts and (own is None or own.magnitude.additive)
+        adds = own is None or (own.magnitude.additive and self.bias_update(adapter_name) is None)
+        return not self.experts and adds
 
 
 def base_weight(module: Any) -> Tensor:  # (out, in)

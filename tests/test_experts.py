@@ -170,6 +170,39 @@ def test_an_old_name_that_linear_modules_have_too_means_both() -> None:
     assert paths == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.experts.down_proj"]
 
 
+class Ungated(nn.Module):
+    """Experts without a gate, as Nemotron's, beside shared ones, as Inkling's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(16, 16)
+        for name in ("experts", "shared_experts"):
+            stacks = nn.Module()
+            stacks.up_proj, stacks.down_proj = (nn.Parameter(torch.randn(4, 12, 12)) for _ in range(2))
+            self.add_module(name, stacks)
+
+
+@pytest.mark.parametrize("names", ["all-linear", ["q_proj", "up_proj"], r".*(q|up|down)_proj"], ids=str)
+def test_experts_are_named_as_they_are_too(names) -> None:
+    model = nn.ModuleDict({"mlp": Ungated()})
+    stacks = ("up_proj",) if isinstance(names, list) else ("up_proj", "down_proj")
+    expected = {f"mlp.{e}.{name}" for e in ("experts", "shared_experts") for name in stacks}
+    found = {target.path for target in lotr.plan(model, LotrConfig(target_modules=names)).targets}
+    assert found == expected | {"mlp.q_proj"}
+
+
+def test_a_regex_reaches_experts_by_old_names_and_by_layer() -> None:
+    def experts(regex: str) -> list[str]:
+        targets = lotr.plan(qwen(), LotrConfig(target_modules=regex)).targets
+        return [target.path for target in targets if target.experts]
+
+    both = [f"model.layers.1.mlp.{name}" for name in EXPERTS]
+    assert experts(r".*\.1\.(self_attn\.q_proj|mlp\..*(gate|up|down)_proj)") == both
+    assert experts(r".*\.1\.mlp\.experts\..*") == both
+    with pytest.raises(PlanError, match="holds 'gate_proj' too"):
+        experts(r".*\.(q_proj|up_proj)")
+
+
 def test_all_linear_means_the_experts_too(make) -> None:
     targets = lotr.plan(make(), LotrConfig(target_modules="all-linear")).targets
     assert sum(target.experts == 4 for target in targets) == 4

@@ -8,12 +8,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import (
-    MambaConfig,
-    MambaForCausalLM,
-    WavLMConfig,
-    WavLMModel,
-)
+from transformers import Llama4TextConfig, MambaConfig, MambaForCausalLM, WavLMConfig, WavLMModel
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.models.llama4.modeling_llama4 import Llama4Router
 
 from conftest import bert, llama
 from lotr import LotrConfig, PlanError, plan
@@ -105,6 +102,22 @@ def wavlm() -> nn.Module:
 def test_a_weight_that_is_read_without_its_module_is_refused(make: Any, target: str) -> None:
     with pytest.raises(PlanError, match=r"without calling it.* exclude_modules=\[.*"):
         plan(make(), LotrConfig(r=2, target_modules=[target]))
+
+
+class Grouped(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(x, self.weight.view(2, -1, x.shape[-1]).mT)
+
+
+def test_a_linear_that_does_more_than_multiply_is_refused() -> None:
+    config = Llama4TextConfig(hidden_size=8, num_local_experts=4)
+    model = nn.ModuleDict({"router": Llama4Router(config), "o": Grouped(8, 8), "dense": FalconLinear(8, 8)})
+    for name in ("router", "o"):
+        with pytest.raises(PlanError, match=rf"more than multiply.* exclude_modules=\['{name}'\]"):
+            plan(
+                model, LotrConfig(r=2, target_modules="all-linear", exclude_modules={"router", "o"} - {name})
+            )
+    assert plan(model, LotrConfig(r=2, target_modules=["dense"])).n_sites == 1
 
 
 def test_what_is_called_in_the_same_blocks_is_adapted() -> None:

@@ -16,6 +16,7 @@ from conftest import bert, llama
 from lotr import LotrConfig, PlanError, plan
 from lotr.training.adapter import add_adapter
 from lotr.tuner.group import LotrLayer
+from moe_models import qwen
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,11 @@ from lotr.tuner.group import LotrLayer
         ({"exclude_modules": r"poler\..*"}, r"exclude_modules='poler.*whole path"),
         ({"layers_to_transform": [0, 7]}, r"layers_to_transform=7 is no layer .* Known: 0, 1, 2\."),
         ({"layers_to_transform": 3}, r"layers_to_transform=3 is no layer"),
+        (
+            {"target_modules": "all-linear", "layers_to_transform": [0, 7]},
+            r"layers_to_transform=7 is no layer",
+        ),
+        ({"trainable_token_indices": {"word_embedings": [1]}}, r"'word_embedings' .* word_embeddings"),
         (
             {"target_modules": ["query", "pooler.dense"], "layers_to_transform": [0]},
             r"target_modules='pooler\.dense' matches no module of the layers",
@@ -49,6 +55,13 @@ def test_a_name_that_matches_nothing_is_an_error_with_near_matches(fields: Any, 
         with pytest.raises(PlanError, match=message):
             attempt()
     assert not [m for m in model.modules() if isinstance(m, LotrLayer)]
+
+
+@pytest.mark.parametrize("make, per_layer", [(bert, 6), (qwen, 6)])
+def test_all_linear_stays_in_the_layers_that_are_named(make: Any, per_layer: int) -> None:
+    config = LotrConfig(r=2, target_modules="All-Linear", layers_to_transform=[1])
+    paths = [target.path for target in plan(make(), config).targets]
+    assert len(paths) == per_layer and all(".1." in path for path in paths)
 
 
 def test_names_of_methods_of_peft_are_checked_before_training_too() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 import dense_truth
@@ -145,6 +145,22 @@ def test_every_expert_has_a_core_and_all_layers_and_experts_share_factors(make) 
     assert plan.n_cores == 2 * 2 * 4 * 3 * 3
     assert plan.lora_per_rank == 2 * 4 * (24 + 16 + 16 + 12)
     assert plan.n_parameters == adapted(make).get_nb_trainable_parameters()[0]
+
+
+def test_pefts_lora_has_as_many_numbers_as_the_plan_says_on_the_shape_of_a_large_model() -> None:
+    """Two layers of Qwen3 30B-A3B, with 128 experts each, on the meta device."""
+    layer = {"hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
+    with torch.device("meta"):
+        model = qwen(**layer, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768)
+        plan = lotr.plan(model, LotrConfig(r=16, target_modules="all-linear"))
+        attention = [f"{name}_proj" for name in "qkvo"]
+        lora = get_peft_model(
+            model,
+            LoraConfig(r=16, target_modules=attention, target_parameters=EXPERTS),
+            low_cpu_mem_usage=True,
+        )
+    assert 16 * plan.lora_per_rank == lora.get_nb_trainable_parameters()[0] == 26_771_456
+    assert plan.n_factors == 380_928 and plan.n_cores == 2 * (4 + 2 * 128) * 16 * 16
 
 
 def test_experts_alone_share_where_layers_do_not() -> None:

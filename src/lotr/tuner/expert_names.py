@@ -49,8 +49,7 @@ def map_names(config: LotrConfig, model: nn.Module) -> None:
     linear = linear_paths(model)
     if not isinstance(modules, str):
         of_experts = suffixes(name for path in named for name in (path, *_old(path)))
-        rest = {name for name in modules if name in suffixes(linear) or name not in of_experts}
-        config.target_modules = rest  # type: ignore[assignment]
+        config.target_modules = set(modules) - (of_experts - suffixes(linear))  # type: ignore[assignment]
     elif not any(_matches(path, modules) for path in linear):
         config.target_modules = set()  # type: ignore[assignment]
 

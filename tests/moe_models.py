@@ -27,6 +27,21 @@ def qwen(**sizes: Any) -> nn.Module:
     return seeded(tf.Qwen3MoeForCausalLM, tf.Qwen3MoeConfig(**fields))
 
 
+def deepseek() -> nn.Module:
+    """A dense layer, and one of experts beside shared ones that are a module."""
+    sizes = SIZES | {"num_key_value_heads": 2, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
+    sizes |= {"n_routed_experts": 4, "intermediate_size": 12, "moe_intermediate_size": 12}
+    sizes |= {
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+    }
+    del sizes["head_dim"]
+    return seeded(tf.DeepseekV3ForCausalLM, tf.DeepseekV3Config(**sizes))
+
+
 def mixtral() -> nn.Module:
     return seeded(tf.MixtralForCausalLM, tf.MixtralConfig(**SIZES, intermediate_size=12, num_local_experts=4))
 

@@ -18,7 +18,7 @@ from conftest import bert, gpt2, llama, tokens
 from lotr import ConfigError, LotrConfig
 from lotr.tuner import to_lora
 from lotr.tuner.layer import LotrLinear
-from moe_models import EXPERTS, gpt_oss, mixtral, qwen
+from moe_models import EXPERTS, deepseek, gpt_oss, mixtral, qwen
 from tuner_contract import outputs
 
 INPUTS = {"input_ids": tokens()}
@@ -154,6 +154,30 @@ def test_experts_are_target_parameters_of_pefts_lora(make, fields, pad_rank, tmp
     model = adapted(make, tmp_path / "adapter", **fields)
     report = lotr.export(tmp_path / "adapter", tmp_path / "lora", pad_rank=pad_rank)
     assert report["peft_only"] and all(".experts." in key for key in report["peft_only"])
+    lora = outputs(of_peft(make, tmp_path / "lora"), INPUTS)
+    torch.testing.assert_close(lora, outputs(model, INPUTS), atol=1e-5, rtol=1e-5)
+    assert (lora - outputs(make(), INPUTS)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "make, fields",
+    [
+        (
+            lambda: qwen(mlp_only_layers=[0]),
+            {"target_modules": "all-linear", "rank_pattern": {"down_proj": 2}},
+        ),
+        (deepseek, {"target_modules": "all-linear"}),
+        (deepseek, {"target_modules": ["shared_experts.down_proj"]}),
+    ],
+    ids=["dense layers", "shared experts", "shared experts alone"],
+)
+@pytest.mark.filterwarnings("default:The following")
+def test_modules_named_like_experts_of_old_keep_their_lora_beside_experts(
+    make, fields, tmp_path: Path
+) -> None:
+    """PEFT takes such names for the experts' own."""
+    model = adapted(make, tmp_path / "adapter", **fields)
+    lotr.export(tmp_path / "adapter", tmp_path / "lora")
     lora = outputs(of_peft(make, tmp_path / "lora"), INPUTS)
     torch.testing.assert_close(lora, outputs(model, INPUTS), atol=1e-5, rtol=1e-5)
     assert (lora - outputs(make(), INPUTS)).abs().max() > 1e-4

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 import dense_truth
@@ -147,6 +147,22 @@ def test_every_expert_has_a_core_and_all_layers_and_experts_share_factors(make) 
     assert plan.n_parameters == adapted(make).get_nb_trainable_parameters()[0]
 
 
+def test_pefts_lora_has_as_many_numbers_as_the_plan_says_on_the_shape_of_a_large_model() -> None:
+    """Two layers of Qwen3 30B-A3B, with 128 experts each, on the meta device."""
+    layer = {"hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
+    with torch.device("meta"):
+        model = qwen(**layer, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768)
+        plan = lotr.plan(model, LotrConfig(r=16, target_modules="all-linear"))
+        attention = [f"{name}_proj" for name in "qkvo"]
+        lora = get_peft_model(
+            model,
+            LoraConfig(r=16, target_modules=attention, target_parameters=EXPERTS),
+            low_cpu_mem_usage=True,
+        )
+    assert 16 * plan.lora_per_rank == lora.get_nb_trainable_parameters()[0] == 26_771_456
+    assert plan.n_factors == 380_928 and plan.n_cores == 2 * (4 + 2 * 128) * 16 * 16
+
+
 def test_experts_alone_share_where_layers_do_not() -> None:
     plan = lotr.plan(qwen(), LotrConfig(r=3, modes=("expert",), target_parameters=EXPERTS))
     assert len(plan.groups) == 4 and all(len(group.sites) == 4 for group in plan.groups)
@@ -168,6 +184,39 @@ def test_an_old_name_that_linear_modules_have_too_means_both() -> None:
         qwen(mlp_only_layers=[0]), LotrConfig(target_modules=["down_proj"])
     ).targets]  # fmt: skip
     assert paths == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.experts.down_proj"]
+
+
+class Ungated(nn.Module):
+    """Experts without a gate, as Nemotron's, beside shared ones, as Inkling's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(16, 16)
+        for name in ("experts", "shared_experts"):
+            stacks = nn.Module()
+            stacks.up_proj, stacks.down_proj = (nn.Parameter(torch.randn(4, 12, 12)) for _ in range(2))
+            self.add_module(name, stacks)
+
+
+@pytest.mark.parametrize("names", ["all-linear", ["q_proj", "up_proj"], r".*(q|up|down)_proj"], ids=str)
+def test_experts_are_named_as_they_are_too(names) -> None:
+    model = nn.ModuleDict({"mlp": Ungated()})
+    stacks = ("up_proj",) if isinstance(names, list) else ("up_proj", "down_proj")
+    expected = {f"mlp.{e}.{name}" for e in ("experts", "shared_experts") for name in stacks}
+    found = {target.path for target in lotr.plan(model, LotrConfig(target_modules=names)).targets}
+    assert found == expected | {"mlp.q_proj"}
+
+
+def test_a_regex_reaches_experts_by_old_names_and_by_layer() -> None:
+    def experts(regex: str) -> list[str]:
+        targets = lotr.plan(qwen(), LotrConfig(target_modules=regex)).targets
+        return [target.path for target in targets if target.experts]
+
+    both = [f"model.layers.1.mlp.{name}" for name in EXPERTS]
+    assert experts(r".*\.1\.(self_attn\.q_proj|mlp\..*(gate|up|down)_proj)") == both
+    assert experts(r".*\.1\.mlp\.experts\..*") == both
+    with pytest.raises(PlanError, match="holds 'gate_proj' too"):
+        experts(r".*\.(q_proj|up_proj)")
 
 
 def test_all_linear_means_the_experts_too(make) -> None:

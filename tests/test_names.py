@@ -8,17 +8,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import (
-    MambaConfig,
-    MambaForCausalLM,
-    WavLMConfig,
-    WavLMModel,
-)
+from transformers import Llama4TextConfig, MambaConfig, MambaForCausalLM, WavLMConfig, WavLMModel
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.models.llama4.modeling_llama4 import Llama4Router
 
 from conftest import bert, llama
 from lotr import LotrConfig, PlanError, plan
 from lotr.training.adapter import add_adapter
 from lotr.tuner.group import LotrLayer
+from moe_models import qwen
 
 
 @pytest.mark.parametrize(
@@ -32,6 +30,11 @@ from lotr.tuner.group import LotrLayer
         ({"exclude_modules": r"poler\..*"}, r"exclude_modules='poler.*whole path"),
         ({"layers_to_transform": [0, 7]}, r"layers_to_transform=7 is no layer .* Known: 0, 1, 2\."),
         ({"layers_to_transform": 3}, r"layers_to_transform=3 is no layer"),
+        (
+            {"target_modules": "all-linear", "layers_to_transform": [0, 7]},
+            r"layers_to_transform=7 is no layer",
+        ),
+        ({"trainable_token_indices": {"word_embedings": [1]}}, r"'word_embedings' .* word_embeddings"),
         (
             {"target_modules": ["query", "pooler.dense"], "layers_to_transform": [0]},
             r"target_modules='pooler\.dense' matches no module of the layers",
@@ -52,6 +55,13 @@ def test_a_name_that_matches_nothing_is_an_error_with_near_matches(fields: Any, 
         with pytest.raises(PlanError, match=message):
             attempt()
     assert not [m for m in model.modules() if isinstance(m, LotrLayer)]
+
+
+@pytest.mark.parametrize("make, per_layer", [(bert, 6), (qwen, 6)])
+def test_all_linear_stays_in_the_layers_that_are_named(make: Any, per_layer: int) -> None:
+    config = LotrConfig(r=2, target_modules="All-Linear", layers_to_transform=[1])
+    paths = [target.path for target in plan(make(), config).targets]
+    assert len(paths) == per_layer and all(".1." in path for path in paths)
 
 
 def test_names_of_methods_of_peft_are_checked_before_training_too() -> None:
@@ -105,6 +115,22 @@ def wavlm() -> nn.Module:
 def test_a_weight_that_is_read_without_its_module_is_refused(make: Any, target: str) -> None:
     with pytest.raises(PlanError, match=r"without calling it.* exclude_modules=\[.*"):
         plan(make(), LotrConfig(r=2, target_modules=[target]))
+
+
+class Grouped(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(x, self.weight.view(2, -1, x.shape[-1]).mT)
+
+
+def test_a_linear_that_does_more_than_multiply_is_refused() -> None:
+    config = Llama4TextConfig(hidden_size=8, num_local_experts=4)
+    model = nn.ModuleDict({"router": Llama4Router(config), "o": Grouped(8, 8), "dense": FalconLinear(8, 8)})
+    for name in ("router", "o"):
+        with pytest.raises(PlanError, match=rf"more than multiply.* exclude_modules=\['{name}'\]"):
+            plan(
+                model, LotrConfig(r=2, target_modules="all-linear", exclude_modules={"router", "o"} - {name})
+            )
+    assert plan(model, LotrConfig(r=2, target_modules=["dense"])).n_sites == 1
 
 
 def test_what_is_called_in_the_same_blocks_is_adapted() -> None:

@@ -267,3 +267,12 @@ def test_what_cannot_be_trained_says_so(home: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing to resume"):
         train_bank(BankSettings(output=str(tmp_path / "project"), resume=True), quiet)
     assert (tmp_path / "project" / RUN / "mine.txt").exists()
+
+
+def test_several_processes_are_refused_before_anything_is_written(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="Tasks of a bank train in one process"):
+        train_bank(settings(home, tmp_path / "bank"), quiet)
+    assert not (tmp_path / "bank").exists()

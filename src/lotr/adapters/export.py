@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..math.magnitude import MAGNITUDES
 from ..math.update import FactoredUpdate, loras_of
 from ..sharing.groups import bias_of
 from ..sharing.keys import file_shapes, group_keys, lora_keys, magnitude_keys
+from ..tuner.expert_names import PARAMETERS
 from ..tuner.saved_adapter import SavedAdapter, read_saved
 from .inspection import updates
 
@@ -148,18 +150,24 @@ def _lora_config(saved: SavedAdapter, ranks: dict[str, int]) -> dict[str, Any]:
     """Return the configuration of the LoRA; `lora_alpha = r`, because the scaling is in the matrices."""
     from peft import LoraConfig
 
+    experts = {target.path for target in saved.plan.targets if target.experts}
+    # beside experts, PEFT takes these names among `target_modules` for theirs; it does not if they are parameters
+    beside = any(re.search(r"experts?\.[a-z]", path) for path in ranks)
+    old = {path for path in ranks.keys() - experts if beside and path.rpartition(".")[2] in PARAMETERS}
+    parameters = {path: path for path in experts} | {path: f"{path}.weight" for path in old}
     most = max(ranks.values())
     # anchored at the whole path, so that no rank reaches a module whose name merely ends alike
-    other = {f"^{path.replace('.', chr(92) + '.')}": rank for path, rank in ranks.items() if rank != most}
+    other = {
+        f"^{re.escape(parameters.get(path, path))}": rank for path, rank in ranks.items() if rank != most
+    }
     of_model = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
     trained = ("modules_to_save", "trainable_token_indices")
     copied: dict[str, Any] = {name: saved.folder.config.get(name) for name in (*of_model, *trained)}
-    experts = sorted(target.path for target in saved.plan.targets if target.experts)
     config = LoraConfig(
         r=most,
         lora_alpha=most,
-        target_modules=sorted(ranks.keys() - set(experts)),
-        target_parameters=experts or None,
+        target_modules=sorted(ranks.keys() - parameters.keys()),
+        target_parameters=sorted(parameters.values()) or None,
         use_dora=not MAGNITUDES[saved.config.magnitude].additive,
         rank_pattern=dict(other),
         alpha_pattern=dict(other),

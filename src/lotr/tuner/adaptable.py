@@ -36,14 +36,19 @@ def check_adaptable(model: nn.Module, path: str, base_layer: nn.Module) -> None:
     """Refuse a module that cannot be adapted.
 
     Raises:
-        PlanError: It is not linear, the model reads its weight without calling it, or PEFT took the model apart. The
-            message says what to do.
+        PlanError: It is not linear, does more than multiply, the model reads its weight without calling it, or PEFT
+            took the model apart. The message says what to do.
     """
     if not is_linear(base_layer):
         raise PlanError(
             f"Target module {path!r} ({type(base_layer).__name__}) is not supported. Currently, only Linear, "
             "Conv1D and quantised linears can be adapted; leave it out with exclude_modules, or train it in "
             "full with modules_to_save."
+        )
+    if _returns_more(type(base_layer)):  # type: ignore[arg-type]  # a module is hashed by its class
+        raise PlanError(
+            f"Target module {path!r} cannot be adapted: {type(base_layer).__name__} is linear, and its forward does "
+            f"more than multiply. Leave it out with exclude_modules=[{path.rpartition('.')[2]!r}]."
         )
     _check_is_called(model, path)
     _check_offload(model, path, base_layer)
@@ -94,14 +99,34 @@ def _read_weights(cls: type[nn.Module]) -> frozenset[str]:
     for base in cls.__mro__:
         if base in (nn.Module, object) or base.__name__ in _BEHIND_AN_OPTION:
             continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):  # made without a file
-            continue
-        for method in ast.walk(tree):
-            if isinstance(method, ast.FunctionDef) and method.name not in _SETUP:
+        for method in _methods(base):
+            if method.name not in _SETUP:
                 names |= _read_in(method)
     return frozenset(names)
+
+
+@cache
+def _returns_more(cls: type[nn.Module]) -> bool:
+    """Whether a class of linear modules returns several tensors, as routers do, or multiplies in groups."""
+    own = next((base for base in cls.__mro__ if "forward" in vars(base)), nn.Linear)
+    if own in (nn.Linear, Conv1D):
+        return False
+    return any(
+        (isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple))
+        or (isinstance(node, ast.Attribute) and ast.unparse(node) == "self.weight.view")
+        for method in _methods(own)
+        if method.name == "forward"
+        for node in ast.walk(method)
+    )
+
+
+def _methods(cls: type) -> list[ast.FunctionDef]:
+    """Return the source of the methods of a class; none where it was made without a file."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError):
+        return []
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
 
 
 def _read_in(method: ast.FunctionDef) -> set[str]:

@@ -231,6 +231,8 @@ class LotrConfig(PeftConfig):
             raise ConfigError(f"scaling={self.scaling} leaves nothing to train. Use a positive number.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern is set but layers_to_transform is not. Name the layers too.")
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
+            self.target_modules = "all-linear"  # PEFT takes any case
         regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
         if regex and self.layers_to_transform is not None:
             raise ConfigError(

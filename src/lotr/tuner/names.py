@@ -49,6 +49,9 @@ def check_names(model: nn.Module, config: PeftConfig) -> None:
         _check_regex("exclude_modules", named.exclude_modules, paths + stacks, paths)
     else:
         _check_list("exclude_modules", named.exclude_modules or (), paths + stacks, paths)
+    tokens = named.trainable_token_indices
+    if isinstance(tokens, dict):
+        _check_list("trainable_token_indices", tokens, paths, paths)
     of_peft = _HEADS.get(str(named.task_type), set())
     for name in named.modules_to_save or ():
         if name not in of_peft and not any(path.endswith(name) for path in paths):
@@ -106,6 +109,20 @@ def _nothing(field: str, name: str, paths: list[str]) -> str:
     return f"{field}={name!r} matches no {kind} of the model. {near(name, {n for n in known if not n.isdigit()})}"
 
 
+def names_in_layers(config: Any) -> set[str]:
+    """Return the own names of the modules behind "all-linear" in the layers of a configuration; all where none is.
+
+    PEFT looks at the layer of what a name ends, and not of a whole path.
+    """
+    names = {path: path.rpartition(".")[2] for path in config.target_modules}
+    probe = copy.copy(config)
+    probe.target_modules, probe.exclude_modules = set(names.values()), None
+    inside = {
+        name for path, name in names.items() if name != path and check_target_module_exists(probe, path)
+    }
+    return inside or set(names.values())
+
+
 def _check_layers(config: Any, paths: list[str]) -> None:
     """Refuse layers that no named module has, names that no named layer has, and lists that do not exist."""
     patterns = config.layers_pattern
@@ -125,10 +142,11 @@ def _check_layers(config: Any, paths: list[str]) -> None:
         return any(check_target_module_exists(probe, path) for path in paths)
 
     names = {*config.target_modules, *(config.target_parameters or ())}
+    ends = names.difference(paths)  # whole paths are adapted whatever their layer
     for layer in asked:
-        if not matches(names, [layer]):
+        if not matches(ends, [layer]):
             numbers = {int(part) for path in paths for part in path.split(".") if part.isdigit()}
-            known = [str(n) for n in sorted(numbers) if matches(names, [n])]
+            known = [str(n) for n in sorted(numbers) if matches(ends, [n])]
             raise PlanError(
                 f"layers_to_transform={layer} is no layer of target_modules={sorted(names)!r}. "
                 f"Known: {', '.join(known) or 'none'}."

@@ -29,7 +29,7 @@ from .basis import resolve_basis
 from .config import LotrConfig
 from .expert_names import map_names
 from .experts import is_plain_stack, stacked_weights
-from .names import check_names, check_rank_pattern, linear_paths, suffixes
+from .names import check_names, check_rank_pattern, linear_paths, names_in_layers, suffixes
 
 #: Query and value of the usual architectures: PEFT's own table for LoRA, and some that it lacks.
 DEFAULT_TARGETS: dict[str, Any] = {
@@ -114,7 +114,10 @@ def _resolve_names(config: LotrConfig, model: nn.Module) -> None:
         if not isinstance(default, str):  # the table names modules of all variants of an architecture
             default = set(default) & suffixes(path for path, _ in model.named_modules())
         config.target_modules = default  # type: ignore[assignment]
+    all_linear = config.target_modules == "all-linear"
     _maybe_include_all_linear_layers(config, model)
+    if all_linear and config.layers_to_transform is not None:
+        config.target_modules = names_in_layers(config)  # type: ignore[assignment]
 
 
 def _find_targets(model: nn.Module, config: LotrConfig, only: Collection[str] | None) -> list[Target]:

@@ -13,7 +13,7 @@ from ..errors import CheckpointError, ConfigError
 from ..files.adapter_folder import CONFIG, WEIGHTS, save_tensors, write_task
 from ..files.atomic import check_apart, check_free, whole_folder, write_json
 from ..math.magnitude import MAGNITUDES
-from ..math.update import FactoredUpdate, loras_of
+from ..math.update import loras_of
 from ..sharing.keys import file_shapes, lora_keys, magnitude_keys
 from ..tuner.saved_adapter import SavedAdapter, read_saved
 from .inspection import updates
@@ -104,12 +104,9 @@ def _lora(
     saved: SavedAdapter, tensors: dict[str, Tensor], pad_rank: int | None
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Return the tensors of the LoRA as PEFT names and lays them, and the rank of each target."""
-    parts: dict[str, list[FactoredUpdate]] = {}
-    for part, update in updates(saved, tensors):
-        parts.setdefault(part.sites[0].module, []).append(update)
     lora, ranks = {}, {}
-    for target in saved.plan.targets:
-        loras = loras_of(parts[target.path], target.shape, target.experts)
+    for target, parts in updates(saved, tensors):
+        loras = loras_of([update for _, update in parts], target.shape, target.experts)
         own = max(len(A) for A, _ in loras)
         rank = ranks[target.path] = own if pad_rank is None else pad_rank
         if rank < own:

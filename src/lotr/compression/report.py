@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from ..adapters import plots
 from ..sharing.plan import Plan
 from .base import is_same_base
 from .fit import GroupFit, error_of_all
@@ -43,7 +44,7 @@ class Report:
     """
 
     bank: str
-    base_model: str
+    base_model: str | None
     trained_on: str | None
     tasks: int
     error: float
@@ -71,18 +72,9 @@ def report_of(
     scores: Mapping[str, Mapping[str, Any]],
     **told: Any,
 ) -> Report:
-    """Return the report of a fit.
+    """Return the report of a fit, to whose `max_error` `asked` belongs; `told` are the other fields.
 
-    Args:
-        stack: The adapters.
-        plan: The plan of the bank.
-        curves: What rank buys, by group.
-        others: The same with other cores, by what `--core` calls them.
-        fits: The fit of every group.
-        lost: By task: `‖Δ − U C Vᵀ‖²` of every module.
-        asked: The error that was asked for, if any.
-        scores: By task: what was measured on its own data, before and after.
-        told: The other fields of the report.
+    `curves` tell what rank buys, by group; `others` with other cores, by what `--core` calls them.
     """
     by_task: list[dict[str, Any]] = [
         {
@@ -213,9 +205,9 @@ def _about_scores(by_task: list[dict[str, Any]]) -> list[str]:
     return notes
 
 
-def _about_base(base: str, trained_on: str | None) -> list[str]:
+def _about_base(base: str | None, trained_on: str | None) -> list[str]:
     """Say that a base model of another name was given: where it lies may differ, its weights may not."""
-    if trained_on is None or is_same_base(base, trained_on):
+    if base is None or trained_on is None or is_same_base(base, trained_on):
         return []
     return [f"The adapters tell {trained_on!r}, and the bank is for {base!r}: both must be the same weights."]
 
@@ -234,16 +226,12 @@ def _about_bytes(before: int, numbers: int, after: int) -> list[str]:
 
 def draw(report: Report, path: Path) -> None:
     """Draw error against bytes, with the point that was chosen."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 3.8), dpi=130, layout="constrained")
+    figure = plots.figure_of(6.4, 3.8)
     axis = figure.subplots()
-    points = report.curve
-    sizes, errors = ([point[name] for point in points] for name in ("bytes", "error"))
-    axis.plot(sizes, errors, color="#3b6fb6", label="one rank for all")
-    size = report.bytes_of_numbers
-    axis.plot([size], [report.error], "o", color="#d9822b", label="this bank")
+    sizes, errors = ([point[name] for point in report.curve] for name in ("bytes", "error"))
+    axis.plot(sizes, errors, color=plots.BLUE, label="one rank for all")
+    axis.plot([report.bytes_of_numbers], [report.error], "o", color=plots.ORANGE, label="this bank")
     axis.axvline(report.bytes_before, color="#8a8f98", linestyle=":", label="the adapters")
     axis.set(xscale="log", ylim=(0, 1), xlabel="bytes of factors, cores and heads", ylabel="relative error")
     axis.legend(frameon=False)
-    figure.savefig(path, metadata={"Software": None})
+    plots.save(figure, path)

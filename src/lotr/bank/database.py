@@ -46,16 +46,7 @@ _IN_WORDS = {
 
 
 class Database:
-    """A database that exists.
-
-    Args:
-        path: The file.
-        writable: Whether it will be written.
-        truncated: Whether to open a file of which the end is missing.
-
-    Raises:
-        CheckpointError: The file is missing or damaged, or may not be read here.
-    """
+    """A database that exists; `truncated` opens also a file of which the end is missing."""
 
     def __init__(self, path: Path, writable: bool = False, truncated: bool = False) -> None:
         self.path, self.writable, self.truncated = path, writable, truncated
@@ -65,35 +56,33 @@ class Database:
     def _open(self) -> None:
         if not self.path.is_file():
             raise CheckpointError(f"{self.path.parent} holds no {self.path.name}: the bank's tasks are gone.")
-        if self._beside(
-            "-journal"
-        ).exists():  # SQLite would undo what it says, and delete the file that it names
+        journal = self._beside("-journal")
+        if journal.exists():  # SQLite would undo what it says, and delete the file that it names
             raise CheckpointError(
-                f"{self._beside('-journal')} belongs to no bank: {self.path.name} has a write-ahead log, and no "
-                "rollback journal. If you trust the folder, remove the file."
+                f"{journal} belongs to no bank: {self.path.name} has a write-ahead log, and no rollback journal. If "
+                "you trust the folder, remove the file."
             )
         with self._in_words():
             uri = f"{self.path.resolve().as_uri()}?mode={self._mode()}"
-            self._connection = sqlite3.connect(
+            connection = sqlite3.connect(
                 uri, uri=True, isolation_level=None, timeout=_WAIT, check_same_thread=False
             )
-            self._process, self._file = os.getpid(), self.path.stat()
-            self._steps = self._most_steps = 0
-            self._connection.set_progress_handler(self._is_endless, _LOOK)
+            self._connection, self._process, self._file = connection, os.getpid(), self.path.stat()
+            connection.set_progress_handler(self._is_endless, _LOOK)
             self._set_limits()
-            self._connection.execute("PRAGMA trusted_schema = OFF")
-            self._connection.execute("PRAGMA cell_size_check = ON")
+            connection.execute("PRAGMA trusted_schema = OFF")
+            connection.execute("PRAGMA cell_size_check = ON")
             # a changed byte in one name must not keep the others from being listed
-            self._connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+            connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
             if self.truncated:  # else SQLite refuses to look at any of it
-                self._connection.execute("PRAGMA writable_schema = ON")
+                connection.execute("PRAGMA writable_schema = ON")
             if self.writable:
-                self._connection.execute("PRAGMA journal_mode = WAL")  # it is, in every file of this library
-                self._connection.execute("PRAGMA synchronous = FULL")
+                connection.execute("PRAGMA journal_mode = WAL")  # it is, in every file of this library
+                connection.execute("PRAGMA synchronous = FULL")
                 # the log goes into the file when it is this long; SQLite counts in pages
-                page = self._connection.execute("PRAGMA page_size").fetchone()[0]
-                self._connection.execute(f"PRAGMA wal_autocheckpoint = {_LOG // page}")
-                self._connection.execute(f"PRAGMA journal_size_limit = {_LOG}")
+                page = connection.execute("PRAGMA page_size").fetchone()[0]
+                connection.execute(f"PRAGMA wal_autocheckpoint = {_LOG // page}")
+                connection.execute(f"PRAGMA journal_size_limit = {_LOG}")
 
     def _mode(self) -> str:
         if self.writable:
@@ -123,9 +112,8 @@ class Database:
             yield
         except (sqlite3.Error, UnicodeDecodeError) as error:
             # a changed byte in the schema is met as a name that is no text
-            damaged = (
-                sqlite3.SQLITE_CORRUPT if isinstance(error, UnicodeDecodeError) else sqlite3.SQLITE_ERROR
-            )
+            is_text = isinstance(error, UnicodeDecodeError)
+            damaged = sqlite3.SQLITE_CORRUPT if is_text else sqlite3.SQLITE_ERROR
             code = getattr(error, "sqlite_errorcode", damaged) & 0xFF
             subject = f"Task {task!r} cannot be read: {self.path}" if task is not None else str(self.path)
             raise CheckpointError(f"{subject} {_IN_WORDS.get(code, 'cannot be used')} ({error}).") from error
@@ -160,12 +148,7 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Write everything in the block, or nothing of it.
-
-        Raises:
-            ConfigError: The file was opened for reading.
-            CheckpointError: The disk is full, the file is damaged, or another process has been writing for long.
-        """
+        """Write everything in the block, or nothing of it."""
         if not self.writable:
             raise ConfigError(
                 f"The bank in {self.path.parent} was opened for reading. Open it with writable=True."

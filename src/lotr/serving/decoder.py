@@ -17,27 +17,18 @@ from .problems import Problem
 
 @dataclass(eq=False)
 class Prompt:
-    """A text that is to be continued.
+    """A text that is to be continued."""
 
-    Args:
-        task: The task that writes, as it was when the text came.
-        ids: The text in tokens.
-        max_tokens: Tokens to write at most.
-        temperature: 0 takes the most likely token.
-        stop: Texts at which it ends; they are left out.
-        seed: Of what is drawn; without one it is another each time.
-        emit: Given each piece as it is written, in the model's thread.
-        left: Whether nobody waits any more.
-    """
-
-    task: LoadedTask
+    task: LoadedTask  # that writes, as it was when the text came
     ids: list[int]
     max_tokens: int
-    temperature: float = 1.0
-    stop: Sequence[str] = ()
-    seed: int | None = None
-    emit: Callable[[str], None] = field(default=lambda piece: None)
-    left: bool = False
+    temperature: float = 1.0  # 0 takes the most likely token
+    stop: Sequence[str] = ()  # texts at which it ends; they are left out
+    seed: int | None = None  # without one, something else is drawn each time
+    emit: Callable[[str], object] = field(
+        default=lambda piece: None
+    )  # given each piece, in the model's thread
+    left: bool = False  # whether nobody waits any more
 
     @property
     def length(self) -> int:
@@ -76,18 +67,9 @@ class Decoder:
         most: int,
         **options: Any,
     ) -> list[Prompt]:
-        """Return texts, or conversations that are to be answered, in tokens.
+        """Return texts, or conversations that are to be answered, in tokens, for `max_tokens` or as many as have room.
 
-        Args:
-            name: The task that writes.
-            texts: Each a text, or the turns.
-            max_tokens: Tokens to write; default: as many as there is room for.
-            most: Tokens that are ever written.
-            options: Of `Prompt`.
-
-        Raises:
-            UnknownTaskError: There is no such task.
-            Problem: One is too long, or a conversation has no form here.
+        No more than `most` tokens are ever written; `options` are those of `Prompt`.
         """
         task, prompts = self.served.task(name), []
         for ids in map(self._ids, texts):
@@ -126,7 +108,7 @@ class Decoder:
                 try:
                     yield from steps.write()
                     if steps.rows:
-                        steps.forward(steps.last()[:, None])
+                        steps.forward(torch.tensor([[steps.writers[row].ids[-1]] for row in steps.rows]))
                 except Exception as error:  # what was written cannot be taken back
                     yield from ((row, error) for row in steps.rows)
                     return
@@ -186,10 +168,6 @@ class _Steps:
                 self.mask = self.mask[places]
                 self.memory.batch_select_indices(places)
         return ended
-
-    def last(self) -> Tensor:  # (rows,)
-        """Return the newest token of every row."""
-        return torch.tensor([self.writers[row].ids[-1] for row in self.rows])
 
 
 class _Writer:

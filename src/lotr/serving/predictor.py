@@ -49,19 +49,9 @@ class Predictor:
         cut: bool = False,
         embed: bool = False,
     ) -> list[Text]:
-        """Return texts in tokens.
+        """Return texts in tokens for a task, cut to its length where that is asked for.
 
-        Args:
-            name: The task that they are for.
-            texts: The texts.
-            pairs: The second text of each, where the task takes pairs.
-            cut: Whether to cut what is too long, as in training.
-            embed: Whether they become vectors; then the task may be one of pairs, too.
-
-        Raises:
-            UnknownTaskError: There is no such task.
-            CheckpointError: It is damaged.
-            Problem: A text is too long, or there should be two.
+        Where they become vectors, the task may be one of pairs, too.
         """
         task = self.served.task(name)
         takes_pairs = task.metadata.get("pairs")
@@ -92,8 +82,8 @@ class Predictor:
                 yield from zip(rows, answers([texts[n] for n in rows]), strict=True)
 
     def _predictions(self, texts: Sequence[Text]) -> list[dict[str, Any]]:
-        logits = self.logits(texts)
-        return [prediction(text.task, own) for text, own in zip(texts, logits, strict=True)]
+        pairs = zip(texts, self.logits(texts), strict=True)
+        return [_prediction(text.task, own) for text, own in pairs]
 
     def logits(self, texts: Sequence[Text]) -> Tensor:  # (rows, labels)
         """Return what the model says of texts, each by its task."""
@@ -116,7 +106,7 @@ class Predictor:
             return model(**inputs)
 
 
-def prediction(task: LoadedTask, logits: Tensor) -> dict[str, Any]:  # (labels,)
+def _prediction(task: LoadedTask, logits: Tensor) -> dict[str, Any]:  # (labels,)
     """Return what a task says of one text: a value, or its most likely label and the probability of each."""
     if task.kind == "regression":
         return {"value": float(logits[0])}

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from ..bank import CoreBank
+from ..bank.head_form import ROOT
 from ..errors import LotrError
 from ..files.adapter_folder import CONFIG, WEIGHTS, save_tensors
 from ..files.atomic import read_json, write_json
@@ -37,12 +38,8 @@ _LOG = logging.getLogger(__name__)
 class LoraFolders:
     """Tasks of a bank as folders in vLLM's form; the least recently used ones are removed, and made again on demand.
 
-    Several processes may share them: a folder is there whole or not at all, and never changes.
-
-    Args:
-        bank: The bank.
-        root: Where the folders are; its size is kept below `most` bytes.
-        most: Bytes.
+    The size of `root` is kept below `most` bytes. Several processes may share it: a folder is there whole or not at
+    all, and never changes.
     """
 
     def __init__(self, bank: CoreBank, root: Path, most: int) -> None:
@@ -50,12 +47,7 @@ class LoraFolders:
         self._beside = partial(tempfile.TemporaryDirectory, dir=root, prefix=".")  # on the same file system
 
     def make(self, name: str) -> Path:
-        """Return the folder of a task as the bank has it now; the name is no part of the path.
-
-        Raises:
-            UnknownTaskError: There is no such task.
-            CheckpointError: It is damaged, or has no LoRA form.
-        """
+        """Return the folder of a task as the bank has it now; the name is no part of the path."""
         checksum = self.bank.about(name)["checksum"]
         folder = self.root / hashlib.sha256(f"{checksum} {name}".encode()).hexdigest()[:32]
         if not _use(folder):
@@ -106,11 +98,7 @@ class LoraFolders:
 
 
 class BankResolver:
-    """What vLLM asks for a LoRA that it does not know; see `vllm.lora.resolver.LoRAResolver`.
-
-    Args:
-        folders: Where tasks become folders.
-    """
+    """What vLLM asks for a LoRA that it does not know; see `vllm.lora.resolver.LoRAResolver`."""
 
     def __init__(self, folders: LoraFolders) -> None:
         self.folders = folders
@@ -128,19 +116,16 @@ class BankResolver:
             return None
         from vllm.lora.request import LoRARequest
 
-        return LoRARequest(
-            lora_name, 1 + int(path.name[:7], 16), str(path)
-        )  # vLLM gives it a number of its own
+        # vLLM gives it a number of its own
+        return LoRARequest(lora_name, 1 + int(path.name[:7], 16), str(path))
 
     def _make(self, name: str) -> Path | None:
         bank = self.folders.bank
         if name not in bank:
             return None
-        heads = {key.removeprefix("base_model.model.").split(".")[0] for key in bank.get(name).head}
-        if heads - HEADS:
-            _LOG.warning(
-                "Task %r has %s in full, which vLLM does not take.", name, ", ".join(sorted(heads - HEADS))
-            )
+        heads = {key.removeprefix(ROOT).split(".")[0] for key in bank.get(name).head}
+        if other := ", ".join(sorted(heads - HEADS)):
+            _LOG.warning("Task %r has %s in full, which vLLM does not take.", name, other)
             return None
         return self.folders.make(name)
 
@@ -154,10 +139,8 @@ def register() -> None:
     from vllm.lora.resolver import LoRAResolverRegistry
 
     bank = CoreBank.open(place)
-    root = (
-        Path(os.environ.get(CACHE) or _memory())
-        / hashlib.sha256(str(bank.path.resolve()).encode()).hexdigest()[:16]
-    )
+    own = hashlib.sha256(str(bank.path.resolve()).encode()).hexdigest()[:16]
+    root = Path(os.environ.get(CACHE) or _memory()) / own
     folders = LoraFolders(bank, root, int(os.environ.get(CACHE_BYTES, 4 << 30)))
     LoRAResolverRegistry.register_resolver("lotr", BankResolver(folders))
     manager = worker_manager.WorkerLoRAManager

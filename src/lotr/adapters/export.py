@@ -72,21 +72,16 @@ def export(
     tensors = saved.tensors()
     others = tensors.keys() - file_shapes(saved.plan).keys()
     lora, ranks = _lora(saved, tensors, pad_rank)
-    plain = {
-        key
-        for target in saved.plan.targets
-        if not target.experts
-        for key in lora_keys(saved.plan, target)[:2]
-    }
+    matrices = [target for target in saved.plan.targets if not target.experts]
+    plain = {key for target in matrices for key in lora_keys(saved.plan, target)[:2]}
     numbers = sum(tensor.numel() for tensor in lora.values())
     lora |= {key: tensors[key] for key in others}
     lora_config = _lora_config(saved, ranks)
     with whole_folder(output, overwrite) as made:
         save_tensors(lora, made)
         write_json(made / CONFIG, lora_config)
-        (made / "README.md").write_text(
-            _CARD.format(base=lora_config["base_model_name_or_path"] or ""), encoding="utf-8"
-        )
+        card = _CARD.format(base=lora_config["base_model_name_or_path"] or "")
+        (made / "README.md").write_text(card, encoding="utf-8")
         if saved.folder.task:
             write_task(made, {**saved.folder.task, "method": "peft_lora"})
     return {
@@ -154,18 +149,7 @@ def _lora_config(saved: SavedAdapter, ranks: dict[str, int]) -> dict[str, Any]:
 
 
 def merge(model: Any, output: str | Path, tokenizer: Any = None, overwrite: bool = False) -> None:
-    """Write a plain transformers model with the active adapter merged into its weights.
-
-    Args:
-        model: A PEFT model; it is merged and must not be used as an adapter afterwards.
-        output: Folder to make.
-        tokenizer: Saved beside the model, or `None`.
-        overwrite: Replace the folder when it is not empty.
-
-    Raises:
-        CheckpointError: The merged weights are not finite.
-        ConfigError: `output` is not free, or is where the base model or the basis lies.
-    """
+    """Write a plain transformers model with the active adapter of a PEFT model, which is used up, in its weights."""
     output = Path(output)
     check_free(output, overwrite)
     for config in model.peft_config.values():

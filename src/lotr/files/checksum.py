@@ -32,11 +32,7 @@ def sealed(fields: Mapping[str, Any], *beside: Path) -> dict[str, Any]:
 
 
 def check_sealed(path: Path, fields: Mapping[str, Any], *beside: Path) -> None:
-    """Refuse the fields of a JSON file, or files beside it, that are not those of its checksum; none is no error.
-
-    Raises:
-        CheckpointError: The message says how to go on after a change by hand.
-    """
+    """Refuse the fields of a JSON file, or files beside it, that are not those of its checksum; none is no error."""
     if CHECKSUM in fields and fields != sealed(fields, *beside):
         what = f"the checksum of {', '.join(file.name for file in (path, *beside))} differs"
         raise CheckpointError(

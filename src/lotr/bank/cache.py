@@ -99,10 +99,6 @@ class TaskCache:
                     f"A batch with {len(names)} tasks does not fit: capacity={self._given!r} is kept in memory, and "
                     f"task {name!r} takes {task.nbytes:,} bytes more. Raise the capacity, or make smaller batches."
                 )
-        self._keep(tasks)
-        return {name: task for name, (task, *_) in tasks.items()}
-
-    def _keep(self, tasks: Mapping[str, tuple[LoadedTask, bytes, object]]) -> None:
         with self._lock:
             for name, entry in tasks.items():
                 if name in self._tasks:
@@ -111,6 +107,7 @@ class TaskCache:
                 self.used += self._cost(entry[0])
             while self.used > self._room:
                 self.used -= self._cost(self._tasks.popitem(last=False)[1][0])
+        return {name: task for name, (task, *_) in tasks.items()}
 
     def clear(self) -> None:
         """Read every task anew when it is next used."""

@@ -94,26 +94,20 @@ def recover(path: Path, output: Path, tick: Tick | None = None) -> dict[str, Any
         for name in (BANK, CONFIG, BASIS_WEIGHTS):
             shutil.copyfile(path / name, folder / name)
         create_store(folder / TASKS, description.basis_hash, description.task_bytes)
-        saved = _copy(source, TaskStore(folder / TASKS, writable=True), numbers, tick)
+        target, saved = TaskStore(folder / TASKS, writable=True), set[str]()
+        with target.database.transaction():
+            for done, number in enumerate(numbers, start=1):
+                record = None
+                with suppress(CheckpointError):  # there is none of the number, or a damaged one
+                    record = source.read_id(number)
+                if record is not None:
+                    target.write(record, overwrite=True)
+                    saved.add(record.name)
+                if tick is not None:
+                    tick(done, len(numbers))
+        target.database.close()
     lost = None if names is None else sorted(names - saved)
     return {"saved": len(saved), "lost": lost, "output": str(output)}
-
-
-def _copy(source: TaskStore, target: TaskStore, numbers: list[int], tick: Tick | None) -> set[str]:
-    """Copy the records that are whole; returns their names."""
-    saved: set[str] = set()
-    with target.database.transaction():
-        for done, number in enumerate(numbers, start=1):
-            record = None
-            with suppress(CheckpointError):  # there is none of the number, or a damaged one
-                record = source.read_id(number)
-            if record is not None:
-                target.write(record, overwrite=True)
-                saved.add(record.name)
-            if tick is not None:
-                tick(done, len(numbers))
-    target.database.close()
-    return saved
 
 
 def row_numbers(file: Path) -> Iterator[int]:

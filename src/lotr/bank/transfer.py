@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,15 @@ def _check_same_update(basis: Basis, adapter: AdapterFolder, config: LotrConfig)
 
 
 def export(
-    basis: Basis, task: Task, output: Path, as_lora: bool, refer: bool, overwrite: bool
+    basis: Basis,
+    task: Task,
+    output: Path,
+    as_lora: bool = False,
+    refer: bool = False,
+    overwrite: bool = False,
+    pad_rank: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Write a task as an adapter; see `CoreBank.export`."""
+    """Write a task as an adapter; see `CoreBank.export`, and `lotr.export` for `pad_rank`."""
     if as_lora and refer:
         raise ConfigError("A plain LoRA stands alone; it cannot refer to a basis. Leave out one of the two.")
     if not as_lora:
@@ -88,7 +94,7 @@ def export(
     check_free(output, overwrite)
     with tempfile.TemporaryDirectory() as alone:
         _write(basis, task, Path(alone), refer=False)
-        report = write_lora(alone, output, overwrite)
+        report = write_lora(alone, output, overwrite, pad_rank)
     return {"task": task.name} | {
         key: report[key] for key in ("numbers", "bytes", "rank", "modules", "output")
     }

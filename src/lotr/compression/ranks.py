@@ -18,21 +18,13 @@ from .fit import GroupFit
 
 @dataclass(frozen=True)
 class Curve:
-    """What rank buys in one group.
+    """What rank buys in one group."""
 
-    Args:
-        energy: `Σ w² ‖Δ‖²`.
-        kept: Energy kept at rank `n + 1`, shape `(most,)`.
-        factor_bytes: Bytes of the factors, a unit of rank.
-        core_bytes: Bytes of the cores of all tasks at rank 1.
-        diagonal: Whether cores are diagonal: they grow with the rank, and not with its square.
-    """
-
-    energy: float
-    kept: Tensor
-    factor_bytes: int
-    core_bytes: int
-    diagonal: bool = False
+    energy: float  # `Σ w² ‖Δ‖²`
+    kept: Tensor  # (most,), energy kept at rank `n + 1`
+    factor_bytes: int  # of the factors, a unit of rank
+    core_bytes: int  # of the cores of all tasks at rank 1
+    diagonal: bool = False  # such cores grow with the rank, and not with its square
 
     @property
     def most(self) -> int:

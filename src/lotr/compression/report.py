@@ -21,43 +21,23 @@ REPORT, PICTURE = "compress.json", "compress.png"
 
 @dataclass(frozen=True)
 class Report:
-    """What became of many adapters.
+    """What became of many adapters."""
 
-    Args:
-        bank: Folder of the bank.
-        base_model: Base model of the bank.
-        trained_on: Base model that the adapters tell.
-        tasks: How many there are.
-        error: Root of the mean squared relative error of a task, `‖Δ − U C Vᵀ‖ / ‖Δ‖`.
-        median_error: Median of the same.
-        bytes_before: Bytes of all adapters' weights.
-        bytes_after: Bytes of all files of the bank.
-        bytes_of_heads: Bytes of heads in it.
-        bytes_of_numbers: Bytes of factors, cores and heads in it.
-        groups: Name, sites, block and rank of every group, and its errors at the start and after every sweep.
-        by_task: Error, energy kept, rank and bytes before, and modules that it lacks of every task, the worst first;
-            where it was measured, the metric too, and its score before and after.
-        by_module: Relative error of every module, all adapters together.
-        curve: Rank, bytes and error of the HOSVD with one rank for all groups, at most 48 points.
-        advice: What to do about the error and the bytes, in sentences.
-        seconds: What the fit took.
-    """
-
-    bank: str
+    bank: str  # its folder
     base_model: str | None
-    trained_on: str | None
-    tasks: int
-    error: float
+    trained_on: str | None  # the base model that the adapters tell
+    tasks: int  # how many there are
+    error: float  # root of the mean squared relative error of a task, `‖Δ − U C Vᵀ‖ / ‖Δ‖`
     median_error: float
-    bytes_before: int
-    bytes_after: int
+    bytes_before: int  # of all adapters' weights
+    bytes_after: int  # of all files of the bank
     bytes_of_heads: int
-    bytes_of_numbers: int
-    groups: list[dict[str, Any]]
-    by_task: list[dict[str, Any]]
-    by_module: dict[str, float]
-    curve: list[dict[str, float]]
-    advice: list[str]
+    bytes_of_numbers: int  # of factors, cores and heads
+    groups: list[dict[str, Any]]  # with their errors at the start and after every sweep
+    by_task: list[dict[str, Any]]  # the worst first; where it was measured, with its score before and after
+    by_module: dict[str, float]  # relative error, all adapters together
+    curve: list[dict[str, float]]  # of the HOSVD with one rank for all groups, at most 48 points
+    advice: list[str]  # what to do about the error and the bytes, in sentences
     seconds: float
 
 

@@ -29,19 +29,12 @@ _KINDS = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal-lm"}
 
 @dataclass(frozen=True)
 class Source:
-    """An adapter on disk, as low-rank updates of modules.
-
-    Args:
-        folder: Its folder.
-        shapes: Path of a module → shape `(out, in)` of its update.
-        reader: Opens the file once, for many modules.
-        head: Reads what was trained in full, by its keys in an adapter's file.
-    """
+    """An adapter on disk, as low-rank updates of modules."""
 
     folder: AdapterFolder
-    shapes: dict[str, tuple[int, int]]
-    reader: Callable[[], AbstractContextManager[Reader]]
-    head: Callable[[], dict[str, Tensor]]
+    shapes: dict[str, tuple[int, int]]  # path of a module → `(out, in)` of its update
+    reader: Callable[[], AbstractContextManager[Reader]]  # opens the file once, for many modules
+    head: Callable[[], dict[str, Tensor]]  # reads what was trained in full, by its keys in an adapter's file
 
     @property
     def base_model(self) -> str | None:

@@ -25,22 +25,13 @@ CACHE = 256 << 20  # bytes up to which the updates of all tasks are read once
 
 @dataclass(frozen=True)
 class Entry:
-    """What the first reading tells of one adapter.
+    """What the first reading tells of one adapter."""
 
-    Args:
-        name: Name of its task.
-        path: Its folder.
-        energies: `‖Δ‖²` of every module that it changes.
-        rank: Largest rank of its updates.
-        bytes: Bytes of its weights file.
-        head_bytes: Bytes of its head.
-    """
-
-    name: str
+    name: str  # of its task
     path: Path
-    energies: dict[str, float]
-    rank: int
-    bytes: int
+    energies: dict[str, float]  # `‖Δ‖²` of every module that it changes
+    rank: int  # the largest of its updates
+    bytes: int  # of its weights file
     head_bytes: int
 
     @property
@@ -86,17 +77,11 @@ def read_entry(name: str, path: Path, known: Mapping[str, Shape], base: str | No
 
 @dataclass(frozen=True)
 class Stack:
-    """The updates of all adapters.
+    """The updates of all adapters."""
 
-    Args:
-        entries: One an adapter, in the order of their names.
-        weights: What the update of each is multiplied by in the fit.
-        spread: Runs the passes elsewhere; see `total`.
-    """
-
-    entries: tuple[Entry, ...]
-    weights: tuple[float, ...]
-    spread: Spread | None = None
+    entries: tuple[Entry, ...]  # in the order of their names
+    weights: tuple[float, ...]  # what the update of each is multiplied by in the fit
+    spread: Spread | None = None  # runs the passes elsewhere
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -140,9 +125,8 @@ class Stack:
         digest = hashlib.sha256()
         for entry in self.entries:
             stats = [file.stat() for file in sorted(entry.path.glob("adapter_*.*"))]
-            digest.update(
-                repr((entry.name, str(entry.path), [(s.st_size, s.st_mtime_ns) for s in stats])).encode()
-            )
+            told = entry.name, str(entry.path), [(s.st_size, s.st_mtime_ns) for s in stats]
+            digest.update(repr(told).encode())
         return digest.hexdigest()
 
 

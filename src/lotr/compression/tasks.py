@@ -96,13 +96,9 @@ def _task_of(entry: Entry, numbers: Tensor, error: float) -> Task:
 
 
 class Projection:
-    """The factors of a bank, orthonormal or not, on which updates become cores.
+    """The factors of a bank, orthonormal or not, on which updates become cores, which are kept in a type.
 
-    Args:
-        plan: The plan of the bank; its cores are free, or one diagonal a site.
-        tensors: Its factors by key.
-        scaling: `σ` of the bank.
-        dtype: Type in which cores are kept.
+    These are free, or one diagonal a site.
     """
 
     def __init__(self, plan: Plan, tensors: Mapping[str, Tensor], scaling: float, dtype: torch.dtype) -> None:

@@ -36,7 +36,8 @@ def whole_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     check_free(folder, overwrite)
     with locked(made, folder):
         check_free(folder, overwrite)  # as the one that was writing left it
-        _empty(made)
+        for path in made.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         try:
             yield made
             if folder.is_dir() and any(folder.iterdir()):
@@ -109,11 +110,6 @@ def _lock(folder: Path, output: Path) -> int | None:
         return descriptor
     os.close(descriptor)  # the run before removed or renamed it at this moment
     return _lock(folder, output)
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def check_free(folder: Path, overwrite: bool = False) -> None:

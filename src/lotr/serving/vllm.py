@@ -17,14 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
-from safetensors.torch import load_file
-
 from ..bank import CoreBank
 from ..bank.head_form import ROOT
+from ..bank.transfer import export
 from ..errors import LotrError
-from ..files.adapter_folder import CONFIG, WEIGHTS, save_tensors
-from ..files.atomic import read_json, write_json
 
 BANK, CACHE, CACHE_BYTES = "LOTR_BANK", "LOTR_VLLM_CACHE", "LOTR_VLLM_CACHE_BYTES"
 #: Ranks that vLLM has kernels for; a LoRA is padded with zeros to one of them.
@@ -58,20 +54,8 @@ class LoraFolders:
 
     def _write(self, name: str, folder: Path) -> None:
         with self._beside() as temporary:
-            exported, made = Path(temporary) / "lora", Path(temporary) / "padded"
-            self.bank.export(name, exported, as_lora=True)
-            config = read_json(exported / CONFIG, "a LoRA's configuration")
-            tensors = load_file(exported / WEIGHTS)
-            rank = next((rank for rank in RANKS if rank >= config["r"]), config["r"])
-            for key, tensor in tensors.items():
-                if ".lora_A." in key:
-                    tensors[key] = F.pad(tensor, (0, 0, 0, rank - len(tensor)))
-                elif ".lora_B." in key:
-                    tensors[key] = F.pad(tensor, (0, rank - tensor.shape[1]))
-            same: dict[str, Any] = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
-            made.mkdir()
-            save_tensors(tensors, made)
-            write_json(made / CONFIG, {**config, **same})
+            made = Path(temporary) / "lora"
+            export(self.bank.basis, self.bank.get(name), made, as_lora=True, pad_rank=RANKS)
             try:
                 made.replace(folder)
             except OSError as error:
@@ -105,7 +89,8 @@ class BankResolver:
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
         """Return a `LoRARequest`, or `None` where the bank has no such task, or is for another base model."""
-        if not _same_model(self.folders.bank.base_model, base_model_name):
+        ours = self.folders.bank.base_model
+        if ours not in (None, base_model_name) and Path(ours).resolve() != Path(base_model_name).resolve():
             return None
         try:
             path = await asyncio.to_thread(self._make, lora_name)
@@ -173,7 +158,3 @@ def _memory() -> Path:
     memory = Path("/dev/shm")
     root = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
     return root / f"lotr-{os.getuid()}"
-
-
-def _same_model(ours: str | None, theirs: str) -> bool:
-    return ours is None or ours == theirs or Path(ours).resolve() == Path(theirs).resolve()

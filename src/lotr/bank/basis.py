@@ -7,13 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, near
-from ..files.adapter_folder import BASIS_WEIGHTS, CONFIG, write_config
-from ..files.atomic import read_json, whole_folder, write_json
-from ..files.checksum import CHECKSUM, check_sealed, sealed
+from ..files.adapter_folder import BASIS_WEIGHTS, CONFIG, save_tensors, write_config
+from ..files.atomic import CHECKSUM, check_sealed, read_json, sealed, whole_folder, write_json
 from ..files.fingerprint import changed
 from ..tuner.basis import check_basis
 from ..tuner.config import LotrConfig
@@ -139,8 +137,7 @@ def create_folder(path: Path, basis: str | Path, dtype: str) -> None:
         layout.to_list(),
     )
     with whole_folder(path) as folder:
-        save_file(dict(sorted(factors.items())), folder / BASIS_WEIGHTS, metadata={"format": "pt"})
-        (folder / BASIS_WEIGHTS).chmod(0o644)
+        save_tensors(factors, folder, BASIS_WEIGHTS)
         alone = {"basis": None, "basis_hash": None, "inference_mode": True}
         write_config(folder, config.to_dict() | alone)
         write_json(folder / BANK, sealed(asdict(description), folder / CONFIG))

@@ -10,8 +10,7 @@ from typing import Any
 from ..adapters.export import export as write_lora
 from ..errors import CheckpointError, ConfigError
 from ..files.adapter_folder import WEIGHTS, AdapterFolder, save_tensors, write_config, write_task
-from ..files.atomic import check_free, whole_folder
-from ..files.checksum import CHECKSUM
+from ..files.atomic import CHECKSUM, check_free, whole_folder
 from ..files.fingerprint import changed
 from ..tuner.config import LotrConfig
 from ..tuner.saved_adapter import factors_of, hash_of, read_saved, used_by

@@ -18,8 +18,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, near
-from .atomic import read_json, write_json
-from .checksum import check_sealed, sealed
+from .atomic import check_sealed, read_json, sealed, write_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -30,9 +29,9 @@ BASIS_WEIGHTS = "basis.safetensors"
 _SETS = ("target_modules", "exclude_modules")
 
 
-def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], folder: Path, name: str = WEIGHTS) -> None:
     """Write the weights file of an adapter; who may read the folder may read it too."""
-    path = folder / WEIGHTS
+    path = folder / name
     save_file(dict(sorted(tensors.items())), path, metadata={"format": "pt"})
     path.chmod(0o644)
 

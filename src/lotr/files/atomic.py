@@ -1,13 +1,14 @@
-"""Files that are there whole or not at all, folders that one run at a time writes, JSON, sizes of files to come."""
+"""Files that are there whole or not at all, folders that one run at a time writes, and JSON, which has a checksum."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ try:
     import fcntl
 except ImportError:  # Windows, where folders cannot be locked
     fcntl = None  # type: ignore[assignment]
+
+#: Of a JSON file and of files beside it: a changed byte is noticed, not understood.
+CHECKSUM = "checksum"
 
 
 @contextmanager
@@ -167,6 +171,34 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is damaged: it holds no object.")
     return content
+
+
+def sealed(fields: Mapping[str, Any], *beside: Path) -> dict[str, Any]:
+    """Return fields of a JSON file with a checksum of them, and of the bytes of files beside it.
+
+    Example:
+        >>> sealed({"r": 16})[CHECKSUM] == sealed({"r": 16, CHECKSUM: "old"})[CHECKSUM] != sealed({"r": 48})[CHECKSUM]
+        True
+    """
+    plain = {key: value for key, value in fields.items() if key != CHECKSUM}
+    digest = hashlib.sha256()
+    for path in beside:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    # as it is read again: tuples are lists, and every key is text
+    as_read = json.loads(json.dumps(plain, default=str))
+    digest.update(json.dumps(as_read, sort_keys=True).encode())
+    return {**plain, CHECKSUM: digest.hexdigest()}
+
+
+def check_sealed(path: Path, fields: Mapping[str, Any], *beside: Path) -> None:
+    """Refuse the fields of a JSON file, or files beside it, that are not those of its checksum; none is no error."""
+    if CHECKSUM in fields and fields != sealed(fields, *beside):
+        what = f"the checksum of {', '.join(file.name for file in (path, *beside))} differs"
+        raise CheckpointError(
+            f"{path.parent} is damaged, or was put together from different folders: {what}. Copy or download it again. "
+            f"After a change by hand, take the line {CHECKSUM!r} out of {path.name}."
+        )
 
 
 def file_bytes(shapes: dict[str, tuple[int, ...]], width: int) -> int:

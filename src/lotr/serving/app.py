@@ -24,10 +24,9 @@ from .batcher import Batcher, answers_of
 from .bodies import Chat, Completion, Embed, Texts
 from .completions import Writing
 from .decoder import Continuation, Decoder
-from .embeddings import check_pooling, in_openai_form
 from .gate import Gate
 from .metrics import Metrics
-from .predictor import Predictor
+from .predictor import Predictor, check_pooling, in_openai_form
 from .problems import Problem, problem_of
 from .settings import ServeSettings
 from .upload import add_archive

@@ -24,7 +24,8 @@ from .wrap import BankModel, wrap
 class CoreBank:
     """One basis, and tasks that differ in their cores (and heads) alone: `ΔW_{t,s} = σ · U · C_{t,s} · Vᵀ`.
 
-    Make one with `CoreBank.create`, open one with `CoreBank.open`. Opening reads no task.
+    Make one with `CoreBank.create`, open one with `CoreBank.open`. Opening reads no task. A name that the bank has no
+    task of is an `UnknownTaskError`, and a damaged task a `CheckpointError` of its own: the others stay readable.
 
     Attributes:
         layout: Which numbers a task has, in which order.
@@ -145,12 +146,7 @@ class CoreBank:
         return iter(self.store.names())
 
     def get(self, name: str) -> Task:
-        """Return a task, its numbers in float32.
-
-        Raises:
-            UnknownTaskError: There is none of this name.
-            CheckpointError: It is damaged; the others stay readable.
-        """
+        """Return a task, its numbers in float32."""
         return to_task(self.store.read(name), self.layout.size)
 
     def read(self, names: Sequence[str]) -> tuple[Tensor, list[Task]]:  # (n, size)
@@ -243,33 +239,18 @@ class CoreBank:
         return transfer.export(self.basis, self.get(name), Path(output), as_lora, refer, overwrite)
 
     def remove(self, *names: str) -> None:
-        """Remove tasks, damaged or not: all of those named, or none.
-
-        Raises:
-            UnknownTaskError: There is none of one of the names.
-        """
+        """Remove tasks, damaged or not: all of those named, or none."""
         with self.store.database.transaction():
             for name in dict.fromkeys(names):
                 self.store.remove(name)
 
     def rename(self, old: str, new: str) -> None:
-        """Give a task another name.
-
-        Raises:
-            UnknownTaskError: There is no task `old`.
-            ConfigError: There is a task `new`, or it cannot be a name.
-            CheckpointError: The task is damaged.
-        """
+        """Give a task another name; ConfigError where there is a task `new`, or it cannot be a name."""
         with self.store.database.transaction():
             self.store.rename(old, check_name(new))
 
     def about(self, name: str) -> dict[str, Any]:
-        """Return what is known of a task, as plain values.
-
-        Raises:
-            UnknownTaskError: There is none of this name.
-            CheckpointError: It is damaged.
-        """
+        """Return what is known of a task, as plain values."""
         record = self.store.read(name)
         task = to_task(record, self.layout.size)
         return {

@@ -25,6 +25,9 @@ _STEPS = 2_000_000  # of SQLite's machine that any statement may take, and more 
 _STEPS_A_BYTE = 4  # reading everything takes about one
 _LONGEST = 1_000_000_000  # bytes of a row that is written; SQLite's own limit
 _LOOK = 10_000  # steps between two looks at how many there were
+_WAY_OUT = (
+    "Restore the folder from a copy, or save every task that can still be read with `lotr bank recover`"
+)
 _IN_WORDS = {
     sqlite3.SQLITE_FULL: "cannot grow: the disk is full. Nothing was written and nothing lost; make room and try again",
     sqlite3.SQLITE_IOERR: "cannot be read or written: the disk fails, or is full. Nothing was lost; make room, or move "
@@ -34,14 +37,10 @@ _IN_WORDS = {
     "folder, or copy the folder",
     sqlite3.SQLITE_CANTOPEN: "cannot be opened: it, or its folder, may not be read or written here. Give yourself the "
     "right, or copy the folder",
-    sqlite3.SQLITE_CORRUPT: "is damaged: it was cut off, or bytes in it changed. Nothing was written. Restore the "
-    "folder from a copy, or save every task that can still be read with `lotr bank recover`",
-    sqlite3.SQLITE_INTERRUPT: "is damaged: reading it does not end, because its pages point to each other. Restore the "
-    "folder from a copy, or save every task that can still be read with `lotr bank recover`",
-    sqlite3.SQLITE_TOOBIG: "is damaged: a row says that it is larger than the file. Restore the folder from a copy, or "
-    "save every task that can still be read with `lotr bank recover`",
-    sqlite3.SQLITE_NOTADB: "is no database, or its first bytes are damaged. Restore the folder from a copy, or save "
-    "what can be read with `lotr bank recover`",
+    sqlite3.SQLITE_CORRUPT: f"is damaged: it was cut off, or bytes in it changed. Nothing was written. {_WAY_OUT}",
+    sqlite3.SQLITE_INTERRUPT: f"is damaged: reading it does not end, as its pages point to each other. {_WAY_OUT}",
+    sqlite3.SQLITE_TOOBIG: f"is damaged: a row says that it is larger than the file. {_WAY_OUT}",
+    sqlite3.SQLITE_NOTADB: f"is no database, or its first bytes are damaged. {_WAY_OUT}",
 }
 
 

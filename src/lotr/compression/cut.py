@@ -14,6 +14,7 @@ from ..files.atomic import check_apart, check_free, whole_folder
 from ..tuner.saved_adapter import read_saved
 from ..tuner.truncate import truncate
 from .base import load_base
+from .ranks import checked_size
 from .sources import open_source
 
 
@@ -35,10 +36,9 @@ def cut(
     saved, output = read_saved(adapter), Path(output)
     check_free(output, overwrite)
     check_apart(output, "adapter", saved.path)
-    if (rank is None) == (max_error is None):
+    if rank is None and max_error is None:
         raise ConfigError("One adapter is cut to a rank or to an error: give one of --rank and --max-error.")
-    if max_error is not None and not 0 < max_error < 1:
-        raise ConfigError(f"max_error={max_error} is no relative error. Use a number between 0 and 1.")
+    checked_size(rank, max_error, None)
     source = open_source(saved.path)
     head = source.head()
     name, bare, _ = load_base(base, [source], n_outputs(head) if head else 2, "float32")

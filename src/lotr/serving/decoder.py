@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..bank.cache import LoadedTask
 from ..training.tasks.served import Served
@@ -101,9 +104,11 @@ class Decoder:
 
     def run(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Any]]:
         """Yield number and continuation of each prompt as it ends."""
-        steps = _Steps(self, prompts)
+        steps, rows = _Steps(self, prompts), [torch.tensor(prompt.ids) for prompt in prompts]
+        flushed_right = partial(pad_sequence, batch_first=True, padding_side="left")
         with torch.inference_mode():
-            steps.forward(*steps.padded())  # what one row breaks, it breaks here
+            # what one row breaks, it breaks here
+            steps.forward(flushed_right(rows), flushed_right([torch.ones_like(row) for row in rows]))
             while steps.rows:
                 try:
                     yield from steps.write()
@@ -124,15 +129,6 @@ class _Steps:
         self.mask = torch.empty(len(prompts), 0, dtype=torch.long, device=decoder.served.model.device)
         self.memory: Any = None
         self.logits = torch.empty(0)
-
-    def padded(self) -> tuple[Tensor, Tensor]:  # (rows, longest) each
-        """Return the prompts, flushed right, and where they have tokens."""
-        longest = max(prompt.length for prompt in self.prompts)
-        gaps = [longest - prompt.length for prompt in self.prompts]
-        pad = self.decoder.served.tokenizer.pad_token_id or 0
-        rows = zip(gaps, self.prompts, strict=True)
-        ids = torch.tensor([[pad] * gap + prompt.ids for gap, prompt in rows])
-        return ids, (torch.arange(longest) >= torch.tensor(gaps)[:, None]).long()
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> None:  # (rows, new tokens)
         """Read tokens; leaves the logits of what comes next."""
@@ -179,11 +175,8 @@ class _Writer:
         self.text = ""  # what was given out
         self._held = ""  # what may be the beginning of a text to stop at
         self._begin = self._shown = 0  # tokens whose text was taken; those before `_begin` change it no more
-        self._generator = torch.Generator()
-        if prompt.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(prompt.seed)
+        seed = secrets.randbits(63) if prompt.seed is None else prompt.seed
+        self._generator = torch.Generator().manual_seed(seed)
 
     def write(self, logits: Tensor, ends: set[int]) -> str | None:  # (vocabulary,)
         """Draw a token; returns why the text ends with it, if it does."""

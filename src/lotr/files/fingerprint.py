@@ -115,13 +115,9 @@ def _numbers(weights: Any, shape: _Shape, recorded: _Shape) -> Tensor:  # (16,)
     numbers = [torch.tensor(torch.nan)] * _N
     last = math.prod(recorded) - 1
     for n in range(_N) if _alike(shape, recorded) else ():
-        place: list[slice] = []
-        rest = last * n // (_N - 1)
-        for size in reversed(recorded):
-            rest, at = divmod(rest, size)
-            place.insert(0, slice(at, at + 1))
-        if not shape or place[0].start < shape[0]:
-            numbers[n] = weights[tuple(place)].reshape(()).float()
+        place = np.unravel_index(last * n // (_N - 1), recorded)
+        if not shape or place[0] < shape[0]:
+            numbers[n] = weights[tuple(slice(at, at + 1) for at in place)].reshape(()).float()
     return torch.stack([number.cpu() for number in numbers]).to(torch.bfloat16)
 
 

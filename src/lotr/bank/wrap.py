@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -102,20 +102,14 @@ class BankModel(PeftModel):
         """The tasks in memory, and which of them a call uses."""
         return self.base_model.tasks  # type: ignore[return-value]
 
-    def forward(
-        self,
-        *args: Any,
-        task_ids: Sequence[str | None] | None = None,
-        adapter_names: Sequence[str | None] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Return what the base model returns, row `i` of the batch with task `task_ids[i]`.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the base model returns, row `i` of the batch with task `task_ids[i]`, or `adapter_names[i]`.
 
         Raises:
             ConfigError: There is not one name a row, or the model is a replica of `DataParallel`.
             DataError: A label is none of its row's task.
         """
-        rows = self._rows(task_ids, adapter_names, args, kwargs)
+        rows = self._rows(args, kwargs)
         if torch.is_grad_enabled() and self.training:
             self.tasks.current.remember_in_checkpoints(self.base_model)
         # a loss of the base model knows one head only
@@ -127,32 +121,21 @@ class BankModel(PeftModel):
         loss = row_losses(output["logits"], labels, None if rows is None else rows.head).mean()
         return type(output)(**{"loss": loss, **output})
 
-    def generate(
-        self,
-        *args: Any,
-        task_ids: Sequence[str | None] | None = None,
-        adapter_names: Sequence[str | None] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Generate as the base model does, row `i` of the batch with task `task_ids[i]`; errors as in `forward`."""
-        with self.tasks.current.running(self._rows(task_ids, adapter_names, args, kwargs)):
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as the base model does, with tasks and errors as in `forward`."""
+        with self.tasks.current.running(self._rows(args, kwargs)):
             return super().generate(*args, **kwargs)
 
-    def _rows(
-        self,
-        task_ids: Sequence[str | None] | None,
-        adapter_names: Sequence[str | None] | None,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-    ) -> Rows | None:
-        """Return what the rows of a call have of their own: those named, or else those selected."""
+    def _rows(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Rows | None:
+        """Return what the rows of a call have of their own: those named, which leave its arguments, or selected."""
+        task_ids, names = kwargs.pop("task_ids", None), kwargs.pop("adapter_names", None)
         if getattr(self, "_is_replica", False):
             raise ConfigError(
                 "DataParallel runs a model in threads that do not know the tasks of the call. Use one process a device."
             )
-        if task_ids is not None and adapter_names is not None:
+        if task_ids is not None and names is not None:
             raise ConfigError("task_ids= and adapter_names= both name the tasks of the rows. Leave out one.")
-        names = adapter_names if task_ids is None else task_ids
+        names = names if task_ids is None else task_ids
         if names is None:
             return self.tasks.current.get()
         main = getattr(self.get_base_model(), "main_input_name", "input_ids")

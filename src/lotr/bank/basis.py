@@ -22,7 +22,7 @@ from .task import DTYPES
 
 BANK, TASKS = "bank.json", "tasks.sqlite"
 FORMAT = 2
-_TEXTS = {"dtype": str, "numbers": int, "basis_hash": str} | dict.fromkeys(
+_KINDS = {"dtype": str, "numbers": int, "basis_hash": str} | dict.fromkeys(
     ("base_model", "base_fingerprint"), str | None
 )
 
@@ -56,7 +56,7 @@ class Description:
             description = Description(**{key: value for key, value in content.items() if key != CHECKSUM})
         except TypeError as error:
             raise CheckpointError(f"{folder / BANK} is damaged: {error}. Restore it from a copy.") from None
-        for name, kind in _TEXTS.items():
+        for name, kind in _KINDS.items():
             value = getattr(description, name)
             if not isinstance(value, kind) or (name == "dtype" and value not in DTYPES):
                 raise CheckpointError(

@@ -105,7 +105,7 @@ def compress(
         modules = [module for module in shapes if module in changed]
         config = bank_config(model, modules, modes, core, task_types)
         config.base_model_name_or_path = name
-        request = (stack.digest(), size, config.to_dict(), weights, dtype, sweeps, tolerance)
+        request = (stack.files(), size, config.to_dict(), weights, dtype, sweeps, tolerance)
         state = State(output, repr(request))
         try:
             with cluster(ray) as spread:

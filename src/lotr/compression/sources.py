@@ -143,10 +143,7 @@ def _folders(place: str) -> list[Path]:
         named = [line for line in lines if line and not line.startswith("#")]
         if not named:
             raise ConfigError(f"{place} names no adapter. Write the path of one on every line.")
-        beside = (
-            line if Path(line).is_absolute() or not (path.parent / line).exists() else path.parent / line
-            for line in named
-        )
+        beside = (path.parent / line if (path.parent / line).exists() else line for line in named)
         return [folder for line in beside for folder in _folders(str(line))]
     if any(character in place for character in "*?["):
         matches = Path(path.anchor or ".").glob(str(path.relative_to(path.anchor)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,14 +119,13 @@ class Stack:
 
         return batches
 
-    def digest(self) -> str:
-        """Return a hash of names, places, sizes and times of all files."""
-        digest = hashlib.sha256()
+    def files(self) -> list[tuple[str, str, list[tuple[int, int]]]]:
+        """Return names and places of all adapters, and sizes and times of their files."""
+        files = []
         for entry in self.entries:
             stats = [file.stat() for file in sorted(entry.path.glob("adapter_*.*"))]
-            told = entry.name, str(entry.path), [(s.st_size, s.st_mtime_ns) for s in stats]
-            digest.update(repr(told).encode())
-        return digest.hexdigest()
+            files.append((entry.name, str(entry.path), [(s.st_size, s.st_mtime_ns) for s in stats]))
+        return files
 
 
 def _read(entries: Sequence[Entry], groups: Sequence[Group]) -> Pairs:

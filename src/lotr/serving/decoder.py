@@ -104,7 +104,8 @@ class Decoder:
 
     def run(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Any]]:
         """Yield number and continuation of each prompt as it ends."""
-        steps, rows = _Steps(self, prompts), [torch.tensor(prompt.ids) for prompt in prompts]
+        steps = _Steps(self, prompts)
+        rows = [torch.tensor(prompt.ids, dtype=torch.long) for prompt in prompts]
         flushed_right = partial(pad_sequence, batch_first=True, padding_side="left")
         with torch.inference_mode():
             # what one row breaks, it breaks here

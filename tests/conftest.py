@@ -127,7 +127,7 @@ def _seed() -> None:
 @pytest.fixture
 def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures are empty files: painting one takes longer than the runs of the tests that use this."""
-    monkeypatch.setattr("lotr.adapters.plots._save", lambda figure, path: path.write_bytes(b""))
+    monkeypatch.setattr("lotr.adapters.plots.save", lambda figure, path: path.write_bytes(b""))
 
 
 @pytest.fixture(params=list(ARCHITECTURES))

@@ -47,9 +47,9 @@ def test_updates_are_those_that_peft_applies(
     lora(tmp_path, **fields)
     edit(tmp_path, lambda tensors: tensors.update({key: t.to(dtype) for key, t in tensors.items()}))
     expected = dense(PeftModel.from_pretrained(bert(), str(tmp_path)))
-    source = open_source("a", tmp_path)
+    source = open_source(tmp_path)
     assert source.shapes.keys() == expected.keys()
-    with source.read() as read:
+    with source.reader() as read:
         for module, dW in expected.items():
             A, B = read(module)
             torch.testing.assert_close(B @ A, dW)

@@ -413,7 +413,7 @@ def test_mixed_batches_starts_from_data_and_banks_are_refused(tmp_path: Path) ->
     with pytest.raises(ConfigError, match="A bank cannot hold tasks on experts"):
         Layout.of(model.peft_config["default"].recorded_plan())
     with pytest.raises(CheckpointError, match="which a bank cannot"):
-        open_source("one", tmp_path / "adapter")
+        open_source(tmp_path / "adapter")
 
 
 def test_a_model_without_experts_is_as_before() -> None:

@@ -17,7 +17,7 @@ from peft import get_peft_model
 pytest.importorskip("fastapi")
 
 from lotr import CoreBank, LotrConfig, Task
-from lotr.serving import embeddings
+from lotr.serving import predictor
 from saved_models import save_bert
 from served_banks import decoder_bank, encoder_bank, encoder_task
 from servers import Client, serving
@@ -111,7 +111,7 @@ def test_a_base_that_does_not_embed_by_the_mean_is_told_so(tmp_path: Path) -> No
     pooling = tmp_path / "model" / "1_Pooling" / "config.json"
     pooling.parent.mkdir()
     pooling.write_text(json.dumps({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}))
-    embeddings._pooling.cache_clear()
+    predictor._pooling.cache_clear()
     with serving(tmp_path) as client:
         status, answer = embed(client, "task-0", "a")
         assert status == 404 and "pools by cls" in answer["error"]["message"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +14,24 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError
 from ..files.adapter_folder import CONFIG, WEIGHTS, save_tensors, write_task
 from ..files.atomic import check_apart, check_free, whole_folder, write_json
+from ..files.card import Card
 from ..math.magnitude import MAGNITUDES
-from ..math.update import FactoredUpdate, loras_of
+from ..math.update import loras_of
 from ..sharing.groups import bias_of
 from ..sharing.keys import file_shapes, group_keys, lora_keys, magnitude_keys
 from ..tuner.expert_names import PARAMETERS
 from ..tuner.saved_adapter import SavedAdapter, read_saved
 from .inspection import updates
 
-_CARD = """---
-base_model: {base}
-library_name: peft
-tags: [lora, peft]
----
-
-# LoRA of a LoTR adapter
-
-An exact copy: `lora_A = Vᵀ`, `lora_B = σ U C`, so the outputs are equal to rounding. PEFT loads it with nothing
-else installed: `AutoPeftModel.from_pretrained("path/or/hub-id")`.
-"""
+_EXACT = """An exact copy of a LoTR adapter: `lora_A = Vᵀ`, `lora_B = σ U C`, so the outputs are equal to rounding. PEFT
+loads it with nothing else installed: `AutoPeftModel.from_pretrained("path/or/hub-id")`."""
 
 
 def export(
-    adapter: str | Path, output: str | Path, overwrite: bool = False, pad_rank: int | None = None
+    adapter: str | Path,
+    output: str | Path,
+    overwrite: bool = False,
+    pad_rank: int | Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Write a saved adapter as plain PEFT LoRA, exactly and without the base model.
 
@@ -45,7 +41,8 @@ def export(
         adapter: Folder or hub id of a LoTR adapter whose magnitude adds, `W + ΔW`, or is DoRA's.
         output: Folder to make.
         overwrite: Replace the folder when it is not empty.
-        pad_rank: Rank that every module is brought to with zeros, for servers that take few ranks, or one.
+        pad_rank: Rank that every module is brought to with zeros, for servers that take one rank; of several, the
+            smallest that no module is above.
 
     Returns:
         Counts: modules, rank, numbers and bytes before and after; and under `peft_only` the tensors (of a head,
@@ -80,21 +77,16 @@ def export(
     tensors = saved.tensors()
     others = tensors.keys() - file_shapes(saved.plan).keys()
     lora, ranks = _lora(saved, tensors, pad_rank)
-    plain = {
-        key
-        for target in saved.plan.targets
-        if not target.experts
-        for key in lora_keys(saved.plan, target)[:2]
-    }
+    matrices = [target for target in saved.plan.targets if not target.experts]
+    plain = {key for target in matrices for key in lora_keys(saved.plan, target)[:2]}
     numbers = sum(tensor.numel() for tensor in lora.values())
     lora |= {key: tensors[key] for key in others}
     lora_config = _lora_config(saved, ranks)
     with whole_folder(output, overwrite) as made:
         save_tensors(lora, made)
         write_json(made / CONFIG, lora_config)
-        (made / "README.md").write_text(
-            _CARD.format(base=lora_config["base_model_name_or_path"] or ""), encoding="utf-8"
-        )
+        card = Card("lora", lora_config["base_model_name_or_path"], is_lotr=False)
+        (made / "README.md").write_text(card.text(_EXACT), encoding="utf-8")
         if saved.folder.task:
             write_task(made, {**saved.folder.task, "method": "peft_lora"})
     return {
@@ -109,23 +101,27 @@ def export(
 
 
 def _lora(
-    saved: SavedAdapter, tensors: dict[str, Tensor], pad_rank: int | None
+    saved: SavedAdapter, tensors: dict[str, Tensor], pad_rank: int | Sequence[int] | None
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Return the tensors of the LoRA as PEFT names and lays them, and the rank of each target."""
-    parts: dict[str, list[FactoredUpdate]] = {}
-    for part, update in updates(saved, tensors):
-        parts.setdefault(part.sites[0].module, []).append(update)
-    lora, ranks = {}, {}
-    for target in saved.plan.targets:
-        loras = loras_of(parts[target.path], target.shape, target.experts)
-        own = max(len(A) for A, _ in loras)
-        rank = ranks[target.path] = own if pad_rank is None else pad_rank
-        if rank < own:
+    lora, loras = {}, {}
+    for target, parts in updates(saved, tensors):
+        loras[target] = loras_of([update for _, update in parts], target.shape, target.experts)
+    ranks = {target.path: max(len(A) for A, _ in own) for target, own in loras.items()}
+    widest = max(ranks, key=ranks.__getitem__)
+    if pad_rank is not None:
+        several = [pad_rank] if isinstance(pad_rank, int) else sorted(pad_rank)
+        rank = next((rank for rank in several if rank >= ranks[widest]), None)
+        if rank is None:
             raise ConfigError(
-                f"pad_rank={rank} is below the rank {own} of {target.path!r}, and padding adds zeros alone. Name {own} "
-                "or more, or cut the adapter down first with `lotr.truncate` or `lotr compress`."
+                f"pad_rank={pad_rank} is below the rank {ranks[widest]} of {widest!r}, and padding adds zeros alone. "
+                f"Name {ranks[widest]} or more, or cut the adapter down first with `lotr.truncate` or `lotr compress`."
             )
-        As, Bs = zip(*(_padded(A, B, rank) for A, B in loras), strict=True)
+        ranks = dict.fromkeys(ranks, rank)
+    for target, own in loras.items():
+        rank = ranks[target.path]
+        As = [F.pad(A, (0, 0, 0, rank - len(A))) for A, _ in own]
+        Bs = [F.pad(B, (0, rank - len(A))) for A, B in own]
         A_key, B_key, norms_key = lora_keys(saved.plan, target)
         if saved.plan.has_biases:  # PEFT's LoRA has them in all modules or in none
             members = [
@@ -139,11 +135,6 @@ def _lora(
         for key in magnitude_keys(saved.plan, target).values():
             lora[norms_key] = tensors[key]
     return lora, ranks
-
-
-def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    missing = rank - len(A)
-    return F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
 
 
 def _lora_config(saved: SavedAdapter, ranks: dict[str, int]) -> dict[str, Any]:
@@ -179,18 +170,7 @@ def _lora_config(saved: SavedAdapter, ranks: dict[str, int]) -> dict[str, Any]:
 
 
 def merge(model: Any, output: str | Path, tokenizer: Any = None, overwrite: bool = False) -> None:
-    """Write a plain transformers model with the active adapter merged into its weights.
-
-    Args:
-        model: A PEFT model; it is merged and must not be used as an adapter afterwards.
-        output: Folder to make.
-        tokenizer: Saved beside the model, or `None`.
-        overwrite: Replace the folder when it is not empty.
-
-    Raises:
-        CheckpointError: The merged weights are not finite.
-        ConfigError: `output` is not free, or is where the base model or the basis lies.
-    """
+    """Write a plain transformers model with the active adapter of a PEFT model, which is used up, in its weights."""
     output = Path(output)
     check_free(output, overwrite)
     for config in model.peft_config.values():

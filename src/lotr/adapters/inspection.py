@@ -67,19 +67,18 @@ class Inspection:
         return {**vars(self), "config": self.config.to_dict(), "sites": [asdict(site) for site in self.sites]}
 
 
-def updates(saved: SavedAdapter, tensors: dict[str, Tensor]) -> Iterator[tuple[Part, FactoredUpdate]]:
-    """Yield every part of every module with its update in factored form.
-
-    Args:
-        saved: The adapter.
-        tensors: Its tensors by key, see `SavedAdapter.tensors`.
-    """
+def updates(
+    saved: SavedAdapter, tensors: dict[str, Tensor]
+) -> Iterator[tuple[Target, list[tuple[Part, FactoredUpdate]]]]:
+    """Yield every module with its parts, and their updates in factored form, from `saved.tensors()`."""
     for target in saved.plan.targets:
+        parts = []
         for part in saved.plan.parts[target.path]:
             numbers = {name: tensors[key] for name, key in group_keys(part.group).items()}
             core, U = part.group.core, numbers["U"]
             C = tensors[core_key(part)] if core.by_site else part.lay(core.block(numbers, part.region))
-            yield part, part.factored(U, C.to(U.dtype), numbers["V"].T, saved.config.scaling)
+            parts.append((part, part.factored(U, C.to(U.dtype), numbers["V"].T, saved.config.scaling)))
+        yield target, parts
 
 
 def inspect(adapter: str | Path) -> Inspection:
@@ -103,7 +102,7 @@ def inspect(adapter: str | Path) -> Inspection:
         raise CheckpointError(f"{saved.path} adapts no module: it holds a trained head alone.")
     tensors = saved.tensors()
     sites: list[SiteReport] = []
-    for part, update in updates(saved, tensors):
+    for part, update in (pair for _, parts in updates(saved, tensors) for pair in parts):
         R_U, R_V = (torch.linalg.qr(factor.double()).R for factor in (update.U, update.V))
         cores = one_by_one(update.C.double(), update.grid)
         for site, C in zip(part.sites, cores, strict=True):

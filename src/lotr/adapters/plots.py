@@ -10,58 +10,44 @@ import numpy as np
 
 from .inspection import Inspection, SiteReport
 
-_BLUE, _ORANGE = "#3b6fb6", "#d9822b"
-# without a date or a version in it, equal content gives equal bytes
-_PLAIN = {"Software": None}
+BLUE, ORANGE = "#3b6fb6", "#d9822b"
 
 
-def _figure(width: float, height: float) -> Any:
+def figure_of(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=130, layout="constrained")
 
 
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, metadata=_PLAIN)
+def save(figure: Any, path: Path) -> None:
+    # without a date or a version in it, equal content gives equal bytes
+    figure.savefig(path, metadata={"Software": None})
 
 
 def curve(history: Sequence[dict[str, Any]], metric: str, title: str, path: Path) -> None:
-    """Draw the training loss and the evaluation metric over the steps.
-
-    Args:
-        history: Entries with `step` and some of `loss`, `eval_<metric>`.
-        metric: Name of the metric.
-        title: Title of the picture.
-        path: PNG file.
-    """
-    figure = _figure(7, 3.6)
+    """Draw the training loss and the evaluation metric of entries with `step`, `loss`, `eval_<metric>`."""
+    figure = figure_of(7, 3.6)
     axis = figure.subplots()
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     scores = [(entry["step"], entry[f"eval_{metric}"]) for entry in history if f"eval_{metric}" in entry]
-    axis.plot(*zip(*losses, strict=True) if losses else ((), ()), color=_BLUE, label="training loss")
+    axis.plot(*zip(*losses, strict=True) if losses else ((), ()), color=BLUE, label="training loss")
     axis.set_xlabel("step")
-    axis.set_ylabel("training loss", color=_BLUE)
+    axis.set_ylabel("training loss", color=BLUE)
     if scores:
         other = axis.twinx()
-        other.plot(*zip(*scores, strict=True), color=_ORANGE, marker="o", label=metric)
-        other.set_ylabel(f"evaluation {metric}", color=_ORANGE)
+        other.plot(*zip(*scores, strict=True), color=ORANGE, marker="o", label=metric)
+        other.set_ylabel(f"evaluation {metric}", color=ORANGE)
         other.spines["top"].set_visible(False)
     axis.set_title(title)
     axis.spines["top"].set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def confusion(counts: np.ndarray, labels: Sequence[str], path: Path) -> None:
-    """Draw a confusion matrix.
-
-    Args:
-        counts: Rows are true classes, columns predicted ones; shape `(classes, classes)`.
-        labels: Names of the classes.
-        path: PNG file.
-    """
+    """Draw a confusion matrix `(classes, classes)`, whose rows are true classes and columns predicted ones."""
     n = len(labels)
     size = max(4.0, 0.42 * n + 2.2)
-    figure = _figure(size, size)
+    figure = figure_of(size, size)
     axis = figure.subplots()
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
@@ -73,18 +59,13 @@ def confusion(counts: np.ndarray, labels: Sequence[str], path: Path) -> None:
         for row, column in np.argwhere(counts):
             colour = "white" if share[row, column] > 0.5 else "black"
             axis.text(column, row, int(counts[row, column]), ha="center", va="center", size=7, color=colour)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw(inspection: Inspection, path: Path) -> None:
-    """Draw the norms of the updates, one number a layer and projection.
-
-    Args:
-        inspection: See `lotr.inspect`.
-        path: PNG file.
-    """
+    """Draw the norms of the updates, one number a layer and projection."""
     layers, projections, norms = norms_by_place(inspection.sites)
-    figure = _figure(max(4.0, 0.8 * len(projections) + 2.6), max(2.4, 0.28 * len(layers) + 1.8))
+    figure = figure_of(max(4.0, 0.8 * len(projections) + 2.6), max(2.4, 0.28 * len(layers) + 1.8))
     axis = figure.subplots()
     image = axis.imshow(norms, cmap="viridis", aspect="auto", vmin=0)
     axis.set_xticks(range(len(projections)), projections, rotation=30, ha="right")
@@ -92,7 +73,7 @@ def draw(inspection: Inspection, path: Path) -> None:
     axis.set_ylabel("layer")
     axis.set_title("norm of the update, ‖ΔW‖")
     figure.colorbar(image, ax=axis)
-    _save(figure, path)
+    save(figure, path)
 
 
 def norms_by_place(sites: Sequence[SiteReport]) -> tuple[list[str], list[str], np.ndarray]:

@@ -24,7 +24,8 @@ from .wrap import BankModel, wrap
 class CoreBank:
     """One basis, and tasks that differ in their cores (and heads) alone: `ΔW_{t,s} = σ · U · C_{t,s} · Vᵀ`.
 
-    Make one with `CoreBank.create`, open one with `CoreBank.open`. Opening reads no task.
+    Make one with `CoreBank.create`, open one with `CoreBank.open`. Opening reads no task. A name that the bank has no
+    task of is an `UnknownTaskError`, and a damaged task a `CheckpointError` of its own: the others stay readable.
 
     Attributes:
         layout: Which numbers a task has, in which order.
@@ -104,7 +105,34 @@ class CoreBank:
         return self.basis.config
 
     def wrap(self, base: nn.Module, capacity: int | str = 1024) -> BankModel:
-        """Put the bank on its base model: every row of a batch uses a task of its own; see `lotr.bank.wrap.wrap`."""
+        """Put the bank on its base model: every row of a batch uses a task of its own.
+
+        Row `i` uses task `task_ids[i]`: `model(**batch, task_ids=["a", None, "b"])`; `None` (or `"__base__"`) is the
+        base model. PEFT's `adapter_names=` does the same, `model.generate` takes both, and
+        `with model.select(["a", None, "b"]):` serves code that can pass neither. A choice belongs to its call: threads
+        that use one model at once never see each other's. Tasks are read when they are first used. A batch may have
+        several sequences a row in a run, as beam search does.
+
+        Where the model has a head, each row goes through its task's own; `logits` are as wide as the most labels in
+        the batch, the lowest finite number where a row's task has no such label, and `loss` is the mean over rows.
+
+        Args:
+            base: The model that the basis was trained on, changed in place.
+            capacity: Tasks in memory: a number, or bytes (`"256MB"`).
+
+        Returns:
+            A PEFT model. It is the base model where nothing is selected.
+
+        Raises:
+            ConfigError: The model is not bare.
+            CheckpointError: The base model is another one.
+            PlanError: The base model has other modules.
+
+        Example:
+            >>> model = CoreBank.open("bank").wrap(base)  # doctest: +SKIP
+            >>> model(**batch, task_ids=["mail", "news", None]).logits.shape  # doctest: +SKIP
+            torch.Size([3, 4])
+        """
         return wrap(self.basis, base, capacity)
 
     def __len__(self) -> int:
@@ -118,20 +146,14 @@ class CoreBank:
         return iter(self.store.names())
 
     def get(self, name: str) -> Task:
-        """Return a task, its numbers in float32.
-
-        Raises:
-            UnknownTaskError: There is none of this name.
-            CheckpointError: It is damaged; the others stay readable.
-        """
+        """Return a task, its numbers in float32."""
         return to_task(self.store.read(name), self.layout.size)
 
     def read(self, names: Sequence[str]) -> tuple[Tensor, list[Task]]:  # (n, size)
         """Return the numbers of tasks in float32, shape `(n, size)`, and the tasks, in the order of the names."""
         tasks = [self.get(name) for name in names]
-        return torch.stack([task.numbers for task in tasks]) if tasks else torch.empty(
-            0, self.layout.size
-        ), tasks
+        numbers = [task.numbers for task in tasks]
+        return torch.stack(numbers) if numbers else torch.empty(0, self.layout.size), tasks
 
     def add(self, task: Task, *, replace: bool = False) -> float:
         """Add a task; once this returns, it is on the disk.
@@ -177,7 +199,16 @@ class CoreBank:
         return self.add(self.from_adapter(name, adapter, **metadata), replace=replace)
 
     def from_adapter(self, name: str, adapter: str | Path, **metadata: Any) -> Task:
-        """Return a saved adapter as a task of this bank, without adding it. See `transfer.task_of`."""
+        """Return a saved adapter as a task of this bank, without adding it.
+
+        Args:
+            name: What the task shall be called.
+            adapter: Folder or hub id of a LoTR adapter whose factors are the bank's, in its file or by reference.
+            metadata: Added to what the adapter's `task.json` tells.
+
+        Raises:
+            CheckpointError: The adapter has other factors, another structure, or another base model.
+        """
         return transfer.task_of(self.basis, name, read_adapter(adapter), metadata)
 
     def export(
@@ -189,44 +220,44 @@ class CoreBank:
         refer: bool = False,
         overwrite: bool = False,
     ) -> dict[str, Any]:
-        """Write a task as an adapter that stands alone or refers to this bank, or as LoRA. See `transfer.export`."""
+        """Write a task as an adapter that stands alone, or refers to this bank, or as LoRA.
+
+        Args:
+            name: The task.
+            output: Folder to make; the name of the task is no part of it.
+            as_lora: Write plain PEFT LoRA, which needs nothing of this library.
+            refer: Leave the factors out; the file refers to the bank as its basis.
+            overwrite: Replace the folder when it is not empty.
+
+        Returns:
+            What was written: numbers and bytes.
+
+        Raises:
+            ConfigError: The folder is not free, or a LoRA was asked to refer to a basis.
+            CheckpointError: The basis is damaged.
+        """
         return transfer.export(self.basis, self.get(name), Path(output), as_lora, refer, overwrite)
 
     def remove(self, *names: str) -> None:
-        """Remove tasks, damaged or not: all of those named, or none.
-
-        Raises:
-            UnknownTaskError: There is none of one of the names.
-        """
+        """Remove tasks, damaged or not: all of those named, or none."""
         with self.store.database.transaction():
             for name in dict.fromkeys(names):
                 self.store.remove(name)
 
     def rename(self, old: str, new: str) -> None:
-        """Give a task another name.
-
-        Raises:
-            UnknownTaskError: There is no task `old`.
-            ConfigError: There is a task `new`, or it cannot be a name.
-            CheckpointError: The task is damaged.
-        """
+        """Give a task another name; ConfigError where there is a task `new`, or it cannot be a name."""
         with self.store.database.transaction():
             self.store.rename(old, check_name(new))
 
     def about(self, name: str) -> dict[str, Any]:
-        """Return what is known of a task, as plain values.
-
-        Raises:
-            UnknownTaskError: There is none of this name.
-            CheckpointError: It is damaged.
-        """
+        """Return what is known of a task, as plain values."""
         record = self.store.read(name)
         task = to_task(record, self.layout.size)
         return {
             "name": task.name,
             "task": task.task,
             "labels": list(task.labels),
-            "created": _time(record.created),
+            "created": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="seconds"),
             "dtype": record.dtype,
             "numbers": task.numbers.numel(),
             "bytes": len(record.numbers),
@@ -273,9 +304,15 @@ class CoreBank:
         }
 
     def verify(self, tick: Callable[[int, int], None] | None = None) -> dict[str, Any]:
-        """Read everything and report all that is damaged. See `recover.verify`."""
+        """Read everything: the description, the basis, every page of the file of tasks, and every task.
+
+        What one file lacks keeps no other from being judged.
+
+        Args:
+            tick: Called as tasks are done.
+
+        Returns:
+            `ok`; `tasks`, how many there are; `damaged`, each with its name and the reason; `files`, what is wrong with
+            the files, a line each.
+        """
         return recover.verify(self.path, tick)
-
-
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

@@ -7,13 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, near
-from ..files.adapter_folder import BASIS_WEIGHTS, CONFIG, write_config
-from ..files.atomic import read_json, whole_folder, write_json
-from ..files.checksum import CHECKSUM, check_sealed, sealed
+from ..files.adapter_folder import BASIS_WEIGHTS, CONFIG, save_tensors, write_config
+from ..files.atomic import CHECKSUM, check_sealed, read_json, sealed, whole_folder, write_json
 from ..files.fingerprint import changed
 from ..tuner.basis import check_basis
 from ..tuner.config import LotrConfig
@@ -24,6 +22,9 @@ from .task import DTYPES
 
 BANK, TASKS = "bank.json", "tasks.sqlite"
 FORMAT = 2
+_KINDS = {"dtype": str, "numbers": int, "basis_hash": str} | dict.fromkeys(
+    ("base_model", "base_fingerprint"), str | None
+)
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,7 @@ class Description:
 
     @staticmethod
     def read(folder: Path) -> Description:
-        """Read the description of a bank.
-
-        Raises:
-            CheckpointError: There is no bank, it is damaged, or another version of the library made it.
-        """
+        """Read the description of a bank."""
         if not folder.is_dir():
             raise CheckpointError(f"Bank {folder} does not exist. `lotr bank create` makes one.")
         content = read_json(folder / BANK, "a bank")
@@ -59,18 +56,11 @@ class Description:
             description = Description(**{key: value for key, value in content.items() if key != CHECKSUM})
         except TypeError as error:
             raise CheckpointError(f"{folder / BANK} is damaged: {error}. Restore it from a copy.") from None
-        texts = isinstance(description.base_model, str | None) and isinstance(
-            description.base_fingerprint, str | None
-        )
-        for name, holds in {
-            "dtype": isinstance(description.dtype, str) and description.dtype in DTYPES,
-            "numbers": type(description.numbers) is int,
-            "basis_hash": isinstance(description.basis_hash, str) and texts,
-        }.items():
-            if not holds:
+        for name, kind in _KINDS.items():
+            value = getattr(description, name)
+            if not isinstance(value, kind) or (name == "dtype" and value not in DTYPES):
                 raise CheckpointError(
-                    f"{folder / BANK} is damaged: {name}={str(getattr(description, name))[:80]!r} is none, or a text "
-                    "beside it is no text. Restore it from a copy."
+                    f"{folder / BANK} is damaged: {name}={str(value)[:80]!r} is none. Restore it from a copy."
                 )
         return description
 
@@ -81,20 +71,13 @@ class Description:
 
 
 class Basis:
-    """The shared factors of a bank, and what they are for.
-
-    Args:
-        path: Folder of the bank.
-
-    Raises:
-        CheckpointError: There is no bank, it is damaged, or another version of the library made it.
-    """
+    """The shared factors of the bank in a folder, and what they are for."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.description = path, Description.read(path)
         saved = read_saved(path)
         self._config, self.plan, self.layout = saved.config, saved.plan, Layout.of(saved.plan)
-        if self.description.layout != self.layout.to_list():
+        if (self.description.numbers, self.description.layout) != (self.layout.size, self.layout.to_list()):
             raise CheckpointError(
                 f"{path}: bank.json tells of {self.description.numbers} numbers a task, and adapter_config.json beside "
                 f"it of {self.layout.size}, or of the same in another order. They were put together from different "
@@ -110,19 +93,11 @@ class Basis:
         return config
 
     def factors(self) -> dict[str, Tensor]:
-        """Return `U` and `V` (transposed) of every group, by their key in an adapter's file.
-
-        Raises:
-            CheckpointError: They are damaged, or of another bank.
-        """
+        """Return `U` and `V` (transposed) of every group, by their key in an adapter's file."""
         return read_basis(self.config)
 
     def check_base(self, model: nn.Module) -> None:
-        """Refuse a bare base model whose weights are others than those that the basis was made for.
-
-        Raises:
-            CheckpointError: The message names the first of them.
-        """
+        """Refuse a bare base model whose weights are others than those that the basis was made for."""
         name, expected = self.description.base_model, self.description.base_fingerprint
         try:
             for target in self.plan.targets:
@@ -162,8 +137,7 @@ def create_folder(path: Path, basis: str | Path, dtype: str) -> None:
         layout.to_list(),
     )
     with whole_folder(path) as folder:
-        save_file(dict(sorted(factors.items())), folder / BASIS_WEIGHTS, metadata={"format": "pt"})
-        (folder / BASIS_WEIGHTS).chmod(0o644)
+        save_tensors(factors, folder, BASIS_WEIGHTS)
         alone = {"basis": None, "basis_hash": None, "inference_mode": True}
         write_config(folder, config.to_dict() | alone)
         write_json(folder / BANK, sealed(asdict(description), folder / CONFIG))

@@ -19,17 +19,9 @@ from .task import Record
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """What a batch needs of a task. It never changes, so a call that has it is not touched by what the cache does.
+    """What a batch needs of a task. It never changes, so a call that has it is not touched by what the cache does."""
 
-    Args:
-        numbers: Of its cores, `(size,)`, where and in the type that the model needs them.
-        head: Its own head, where it has one.
-        kind: `"classification"`, `"regression"` or `"causal-lm"`, where somebody said.
-        labels: Names of its classes.
-        metadata: What its training recorded.
-    """
-
-    numbers: Tensor
+    numbers: Tensor  # of its cores, `(size,)`, where and in the type that the model needs them
     head: Head | None = None
     kind: str | None = None
     labels: tuple[str, ...] = ()
@@ -50,26 +42,24 @@ class TaskCache:
     """The tasks in memory.
 
     Every look at it asks SQLite whether anything was committed since, by whichever handle or process; then a task is
-    used only where its checksum is still the same.
-
-    Args:
-        store: Where tasks are read from; its connection is used for nothing else, so that it sees all commits.
-        capacity: Tasks, or bytes with a unit: `"256MB"`, `"1GiB"`.
-        bytes_a_task: Bytes of a usual task.
+    used only where its checksum is still the same. The connection of `store` is used for nothing else, so that it sees
+    all commits.
 
     Attributes:
         capacity: Usual tasks that there is room for.
         hits, misses: How many tasks were in memory when they were looked for, and how many had to be read.
         training: Tasks that are being trained: they are as they are here, and leave on request alone.
-
-    Raises:
-        ConfigError: The capacity is neither, or holds no task.
     """
 
     def __init__(self, store: TaskStore, capacity: int | str, bytes_a_task: int) -> None:
         self.store, self._given, self._bytes_a_task = store, capacity, bytes_a_task
         self.in_bytes = isinstance(capacity, str)
-        self._room = _room(capacity)
+        room = in_bytes(capacity) if isinstance(capacity, str) else capacity
+        if room is None:
+            raise ConfigError(
+                f"capacity={capacity!r} is not understood. Use tasks (1000) or bytes ('256MB')."
+            )
+        self._room = room
         self.capacity = self._room // bytes_a_task if self.in_bytes else self._room
         if self.capacity < 1:
             raise ConfigError(
@@ -85,16 +75,7 @@ class TaskCache:
         return TaskCache, (self.store, self._given, self._bytes_a_task)  # a copy begins empty
 
     def get(self, names: Sequence[str], load: Callable[[Record], LoadedTask]) -> Mapping[str, LoadedTask]:
-        """Return tasks, reading those that are not in memory.
-
-        Args:
-            names: Their names, each once.
-            load: Makes a task of its record.
-
-        Raises:
-            ConfigError: There is no room for all of them.
-            CheckpointError: A task does not exist, is damaged, or does not fit the model; the others stay.
-        """
+        """Return tasks by names, each once, reading those that are not in memory; `load` makes a task of its record."""
         if self.training:
             return {name: self.training[name] for name in names}
         version = self.store.database.version
@@ -118,10 +99,6 @@ class TaskCache:
                     f"A batch with {len(names)} tasks does not fit: capacity={self._given!r} is kept in memory, and "
                     f"task {name!r} takes {task.nbytes:,} bytes more. Raise the capacity, or make smaller batches."
                 )
-        self._keep(tasks)
-        return {name: task for name, (task, *_) in tasks.items()}
-
-    def _keep(self, tasks: Mapping[str, tuple[LoadedTask, bytes, object]]) -> None:
         with self._lock:
             for name, entry in tasks.items():
                 if name in self._tasks:
@@ -130,6 +107,7 @@ class TaskCache:
                 self.used += self._cost(entry[0])
             while self.used > self._room:
                 self.used -= self._cost(self._tasks.popitem(last=False)[1][0])
+        return {name: task for name, (task, *_) in tasks.items()}
 
     def clear(self) -> None:
         """Read every task anew when it is next used."""
@@ -141,27 +119,12 @@ class TaskCache:
         return task.nbytes if self.in_bytes else 1
 
 
-def _room(capacity: int | str) -> int:
-    """Return a capacity as a number, of tasks or of bytes.
-
-    Example:
-        >>> _room("1.5 KiB"), _room(1000)
-        (1536, 1000)
-    """
-    if isinstance(capacity, int):
-        return capacity
-    size = in_bytes(capacity)
-    if size is None:
-        raise ConfigError(f"capacity={capacity!r} is not understood. Use tasks (1000) or bytes ('256MB').")
-    return size
-
-
 def in_bytes(text: str) -> int | None:
     """Read a size such as `256MB` or `1.5 GiB`; `None` where it is none.
 
     Example:
-        >>> in_bytes("20kb"), in_bytes("1 KiB"), in_bytes("2M"), in_bytes("20")
-        (20000, 1024, 2000000, None)
+        >>> in_bytes("20kb"), in_bytes("1.5 KiB"), in_bytes("2M"), in_bytes("20")
+        (20000, 1536, 2000000, None)
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?=[KMGTB])([KMGT]?)(I?)B?", text.upper())
     if match is None:

@@ -25,6 +25,9 @@ _STEPS = 2_000_000  # of SQLite's machine that any statement may take, and more 
 _STEPS_A_BYTE = 4  # reading everything takes about one
 _LONGEST = 1_000_000_000  # bytes of a row that is written; SQLite's own limit
 _LOOK = 10_000  # steps between two looks at how many there were
+_WAY_OUT = (
+    "Restore the folder from a copy, or save every task that can still be read with `lotr bank recover`"
+)
 _IN_WORDS = {
     sqlite3.SQLITE_FULL: "cannot grow: the disk is full. Nothing was written and nothing lost; make room and try again",
     sqlite3.SQLITE_IOERR: "cannot be read or written: the disk fails, or is full. Nothing was lost; make room, or move "
@@ -34,28 +37,15 @@ _IN_WORDS = {
     "folder, or copy the folder",
     sqlite3.SQLITE_CANTOPEN: "cannot be opened: it, or its folder, may not be read or written here. Give yourself the "
     "right, or copy the folder",
-    sqlite3.SQLITE_CORRUPT: "is damaged: it was cut off, or bytes in it changed. Nothing was written. Restore the "
-    "folder from a copy, or save every task that can still be read with `lotr bank recover`",
-    sqlite3.SQLITE_INTERRUPT: "is damaged: reading it does not end, because its pages point to each other. Restore the "
-    "folder from a copy, or save every task that can still be read with `lotr bank recover`",
-    sqlite3.SQLITE_TOOBIG: "is damaged: a row says that it is larger than the file. Restore the folder from a copy, or "
-    "save every task that can still be read with `lotr bank recover`",
-    sqlite3.SQLITE_NOTADB: "is no database, or its first bytes are damaged. Restore the folder from a copy, or save "
-    "what can be read with `lotr bank recover`",
+    sqlite3.SQLITE_CORRUPT: f"is damaged: it was cut off, or bytes in it changed. Nothing was written. {_WAY_OUT}",
+    sqlite3.SQLITE_INTERRUPT: f"is damaged: reading it does not end, as its pages point to each other. {_WAY_OUT}",
+    sqlite3.SQLITE_TOOBIG: f"is damaged: a row says that it is larger than the file. {_WAY_OUT}",
+    sqlite3.SQLITE_NOTADB: f"is no database, or its first bytes are damaged. {_WAY_OUT}",
 }
 
 
 class Database:
-    """A database that exists.
-
-    Args:
-        path: The file.
-        writable: Whether it will be written.
-        truncated: Whether to open a file of which the end is missing.
-
-    Raises:
-        CheckpointError: The file is missing or damaged, or may not be read here.
-    """
+    """A database that exists; `truncated` opens also a file of which the end is missing."""
 
     def __init__(self, path: Path, writable: bool = False, truncated: bool = False) -> None:
         self.path, self.writable, self.truncated = path, writable, truncated
@@ -65,35 +55,33 @@ class Database:
     def _open(self) -> None:
         if not self.path.is_file():
             raise CheckpointError(f"{self.path.parent} holds no {self.path.name}: the bank's tasks are gone.")
-        if self._beside(
-            "-journal"
-        ).exists():  # SQLite would undo what it says, and delete the file that it names
+        journal = self._beside("-journal")
+        if journal.exists():  # SQLite would undo what it says, and delete the file that it names
             raise CheckpointError(
-                f"{self._beside('-journal')} belongs to no bank: {self.path.name} has a write-ahead log, and no "
-                "rollback journal. If you trust the folder, remove the file."
+                f"{journal} belongs to no bank: {self.path.name} has a write-ahead log, and no rollback journal. If "
+                "you trust the folder, remove the file."
             )
         with self._in_words():
             uri = f"{self.path.resolve().as_uri()}?mode={self._mode()}"
-            self._connection = sqlite3.connect(
+            connection = sqlite3.connect(
                 uri, uri=True, isolation_level=None, timeout=_WAIT, check_same_thread=False
             )
-            self._process, self._file = os.getpid(), self.path.stat()
-            self._steps = self._most_steps = 0
-            self._connection.set_progress_handler(self._is_endless, _LOOK)
+            self._connection, self._process, self._file = connection, os.getpid(), self.path.stat()
+            connection.set_progress_handler(self._is_endless, _LOOK)
             self._set_limits()
-            self._connection.execute("PRAGMA trusted_schema = OFF")
-            self._connection.execute("PRAGMA cell_size_check = ON")
+            connection.execute("PRAGMA trusted_schema = OFF")
+            connection.execute("PRAGMA cell_size_check = ON")
             # a changed byte in one name must not keep the others from being listed
-            self._connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+            connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
             if self.truncated:  # else SQLite refuses to look at any of it
-                self._connection.execute("PRAGMA writable_schema = ON")
+                connection.execute("PRAGMA writable_schema = ON")
             if self.writable:
-                self._connection.execute("PRAGMA journal_mode = WAL")  # it is, in every file of this library
-                self._connection.execute("PRAGMA synchronous = FULL")
+                connection.execute("PRAGMA journal_mode = WAL")  # it is, in every file of this library
+                connection.execute("PRAGMA synchronous = FULL")
                 # the log goes into the file when it is this long; SQLite counts in pages
-                page = self._connection.execute("PRAGMA page_size").fetchone()[0]
-                self._connection.execute(f"PRAGMA wal_autocheckpoint = {_LOG // page}")
-                self._connection.execute(f"PRAGMA journal_size_limit = {_LOG}")
+                page = connection.execute("PRAGMA page_size").fetchone()[0]
+                connection.execute(f"PRAGMA wal_autocheckpoint = {_LOG // page}")
+                connection.execute(f"PRAGMA journal_size_limit = {_LOG}")
 
     def _mode(self) -> str:
         if self.writable:
@@ -123,9 +111,8 @@ class Database:
             yield
         except (sqlite3.Error, UnicodeDecodeError) as error:
             # a changed byte in the schema is met as a name that is no text
-            damaged = (
-                sqlite3.SQLITE_CORRUPT if isinstance(error, UnicodeDecodeError) else sqlite3.SQLITE_ERROR
-            )
+            is_text = isinstance(error, UnicodeDecodeError)
+            damaged = sqlite3.SQLITE_CORRUPT if is_text else sqlite3.SQLITE_ERROR
             code = getattr(error, "sqlite_errorcode", damaged) & 0xFF
             subject = f"Task {task!r} cannot be read: {self.path}" if task is not None else str(self.path)
             raise CheckpointError(f"{subject} {_IN_WORDS.get(code, 'cannot be used')} ({error}).") from error
@@ -160,12 +147,7 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Write everything in the block, or nothing of it.
-
-        Raises:
-            ConfigError: The file was opened for reading.
-            CheckpointError: The disk is full, the file is damaged, or another process has been writing for long.
-        """
+        """Write everything in the block, or nothing of it."""
         if not self.writable:
             raise ConfigError(
                 f"The bank in {self.path.parent} was opened for reading. Open it with writable=True."

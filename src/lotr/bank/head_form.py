@@ -28,7 +28,8 @@ def output_names(head: Mapping[str, Tensor]) -> list[str]:
 
 def n_outputs(head: Mapping[str, Tensor]) -> int:
     """Return how many labels a head tells, or 1 for a number."""
-    return len(head[output_names(head)[0]])
+    some = head[output_names(head)[0]]
+    return len(some) if some.dim() else 0
 
 
 def head_form(head: Mapping[str, Tensor]) -> str:

@@ -22,27 +22,15 @@ NAMES = ("classifier", "score")
 
 @dataclass(frozen=True)
 class Head:
-    """A head in memory.
+    """A head in memory."""
 
-    Args:
-        parameters: By their names in the head.
-        outputs: How many labels it tells, or 1.
-        regression: Whether the only output is a number.
-    """
-
-    parameters: Mapping[str, Tensor]
-    outputs: int
-    regression: bool = False
+    parameters: Mapping[str, Tensor]  # by their names in the head
+    outputs: int  # how many labels it tells, or 1
+    regression: bool = False  # whether the only output is a number
 
 
 class RowHead(nn.Module):
-    """A head whose parameters can be different in every row of a batch.
-
-    Args:
-        path: Where the base model has its head.
-        head: That head, in use while no rows are selected.
-        current: Tells the rows of the call that runs.
-    """
+    """The head that a base model has at a path, with other parameters in every row where rows are selected."""
 
     def __init__(self, path: str, head: nn.Module, current: RowsOfCall) -> None:
         super().__init__()
@@ -57,11 +45,7 @@ class RowHead(nn.Module):
         return Head(own, n_outputs(own))
 
     def of(self, task: Task, device: torch.device) -> Head | None:
-        """Return the head of a task, in float32, or nothing where it has none.
-
-        Raises:
-            CheckpointError: It is not one of this base model.
-        """
+        """Return the head of a task, in float32, or nothing where it has none."""
         if not task.head:
             return None
         base = self.of_base.parameters
@@ -141,9 +125,6 @@ def row_losses(
     """Return the loss of every row: cross entropy, or the squared error of a regression's only output.
 
     Labels of -100 take no part, as in `torch.nn.CrossEntropyLoss`.
-
-    Raises:
-        DataError: A label is none of those that the task of its row has.
 
     Example:
         >>> row_losses(torch.zeros(2, 4), torch.tensor([0, 3])).shape

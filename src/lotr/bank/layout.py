@@ -35,11 +35,7 @@ class Layout:
 
     @staticmethod
     def of(plan: Plan) -> Layout:
-        """Return the layout of a plan: what a task on its factors has of its own, in the order of the plan.
-
-        Raises:
-            ConfigError: The plan's cores have no numbers, its magnitude has some, or it adapts experts.
-        """
+        """Return the layout of a plan: what a task on its factors has of its own, in the order of the plan."""
         if plan.magnitude != "none":
             raise ConfigError(
                 f"A bank cannot hold tasks with magnitude={plan.magnitude!r}, which rescales whole weights. Name an "
@@ -69,14 +65,7 @@ class Layout:
         return sum(self.sizes)
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:  # (size,)
-        """Return the numbers of an adapter in the flat order.
-
-        Args:
-            tensors: Tensors by key; those that are no cores are passed over.
-
-        Raises:
-            CheckpointError: A tensor is missing or has another shape.
-        """
+        """Return the numbers of an adapter's tensors by key in the flat order; those that are no cores are left out."""
         for key, expected in self.shapes.items():
             shape = tuple(tensors[key].shape) if key in tensors else None
             if shape != expected:

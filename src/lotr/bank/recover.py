@@ -23,21 +23,7 @@ _LEAF = 13  # first byte of a page that holds rows of a table
 
 
 def verify(path: Path, tick: Tick | None = None) -> dict[str, Any]:
-    """Read everything: the description, the basis, every page of the file of tasks, and every task with its checksum.
-
-    What one file lacks keeps no other from being judged.
-
-    Args:
-        path: Folder of the bank.
-        tick: Called as tasks are done.
-
-    Returns:
-        `ok`; `tasks`, how many there are; `damaged`, each with its name and the reason; `files`, what is wrong with the
-        files, a line each.
-
-    Raises:
-        CheckpointError: There is no such folder.
-    """
+    """Read everything of a bank that may not even open; see `CoreBank.verify`."""
     files: list[str] = []
 
     def judged(read: Callable[[], T]) -> T | None:
@@ -92,63 +78,42 @@ def _damaged(
 
 
 def recover(path: Path, output: Path, tick: Tick | None = None) -> dict[str, Any]:
-    """Save every task that can still be read; the damaged bank is not touched.
+    """Save every task that can still be read into a new bank; the damaged one is not touched.
 
-    Args:
-        path: The damaged bank.
-        output: Folder of the new bank.
-        tick: Called as records are done.
-
-    Returns:
-        `saved`, how many tasks; `lost`, the names of the others, or `None` where the list of names is damaged too.
-
-    Raises:
-        ConfigError: The output folder is not free.
-        CheckpointError: The description of the bank, or the first page of its file of tasks, is damaged.
+    Returns `saved`, how many tasks, and `lost`, the names of the others; `None` where the list of names is damaged too.
     """
     check_free(output, overwrite=False)
     description = Description.read(path)
     source = TaskStore(path / TASKS, truncated=True)
     numbers = sorted({*row_numbers(path / TASKS), *row_numbers(path / f"{TASKS}-wal")})
     names: set[str] | None = None
-    try:
+    with suppress(CheckpointError):  # then every number that a record may have is looked at
         known = source.ids()
         names, numbers = {name for _, name in known}, [number for number, _ in known]
-    except CheckpointError:
-        pass  # then every number that a record may have is looked at
     with whole_folder(output) as folder:
         for name in (BANK, CONFIG, BASIS_WEIGHTS):
             shutil.copyfile(path / name, folder / name)
         create_store(folder / TASKS, description.basis_hash, description.task_bytes)
-        saved = _copy(source, TaskStore(folder / TASKS, writable=True), numbers, tick)
+        target, saved = TaskStore(folder / TASKS, writable=True), set[str]()
+        with target.database.transaction():
+            for done, number in enumerate(numbers, start=1):
+                record = None
+                with suppress(CheckpointError):  # there is none of the number, or a damaged one
+                    record = source.read_id(number)
+                if record is not None:
+                    target.write(record, overwrite=True)
+                    saved.add(record.name)
+                if tick is not None:
+                    tick(done, len(numbers))
+        target.database.close()
     lost = None if names is None else sorted(names - saved)
     return {"saved": len(saved), "lost": lost, "output": str(output)}
-
-
-def _copy(source: TaskStore, target: TaskStore, numbers: list[int], tick: Tick | None) -> set[str]:
-    """Copy the records that are whole; returns their names."""
-    saved: set[str] = set()
-    with target.database.transaction():
-        for done, number in enumerate(numbers, start=1):
-            record = None
-            with suppress(CheckpointError):  # there is none of the number, or a damaged one
-                record = source.read_id(number)
-            if record is not None:
-                target.write(record, overwrite=True)
-                saved.add(record.name)
-            if tick is not None:
-                tick(done, len(numbers))
-    target.database.close()
-    return saved
 
 
 def row_numbers(file: Path) -> Iterator[int]:
     """Yield the numbers of all rows on the pages of a database, or of its log; of other tables and of the past too.
 
     Source: https://www.sqlite.org/fileformat.html, sections 1.6 and 4.1
-
-    Args:
-        file: Database, or write-ahead log; nothing is yielded where it does not exist.
     """
     if not file.exists():
         return

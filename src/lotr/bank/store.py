@@ -28,13 +28,7 @@ _COLUMNS = "name, dtype, created, error, about, numbers, head, checksum"  # in t
 
 
 def create_store(path: Path, basis_hash: str, task_bytes: int) -> None:
-    """Make an empty file.
-
-    Args:
-        path: The file, which is not there yet.
-        basis_hash: Of the factors that the tasks belong to.
-        task_bytes: Bytes of the numbers of one task.
-    """
+    """Make an empty file for tasks whose numbers take `task_bytes`, on the factors of a hash."""
     connection = sqlite3.connect(path, isolation_level=None)
     # large pages where tasks, with some 120 bytes beside their numbers, fill nine tenths of one; otherwise a task is a
     # chain of small pages, of which one end alone is unused
@@ -96,9 +90,8 @@ class TaskStore:
         """Return names in the order of their characters, from the one behind `after` on; they are in the index."""
         sql = f"SELECT {_NAME} FROM task WHERE name > ? AND typeof(name) = 'text' ORDER BY name LIMIT ?"
         names = [name for (name,) in self._rows(sql, after, limit)]
-        if any(
-            "\ufffd" in name for name in names
-        ):  # bytes that are no text have another order than what is shown
+        # bytes that are no text have another order than what is shown
+        if any("\ufffd" in name for name in names):
             shown = {name for (name,) in self._rows(sql, "", -1)}
             names = sorted(name for name in shown if name > after)[: limit if limit >= 0 else None]
         return names
@@ -108,12 +101,7 @@ class TaskStore:
         return sorted(self._rows(f"SELECT id, {_NAME} FROM task INDEXED BY task_name ORDER BY name"))
 
     def read(self, name: str) -> Record:
-        """Return a task.
-
-        Raises:
-            UnknownTaskError: There is none of this name.
-            CheckpointError: Its record is damaged.
-        """
+        """Return a task; CheckpointError where its record is damaged."""
         sql = f"SELECT {_COLUMNS} FROM task WHERE name = ?"
         rows = self._rows(sql, name, task=name) if _is_text(name) else []
         if not rows:
@@ -121,11 +109,7 @@ class TaskStore:
         return self._whole(Record(*rows[0]), name)
 
     def read_id(self, number: int, name: str | None = None) -> Record:
-        """Return the task of a number, whatever its name is if none is given.
-
-        Raises:
-            CheckpointError: Its record is damaged, or is that of another name.
-        """
+        """Return the task of a number, whatever its name is if none is given."""
         rows = self._rows(f"SELECT {_COLUMNS} FROM task WHERE id = ?", number, task=name)
         if not rows:
             raise CheckpointError(f"Task {name!r} in {self.path} is gone: its name has no record.")
@@ -169,11 +153,7 @@ class TaskStore:
         return sum(kinds.values()), kinds, max((error for *_, error in rows), default=0.0)
 
     def write(self, record: Record, overwrite: bool = False) -> None:
-        """Add a task, or put it in the place of the one of its name.
-
-        Raises:
-            ConfigError: The name is taken, and `overwrite` is not set.
-        """
+        """Add a task, or put it in the place of the one of its name."""
         number = self._id(record.name)
         if number is not None and not overwrite:
             raise self._taken(record.name, "replace it with replace=True (--replace)")
@@ -181,25 +161,15 @@ class TaskStore:
         self._rows(sql, number, *astuple(record.sealed()))
 
     def remove(self, name: str) -> None:
-        """Remove a task, damaged or not.
-
-        Raises:
-            UnknownTaskError: There is none of this name.
-        """
+        """Remove a task, damaged or not."""
         number = self._id(name)
         if number is None:
             raise self._unknown(name)
         self._rows("DELETE FROM task WHERE id = ?", number)
 
     def rename(self, old: str, new: str) -> None:
-        """Give a task another name.
-
-        Raises:
-            UnknownTaskError: There is no task `old`.
-            ConfigError: There is a task `new`.
-            CheckpointError: The record is damaged, and a new checksum would hide it.
-        """
-        record = self.read(old)
+        """Give a task another name."""
+        record = self.read(old)  # whole, or a new checksum would hide the damage
         if new in self:
             raise self._taken(new, "remove that one")
         checksum = replace(record, name=new).sealed().checksum

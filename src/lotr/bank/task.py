@@ -20,6 +20,8 @@ from ..files.adapter_folder import check_finite
 from .head_form import check_head
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: PEFT's words for kinds of tasks.
+TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 #: What SQLite gives for the fields of `Record`: a file from elsewhere can have anything in any column.
 _COLUMNS = (str, str, float, float, str, bytes, bytes, bytes)
 _LATEST = 1e11  # seconds since 1970; years have four digits
@@ -64,9 +66,6 @@ class Task:
 
 def check_name(name: str) -> str:
     """Return the name of a task. Names are data: separators of paths, quotes and any script are allowed.
-
-    Raises:
-        ConfigError: The name is empty, too long or stands for no task, or has characters that cannot be seen.
 
     Example:
         >>> check_name("../reviews'; DROP TABLE task")
@@ -124,16 +123,7 @@ class Record:
 
 
 def to_record(task: Task, size: int, dtype: str) -> Record:
-    """Return a task as it is kept.
-
-    Args:
-        task: The task.
-        size: Numbers of a task of the bank.
-        dtype: The bank's type, a key of `DTYPES`.
-
-    Raises:
-        ConfigError: Its numbers do not fit the bank or the type, or its metadata is no JSON.
-    """
+    """Return a task of `size` numbers as it is kept; ConfigError where it does not fit the bank or its type."""
     if tuple(task.numbers.shape) != (size,):
         raise ConfigError(
             f"Task {task.name!r} has numbers of shape {tuple(task.numbers.shape)}, and a task of this bank has "
@@ -171,11 +161,7 @@ def _rounded(numbers: Tensor, dtype: str) -> Tensor:
 
 
 def to_task(record: Record, size: int) -> Task:
-    """Return the task of a record, its numbers in float32.
-
-    Raises:
-        CheckpointError: The record is whole, and yet no task of this bank.
-    """
+    """Return the task of a record, its numbers in float32; CheckpointError where it is none of a bank of this size."""
     dtype = DTYPES.get(record.dtype)
     if dtype is None or len(record.numbers) != size * dtype.itemsize:
         raise CheckpointError(

@@ -3,52 +3,39 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..adapters.export import export as write_lora
 from ..errors import CheckpointError, ConfigError
 from ..files.adapter_folder import WEIGHTS, AdapterFolder, save_tensors, write_config, write_task
-from ..files.atomic import check_free, whole_folder
-from ..files.checksum import CHECKSUM
+from ..files.atomic import CHECKSUM, check_free, whole_folder
 from ..files.fingerprint import changed
 from ..tuner.config import LotrConfig
 from ..tuner.saved_adapter import factors_of, hash_of, read_saved, used_by
 from .basis import Basis
-from .task import Task
+from .head_form import ROOT
+from .task import TASK_TYPES, Task
 
-_ROOT = "base_model.model."
-_TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 #: What the bank, or a task's own fields, know already.
 KNOWN = {"task", "labels", "base_model", "base_fingerprint", CHECKSUM}
 
 
 def task_of(basis: Basis, name: str, adapter: AdapterFolder, metadata: Mapping[str, Any]) -> Task:
-    """Return a saved adapter as a task of a bank.
-
-    Args:
-        basis: The basis of the bank.
-        name: What the task shall be called.
-        adapter: A LoTR adapter whose factors are those of the bank, in its file or by reference.
-        metadata: Added to what the adapter's `task.json` tells.
-
-    Raises:
-        CheckpointError: The adapter has other factors, another structure, or another base model.
-    """
+    """Return a saved adapter as a task of a bank; see `CoreBank.from_adapter`."""
     config, tensors = read_saved(adapter).config, adapter.tensors()
     _check_same_update(basis, adapter, config)
     factors = factors_of(tensors)
     basis_hash = config.basis_hash if config.refers_to_basis else hash_of(factors)
-    description = basis.description
-    allowed = {description.basis_hash}
-    if not config.refers_to_basis and basis_hash not in allowed:
-        # a file that stands alone has the factors of the bank's groups, and of no others
-        allowed.add(hash_of(used_by(basis.plan, basis.factors())))
-    if basis_hash not in allowed:
+    expected = basis.description.basis_hash
+    # a file that stands alone has the factors of the bank's groups, and of no others
+    if basis_hash != expected and (
+        config.refers_to_basis or basis_hash != hash_of(used_by(basis.plan, basis.factors()))
+    ):
         raise CheckpointError(
             f"{adapter.path} was trained on factors with hash {basis_hash}, and those of the bank in {basis.path} have "
-            f"{description.basis_hash}. Cores mean nothing beside other factors; train the task with "
+            f"{expected}. Cores mean nothing beside other factors; train the task with "
             f"basis={str(basis.path)!r}."
         )
     check_fingerprint(basis, adapter.path, adapter.task)
@@ -65,13 +52,7 @@ def task_of(basis: Basis, name: str, adapter: AdapterFolder, metadata: Mapping[s
 
 
 def check_fingerprint(basis: Basis, path: Path, record: Mapping[str, Any]) -> None:
-    """Refuse an adapter that was trained on other weights than those that a bank is for.
-
-    Args:
-        basis: The basis of the bank.
-        path: Folder of the adapter.
-        record: Content of its `task.json`.
-    """
+    """Refuse an adapter whose `task.json` tells that it was trained on other weights than those a bank is for."""
     mine, theirs = basis.description.base_fingerprint, record.get("base_fingerprint")
     if odd := changed(mine, theirs) if mine and theirs else []:
         raise CheckpointError(
@@ -93,25 +74,15 @@ def _check_same_update(basis: Basis, adapter: AdapterFolder, config: LotrConfig)
 
 
 def export(
-    basis: Basis, task: Task, output: Path, as_lora: bool, refer: bool, overwrite: bool
+    basis: Basis,
+    task: Task,
+    output: Path,
+    as_lora: bool = False,
+    refer: bool = False,
+    overwrite: bool = False,
+    pad_rank: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Write a task as an adapter.
-
-    Args:
-        basis: The basis of its bank.
-        task: The task.
-        output: Folder to make; the name of the task is no part of it.
-        as_lora: Write plain PEFT LoRA, which needs nothing of this library.
-        refer: Leave the factors out; the file refers to the bank as its basis.
-        overwrite: Replace the folder when it is not empty.
-
-    Returns:
-        What was written: numbers and bytes.
-
-    Raises:
-        ConfigError: The folder is not free, or a LoRA was asked to refer to a basis.
-        CheckpointError: The basis is damaged.
-    """
+    """Write a task as an adapter; see `CoreBank.export`, and `lotr.export` for `pad_rank`."""
     if as_lora and refer:
         raise ConfigError("A plain LoRA stands alone; it cannot refer to a basis. Leave out one of the two.")
     if not as_lora:
@@ -122,10 +93,9 @@ def export(
     check_free(output, overwrite)
     with tempfile.TemporaryDirectory() as alone:
         _write(basis, task, Path(alone), refer=False)
-        report = write_lora(alone, output, overwrite)
-    return {
-        "task": task.name,
-        **{key: report[key] for key in ("numbers", "bytes", "rank", "modules", "output")},
+        report = write_lora(alone, output, overwrite, pad_rank)
+    return {"task": task.name} | {
+        key: report[key] for key in ("numbers", "bytes", "rank", "modules", "output")
     }
 
 
@@ -136,10 +106,7 @@ def _write(basis: Basis, task: Task, folder: Path, refer: bool) -> int:
     save_tensors({key: tensor.clone() for key, tensor in {**own, **task.head}.items()}, folder)
     write_config(folder, _config(basis, task, refer))
     if task.task is not None and {"columns", "max_length"} <= set(task.metadata):
-        known = {
-            "base_model": basis.description.base_model,
-            "base_fingerprint": basis.description.base_fingerprint,
-        }
+        known = {name: getattr(basis.description, name) for name in ("base_model", "base_fingerprint")}
         write_task(folder, {**task.metadata, **known, "task": task.task, "labels": list(task.labels)})
     return sum(tensor.numel() for tensor in own.values())
 
@@ -149,8 +116,8 @@ def _config(basis: Basis, task: Task, refer: bool) -> dict[str, Any]:
     if not refer:
         config.basis = config.basis_hash = None
     config.inference_mode = True
-    config.task_type = _TASK_TYPES.get(str(task.task), config.task_type)
+    config.task_type = TASK_TYPES.get(str(task.task), config.task_type)
     # a head of the same name as the basis had; else the modules that its keys name
-    modules = sorted({key.removeprefix(_ROOT).rpartition(".")[0] for key in task.head})
+    modules = sorted({key.removeprefix(ROOT).rpartition(".")[0] for key in task.head})
     config.modules_to_save = (config.modules_to_save or modules) if task.head else None
     return config.to_dict()

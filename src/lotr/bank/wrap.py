@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -26,12 +26,7 @@ ADAPTER = "bank"
 class TaskRows:
     """Finds what each row of a batch has of its own, and selects it for the call that runs.
 
-    Args:
-        group: One of those that the sites of the basis share.
-        layout: Of the numbers of a task.
-        cache: The tasks in memory.
-        current: Where the modules of the model look for the rows of their call.
-        head: The head of the model, where it has one.
+    `group` is one of those that the sites of the basis share; `current` is where the modules of the model look.
     """
 
     def __init__(
@@ -40,17 +35,12 @@ class TaskRows:
         self.group, self.layout, self.cache, self.current, self.head = group, layout, cache, current, head
 
     def select(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
-        """Use a task in each row of the batches that this thread, or task of asyncio, runs inside; see `wrap`."""
+        """Use a task in each row of the batches that this thread, or task of asyncio, runs inside."""
         return self.current.use(self.rows(names))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it reads files
     def rows(self, names: Sequence[str | None]) -> Rows | None:
-        """Return what rows with these tasks have of their own; nothing where all are of the base model.
-
-        Raises:
-            ConfigError: More tasks than the capacity, or the bank is not in use.
-            CheckpointError: A task does not exist or is damaged.
-        """
+        """Return what rows with these tasks have of their own; nothing where all are of the base model."""
         if isinstance(names, str | Tensor):
             raise ConfigError(
                 f"Tasks are named by {type(names).__name__}. Give a list with one name a row, None for the base model."
@@ -60,14 +50,13 @@ class TaskRows:
         return self.of(self.find(names))
 
     def find(self, names: Sequence[str | None]) -> list[LoadedTask | None]:
-        """Return the tasks of rows as the bank has them now, for `use` at any later time.
+        """Return the tasks of rows as the bank has them now, for `use` at any later time."""
 
-        Raises:
-            ConfigError: More tasks than the capacity.
-            CheckpointError: A task does not exist or is damaged.
-        """
+        def load(record: Record) -> LoadedTask:
+            return self.load(to_task(record, self.layout.size))
+
         needed = list(dict.fromkeys(name for name in names if name is not None and name != BASE))
-        tasks = self.cache.get(needed, self._read) if needed else {}
+        tasks = self.cache.get(needed, load) if needed else {}
         device = self.group.lotr_V[ADAPTER].weight.device
         if any(task.numbers.device != device for task in tasks.values()):  # the model has moved
             self.cache.clear()
@@ -79,11 +68,7 @@ class TaskRows:
         return self.current.use(self.of(tasks))
 
     def of(self, tasks: Sequence[LoadedTask | None]) -> Rows | None:
-        """Return what rows with these tasks have of their own.
-
-        Raises:
-            ConfigError: The bank is not in use.
-        """
+        """Return what rows with these tasks have of their own."""
         if self.group.merged_adapters or ADAPTER not in self.group.active_adapters:
             raise ConfigError(
                 f"Rows cannot have tasks while adapters are merged, or while {ADAPTER!r} is not the active one. "
@@ -97,15 +82,8 @@ class TaskRows:
         heads = None if self.head is None else side_by_side([task.head or self.head.of_base for task in own])
         return Rows(self.layout.unflatten(torch.stack([task.numbers for task in own])), heads)
 
-    def _read(self, record: Record) -> LoadedTask:
-        return self.load(to_task(record, self.layout.size))
-
     def load(self, task: Task) -> LoadedTask:
-        """Return what a batch needs of a task, where the model is.
-
-        Raises:
-            CheckpointError: Its head is not one of this base model.
-        """
+        """Return what a batch needs of a task, where the model is."""
         factor = self.group.lotr_V[ADAPTER].weight
         head = None if self.head is None else self.head.of(task, factor.device)
         return LoadedTask(task.numbers.to(factor), head, task.task, task.labels, task.metadata)
@@ -117,28 +95,21 @@ class TaskRows:
 
 
 class BankModel(PeftModel):
-    """A base model with a bank on it; see `wrap`."""
+    """A base model with a bank on it; see `CoreBank.wrap`."""
 
     @property
     def tasks(self) -> TaskRows:
         """The tasks in memory, and which of them a call uses."""
-        tasks: TaskRows = self.base_model.tasks  # type: ignore[assignment]
-        return tasks
+        return self.base_model.tasks  # type: ignore[return-value]
 
-    def forward(
-        self,
-        *args: Any,
-        task_ids: Sequence[str | None] | None = None,
-        adapter_names: Sequence[str | None] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Return what the base model returns, row `i` of the batch with task `task_ids[i]`.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the base model returns, row `i` of the batch with task `task_ids[i]`, or `adapter_names[i]`.
 
         Raises:
             ConfigError: There is not one name a row, or the model is a replica of `DataParallel`.
             DataError: A label is none of its row's task.
         """
-        rows = self._rows(task_ids, adapter_names, args, kwargs)
+        rows = self._rows(args, kwargs)
         if torch.is_grad_enabled() and self.training:
             self.tasks.current.remember_in_checkpoints(self.base_model)
         # a loss of the base model knows one head only
@@ -150,32 +121,21 @@ class BankModel(PeftModel):
         loss = row_losses(output["logits"], labels, None if rows is None else rows.head).mean()
         return type(output)(**{"loss": loss, **output})
 
-    def generate(
-        self,
-        *args: Any,
-        task_ids: Sequence[str | None] | None = None,
-        adapter_names: Sequence[str | None] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Generate as the base model does, row `i` of the batch with task `task_ids[i]`; errors as in `forward`."""
-        with self.tasks.current.running(self._rows(task_ids, adapter_names, args, kwargs)):
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as the base model does, with tasks and errors as in `forward`."""
+        with self.tasks.current.running(self._rows(args, kwargs)):
             return super().generate(*args, **kwargs)
 
-    def _rows(
-        self,
-        task_ids: Sequence[str | None] | None,
-        adapter_names: Sequence[str | None] | None,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-    ) -> Rows | None:
-        """Return what the rows of a call have of their own: those named, or else those selected."""
+    def _rows(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Rows | None:
+        """Return what the rows of a call have of their own: those named, which leave its arguments, or selected."""
+        task_ids, names = kwargs.pop("task_ids", None), kwargs.pop("adapter_names", None)
         if getattr(self, "_is_replica", False):
             raise ConfigError(
                 "DataParallel runs a model in threads that do not know the tasks of the call. Use one process a device."
             )
-        if task_ids is not None and adapter_names is not None:
+        if task_ids is not None and names is not None:
             raise ConfigError("task_ids= and adapter_names= both name the tasks of the rows. Leave out one.")
-        names = adapter_names if task_ids is None else task_ids
+        names = names if task_ids is None else task_ids
         if names is None:
             return self.tasks.current.get()
         main = getattr(self.get_base_model(), "main_input_name", "input_ids")
@@ -189,36 +149,8 @@ class BankModel(PeftModel):
         return self.tasks.rows(names)
 
 
-def wrap(basis: Basis, base: nn.Module, capacity: int | str = 1024) -> BankModel:
-    """Put a bank on its base model.
-
-    Row `i` of a batch uses task `task_ids[i]`: `model(**batch, task_ids=["a", None, "b"])`; `None` (or
-    `"__base__"`) is the base model. PEFT's `adapter_names=` does the same, `model.generate` takes both, and
-    `with model.select(["a", None, "b"]):` serves code that can pass neither. A choice belongs to its call: threads
-    that use one model at once never see each other's. Tasks are read when they are first used. A batch may have
-    several sequences a row in a run, as beam search does.
-
-    Where the model has a head, each row goes through its task's own; `logits` are as wide as the most labels in
-    the batch, the lowest finite number where a row's task has no such label, and `loss` is the mean over rows.
-
-    Args:
-        basis: Of an open bank.
-        base: The model that the basis was trained on, changed in place.
-        capacity: Tasks in memory: a number, or bytes (`"256MB"`).
-
-    Returns:
-        A PEFT model. It is the base model where nothing is selected.
-
-    Raises:
-        ConfigError: The model is not bare.
-        CheckpointError: The base model is another one.
-        PlanError: The base model has other modules.
-
-    Example:
-        >>> model = CoreBank.open("bank").wrap(base)  # doctest: +SKIP
-        >>> model(**batch, task_ids=["mail", "news", None]).logits.shape  # doctest: +SKIP
-        torch.Size([3, 4])
-    """
+def wrap(basis: Basis, base: nn.Module, capacity: int | str) -> BankModel:
+    """Put the bank of a basis on its base model; see `CoreBank.wrap`."""
     if any(isinstance(module, LotrGroup | RowHead) for module in base.modules()):
         raise ConfigError(
             "The model has a bank or an adapter on it already. Give the bare base model, loaded anew."

@@ -25,18 +25,7 @@ def add(
 ) -> dict[str, Any]:
     """Project adapters onto the factors of a bank, and add them as tasks: all, or none.
 
-    Args:
-        bank: Folder of a bank, made by `compress` or trained; its cores are free, or one diagonal a site.
-        adapters: See `compress`; all trained on the bank's base model.
-        replace: Replace tasks that have the names already.
-        tick: Called as work is done.
-
-    Returns:
-        The error of each adapter beside that of the fit, and whether a new fit pays.
-
-    Raises:
-        ConfigError: A name is taken, or the bank's cores are of another structure.
-        CheckpointError: An adapter is damaged, of another base model, or changes a module that the bank does not adapt.
+    Returns the error of each adapter beside that of the fit, and whether a new fit pays.
     """
     tick = tick or (lambda what, done, of: None)
     places = find_adapters(adapters)
@@ -52,7 +41,7 @@ def add(
         for name, path in places.items():
             entry, source = read_entry(name, path, plan.shape_of, str(opened.base_model))
             check_same_base(source, fit.get("trained_on") or opened.base_model)
-            check_fingerprint(opened.basis, path, source.record)
+            check_fingerprint(opened.basis, path, source.folder.task)
             entries.append(entry)
             tick("Reading", len(entries), len(places))
         stack = Stack(tuple(entries), (1.0,) * len(entries))
@@ -63,7 +52,6 @@ def add(
 
 
 def _advice(errors: dict[str, float], fit: dict[str, Any]) -> list[str]:
-    worst = max(errors, key=lambda name: errors[name])
     if not fit:
         return []
     poor = [name for name, error in errors.items() if error > _POOR * fit["error"] and error > 1e-3]
@@ -71,6 +59,7 @@ def _advice(errors: dict[str, float], fit: dict[str, Any]) -> list[str]:
         return [
             f"No new fit is needed: the adapters of the fit lose {fit['error']:.3g}, these at most as much."
         ]
+    worst = max(errors, key=lambda name: errors[name])
     return [
         f"{len(poor)} of {len(errors)} lose more than {_POOR} times what those of the fit do ({fit['error']:.3g}), "
         f"{worst} most, {errors[worst]:.3g}. A new fit with all adapters pays."

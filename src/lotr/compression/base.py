@@ -6,7 +6,6 @@ import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
-from typing import Any
 
 from torch import nn
 
@@ -19,18 +18,11 @@ from ..tuner.config import LotrConfig
 from ..tuner.factors import set_ranks
 from ..tuner.names import linear_paths
 from ..tuner.targets import plan_adapter
-from .sources import Source, open_source
+from .sources import Source
 
 #: Of a mode, `task` alone says that nothing else is shared.
 MODES = ("task", "layer", "projection")
 CORES = ("free", "diagonal")
-
-
-def base_of(sources: Mapping[str, Any]) -> tuple[str | None, Source]:
-    """Return the base model that most of the first adapters tell, and one of them."""
-    first = [open_source(name, path) for name, path in list(sources.items())[:16]]
-    told = Counter(source.base_model for source in first if source.base_model)
-    return (told.most_common(1)[0][0] if told else None), first[0]
 
 
 def is_same_base(one: str, other: str) -> bool:
@@ -39,33 +31,32 @@ def is_same_base(one: str, other: str) -> bool:
 
 
 def check_same_base(source: Source, told: str | None) -> None:
-    """Refuse an adapter that tells another base model than most.
-
-    Raises:
-        CheckpointError: The message names both.
-    """
-    own = source.base_model
+    """Refuse an adapter that tells another base model than most."""
+    own, path = source.base_model, source.folder.path
     if own and told and not is_same_base(own, told):
         raise CheckpointError(
-            f"{source.path} was trained on {own!r}, and the others on {told!r}. A bank has one base model: "
-            "compress them apart. If both are the same weights, correct base_model_name_or_path in "
-            f"{source.path / CONFIG}."
+            f"{path} was trained on {own!r}, and the others on {told!r}. A bank has one base model: compress them "
+            f"apart. If both are the same weights, correct base_model_name_or_path in {path / CONFIG}."
         )
 
 
-def load_base(name: str, kind: str | None, labels: int = 2, dtype: str = "bfloat16") -> tuple[str, nn.Module]:
-    """Load a base model with the head that its adapters have, and return its name too.
-
-    Raises:
-        ConfigError: It cannot be loaded.
-    """
+def load_base(
+    base: str | nn.Module | None, sources: Sequence[Source], labels: int = 2, dtype: str = "bfloat16"
+) -> tuple[str | None, nn.Module, str | None]:
+    """Return name and model of the base, with the head that its adapters have, and the name that most of these tell."""
     from transformers import AutoModel
 
-    told = locate(name)[1]
-    if kind is not None:
-        names = tuple(map(str, range(labels))) if kind == "classification" else ()
-        return told, load_model(name, kind, names, dtype)
-    return told, load_part(AutoModel, name, "model", dtype=DTYPES[dtype])
+    names = Counter(source.base_model for source in sources if source.base_model)
+    told = names.most_common(1)[0][0] if names else None
+    if isinstance(base, nn.Module):
+        return told, base, told
+    name, kind = base or told, sources[0].kind
+    if name is None:
+        raise ConfigError("No adapter tells its base model. Name it with --base.")
+    if kind is None:
+        return locate(name)[1], load_part(AutoModel, name, "model", dtype=DTYPES[dtype]), told
+    classes = tuple(map(str, range(labels))) if kind == "classification" else ()
+    return locate(name)[1], load_model(name, kind, classes, dtype), told
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -77,18 +68,7 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 def bank_config(
     model: nn.Module, modules: Sequence[str], modes: Sequence[str], core: str, task_types: set[str | None]
 ) -> LotrConfig:
-    """Return the configuration of a basis for some modules, at rank 1; `with_ranks` gives it its ranks.
-
-    Args:
-        model: The base model.
-        modules: Paths that any adapter changes.
-        modes: Along what sites share factors, beside the task.
-        core: `"free"` or `"diagonal"`.
-        task_types: PEFT's words for what the adapters were trained for.
-
-    Raises:
-        ConfigError: The modes or the core have no meaning.
-    """
+    """Return the configuration of a basis for some modules, at rank 1; `with_ranks` gives it its ranks."""
     odd = [mode for mode in modes if mode not in MODES]
     if odd:
         raise ConfigError(f"modes={tuple(modes)!r} names {odd[0]!r}. Tasks share along: {', '.join(MODES)}.")

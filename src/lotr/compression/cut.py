@@ -7,13 +7,15 @@ from typing import Any
 
 from torch import nn
 
+from ..bank.head_form import n_outputs
 from ..errors import CheckpointError, ConfigError
 from ..files.adapter_folder import write_adapter
 from ..files.atomic import check_apart, check_free, whole_folder
 from ..tuner.saved_adapter import read_saved
 from ..tuner.truncate import truncate
 from .base import load_base
-from .sources import Source, open_source
+from .ranks import checked_size
+from .sources import open_source
 
 
 def cut(
@@ -25,40 +27,21 @@ def cut(
     max_error: float | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write a saved adapter with smaller ranks, as near to it as these allow; see `lotr.truncate`.
+    """Write a saved adapter with free cores at smaller ranks, as near to it as these allow; see `lotr.truncate`.
 
-    Args:
-        adapter: Folder or hub id of an adapter of this library with free cores.
-        output: Folder of the new adapter.
-        base: The base model, bare, or its name; default: the one that the adapter tells.
-        rank: Largest rank of every group.
-        max_error: Instead: the relative error of each group's updates that is allowed.
-        overwrite: Replace a folder that is not empty.
-
-    Returns:
-        Ranks before and after, the energy kept of each group, and bytes.
-
-    Raises:
-        ConfigError: Not one of rank and error is given, or the adapter cannot be cut.
-        CheckpointError: The adapter is damaged or does not fit the base model.
+    Returns ranks before and after, the energy kept of each group, and bytes.
     """
     from peft import PeftModel
 
     saved, output = read_saved(adapter), Path(output)
     check_free(output, overwrite)
     check_apart(output, "adapter", saved.path)
-    if (rank is None) == (max_error is None):
+    if rank is None and max_error is None:
         raise ConfigError("One adapter is cut to a rank or to an error: give one of --rank and --max-error.")
-    if max_error is not None and not 0 < max_error < 1:
-        raise ConfigError(f"max_error={max_error} is no relative error. Use a number between 0 and 1.")
-    source = open_source("adapter", saved.path)
-    if isinstance(base, nn.Module):
-        name, bare = source.base_model, base
-    else:
-        told = base or source.base_model
-        if told is None:
-            raise ConfigError(f"{saved.path} does not tell its base model. Name it with --base.")
-        name, bare = load_base(told, source.kind, _labels(source), "float32")
+    checked_size(rank, max_error, None)
+    source = open_source(saved.path)
+    head = source.head()
+    name, bare, _ = load_base(base, [source], n_outputs(head) if head else 2, "float32")
     try:
         model = PeftModel.from_pretrained(bare, str(saved.path), is_trainable=True)
     except (RuntimeError, ValueError) as error:
@@ -73,9 +56,3 @@ def cut(
         "bytes_before": saved.folder.size,
         "bytes_after": read_saved(output).folder.size,
     }
-
-
-def _labels(source: Source) -> int:
-    """Return how many classes the head of an adapter has."""
-    sizes = [tensor.shape[0] for tensor in source.head().values() if tensor.dim()]
-    return min(sizes, default=2)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fit import Batch, GroupFit, Sums, Total
+from .fit import Batch, GroupFit, Sums, Total, reduced
 
 
 def kept_at_least(of_group: GroupFit) -> Tensor:  # (n,)
@@ -34,14 +34,10 @@ def begin(fits: Mapping[str, GroupFit], ranks: Mapping[str, int], total: Total) 
     adapters that are cut one by one to the same number of directions.
     """
     sums = total(partial(_mixtures, fits, ranks))
-    starts = {
-        name: (
-            _pairs(f, ranks[name]),
-            _eigenvectors(f, ranks[name], *sums[name]),
-            (f.own_U[:, : ranks[name]], f.own_V[:, : ranks[name]]),
-        )
-        for name, f in fits.items()
-    }
+    starts = {}
+    for name, f in fits.items():
+        r = ranks[name]
+        starts[name] = _pairs(f, r), _eigenvectors(f, r, *sums[name]), (f.own_U[:, :r], f.own_V[:, :r])
     for name, kept in total(partial(_kept, fits, starts)).items():
         best = max(range(3), key=kept.__getitem__)
         fits[name].U, fits[name].V = starts[name][best]
@@ -56,25 +52,21 @@ def _mixtures(fits: Mapping[str, GroupFit], ranks: Mapping[str, int], batches: I
         shape = [min(ranks[name], n) for n in of_group.squares.shape]
         sums[name] = [torch.zeros(*shape).double() for _ in range(2)]
         drawn[name] = [torch.randn(2, n, generator=generator).double() for n in shape]
-    for batch in batches:
-        for name, of_group in fits.items():
-            u, v = drawn[name]
-            for B, A in of_group.reduced(batch[name]):
-                B, A = B[:, : u.shape[1]], A[:, :, : v.shape[1]]
-                for n in range(2):
-                    weights = ((u[n] @ B) * (A @ v[n])).sum(-1)
-                    sums[name][n] += torch.einsum("n,nkq,nqr->kr", weights, B, A)
+    for name, _, B, A in reduced(fits, batches):
+        u, v = drawn[name]
+        B, A = B[:, : u.shape[1]], A[:, :, : v.shape[1]]
+        for n in range(2):
+            weights = ((u[n] @ B) * (A @ v[n])).sum(-1)
+            sums[name][n] += torch.einsum("n,nkq,nqr->kr", weights, B, A)
     return sums
 
 
 def _kept(fits: Mapping[str, GroupFit], starts: Mapping[str, Any], batches: Iterable[Batch]) -> Sums:
     """Return the energy that pairs of factors keep."""
     sums = {name: [0.0 for _ in of_group] for name, of_group in starts.items()}
-    for batch in batches:
-        for name, of_group in fits.items():
-            for B, A in of_group.reduced(batch[name]):
-                for n, (U, V) in enumerate(starts[name]):
-                    sums[name][n] += float((diagonals(U, V, B, A) * _products(U, V, B, A)).sum())
+    for name, _, B, A in reduced(fits, batches):
+        for n, (U, V) in enumerate(starts[name]):
+            sums[name][n] += float((diagonals(U, V, B, A) * _products(U, V, B, A)).sum())
     return sums
 
 
@@ -119,14 +111,12 @@ def _normal_equations(fits: Mapping[str, GroupFit], side: str, batches: Iterable
     for name, f in fits.items():
         r = f.U.shape[1]
         sums[name] = [torch.zeros_like(getattr(f, side)), f.U.new_zeros(r, r), 0.0]
-    for batch in batches:
-        for name, f in fits.items():
-            for B, A in f.reduced(batch[name]):
-                c = diagonals(f.U, f.V, B, A)
-                mixed = B @ (A @ f.V) if side == "U" else A.mT @ (f.U.T @ B).mT
-                sums[name][0] += (mixed * c[:, None, :]).sum(0)
-                sums[name][1] += c.T @ c
-                sums[name][2] += float((c * _products(f.U, f.V, B, A)).sum())
+    for name, f, B, A in reduced(fits, batches):
+        c = diagonals(f.U, f.V, B, A)
+        mixed = B @ (A @ f.V) if side == "U" else A.mT @ (f.U.T @ B).mT
+        sums[name][0] += (mixed * c[:, None, :]).sum(0)
+        sums[name][1] += c.T @ c
+        sums[name][2] += float((c * _products(f.U, f.V, B, A)).sum())
     return sums
 
 

@@ -32,31 +32,20 @@ Shape = tuple[int, int]
 
 @dataclass
 class GroupFit:
-    """What is known of one group between two passes.
+    """What is known of one group between two passes."""
 
-    Args:
-        energy: `Σ w² ‖Δ‖²` over its tasks and sites.
-        Q_U: Directions in which the updates have energy at all, output side, by falling energy, shape `(o, K)`.
-        Q_V: The same on the input side, shape `(i, L)`.
-        squares: Energy between each two of these directions, shape `(K, L)`.
-        U: Output factor, in the coordinates of `Q_U` unless that is empty.
-        V: Input factor, in those of `Q_V`.
-        errors: Relative error at the start and after every sweep.
-        own_U: The strongest singular directions of single updates, like `U`.
-        own_V: Those on the input side.
-        own_energies: Their energies, falling.
-    """
-
-    energy: float
-    Q_U: Tensor
-    Q_V: Tensor
-    squares: Tensor
-    U: Tensor
-    V: Tensor
-    errors: list[float] = field(default_factory=list)
-    own_U: Tensor = field(default_factory=partial(torch.zeros, 0, 0))
+    energy: float  # `Σ w² ‖Δ‖²` over its tasks and sites
+    Q_U: Tensor  # (o, K), directions in which the updates have energy at all, output side, by falling energy
+    Q_V: Tensor  # (i, L), on the input side
+    squares: Tensor  # (K, L), energy between each two of these directions
+    U: Tensor  # output factor, in the coordinates of `Q_U` unless that is empty
+    V: Tensor  # input factor, in those of `Q_V`
+    errors: list[float] = field(default_factory=list)  # relative, at the start and after every sweep
+    own_U: Tensor = field(
+        default_factory=partial(torch.zeros, 0, 0)
+    )  # strongest directions of single updates
     own_V: Tensor = field(default_factory=partial(torch.zeros, 0, 0))
-    own_energies: Tensor = field(default_factory=partial(torch.zeros, 0))
+    own_energies: Tensor = field(default_factory=partial(torch.zeros, 0))  # theirs, falling
 
     @property
     def kept(self) -> Tensor:
@@ -85,13 +74,18 @@ class GroupFit:
         open_U, open_V = (torch.eye(len(factor), rank).double() for factor in (U, V))
         return completed(U, open_U), completed(V, open_V)
 
-    def reduced(self, updates: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield `B` `(n, K, q)` and `A` `(n, q, L)` in the coordinates of `U` and `V`."""
-        for B, A in updates:
-            n, _, q = B.shape
-            if len(self.Q_U):  # one product of matrices, and not one a task
-                B = (self.Q_U.T @ B.movedim(1, 0).flatten(1)).unflatten(1, (n, q)).movedim(0, 1)
-            yield B, A @ self.Q_V if len(self.Q_V) else A
+
+def reduced(
+    fits: Mapping[str, GroupFit], batches: Iterable[Batch]
+) -> Iterator[tuple[str, GroupFit, Tensor, Tensor]]:
+    """Yield groups with `B` `(n, K, q)` and `A` `(n, q, L)` of their sites, in the coordinates of `U` and `V`."""
+    for batch in batches:
+        for name, f in fits.items():
+            for B, A in batch[name]:
+                n, _, q = B.shape
+                if len(f.Q_U):  # one product of matrices, and not one a task
+                    B = (f.Q_U.T @ B.movedim(1, 0).flatten(1)).unflatten(1, (n, q)).movedim(0, 1)
+                yield name, f, B, A @ f.Q_V if len(f.Q_V) else A
 
 
 def merged(one: Sums, other: Sums) -> Sums:
@@ -103,14 +97,10 @@ def merged(one: Sums, other: Sums) -> Sums:
 
 
 def directions(groups: Mapping[str, Shape], total: Total, widest: int = 1024) -> dict[str, GroupFit]:
-    """Return the HOSVD of every group: one pass for the directions, one for the energy that each rank keeps.
+    """Return the HOSVD of groups with their blocks: a pass for directions, one for the energy that each rank keeps.
 
-    The second pass collects the strongest directions of single updates too, with which diagonal cores begin.
-
-    Args:
-        groups: Name → block `(o, i)`.
-        total: Runs a pass over the updates of all tasks.
-        widest: Blocks at most this wide are summed exactly; of wider ones the leading directions are followed.
+    The second pass collects the strongest directions of single updates too, with which diagonal cores begin. Blocks at
+    most `widest` wide are summed exactly; of wider ones the leading directions are followed.
     """
     none = torch.zeros(0, 0, dtype=torch.float64)
     fits: dict[str, GroupFit] = {}
@@ -145,12 +135,10 @@ def _squares(fits: Mapping[str, GroupFit], batches: Iterable[Batch]) -> Sums:
     for name, f in fits.items():
         n, K, L = max(len(f.Q_U), len(f.Q_V)), f.Q_U.shape[1], f.Q_V.shape[1]
         sums[name] = [f.Q_U.new_zeros(K, L), Strongest(n, (K, L))]
-    for batch in batches:
-        for name, of_group in fits.items():
-            for B, A in of_group.reduced(batch[name]):
-                sums[name][1].add(B, A)
-                for B_t, A_t in zip(B, A, strict=True):  # one at a time: the product is as large as the block
-                    sums[name][0] += (B_t @ A_t).square_()
+    for name, _, B, A in reduced(fits, batches):
+        sums[name][1].add(B, A)
+        for B_t, A_t in zip(B, A, strict=True):  # one at a time: the product is as large as the block
+            sums[name][0] += (B_t @ A_t).square_()
     return sums
 
 
@@ -180,13 +168,9 @@ def _inside(fits: Mapping[str, GroupFit], side: str, batches: Iterable[Batch]) -
     for name, of_group in fits.items():
         widths = len(of_group.U), len(of_group.V)
         sums[name] = [SecondMoment(widths["UV".index(side)], max(widths))]
-    for batch in batches:
-        for name, of_group in fits.items():
-            for B, A in of_group.reduced(batch[name]):
-                if side == "U":
-                    sums[name][0].add(B @ triangle((A @ of_group.V).mT))
-                else:
-                    sums[name][0].add(A.mT @ triangle(of_group.U.T @ B))
+    for name, f, B, A in reduced(fits, batches):
+        kept = B @ triangle((A @ f.V).mT) if side == "U" else A.mT @ triangle(f.U.T @ B)
+        sums[name][0].add(kept)
     return sums
 
 

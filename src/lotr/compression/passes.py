@@ -27,9 +27,7 @@ _SUMS = 1 << 30  # bytes of the sums of the groups that are fitted at once
 class State:
     """What an interrupted fit goes on from: the fits after the last pass, in a hidden folder beside the output.
 
-    Args:
-        output: Folder of the bank to come.
-        request: Tells the adapters and all settings: another request begins anew.
+    The request tells the adapters and all settings: another one begins anew.
     """
 
     def __init__(self, output: Path, request: str) -> None:
@@ -62,13 +60,10 @@ class State:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self._file(groups)
-        # a group's name has no dot
+        fields = ((f"{name}.{field}", value) for name in groups for field, value in vars(fits[name]).items())
+        # a copy each, for file and storage; a group's name has no dot
         tensors = {
-            f"{name}.{field}": torch.as_tensor(value, dtype=torch.float64).clone(
-                memory_format=torch.contiguous_format
-            )
-            for name in groups
-            for field, value in vars(fits[name]).items()
+            key: torch.as_tensor(value, dtype=torch.float64).contiguous().clone() for key, value in fields
         }
         written = file.with_suffix(".tmp")
         try:
@@ -128,16 +123,9 @@ def run_sweeps(
     tolerance: float,
     tick: Tick,
 ) -> None:
-    """Sweep until nothing is gained, from the HOSVD or from where an earlier run was interrupted.
+    """Sweep the fits, which are changed, until nothing is gained or `most` times, from the HOSVD or an earlier run.
 
-    Args:
-        groups: Groups with their ranks.
-        fits: Their fits, which are changed.
-        stack: The adapters.
-        state: Where finished sweeps are kept, if they are.
-        most: Most sweeps.
-        tolerance: A sweep that lowers the error by a smaller share is a group's last.
-        tick: Called as tasks are done.
+    A sweep that lowers a group's error by a smaller share than `tolerance` is its last.
     """
     kind: ModuleType = fit if groups[0].core.by_site else diagonal
     for chunk in chunks(groups, stack):

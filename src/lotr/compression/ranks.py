@@ -18,21 +18,13 @@ from .fit import GroupFit
 
 @dataclass(frozen=True)
 class Curve:
-    """What rank buys in one group.
+    """What rank buys in one group."""
 
-    Args:
-        energy: `Σ w² ‖Δ‖²`.
-        kept: Energy kept at rank `n + 1`, shape `(most,)`.
-        factor_bytes: Bytes of the factors, a unit of rank.
-        core_bytes: Bytes of the cores of all tasks at rank 1.
-        diagonal: Whether cores are diagonal: they grow with the rank, and not with its square.
-    """
-
-    energy: float
-    kept: Tensor
-    factor_bytes: int
-    core_bytes: int
-    diagonal: bool = False
+    energy: float  # `Σ w² ‖Δ‖²`
+    kept: Tensor  # (most,), energy kept at rank `n + 1`
+    factor_bytes: int  # of the factors, a unit of rank
+    core_bytes: int  # of the cores of all tasks at rank 1
+    diagonal: bool = False  # such cores grow with the rank, and not with its square
 
     @property
     def most(self) -> int:
@@ -66,25 +58,17 @@ def one_rank_for_all(curves: Mapping[str, Curve], heads: int) -> list[dict[str, 
     points = []
     for rank in sorted({round(most ** (n / 47)) for n in range(48)}):
         ranks = {name: min(rank, curve.most) for name, curve in curves.items()}
-        points.append(
-            {"rank": rank, "bytes": heads + bytes_of(curves, ranks), "error": error_of(curves, ranks)}
-        )
+        size, error = heads + bytes_of(curves, ranks), error_of(curves, ranks)
+        points.append({"rank": rank, "bytes": size, "error": error})
     return points
 
 
 def chosen_ranks(
-    curves: Mapping[str, Curve],
-    max_error: float | None = None,
-    max_bytes: int | None = None,
+    curves: Mapping[str, Curve], max_error: float | None = None, max_bytes: int | None = None
 ) -> dict[str, int]:
-    """Return the ranks that reach an error with few bytes, or that a number of bytes pays for with little error.
+    """Return the ranks that reach a relative error with few bytes, or that bytes pay for with little error.
 
     Every group begins at rank 1; the next unit of rank goes to the group where it keeps most energy a byte.
-
-    Args:
-        curves: By group.
-        max_error: Relative error to reach.
-        max_bytes: Bytes not to exceed.
     """
     ranks = dict.fromkeys(curves, 1)
     total = sum(curve.energy for curve in curves.values())
@@ -112,10 +96,10 @@ def _offer(name: str, curve: Curve, rank: int) -> tuple[float, str, int, int, fl
 
 
 def curves_of(
-    groups: Sequence[Group], fits: Mapping[str, GroupFit], tasks: int, dtype: str, is_diagonal: bool
+    groups: Sequence[Group], fits: Mapping[str, GroupFit], tasks: int, dtype: str, core: str
 ) -> dict[str, Curve]:
     """Return what rank buys in every group, with diagonal cores or free ones."""
-    curves, width = {}, DTYPES[dtype].itemsize
+    curves, width, is_diagonal = {}, DTYPES[dtype].itemsize, core == "diagonal"
     for group in groups:
         f = fits[group.name]
         kept = kept_at_least(f)[: min(group.shape)] if is_diagonal else f.kept
@@ -125,11 +109,7 @@ def curves_of(
 
 
 def ranks_for(curves: dict[str, Curve], size: tuple[str, float], head_bytes: int) -> dict[str, int]:
-    """Return the ranks that a size means, which may be a rank, an error, or bytes with those of heads.
-
-    Raises:
-        ConfigError: The bytes do not pay for rank 1.
-    """
+    """Return the ranks that a size means, which may be a rank, an error, or bytes with those of heads."""
     name, value = size
     if name == "rank":
         return {group: min(int(value), curve.most) for group, curve in curves.items()}
@@ -145,12 +125,13 @@ def ranks_for(curves: dict[str, Curve], size: tuple[str, float], head_bytes: int
 
 
 def checked_size(rank: int | None, max_error: float | None, max_bytes: int | str | None) -> tuple[str, float]:
-    """Return which of the three sizes is given, and its value.
-
-    Raises:
-        ConfigError: More than one is given, or it has no meaning.
-    """
-    sizes = {"rank": rank, "max_error": max_error, "max_bytes": _in_bytes(max_bytes)}
+    """Return which of the three sizes is given, and its value."""
+    if isinstance(max_bytes, str):
+        number = int(max_bytes) if max_bytes.isdecimal() else in_bytes(max_bytes.strip())
+        if number is None:
+            raise ConfigError(f"max_bytes={max_bytes!r} is not understood. Use 20000000, or '20MB'.")
+        max_bytes = number
+    sizes = {"rank": rank, "max_error": max_error, "max_bytes": max_bytes}
     given = {name: value for name, value in sizes.items() if value is not None}
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)} are given, and each decides the ranks. Give one of them.")
@@ -160,12 +141,3 @@ def checked_size(rank: int | None, max_error: float | None, max_bytes: int | str
     if name != "max_error" and value < 1:
         raise ConfigError(f"{name}={value} leaves nothing. Use a positive number.")
     return name, value
-
-
-def _in_bytes(size: int | str | None) -> int | None:
-    if size is None or isinstance(size, int):
-        return size
-    number = int(size) if size.isdecimal() else in_bytes(size.strip())
-    if number is None:
-        raise ConfigError(f"max_bytes={size!r} is not understood. Use 20000000, or '20MB'.")
-    return number

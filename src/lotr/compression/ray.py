@@ -23,15 +23,7 @@ _SHARDS = 4  # for each processor, so that none waits long for the slowest
 
 @contextmanager
 def cluster(address: str | None) -> Iterator[Spread | None]:
-    """Connect to a Ray cluster, and give what runs passes there.
-
-    Args:
-        address: `local`: this machine's processors; else the address of a cluster, as `ray.init` takes it. `None`: no
-            cluster, and passes run in this process.
-
-    Raises:
-        ConfigError: Ray is not installed, or nobody answers at the address.
-    """
+    """Connect to a Ray cluster as `ray.init` does, and give what runs passes there; `None`: this process does."""
     if address is None:
         yield None
         return
@@ -59,7 +51,9 @@ def _spread(stack: Stack, groups: Sequence[Group], what: str, tick: Tick) -> Tot
 
     count = max(1, min(len(stack), _SHARDS * int(ray.cluster_resources().get("CPU", 1))))
     edges = [len(stack) * n // count for n in range(count + 1)]
-    shards = [ray.put((stack.part(*edge), groups)) for edge in pairwise(edges)]
+    shards = [
+        ray.put((Stack(stack.entries[at:end], stack.weights[at:end]), groups)) for at, end in pairwise(edges)
+    ]
     task: Any = ray.remote(max_retries=_RETRIES)(_added_up)
 
     def total(add_up: Callable[[Iterable[Batch]], Sums]) -> Sums:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from ..adapters import plots
 from ..sharing.plan import Plan
 from .base import is_same_base
 from .fit import GroupFit, error_of_all
@@ -20,43 +21,23 @@ REPORT, PICTURE = "compress.json", "compress.png"
 
 @dataclass(frozen=True)
 class Report:
-    """What became of many adapters.
+    """What became of many adapters."""
 
-    Args:
-        bank: Folder of the bank.
-        base_model: Base model of the bank.
-        trained_on: Base model that the adapters tell.
-        tasks: How many there are.
-        error: Root of the mean squared relative error of a task, `‖Δ − U C Vᵀ‖ / ‖Δ‖`.
-        median_error: Median of the same.
-        bytes_before: Bytes of all adapters' weights.
-        bytes_after: Bytes of all files of the bank.
-        bytes_of_heads: Bytes of heads in it.
-        bytes_of_numbers: Bytes of factors, cores and heads in it.
-        groups: Name, sites, block and rank of every group, and its errors at the start and after every sweep.
-        by_task: Error, energy kept, rank and bytes before, and modules that it lacks of every task, the worst first;
-            where it was measured, the metric too, and its score before and after.
-        by_module: Relative error of every module, all adapters together.
-        curve: Rank, bytes and error of the HOSVD with one rank for all groups, at most 48 points.
-        advice: What to do about the error and the bytes, in sentences.
-        seconds: What the fit took.
-    """
-
-    bank: str
-    base_model: str
-    trained_on: str | None
-    tasks: int
-    error: float
+    bank: str  # its folder
+    base_model: str | None
+    trained_on: str | None  # the base model that the adapters tell
+    tasks: int  # how many there are
+    error: float  # root of the mean squared relative error of a task, `‖Δ − U C Vᵀ‖ / ‖Δ‖`
     median_error: float
-    bytes_before: int
-    bytes_after: int
+    bytes_before: int  # of all adapters' weights
+    bytes_after: int  # of all files of the bank
     bytes_of_heads: int
-    bytes_of_numbers: int
-    groups: list[dict[str, Any]]
-    by_task: list[dict[str, Any]]
-    by_module: dict[str, float]
-    curve: list[dict[str, float]]
-    advice: list[str]
+    bytes_of_numbers: int  # of factors, cores and heads
+    groups: list[dict[str, Any]]  # with their errors at the start and after every sweep
+    by_task: list[dict[str, Any]]  # the worst first; where it was measured, with its score before and after
+    by_module: dict[str, float]  # relative error, all adapters together
+    curve: list[dict[str, float]]  # of the HOSVD with one rank for all groups, at most 48 points
+    advice: list[str]  # what to do about the error and the bytes, in sentences
     seconds: float
 
 
@@ -71,18 +52,9 @@ def report_of(
     scores: Mapping[str, Mapping[str, Any]],
     **told: Any,
 ) -> Report:
-    """Return the report of a fit.
+    """Return the report of a fit, to whose `max_error` `asked` belongs; `told` are the other fields.
 
-    Args:
-        stack: The adapters.
-        plan: The plan of the bank.
-        curves: What rank buys, by group.
-        others: The same with other cores, by what `--core` calls them.
-        fits: The fit of every group.
-        lost: By task: `‖Δ − U C Vᵀ‖²` of every module.
-        asked: The error that was asked for, if any.
-        scores: By task: what was measured on its own data, before and after.
-        told: The other fields of the report.
+    `curves` tell what rank buys, by group; `others` with other cores, by what `--core` calls them.
     """
     by_task: list[dict[str, Any]] = [
         {
@@ -96,20 +68,17 @@ def report_of(
         }
         for entry in stack.entries
     ]
+    by_task.sort(key=lambda row: -row["error"])
     errors = [row["error"] for row in by_task]
-    overall = (sum(error * error for error in errors) / len(errors)) ** 0.5
     ranks = {group.name: group.core.r for group in plan.groups}
     heads = sum(entry.head_bytes for entry in stack.entries)
-    before = sum(entry.bytes for entry in stack.entries)
-    after = heads + bytes_of(curves, ranks)
-    by_task.sort(key=lambda row: -row["error"])
-    return Report(
+    report = Report(
         tasks=len(stack),
-        error=overall,
+        error=(sum(error * error for error in errors) / len(errors)) ** 0.5,
         median_error=median(errors),
-        bytes_before=before,
+        bytes_before=sum(entry.bytes for entry in stack.entries),
         bytes_of_heads=heads,
-        bytes_of_numbers=after,
+        bytes_of_numbers=heads + bytes_of(curves, ranks),
         groups=[
             {
                 "group": group.name,
@@ -123,16 +92,12 @@ def report_of(
         by_task=by_task,
         by_module=_by_module(stack, plan, lost),
         curve=one_rank_for_all(curves, heads),
-        advice=[
-            *_about_error(curves, ranks, overall, error_of_all(fits), asked),
-            *_about_cores(others, bytes_of(curves, ranks), overall),
-            *_about_tasks(by_task, stack),
-            *_about_scores(by_task),
-            *_about_base(told["base_model"], told["trained_on"]),
-            *_about_bytes(before, after, told["bytes_after"]),
-        ],
+        advice=[],
         **told,
     )
+    report.advice.extend(_about_error(report.error, curves, ranks, others, error_of_all(fits), asked))
+    report.advice.extend(_about_adapters(report, stack))
+    return report
 
 
 def _by_module(stack: Stack, plan: Plan, lost: Lost) -> dict[str, float]:
@@ -145,105 +110,72 @@ def _by_module(stack: Stack, plan: Plan, lost: Lost) -> dict[str, float]:
 
 
 def _about_error(
-    curves: dict[str, Curve], ranks: dict[str, int], error: float, fitted: float, asked: float | None
-) -> list[str]:
-    """Say what a smaller error takes: another rank, or another type where rounding is much of it."""
-    missed = asked is not None and error > asked
-    notes = [f"The error that was asked for, {asked:.2g}, is not reached."] if missed else []
-    if (error > 1e-3 and fitted < error / 2) or (missed and fitted <= float(asked or 0)):
-        return [*notes, "Much of this error is rounding. Keep the numbers with --dtype float32."]
-    if error <= 1e-3:
-        return notes
+    error: float,
+    curves: dict[str, Curve],
+    ranks: dict[str, int],
+    others: Mapping[str, dict[str, Curve]],
+    fitted: float,
+    asked: float | None,
+) -> Iterator[str]:
+    """Say what a smaller error takes: another rank, another type where rounding is much of it, or other cores."""
+    size, missed = bytes_of(curves, ranks), asked is not None and error > asked
     better = chosen_ranks(curves, max_error=error / 2)
-    if error_of(curves, better) > error / 2:
-        return notes
-    factor = bytes_of(curves, better) / bytes_of(curves, ranks)
-    return [
-        *notes,
-        f"Half of this error takes {factor:.1f} times the bytes: --max-error {error / 2:.2g} (ranks "
-        f"{min(better.values())} to {max(better.values())}).",
-    ]
+    if missed:
+        yield f"The error that was asked for, {asked:.2g}, is not reached."
+    if (error > 1e-3 and fitted < error / 2) or (missed and fitted <= float(asked or 0)):
+        yield "Much of this error is rounding. Keep the numbers with --dtype float32."
+    elif error > 1e-3 and error_of(curves, better) <= error / 2:
+        yield (
+            f"Half of this error takes {bytes_of(curves, better) / size:.1f} times the bytes: --max-error "
+            f"{error / 2:.2g} (ranks {min(better.values())} to {max(better.values())})."
+        )
+    for core, own in others.items():
+        if bytes_of(own, dict.fromkeys(own, 1)) <= size:
+            most = error_of(own, chosen_ranks(own, max_bytes=size))  # and it is sure to lose no more
+            if most < 0.95 * error:
+                yield f"In as many bytes --core {core} loses at most {most:.2g}."
 
 
-def _about_cores(others: Mapping[str, dict[str, Curve]], size: int, error: float) -> list[str]:
-    """Say which other cores are sure to lose less in as many bytes."""
-    losses = {
-        core: error_of(curves, chosen_ranks(curves, max_bytes=size))
-        for core, curves in others.items()
-        if bytes_of(curves, dict.fromkeys(curves, 1)) <= size
-    }
-    return [
-        f"In as many bytes --core {core} loses at most {most:.2g}."
-        for core, most in losses.items()
-        if most < 0.95 * error
-    ]
-
-
-def _about_tasks(by_task: list[dict[str, Any]], stack: Stack) -> list[str]:
-    """Say which adapter loses most, and which change nothing, at all or at some modules."""
-    notes, worst = [], by_task[0]
-    if worst["error"] > 2 * median(row["error"] for row in by_task) and worst["error"] > 1e-3:
-        notes.append(
+def _about_adapters(report: Report, stack: Stack) -> Iterator[str]:
+    """Say which adapters lose most or change nothing, and what of them and of the bank does not go together."""
+    worst = report.by_task[0]
+    if worst["error"] > 2 * report.median_error and worst["error"] > 1e-3:
+        yield (
             f"{worst['task']} loses {worst['error']:.2g}, more than twice the median: it shares least with the others. "
             "Raise its weight, or keep it as the LoRA that it is."
         )
-    if some := sorted(row["task"] for row in by_task if row["missing"]):
-        notes.append(
-            f"{len(some)} adapters lack modules that others adapt, first {some[0]}; they are zero there."
-        )
+    if some := sorted(row["task"] for row in report.by_task if row["missing"]):
+        yield f"{len(some)} adapters lack modules that others adapt, first {some[0]}; they are zero there."
     if nothing := [entry.name for entry in stack.entries if not entry.energy]:
-        notes.append(
-            f"{len(nothing)} adapters are zero everywhere, first {nothing[0]}: they were never trained."
-        )
-    return notes
-
-
-def _about_scores(by_task: list[dict[str, Any]]) -> list[str]:
-    """Say what the adapters score on average, and which loses most."""
-    notes = []
-    for metric in dict.fromkeys(row["metric"] for row in by_task if "metric" in row):
-        rows = [row for row in by_task if row.get("metric") == metric]
+        yield f"{len(nothing)} adapters are zero everywhere, first {nothing[0]}: they were never trained."
+    for metric in dict.fromkeys(row["metric"] for row in report.by_task if "metric" in row):
+        rows = [row for row in report.by_task if row.get("metric") == metric]
         before, after = (mean(row[f"score_{when}"] for row in rows) for when in ("before", "after"))
         sign = -1 if metric == "loss" else 1
         worst = min(rows, key=lambda row: sign * (row["score_after"] - row["score_before"]))
-        notes.append(
+        yield (
             f"Mean {metric} of {len(rows)} tasks: {before:.4g} before, {after:.4g} after; {worst['task']} loses most, "
             f"{worst['score_before']:.4g} to {worst['score_after']:.4g}."
         )
-    return notes
-
-
-def _about_base(base: str, trained_on: str | None) -> list[str]:
-    """Say that a base model of another name was given: where it lies may differ, its weights may not."""
-    if trained_on is None or is_same_base(base, trained_on):
-        return []
-    return [f"The adapters tell {trained_on!r}, and the bank is for {base!r}: both must be the same weights."]
-
-
-def _about_bytes(before: int, numbers: int, after: int) -> list[str]:
-    """Say why a bank is no smaller than the adapters were."""
-    if after < before:
-        return []
-    why = (
-        "its numbers are: choose a smaller --rank, or --max-bytes"
-        if numbers >= before
-        else f"its numbers take {numbers:,} bytes, the rest is the empty store. It pays with more or larger adapters"
-    )
-    return [f"The bank is no smaller than the adapters: {why}."]
+    base, told = report.base_model, report.trained_on
+    if base is not None and told is not None and not is_same_base(base, told):  # where it lies may differ
+        yield f"The adapters tell {told!r}, and the bank is for {base!r}: both must be the same weights."
+    if report.bytes_after >= report.bytes_before:
+        numbers = report.bytes_of_numbers
+        why = f"its numbers take {numbers:,} bytes, the rest is the empty store. It pays with more or larger adapters"
+        if numbers >= report.bytes_before:
+            why = "its numbers are: choose a smaller --rank, or --max-bytes"
+        yield f"The bank is no smaller than the adapters: {why}."
 
 
 def draw(report: Report, path: Path) -> None:
     """Draw error against bytes, with the point that was chosen."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 3.8), dpi=130, layout="constrained")
+    figure = plots.figure_of(6.4, 3.8)
     axis = figure.subplots()
-    points = report.curve
-    sizes, errors = ([point[name] for point in points] for name in ("bytes", "error"))
-    axis.plot(sizes, errors, color="#3b6fb6", label="one rank for all")
-    size = report.bytes_of_numbers
-    axis.plot([size], [report.error], "o", color="#d9822b", label="this bank")
+    sizes, errors = ([point[name] for point in report.curve] for name in ("bytes", "error"))
+    axis.plot(sizes, errors, color=plots.BLUE, label="one rank for all")
+    axis.plot([report.bytes_of_numbers], [report.error], "o", color=plots.ORANGE, label="this bank")
     axis.axvline(report.bytes_before, color="#8a8f98", linestyle=":", label="the adapters")
     axis.set(xscale="log", ylim=(0, 1), xlabel="bytes of factors, cores and heads", ylabel="relative error")
     axis.legend(frameon=False)
-    figure.savefig(path, metadata={"Software": None})
+    plots.save(figure, path)

@@ -16,15 +16,16 @@ from ..bank.basis import TASKS
 from ..bank.task import DTYPES
 from ..errors import ConfigError, Interrupted, near
 from ..files.atomic import check_apart, check_free, move_into, whole_folder, write_json
+from ..sharing.plan import Plan
 from ..tuner.config import LotrConfig
-from .base import CORES, bank_config, base_of, check_same_base, linear_shapes, load_base, with_ranks
-from .fit import GroupFit, error_of_all
+from .base import CORES, bank_config, check_same_base, linear_shapes, load_base, with_ranks
+from .fit import GroupFit, Shape, error_of_all
 from .passes import State, find_directions, run_sweeps
 from .ranks import Curve, checked_size, chosen_ranks, curves_of, ranks_for
 from .ray import cluster
 from .report import PICTURE, REPORT, Report, draw, report_of
 from .scores import measure_adapters, measure_bank
-from .sources import find_adapters
+from .sources import find_adapters, open_source
 from .stack import Entry, Stack, Tick, read_entry, weights_of
 from .tasks import write_bank
 
@@ -94,47 +95,42 @@ def compress(
     for path in places.values():
         check_apart(output, "adapter", path)
     with whole_folder(output, overwrite) as folder:  # from the start: nobody else writes it meanwhile
-        name, model, trained_on = _base(base, places)
-        stack, task_types = _read(places, model, name, trained_on, weights, tick)
+        first = [open_source(path) for path in list(places.values())[:16]]
+        name, model, trained_on = load_base(base, first)
+        shapes = linear_shapes(model)
+        stack, task_types = _read(places, shapes, name, trained_on, weights, tick)
         named = None if isinstance(base, nn.Module) else base
         before = [] if evaluate is None else measure_adapters(evaluate, places, named, tick)
         changed = {module for entry in stack.entries for module in entry.energies}
-        modules = [module for module in linear_shapes(model) if module in changed]
+        modules = [module for module in shapes if module in changed]
         config = bank_config(model, modules, modes, core, task_types)
         config.base_model_name_or_path = name
-        state = State(
-            output, repr((stack.digest(), size, config.to_dict(), weights, dtype, sweeps, tolerance))
-        )
+        request = (stack.files(), size, config.to_dict(), weights, dtype, sweeps, tolerance)
+        state = State(output, repr(request))
         try:
             with cluster(ray) as spread:
                 stack = replace(stack, spread=spread)
                 groups = config.recorded_plan().groups
                 fits = find_directions(groups, stack, state, tick)
-                by_core = {
-                    kind: curves_of(groups, fits, len(stack), dtype, kind == "diagonal") for kind in CORES
-                }
+                by_core = {kind: curves_of(groups, fits, len(stack), dtype, kind) for kind in CORES}
                 curves = by_core.pop(core)
                 run = partial(run_sweeps, stack=stack, most=sweeps, tolerance=tolerance, tick=tick)
                 if core == "diagonal" and max_error is not None:
-                    fits, ranks = _smallest(fits, curves, max_error, DTYPES[dtype], config, run)
-                    config, plan = with_ranks(config, ranks)
+                    fits, config, plan = _smallest(fits, curves, max_error, DTYPES[dtype], config, run)
                 else:
                     ranks = ranks_for(curves, size, sum(entry.head_bytes for entry in stack.entries))
                     config, plan = with_ranks(config, ranks)
                     run(plan.groups, fits, state=state)
             lost = write_bank(folder / "bank", config, model, fits, stack, dtype, tick)
-            size_after = sum(file.stat().st_size for file in (folder / "bank").iterdir())
             told: Any = {
                 "bank": str(output),
                 "base_model": name,
                 "trained_on": trained_on,
-                "bytes_after": size_after,
+                "bytes_after": sum(file.stat().st_size for file in (folder / "bank").iterdir()),
+                "seconds": round(time.monotonic() - begun, 3),
             }
-            seconds = round(time.monotonic() - begun, 3)
             scores = measure_bank(before, folder / "bank", named, tick) if before else {}
-            report = report_of(
-                stack, plan, curves, by_core, fits, lost, max_error, scores, seconds=seconds, **told
-            )
+            report = report_of(stack, plan, curves, by_core, fits, lost, max_error, scores, **told)
             move_into(folder / "bank", folder)
             write_json(folder / REPORT, asdict(report))
             draw(report, folder / PICTURE)
@@ -157,18 +153,18 @@ def _smallest(
     dtype: torch.dtype,
     config: LotrConfig,
     run: Callable[..., None],
-) -> tuple[dict[str, GroupFit], dict[str, int]]:
-    """Return the smallest diagonals that reach an error, rounding included, and their ranks.
+) -> tuple[dict[str, GroupFit], LotrConfig, Plan]:
+    """Return the smallest diagonals that reach an error, rounding included, with their configuration and plan.
 
     What diagonals of some rank keep is known when they were fitted; the curve tells what they keep at least.
     """
     goal = max(max_error**2 - (torch.finfo(dtype).eps / 2) ** 2, 0.0) ** 0.5
 
-    def fitted(aim: float) -> tuple[dict[str, GroupFit], dict[str, int]]:
-        ranks = chosen_ranks(curves, max_error=aim)
+    def fitted(aim: float) -> tuple[dict[str, GroupFit], LotrConfig, Plan]:
+        ranked, plan = with_ranks(config, chosen_ranks(curves, max_error=aim))
         trial = {name: replace(of_group) for name, of_group in fits.items()}
-        run(with_ranks(config, ranks)[1].groups, trial, state=None)
-        return trial, ranks
+        run(plan.groups, trial, state=None)
+        return trial, ranked, plan
 
     best, reached, missed = None, goal or max_error, 1.0
     for _ in range(_TRIALS if goal else 0):
@@ -181,21 +177,15 @@ def _smallest(
     return best or fitted(reached)
 
 
-def _base(base: str | nn.Module | None, places: Mapping[str, Path]) -> tuple[str, nn.Module, str | None]:
-    """Return name and model of the base, and the name that the adapters tell."""
-    told, first = base_of(places)
-    if isinstance(base, nn.Module):
-        return str(told), base, told
-    if base is None and told is None:
-        raise ConfigError("No adapter tells its base model. Name it with --base.")
-    return (*load_base(str(base or told), first.kind), told)
-
-
 def _read(
-    places: Mapping[str, Path], model: nn.Module, base: str, trained_on: str | None, weights: Any, tick: Tick
+    places: Mapping[str, Path],
+    known: Mapping[str, Shape],
+    base: str | None,
+    trained_on: str | None,
+    weights: Any,
+    tick: Tick,
 ) -> tuple[Stack, set[str | None]]:
     """Read every adapter once and check it."""
-    known = linear_shapes(model)
     entries: list[Entry] = []
     task_types: set[str | None] = set()
     for name, path in places.items():

@@ -20,17 +20,10 @@ _METRICS = ("accuracy", "pearson", "loss")  # the first that a task has is its s
 
 @dataclass(frozen=True)
 class Before:
-    """The score of an adapter by itself.
+    """The score of an adapter by itself."""
 
-    Args:
-        source: Where its rows are.
-        trained: The adapter, without the model that it was measured on.
-        metric: What the score is.
-        score: The score.
-    """
-
-    source: TaskSource
-    trained: Trained
+    source: TaskSource  # where its rows are
+    trained: Trained  # the adapter, without the model that it was measured on
     metric: str
     score: float
 
@@ -38,19 +31,7 @@ class Before:
 def measure_adapters(
     tasks: str | Path, places: Mapping[str, Path], model: str | None, tick: Tick
 ) -> list[Before]:
-    """Measure adapters, each on its base model and its own data.
-
-    Args:
-        tasks: A list as `lotr bank train --tasks` takes it; the rows of `eval` are measured, or else those of `train`.
-        places: Name and folder of every adapter.
-        model: Base model to use instead of the recorded one.
-        tick: Called as adapters are done.
-
-    Raises:
-        ConfigError: The list is none, or names what is no adapter.
-        CheckpointError: An adapter does not tell what it was trained for.
-        DataError: The data does not fit an adapter's task.
-    """
+    """Measure adapters, each on its base model and its own data: the rows of `eval`, or else those of `train`."""
     sources = read_tasks(Path(tasks))
     for source in sources:
         if source.name not in places:

@@ -4,90 +4,70 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from ..adapters.inspection import updates
 from ..bank.basis import BANK
+from ..bank.head_form import ROOT
 from ..bank.heads import NAMES
 from ..errors import CheckpointError, ConfigError
-from ..files.adapter_folder import CONFIG, read_adapter
+from ..files.adapter_folder import CONFIG, AdapterFolder, read_adapter
 from ..files.peft_lora import read_lora
 from ..math.magnitude import MAGNITUDES
-from ..math.update import FactoredUpdate, loras_of
+from ..math.update import loras_of
 from ..sharing.keys import file_shapes
 from ..tuner.saved_adapter import read_saved
 
 #: Reads `A` `(q, in)` and `B` `(out, q)` of a module, with the scaling in `B`.
 Reader = Callable[[str], tuple[Tensor, Tensor]]
-_ROOT = "base_model.model."
 _KINDS = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal-lm"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """An adapter on disk, as low-rank updates of modules.
+    """An adapter on disk, as low-rank updates of modules."""
 
-    Args:
-        name: Name of its task.
-        path: Its folder.
-        shapes: Path of a module → shape `(out, in)` of its update.
-        task_type: PEFT's word for what it was trained for, or `None`.
-        base_model: Name of its base model, where it tells one.
-        record: Content of its `task.json`; empty when there is none.
-        read: Gives a function that reads the matrices of a module.
-        head: Reads what was trained in full, by its keys in an adapter's file.
-    """
-
-    name: str
-    path: Path
-    shapes: dict[str, tuple[int, int]]
-    task_type: str | None
-    base_model: str | None
-    record: dict[str, Any] = field(repr=False)
-    read: Callable[[], Any] = field(repr=False)
-    head: Callable[[], dict[str, Tensor]] = field(repr=False)
+    folder: AdapterFolder
+    shapes: dict[str, tuple[int, int]]  # path of a module → `(out, in)` of its update
+    reader: Callable[[], AbstractContextManager[Reader]]  # opens the file once, for many modules
+    head: Callable[[], dict[str, Tensor]]  # reads what was trained in full, by its keys in an adapter's file
 
     @property
-    def bytes(self) -> int:
-        """Bytes of its weights file."""
-        return read_adapter(self.path).size
+    def base_model(self) -> str | None:
+        """Name of its base model, where it tells one."""
+        return self.folder.config.get("base_model_name_or_path")
+
+    @property
+    def task_type(self) -> str | None:
+        """PEFT's word for what it was trained for, or `None`."""
+        return self.folder.config.get("task_type")
 
     @property
     def kind(self) -> str | None:
         """What a bank calls its kind of task: classification, regression or causal-lm; `None` where it is not told."""
-        return self.record.get("task") or _KINDS.get(str(self.task_type))
+        return self.folder.task.get("task") or _KINDS.get(str(self.task_type))
 
 
-def open_source(name: str, path: Path) -> Source:
-    """Open a PEFT LoRA, or an adapter of this library, and check all that needs none of its numbers.
-
-    Args:
-        name: Name of the task.
-        path: The adapter's folder.
-
-    Raises:
-        CheckpointError: The folder is not whole, or its update is not `B A` beside the base weight.
-    """
+def open_source(path: Path) -> Source:
+    """Open a PEFT LoRA, or an adapter of this library, and check all that needs none of its numbers."""
     folder = read_adapter(path)
     if (path / BANK).is_file():
         raise CheckpointError(
             f"{path} is a bank, and not an adapter. Name adapters: `lotr bank export` writes its tasks as such."
         )
-    base, task_type = folder.config.get("base_model_name_or_path"), folder.config.get("task_type")
     if folder.is_lotr:
-        return _lotr_source(name, path, task_type, base)
+        return _lotr_source(folder)
     lora = read_lora(folder)
     _check_head(path, set(lora.head_keys.values()))
-    return Source(name, path, lora.shapes, task_type, base, folder.task, lora.reader, lora.head)
+    return Source(folder, lora.shapes, lora.reader, lora.head)
 
 
-def _lotr_source(name: str, path: Path, task_type: str | None, base: str | None) -> Source:
-    saved = read_saved(path)
+def _lotr_source(folder: AdapterFolder) -> Source:
+    saved, path = read_saved(folder), folder.path
     if not MAGNITUDES[saved.config.magnitude].additive:
         raise CheckpointError(
             f"{path} has magnitude={saved.config.magnitude!r}, which rescales the weight, so its update is no low-rank "
@@ -105,13 +85,10 @@ def _lotr_source(name: str, path: Path, task_type: str | None, base: str | None)
 
     @contextmanager
     def reader() -> Iterator[Reader]:
-        tensors = saved.tensors()
-        parts: dict[str, list[FactoredUpdate]] = {}
-        for part, update in updates(saved, tensors):
-            parts.setdefault(part.sites[0].module, []).append(update)
+        parts = {target.path: of_module for target, of_module in updates(saved, saved.tensors())}
 
         def read(module: str) -> tuple[Tensor, Tensor]:
-            [lora] = loras_of(parts[module], saved.plan.shape_of[module])
+            [lora] = loras_of([update for _, update in parts[module]], saved.plan.shape_of[module])
             A, B = (matrix.float() for matrix in lora)
             if not (A.isfinite().all() and B.isfinite().all()):
                 raise CheckpointError(f"The update of {module!r} in {path} is not finite. Train it again.")
@@ -120,16 +97,15 @@ def _lotr_source(name: str, path: Path, task_type: str | None, base: str | None)
         yield read
 
     def head() -> dict[str, Tensor]:
-        return {key: tensor for key, tensor in saved.folder.tensors().items() if key not in planned}
+        return {key: tensor for key, tensor in folder.tensors().items() if key not in planned}
 
-    _check_head(path, {key for key in saved.folder.shapes() if key not in planned})
-    record = saved.folder.task
-    return Source(name, path, saved.plan.shape_of, task_type, base, record, reader, head)
+    _check_head(path, folder.shapes().keys() - planned.keys())
+    return Source(folder, saved.plan.shape_of, reader, head)
 
 
 def _check_head(path: Path, keys: set[str]) -> None:
     """Refuse an adapter that trained more than its updates and a head: a bank has no place for it."""
-    other = sorted(key for key in keys if key.removeprefix(_ROOT).partition(".")[0] not in NAMES)
+    other = sorted(key for key in keys if key.removeprefix(ROOT).partition(".")[0] not in NAMES)
     if other:
         kind = "a bias" if other[0].endswith(".bias") else "a module"
         raise CheckpointError(
@@ -141,13 +117,7 @@ def _check_head(path: Path, keys: set[str]) -> None:
 def find_adapters(places: Sequence[str | Path]) -> dict[str, Path]:
     """Return name and folder of every adapter, in the order of their names.
 
-    Args:
-        places: Folders, globs, text files with a path a line, or hub ids. A name is that of the folder, with as many
-            folders above it as it takes to tell adapters apart.
-
-    Raises:
-        ConfigError: A glob or file names nothing, or an adapter is named twice.
-        CheckpointError: There is no such adapter.
+    A name is that of the folder, with as many folders above it as it takes to tell adapters apart.
     """
     folders = [folder for place in places for folder in _folders(str(place))]
     resolved = [folder.resolve() for folder in folders]
@@ -177,10 +147,7 @@ def _folders(place: str) -> list[Path]:
         named = [line for line in lines if line and not line.startswith("#")]
         if not named:
             raise ConfigError(f"{place} names no adapter. Write the path of one on every line.")
-        beside = (
-            line if Path(line).is_absolute() or not (path.parent / line).exists() else path.parent / line
-            for line in named
-        )
+        beside = (path.parent / line if (path.parent / line).exists() else line for line in named)
         return [folder for line in beside for folder in _folders(str(line))]
     if any(character in place for character in "*?["):
         matches = Path(path.anchor or ".").glob(str(path.relative_to(path.anchor)))

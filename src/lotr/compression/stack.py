@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,11 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError, near
 from ..sharing.blocks import Site
 from ..sharing.groups import Group
-from .fit import Batch, Total
+from .fit import Batch, Shape, Total
 from .sources import Source, open_source
 
 Tick = Callable[[str, int, int], None]  # what is done, how many, of how many
 Spread = Callable[["Stack", Sequence[Group], str, Tick], Total]
-Shape = tuple[int, int]
 Pairs = dict[str, tuple[Tensor, Tensor]]  # `B` `(n, out, q)` and `A` `(n, q, in)` of some tasks, by module
 BATCH = 32 << 20  # bytes of the updates that are worked on at once, in float32
 CACHE = 256 << 20  # bytes up to which the updates of all tasks are read once
@@ -26,22 +24,13 @@ CACHE = 256 << 20  # bytes up to which the updates of all tasks are read once
 
 @dataclass(frozen=True)
 class Entry:
-    """What the first reading tells of one adapter.
+    """What the first reading tells of one adapter."""
 
-    Args:
-        name: Name of its task.
-        path: Its folder.
-        energies: `‖Δ‖²` of every module that it changes.
-        rank: Largest rank of its updates.
-        bytes: Bytes of its weights file.
-        head_bytes: Bytes of its head.
-    """
-
-    name: str
+    name: str  # of its task
     path: Path
-    energies: dict[str, float]
-    rank: int
-    bytes: int
+    energies: dict[str, float]  # `‖Δ‖²` of every module that it changes
+    rank: int  # the largest of its updates
+    bytes: int  # of its weights file
     head_bytes: int
 
     @property
@@ -54,19 +43,9 @@ class Entry:
         return (sum(lost.values()) / self.energy) ** 0.5 if self.energy else 0.0
 
 
-def read_entry(name: str, path: Path, known: Mapping[str, Shape], base: str) -> tuple[Entry, Source]:
-    """Read an adapter whole, and check it against the base model.
-
-    Args:
-        name: Name of its task.
-        path: Its folder.
-        known: Path of every linear module of the base model → its `(out, in)`.
-        base: Name of the base model, for messages.
-
-    Raises:
-        CheckpointError: It is damaged, not finite, no low-rank update, or of another base model.
-    """
-    source = open_source(name, path)
+def read_entry(name: str, path: Path, known: Mapping[str, Shape], base: str | None) -> tuple[Entry, Source]:
+    """Read an adapter whole, and check it against the linear modules of the base model and their `(out, in)`."""
+    source = open_source(path)
     for module, shape in source.shapes.items():
         if module not in known and "experts" in module.split("."):
             raise CheckpointError(
@@ -86,47 +65,33 @@ def read_entry(name: str, path: Path, known: Mapping[str, Shape], base: str) -> 
                 "model with --base."
             )
     energies, rank = {}, 1
-    with source.read() as read:
+    with source.reader() as read:
         for module in source.shapes:
             A, B = (matrix.double() for matrix in read(module))
             energies[module] = max(float(((A @ A.T) * (B.T @ B)).sum()), 0.0)
             rank = max(rank, len(A))
     head_bytes = sum(tensor.numel() * tensor.element_size() for tensor in source.head().values())
-    return Entry(name, path, energies, rank, source.bytes, head_bytes), source
+    return Entry(name, path, energies, rank, source.folder.size, head_bytes), source
 
 
 @dataclass(frozen=True)
 class Stack:
-    """The updates of all adapters.
+    """The updates of all adapters."""
 
-    Args:
-        entries: One an adapter, in the order of their names.
-        weights: What the update of each is multiplied by in the fit.
-        spread: Runs the passes elsewhere; see `total`.
-    """
-
-    entries: tuple[Entry, ...]
-    weights: tuple[float, ...]
-    spread: Spread | None = None
+    entries: tuple[Entry, ...]  # in the order of their names
+    weights: tuple[float, ...]  # what the update of each is multiplied by in the fit
+    spread: Spread | None = None  # runs the passes elsewhere
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    @property
-    def rank(self) -> int:
-        """Largest rank of any update."""
-        return max(entry.rank for entry in self.entries)
-
     def bytes_a_task(self, groups: Sequence[Group]) -> int:
         """Return the bytes of one task's updates at the sites of some groups, in float32."""
-        return sum(4 * self.rank * len(group.sites) * sum(group.shape) for group in groups)
-
-    def part(self, start: int, stop: int) -> Stack:
-        """Return some of the adapters, for a pass here."""
-        return Stack(self.entries[start:stop], self.weights[start:stop])
+        rank = max(entry.rank for entry in self.entries)
+        return sum(4 * rank * len(group.sites) * sum(group.shape) for group in groups)
 
     def total(self, groups: Sequence[Group], what: str, tick: Tick) -> Total:
-        """Return what runs passes over the weighted updates at the sites of some groups; args: see `batches`."""
+        """Return what runs passes over the weighted updates at the sites of some groups."""
         if self.spread is not None:
             return self.spread(self, groups, what, tick)
         batches = self.batches(groups, what, tick)
@@ -136,11 +101,6 @@ class Stack:
         """Return a function that yields the weighted updates at the sites of some groups, a few tasks at a time.
 
         Updates of all tasks that fit into the cache together stay there after the first time, as the files have them.
-
-        Args:
-            groups: The groups.
-            what: What is done with them, for `tick`.
-            tick: Called as tasks are read.
         """
         size = max(1, min(64, BATCH // self.bytes_a_task(groups)))
         is_small = len(self) * self.bytes_a_task(groups) <= CACHE
@@ -159,15 +119,13 @@ class Stack:
 
         return batches
 
-    def digest(self) -> str:
-        """Return a hash of names, places, sizes and times of all files."""
-        digest = hashlib.sha256()
+    def files(self) -> list[tuple[str, str, list[tuple[int, int]]]]:
+        """Return names and places of all adapters, and sizes and times of their files."""
+        files = []
         for entry in self.entries:
             stats = [file.stat() for file in sorted(entry.path.glob("adapter_*.*"))]
-            digest.update(
-                repr((entry.name, str(entry.path), [(s.st_size, s.st_mtime_ns) for s in stats])).encode()
-            )
-        return digest.hexdigest()
+            files.append((entry.name, str(entry.path), [(s.st_size, s.st_mtime_ns) for s in stats]))
+        return files
 
 
 def _read(entries: Sequence[Entry], groups: Sequence[Group]) -> Pairs:
@@ -180,7 +138,7 @@ def _read(entries: Sequence[Entry], groups: Sequence[Group]) -> Pairs:
     n, q = len(entries), max(entry.rank for entry in entries)
     pairs = {m: (torch.zeros(n, out, q), torch.zeros(n, q, i)) for m, (out, i) in shapes.items()}
     for t, entry in enumerate(entries):
-        with open_source(entry.name, entry.path).read() as read:
+        with open_source(entry.path).reader() as read:
             for module in entry.energies.keys() & shapes.keys():
                 A, B = read(module)
                 (Bs, As), rank = pairs[module], len(A)
@@ -195,16 +153,7 @@ def _at(site: Site, pairs: Pairs, weights: Tensor) -> tuple[Tensor, Tensor]:  # 
 
 
 def weights_of(entries: Sequence[Entry], weights: str | Mapping[str, float]) -> tuple[float, ...]:
-    """Return what each update is multiplied by.
-
-    Args:
-        entries: The adapters.
-        weights: `"relative"`: one over its norm, so that every adapter's relative error counts alike; `"absolute"`:
-            one; or a number by name on top of `"relative"`, one where none is given.
-
-    Raises:
-        ConfigError: A weight is no positive number, or names no adapter.
-    """
+    """Return what each update is multiplied by; relative: one over its norm. See `compress`."""
     if isinstance(weights, str) and weights not in ("relative", "absolute"):
         raise ConfigError(f"weights={weights!r} is none. {near(weights, ('relative', 'absolute'))}")
     own = {} if isinstance(weights, str) else dict(weights)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bank import CoreBank, Task
+from ..bank.head_form import n_outputs
 from ..bank.heads import NAMES
 from ..bank.task import DTYPES
 from ..bank.transfer import KNOWN
@@ -25,8 +26,8 @@ from ..sharing.plan import Plan
 from ..tuner.config import LotrConfig
 from .diagonal import diagonals
 from .fit import Batch, GroupFit, project
-from .sources import Source, open_source
-from .stack import Stack, Tick
+from .sources import open_source
+from .stack import Entry, Stack, Tick
 
 #: By task: `‖Δ − U C Vᵀ‖²` of every module.
 Lost = dict[str, dict[str, float]]
@@ -41,17 +42,7 @@ def write_bank(
     dtype: str,
     tick: Tick,
 ) -> Lost:
-    """Write a bank: a basis of the factors, and a task an adapter; return what every task loses.
-
-    Args:
-        path: Folder to make.
-        config: Configuration of the basis.
-        model: The base model, for its fingerprint.
-        fits: The fit of every group.
-        stack: The adapters.
-        dtype: Type in which the bank keeps factors and cores.
-        tick: Called as tasks are done.
-    """
+    """Write a bank: a basis of the factors, and a task an adapter; return what every task loses."""
     plan = config.recorded_plan()
     tensors: dict[str, Tensor] = {}
     for group in plan.groups:
@@ -84,34 +75,30 @@ def add_tasks(
                 entry = next(entries)
                 own = bank.layout.flatten({key: tensor[t] for key, tensor in numbers.items()})
                 lost[entry.name] = {module: float(of_tasks[t]) for module, of_tasks in of_modules.items()}
-                yield task_of(open_source(entry.name, entry.path), own, entry.error(lost[entry.name]))
+                yield _task_of(entry, own, entry.error(lost[entry.name]))
 
     bank.add_many(tasks(), replace=replaces)
     return lost
 
 
-def task_of(source: Source, numbers: Tensor, error: float) -> Task:
+def _task_of(entry: Entry, numbers: Tensor, error: float) -> Task:
     """Return an adapter as a task, with its head and what its folder tells."""
-    head = source.head()
-    labels = tuple(source.record.get("labels", ()))
-    kind = source.kind
+    source = open_source(entry.path)
+    record, head, kind = source.folder.task, source.head(), source.kind
+    labels = tuple(record.get("labels", ()))
     if head and not labels and kind == "classification":
-        n = min(tensor.shape[0] for tensor in head.values() if tensor.dim())
+        n = n_outputs(head)
         labels = tuple(map(str, range(n))) if n > 1 else ()
         kind = "classification" if n > 1 else "regression"
-    recorded = {key: value for key, value in source.record.items() if key not in KNOWN}
-    metadata = {**recorded, "compressed_from": str(source.path), "error": round(error, 9)}
-    return Task(source.name, numbers, head, labels, kind, metadata)
+    recorded = {key: value for key, value in record.items() if key not in KNOWN}
+    metadata = {**recorded, "compressed_from": str(entry.path), "error": round(error, 9)}
+    return Task(entry.name, numbers, head, labels, kind, metadata)
 
 
 class Projection:
-    """The factors of a bank, orthonormal or not, on which updates become cores.
+    """The factors of a bank, orthonormal or not, on which updates become cores, which are kept in a type.
 
-    Args:
-        plan: The plan of the bank; its cores are free, or one diagonal a site.
-        tensors: Its factors by key.
-        scaling: `σ` of the bank.
-        dtype: Type in which cores are kept.
+    These are free, or one diagonal a site.
     """
 
     def __init__(self, plan: Plan, tensors: Mapping[str, Tensor], scaling: float, dtype: torch.dtype) -> None:

@@ -18,8 +18,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, near
-from .atomic import read_json, write_json
-from .checksum import check_sealed, sealed
+from .atomic import check_sealed, read_json, sealed, write_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -30,9 +29,9 @@ BASIS_WEIGHTS = "basis.safetensors"
 _SETS = ("target_modules", "exclude_modules")
 
 
-def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], folder: Path, name: str = WEIGHTS) -> None:
     """Write the weights file of an adapter; who may read the folder may read it too."""
-    path = folder / WEIGHTS
+    path = folder / name
     save_file(dict(sorted(tensors.items())), path, metadata={"format": "pt"})
     path.chmod(0o644)
 
@@ -40,13 +39,9 @@ def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
 def write_adapter(
     model: PeftModel, folder: Path, task: dict[str, Any] | None = None, base: str | None = None
 ) -> None:
-    """Write the default adapter of a model into an empty folder as PEFT does, and what evaluation needs beside it.
+    """Write the default adapter of a PEFT model into an empty folder, and what evaluation needs beside it.
 
-    Args:
-        model: A PEFT model with an adapter of any method.
-        folder: An existing folder; see `whole_folder`.
-        task: What evaluation needs beside the numbers (labels, columns, length), or nothing.
-        base: Name of the base model to record, instead of where it was loaded from.
+    `base` is recorded as the base model, instead of where it was loaded from.
     """
     model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
     (folder / WEIGHTS).chmod(0o644)
@@ -70,11 +65,7 @@ def write_task(folder: Path, task: dict[str, Any]) -> None:
 
 
 def check_finite(tensors: Mapping[str, Tensor], place: str) -> None:
-    """Refuse numbers that are NaN or infinite.
-
-    Raises:
-        CheckpointError: The message names the first tensor that holds one.
-    """
+    """Refuse numbers that are NaN or infinite (CheckpointError, which names the first tensor that holds one)."""
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
             odd = int((~torch.isfinite(tensor)).sum())
@@ -86,17 +77,11 @@ def check_finite(tensors: Mapping[str, Tensor], place: str) -> None:
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """An adapter on disk, checked.
-
-    Args:
-        path: The folder.
-        config: Content of `adapter_config.json`.
-        task: Content of `task.json`, empty when there is none.
-    """
+    """An adapter on disk, checked."""
 
     path: Path
-    config: dict[str, Any]
-    task: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any]  # content of `adapter_config.json`
+    task: dict[str, Any] = field(default_factory=dict)  # content of `task.json`, empty when there is none
 
     @property
     def is_lotr(self) -> bool:
@@ -114,31 +99,17 @@ class AdapterFolder:
         return self.weights.stat().st_size
 
     def tensors(self) -> dict[str, Tensor]:
-        """Read all tensors.
-
-        Raises:
-            CheckpointError: The file is truncated or damaged, or a number is not finite.
-        """
+        """Read all tensors; CheckpointError where the file is damaged, or a number is not finite."""
         return read_tensors(self.weights)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Read the shapes alone.
-
-        Raises:
-            CheckpointError: The file is truncated or damaged.
-        """
+        """Read the shapes alone; CheckpointError where the file is damaged."""
         with opened(self.weights) as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
 
 def read_adapter(path: str | Path) -> AdapterFolder:
-    """Open an adapter folder and check that it is whole.
-
-    Args:
-        path: Folder, or hub id (then it is downloaded).
-
-    Returns:
-        The folder with its configuration; the tensors are read when asked for.
+    """Open an adapter folder, or download that of a hub id, and check that it is whole; tensors are read on demand.
 
     Raises:
         CheckpointError: The folder, one of its files, or a field of its configuration is missing or damaged.
@@ -173,11 +144,7 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read all tensors of a safetensors file.
-
-    Raises:
-        CheckpointError: The file is missing, truncated or damaged, or a number is not finite.
-    """
+    """Read all tensors of a safetensors file, whole and finite, or refuse it."""
     with opened(path):
         # `get_tensor` of safetensors 0.8 never frees two small objects a tensor, which a server would gather
         tensors = load(path.read_bytes())
@@ -195,16 +162,12 @@ def _folder(path: str | Path) -> Path:
     if looks_local or folder.parent.is_dir():
         around = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
         raise CheckpointError(f"Adapter folder {path} does not exist. {near(folder.name, around)}")
-    return _download(str(path))
-
-
-def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[WEIGHTS, CONFIG, TASK, "README.md"]))
+        return Path(snapshot_download(str(path), allow_patterns=[WEIGHTS, CONFIG, TASK, "README.md"]))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"Adapter {name!r} is no local folder, and the hub does not give it: {reason}"
+            f"Adapter {str(path)!r} is no local folder, and the hub does not give it: {reason}"
         ) from error

@@ -1,13 +1,14 @@
-"""Files that are there whole or not at all, folders that one run at a time writes, JSON, sizes of files to come."""
+"""Files that are there whole or not at all, folders that one run at a time writes, and JSON, which has a checksum."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,16 @@ try:
 except ImportError:  # Windows, where folders cannot be locked
     fcntl = None  # type: ignore[assignment]
 
+#: Of a JSON file and of files beside it: a changed byte is noticed, not understood.
+CHECKSUM = "checksum"
+
 
 @contextmanager
 def whole_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     """Give a temporary folder that becomes `folder` when the block ends well, and vanishes when it does not.
 
-    What a killed process left of it goes when the next one begins.
-
-    Args:
-        folder: Where the files shall be.
-        overwrite: Replace files of the same names in a folder that is not empty; otherwise it is refused.
-
-    Yields:
-        An empty folder beside `folder`.
+    What a killed process left of it goes when the next one begins. With `overwrite`, files of the same names are
+    replaced in a folder that is not empty.
 
     Raises:
         ConfigError: `folder` is a file, or is not empty, or another process is writing it.
@@ -42,7 +40,8 @@ def whole_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     check_free(folder, overwrite)
     with locked(made, folder):
         check_free(folder, overwrite)  # as the one that was writing left it
-        _empty(made)
+        for path in made.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         try:
             yield made
             if folder.is_dir() and any(folder.iterdir()):
@@ -82,14 +81,7 @@ def locked(folder: Path, output: Path | None = None) -> Iterator[None]:
     """Keep a folder for one run at a time; it is made where it is missing, and goes again where it stays empty.
 
     The lock is on the open folder and no file: the system drops it with the process, however that ends. On a network's
-    file system it may not be seen from other machines.
-
-    Args:
-        folder: The folder.
-        output: What the user named, where that is another folder.
-
-    Raises:
-        ConfigError: `folder` is a file, or another run has it.
+    file system it may not be seen from other machines. `output` is what the user named, where that is another folder.
     """
     check_free(folder, overwrite=True)
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -124,17 +116,8 @@ def _lock(folder: Path, output: Path) -> int | None:
     return _lock(folder, output)
 
 
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
 def check_free(folder: Path, overwrite: bool = False) -> None:
-    """Refuse an output folder that holds something.
-
-    Raises:
-        ConfigError: `folder` is a file, or is not empty and `overwrite` is not set.
-    """
+    """Refuse an output folder that is a file, or that holds something unless `overwrite` is set (ConfigError)."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; the output must be a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
@@ -144,16 +127,9 @@ def check_free(folder: Path, overwrite: bool = False) -> None:
 
 
 def check_apart(output: Path, what: str, place: object, *beside: Path) -> None:
-    """Refuse an output folder where something lies that is read.
+    """Refuse an output folder where `what` is read from lies, because writing would destroy it (ConfigError).
 
-    Args:
-        output: The output folder.
-        what: What is read, for the message.
-        place: Where it is read from; `None` and hub ids are never in the way.
-        beside: Further folders that are written; nothing that is read may lie inside of them.
-
-    Raises:
-        ConfigError: Writing would destroy what is read.
+    `None` and hub ids are never in the way; nothing that is read may lie inside of folders `beside` the output either.
     """
     if not isinstance(place, (str, Path)) or not Path(place).exists():
         return
@@ -168,10 +144,7 @@ def check_apart(output: Path, what: str, place: object, *beside: Path) -> None:
 def move_into(made: Path, folder: Path, last: str = "") -> None:
     """Move the files of one folder over those of another, one by one, and remove the first.
 
-    Args:
-        made: Folder with new files.
-        folder: Folder that may hold other files; those stay.
-        last: The file that is moved last; who finds it new knows that all are.
+    Who finds the file `last` new knows that all are.
     """
     for file in sorted(made.iterdir(), key=lambda p: (p.name == last, p.name)):
         file.replace(folder / file.name)
@@ -186,11 +159,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: The file is missing or is not a JSON object.
-    """
+    """Read a JSON object; CheckpointError where the file is missing, or holds none."""
     if not path.is_file():
         raise CheckpointError(f"{path.parent} holds no {path.name}, so it is not {what}.")
     try:
@@ -204,15 +173,38 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return content
 
 
+def sealed(fields: Mapping[str, Any], *beside: Path) -> dict[str, Any]:
+    """Return fields of a JSON file with a checksum of them, and of the bytes of files beside it.
+
+    Example:
+        >>> sealed({"r": 16})[CHECKSUM] == sealed({"r": 16, CHECKSUM: "old"})[CHECKSUM] != sealed({"r": 48})[CHECKSUM]
+        True
+    """
+    plain = {key: value for key, value in fields.items() if key != CHECKSUM}
+    digest = hashlib.sha256()
+    for path in beside:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    # as it is read again: tuples are lists, and every key is text
+    as_read = json.loads(json.dumps(plain, default=str))
+    digest.update(json.dumps(as_read, sort_keys=True).encode())
+    return {**plain, CHECKSUM: digest.hexdigest()}
+
+
+def check_sealed(path: Path, fields: Mapping[str, Any], *beside: Path) -> None:
+    """Refuse the fields of a JSON file, or files beside it, that are not those of its checksum; none is no error."""
+    if CHECKSUM in fields and fields != sealed(fields, *beside):
+        what = f"the checksum of {', '.join(file.name for file in (path, *beside))} differs"
+        raise CheckpointError(
+            f"{path.parent} is damaged, or was put together from different folders: {what}. Copy or download it again. "
+            f"After a change by hand, take the line {CHECKSUM!r} out of {path.name}."
+        )
+
+
 def file_bytes(shapes: dict[str, tuple[int, ...]], width: int) -> int:
-    """Return the size of a safetensors file before it exists.
+    """Return the bytes of a safetensors file before it exists, from its tensors' shapes and the bytes of a number.
 
-    Args:
-        shapes: Name and shape of every tensor.
-        width: Bytes a number.
-
-    Returns:
-        Bytes: eight for the length of the header, the header padded to eight, the numbers.
+    They are eight for the length of the header, the header padded to eight, and the numbers.
 
     Example:
         >>> file_bytes({"a": (2, 3)}, width=4)

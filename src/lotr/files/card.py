@@ -55,29 +55,17 @@ _RESULTS = """Trained on `{train}` ({task}, {rows:,} rows, {steps} steps, seed {
 
 @dataclass(frozen=True)
 class Card:
-    """What a model card tells of an adapter.
+    """What a model card tells of an adapter."""
 
-    Args:
-        method: Row of the table of methods, or the name of a method of PEFT's.
-        base_model: Name of the base model, where it is known.
-        task_type: PEFT's task type, which names the class to load with.
-        has_lora_form: Whether PEFT's LoRA can hold it.
-        n_labels: Size of a new head, which the base model is loaded with.
-        basis: Path or hub id, and hash, of the adapter that the file refers to.
-        is_lotr: Whether this library is needed to load it.
-        ranks: The ranks `(k, r)` of its modules, each once.
-        targets: Names of the adapted modules, each once.
-    """
-
-    method: str
+    method: str  # row of the table of methods, or the name of a method of PEFT's
     base_model: str | None = None
-    task_type: str | None = None
+    task_type: str | None = None  # PEFT's, which names the class to load with
     has_lora_form: bool = True
-    n_labels: int = 0
-    basis: tuple[str, str] | None = None
+    n_labels: int = 0  # of a new head, which the base model is loaded with
+    basis: tuple[str, str] | None = None  # path or hub id, and hash, of the adapter that the file refers to
     is_lotr: bool = True
-    ranks: Sequence[tuple[int, int]] = ()
-    targets: Sequence[str] = ()
+    ranks: Sequence[tuple[int, int]] = ()  # `(k, r)` of its modules, each once
+    targets: Sequence[str] = ()  # names of the adapted modules, each once
 
     def usage(self) -> str:
         """Return the section that says how the adapter is loaded.
@@ -102,9 +90,8 @@ class Card:
         base = f" for {self.base_model}" if self.base_model else ""
         front = f"base_model: {self.base_model}\n" if self.base_model else ""
         ranks = ", ".join(str(k) if k == r else f"({k}, {r})" for k, r in self.ranks)
-        adapted = (
-            f"Rank {ranks}, on {', '.join(f'`{name}`' for name in self.targets)}." if self.targets else ""
-        )
+        targets = ", ".join(f"`{name}`" for name in self.targets)
+        adapted = f"Rank {ranks}, on {targets}." if targets else ""
         sections = [part for part in (adapted, results.strip(), self.usage().strip()) if part]
         tags = dict.fromkeys([*(["lotr"] if self.is_lotr else []), self.method, "peft"])
         return (
@@ -131,14 +118,7 @@ def results(
     rates: Mapping[str, float] | None = None,
     **fields: object,
 ) -> str:
-    """Return the section of a card on how an adapter was trained and how it scores.
-
-    Args:
-        scores: Metrics by name.
-        labels: Names of the classes.
-        rates: Learning rates by part of the adapter.
-        fields: The other fields of the template above.
-    """
+    """Return the section of a card on how an adapter was trained and how it scores; `fields` of the template above."""
     table = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(scores.items()))
     named = f"Labels: {', '.join(labels)}.\n\n" if labels else ""
     shown = ", ".join(f"{name} {rate:g}" for name, rate in (rates or {}).items())

@@ -36,14 +36,11 @@ def fingerprint(model: nn.Module, trained: Collection[str] = ()) -> str | None:
     """Return numbers of all tensors of a base model, as text; see `changed`.
 
     Weights that are quantised, sharded or on the meta device tell nothing; of offloaded ones no more is read than these
-    numbers. A tensor that has several names counts once.
+    numbers. A tensor that has several names counts once. `None` where no tensor tells anything.
 
     Args:
         model: The base model, without an adapter.
         trained: Names of modules that are no part of it, because an adapter brings its own: new heads.
-
-    Returns:
-        `None` where no tensor tells anything.
     """
     samples = {
         name: [shape, _numbers(weights, shape, shape).view(torch.int16).tolist()]
@@ -57,14 +54,7 @@ def changed(recorded: str, now: nn.Module | str) -> list[str]:
     """Return the names of the tensors that are others than when a fingerprint was taken.
 
     Compared are tensors that both have and that tell their numbers: of a matrix with more rows or fewer, such as an
-    embedding for another vocabulary, the rows that both have.
-
-    Args:
-        recorded: The fingerprint.
-        now: A base model without an adapter, or its fingerprint, in which such a matrix tells nothing.
-
-    Raises:
-        CheckpointError: A fingerprint is damaged.
+    embedding for another vocabulary, the rows that both have; in a fingerprint `now`, such a matrix tells nothing.
     """
     before = _read(recorded)
     if isinstance(now, str):
@@ -87,11 +77,9 @@ def _tensors(model: nn.Module, twice: bool = False) -> Iterator[tuple[str, _Shap
     seen: set[int] = set()
     for path, module in model.named_modules():
         offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
-        buffers = (
-            pair for pair in module._buffers.items() if pair[0] not in module._non_persistent_buffers_set
-        )
-        for name, tensor in (*module._parameters.items(), *buffers):
-            if tensor is None or (id(tensor) in seen and not twice):
+        unsaved = module._non_persistent_buffers_set
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None or name in unsaved or (id(tensor) in seen and not twice):
                 continue
             seen.add(id(tensor))
             is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in _PLAIN and tensor.numel()
@@ -127,13 +115,9 @@ def _numbers(weights: Any, shape: _Shape, recorded: _Shape) -> Tensor:  # (16,)
     numbers = [torch.tensor(torch.nan)] * _N
     last = math.prod(recorded) - 1
     for n in range(_N) if _alike(shape, recorded) else ():
-        place: list[slice] = []
-        rest = last * n // (_N - 1)
-        for size in reversed(recorded):
-            rest, at = divmod(rest, size)
-            place.insert(0, slice(at, at + 1))
-        if not shape or place[0].start < shape[0]:
-            numbers[n] = weights[tuple(place)].reshape(()).float()
+        place = np.unravel_index(last * n // (_N - 1), recorded)
+        if not shape or place[0] < shape[0]:
+            numbers[n] = weights[tuple(slice(at, at + 1) for at in place)].reshape(()).float()
     return torch.stack([number.cpu() for number in numbers]).to(torch.bfloat16)
 
 
@@ -153,21 +137,10 @@ def _agree(before: tuple[_Shape, Tensor], after: tuple[_Shape, Tensor]) -> bool:
 def _read(text: str) -> _Samples:
     try:
         content = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), _LONGEST)
-        return {
-            str(name): (tuple(map(int, shape)), _from_bits(numbers))
-            for name, (shape, numbers) in json.loads(content).items()
-        }
-    except (
-        AttributeError,
-        OverflowError,
-        RecursionError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        zlib.error,
-    ) as error:
+        samples = {}
+        for name, (shape, numbers) in json.loads(content).items():
+            bits = torch.tensor(numbers, dtype=torch.int16)
+            samples[str(name)] = tuple(map(int, shape)), bits.view(torch.bfloat16).view(_N)
+        return samples
+    except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError, zlib.error) as error:
         raise CheckpointError(f"The fingerprint of a base model is damaged: {error}") from None
-
-
-def _from_bits(numbers: list[int]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int16).view(torch.bfloat16).view(_N)

@@ -26,11 +26,7 @@ _CONVERT = "save_pretrained(…, path_initial_model_for_weight_conversion=…)"
 
 @dataclass(frozen=True)
 class LoraFolder:
-    """A LoRA on disk, `ΔW = B A` a module, checked.
-
-    Args:
-        folder: The adapter's folder.
-    """
+    """A LoRA on disk, `ΔW = B A` a module, checked."""
 
     folder: AdapterFolder
 
@@ -61,11 +57,7 @@ class LoraFolder:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Path of a module → shape `(out, in)` of its update.
-
-        Raises:
-            CheckpointError: Its matrices are no two matrices of one rank.
-        """
+        """Path of a module → shape `(out, in)` of its update; refuses what are no two matrices of one rank."""
         shapes = {}
         for module, (key_A, key_B) in self.keys.items():
             A, B = self.tensors[key_A], self.tensors[key_B]
@@ -100,11 +92,7 @@ class LoraFolder:
 
     @contextmanager
     def reader(self) -> Iterator[Any]:
-        """Open the file once, and give a function that reads `A` and `B` of a module in float32.
-
-        Raises:
-            CheckpointError: They hold NaN or infinity, or are no two matrices of one rank.
-        """
+        """Open the file once, and give a function that reads `A` and `B` of a module in float32, finite."""
         with opened(self.folder.weights) as file:
 
             def read(module: str) -> tuple[Tensor, Tensor]:
@@ -125,10 +113,7 @@ class LoraFolder:
 
 
 def read_lora(path: str | Path | AdapterFolder) -> LoraFolder:
-    """Open the folder of a PEFT LoRA and check that it is a plain one.
-
-    Args:
-        path: Folder, or hub id (then it is downloaded), or a folder that was opened already.
+    """Open the folder of a PEFT LoRA, or that of a hub id, and check that it is a plain one.
 
     Raises:
         CheckpointError: The folder is not whole or not a LoRA, its weights are pickled, or its update is not `B A`

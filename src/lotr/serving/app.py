@@ -24,10 +24,9 @@ from .batcher import Batcher, answers_of
 from .bodies import Chat, Completion, Embed, Texts
 from .completions import Writing
 from .decoder import Continuation, Decoder
-from .embeddings import check_pooling, in_openai_form
 from .gate import Gate
 from .metrics import Metrics
-from .predictor import Predictor
+from .predictor import Predictor, check_pooling, in_openai_form
 from .problems import Problem, problem_of
 from .settings import ServeSettings
 from .upload import add_archive
@@ -43,12 +42,7 @@ TaskName = Annotated[str, Depends(_task_name)]
 
 
 class Server:
-    """A bank that answers over HTTP.
-
-    Args:
-        served: The bank on its base model.
-        settings: Limits and tokens.
-    """
+    """A bank that answers over HTTP."""
 
     def __init__(self, served: Served, settings: ServeSettings) -> None:
         self.served, self.settings, self.metrics = served, settings, Metrics()
@@ -75,14 +69,12 @@ class Server:
         await self.batcher.close()
         self._reader.shutdown()
 
-    # ------------------------------------------------------------------ routes
-
     async def _rows(
         self, request: Request, task: str, texts: Sequence[Any], encode: Callable[[], Any]
     ) -> list[Any]:
         """Return the texts of a request in tokens, unless they are too many."""
-        if not 0 < len(texts) <= self.settings.max_texts:
-            most = self.settings.max_texts
+        most = self.settings.max_texts
+        if not 0 < len(texts) <= most:
             raise Problem(422, f"Send 1 to {most} texts in a request, and not {len(texts)}.")
         request.state.log |= {"task": task, "rows": len(texts)}
         self.batcher.check_room(len(texts))
@@ -127,11 +119,7 @@ class Server:
         texts, most = asked.prompts(), self.settings.max_tokens
         if (asked.max_tokens or 0) > most:
             raise Problem(422, f"max_tokens is at most {most} here.", "max_tokens")
-        options: dict[str, Any] = {
-            "temperature": asked.temperature,
-            "stop": asked.stop or (),
-            "seed": asked.seed,
-        }
+        options = {"temperature": asked.temperature, "stop": asked.stop or (), "seed": asked.seed}
         encode = partial(self.decoder.encode, asked.model, texts, asked.max_tokens, most, **options)
         prompts = await self._rows(request, asked.model, texts, encode)
         writing = Writing(asked, prompts, self.batcher.submit, self._count)
@@ -188,18 +176,12 @@ class Server:
 
     async def page(self) -> FileResponse:
         """Show the page on which tasks are tried by hand; it loads nothing from elsewhere."""
-        return FileResponse(
-            Path(__file__).with_name("page.html"), headers={"Content-Security-Policy": _POLICY}
-        )
+        place = Path(__file__).with_name("page.html")
+        return FileResponse(place, headers={"Content-Security-Policy": _POLICY})
 
 
 def create_app(served: Served, settings: ServeSettings | None = None) -> Gate:
-    """Return the application that serves a bank.
-
-    Args:
-        served: The bank on its base model; see `lotr.training.tasks.served.load_served`.
-        settings: Limits and tokens.
-    """
+    """Return the application that serves a bank on its base model."""
     settings = settings or ServeSettings()
     server = Server(served, settings)
     app = FastAPI(title="lotr", lifespan=server.lifespan, docs_url=None, redoc_url=None)
@@ -240,9 +222,8 @@ async def _answer(bank: Path, request: Request, error: Exception) -> Response:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"][1:])
         if first["type"] == "json_invalid":
-            return Problem(
-                400, f"The body is no JSON: {first['ctx']['error']}, at character {field}."
-            ).response()
+            message = f"The body is no JSON: {first['ctx']['error']}, at character {field}."
+            return Problem(400, message).response()
         if not field:  # the whole body is meant, which was read as JSON only where it says that it is
             sent = request.headers.get("content-type", "").startswith("application/json")
             message = "Send a JSON object as the body, with the header Content-Type: application/json."

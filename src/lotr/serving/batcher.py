@@ -93,25 +93,20 @@ class Batcher:
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         while self._waiting or not self._closing:
-            oldest = next(iter(self._waiting.values()), None)
-            patience = (
-                None if oldest is None else oldest.since + self._settings.max_wait / 1000 - time.monotonic()
-            )
+            oldest, patience = next(iter(self._waiting.values()), None), None
+            if oldest is not None:
+                patience = oldest.since + self._settings.max_wait / 1000 - time.monotonic()
             gathers = not self._closing and len(self) < self._settings.max_batch
             if patience is None or (patience > 0 and gathers):
-                await self._change(patience)
+                self._changed.clear()
+                with suppress(TimeoutError):  # until rows come or leave
+                    await asyncio.wait_for(self._changed.wait(), patience)
                 continue
             rows = self._take()
             began = time.monotonic()
             self._observe([began - row.since for row in rows])
             await loop.run_in_executor(self._thread, self._answer, rows, loop)
             self._seconds_a_row += 0.1 * ((time.monotonic() - began) / len(rows) - self._seconds_a_row)
-
-    async def _change(self, seconds: float | None) -> None:
-        """Wait until rows came or left, or for some time."""
-        self._changed.clear()
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), seconds)
 
     def _take(self) -> list[_Waiting]:
         """Take the oldest row out of the queue, and the neighbours by length with which it wastes least."""

@@ -31,11 +31,7 @@ class Texts(Closed):
     truncate: bool = False
 
     def columns(self) -> tuple[list[str], list[str] | None]:
-        """Return the texts, and the second of each.
-
-        Raises:
-            Problem: They are none, or do not go together.
-        """
+        """Return the texts, and the second of each."""
         firsts = self.texts if self.text is None else [self.text]
         seconds = self.texts2 if self.text2 is None else [self.text2]
         both = (self.text, self.texts), (self.text2, self.texts2)

@@ -17,11 +17,7 @@ from .problems import event
 class Writing:
     """The answer to one request while it is written, in OpenAI's form.
 
-    Args:
-        asked: The request.
-        prompts: Its texts; from now on the model's thread tells what it writes to them.
-        submit: Puts them into the queue, and returns their answers to be.
-        count: Told of the answers once all are there.
+    `submit` puts the prompts into the queue; `count` is told of the answers once all are there.
     """
 
     def __init__(
@@ -39,14 +35,11 @@ class Writing:
         self.head |= {"created": int(time.time()), "model": asked.model}
         self._news: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        for n, prompt in enumerate(prompts):
-            prompt.emit = partial(self._emit, loop, n)
+        for n, prompt in enumerate(prompts):  # from the model's thread
+            prompt.emit = partial(loop.call_soon_threadsafe, partial(self._tell, n))
         self.rows = submit(prompts)
         for n, row in enumerate(self.rows):
             row.add_done_callback(partial(self._tell, n))
-
-    def _emit(self, loop: asyncio.AbstractEventLoop, n: int, piece: str) -> None:
-        loop.call_soon_threadsafe(self._tell, n, piece)
 
     def _tell(self, n: int, news: str | asyncio.Future[Any]) -> None:
         self._news.put_nowait((n, news))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..bank.cache import LoadedTask
 from ..training.tasks.served import Served
@@ -17,27 +20,18 @@ from .problems import Problem
 
 @dataclass(eq=False)
 class Prompt:
-    """A text that is to be continued.
+    """A text that is to be continued."""
 
-    Args:
-        task: The task that writes, as it was when the text came.
-        ids: The text in tokens.
-        max_tokens: Tokens to write at most.
-        temperature: 0 takes the most likely token.
-        stop: Texts at which it ends; they are left out.
-        seed: Of what is drawn; without one it is another each time.
-        emit: Given each piece as it is written, in the model's thread.
-        left: Whether nobody waits any more.
-    """
-
-    task: LoadedTask
+    task: LoadedTask  # that writes, as it was when the text came
     ids: list[int]
     max_tokens: int
-    temperature: float = 1.0
-    stop: Sequence[str] = ()
-    seed: int | None = None
-    emit: Callable[[str], None] = field(default=lambda piece: None)
-    left: bool = False
+    temperature: float = 1.0  # 0 takes the most likely token
+    stop: Sequence[str] = ()  # texts at which it ends; they are left out
+    seed: int | None = None  # without one, something else is drawn each time
+    emit: Callable[[str], object] = field(
+        default=lambda piece: None
+    )  # given each piece, in the model's thread
+    left: bool = False  # whether nobody waits any more
 
     @property
     def length(self) -> int:
@@ -76,18 +70,9 @@ class Decoder:
         most: int,
         **options: Any,
     ) -> list[Prompt]:
-        """Return texts, or conversations that are to be answered, in tokens.
+        """Return texts, or conversations that are to be answered, in tokens, for `max_tokens` or as many as have room.
 
-        Args:
-            name: The task that writes.
-            texts: Each a text, or the turns.
-            max_tokens: Tokens to write; default: as many as there is room for.
-            most: Tokens that are ever written.
-            options: Of `Prompt`.
-
-        Raises:
-            UnknownTaskError: There is no such task.
-            Problem: One is too long, or a conversation has no form here.
+        No more than `most` tokens are ever written; `options` are those of `Prompt`.
         """
         task, prompts = self.served.task(name), []
         for ids in map(self._ids, texts):
@@ -120,13 +105,16 @@ class Decoder:
     def run(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Any]]:
         """Yield number and continuation of each prompt as it ends."""
         steps = _Steps(self, prompts)
+        rows = [torch.tensor(prompt.ids, dtype=torch.long) for prompt in prompts]
+        flushed_right = partial(pad_sequence, batch_first=True, padding_side="left")
         with torch.inference_mode():
-            steps.forward(*steps.padded())  # what one row breaks, it breaks here
+            # what one row breaks, it breaks here
+            steps.forward(flushed_right(rows), flushed_right([torch.ones_like(row) for row in rows]))
             while steps.rows:
                 try:
                     yield from steps.write()
                     if steps.rows:
-                        steps.forward(steps.last()[:, None])
+                        steps.forward(torch.tensor([[steps.writers[row].ids[-1]] for row in steps.rows]))
                 except Exception as error:  # what was written cannot be taken back
                     yield from ((row, error) for row in steps.rows)
                     return
@@ -142,15 +130,6 @@ class _Steps:
         self.mask = torch.empty(len(prompts), 0, dtype=torch.long, device=decoder.served.model.device)
         self.memory: Any = None
         self.logits = torch.empty(0)
-
-    def padded(self) -> tuple[Tensor, Tensor]:  # (rows, longest) each
-        """Return the prompts, flushed right, and where they have tokens."""
-        longest = max(prompt.length for prompt in self.prompts)
-        gaps = [longest - prompt.length for prompt in self.prompts]
-        pad = self.decoder.served.tokenizer.pad_token_id or 0
-        rows = zip(gaps, self.prompts, strict=True)
-        ids = torch.tensor([[pad] * gap + prompt.ids for gap, prompt in rows])
-        return ids, (torch.arange(longest) >= torch.tensor(gaps)[:, None]).long()
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> None:  # (rows, new tokens)
         """Read tokens; leaves the logits of what comes next."""
@@ -187,10 +166,6 @@ class _Steps:
                 self.memory.batch_select_indices(places)
         return ended
 
-    def last(self) -> Tensor:  # (rows,)
-        """Return the newest token of every row."""
-        return torch.tensor([self.writers[row].ids[-1] for row in self.rows])
-
 
 class _Writer:
     """The answer to one prompt as it grows."""
@@ -201,11 +176,8 @@ class _Writer:
         self.text = ""  # what was given out
         self._held = ""  # what may be the beginning of a text to stop at
         self._begin = self._shown = 0  # tokens whose text was taken; those before `_begin` change it no more
-        self._generator = torch.Generator()
-        if prompt.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(prompt.seed)
+        seed = secrets.randbits(63) if prompt.seed is None else prompt.seed
+        self._generator = torch.Generator().manual_seed(seed)
 
     def write(self, logits: Tensor, ends: set[int]) -> str | None:  # (vocabulary,)
         """Draw a token; returns why the text ends with it, if it does."""

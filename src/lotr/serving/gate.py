@@ -23,12 +23,6 @@ class Gate:
 
     The application is cancelled when the deadline has passed or the client has left. The path is taken as it was sent,
     so that a task whose name has a slash is still one part of it.
-
-    Args:
-        app: The application.
-        settings: Limits and tokens.
-        metrics: Where requests are counted.
-        bank: Folder of the bank.
     """
 
     def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics, bank: Path) -> None:
@@ -46,10 +40,8 @@ class Gate:
         async def counted(message: Message) -> None:
             nonlocal status, streams
             if message["type"] == "http.response.start":
-                status = message["status"]
-                streams = (
-                    Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream")
-                )
+                status, headers = message["status"], Headers(raw=message["headers"])
+                streams = headers.get("content-type", "").startswith("text/event-stream")
             await send(message)
 
         changes = path.startswith("/v1/tasks/") and not path.endswith("/predict") and scope["method"] != "GET"

@@ -1,19 +1,27 @@
-"""Texts to labels and scores, or to vectors: rows of any tasks in one batch of an encoder."""
+"""Texts to labels and scores, or to vectors in OpenAI's form: rows of any tasks in one batch of an encoder."""
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor, nn
 
 from ..bank.cache import LoadedTask
 from ..training.base_model import text_length
 from ..training.tasks.served import Served
+from .bodies import Embed
 from .problems import Problem
+
+_POOLING = "1_Pooling/config.json"  # where sentence-transformers keeps how tokens become one vector
 
 
 @dataclass(frozen=True)
@@ -49,19 +57,9 @@ class Predictor:
         cut: bool = False,
         embed: bool = False,
     ) -> list[Text]:
-        """Return texts in tokens.
+        """Return texts in tokens for a task, cut to its length where that is asked for.
 
-        Args:
-            name: The task that they are for.
-            texts: The texts.
-            pairs: The second text of each, where the task takes pairs.
-            cut: Whether to cut what is too long, as in training.
-            embed: Whether they become vectors; then the task may be one of pairs, too.
-
-        Raises:
-            UnknownTaskError: There is no such task.
-            CheckpointError: It is damaged.
-            Problem: A text is too long, or there should be two.
+        Where they become vectors, the task may be one of pairs, too.
         """
         task = self.served.task(name)
         takes_pairs = task.metadata.get("pairs")
@@ -92,8 +90,8 @@ class Predictor:
                 yield from zip(rows, answers([texts[n] for n in rows]), strict=True)
 
     def _predictions(self, texts: Sequence[Text]) -> list[dict[str, Any]]:
-        logits = self.logits(texts)
-        return [prediction(text.task, own) for text, own in zip(texts, logits, strict=True)]
+        pairs = zip(texts, self.logits(texts), strict=True)
+        return [_prediction(text.task, own) for text, own in pairs]
 
     def logits(self, texts: Sequence[Text]) -> Tensor:  # (rows, labels)
         """Return what the model says of texts, each by its task."""
@@ -116,7 +114,7 @@ class Predictor:
             return model(**inputs)
 
 
-def prediction(task: LoadedTask, logits: Tensor) -> dict[str, Any]:  # (labels,)
+def _prediction(task: LoadedTask, logits: Tensor) -> dict[str, Any]:  # (labels,)
     """Return what a task says of one text: a value, or its most likely label and the probability of each."""
     if task.kind == "regression":
         return {"value": float(logits[0])}
@@ -124,3 +122,44 @@ def prediction(task: LoadedTask, logits: Tensor) -> dict[str, Any]:  # (labels,)
     labels = task.labels or tuple(map(str, range(known)))
     scores = torch.softmax(logits[: len(labels)], -1).tolist()
     return {"label": labels[scores.index(max(scores))], "scores": dict(zip(labels, scores, strict=True))}
+
+
+def check_pooling(base: nn.Module) -> None:
+    """Raise a problem unless the base model was trained to embed by the mean of its tokens."""
+    config: Any = base.config
+    if type(base.base_model).__name__ not in (config.architectures or ()):
+        trained_as = ", ".join(config.architectures or ("something else",))
+        raise Problem(404, f"This bank's base model is no embedding model, but {trained_as}.")
+    pooling = _pooling(config._name_or_path)
+    if pooling != ["mean"]:
+        raise Problem(
+            404, f"This bank's base model pools by {' and '.join(pooling)}; only the mean is served."
+        )
+
+
+@lru_cache
+def _pooling(source: str) -> list[str]:
+    """Return how a model pools, in the older or the newer form of its file; the mean where it does not tell."""
+    local = Path(source) / _POOLING if Path(source).is_dir() else try_to_load_from_cache(source, _POOLING)
+    if not isinstance(local, str | Path) or not Path(local).is_file():
+        return ["mean"]
+    content = json.loads(Path(local).read_text(encoding="utf-8"))
+    modes = content.get("pooling_mode") or [
+        name.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
+        for name, used in content.items()
+        if name.startswith("pooling_mode_") and used
+    ]
+    return [modes] if isinstance(modes, str) else list(modes)
+
+
+def in_openai_form(asked: Embed, vectors: Sequence[Tensor], tokens: int) -> dict[str, Any]:
+    """Return the answer; base64 is of little-endian float32."""
+
+    def encoded(vector: Tensor) -> str | list[float]:
+        if asked.encoding_format == "float":
+            return vector.tolist()
+        return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()
+
+    data = [{"object": "embedding", "index": n, "embedding": encoded(v)} for n, v in enumerate(vectors)]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "data": data, "model": asked.model, "usage": usage}

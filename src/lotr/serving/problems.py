@@ -14,15 +14,7 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 
 
 class Problem(Exception):
-    """A request that cannot be answered.
-
-    Args:
-        status: HTTP status.
-        message: What is wrong, and the way out.
-        param: Field of the request that is to blame.
-        code: A word for programs.
-        headers: Sent with it.
-    """
+    """A request that cannot be answered: `param` is the field that is to blame, `code` a word for programs."""
 
     def __init__(
         self,
@@ -41,15 +33,11 @@ class Problem(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """Return the answer."""
         return JSONResponse(self.body(), self.status, self.headers)
 
 
 def problem_of(error: Exception, bank: Path) -> Problem:
-    """Return an error of the library as clients get it.
-
-    They do not learn where the bank is, and nothing of what nobody foresaw.
-    """
+    """Return an error as clients get it: they do not learn where the bank is, and nothing of what nobody foresaw."""
     if isinstance(error, Problem):
         return error
     text = str(error).replace(str(bank), bank.name)

@@ -28,19 +28,7 @@ def run(
 ) -> int:
     """Serve a bank until the process is told to end; returns how many requests were answered.
 
-    Args:
-        bank: Its folder.
-        settings: Limits and tokens.
-        host: Address to listen at.
-        port: Port to listen at; 0 takes a free one, which the first line of the log tells.
-        model: Base model to use instead of the recorded one.
-        dtype: Type of the base model.
-        capacity: Tasks in memory, a number or bytes.
-        loaded: Called once the model is there.
-
-    Raises:
-        ConfigError: The address cannot be had, or the base model cannot be loaded.
-        CheckpointError: The bank is damaged.
+    Port 0 takes a free one, which the first line of the log tells. `loaded` is called once the model is there.
     """
     with _listen(host, port) as listener:
         served = load_served(bank, model, capacity=capacity, dtype=dtype)

@@ -16,16 +16,7 @@ from .problems import Problem
 def add_archive(bank: CoreBank, name: str, archive: bytes, replace: bool, most: int) -> float:
     """Add a task that `lotr bank export` wrote, from a zip file of its folder; returns the error of rounding.
 
-    Args:
-        bank: The bank, open for reading.
-        name: What the task shall be called.
-        archive: The zip file; nothing of it but three files of known names is read.
-        replace: Put it in the place of the task of its name.
-        most: Bytes of the files, unpacked.
-
-    Raises:
-        Problem: It is no such file, damaged, too large, or not on the bank's basis, or the name is taken.
-        CheckpointError: The bank is damaged.
+    Nothing of the archive but three files of known names is read, of at most so many bytes, unpacked.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -17,13 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
-from safetensors.torch import load_file
-
 from ..bank import CoreBank
+from ..bank.head_form import ROOT
+from ..bank.transfer import export
 from ..errors import CheckpointError, LotrError
-from ..files.adapter_folder import CONFIG, WEIGHTS, save_tensors
-from ..files.atomic import read_json, write_json
 
 BANK, CACHE, CACHE_BYTES = "LOTR_BANK", "LOTR_VLLM_CACHE", "LOTR_VLLM_CACHE_BYTES"
 #: Ranks that vLLM has kernels for; a LoRA is padded with zeros to one of them.
@@ -37,12 +34,8 @@ _LOG = logging.getLogger(__name__)
 class LoraFolders:
     """Tasks of a bank as folders in vLLM's form; the least recently used ones are removed, and made again on demand.
 
-    Several processes may share them: a folder is there whole or not at all, and never changes.
-
-    Args:
-        bank: The bank.
-        root: Where the folders are; its size is kept below `most` bytes.
-        most: Bytes.
+    The size of `root` is kept below `most` bytes. Several processes may share it: a folder is there whole or not at
+    all, and never changes.
     """
 
     def __init__(self, bank: CoreBank, root: Path, most: int) -> None:
@@ -50,12 +43,7 @@ class LoraFolders:
         self._beside = partial(tempfile.TemporaryDirectory, dir=root, prefix=".")  # on the same file system
 
     def make(self, name: str) -> Path:
-        """Return the folder of a task as the bank has it now; the name is no part of the path.
-
-        Raises:
-            UnknownTaskError: There is no such task.
-            CheckpointError: It is damaged, or has no LoRA form.
-        """
+        """Return the folder of a task as the bank has it now; the name is no part of the path."""
         checksum = self.bank.about(name)["checksum"]
         folder = self.root / hashlib.sha256(f"{checksum} {name}".encode()).hexdigest()[:32]
         if not _use(folder):
@@ -65,23 +53,11 @@ class LoraFolders:
         return folder
 
     def _write(self, name: str, folder: Path) -> None:
+        if self.bank.basis.plan.has_biases:
+            raise CheckpointError(f"Task {name!r} has lora_bias=True, and vLLM's LoRAs have no biases.")
         with self._beside() as temporary:
-            exported, made = Path(temporary) / "lora", Path(temporary) / "padded"
-            self.bank.export(name, exported, as_lora=True)
-            config = read_json(exported / CONFIG, "a LoRA's configuration")
-            if config["lora_bias"]:
-                raise CheckpointError(f"Task {name!r} has lora_bias=True, and vLLM's LoRAs have no biases.")
-            tensors = load_file(exported / WEIGHTS)
-            rank = next((rank for rank in RANKS if rank >= config["r"]), config["r"])
-            for key, tensor in tensors.items():
-                if ".lora_A." in key:
-                    tensors[key] = F.pad(tensor, (0, 0, 0, rank - len(tensor)))
-                elif ".lora_B." in key:
-                    tensors[key] = F.pad(tensor, (0, rank - tensor.shape[1]))
-            same: dict[str, Any] = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
-            made.mkdir()
-            save_tensors(tensors, made)
-            write_json(made / CONFIG, {**config, **same})
+            made = Path(temporary) / "lora"
+            export(self.bank.basis, self.bank.get(name), made, as_lora=True, pad_rank=RANKS)
             try:
                 made.replace(folder)
             except OSError as error:
@@ -108,18 +84,15 @@ class LoraFolders:
 
 
 class BankResolver:
-    """What vLLM asks for a LoRA that it does not know; see `vllm.lora.resolver.LoRAResolver`.
-
-    Args:
-        folders: Where tasks become folders.
-    """
+    """What vLLM asks for a LoRA that it does not know; see `vllm.lora.resolver.LoRAResolver`."""
 
     def __init__(self, folders: LoraFolders) -> None:
         self.folders = folders
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
         """Return a `LoRARequest`, or `None` where the bank has no such task, or is for another base model."""
-        if not _same_model(self.folders.bank.base_model, base_model_name):
+        ours = self.folders.bank.base_model
+        if ours not in (None, base_model_name) and Path(ours).resolve() != Path(base_model_name).resolve():
             return None
         try:
             path = await asyncio.to_thread(self._make, lora_name)
@@ -130,19 +103,16 @@ class BankResolver:
             return None
         from vllm.lora.request import LoRARequest
 
-        return LoRARequest(
-            lora_name, 1 + int(path.name[:7], 16), str(path)
-        )  # vLLM gives it a number of its own
+        # vLLM gives it a number of its own
+        return LoRARequest(lora_name, 1 + int(path.name[:7], 16), str(path))
 
     def _make(self, name: str) -> Path | None:
         bank = self.folders.bank
         if name not in bank:
             return None
-        heads = {key.removeprefix("base_model.model.").split(".")[0] for key in bank.get(name).head}
-        if heads - HEADS:
-            _LOG.warning(
-                "Task %r has %s in full, which vLLM does not take.", name, ", ".join(sorted(heads - HEADS))
-            )
+        heads = {key.removeprefix(ROOT).split(".")[0] for key in bank.get(name).head}
+        if other := ", ".join(sorted(heads - HEADS)):
+            _LOG.warning("Task %r has %s in full, which vLLM does not take.", name, other)
             return None
         return self.folders.make(name)
 
@@ -156,10 +126,8 @@ def register() -> None:
     from vllm.lora.resolver import LoRAResolverRegistry
 
     bank = CoreBank.open(place)
-    root = (
-        Path(os.environ.get(CACHE) or _memory())
-        / hashlib.sha256(str(bank.path.resolve()).encode()).hexdigest()[:16]
-    )
+    own = hashlib.sha256(str(bank.path.resolve()).encode()).hexdigest()[:16]
+    root = Path(os.environ.get(CACHE) or _memory()) / own
     folders = LoraFolders(bank, root, int(os.environ.get(CACHE_BYTES, 4 << 30)))
     LoRAResolverRegistry.register_resolver("lotr", BankResolver(folders))
     manager = worker_manager.WorkerLoRAManager
@@ -192,7 +160,3 @@ def _memory() -> Path:
     memory = Path("/dev/shm")
     root = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
     return root / f"lotr-{os.getuid()}"
-
-
-def _same_model(ours: str | None, theirs: str) -> bool:
-    return ours is None or ours == theirs or Path(ours).resolve() == Path(theirs).resolve()

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..bank.task import TASK_TYPES
 from ..errors import ConfigError, near
 from ..methods import METHODS
 from ..tuner.basis import resolve_basis
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 AUTO = "auto"
 #: Methods that are not rows of the table: PEFT's own for comparison, and a new head alone.
 PEERS = ("peft_lora", "peft_dora", "head")
-TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 #: Settings of this library's methods, which PEFT's own do not know.
 _STRUCTURE = (
     "alpha",

@@ -17,9 +17,8 @@ from peft.utils.other import get_pattern_key
 
 from ..errors import ConfigError
 from ..files.adapter_folder import CONFIG, write_config
-from ..files.atomic import read_json
+from ..files.atomic import CHECKSUM, check_sealed, read_json
 from ..files.card import Card, update_card
-from ..files.checksum import CHECKSUM, check_sealed
 from ..math.cores import CORES
 from ..math.dropout import PLACES
 from ..math.init import CORE_INITS, DATA_INITS, INITS, WEIGHT_INITS, ZEROS

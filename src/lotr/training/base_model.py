@@ -14,6 +14,7 @@ import torch
 
 from ..bank.task import DTYPES
 from ..errors import ConfigError, near
+from ..tuner.checks import one_of
 from .gguf import SMOLLM2, gguf_in, packaged_smollm2, unpacked
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def load_with_new(
 
     They begin random, and are not the same when the model is loaded again: an adapter has to train and save them.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
     check_dtype(dtype, load_in)
     head: dict[str, Any] = {}
@@ -119,8 +120,11 @@ def load_with_new(
     elif task == "regression":
         head = {"problem_type": "regression", "num_labels": 1}
     kind = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
-    if load_in is not None:
-        head["quantization_config"] = _quantisation(load_in, DTYPES[dtype])
+    if load_in == "8bit":
+        head["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif load_in == "4bit":
+        options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": DTYPES[dtype]}
+        head["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **options)
     head |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
     base, loading = load_part(kind, model, "model", dtype=DTYPES[dtype], **head)
     if task == "causal-lm":
@@ -132,20 +136,11 @@ def load_with_new(
 
 def check_dtype(dtype: str, load_in: str | None = None) -> None:
     """Raise ConfigError if a base model cannot be loaded in this type, or quantised so."""
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is not known. {near(dtype, DTYPES)}")
-    if load_in not in (None, "4bit", "8bit"):
-        raise ConfigError(f"load_in={load_in!r} is not known. {near(str(load_in), ('4bit', '8bit'))}")
-    if load_in is not None and importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(f"load_in={load_in!r} needs bitsandbytes: pip install bitsandbytes")
-
-
-def _quantisation(load_in: str, dtype: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if load_in == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    one_of("dtype", dtype, DTYPES)
+    if load_in is not None:
+        one_of("load_in", load_in, ("4bit", "8bit"))
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError(f"load_in={load_in!r} needs bitsandbytes: pip install bitsandbytes")
 
 
 def text_length(model: nn.Module, name: str, max_length: int | None) -> int:

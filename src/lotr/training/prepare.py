@@ -19,9 +19,10 @@ from transformers.integrations.integration_utils import (
 )
 
 from ..bank.heads import NAMES
-from ..errors import ConfigError, TrainingError, near
+from ..errors import ConfigError, TrainingError
 from ..files.adapter_folder import read_adapter
 from ..files.fingerprint import fingerprint
+from ..tuner.checks import one_of
 from .adapter import adapter_config, add_adapter, check_numbers, complete, fit_rank
 from .base_model import check_dtype, load_tokenizer, load_with_new, locate, text_length
 from .checkpoint import last_whole
@@ -89,18 +90,17 @@ def check(settings: TrainSettings, config: PeftConfig | None) -> TrainSettings:
 def _check_logger(name: str) -> None:
     """Refuse a logger that transformers does not know, or that is not installed."""
     known = ["none", "all", *INTEGRATION_TO_CALLBACK]
-    if name not in known:
-        raise ConfigError(f"report_to={name!r} is not known. {near(name, known)}")
-    if name in INTEGRATION_TO_CALLBACK and name not in get_available_reporting_integrations():
+    if (
+        one_of("report_to", name, known) in INTEGRATION_TO_CALLBACK
+        and name not in get_available_reporting_integrations()
+    ):
         package = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml", "flyte": "flytekit"}.get(name, name)
         raise ConfigError(f"report_to={name!r} needs a package that is not installed: pip install {package}")
 
 
 def _check_scheduler(name: str) -> None:
     """Refuse a schedule that transformers does not know, or cannot make from its name alone."""
-    known = [kind.value for kind in SchedulerType]
-    if name not in known:
-        raise ConfigError(f"scheduler={name!r} is not known. {near(name, known)}")
+    one_of("scheduler", name, [kind.value for kind in SchedulerType])
     try:
         get_scheduler(name, torch.optim.SGD([torch.zeros(1)]), num_warmup_steps=1, num_training_steps=2)
     except (TypeError, ValueError) as error:

@@ -1,6 +1,6 @@
 """Rows of data: where they come from, their columns, tokens and batches."""
 
-from .columns import Columns, Task, check_task, rows_of_task
+from .columns import Columns, Task, rows_of_task
 from .encode import collator, encode
 from .load import TaskData, load_rows, load_task, read
 
@@ -8,7 +8,6 @@ __all__ = [
     "Columns",
     "Task",
     "TaskData",
-    "check_task",
     "collator",
     "encode",
     "load_rows",

@@ -6,9 +6,9 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
-from ...errors import ConfigError, DataError, near
+from ...errors import DataError, near
 from .conversations import CHAT, LAYOUTS, chat_columns, conversation
 from .labels import classes, number, numbers
 from .tables import Table
@@ -42,12 +42,6 @@ class Columns:
     def named(self, **names: str | None) -> Columns:
         """Return these columns with other names, where one is given."""
         return replace(self, **{column: name for column, name in names.items() if name is not None})
-
-
-def check_task(task: str) -> None:
-    """Raise ConfigError if there is no such task."""
-    if task not in get_args(Task):
-        raise ConfigError(f"task={task!r} is not known. {near(task, get_args(Task))}")
 
 
 def rows_of_task(

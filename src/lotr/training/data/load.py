@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from ...errors import DataError
+from ...tuner.checks import one_of
 from .columns import (
     Columns,
     Task,
     check_labels,
-    check_task,
     guess_task,
     label_names,
     label_values,
@@ -72,7 +72,7 @@ def load_task(
     """
     columns = columns or Columns()
     if task is not None:
-        check_task(task)
+        one_of("task", task, get_args(Task))
     splits = read_splits(train)
     table, _ = _split(splits, train, "train")
     reason = f"task={task} was asked for."

@@ -17,14 +17,14 @@ from torch.utils.data import Sampler
 
 from ...bank import Task
 from ...bank.heads import row_losses
-from ...errors import CheckpointError, ConfigError, TrainingError, near
+from ...errors import CheckpointError, ConfigError, TrainingError
 from ...files.adapter_folder import read_tensors
+from ...tuner.checks import one_of
 from ..checkpoint import TRAINER_STATE, AdapterTrainer
 from .served import Served
 
 TASKS = "tasks.safetensors"
 _MAX_NORM = 1.0  # of a task's gradient
-SAMPLING = ("proportional", "uniform", "temperature")
 
 
 class TaskTrainer(AdapterTrainer):
@@ -110,11 +110,10 @@ class TaskTrainer(AdapterTrainer):
 
 def temperature_of(sampling: str, temperature: float) -> float:
     """Return the temperature of a way to sample; raise ConfigError if there is no such way or temperature."""
-    if sampling not in SAMPLING:
-        raise ConfigError(f"sampling={sampling!r} is not known. {near(sampling, SAMPLING)}")
+    temperatures = {"proportional": 1.0, "uniform": math.inf, "temperature": temperature}
     if not temperature > 0:
         raise ConfigError(f"temperature={temperature} is out of range. Use 1 (proportional) or more.")
-    return {"proportional": 1.0, "uniform": math.inf, "temperature": temperature}[sampling]
+    return temperatures[one_of("sampling", sampling, temperatures)]
 
 
 class TaskSampler(Sampler[int]):

@@ -19,28 +19,30 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Tick = Callable[[int, int], None]  # rows done, rows in all
-Batch = tuple[list[int], Tensor, Tensor | None]  # numbers of the rows, their logits in float32, their labels
 
 
-def batches(
+def outputs(
     model: Any,  # in PEFT, or with a bank: what is called is not in the type of either
     collate: Callable[[list[Any]], dict[str, Tensor]],
     rows: Dataset,
     batch_size: int,
     tick: Tick | None = None,
     tasks: Sequence[str] = (),
-) -> Iterator[Batch]:
-    """Run encoded rows, long ones with long ones, so that little is padded; the column `task` numbers a bank's."""
+) -> Iterator[tuple[int, Tensor, Any]]:
+    """Yield of each encoded row its number, its logits in float32, and its label where it has one.
+
+    Long rows run with long ones, so that little is padded; the column `task` numbers a bank's `tasks`.
+    """
     lengths = rows[LENGTH][:]
     order = sorted(range(len(rows)), key=lambda n: -lengths[n])
     for at in range(0, len(order), batch_size):
         numbers = order[at : at + batch_size]
         inputs = {name: value.to(model.device) for name, value in collate([rows[n] for n in numbers]).items()}
-        labels, own = inputs.pop("labels", None), inputs.pop("task", None)
+        labels, own = inputs.pop("labels", [None] * len(numbers)), inputs.pop("task", None)
         named = {"task_ids": [tasks[n] for n in own.tolist()]} if tasks and own is not None else {}
         with torch.inference_mode():
             logits = model(**inputs, **named).logits.float()
-        yield numbers, logits, labels
+        yield from zip(numbers, logits if logits.dim() > 2 else logits.cpu(), labels, strict=True)
         if tick is not None:
             tick(at + len(numbers), len(order))
 

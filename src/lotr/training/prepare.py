@@ -28,7 +28,7 @@ from .base_model import check_dtype, load_tokenizer, load_with_new, locate, text
 from .checkpoint import last_whole
 from .data import Columns, collator, encode, load_task
 from .data.chat import IGNORED
-from .data.packing import packed
+from .data.encode import packed
 from .hub import check_hub
 from .output import check_apart, check_output
 from .process import is_main_process, n_processes

@@ -23,7 +23,6 @@ from ..output import SETTINGS, versions
 from ..process import StopOnInterrupt
 from ..rates import default_rates
 from .begin import RUN, base_of_basis, check, check_new, new_bank, open_bank, settings_to_resume
-from .scores import scores_of_tasks
 from .served import Served, base_of, load_served
 from .settings import BankSettings
 from .task_list import Prepared, TaskSource, prepare, together
@@ -208,9 +207,8 @@ def _optimizer(settings: BankSettings, served: Served) -> torch.optim.Optimizer:
 
 def _measure(served: Served, prepared: Sequence[Prepared]) -> dict[str, Any]:
     """Measure every task as the bank has it, and keep the scores with it."""
-    served.rest()
     bank = served.bank
-    scores = scores_of_tasks(served, {p.source.name: p.eval for p in prepared})
+    scores = served.scores({p.source.name: p.eval for p in prepared})
     measured = (
         replace(task, metadata={**task.metadata, "scores": scores[task.name]})
         for task in map(bank.get, scores)

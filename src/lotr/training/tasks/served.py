@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
+import numpy as np
 from torch import Tensor
 
 from ...bank import CoreBank, Task
+from ...bank.heads import row_losses
 from ...errors import ConfigError, UnknownTaskError
+from .. import metrics
 from ..base_model import TEXT_LENGTH, load_model, load_tokenizer
 from ..data import Columns, collator
+from ..inference import outputs
 from ..process import device
 from ..trained import TaskRecord
+from .task_list import together
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from ...bank.cache import LoadedTask
     from ...bank.wrap import BankModel, TaskRows
 
@@ -99,10 +106,29 @@ class Served:
             head = {prefix + key: p.detach().cpu() for key, p in loaded.head.parameters.items()}
         return replace(task, numbers=loaded.numbers.detach().cpu(), head=head)
 
-    def rest(self) -> None:
-        """Answer with the tasks as the bank has them."""
+    def scores(self, rows: Mapping[str, Dataset]) -> dict[str, dict[str, float]]:
+        """Measure tasks as the bank has them, on encoded rows with labels, all in mixed batches.
+
+        Returns:
+            Task → scores by name, and the number of rows.
+        """
         self.model.eval()
         self.rows.cache.training.clear()
+        names, mixed = list(rows), together(list(rows.values()))
+        task_of, size = mixed["task"][:], min(64, self.rows.cache.capacity)
+        values: dict[str, list[Any]] = {name: [] for name in names}
+        causal = self.kind == "causal-lm"
+        for n, logits, label in outputs(self.model, self.collator(), mixed, size, tasks=names):
+            loss = row_losses(logits[None, :-1], label[None, 1:]).item() if causal else None
+            values[names[task_of[n]]].append(loss if causal else (logits, label.cpu()))
+        if causal:
+            return {name: {"rows": len(own), "loss": float(np.mean(own))} for name, own in values.items()}
+        scores = {}
+        for task in map(self.bank.get, names):
+            predicted, labels = map(np.stack, zip(*values[task.name], strict=True))
+            measured = metrics.measure(str(task.task), predicted[:, : len(task.labels) or 1], labels)
+            scores[task.name] = {"rows": len(labels), **measured}
+        return scores
 
 
 def load_served(

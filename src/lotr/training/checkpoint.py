@@ -122,14 +122,17 @@ class AdapterTrainer(Trainer):
         return f"{what} at step {step}. {saved} Lower the learning rates, or look for bad rows in the data."
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):
+        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad):
             raise TrainingError(self._diverged("A trained number is not finite", self.state.global_step))
         if self.args.should_save:
             folder = Path(str(output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             (folder / TRAINER_STATE).unlink(missing_ok=True)  # of the same step, before it was gone back on
-            write_adapter(model, folder)
+            self.write(folder)
+
+    def write(self, folder: Path) -> None:
+        """Write what is trained into the folder of a checkpoint."""
+        write_adapter(self.accelerator.unwrap_model(self.model), folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.args.should_save:

@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import DataError
 from .data.chat import Chat
 from .data.conversations import CHAT
 from .data.encode import LENGTH
-from .data.tables import Table
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,15 +45,6 @@ def outputs(
             tick(at + len(numbers), len(order))
 
 
-def check_new_columns(table: Table, source: str) -> None:
-    """Raise DataError if the rows have a column that predictions would overwrite."""
-    clash = {"prediction", "confidence"} & table.columns.keys()
-    if clash:
-        raise DataError(
-            f'{source} has a column "{min(clash)}" already. Rename it, so that nothing is overwritten.'
-        )
-
-
 def prediction(task: str, labels: Sequence[str], logits: Tensor) -> dict[str, Any]:
     """Return what the logits `(outputs,)` of a row predict; of a class also how probable it is."""
     if task == "regression":
@@ -75,7 +64,9 @@ def answers(
     """Return the answer to each row, to its `text` or the last question of its `messages`, by its task of `tasks`."""
     written = []
     for n, row in enumerate(rows):
-        inputs = _prompt(tokenizer, row, n + 1).to(model.device)
+        is_chat = CHAT in row
+        text = Chat(tokenizer, row[CHAT], n + 1).prompt() if is_chat else row["text"]
+        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not is_chat).to(model.device)
         inputs.pop("token_type_ids", None)
         with torch.inference_mode(), model.select([tasks[n]]) if tasks else nullcontext():
             tokens = model.generate(
@@ -89,11 +80,3 @@ def answers(
         if tick is not None:
             tick(n + 1, len(rows))
     return written
-
-
-def _prompt(tokenizer: Any, row: dict[str, Any], number: int) -> Any:
-    if CHAT not in row:
-        return tokenizer(row["text"], return_tensors="pt")
-    return tokenizer(
-        Chat(tokenizer, row[CHAT], number).prompt(), return_tensors="pt", add_special_tokens=False
-    )

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..files import atomic, card
 from ..files.adapter_folder import BASIS_WEIGHTS, WEIGHTS, write_adapter
 from ..files.atomic import (
@@ -206,3 +206,40 @@ def versions() -> dict[str, str]:
     """Return the versions of what a result depends on."""
     names = ("lotr", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def check_hub(repository: str) -> None:
+    """Refuse an upload that would fail when the run is over.
+
+    Raises:
+        ConfigError: The hub cannot be reached, or nobody is logged in; or the name is none.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().repo_exists(repository)
+        HfApi().whoami()
+    except Exception as error:  # of whichever library the hub's uses to connect
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"push_to_hub={repository!r} would fail: {reason} Log in with `hf auth login`; or leave it out, and upload "
+            f"later: hf upload {repository} OUTPUT"
+        ) from None
+
+
+def upload(folder: Path, repository: str) -> str:
+    """Upload the files of a finished run, in a private repository where there is none yet; return its address.
+
+    Raises:
+        CheckpointError: It failed; the files are in the folder.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(repository, private=True, exist_ok=True)
+        return str(HfApi().upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=["runs/**"]))
+    except Exception as error:  # as above
+        raise CheckpointError(
+            f"The adapter is whole in {folder}, and its upload failed: {error} Upload it later: "
+            f"hf upload {repository} {folder}"
+        ) from error

@@ -17,7 +17,7 @@ from . import metrics
 from .data import collator, encode, load_rows, read, rows_of_task
 from .data.chat import IGNORED
 from .data.tables import Table
-from .inference import Tick, answers, check_new_columns, outputs, prediction
+from .inference import Tick, answers, outputs, prediction
 from .tasks.served import Served, load_served
 from .tasks.task_list import together
 from .trained import Trained, load_trained
@@ -61,9 +61,9 @@ def evaluate(
     if picture is not None and not Path(picture).parent.is_dir():
         raise ConfigError(f"--picture {picture}: the folder {Path(picture).parent} does not exist.")
     trained = adapter if isinstance(adapter, Trained) else load_trained(adapter, model)
-    trained = trained.with_columns(text=text, text2=text2, label=label)
     task = trained.task
-    rows = load_rows(data, task.columns, task.task, task.labels, task.pairs)
+    columns = task.columns.named(text=text, text2=text2, label=label)
+    rows = load_rows(data, columns, task.task, task.labels, task.pairs)
     report: dict[str, Any] = {"rows": len(rows), "labels": list(task.labels)}
     if task.task == "causal-lm":
         return report | _language_loss(trained, rows, batch_size, tick)
@@ -127,7 +127,10 @@ def predict(
     if loaded is None:
         loaded = load_served(str(adapter), model) if is_bank else load_trained(str(adapter), model)
     table, source = read(data)
-    check_new_columns(table, source)
+    if clash := {"prediction", "confidence"} & table.columns.keys():
+        raise DataError(
+            f'{source} has a column "{min(clash)}" already. Rename it, so that nothing is overwritten.'
+        )
     names = [str(task)] * len(table) if task_column is None else _task_names(table, task_column, source)
     numbers: dict[str, list[int]] = {}
     for n, name in enumerate(names):

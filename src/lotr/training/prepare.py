@@ -29,8 +29,7 @@ from .checkpoint import last_whole
 from .data import Columns, collator, encode, load_task
 from .data.chat import IGNORED
 from .data.encode import packed
-from .hub import check_hub
-from .output import check_apart, check_output
+from .output import check_apart, check_hub, check_output
 from .process import is_main_process, n_processes
 from .rates import Rates, rates_of
 from .trained import CHECKPOINTS, TaskRecord
@@ -89,11 +88,8 @@ def check(settings: TrainSettings, config: PeftConfig | None) -> TrainSettings:
 
 def _check_logger(name: str) -> None:
     """Refuse a logger that transformers does not know, or that is not installed."""
-    known = ["none", "all", *INTEGRATION_TO_CALLBACK]
-    if (
-        one_of("report_to", name, known) in INTEGRATION_TO_CALLBACK
-        and name not in get_available_reporting_integrations()
-    ):
+    one_of("report_to", name, ["none", "all", *INTEGRATION_TO_CALLBACK])
+    if name in INTEGRATION_TO_CALLBACK and name not in get_available_reporting_integrations():
         package = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml", "flyte": "flytekit"}.get(name, name)
         raise ConfigError(f"report_to={name!r} needs a package that is not installed: pip install {package}")
 

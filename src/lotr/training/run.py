@@ -17,8 +17,7 @@ from ..errors import TrainingError
 from ..files.atomic import locked, read_json
 from . import metrics
 from .checkpoint import TRAINER_STATE, AdapterTrainer, arguments
-from .hub import upload
-from .output import RunReport, options_to_resume, started_run, write
+from .output import RunReport, options_to_resume, started_run, upload, write
 from .prepare import Run, begin, check, prepare
 from .process import StopOnInterrupt, device, is_main_process, peak_memory
 from .rates import parameter_groups

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -73,10 +73,6 @@ class Trained:
     model: PeftModel
     tokenizer: Any
     task: TaskRecord
-
-    def with_columns(self, **names: str | None) -> Trained:
-        """Return the same with other names of columns, where one is given."""
-        return replace(self, task=replace(self.task, columns=self.task.columns.named(**names)))
 
 
 def load_trained(path: str | Path, model: str | None = None) -> Trained:

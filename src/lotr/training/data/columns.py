@@ -67,20 +67,21 @@ def rows_of_task(
     """
     from datasets import ClassLabel, Dataset, Features, Value
 
-    if task == "causal-lm" and (chat := _chat(table, columns, need_label)):
+    if task == "causal-lm" and (chat := chat_columns(table, columns.text, need_label)):
         return Dataset.from_dict({CHAT: _conversations(table, chat, source)})
-    kinds = {"text": "text"}
+    option = f"--text, or bring conversations: {LAYOUTS}" if task == "causal-lm" else "--text"
+    needed = {"text": ("text", option)}
     if pairs is None:
         pairs = columns.text2 != Columns.text2 or table.find(columns.text2) is not None
     if pairs and task != "causal-lm":
-        kinds["text2"] = "text"
+        needed["text2"] = ("text", "--text2 (the second of a pair)")
     if need_label and task != "causal-lm":
-        kinds["label"] = "number" if task == "regression" else "class"
+        needed["label"] = ("number" if task == "regression" else "class", "--label")
     options: dict[str, str] = {}
     content: dict[str, Sequence[Any]] = {}
     features: dict[str, Any] = {}
-    for name, kind in kinds.items():
-        column = table.check(getattr(columns, name), _option(name, task), source)
+    for name, (kind, option) in needed.items():
+        column = table.check(getattr(columns, name), option, source)
         if column in options:
             raise DataError(
                 f'Column "{column}" of {source} is used twice, for {options[column]} and --{name}. Name different '
@@ -98,18 +99,6 @@ def rows_of_task(
             content[name] = numbers(content[name], where) or list(map(number, content[name]))
             features[name] = Value("float64")
     return Dataset.from_dict(content, features=Features(features))
-
-
-def _option(name: str, task: str) -> str:
-    if name == "text2":
-        return "--text2 (the second of a pair)"
-    return (
-        f"--text, or bring conversations: {LAYOUTS}" if (name, task) == ("text", "causal-lm") else f"--{name}"
-    )
-
-
-def _chat(table: Table, columns: Columns, need_answer: bool = True) -> dict[str, str]:
-    return chat_columns(table, None if columns.text == Columns.text else columns.text, need_answer)
 
 
 def _conversations(table: Table, chat: dict[str, str], source: str) -> list[str]:
@@ -178,7 +167,7 @@ def guess_task(table: Table, columns: Columns, source: str) -> tuple[Task, str]:
     Raises:
         DataError: A label column that the user named is missing, or labels are not clear.
     """
-    column, chat = table.find(columns.label), _chat(table, columns)
+    column, chat = table.find(columns.label), chat_columns(table, columns.text)
     if "turns" in chat or (chat and column is None):
         names = ", ".join(f'"{name}"' for name in chat.values())
         return "causal-lm", f"Conversations are in {names}: learn to answer."

@@ -34,20 +34,21 @@ _ROLES = {
 Turns = list[dict[str, Any]]
 
 
-def chat_columns(table: Table, text: str | None, need_answer: bool = True) -> dict[str, str]:
+def chat_columns(table: Table, text: str = "text", need_answer: bool = True) -> dict[str, str]:
     """Return which columns hold the turns of conversations, or else question and answer; nothing where none do.
 
     Args:
         table: Rows as they were read.
-        text: Column of turns that the user named; default: any.
+        text: Column of turns that the user named; "text" is any.
         need_answer: Whether answers must be there; not needed to predict.
     """
     columns: dict[str, str] = {}
-    for name in (text,) if text else (*_TURNS, "text"):
+    is_named = text != "text"
+    for name in (text,) if is_named else (*_TURNS, text):
         column = table.find(name)
         if not columns and column and isinstance(table.sample(column), list):
             columns = {"turns": column}
-    for parts in () if text or table.find("text") else _PAIRS:
+    for parts in () if is_named or table.find(text) else _PAIRS:
         pair = {part: column for part, name in parts.items() if (column := table.find(name))}
         if not columns and "question" in pair and ("answer" in pair or not need_answer):
             columns = pair

@@ -125,9 +125,10 @@ class Served:
             return {name: {"rows": len(own), "loss": float(np.mean(own))} for name, own in values.items()}
         scores = {}
         for task in map(self.bank.get, names):
-            predicted, labels = map(np.stack, zip(*values[task.name], strict=True))
-            measured = metrics.measure(str(task.task), predicted[:, : len(task.labels) or 1], labels)
-            scores[task.name] = {"rows": len(labels), **measured}
+            own = values[task.name]  # in each batch with as many logits as its largest task has
+            predicted = np.stack([logits[: len(task.labels) or 1] for logits, _ in own])
+            measured = metrics.measure(str(task.task), predicted, np.stack([label for _, label in own]))
+            scores[task.name] = {"rows": len(own), **measured}
         return scores
 
 

@@ -20,7 +20,7 @@ from ...bank.heads import row_losses
 from ...errors import CheckpointError, ConfigError, TrainingError
 from ...files.adapter_folder import read_tensors
 from ...tuner.checks import one_of
-from ..checkpoint import TRAINER_STATE, AdapterTrainer
+from ..checkpoint import AdapterTrainer
 from .served import Served
 
 TASKS = "tasks.safetensors"
@@ -86,12 +86,8 @@ class TaskTrainer(AdapterTrainer):
         rows = self._in_batch = Counter(names)
         return (losses / torch.tensor([rows[name] for name in names], device=losses.device)).sum()
 
-    # ------------------------------------------------------------------ checkpoints
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(str(output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / TRAINER_STATE).unlink(missing_ok=True)  # of the same step, before it was gone back on
+    def write(self, folder: Path) -> None:
+        """Write the numbers of all tasks, and bring the bank there."""
         save_file({name: p.detach().cpu() for name, p in self.served.tensors().items()}, folder / TASKS)
         # killed before the rest is written, the bank is a step ahead until the run that goes on comes here again
         self.served.bank.add_many(map(self.served.in_memory, self.tasks), replace=True)

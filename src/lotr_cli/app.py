@@ -28,7 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bank.app)
-command(app, "compress", "Starting", loads_base=True)(compress.compress)
+command(app, "compress", "Starting", settings=compress.Options, loads_base=True)(compress.compress)
 
 Adapter = Annotated[str, Argument(help="Adapter folder or hub id.", show_default=False)]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an output that exists.")]

@@ -30,17 +30,18 @@ from .trained import CHECKPOINTS
 OPTIMIZER, RANDOM, TRAINER_STATE = "optimizer.safetensors", "random-{}.safetensors", "trainer_state.json"
 
 
-def arguments(
-    folder: Path, steps: int, save_steps: int, warmup: float, batch_size: int, **more: Any
-) -> TrainingArguments:
+def arguments(folder: Path, steps: int, every: int | None, settings: Any, **more: Any) -> TrainingArguments:
     """Return what every run tells transformers: its length, its checkpoints, and silence; `more` are its own."""
+    every = every or max(1, math.ceil(steps / 5))
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        warmup_steps=math.ceil(steps * warmup),
+        per_device_train_batch_size=settings.batch_size,
+        warmup_steps=math.ceil(steps * settings.warmup),
+        seed=settings.seed,
         save_strategy="steps",
-        save_steps=save_steps,
+        save_steps=every,
+        eval_steps=every,
         logging_steps=max(1, steps // 50),
         remove_unused_columns=False,
         label_names=["labels"],
@@ -83,16 +84,23 @@ class AdapterTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
 
-    def run(self, checkpoint: Path | None, stop: StopOnInterrupt, go_on: str) -> None:
-        """Train from the start, or from a checkpoint, to the end.
+    def run(self, checkpoint: Path | None, say: Callable[[str], None], go_on: str) -> dict[str, float]:
+        """Train from the start, or from a checkpoint, to the end; return the last scores, where there are rows for it.
 
         Raises:
             Interrupted: The user stopped the run; the message tells the command to go on with.
         """
-        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        step, steps = self.state.global_step, self.state.max_steps
-        if stop.requested and step < steps:
-            raise Interrupted(f"Stopped at step {step} of {steps}. Go on with: {go_on}")
+        stop = StopOnInterrupt(say)
+        self.add_callback(stop)
+        with stop:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            step, steps = self.state.global_step, self.state.max_steps
+            if stop.requested and step < steps:
+                raise Interrupted(f"Stopped at step {step} of {steps}. Go on with: {go_on}")
+            if self.eval_dataset is None:
+                return {}
+            measured = [log for log in self.state.log_history if "eval_loss" in log and log["step"] == step]
+            return measured[-1] if measured else self.evaluate()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         grouped = super()._get_train_sampler(train_dataset)

@@ -19,7 +19,7 @@ from . import metrics
 from .checkpoint import TRAINER_STATE, AdapterTrainer, arguments
 from .output import RunReport, options_to_resume, started_run, upload, write
 from .prepare import Run, begin, check, prepare
-from .process import StopOnInterrupt, device, is_main_process, peak_memory
+from .process import device, is_main_process, peak_memory
 from .rates import parameter_groups
 from .settings import TrainSettings, read_options
 
@@ -104,32 +104,23 @@ def _train(run: Run, callbacks: Sequence[TrainerCallback], say: Callable[[str], 
         progress = _Progress(begin(run, say))
     else:
         progress = _Progress.of(run.checkpoint)
-    stop = StopOnInterrupt(say)
-    trainer = _trainer(run, [*callbacks, stop, progress])
-    with stop:
-        trainer.run(run.checkpoint, stop, f"lotr train --resume --output {run.folder}")
-        history, step = trainer.state.log_history, trainer.state.global_step
-        measured = [log for log in history if "eval_loss" in log and log["step"] == step]
-        scores = measured[-1] if measured else trainer.evaluate()
+    trainer = _trainer(run, [*callbacks, progress])
+    scores = trainer.run(run.checkpoint, say, f"lotr train --resume --output {run.folder}")
     return _report(run, trainer, scores, progress)
 
 
 def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
     s, causal = run.settings, run.task.task == "causal-lm"
-    every = s.eval_steps or max(1, math.ceil(run.steps / 5))
     args = arguments(
         run.folder,
         run.steps,
-        every,
-        s.warmup,
-        s.batch_size,
-        seed=s.seed,
+        s.eval_steps,
+        s,
         gradient_accumulation_steps=s.gradient_accumulation_steps,
         per_device_eval_batch_size=2 * s.batch_size,
         learning_rate=run.rates.lr,
         lr_scheduler_type=s.scheduler,
         eval_strategy="steps",
-        eval_steps=every,
         save_total_limit=2,
         use_cpu=device().type == "cpu",  # without it, processes on a CPU do not know of each other
         train_sampling_strategy="group_by_length",

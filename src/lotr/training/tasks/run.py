@@ -20,7 +20,6 @@ from ...files.atomic import locked, remove_folder, write_json
 from ..base_model import load_tokenizer, locate, skeleton, text_length
 from ..checkpoint import arguments, last_whole
 from ..output import SETTINGS, versions
-from ..process import StopOnInterrupt
 from ..rates import default_rates
 from .begin import RUN, base_of_basis, check, check_new, new_bank, open_bank, settings_to_resume
 from .served import Served, base_of, load_served
@@ -107,11 +106,10 @@ def _run(
     folder = bank.path / RUN
     folder.mkdir(exist_ok=True)
     write_json(folder / SETTINGS, settings.to_dict())
-    stop, started = StopOnInterrupt(say), time.perf_counter()
-    trainer = _trainer(settings, served, prepared, tasks, [*callbacks, stop])
+    started = time.perf_counter()
+    trainer = _trainer(settings, served, prepared, tasks, callbacks)
     checkpoint = last_whole(folder, (TASKS,)) if settings.resume else None
-    with stop:
-        trainer.run(checkpoint, stop, f"lotr bank train --resume --output {bank.path}")
+    trainer.run(checkpoint, say, f"lotr bank train --resume --output {bank.path}")
     seconds = time.perf_counter() - started
     return {
         "bank": str(bank.path),
@@ -158,7 +156,7 @@ def _trainer(
     served: Served,
     prepared: Sequence[Prepared],
     tasks: Sequence[Task],
-    callbacks: list[TrainerCallback],
+    callbacks: Sequence[TrainerCallback],
 ) -> TaskTrainer:
     from transformers import set_seed
 
@@ -168,10 +166,8 @@ def _trainer(
     args = arguments(
         served.bank.path / RUN,
         steps,
-        settings.save_steps or max(1, math.ceil(steps / 5)),
-        settings.warmup,
-        settings.batch_size,
-        seed=settings.seed,
+        settings.save_steps,
+        settings,
         max_grad_norm=0.0,  # clipped task by task, in the optimiser
         eval_strategy="no",
         save_total_limit=1,
@@ -185,7 +181,7 @@ def _trainer(
         train_dataset=rows,
         data_collator=served.collator(),
         optimizers=(_optimizer(settings, served), None),
-        callbacks=callbacks,
+        callbacks=list(callbacks),
         served=served,
         tasks=tasks,
         sampler=TaskSampler([len(p.train) for p in prepared], drawn, temperature, settings.seed),

@@ -202,12 +202,9 @@ def export(
     line = (
         f"A LoRA of rank {report['rank']} for {report['modules']} modules is in {output}: {report['numbers']:,} "
         f"numbers, {report['bytes']:,} bytes (the adapter has {report['bytes_before']:,})."
-        + (
-            f" PEFT reads all of it; servers of LoRA do not take {len(report['peft_only'])} tensors."
-            if report["peft_only"]
-            else ""
-        )
     )
+    if report["peft_only"]:
+        line += f" PEFT reads all of it; servers of LoRA do not take {len(report['peft_only'])} tensors."
     return Report(report, [line])
 
 

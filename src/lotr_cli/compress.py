@@ -102,34 +102,32 @@ def _check(given: Iterable[str], allowed: Collection[str], case: str) -> None:
 
 def _fitted(report: Compressed) -> Report:
     """Show what became of many adapters."""
-    groups = report.groups
     rows = [
-        (g["group"], g["sites"], "×".join(map(str, g["block"])), g["rank"], g["errors"][-1]) for g in groups
+        (g["group"], g["sites"], "×".join(map(str, g["block"])), g["rank"], g["errors"][-1])
+        for g in report.groups
     ]
     of_groups: Any = table("", ("group", "sites", "block", "rank", "error"), rows)
-    if len(groups) > _MANY:
-        ranks = [group["rank"] for group in groups]
-        of_groups = f"{len(groups)} groups of ranks {min(ranks)} to {max(ranks)}; the JSON report has each."
+    if len(rows) > _MANY:
+        ranks = [group["rank"] for group in report.groups]
+        of_groups = f"{len(rows)} groups of ranks {min(ranks)} to {max(ranks)}; the JSON report has each."
     names = ("task", "error", "kept", "rank_before", "bytes_before")
     tasks = [tuple(task[name] for name in names) for task in report.by_task[:_ROWS]]
     scored = ("task", "metric", "score_before", "score_after", "error")
     scores = [tuple(task[name] for name in scored) for task in report.by_task if "metric" in task]
     modules = sorted(report.by_module.items(), key=lambda pair: -pair[1])[:_ROWS]
-    return Report(
-        asdict(report),
-        [
-            of_groups,
-            table(
-                "Tasks that lose most", ("task", "error", "energy kept", "rank before", "bytes before"), tasks
-            ),
-            table("Modules that lose most", ("module", "error"), modules),
-            *([table("Scores", ("task", "metric", "before", "after", "error"), scores)] if scores else []),
-            *report.advice,
-            f"{report.tasks:,} tasks are in {report.bank}: relative error {report.error:.3g}, "
-            f"{report.bytes_after:,} bytes instead of {report.bytes_before:,}. The report is in compress.json "
-            "there, and error against bytes in compress.png.",
-        ],
+    lost = ("task", "error", "energy kept", "rank before", "bytes before")
+    tables = [
+        table("Tasks that lose most", lost, tasks),
+        table("Modules that lose most", ("module", "error"), modules),
+    ]
+    if scores:
+        tables.append(table("Scores", ("task", "metric", "before", "after", "error"), scores))
+    line = (
+        f"{report.tasks:,} tasks are in {report.bank}: relative error {report.error:.3g}, {report.bytes_after:,} bytes "
+        f"instead of {report.bytes_before:,}. The report is in compress.json there, and error against bytes in "
+        "compress.png."
     )
+    return Report(asdict(report), [of_groups, *tables, *report.advice, line])
 
 
 def _added(report: dict[str, Any]) -> Report:

@@ -61,13 +61,9 @@ def check_output(folder: Path, overwrite: bool) -> None:
 def check_apart(settings: TrainSettings, config: PeftConfig | None = None) -> None:
     """Refuse an output folder whose writing would destroy the basis or the base model that the run reads."""
     folder = Path(str(settings.output))
-    inputs = (
-        ("basis", settings.basis),
-        ("basis", getattr(config, "basis", None)),
-        ("base model", settings.model),
-    )
-    for what, place in inputs:
-        atomic.check_apart(folder, what, place, folder / CHECKPOINTS, folder / STAGED)
+    for basis in (settings.basis, getattr(config, "basis", None)):
+        atomic.check_apart(folder, "basis", basis, folder / CHECKPOINTS, folder / STAGED)
+    atomic.check_apart(folder, "base model", settings.model, folder / CHECKPOINTS, folder / STAGED)
 
 
 @contextmanager
@@ -156,8 +152,8 @@ class RunReport:
             "seed": self.settings.seed,
             "versions": versions(),
         }
-        left_out = {name for name in ("history",) if not history} | ({"rank"} if self.rank is None else set())
-        return {name: value for name, value in content.items() if name not in left_out}
+        left_out = {"history": not history, "rank": self.rank is None}
+        return {name: value for name, value in content.items() if not left_out.get(name)}
 
 
 def write(folder: Path, model: PeftModel, report: RunReport) -> None:

@@ -20,16 +20,17 @@ def setting(default: Any, panel: str, text: str, shown: str | None = None) -> An
     return field(default=default, metadata={"panel": panel, "help": text, "shown": shown})
 
 
-def panel(name: str) -> Callable[..., Any]:
+def panel(name: str, usual: str = "") -> Callable[..., Any]:
     """Return what makes the fields of one panel of the help: `unset` says how the run decides what is left open."""
 
-    def option(text: str, unset: str = "", *, default: Any = None, shown: str | None = None) -> Any:
-        return setting(default, name, text, f"default: {unset}" if unset else shown)
+    def option(text: str, unset: str = usual, *, default: Any = None, shown: str | None = None) -> Any:
+        return setting(default, name, text, shown or (f"default: {unset}" if default is None else None))
 
     return option
 
 
-_data, _adapter, _training, _run = map(panel, ("Model and data", "Adapter", "Training", "Run"))
+_data, _run = panel("Model and data"), panel("Run")
+_adapter, _training = panel("Adapter", "by method"), panel("Training", "by method")
 
 
 @dataclass(frozen=True)
@@ -82,28 +83,22 @@ class TrainSettings(Settings):
         "Parameters that hold the experts of a layer, `mlp.experts.down_proj`, with commas.", "none"
     )
     modes: str | None = _adapter(
-        "What shares factors: any of `layer,projection,head,expert,task`; `site`; or `none`.", "by method"
+        "What shares factors: any of `layer,projection,head,expert,task`; `site`; or `none`."
     )
-    core: str | None = _adapter(
-        "Structure of the cores: free, identity, tucker, cp, scaled_cp, tt.", "by method"
-    )
+    core: str | None = _adapter("Structure of the cores: free, identity, tucker, cp, scaled_cp, tt.")
     core_ranks: str | None = _adapter(
         "Tucker cores: rank of every mode (`4`), or of each (`layer=8,head=4`).",
         "the rank, at most the mode's extent",
     )
-    blocks: str | None = _adapter(
-        "How weights are cut: none, head, head_rows, square, head_or_square.", "by method"
-    )
+    blocks: str | None = _adapter("How weights are cut: none, head, head_rows, square, head_or_square.")
     unequal: str | None = _adapter(
         "What unequal weights do that would share: grouped_query, slice (all use first rows), separate, error.",
         "grouped_query",
     )
     magnitude: str | None = _adapter(
-        "Rule on the whole weight: none, per_output, per_output_and_input, base_and_update.", "by method"
+        "Rule on the whole weight: none, per_output, per_output_and_input, base_and_update."
     )
-    trainable: str | None = _adapter(
-        "What trains: all, or cores (the factors stay as they start).", "by method"
-    )
+    trainable: str | None = _adapter("What trains: all, or cores (the factors stay as they start).")
     basis: str | None = _adapter(
         "Adapter whose factors are kept: its structure is taken, and only cores and a head train.", "none"
     )
@@ -119,19 +114,17 @@ class TrainSettings(Settings):
     core_init: str | None = _adapter(
         "How the cores start: uniform, xavier, tiny, identity.", "by method and structure"
     )
-    zero: str | None = _adapter(
-        "What starts at zero, so that the update does: core, output, input, none.", "by method"
-    )
+    zero: str | None = _adapter("What starts at zero, so that the update does: core, output, input, none.")
     start_batches: int | None = _adapter("Batches whose gradients a start from data takes.", "8")
     dropout: float = _adapter("Probability of dropping a number of the update.", default=0.0)
     dropout_place: str | None = _adapter(
         "What dropout drops: input, core_output, components, update (of ΔW).", "by method, mostly input"
     )
 
-    lr: float | None = _training("Learning rate of the factors.", "by method")
-    core_lr: float | None = _training("Learning rate of the cores.", "by method")
-    magnitude_lr: float | None = _training("Learning rate of the magnitudes.", "by method")
-    head_lr: float | None = _training("Learning rate of a new head.", "by method")
+    lr: float | None = _training("Learning rate of the factors.")
+    core_lr: float | None = _training("Learning rate of the cores.")
+    magnitude_lr: float | None = _training("Learning rate of the magnitudes.")
+    head_lr: float | None = _training("Learning rate of a new head.")
     head_warmup: int | None = _training(
         "Steps in which a new head trains alone, before the adapter starts.",
         "a fifth of the steps, at most 20, where a head is new",

@@ -64,9 +64,8 @@ class Chat:
             marked = self._marked() if is_marked else None
             mask = list(marked or [0] * len(ids))
             for turn, is_learned in self._answers().items():
-                if is_learned != bool(
-                    marked
-                ):  # to be learned and not marked yet, or marked and not to be learned
+                # to be learned and not marked yet, or marked and not to be learned
+                if is_learned != bool(marked):
                     span = self._span(turn, ids)
                     mask[span] = [int(is_learned)] * len(mask[span])
             encoded["labels"] = [

@@ -131,9 +131,8 @@ def _read_json(path: Path) -> Table:
         if error.msg != "Extra data":  # which is one object a line
             raise DataError(_not_json(path, error.lineno, error)) from error
     rows = []
-    for number, line in enumerate(
-        text.split("\n"), start=1
-    ):  # not splitlines(): JSON strings may hold U+2028
+    # not splitlines(): JSON strings may hold U+2028
+    for number, line in enumerate(text.split("\n"), start=1):
         try:
             if line.strip():
                 rows.append(json.loads(line))

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import sort_checkpoints
 
@@ -82,7 +82,6 @@ class AdapterTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
-        self.remove_callback(ProgressCallback)
 
     def run(self, checkpoint: Path | None, say: Callable[[str], None], go_on: str) -> dict[str, float]:
         """Train from the start, or from a checkpoint, to the end; return the last scores, where there are rows for it.

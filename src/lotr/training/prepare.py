@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ from .data.chat import IGNORED
 from .data.encode import packed
 from .output import check_apart, check_hub, check_output
 from .process import is_main_process, n_processes
-from .rates import Rates, rates_of
+from .rates import Rates, parameter_groups, rates_of
 from .trained import CHECKPOINTS, TaskRecord
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
     from .settings import TrainSettings
 
-_HEAD = ".modules_to_save."
 #: A batch, and its share of the loss of a step.
 Microbatch = tuple[float, dict[str, Tensor]]
 
@@ -209,9 +209,9 @@ def warm_head(model: PeftModel, data: Iterator[list[Microbatch]], steps: int, lr
 
     Cold, the gradients that reach the adapter are those of a random head.
     """
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    adapter = [p for name, p in trained if _HEAD not in name]
-    optimizer = torch.optim.AdamW([p for name, p in trained if _HEAD in name], lr=lr, weight_decay=0.0)
+    parts = {part["name"]: part["params"] for part in parameter_groups(model, lr)}
+    optimizer = torch.optim.AdamW(parts.pop("head"), lr=lr, weight_decay=0.0)
+    adapter = list(chain(*parts.values()))
     training = model.training
     model.train()
     try:

@@ -157,9 +157,9 @@ def _report(run: Run, trainer: AdapterTrainer, scores: dict[str, float], progres
     metric = metrics.MAIN[run.task.task]
     if not math.isfinite(values[metric]):
         raise TrainingError(f"The final {metric} is {values[metric]}. Lower the learning rates.")
-    sizes = {n: p.numel() for n, p in run.model.named_parameters() if p.requires_grad}
-    head = sum(size for name, size in sizes.items() if ".modules_to_save." in name)
-    total, _ = run.model.get_nb_trainable_parameters()
+    parts = parameter_groups(run.model, run.rates.lr)
+    numbers = {part["name"]: sum(p.numel() for p in part["params"]) for part in parts}
+    head, total = numbers.get("head", 0), sum(numbers.values())
     config: Any = run.model.active_peft_config
     return RunReport(
         metric=metric,

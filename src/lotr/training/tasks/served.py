@@ -149,10 +149,6 @@ def load_served(
         capacity: Tasks in memory, a number or bytes.
         dtype: Type of the base model.
     """
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     bank = bank if isinstance(bank, CoreBank) else CoreBank.open(bank)
     name = base_of(bank, model)
     if kind is None:

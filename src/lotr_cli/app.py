@@ -17,7 +17,6 @@ from lotr.training.settings import TrainSettings, read_options
 from . import bank, compress, console, reports
 from .command import command
 from .console import Report
-from .serve import serve
 
 app = typer.Typer(
     name="lotr",
@@ -214,7 +213,7 @@ def methods() -> Report:
     return reports.methods()
 
 
-command(app, "serve", "Loading", settings=ServeSettings, loads_base=True)(serve)
+command(app, "serve", "Loading", settings=ServeSettings, loads_base=True)(bank.serve)
 
 
 def main() -> None:

@@ -133,11 +133,7 @@ def trained_tasks(report: dict[str, Any]) -> Report:
 
 
 def check_output(path: Path, overwrite: bool, data: str) -> None:
-    """Refuse a file that cannot be written, before any work is done.
-
-    Raises:
-        ConfigError: The type is not known, the file exists or is the data, or its folder does not exist.
-    """
+    """Refuse a file that cannot be written (ConfigError), before any work is done."""
     if path.suffix not in (".csv", ".jsonl"):
         raise ConfigError(f"--output {path} has no known type. Name a .csv or .jsonl file.")
     if path.exists() and Path(data).exists() and path.samefile(data):

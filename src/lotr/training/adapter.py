@@ -44,11 +44,7 @@ _CHECKED = ("alpha", "dropout", "scaling", "temperature")
 
 
 def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConfig:
-    """Return the PEFT configuration that the settings describe; the task decides the type of the model alone.
-
-    Raises:
-        ConfigError: A setting has no meaning; the message names it.
-    """
+    """Return the PEFT configuration that the settings describe; the task decides the type of the model alone."""
     import peft
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
@@ -182,12 +178,7 @@ def fit_rank(settings: TrainSettings, config: Any, model: nn.Module, checkpoint:
 
 
 def add_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
-    """Wrap a base model.
-
-    Raises:
-        PlanError: A name of the configuration matches nothing.
-        ConfigError: PEFT refuses the configuration.
-    """
+    """Wrap a base model; PlanError where a name matches nothing, ConfigError where PEFT refuses the configuration."""
     from peft import get_peft_model
 
     from ..tuner.names import check_names

@@ -99,12 +99,7 @@ def load_model(
 
 
 def load_with_new(
-    model: str,
-    task: str,
-    labels: tuple[str, ...] = (),
-    dtype: str = "float32",
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    load_in: str | None = None,
+    model: str, task: str, labels: tuple[str, ...], dtype: str, tokenizer: Any, load_in: str | None
 ) -> tuple[PreTrainedModel, list[str]]:
     """Return a base model as `load_model` does, and its modules of which its files have no weights.
 
@@ -191,11 +186,7 @@ def skeleton(model: str) -> tuple[nn.Module, str]:
 
 
 def load_part(kind: Any, model: str, what: str, **options: Any) -> Any:
-    """Load a part of a base model with one of transformers' classes, in silence.
-
-    Raises:
-        ConfigError: It cannot be loaded, or brings code of its own and is not trusted.
-    """
+    """Load a part of a base model with one of transformers' classes, in silence; ConfigError where that fails."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -220,11 +211,7 @@ def load_part(kind: Any, model: str, what: str, **options: Any) -> Any:
 
 
 def _check_reachable(name: str) -> None:
-    """Ask the hub once for a model that is not in the cache; the loaders ask for a minute.
-
-    Raises:
-        ConnectionError: It does not answer. Where it does, the loaders have the message.
-    """
+    """Ask the hub once for a model that is not in the cache (ConnectionError); the loaders ask for a minute."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

@@ -129,7 +129,8 @@ class AdapterTrainer(Trainer):
         return f"{what} at step {step}. {saved} Lower the learning rates, or look for bad rows in the data."
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad):
+        numbers = self.accelerator.unwrap_model(self.model).parameters()
+        if not all(bool(torch.isfinite(p).all()) for p in numbers if p.requires_grad):
             raise TrainingError(self._diverged("A trained number is not finite", self.state.global_step))
         if self.args.should_save:
             folder = Path(str(output_dir))

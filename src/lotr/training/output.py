@@ -205,11 +205,7 @@ def versions() -> dict[str, str]:
 
 
 def check_hub(repository: str) -> None:
-    """Refuse an upload that would fail when the run is over.
-
-    Raises:
-        ConfigError: The hub cannot be reached, or nobody is logged in; or the name is none.
-    """
+    """Refuse an upload that would fail when the run is over: no hub, nobody logged in, or no name (ConfigError)."""
     from huggingface_hub import HfApi
 
     try:
@@ -224,11 +220,7 @@ def check_hub(repository: str) -> None:
 
 
 def upload(folder: Path, repository: str) -> str:
-    """Upload the files of a finished run, in a private repository where there is none yet; return its address.
-
-    Raises:
-        CheckpointError: It failed; the files are in the folder.
-    """
+    """Upload the files of a finished run, in a private repository where there is none yet; return its address."""
     from huggingface_hub import HfApi
 
     try:

@@ -168,15 +168,7 @@ def read_options(options: Mapping[str, Any], file: str | Path | None = None) -> 
 
 
 def load_yaml(path: Path, option: str) -> Any:
-    """Read YAML, or JSON, without tags of Python's.
-
-    Args:
-        path: The file.
-        option: What named it, for the message.
-
-    Raises:
-        ConfigError: The file is missing, or is no YAML; the message is one line.
-    """
+    """Read YAML, or JSON, without tags of Python's; `option` named the file, and so does a ConfigError of one line."""
     import yaml
 
     try:

@@ -74,11 +74,7 @@ class Chat:
         return {name: values[:max_length] for name, values in encoded.items()}
 
     def prompt(self) -> str:
-        """Return the text that asks for an answer to the last question.
-
-        Raises:
-            DataError: There are only answers, or the template refuses the conversation.
-        """
+        """Return the text that asks for an answer to the last question (DataError where there is none)."""
         questions = [n for n, turn in enumerate(self.turns) if turn["role"] != "assistant"]
         if not questions:
             raise DataError(f"Row {self.row} holds only answers; there is nothing to answer to. Drop it.")

@@ -162,11 +162,7 @@ def check_labels(rows: Dataset, labels: Sequence[str], source: str, owner: str) 
 
 
 def guess_task(table: Table, columns: Columns, source: str) -> tuple[Task, str]:
-    """Return the task that the columns and their values suggest, and one sentence why.
-
-    Raises:
-        DataError: A label column that the user named is missing, or labels are not clear.
-    """
+    """Return the task that columns and values suggest, and one sentence why; DataError where none is clear."""
     column, chat = table.find(columns.label), chat_columns(table, columns.text)
     if "turns" in chat or (chat and column is None):
         names = ", ".join(f'"{name}"' for name in chat.values())

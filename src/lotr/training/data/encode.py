@@ -140,14 +140,8 @@ def _collate(pad: Callable[[list[Row]], Any], rows: list[Row]) -> dict[str, Tens
 def packed(model: PreTrainedModel, task: str, padded: Collate, rows: Dataset) -> Collate:
     """Return the function that makes a packed batch, once the model has shown that packed texts do not see each other.
 
-    Args:
-        model: A language model.
-        task: Of the run.
-        padded: Makes a batch with padding.
-        rows: Encoded rows, of which two are tried.
-
-    Raises:
-        ConfigError: The task is another, or a text's logits depend on what it is packed with.
+    Two of the encoded rows are tried, packed and `padded`. Where a text's logits depend on what it is packed with, or
+    the task is not a language model's, that is a ConfigError.
     """
     from transformers import DataCollatorWithFlattening
 

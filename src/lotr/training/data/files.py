@@ -28,11 +28,7 @@ QUOTES = (
 
 
 def read_table(path: Path) -> Table:
-    """Read a file whose suffix is one of `READERS`; values of a CSV file stay as written.
-
-    Raises:
-        DataError: The file is damaged or empty, or its suffix is another; the message names the line.
-    """
+    """Read a file whose suffix is one of `READERS`, or raise DataError; values of a CSV file stay as written."""
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -12,20 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ...bank import CoreBank, Task
 from ...errors import ConfigError
 from ...files.atomic import locked, remove_folder, write_json
 from ..base_model import load_tokenizer, locate, skeleton, text_length
-from ..checkpoint import arguments, last_whole
+from ..checkpoint import last_whole
 from ..output import SETTINGS, versions
-from ..rates import default_rates
 from .begin import RUN, base_of_basis, check, check_new, new_bank, open_bank, settings_to_resume
 from .served import Served, base_of, load_served
 from .settings import BankSettings
-from .task_list import Prepared, TaskSource, prepare, together
-from .trainer import TASKS, TaskSampler, TaskTrainer, temperature_of
+from .task_list import Prepared, TaskSource, prepare
+from .trainer import TASKS, TaskTrainer
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -107,7 +104,7 @@ def _run(
     folder.mkdir(exist_ok=True)
     write_json(folder / SETTINGS, settings.to_dict())
     started = time.perf_counter()
-    trainer = _trainer(settings, served, prepared, tasks, callbacks)
+    trainer = TaskTrainer(folder, settings, served, [p.train for p in prepared], tasks, callbacks)
     checkpoint = last_whole(folder, (TASKS,)) if settings.resume else None
     trainer.run(checkpoint, say, f"lotr bank train --resume --output {bank.path}")
     seconds = time.perf_counter() - started
@@ -149,56 +146,6 @@ def _check_memory(needed: int, each: int) -> None:
             f"All tasks of a run are in memory: these need {needed:,} bytes, {each:,} a task, and there are {there:,}. "
             "Train them in several runs; the bank keeps the tasks of all."
         )
-
-
-def _trainer(
-    settings: BankSettings,
-    served: Served,
-    prepared: Sequence[Prepared],
-    tasks: Sequence[Task],
-    callbacks: Sequence[TrainerCallback],
-) -> TaskTrainer:
-    from transformers import set_seed
-
-    set_seed(settings.seed)
-    rows = together([p.train for p in prepared])
-    steps = settings.max_steps or math.ceil(len(rows) * settings.epochs / settings.batch_size)
-    args = arguments(
-        served.bank.path / RUN,
-        steps,
-        settings.save_steps,
-        settings,
-        max_grad_norm=0.0,  # clipped task by task, in the optimiser
-        eval_strategy="no",
-        save_total_limit=1,
-        report_to="none",
-    )
-    temperature = temperature_of(settings.sampling, settings.temperature)
-    drawn = steps * settings.batch_size
-    return TaskTrainer(
-        model=served.model,
-        args=args,
-        train_dataset=rows,
-        data_collator=served.collator(),
-        optimizers=(_optimizer(settings, served), None),
-        callbacks=list(callbacks),
-        served=served,
-        tasks=tasks,
-        sampler=TaskSampler([len(p.train) for p in prepared], drawn, temperature, settings.seed),
-    )
-
-
-def _optimizer(settings: BankSettings, served: Served) -> torch.optim.Optimizer:
-    """Return AdamW, which leaves a task alone that has no row in the batch: neither it nor its moments change."""
-    rates = default_rates(str(served.bank.config.core), "none", "cores")
-    cores: list[Tensor] = []
-    heads: list[Tensor] = []
-    for name, parameter in served.tensors().items():
-        (cores if name.endswith(".numbers") else heads).append(parameter)
-    groups = [{"params": cores, "lr": settings.core_lr or rates.core_lr, "name": "cores"}]
-    if heads:
-        groups.append({"params": heads, "lr": settings.head_lr or rates.head_lr, "name": "heads"})
-    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
 
 
 def _measure(served: Served, prepared: Sequence[Prepared]) -> dict[str, Any]:

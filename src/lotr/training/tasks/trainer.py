@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,8 +20,15 @@ from ...bank.heads import row_losses
 from ...errors import CheckpointError, ConfigError, TrainingError
 from ...files.adapter_folder import read_tensors
 from ...tuner.checks import one_of
-from ..checkpoint import AdapterTrainer
+from ..checkpoint import AdapterTrainer, arguments
+from ..rates import default_rates
 from .served import Served
+from .settings import BankSettings
+from .task_list import together
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import TrainerCallback
 
 TASKS = "tasks.safetensors"
 _MAX_NORM = 1.0  # of a task's gradient
@@ -35,20 +42,42 @@ class TaskTrainer(AdapterTrainer):
     the bank holds the tasks as they are then, too, in one transaction.
 
     Args:
+        folder: Where checkpoints are.
+        settings: Those of the run.
         served: The bank, open for writing, on its base model.
+        rows: The encoded rows of each task.
         tasks: The tasks as they begin, by their number in the rows.
-        sampler: Which rows come.
+        callbacks: More callbacks.
     """
 
     model_files = (TASKS,)
     checkpoints = ""  # the whole of a run's folder
 
     def __init__(
-        self, *args: Any, served: Served, tasks: Sequence[Task], sampler: Sampler[int], **kwargs: Any
+        self,
+        folder: Path,
+        settings: BankSettings,
+        served: Served,
+        rows: Sequence[Dataset],
+        tasks: Sequence[Task],
+        callbacks: Sequence[TrainerCallback],
     ) -> None:
-        super().__init__(*args, **kwargs)
-        self.served, self.tasks, self.sampler = served, tasks, sampler
+        sizes, batch = [len(part) for part in rows], settings.batch_size
+        steps = settings.max_steps or math.ceil(sum(sizes) * settings.epochs / batch)
+        temperature = temperature_of(settings.sampling, settings.temperature)
+        self.served, self.tasks = served, tasks
+        self.sampler = TaskSampler(sizes, steps * batch, temperature, settings.seed)
         self._in_batch: Counter[str] = Counter()  # rows of each task
+        once = {"eval_strategy": "no", "save_total_limit": 1, "report_to": "none"}
+        super().__init__(
+            model=served.model,
+            # clipped task by task, in the optimiser
+            args=arguments(folder, steps, settings.save_steps, settings, max_grad_norm=0.0, **once),
+            train_dataset=together(rows),
+            data_collator=served.collator(),
+            optimizers=(_optimizer(settings, served), None),
+            callbacks=list(callbacks),
+        )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self.sampler
@@ -63,11 +92,7 @@ class TaskTrainer(AdapterTrainer):
         return loss / len(self._in_batch)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Return the loss of a batch.
-
-        Raises:
-            TrainingError: The loss of a task is NaN or infinite; the message names it.
-        """
+        """Return the loss of a batch; that of a task which is not finite is a TrainingError that names it."""
         inputs = dict(inputs)
         names = [self.tasks[n].name for n in inputs.pop("task").tolist()]
         labels = inputs.pop("labels")
@@ -102,6 +127,19 @@ class TaskTrainer(AdapterTrainer):
                     "--replace."
                 )
             parameter.data.copy_(saved[name])
+
+
+def _optimizer(settings: BankSettings, served: Served) -> torch.optim.Optimizer:
+    """Return AdamW, which leaves a task alone that has no row in the batch: neither it nor its moments change."""
+    rates = default_rates(str(served.bank.config.core), "none", "cores")
+    cores: list[Tensor] = []
+    heads: list[Tensor] = []
+    for name, parameter in served.tensors().items():
+        (cores if name.endswith(".numbers") else heads).append(parameter)
+    groups = [{"params": cores, "lr": settings.core_lr or rates.core_lr, "name": "cores"}]
+    if heads:
+        groups.append({"params": heads, "lr": settings.head_lr or rates.head_lr, "name": "heads"})
+    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
 
 
 def temperature_of(sampling: str, temperature: float) -> float:

@@ -88,9 +88,7 @@ def add(
     adapters: Annotated[
         list[str] | None, Argument(help="Adapters saved on the bank's basis.", show_default=False)
     ] = None,
-    task: Annotated[
-        str | None, Option(help="Name of the task.", show_default="the name of the adapter's folder")
-    ] = None,
+    task: Annotated[str | None, Option(help="Name of the task.", show_default="the adapter's folder")] = None,
     train: Annotated[str | None, Option(help="Data to train a new task on, instead of adapters.")] = None,
     eval: Annotated[str | None, Option(help="Data to measure the new task on.")] = None,
     text: Annotated[str, Option(help="Column with the text.")] = "text",
@@ -222,9 +220,7 @@ def stats(bank: Bank) -> Report:
         return reports.properties(str(bank), opened.stats())
 
 
-Token = Annotated[
-    str | None, Option(envvar="LOTR_TOKEN", help="What clients must send.", show_default="none")
-]
+Token = Annotated[str | None, Option(envvar="LOTR_TOKEN", help="Clients must send it.", show_default="none")]
 AdminToken = Annotated[
     str | None,
     Option(envvar="LOTR_ADMIN_TOKEN", help="What allows to add and remove tasks.", show_default="nobody may"),
@@ -233,13 +229,9 @@ AdminToken = Annotated[
 
 def serve(
     bank: Bank,
-    host: Annotated[
-        str, Option(help="Address to listen at; 0.0.0.0 is all of this machine's.")
-    ] = "127.0.0.1",
+    host: Annotated[str, Option(help="Where to listen; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
-    model: Annotated[
-        str | None, Option(help="Base model.", show_default="the one recorded in the bank")
-    ] = None,
+    model: Annotated[str | None, Option(help="Base model.", show_default="the one of the bank")] = None,
     dtype: Annotated[str, Option(help="Type of the base model.")] = "float32",
     capacity: Annotated[str, Option(help="Tasks in memory: a number, or bytes such as 256MB.")] = "1024",
     token: Token = None,

@@ -28,13 +28,7 @@ debug = False
 
 _status: Any = None
 #: What the system, safetensors and SQLite say where a disk takes no more.
-_FULL = (
-    "No space left on device",
-    "Disk quota exceeded",
-    "File too large",
-    "disk is full",
-    "disk I/O error",
-)
+_FULL = ("No space left on device", "Disk quota exceeded", "File too large", "disk is full", "disk I/O error")
 
 
 @dataclass(frozen=True)

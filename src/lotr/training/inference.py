@@ -70,10 +70,7 @@ def answers(
         inputs.pop("token_type_ids", None)
         with torch.inference_mode(), model.select([tasks[n]]) if tasks else nullcontext():
             tokens = model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
+                **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
             )
         new = tokens[0, inputs["input_ids"].shape[1] :]
         written.append({"prediction": tokenizer.decode(new, skip_special_tokens=True)})

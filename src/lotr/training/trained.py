@@ -16,7 +16,7 @@ from ..files.fingerprint import changed
 from ..files.peft_lora import read_lora
 from .adapter import full_precision_head
 from .base_model import TEXT_LENGTH, load_model, load_tokenizer, locate
-from .data import Columns, Task
+from .data.columns import Columns, Task
 from .process import device
 
 if TYPE_CHECKING:

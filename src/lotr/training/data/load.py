@@ -9,15 +9,7 @@ from typing import TYPE_CHECKING, get_args
 
 from ...errors import DataError
 from ...tuner.checks import one_of
-from .columns import (
-    Columns,
-    Task,
-    check_labels,
-    guess_task,
-    label_names,
-    label_values,
-    rows_of_task,
-)
+from .columns import Columns, Task, check_labels, guess_task, label_names, label_values, rows_of_task
 from .sources import HELD_OUT_SPLITS, read_splits
 from .tables import Table
 

@@ -31,9 +31,7 @@ command(app, "compress", "Starting", settings=compress.Options, loads_base=True)
 
 Adapter = Annotated[str, Argument(help="Adapter folder or hub id.", show_default=False)]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an output that exists.")]
-Base = Annotated[
-    str | None, Option("--model", help="Base model.", show_default="the one recorded in the adapter")
-]
+Base = Annotated[str | None, Option("--model", help="Base model.", show_default="the one of the adapter")]
 Data = Annotated[str, Option("--data", help="Data: a file, folder, hub data set or `docstrings`.")]
 Text = Annotated[str | None, Option("--text", help="Column with the text.", show_default="as in training")]
 Text2 = Annotated[
@@ -115,9 +113,7 @@ def predict(
     data: Data,
     output: Annotated[Path, Option(help="File to write: .csv or .jsonl.")],
     task: Annotated[str | None, Option(help="Of a bank: the task that answers all rows.")] = None,
-    task_column: Annotated[
-        str | None, Option(help="Of a bank: column with the task that answers each row.")
-    ] = None,
+    task_column: Annotated[str | None, Option(help="Of a bank: column with the task of each row.")] = None,
     text: Text = None,
     text2: Text2 = None,
     model: Base = None,
@@ -143,7 +139,7 @@ def plan(
     model: Annotated[str, Argument(help="As --model of lotr train; only its config is read.")],
     dtype: Annotated[str, Option(help="Type of the numbers.")] = "float32",
     compress: Annotated[
-        int | None, Option(min=1, help="Foretell the bytes of a bank of this many LoRAs.")
+        int | None, Option(min=1, help="Foretell the bytes of a bank of so many LoRAs.")
     ] = None,
     **options: Any,
 ) -> Report:

@@ -40,12 +40,7 @@ class Report:
     ok: bool = True
 
     def show(self, as_json: bool) -> None:
-        """Print it on stdout.
-
-        Raises:
-            typer.Exit: It is not `ok`; the command ends with 1.
-            CheckpointError: Nothing takes it, because the disk is full or the pipe closed.
-        """
+        """Print it on stdout, and end with 1 where it is not `ok`; CheckpointError where a disk or pipe takes none."""
         calm()
         try:
             if as_json:

@@ -43,10 +43,8 @@ def locate(model: str) -> tuple[str, str]:
     """Return the source that a model is loaded from, and a name that holds on other machines too.
 
     `minilm`, and the hub id that it stands for, mean the packaged weights when they are installed. `smollm2`, a GGUF
-    file and a folder with one are unpacked on first use.
-
-    Raises:
-        ConfigError: A local path that does not exist, or holds no model; a package that is not installed.
+    file and a folder with one are unpacked on first use. A path without a model, or a package that is not installed, is
+    a ConfigError.
     """
     if model == SMOLLM2:
         return str(unpacked(packaged_smollm2())), model
@@ -90,10 +88,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a base model with the head that a task needs, in evaluation mode.
 
-    The tokenizer tells a model without a padding token which one to use; `load_in` quantises to `4bit` or `8bit`.
-
-    Raises:
-        ConfigError: The model or the type is unknown, or the model has no such head.
+    The tokenizer tells a model without a padding token which one to use; `load_in` quantises to `4bit` or `8bit`. What
+    is unknown, or has no such head, is a ConfigError.
     """
     return load_with_new(model, task, labels, dtype, tokenizer, load_in)[0]
 

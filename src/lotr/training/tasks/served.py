@@ -44,12 +44,7 @@ class Served:
         return self.model.tasks
 
     def task(self, name: str) -> LoadedTask:
-        """Return a task as the bank has it now.
-
-        Raises:
-            UnknownTaskError: There is none of this name, which that of the base model is, too.
-            CheckpointError: It is damaged.
-        """
+        """Return a task as the bank has it now; raises as `CoreBank.get` does, also for the name of the base model."""
         (task,) = self.rows.find([name])
         if task is None:
             raise UnknownTaskError(f"{name!r} is the base model without a task. Name a task of the bank.")

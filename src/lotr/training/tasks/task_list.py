@@ -89,11 +89,9 @@ def read_tasks(path: Path) -> list[TaskSource]:
 
 
 def prepare(sources: Sequence[TaskSource], tokenizer: Any, max_length: int, seed: int) -> list[Prepared]:
-    """Read and encode the rows of tasks; `seed` is that of the rows that are held out.
+    """Read and encode the rows of tasks, all for one kind of model; `seed` is that of the rows that are held out.
 
-    Raises:
-        DataError: The data of a task cannot be used; the message names the task.
-        ConfigError: Tasks of a bank need one kind of model, and these are texts to learn and labels to tell.
+    Data that cannot be used is a DataError that names the task.
     """
     prepared = []
     for source in sources:

@@ -27,7 +27,7 @@ from ..tuner.checks import one_of
 from .adapter import adapter_config, add_adapter, check_numbers, complete, fit_rank
 from .base_model import check_dtype, load_tokenizer, load_with_new, locate, text_length
 from .checkpoint import last_whole
-from .data import Columns, collator, encode, load_task
+from .data import Columns, TaskData, collator, load_task
 from .data.chat import IGNORED
 from .data.encode import packed
 from .output import check_apart, check_hub, check_output
@@ -36,7 +36,6 @@ from .rates import Rates, parameter_groups, rates_of
 from .trained import CHECKPOINTS, TaskRecord
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from peft import PeftConfig, PeftModel
 
     from .settings import TrainSettings
@@ -55,8 +54,7 @@ class Run:
     model: PeftModel
     rates: Rates
     task: TaskRecord
-    rows: tuple[Dataset, Dataset]  # to train on, to evaluate on
-    eval_source: str
+    data: TaskData  # encoded
     collate: Callable[[list[Any]], Any]
     steps: int
 
@@ -147,12 +145,10 @@ def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConf
         load_in=settings.load_in,
         base_fingerprint=of_base,
     )
-    train, eval = (
-        encode(part, tokenizer, data.task, data.labels, length) for part in (data.train, data.eval)
-    )
+    data = data.encoded(tokenizer, length)
     collate = collator(tokenizer, data.task)
     if settings.packing:
-        collate = packed(base, data.task, collate, train)
+        collate = packed(base, data.task, collate, data.train)
     return Run(
         settings,
         folder,
@@ -160,10 +156,9 @@ def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConf
         model,
         rates_of(settings, config),
         task,
-        (train, eval),
-        data.eval_source,
+        data,
         collate,
-        settings.max_steps or math.ceil(math.ceil(len(train) / rows_a_step(settings)) * settings.epochs),
+        settings.max_steps or math.ceil(math.ceil(len(data.train) / rows_a_step(settings)) * settings.epochs),
     )
 
 
@@ -243,7 +238,7 @@ def _steps(run: Run) -> Iterator[list[Microbatch]]:
     """
     order = torch.Generator().manual_seed(run.settings.seed)
     step, size = rows_a_step(run.settings), run.settings.batch_size
-    loader = DataLoader(run.rows[0], step, shuffle=True, collate_fn=list, generator=order)
+    loader = DataLoader(run.data.train, step, shuffle=True, collate_fn=list, generator=order)
     while True:
         for rows in loader:
             parts = [run.collate(rows[first : first + size]) for first in range(0, len(rows), size)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +17,12 @@ from ...errors import ConfigError
 from ...files.atomic import locked, remove_folder, write_json
 from ..base_model import load_tokenizer, locate, skeleton, text_length
 from ..checkpoint import last_whole
+from ..data import TaskData
 from ..output import SETTINGS, versions
 from .begin import RUN, base_of_basis, check, check_new, new_bank, open_bank, settings_to_resume
 from .served import Served, base_of, load_served
 from .settings import BankSettings
-from .task_list import Prepared, TaskSource, prepare
+from .task_list import TaskSource, prepare
 from .trainer import TASKS, TaskTrainer
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def train_bank(
             check_new(bank, settings)
         name = base_of(bank, settings.model) if bank is not None else base_of_basis(settings)
         settings = replace(settings, max_length=text_length(skeleton(name)[0], name, settings.max_length))
-        sources = [TaskSource(**source) for source in settings.tasks]
+        sources = (TaskSource(**source) for source in settings.tasks)
         prepared = prepare(sources, load_tokenizer(name), settings.max_length or 0, settings.seed)
         if bank is None:
             bank = stack.enter_context(new_bank(path, settings))
@@ -85,18 +86,19 @@ def _run(
     settings: BankSettings,
     bank: CoreBank,
     base: str,
-    prepared: Sequence[Prepared],
+    prepared: Mapping[str, TaskData],
     say: Callable[[str], None],
     callbacks: Sequence[TrainerCallback],
 ) -> dict[str, Any]:
-    served = load_served(bank, base, prepared[0].data.task, len(prepared), settings.dtype)
-    tasks = [_task(p, settings) for p in prepared]
+    parts = [data.train for data in prepared.values()]
+    served = load_served(bank, base, next(iter(prepared.values())).task, len(prepared), settings.dtype)
+    tasks = [_task(name, data, settings) for name, data in prepared.items()]
     served.begin(tasks, settings.seed)
     # the numbers themselves, and two moments of each
     memory = 3 * sum(parameter.nbytes for parameter in served.tensors().values())
     each = memory // len(tasks)
     say(
-        f"Tasks: {len(tasks)}, with {sum(len(p.train) for p in prepared)} rows to train on; {bank.layout.size:,} "
+        f"Tasks: {len(tasks)}, with {sum(map(len, parts))} rows to train on; {bank.layout.size:,} "
         f"numbers each, beside a head: {each:,} bytes of memory a task while it trains."
     )
     _check_memory(memory, each)
@@ -104,7 +106,7 @@ def _run(
     folder.mkdir(exist_ok=True)
     write_json(folder / SETTINGS, settings.to_dict())
     started = time.perf_counter()
-    trainer = TaskTrainer(folder, settings, served, [p.train for p in prepared], tasks, callbacks)
+    trainer = TaskTrainer(folder, settings, served, parts, tasks, callbacks)
     checkpoint = last_whole(folder, (TASKS,)) if settings.resume else None
     trainer.run(checkpoint, say, f"lotr bank train --resume --output {bank.path}")
     seconds = time.perf_counter() - started
@@ -121,16 +123,11 @@ def _run(
     }
 
 
-def _task(p: Prepared, settings: BankSettings) -> Task:
+def _task(name: str, data: TaskData, settings: BankSettings) -> Task:
     """Return a task without numbers, as its record tells of it."""
-    metadata = {
-        "max_length": settings.max_length,
-        "pairs": p.data.pairs,
-        "columns": vars(p.source.columns),
-        "dtype": settings.dtype,
-        "rows": p.sizes,
-    }
-    return Task(p.source.name, torch.empty(0), {}, p.data.labels, p.data.task, metadata)
+    of_data = {"pairs": data.pairs, "columns": vars(data.columns), "rows": data.sizes}
+    metadata = {"max_length": settings.max_length, "dtype": settings.dtype, **of_data}
+    return Task(name, torch.empty(0), {}, data.labels, data.task, metadata)
 
 
 def _check_memory(needed: int, each: int) -> None:
@@ -148,10 +145,10 @@ def _check_memory(needed: int, each: int) -> None:
         )
 
 
-def _measure(served: Served, prepared: Sequence[Prepared]) -> dict[str, Any]:
+def _measure(served: Served, prepared: Mapping[str, TaskData]) -> dict[str, Any]:
     """Measure every task as the bank has it, and keep the scores with it."""
     bank = served.bank
-    scores = served.scores({p.source.name: p.eval for p in prepared})
+    scores = served.scores({name: data.eval for name, data in prepared.items()})
     measured = (
         replace(task, metadata={**task.metadata, "scores": scores[task.name]})
         for task in map(bank.get, scores)
@@ -159,11 +156,6 @@ def _measure(served: Served, prepared: Sequence[Prepared]) -> dict[str, Any]:
     bank.add_many(measured, replace=True)
     served.rows.cache.store.database.close()  # SQLite takes its log away with the last connection that writes
     return {
-        p.source.name: {
-            "task": p.data.task,
-            "labels": len(p.data.labels),
-            **scores[p.source.name],
-            "rows": p.sizes,
-        }
-        for p in prepared
+        name: {"task": data.task, "labels": len(data.labels), **scores[name], "rows": data.sizes}
+        for name, data in prepared.items()
     }

@@ -21,7 +21,7 @@ def setting(default: Any, panel: str, text: str, shown: str | None = None) -> An
 
 
 def panel(name: str, usual: str = "") -> Callable[..., Any]:
-    """Return what makes the fields of one panel of the help: `unset` says how the run decides what is left open."""
+    """Return what makes the fields of a panel of the help: `unset` says how the run decides what is left open."""
 
     def option(text: str, unset: str = usual, *, default: Any = None, shown: str | None = None) -> Any:
         return setting(default, name, text, shown or (f"default: {unset}" if default is None else None))

@@ -68,11 +68,11 @@ def encode(
                 encoded = [chat.encoded(max_length, with_labels) for chat in chats]
             else:
                 texts = [batch[name] for name in ("text", "text2") if name in batch]
-                rows_of = tokenizer(
+                columns = tokenizer(
                     *texts, truncation=True, max_length=max_length, return_attention_mask=True
                 )
                 encoded = [
-                    dict(zip(rows_of, row, strict=True)) for row in zip(*rows_of.values(), strict=True)
+                    dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
                 ]
                 if task == "causal-lm":
                     eos = tokenizer.eos_token_id

@@ -68,11 +68,11 @@ class TaskTrainer(AdapterTrainer):
         self.served, self.tasks = served, tasks
         self.sampler = TaskSampler(sizes, steps * batch, temperature, settings.seed)
         self._in_batch: Counter[str] = Counter()  # rows of each task
-        once = {"eval_strategy": "no", "save_total_limit": 1, "report_to": "none"}
+        own = {"eval_strategy": "no", "save_total_limit": 1, "report_to": "none"}
         super().__init__(
             model=served.model,
             # clipped task by task, in the optimiser
-            args=arguments(folder, steps, settings.save_steps, settings, max_grad_norm=0.0, **once),
+            args=arguments(folder, steps, settings.save_steps, settings, max_grad_norm=0.0, **own),
             train_dataset=together(rows),
             data_collator=served.collator(),
             optimizers=(_optimizer(settings, served), None),

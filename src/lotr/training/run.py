@@ -124,7 +124,6 @@ def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
         save_total_limit=2,
         use_cpu=device().type == "cpu",  # without it, processes on a CPU do not know of each other
         train_sampling_strategy="group_by_length",
-        length_column_name="length",
         prediction_loss_only=causal,
         report_to=s.report_to,
     )

@@ -60,6 +60,7 @@ TRAIN = [
     ("--head-warmup -1", 2, "head_warmup=-1"),
     # what has no meaning beside something else
     ("--method peft_lora --init gradient", 2, "init='gradient' has no meaning with method='peft_lora'"),
+    ("--method peft_lora --start-batches 4", 2, "start_batches=4 has no meaning with method='peft_lora'"),
     ("--method peft_lora --rank 2,4", 2, "LoRA has one rank"),
     ("--method lora --trainable cores", 2, "trainable='cores'"),
     ("--method lorta --rank 2,4", 2, "core='cp' needs one rank"),

@@ -135,6 +135,9 @@ def test_calls_without_meaning_are_refused_and_write_nothing(place: Path) -> Non
     assert "--rank means nothing with --add" in refused(
         2, "compress", place / "base", "--add", place / "task-0", "--rank", 4
     )
+    assert "--modes means nothing with --add" in refused(  # whatever its value
+        2, "compress", place / "base", "--add", place / "task-0", "--modes", "task"
+    )
     assert "folder of adapters" in refused(2, "compress", place, "--output", place / "bank")
     assert "is not empty" in refused(2, "compress", place / "task-*", "--output", place / "base")
     assert "config.json" in refused(

@@ -245,12 +245,8 @@ def test_what_cannot_be_trained_says_so(home: Path, tmp_path: Path) -> None:
     texts = TaskSource("x", str(home / "first.csv"), task="causal-lm")
     for sources, more, error, message in (
         ([TaskSource("x", one_label)], {}, DataError, "Task 'x': All rows"),
-        (
-            [texts, TaskSource("y", str(home / "first.csv"))],
-            {},
-            ConfigError,
-            "'x' is causal-lm and others are",
-        ),
+        ([texts, TaskSource("y", texts.train)], {}, ConfigError, "'x' is causal-lm and others are"),
+        ([texts, texts], {}, ConfigError, "Two tasks are called 'x'"),
         (None, {"tasks": ()}, ConfigError, "no tasks to train"),
         (None, {"basis": None}, ConfigError, "holds no bank yet"),
         (None, {"sampling": "often"}, ConfigError, "sampling='often'"),

@@ -17,7 +17,6 @@ from lotr.training.settings import TrainSettings, read_options
 from . import bank, compress, console, reports
 from .command import command
 from .console import Report
-from .serve import serve
 
 app = typer.Typer(
     name="lotr",
@@ -28,13 +27,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bank.app)
-command(app, "compress", "Starting", loads_base=True)(compress.compress)
+command(app, "compress", "Starting", settings=compress.Options, loads_base=True)(compress.compress)
 
 Adapter = Annotated[str, Argument(help="Adapter folder or hub id.", show_default=False)]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an output that exists.")]
-Base = Annotated[
-    str | None, Option("--model", help="Base model.", show_default="the one recorded in the adapter")
-]
+Base = Annotated[str | None, Option("--model", help="Base model.", show_default="the one of the adapter")]
 Data = Annotated[str, Option("--data", help="Data: a file, folder, hub data set or `docstrings`.")]
 Text = Annotated[str | None, Option("--text", help="Column with the text.", show_default="as in training")]
 Text2 = Annotated[
@@ -116,9 +113,7 @@ def predict(
     data: Data,
     output: Annotated[Path, Option(help="File to write: .csv or .jsonl.")],
     task: Annotated[str | None, Option(help="Of a bank: the task that answers all rows.")] = None,
-    task_column: Annotated[
-        str | None, Option(help="Of a bank: column with the task that answers each row.")
-    ] = None,
+    task_column: Annotated[str | None, Option(help="Of a bank: column with the task of each row.")] = None,
     text: Text = None,
     text2: Text2 = None,
     model: Base = None,
@@ -144,7 +139,7 @@ def plan(
     model: Annotated[str, Argument(help="As --model of lotr train; only its config is read.")],
     dtype: Annotated[str, Option(help="Type of the numbers.")] = "float32",
     compress: Annotated[
-        int | None, Option(min=1, help="Foretell the bytes of a bank of this many LoRAs.")
+        int | None, Option(min=1, help="Foretell the bytes of a bank of so many LoRAs.")
     ] = None,
     **options: Any,
 ) -> Report:
@@ -202,12 +197,9 @@ def export(
     line = (
         f"A LoRA of rank {report['rank']} for {report['modules']} modules is in {output}: {report['numbers']:,} "
         f"numbers, {report['bytes']:,} bytes (the adapter has {report['bytes_before']:,})."
-        + (
-            f" PEFT reads all of it; servers of LoRA do not take {len(report['peft_only'])} tensors."
-            if report["peft_only"]
-            else ""
-        )
     )
+    if report["peft_only"]:
+        line += f" PEFT reads all of it; servers of LoRA do not take {len(report['peft_only'])} tensors."
     return Report(report, [line])
 
 
@@ -217,7 +209,7 @@ def methods() -> Report:
     return reports.methods()
 
 
-command(app, "serve", "Loading", settings=ServeSettings, loads_base=True)(serve)
+command(app, "serve", "Loading", settings=ServeSettings, loads_base=True)(bank.serve)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`lotr bank`: tasks kept, looked at and given away."""
+"""`lotr bank` and `lotr serve`: tasks kept, looked at, given away, and answering over HTTP."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 from typer import Argument, Option
 
 from lotr.errors import ConfigError
+from lotr.serving.settings import ServeSettings
 from lotr.training.tasks.settings import BankSettings
 
 from . import console, reports
@@ -87,9 +88,7 @@ def add(
     adapters: Annotated[
         list[str] | None, Argument(help="Adapters saved on the bank's basis.", show_default=False)
     ] = None,
-    task: Annotated[
-        str | None, Option(help="Name of the task.", show_default="the name of the adapter's folder")
-    ] = None,
+    task: Annotated[str | None, Option(help="Name of the task.", show_default="the adapter's folder")] = None,
     train: Annotated[str | None, Option(help="Data to train a new task on, instead of adapters.")] = None,
     eval: Annotated[str | None, Option(help="Data to measure the new task on.")] = None,
     text: Annotated[str, Option(help="Column with the text.")] = "text",
@@ -219,3 +218,33 @@ def stats(bank: Bank) -> Report:
     """Show counts and bytes."""
     with _open(bank) as opened:
         return reports.properties(str(bank), opened.stats())
+
+
+Token = Annotated[str | None, Option(envvar="LOTR_TOKEN", help="Clients must send it.", show_default="none")]
+AdminToken = Annotated[
+    str | None,
+    Option(envvar="LOTR_ADMIN_TOKEN", help="What allows to add and remove tasks.", show_default="nobody may"),
+]
+
+
+def serve(
+    bank: Bank,
+    host: Annotated[str, Option(help="Where to listen; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    model: Annotated[str | None, Option(help="Base model.", show_default="the one of the bank")] = None,
+    dtype: Annotated[str, Option(help="Type of the base model.")] = "float32",
+    capacity: Annotated[str, Option(help="Tasks in memory: a number, or bytes such as 256MB.")] = "1024",
+    token: Token = None,
+    admin_token: AdminToken = None,
+    **limits: Any,
+) -> Report:
+    """Answer over HTTP with the tasks of a bank, in batches mixed from all of them."""
+    try:
+        from lotr.serving.run import run
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"This needs {error.name}: pip install 'lotr[serve]'.") from None
+    given = {name: value for name, value in limits.items() if value is not None}
+    settings = ServeSettings(**given, token=token, admin_token=admin_token)
+    size = int(capacity) if capacity.isdigit() else capacity
+    answered = run(bank, settings, host, port, model, dtype, size, console.calm)
+    return Report({"requests": answered}, [f"{answered:,} requests were answered."])

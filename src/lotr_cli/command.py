@@ -15,19 +15,16 @@ from .examples import EXAMPLES
 
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
-_JSON = inspect.Parameter(
-    "json",
-    _KEYWORD,
-    default=False,
-    annotation=Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")],
-)
-_TRUST = inspect.Parameter(
-    "trust_remote_code",
-    _KEYWORD,
-    default=False,
-    annotation=Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code that the base model brings, if it does.")
-    ],
+
+
+def _parameter(name: str, kind: Any, default: Any, **options: Any) -> inspect.Parameter:
+    option = typer.Option(f"--{name.replace('_', '-')}", **options)
+    return inspect.Parameter(name, _KEYWORD, default=default, annotation=Annotated[kind, option])
+
+
+_JSON = _parameter("json", bool, False, help="Print the report as JSON on stdout.")
+_TRUST = _parameter(
+    "trust_remote_code", bool, False, help="Run the code that the base model brings, if it does."
 )
 
 
@@ -91,11 +88,6 @@ def _option(f: Any) -> inspect.Parameter:
     kind = _TYPES[str(f.type).partition(" ")[0]]
     shown = f.metadata["shown"] or (None if kind is bool else f"default: {f.default}")
     note = f" [{shown}]".replace("[", "\\[") if shown else ""
+    about = {"help": f.metadata["help"] + note, "rich_help_panel": f.metadata["panel"]}
     # no real default: a value that was given has to be told from one that was not
-    option = typer.Option(
-        f"--{f.name.replace('_', '-')}",
-        help=f.metadata["help"] + note,
-        rich_help_panel=f.metadata["panel"],
-        show_default=False,
-    )
-    return inspect.Parameter(f.name, _KEYWORD, default=None, annotation=Annotated[kind | None, option])
+    return _parameter(f.name, kind | None, None, **about, show_default=False)

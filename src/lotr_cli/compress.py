@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument
 
 from lotr.errors import ConfigError
+from lotr.training.settings import panel
 
 from . import console
 from .console import Report, table
@@ -18,7 +19,36 @@ if TYPE_CHECKING:
 
 _ROWS = 5  # tasks and modules that the tables show, the worst first
 _MANY = 24  # groups that are shown one by one
-_DEFAULTS = {"modes": "task", "core": "free", "weights": "relative", "dtype": "bfloat16"}
+_option = panel("Options")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `lotr compress` is told beside the adapters; what is not given is as the library has it."""
+
+    output: str | None = _option("Folder of the new bank, or of the smaller adapter.", shown="not with --add")
+    base: str | None = _option("Base model.", "the one that the adapters tell")
+    add: bool = _option("Add the adapters to a bank, on its factors.", default=False)
+    replace: bool = _option("With --add: replace tasks that have the names already.", default=False)
+    rank: int | None = _option("Rank of every group.", "16 without any size")
+    max_error: float | None = _option(
+        "Instead of a rank: the relative error to reach, by group as it takes.", "none"
+    )
+    max_bytes: str | None = _option(
+        "Instead of a rank: bytes of factors, cores and heads, such as 20MB.", "none"
+    )
+    modes: str = _option("Along what factors are shared: task, and also layer, projection.", default="task")
+    core: str = _option("Cores of a task: free, or diagonal.", default="free")
+    weights: str = _option(
+        "relative: every adapter's relative error counts alike; absolute: as they are.", default="relative"
+    )
+    dtype: str = _option("How factors and cores are kept: float32, bfloat16 or float16.", default="bfloat16")
+    evaluate: str | None = _option(
+        "List of tasks (YAML, as `lotr bank train` takes it): scores on their own data, before and after.",
+        "none",
+    )
+    ray: str | None = _option("Fit on a Ray cluster: local, or its address.", "in one process")
+    overwrite: bool = _option("Replace an output that exists.", default=False)
 
 
 def compress(
@@ -30,116 +60,74 @@ def compress(
             show_default=False,
         ),
     ],
-    output: Annotated[Path | None, Option(help="Folder of the new bank, or of the smaller adapter.")] = None,
-    base: Annotated[
-        str | None, Option(help="Base model.", show_default="the one that the adapters tell")
-    ] = None,
-    add: Annotated[bool, Option("--add", help="Add the adapters to a bank, on its factors.")] = False,
-    replace: Annotated[
-        bool, Option("--replace", help="With --add: replace tasks that have the names already.")
-    ] = False,
-    rank: Annotated[
-        int | None, Option(min=1, help="Rank of every group.", show_default="16 without any size")
-    ] = None,
-    max_error: Annotated[
-        float | None,
-        Option(help="Instead of a rank: the relative error to reach, by group as it takes."),
-    ] = None,
-    max_bytes: Annotated[
-        str | None, Option(help="Instead of a rank: bytes of factors, cores and heads, such as 20MB.")
-    ] = None,
-    modes: Annotated[
-        str, Option(help="Along what factors are shared: task, and also layer, projection.")
-    ] = _DEFAULTS["modes"],
-    core: Annotated[str, Option(help="Cores of a task: free, or diagonal.")] = _DEFAULTS["core"],
-    weights: Annotated[
-        str,
-        Option(help="relative: every adapter's relative error counts alike; absolute: as they are."),
-    ] = _DEFAULTS["weights"],
-    dtype: Annotated[
-        str, Option(help="How factors and cores are kept: float32, bfloat16 or float16.")
-    ] = _DEFAULTS["dtype"],
-    evaluate: Annotated[
-        Path | None,
-        Option(
-            help="List of tasks (YAML, as `lotr bank train` takes it): scores on their own data, before and after."
-        ),
-    ] = None,
-    ray: Annotated[
-        str | None, Option(help="Fit on a Ray cluster: local, or its address.", show_default="in one process")
-    ] = None,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace an output that exists.")] = False,
+    **options: Any,
 ) -> Report:
     """Fit one bank to many LoRAs: shared factors, and a core of a few kilobytes a task."""
-    shared: Any = {"modes": modes, "core": core, "weights": weights, "dtype": dtype}
-    if add:
+    given = {name: value for name, value in options.items() if value is not None}
+    output = given.pop("output", None)
+    if given.pop("add", False):
         if len(adapters) < 2 or output is not None:
             raise ConfigError(
                 "--add takes a bank and then adapters, and no --output: lotr compress BANK --add A B"
             )
-        sizes = {"rank": rank, "max_error": max_error, "max_bytes": max_bytes}
-        other: Any = {"base": base, "overwrite": overwrite, "evaluate": evaluate, "ray": ray}
-        _refuse("with --add: the bank has its factors", **other, **sizes, **shared)
-        from lotr.compression.add import add as project
+        _check(given, {"replace"}, "with --add: the bank has its factors")
+        from lotr.compression.add import add
 
         with console.phases() as tick:
-            return _added(project(adapters[0], adapters[1:], replace=replace, tick=tick))
+            return _added(add(adapters[0], adapters[1:], **given, tick=tick))
     if output is None:
         raise ConfigError("Name the folder of the bank to make with --output.")
-    _refuse("without --add", replace=replace)
-    size: Any = {"rank": rank, "max_error": max_error, "overwrite": overwrite}
+    _check(given, options.keys() - {"replace"}, "without --add")
     from lotr.compression.sources import is_one_adapter
 
-    own: Any = {"max_bytes": max_bytes, "evaluate": evaluate, "ray": ray}
     if is_one_adapter(adapters):
-        _refuse("for one adapter, which stays an adapter", **own, **shared)
+        _check(given, {"base", "rank", "max_error", "overwrite"}, "for one adapter, which stays an adapter")
         from lotr.compression.cut import cut
 
-        return _cut(cut(adapters[0], output, base, **size))
+        return _cut(cut(adapters[0], output, **given))
     from lotr.compression.run import compress as fit
 
-    shared["modes"] = modes.replace(" ", "").split(",")
+    if "modes" in given:
+        given["modes"] = given["modes"].replace(" ", "").split(",")
     with console.phases() as tick:
-        return _fitted(fit(adapters, output, base, **own, **size, **shared, tick=tick))
+        return _fitted(fit(adapters, output, **given, tick=tick))
 
 
-def _refuse(case: str, **options: Any) -> None:
+def _check(given: Iterable[str], allowed: Collection[str], case: str) -> None:
     """Refuse options that have no effect in one of the command's uses."""
-    for name, value in options.items():
-        if value not in (None, False, _DEFAULTS.get(name)):
+    for name in given:
+        if name not in allowed:
             raise ConfigError(f"--{name.replace('_', '-')} means nothing {case}. Leave it out.")
 
 
 def _fitted(report: Compressed) -> Report:
     """Show what became of many adapters."""
-    groups = report.groups
     rows = [
-        (g["group"], g["sites"], "×".join(map(str, g["block"])), g["rank"], g["errors"][-1]) for g in groups
+        (g["group"], g["sites"], "×".join(map(str, g["block"])), g["rank"], g["errors"][-1])
+        for g in report.groups
     ]
     of_groups: Any = table("", ("group", "sites", "block", "rank", "error"), rows)
-    if len(groups) > _MANY:
-        ranks = [group["rank"] for group in groups]
-        of_groups = f"{len(groups)} groups of ranks {min(ranks)} to {max(ranks)}; the JSON report has each."
+    if len(rows) > _MANY:
+        ranks = [group["rank"] for group in report.groups]
+        of_groups = f"{len(rows)} groups of ranks {min(ranks)} to {max(ranks)}; the JSON report has each."
     names = ("task", "error", "kept", "rank_before", "bytes_before")
     tasks = [tuple(task[name] for name in names) for task in report.by_task[:_ROWS]]
     scored = ("task", "metric", "score_before", "score_after", "error")
     scores = [tuple(task[name] for name in scored) for task in report.by_task if "metric" in task]
     modules = sorted(report.by_module.items(), key=lambda pair: -pair[1])[:_ROWS]
-    return Report(
-        asdict(report),
-        [
-            of_groups,
-            table(
-                "Tasks that lose most", ("task", "error", "energy kept", "rank before", "bytes before"), tasks
-            ),
-            table("Modules that lose most", ("module", "error"), modules),
-            *([table("Scores", ("task", "metric", "before", "after", "error"), scores)] if scores else []),
-            *report.advice,
-            f"{report.tasks:,} tasks are in {report.bank}: relative error {report.error:.3g}, "
-            f"{report.bytes_after:,} bytes instead of {report.bytes_before:,}. The report is in compress.json "
-            "there, and error against bytes in compress.png.",
-        ],
+    lost = ("task", "error", "energy kept", "rank before", "bytes before")
+    tables = [
+        table("Tasks that lose most", lost, tasks),
+        table("Modules that lose most", ("module", "error"), modules),
+    ]
+    if scores:
+        tables.append(table("Scores", ("task", "metric", "before", "after", "error"), scores))
+    line = (
+        f"{report.tasks:,} tasks are in {report.bank}: relative error {report.error:.3g}, {report.bytes_after:,} bytes "
+        f"instead of {report.bytes_before:,}. The report is in compress.json there, and error against bytes in "
+        "compress.png."
     )
+    return Report(asdict(report), [of_groups, *tables, *report.advice, line])
 
 
 def _added(report: dict[str, Any]) -> Report:

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,7 @@ debug = False
 
 _status: Any = None
 #: What the system, safetensors and SQLite say where a disk takes no more.
-_FULL = (
-    "No space left on device",
-    "Disk quota exceeded",
-    "File too large",
-    "disk is full",
-    "disk I/O error",
-)
+_FULL = ("No space left on device", "Disk quota exceeded", "File too large", "disk is full", "disk I/O error")
 
 
 @dataclass(frozen=True)
@@ -45,12 +40,7 @@ class Report:
     ok: bool = True
 
     def show(self, as_json: bool) -> None:
-        """Print it on stdout.
-
-        Raises:
-            typer.Exit: It is not `ok`; the command ends with 1.
-            CheckpointError: Nothing takes it, because the disk is full or the pipe closed.
-        """
+        """Print it on stdout, and end with 1 where it is not `ok`; CheckpointError where a disk or pipe takes none."""
         calm()
         try:
             if as_json:
@@ -148,12 +138,8 @@ def calm() -> None:
 @contextmanager
 def counting(what: str) -> Iterator[Callable[[int, int], None]]:
     """Give a function that moves a bar: rows done, rows in all."""
-    from rich.progress import Progress
-
-    calm()
-    with Progress(console=err, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, of: bar.update(task, completed=done, total=of)
+    with phases() as tick:
+        yield partial(tick, what)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,16 +13,13 @@ from .console import calm, err, say
 _SHOWN = ("loss", "eval_loss", "eval_accuracy", "eval_pearson")
 
 
-class TrainingProgress(TrainerCallback):
+class TrainingProgress(TrainerCallback, AbstractContextManager["TrainingProgress"]):
     """Shows steps, loss, the last score and the time that is left; goes when its `with` block ends."""
 
     def __init__(self) -> None:
         columns = BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
         self._bar = Progress(*columns, console=err, transient=True)
         self._scores: dict[str, float] = {}
-
-    def __enter__(self) -> TrainingProgress:
-        return self
 
     def __exit__(self, *error: object) -> None:
         if self._bar.live.is_started:

@@ -80,11 +80,10 @@ def inspected(adapter: str, inspection: Inspection, picture: Path) -> Report:
     header = ("group", "sites", "block", "rank", "factors", "cores")
     groups = [tuple(group[name] for name in header) for group in inspection.groups]
     split = any(site.head is not None for site in inspection.sites)
-    rows = []
-    for site in inspection.sites:
-        head = ("" if site.head is None else site.head,) if split else ()
-        rows.append((site.layer, site.projection, *head, site.norm, site.rank))
-    names = ("layer", "projection", *(("head",) if split else ()), "‖ΔW‖", "effective rank")
+    place = ("layer", "projection", *(("head",) if split else ()))
+    values = [[getattr(site, name) for name in (*place, "norm", "rank")] for site in inspection.sites]
+    rows = [["" if value is None else value for value in row] for row in values]
+    names = (*place, "‖ΔW‖", "effective rank")
     title = "Updates, before the magnitude" if inspection.config.magnitude != "none" else "Updates"
     basis = f"{inspection.basis:,} more from its basis, " if inspection.basis else ""
     line = (
@@ -134,11 +133,7 @@ def trained_tasks(report: dict[str, Any]) -> Report:
 
 
 def check_output(path: Path, overwrite: bool, data: str) -> None:
-    """Refuse a file that cannot be written, before any work is done.
-
-    Raises:
-        ConfigError: The type is not known, the file exists or is the data, or its folder does not exist.
-    """
+    """Refuse a file that cannot be written (ConfigError), before any work is done."""
     if path.suffix not in (".csv", ".jsonl"):
         raise ConfigError(f"--output {path} has no known type. Name a .csv or .jsonl file.")
     if path.exists() and Path(data).exists() and path.samefile(data):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +10,10 @@ from ..bank.task import TASK_TYPES
 from ..errors import ConfigError, near
 from ..methods import METHODS
 from ..tuner.basis import resolve_basis
+from ..tuner.checks import one_of
 from ..tuner.config import LotrConfig
 from ..tuner.ranks import largest_rank
 from ..tuner.saved_adapter import read_saved
-from .data import check_task
 from .settings import (
     Settings,
     TrainSettings,
@@ -32,24 +32,8 @@ if TYPE_CHECKING:
 AUTO = "auto"
 #: Methods that are not rows of the table: PEFT's own for comparison, and a new head alone.
 PEERS = ("peft_lora", "peft_dora", "head")
-#: Settings of this library's methods, which PEFT's own do not know.
-_STRUCTURE = (
-    "alpha",
-    "basis",
-    "blocks",
-    "core",
-    "core_init",
-    "dropout_place",
-    "init",
-    "lora_bias",
-    "magnitude",
-    "trainable",
-    "unequal",
-    "zero",
-)
-_OURS = (*_STRUCTURE, "modes", "core_ranks", "budget")
-#: Settings that are fields of the configuration as they are.
-_AS_IN_CONFIG = (*_STRUCTURE, "dropout", "seed")
+#: Settings of the adapter that PEFT's own methods know, too.
+_OF_PEERS = ("method", "rank", "target_modules", "target_parameters", "scaling", "dropout")
 
 #: The most of a setting that may be zero; others must be positive.
 _FROM_ZERO = {"warmup": 1, "weight_decay": 10**6, "seed": 2**32 - 1, "head_warmup": 10**9}
@@ -60,11 +44,7 @@ _CHECKED = ("alpha", "dropout", "scaling", "temperature")
 
 
 def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConfig:
-    """Return the PEFT configuration that the settings describe; the task decides the type of the model alone.
-
-    Raises:
-        ConfigError: A setting has no meaning; the message names it.
-    """
+    """Return the PEFT configuration that the settings describe; the task decides the type of the model alone."""
     import peft
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
@@ -93,13 +73,17 @@ def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConf
             "`lotr methods` describes them."
         )
     rank = (1, 1) if settings.rank == AUTO else read_rank(settings.rank)  # the model decides: `fit_rank`
-    fields: dict[str, Any] = {"r": rank, "method": settings.method, "scaling": settings.scaling}
+    options: dict[str, Any] = {
+        **{name: value for name, value in vars(settings).items() if name in LotrConfig.__dataclass_fields__},
+        **common,
+        "r": rank,
+        "modes": read_modes(settings.modes),
+        "core_ranks": read_core_ranks(settings.core_ranks),
+    }
     if settings.basis is not None:  # what was left at its default is as in the basis
-        default = {"r": read_rank(TrainSettings.rank), "method": TrainSettings.method, "scaling": None}
-        fields = {name: value for name, value in fields.items() if value != default[name]}
-    fields |= {"modes": read_modes(settings.modes), "core_ranks": read_core_ranks(settings.core_ranks)}
-    fields |= {name: getattr(settings, name) for name in _AS_IN_CONFIG}
-    config = LotrConfig(**fields, **common)
+        default = {"r": read_rank(TrainSettings.rank), "method": TrainSettings.method}
+        options = {name: value for name, value in options.items() if value != default.get(name)}
+    config = LotrConfig(**options)
     if settings.basis is not None:
         resolve_basis(config)
     return config
@@ -108,10 +92,11 @@ def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConf
 def _check_meaning(settings: TrainSettings) -> None:
     """Refuse settings that would be passed over."""
     if settings.task is not None:
-        check_task(settings.task)
+        one_of("task", settings.task, TASK_TYPES)
     check_numbers(settings)
     method, basis, rank, budget = settings.method, settings.basis, settings.rank, settings.budget
-    misfits = [name for name in _OURS if method in PEERS and getattr(settings, name) is not None]
+    ours = [f.name for f in fields(settings) if f.metadata["panel"] == "Adapter" and f.name not in _OF_PEERS]
+    misfits = [name for name in ours if method in PEERS and getattr(settings, name) is not None]
     misfits += ["target_parameters"] if method == "head" and settings.target_parameters is not None else []
     problem = ""
     if rank == AUTO and budget is None:
@@ -193,12 +178,7 @@ def fit_rank(settings: TrainSettings, config: Any, model: nn.Module, checkpoint:
 
 
 def add_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
-    """Wrap a base model.
-
-    Raises:
-        PlanError: A name of the configuration matches nothing.
-        ConfigError: PEFT refuses the configuration.
-    """
+    """Wrap a base model; PlanError where a name matches nothing, ConfigError where PEFT refuses the configuration."""
     from peft import get_peft_model
 
     from ..tuner.names import check_names

@@ -14,6 +14,7 @@ import torch
 
 from ..bank.task import DTYPES
 from ..errors import ConfigError, near
+from ..tuner.checks import one_of
 from .gguf import SMOLLM2, gguf_in, packaged_smollm2, unpacked
 
 if TYPE_CHECKING:
@@ -42,10 +43,8 @@ def locate(model: str) -> tuple[str, str]:
     """Return the source that a model is loaded from, and a name that holds on other machines too.
 
     `minilm`, and the hub id that it stands for, mean the packaged weights when they are installed. `smollm2`, a GGUF
-    file and a folder with one are unpacked on first use.
-
-    Raises:
-        ConfigError: A local path that does not exist, or holds no model; a package that is not installed.
+    file and a folder with one are unpacked on first use. A path without a model, or a package that is not installed, is
+    a ConfigError.
     """
     if model == SMOLLM2:
         return str(unpacked(packaged_smollm2())), model
@@ -89,27 +88,20 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a base model with the head that a task needs, in evaluation mode.
 
-    The tokenizer tells a model without a padding token which one to use; `load_in` quantises to `4bit` or `8bit`.
-
-    Raises:
-        ConfigError: The model or the type is unknown, or the model has no such head.
+    The tokenizer tells a model without a padding token which one to use; `load_in` quantises to `4bit` or `8bit`. What
+    is unknown, or has no such head, is a ConfigError.
     """
     return load_with_new(model, task, labels, dtype, tokenizer, load_in)[0]
 
 
 def load_with_new(
-    model: str,
-    task: str,
-    labels: tuple[str, ...] = (),
-    dtype: str = "float32",
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    load_in: str | None = None,
+    model: str, task: str, labels: tuple[str, ...], dtype: str, tokenizer: Any, load_in: str | None
 ) -> tuple[PreTrainedModel, list[str]]:
     """Return a base model as `load_model` does, and its modules of which its files have no weights.
 
     They begin random, and are not the same when the model is loaded again: an adapter has to train and save them.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
     check_dtype(dtype, load_in)
     head: dict[str, Any] = {}
@@ -119,8 +111,11 @@ def load_with_new(
     elif task == "regression":
         head = {"problem_type": "regression", "num_labels": 1}
     kind = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
-    if load_in is not None:
-        head["quantization_config"] = _quantisation(load_in, DTYPES[dtype])
+    if load_in == "8bit":
+        head["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif load_in == "4bit":
+        options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": DTYPES[dtype]}
+        head["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **options)
     head |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
     base, loading = load_part(kind, model, "model", dtype=DTYPES[dtype], **head)
     if task == "causal-lm":
@@ -132,20 +127,11 @@ def load_with_new(
 
 def check_dtype(dtype: str, load_in: str | None = None) -> None:
     """Raise ConfigError if a base model cannot be loaded in this type, or quantised so."""
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is not known. {near(dtype, DTYPES)}")
-    if load_in not in (None, "4bit", "8bit"):
-        raise ConfigError(f"load_in={load_in!r} is not known. {near(str(load_in), ('4bit', '8bit'))}")
-    if load_in is not None and importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(f"load_in={load_in!r} needs bitsandbytes: pip install bitsandbytes")
-
-
-def _quantisation(load_in: str, dtype: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if load_in == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    one_of("dtype", dtype, DTYPES)
+    if load_in is not None:
+        one_of("load_in", load_in, ("4bit", "8bit"))
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError(f"load_in={load_in!r} needs bitsandbytes: pip install bitsandbytes")
 
 
 def text_length(model: nn.Module, name: str, max_length: int | None) -> int:
@@ -196,11 +182,7 @@ def skeleton(model: str) -> tuple[nn.Module, str]:
 
 
 def load_part(kind: Any, model: str, what: str, **options: Any) -> Any:
-    """Load a part of a base model with one of transformers' classes, in silence.
-
-    Raises:
-        ConfigError: It cannot be loaded, or brings code of its own and is not trusted.
-    """
+    """Load a part of a base model with one of transformers' classes, in silence; ConfigError where that fails."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -225,11 +207,7 @@ def load_part(kind: Any, model: str, what: str, **options: Any) -> Any:
 
 
 def _check_reachable(name: str) -> None:
-    """Ask the hub once for a model that is not in the cache; the loaders ask for a minute.
-
-    Raises:
-        ConnectionError: It does not answer. Where it does, the loaders have the message.
-    """
+    """Ask the hub once for a model that is not in the cache (ConnectionError); the loaders ask for a minute."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

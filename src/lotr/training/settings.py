@@ -7,7 +7,7 @@ library and `lotr.errors` alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,17 @@ def setting(default: Any, panel: str, text: str, shown: str | None = None) -> An
     return field(default=default, metadata={"panel": panel, "help": text, "shown": shown})
 
 
-def unset(panel: str, text: str, default: str) -> Any:
-    """Return a field that is `None` until the run decides it; `default` says how."""
-    return setting(None, panel, text, f"default: {default}")
+def panel(name: str, usual: str = "") -> Callable[..., Any]:
+    """Return what makes the fields of a panel of the help: `unset` says how the run decides what is left open."""
+
+    def option(text: str, unset: str = usual, *, default: Any = None, shown: str | None = None) -> Any:
+        return setting(default, name, text, shown or (f"default: {unset}" if default is None else None))
+
+    return option
 
 
-_DATA, _ADAPTER, _TRAINING, _RUN = "Model and data", "Adapter", "Training", "Run"
+_data, _run = panel("Model and data"), panel("Run")
+_adapter, _training = panel("Adapter", "by method"), panel("Training", "by method")
 
 
 @dataclass(frozen=True)
@@ -46,135 +51,108 @@ class Settings:
 class TrainSettings(Settings):
     """What `lotr train` is told. Fields left at `None` are decided by the run, which says how."""
 
-    model: str | None = setting(
-        None,
-        _DATA,
+    model: str | None = _data(
         "Local folder, .gguf file, hub id, or packaged: `minilm` (all-MiniLM-L6-v2) or `smollm2` (SmolLM2-135M).",
-        "required",
+        shown="required",
     )
-    train: str | None = setting(
-        None,
-        _DATA,
+    train: str | None = _data(
         "Training data: .csv, .tsv, .json, .jsonl, .parquet or .txt file, folder of files, hub data set (`glue/sst2`), "
         "or `docstrings` (built in).",
-        "required",
+        shown="required",
     )
-    eval: str | None = unset(_DATA, "Evaluation data.", "its own split, or a tenth held out")
-    output: str | None = setting(None, _DATA, "Folder for the adapter and its reports.", "required")
-    text: str = setting("text", _DATA, "Column with the text.")
-    text2: str = setting("text2", _DATA, "Column with the second text of a pair, if there is one.")
-    label: str = setting("label", _DATA, "Column with the label.")
-    task: str | None = unset(_DATA, "classification, regression or causal-lm.", "guessed from the label")
-    max_length: int | None = unset(_DATA, "Longest text, in tokens.", "128, or as many as the model takes")
+    eval: str | None = _data("Evaluation data.", "its own split, or a tenth held out")
+    output: str | None = _data("Folder for the adapter and its reports.", shown="required")
+    text: str = _data("Column with the text.", default="text")
+    text2: str = _data("Column with the second text of a pair, if there is one.", default="text2")
+    label: str = _data("Column with the label.", default="label")
+    task: str | None = _data("classification, regression or causal-lm.", "guessed from the label")
+    max_length: int | None = _data("Longest text, in tokens.", "128, or as many as the model takes")
 
-    method: str = setting(
-        "lotr",
-        _ADAPTER,
+    method: str = _adapter(
         "Row of `lotr methods`; or for comparison `peft_lora`, `peft_dora` (PEFT's own) and `head`.",
+        default="lotr",
     )
-    rank: str = setting(
-        "16", _ADAPTER, "Rank of the shared factors: one number, `k,r`, or `auto` with a budget."
+    rank: str = _adapter(
+        "Rank of the shared factors: one number, `k,r`, or `auto` with a budget.", default="16"
     )
-    budget: int | None = unset(_ADAPTER, "Numbers that `--rank auto` may train.", "none")
-    target_modules: str | None = unset(
-        _ADAPTER, "Modules to adapt: names with commas, a regex, or `all-linear`.", "by architecture"
+    budget: int | None = _adapter("Numbers that `--rank auto` may train.", "none")
+    target_modules: str | None = _adapter(
+        "Modules to adapt: names with commas, a regex, or `all-linear`.", "by architecture"
     )
-    target_parameters: str | None = unset(
-        _ADAPTER, "Parameters that hold the experts of a layer, `mlp.experts.down_proj`, with commas.", "none"
+    target_parameters: str | None = _adapter(
+        "Parameters that hold the experts of a layer, `mlp.experts.down_proj`, with commas.", "none"
     )
-    modes: str | None = unset(
-        _ADAPTER,
-        "What shares factors: any of `layer,projection,head,expert,task`; `site`; or `none`.",
-        "by method",
+    modes: str | None = _adapter(
+        "What shares factors: any of `layer,projection,head,expert,task`; `site`; or `none`."
     )
-    core: str | None = unset(
-        _ADAPTER, "Structure of the cores: free, identity, tucker, cp, scaled_cp, tt.", "by method"
-    )
-    core_ranks: str | None = unset(
-        _ADAPTER,
+    core: str | None = _adapter("Structure of the cores: free, identity, tucker, cp, scaled_cp, tt.")
+    core_ranks: str | None = _adapter(
         "Tucker cores: rank of every mode (`4`), or of each (`layer=8,head=4`).",
         "the rank, at most the mode's extent",
     )
-    blocks: str | None = unset(
-        _ADAPTER, "How weights are cut: none, head, head_rows, square, head_or_square.", "by method"
-    )
-    unequal: str | None = unset(
-        _ADAPTER,
+    blocks: str | None = _adapter("How weights are cut: none, head, head_rows, square, head_or_square.")
+    unequal: str | None = _adapter(
         "What unequal weights do that would share: grouped_query, slice (all use first rows), separate, error.",
         "grouped_query",
     )
-    magnitude: str | None = unset(
-        _ADAPTER,
-        "Rule on the whole weight: none, per_output, per_output_and_input, base_and_update.",
-        "by method",
+    magnitude: str | None = _adapter(
+        "Rule on the whole weight: none, per_output, per_output_and_input, base_and_update."
     )
-    trainable: str | None = unset(
-        _ADAPTER, "What trains: all, or cores (the factors stay as they start).", "by method"
+    trainable: str | None = _adapter("What trains: all, or cores (the factors stay as they start).")
+    basis: str | None = _adapter(
+        "Adapter whose factors are kept: its structure is taken, and only cores and a head train.", "none"
     )
-    basis: str | None = unset(
-        _ADAPTER,
-        "Adapter whose factors are kept: its structure is taken, and only cores and a head train.",
-        "none",
+    scaling: float | None = _adapter(
+        "σ: multiplies the update; not divided by the rank.", "by method, mostly 1"
     )
-    scaling: float | None = unset(
-        _ADAPTER, "σ: multiplies the update; not divided by the rank.", "by method, mostly 1"
-    )
-    alpha: float | None = unset(_ADAPTER, "Instead of scaling: σ = alpha / rank.", "by method, mostly none")
-    init: str | None = unset(
-        _ADAPTER,
+    alpha: float | None = _adapter("Instead of scaling: σ = alpha / rank.", "by method, mostly none")
+    init: str | None = _adapter(
         "How the factors start: orthonormal, gaussian, kaiming, uniform, identity, weight, weight_values; or gradient, "
         "first_step, from the first batches.",
         "by method; gradient where cores alone train",
     )
-    core_init: str | None = unset(
-        _ADAPTER, "How the cores start: uniform, xavier, tiny, identity.", "by method and structure"
+    core_init: str | None = _adapter(
+        "How the cores start: uniform, xavier, tiny, identity.", "by method and structure"
     )
-    zero: str | None = unset(
-        _ADAPTER, "What starts at zero, so that the update does: core, output, input, none.", "by method"
-    )
-    lora_bias: bool | None = unset(
-        _ADAPTER, "Train biases too: a vector for each projection, which layers share.", "by method"
-    )
-    start_batches: int | None = unset(_ADAPTER, "Batches whose gradients a start from data takes.", "8")
-    dropout: float = setting(0.0, _ADAPTER, "Probability of dropping a number of the update.")
-    dropout_place: str | None = unset(
-        _ADAPTER,
-        "What dropout drops: input, core_output, components, update (of ΔW).",
-        "by method, mostly input",
+    zero: str | None = _adapter("What starts at zero, so that the update does: core, output, input, none.")
+    lora_bias: bool | None = _adapter("Train biases too: a vector for each projection, which layers share.")
+    start_batches: int | None = _adapter("Batches whose gradients a start from data takes.", "8")
+    dropout: float = _adapter("Probability of dropping a number of the update.", default=0.0)
+    dropout_place: str | None = _adapter(
+        "What dropout drops: input, core_output, components, update (of ΔW).", "by method, mostly input"
     )
 
-    lr: float | None = unset(_TRAINING, "Learning rate of the factors.", "by method")
-    core_lr: float | None = unset(_TRAINING, "Learning rate of the cores.", "by method")
-    magnitude_lr: float | None = unset(_TRAINING, "Learning rate of the magnitudes.", "by method")
-    head_lr: float | None = unset(_TRAINING, "Learning rate of a new head.", "by method")
-    head_warmup: int | None = unset(
-        _TRAINING,
+    lr: float | None = _training("Learning rate of the factors.")
+    core_lr: float | None = _training("Learning rate of the cores.")
+    magnitude_lr: float | None = _training("Learning rate of the magnitudes.")
+    head_lr: float | None = _training("Learning rate of a new head.")
+    head_warmup: int | None = _training(
         "Steps in which a new head trains alone, before the adapter starts.",
         "a fifth of the steps, at most 20, where a head is new",
     )
-    epochs: float = setting(3.0, _TRAINING, "Passes over the training data.")
-    max_steps: int | None = unset(_TRAINING, "Steps, instead of epochs.", "by epochs")
-    batch_size: int = setting(32, _TRAINING, "Rows a forward pass and device.")
-    gradient_accumulation_steps: int = setting(1, _TRAINING, "Forward passes whose gradients make one step.")
-    packing: bool = setting(
-        False, _TRAINING, "Texts of a batch one behind the other, without padding; causal-lm alone."
+    epochs: float = _training("Passes over the training data.", default=3.0)
+    max_steps: int | None = _training("Steps, instead of epochs.", "by epochs")
+    batch_size: int = _training("Rows a forward pass and device.", default=32)
+    gradient_accumulation_steps: int = _training("Forward passes whose gradients make one step.", default=1)
+    packing: bool = _training(
+        "Texts of a batch one behind the other, without padding; causal-lm alone.", default=False
     )
-    scheduler: str = setting(
-        "linear", _TRAINING, "How the rates go on after the warm-up: linear, cosine, constant_with_warmup, …"
+    scheduler: str = _training(
+        "How the rates go on after the warm-up: linear, cosine, constant_with_warmup, …", default="linear"
     )
-    warmup: float = setting(0.06, _TRAINING, "Share of the steps in which the rates rise.")
-    weight_decay: float = setting(0.0, _TRAINING, "Weight decay of AdamW.")
-    gradient_checkpointing: bool = setting(False, _TRAINING, "Recompute activations to save memory.")
-    dtype: str = setting("float32", _TRAINING, "Type of the base model: float32, bfloat16, float16.")
-    load_in: str | None = unset(_TRAINING, "Quantise the base model: 4bit or 8bit, by bitsandbytes.", "none")
-    seed: int = setting(0, _TRAINING, "Seed of everything random.")
+    warmup: float = _training("Share of the steps in which the rates rise.", default=0.06)
+    weight_decay: float = _training("Weight decay of AdamW.", default=0.0)
+    gradient_checkpointing: bool = _training("Recompute activations to save memory.", default=False)
+    dtype: str = _training("Type of the base model: float32, bfloat16, float16.", default="float32")
+    load_in: str | None = _training("Quantise the base model: 4bit or 8bit, by bitsandbytes.", "none")
+    seed: int = _training("Seed of everything random.", default=0)
 
-    eval_steps: int | None = unset(_RUN, "Steps between evaluations and checkpoints.", "five a run")
-    resume: bool = setting(False, _RUN, "Go on from the last checkpoint in OUTPUT.")
-    overwrite: bool = setting(False, _RUN, "Replace an output folder that is not empty.")
-    push_to_hub: str | None = unset(_RUN, "Repository on the hub that the result is uploaded to.", "none")
-    report_to: str = setting(
-        "none", _RUN, "Where transformers logs to: none, tensorboard (in OUTPUT/runs), wandb, …"
+    eval_steps: int | None = _run("Steps between evaluations and checkpoints.", "five a run")
+    resume: bool = _run("Go on from the last checkpoint in OUTPUT.", default=False)
+    overwrite: bool = _run("Replace an output folder that is not empty.", default=False)
+    push_to_hub: str | None = _run("Repository on the hub that the result is uploaded to.", "none")
+    report_to: str = _run(
+        "Where transformers logs to: none, tensorboard (in OUTPUT/runs), wandb, …", default="none"
     )
 
 
@@ -191,15 +169,7 @@ def read_options(options: Mapping[str, Any], file: str | Path | None = None) -> 
 
 
 def load_yaml(path: Path, option: str) -> Any:
-    """Read YAML, or JSON, without tags of Python's.
-
-    Args:
-        path: The file.
-        option: What named it, for the message.
-
-    Raises:
-        ConfigError: The file is missing, or is no YAML; the message is one line.
-    """
+    """Read YAML, or JSON, without tags of Python's; `option` named the file, and so does a ConfigError of one line."""
     import yaml
 
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -16,7 +16,7 @@ from ..files.fingerprint import changed
 from ..files.peft_lora import read_lora
 from .adapter import full_precision_head
 from .base_model import TEXT_LENGTH, load_model, load_tokenizer, locate
-from .data import Columns, Task
+from .data.columns import Columns, Task
 from .process import device
 
 if TYPE_CHECKING:
@@ -43,11 +43,7 @@ class TaskRecord:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> TaskRecord:
-        """Read the content of `task.json`.
-
-        Raises:
-            CheckpointError: A field is missing, or holds something else than it should.
-        """
+        """Read the content of `task.json`; CheckpointError where a field is missing, or is not what it should be."""
         labels, columns, length = (content.get(name) for name in ("labels", "columns", "max_length"))
         texts = (
             [*labels, *columns.values()] if isinstance(labels, list) and isinstance(columns, dict) else [None]
@@ -73,10 +69,6 @@ class Trained:
     model: PeftModel
     tokenizer: Any
     task: TaskRecord
-
-    def with_columns(self, **names: str | None) -> Trained:
-        """Return the same with other names of columns, where one is given."""
-        return replace(self, task=replace(self.task, columns=self.task.columns.named(**names)))
 
 
 def load_trained(path: str | Path, model: str | None = None) -> Trained:
@@ -126,11 +118,7 @@ def load_trained(path: str | Path, model: str | None = None) -> Trained:
 
 
 def _record_of_lora(adapter: AdapterFolder, model: str | None) -> TaskRecord:
-    """Return what the folder of a LoRA tells of its task.
-
-    Raises:
-        CheckpointError: It is another adapter, or does not tell its kind, its head or its base model.
-    """
+    """Return what the folder of a LoRA tells of its task; CheckpointError where it is none, or does not tell it."""
     kind, base = adapter.config.get("task_type"), model or adapter.config.get("base_model_name_or_path")
     is_lora = adapter.config["peft_type"] == "LORA" and base is not None
     rows = [len(tensor) for tensor in read_lora(adapter).head().values()] if is_lora else []

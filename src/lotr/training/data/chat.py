@@ -64,9 +64,8 @@ class Chat:
             marked = self._marked() if is_marked else None
             mask = list(marked or [0] * len(ids))
             for turn, is_learned in self._answers().items():
-                if is_learned != bool(
-                    marked
-                ):  # to be learned and not marked yet, or marked and not to be learned
+                # to be learned and not marked yet, or marked and not to be learned
+                if is_learned != bool(marked):
                     span = self._span(turn, ids)
                     mask[span] = [int(is_learned)] * len(mask[span])
             encoded["labels"] = [
@@ -75,11 +74,7 @@ class Chat:
         return {name: values[:max_length] for name, values in encoded.items()}
 
     def prompt(self) -> str:
-        """Return the text that asks for an answer to the last question.
-
-        Raises:
-            DataError: There are only answers, or the template refuses the conversation.
-        """
+        """Return the text that asks for an answer to the last question (DataError where there is none)."""
         questions = [n for n, turn in enumerate(self.turns) if turn["role"] != "assistant"]
         if not questions:
             raise DataError(f"Row {self.row} holds only answers; there is nothing to answer to. Drop it.")

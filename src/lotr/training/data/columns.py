@@ -6,9 +6,9 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
-from ...errors import ConfigError, DataError, near
+from ...errors import DataError, near
 from .conversations import CHAT, LAYOUTS, chat_columns, conversation
 from .labels import classes, number, numbers
 from .tables import Table
@@ -44,12 +44,6 @@ class Columns:
         return replace(self, **{column: name for column, name in names.items() if name is not None})
 
 
-def check_task(task: str) -> None:
-    """Raise ConfigError if there is no such task."""
-    if task not in get_args(Task):
-        raise ConfigError(f"task={task!r} is not known. {near(task, get_args(Task))}")
-
-
 def rows_of_task(
     table: Table,
     columns: Columns,
@@ -73,20 +67,21 @@ def rows_of_task(
     """
     from datasets import ClassLabel, Dataset, Features, Value
 
-    if task == "causal-lm" and (chat := _chat(table, columns, need_label)):
+    if task == "causal-lm" and (chat := chat_columns(table, columns.text, need_label)):
         return Dataset.from_dict({CHAT: _conversations(table, chat, source)})
-    kinds = {"text": "text"}
+    option = f"--text, or bring conversations: {LAYOUTS}" if task == "causal-lm" else "--text"
+    needed = {"text": ("text", option)}
     if pairs is None:
         pairs = columns.text2 != Columns.text2 or table.find(columns.text2) is not None
     if pairs and task != "causal-lm":
-        kinds["text2"] = "text"
+        needed["text2"] = ("text", "--text2 (the second of a pair)")
     if need_label and task != "causal-lm":
-        kinds["label"] = "number" if task == "regression" else "class"
+        needed["label"] = ("number" if task == "regression" else "class", "--label")
     options: dict[str, str] = {}
     content: dict[str, Sequence[Any]] = {}
     features: dict[str, Any] = {}
-    for name, kind in kinds.items():
-        column = table.check(getattr(columns, name), _option(name, task), source)
+    for name, (kind, option) in needed.items():
+        column = table.check(getattr(columns, name), option, source)
         if column in options:
             raise DataError(
                 f'Column "{column}" of {source} is used twice, for {options[column]} and --{name}. Name different '
@@ -104,18 +99,6 @@ def rows_of_task(
             content[name] = numbers(content[name], where) or list(map(number, content[name]))
             features[name] = Value("float64")
     return Dataset.from_dict(content, features=Features(features))
-
-
-def _option(name: str, task: str) -> str:
-    if name == "text2":
-        return "--text2 (the second of a pair)"
-    return (
-        f"--text, or bring conversations: {LAYOUTS}" if (name, task) == ("text", "causal-lm") else f"--{name}"
-    )
-
-
-def _chat(table: Table, columns: Columns, need_answer: bool = True) -> dict[str, str]:
-    return chat_columns(table, None if columns.text == Columns.text else columns.text, need_answer)
 
 
 def _conversations(table: Table, chat: dict[str, str], source: str) -> list[str]:
@@ -179,12 +162,8 @@ def check_labels(rows: Dataset, labels: Sequence[str], source: str, owner: str) 
 
 
 def guess_task(table: Table, columns: Columns, source: str) -> tuple[Task, str]:
-    """Return the task that the columns and their values suggest, and one sentence why.
-
-    Raises:
-        DataError: A label column that the user named is missing, or labels are not clear.
-    """
-    column, chat = table.find(columns.label), _chat(table, columns)
+    """Return the task that columns and values suggest, and one sentence why; DataError where none is clear."""
+    column, chat = table.find(columns.label), chat_columns(table, columns.text)
     if "turns" in chat or (chat and column is None):
         names = ", ".join(f'"{name}"' for name in chat.values())
         return "causal-lm", f"Conversations are in {names}: learn to answer."

@@ -34,20 +34,18 @@ _ROLES = {
 Turns = list[dict[str, Any]]
 
 
-def chat_columns(table: Table, text: str | None, need_answer: bool = True) -> dict[str, str]:
+def chat_columns(table: Table, text: str = "text", need_answer: bool = True) -> dict[str, str]:
     """Return which columns hold the turns of conversations, or else question and answer; nothing where none do.
 
-    Args:
-        table: Rows as they were read.
-        text: Column of turns that the user named; default: any.
-        need_answer: Whether answers must be there; not needed to predict.
+    `text` is the column of turns that the user named, where it is not the usual one; to predict needs no answers.
     """
     columns: dict[str, str] = {}
-    for name in (text,) if text else (*_TURNS, "text"):
+    is_named = text != "text"
+    for name in (text,) if is_named else (*_TURNS, text):
         column = table.find(name)
         if not columns and column and isinstance(table.sample(column), list):
             columns = {"turns": column}
-    for parts in () if text or table.find("text") else _PAIRS:
+    for parts in () if is_named or table.find(text) else _PAIRS:
         pair = {part: column for part, name in parts.items() if (column := table.find(name))}
         if not columns and "question" in pair and ("answer" in pair or not need_answer):
             columns = pair
@@ -56,12 +54,9 @@ def chat_columns(table: Table, text: str | None, need_answer: bool = True) -> di
 
 
 def conversation(parts: dict[str, Any]) -> str | None:
-    """Return a conversation as JSON, with the keys and roles of OpenAI's layout; `None` if it is not understood.
+    """Return the values of the columns that `chat_columns` found as JSON in OpenAI's layout; `None` if not understood.
 
     As JSON, since a column of Arrow gives every turn, and every tool, the keys of all.
-
-    Args:
-        parts: Values of the columns that `chat_columns` returns.
     """
     turns = parts["turns"] if "turns" in parts else _turns_of_pair(parts)
     if parts.get("system"):

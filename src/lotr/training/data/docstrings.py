@@ -70,11 +70,7 @@ def load_docstrings(root: Path | None = None, packages: int = 16) -> dict[str, l
             f"{len(sizes)} with usable docstrings. This Python may come without its .py files: "
             "use another installation, or a file of your own."
         )
-    splits: dict[str, list[Row]] = {"train": [], "test": []}
-    for text, row in unique.items():
-        if row["label"] in largest:
-            splits[_side(text)].append(row)
-    return splits
+    return _split({text: row for text, row in unique.items() if row["label"] in largest})
 
 
 def load_functions(root: Path | None = None) -> dict[str, list[Row]]:
@@ -90,20 +86,20 @@ def load_functions(root: Path | None = None) -> dict[str, list[Row]]:
         ['completion', 'prompt']
     """
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
-    names: dict[str, str] = {}
+    rows: dict[str, Row] = {}
     for file in _sources(root):
         for node, text in _documented(file):
             if KINDS[type(node)].endswith("function") and SHORTEST <= len(text) <= LONGEST:
-                names.setdefault(text, node.name)
+                rows.setdefault(text, {"prompt": node.name, "completion": text})
+    return _split(rows)
+
+
+def _split(rows: dict[str, Row]) -> dict[str, list[Row]]:
     splits: dict[str, list[Row]] = {"train": [], "test": []}
-    for text, name in names.items():
-        splits[_side(text.casefold())].append({"prompt": name, "completion": text})
+    for text, row in rows.items():
+        digest = hashlib.blake2b(text.casefold().encode(), digest_size=8).digest()
+        splits["test" if int.from_bytes(digest, "big") % 5 == 0 else "train"].append(row)
     return splits
-
-
-def _side(text: str) -> str:
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return "test" if int.from_bytes(digest, "big") % 5 == 0 else "train"
 
 
 def _sources(root: Path) -> list[Path]:

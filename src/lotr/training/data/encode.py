@@ -7,21 +7,24 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ...errors import DataError
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError, DataError
 from .chat import IGNORED, Chat
 from .columns import Task, label_values
 from .conversations import CHAT
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROWS_AT_ONCE = 1000
 LENGTH = "length"
 """Column with the number of tokens of a row, which groups rows of one length and is no input of a model."""
 
 Row = dict[str, Any]
+Collate = Callable[[list[Row]], dict[str, Tensor]]
 
 
 def encode(
@@ -65,7 +68,12 @@ def encode(
                 encoded = [chat.encoded(max_length, with_labels) for chat in chats]
             else:
                 texts = [batch[name] for name in ("text", "text2") if name in batch]
-                encoded = _encode_texts(tokenizer, texts, max_length)
+                columns = tokenizer(
+                    *texts, truncation=True, max_length=max_length, return_attention_mask=True
+                )
+                encoded = [
+                    dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
+                ]
                 if task == "causal-lm":
                     eos = tokenizer.eos_token_id
                     encoded = [_with_end(row, eos, max_length, with_labels) for row in encoded]
@@ -90,11 +98,6 @@ def encode(
     return encoded_rows
 
 
-def _encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[list[str]], max_length: int) -> list[Row]:
-    encoded = tokenizer(*texts, truncation=True, max_length=max_length, return_attention_mask=True)
-    return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
-
-
 def _with_end(row: Row, eos: int | None, max_length: int, with_labels: bool) -> Row:
     """Append the end-of-text token, unless the text was cut: its end is not where the cut is."""
     ids = row["input_ids"]
@@ -110,7 +113,7 @@ def _teaches(row: Row) -> bool:
     return not isinstance(labels, list) or any(label != IGNORED for label in labels[1:])
 
 
-def collator(tokenizer: PreTrainedTokenizerBase, task: str) -> Callable[[list[Row]], dict[str, Tensor]]:
+def collator(tokenizer: PreTrainedTokenizerBase, task: str) -> Collate:
     """Return the function that makes a batch of encoded rows: tensors `(rows, width)`, and labels `(rows,)`
     where a row has one label.
 
@@ -132,3 +135,30 @@ def collator(tokenizer: PreTrainedTokenizerBase, task: str) -> Callable[[list[Ro
 
 def _collate(pad: Callable[[list[Row]], Any], rows: list[Row]) -> dict[str, Tensor]:
     return dict(pad([{name: value for name, value in row.items() if name != LENGTH} for row in rows]))
+
+
+def packed(model: PreTrainedModel, task: str, padded: Collate, rows: Dataset) -> Collate:
+    """Return the function that makes a packed batch, once the model has shown that packed texts do not see each other.
+
+    Two of the encoded rows are tried, packed and `padded`. Where a text's logits depend on what it is packed with, or
+    the task is not a language model's, that is a ConfigError.
+    """
+    from transformers import DataCollatorWithFlattening
+
+    if task != "causal-lm":
+        raise ConfigError(
+            f"packing joins the texts of a language model, and the task is {task}. Leave it out."
+        )
+    collate = partial(_collate, DataCollatorWithFlattening())
+    model.config.use_cache = False  # with a cache, transformers does not look where a text begins
+    first, second = rows[0], rows[len(rows) - 1]
+    with torch.no_grad():
+        alone = model(**padded([second])).logits[0]
+        together = model(**collate([first, second])).logits[0, first[LENGTH] :]
+    error = (together - alone).norm() / alone.norm()
+    if error > (1e-3 if alone.dtype == torch.float32 else 5e-2):  # half precision rounds
+        raise ConfigError(
+            f"packing changes what {type(model).__name__} computes, by {error:.0%} of the logits of a text behind "
+            "another: it sees the one before. Leave it out."
+        )
+    return collate

@@ -28,11 +28,7 @@ QUOTES = (
 
 
 def read_table(path: Path) -> Table:
-    """Read a file whose suffix is one of `READERS`; values of a CSV file stay as written.
-
-    Raises:
-        DataError: The file is damaged or empty, or its suffix is another; the message names the line.
-    """
+    """Read a file whose suffix is one of `READERS`, or raise DataError; values of a CSV file stay as written."""
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(
@@ -131,9 +127,8 @@ def _read_json(path: Path) -> Table:
         if error.msg != "Extra data":  # which is one object a line
             raise DataError(_not_json(path, error.lineno, error)) from error
     rows = []
-    for number, line in enumerate(
-        text.split("\n"), start=1
-    ):  # not splitlines(): JSON strings may hold U+2028
+    # not splitlines(): JSON strings may hold U+2028
+    for number, line in enumerate(text.split("\n"), start=1):
         try:
             if line.strip():
                 rows.append(json.loads(line))

@@ -37,8 +37,7 @@ def _plain(text: str) -> str:
 def numbers(values: Sequence[Any], where: str) -> list[float] | None:
     """Return labels as numbers if all of them are or, as in a CSV file, are written so; a bool is a name.
 
-    Raises:
-        DataError: A comma may stand before decimals or after thousands; the message begins with `where`.
+    A comma that may stand before decimals or after thousands is a DataError, which begins with `where`.
     """
     if all(type(value) in (int, float) for value in values):
         return list(values)
@@ -61,11 +60,8 @@ def numbers(values: Sequence[Any], where: str) -> list[float] | None:
 def classes(values: Sequence[Any], declared: Sequence[str], where: str) -> tuple[tuple[str, ...], list[int]]:
     """Return the names of the classes in the order of their ids, and the id of each row's.
 
-    1, 1.0 and "1" are one class, whatever a file made of it. Declared classes keep their order; others are sorted, as
-    numbers if all are.
-
-    Raises:
-        DataError: Two classes differ in spaces or capitals alone; the message begins with `where`.
+    1, 1.0 and "1" are one class, whatever a file made of it; two that differ in spaces or capitals alone are an error
+    (DataError). Declared classes keep their order; others are sorted, as numbers if all are.
     """
     if declared:
         return tuple(declared), list(values)

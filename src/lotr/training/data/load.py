@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, get_args
 
 from ...errors import DataError
-from .columns import (
-    Columns,
-    Task,
-    check_labels,
-    check_task,
-    guess_task,
-    label_names,
-    label_values,
-    rows_of_task,
-)
+from ...tuner.checks import one_of
+from .columns import Columns, Task, check_labels, guess_task, label_names, label_values, rows_of_task
+from .encode import encode
 from .sources import HELD_OUT_SPLITS, read_splits
 from .tables import Table
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 HELD_OUT_PART = 0.1
 
@@ -37,11 +31,19 @@ class TaskData:
     labels: tuple[str, ...]  # the classes in the order of their ids; () unless the task is classification
     reason: str  # why it is this task, in one sentence
     eval_source: str  # where the rows to evaluate on come from
+    columns: Columns
+    pairs: bool  # whether the rows are pairs of texts
 
     @property
-    def pairs(self) -> bool:
-        """Whether the rows are pairs of texts."""
-        return "text2" in self.train.column_names
+    def sizes(self) -> dict[str, int]:
+        """Rows to train on, and to evaluate on."""
+        return {"train": len(self.train), "eval": len(self.eval)}
+
+    def encoded(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TaskData:
+        """Return the same with its rows as the model takes them."""
+        parts = (self.train, self.eval)
+        train, eval = (encode(part, tokenizer, self.task, self.labels, max_length) for part in parts)
+        return replace(self, train=train, eval=eval)
 
 
 def load_task(
@@ -72,7 +74,7 @@ def load_task(
     """
     columns = columns or Columns()
     if task is not None:
-        check_task(task)
+        one_of("task", task, get_args(Task))
     splits = read_splits(train)
     table, _ = _split(splits, train, "train")
     reason = f"task={task} was asked for."
@@ -109,7 +111,8 @@ def load_task(
             f'Only one of {train} and {eval_source} has the column "{columns.text2}": pairs of texts and '
             "single texts are different tasks. Name the column of the second text with --text2."
         )
-    return TaskData(task, rows, eval_rows, labels, reason, eval_source)
+    pairs = "text2" in rows.column_names
+    return TaskData(task, rows, eval_rows, labels, reason, eval_source, columns, pairs)
 
 
 def load_rows(source: str, columns: Columns, task: Task, labels: Sequence[str], pairs: bool) -> Dataset:

@@ -55,9 +55,8 @@ def settings_to_resume(named: dict[str, Any], path: Path) -> BankSettings:
     """Return the settings of the stopped run in a bank; those named now must not differ from them."""
     file = path / RUN / SETTINGS
     if not file.is_file():
-        shutil.rmtree(
-            unfinished(path / RUN), ignore_errors=True
-        )  # what a run that was killed at its end left
+        # what a run that was killed at its end left
+        shutil.rmtree(unfinished(path / RUN), ignore_errors=True)
         raise ConfigError(f"There is no unfinished run in {path}; there is nothing to resume.")
     saved = read_json(file, "the folder of a run that was started")
     check_same_run(named, saved)

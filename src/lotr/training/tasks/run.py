@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ...bank import CoreBank, Task
 from ...errors import ConfigError
 from ...files.atomic import locked, remove_folder, write_json
 from ..base_model import load_tokenizer, locate, skeleton, text_length
-from ..checkpoint import arguments, last_whole
+from ..checkpoint import last_whole
+from ..data import TaskData
 from ..output import SETTINGS, versions
-from ..process import StopOnInterrupt
-from ..rates import default_rates
 from .begin import RUN, base_of_basis, check, check_new, new_bank, open_bank, settings_to_resume
-from .scores import scores_of_tasks
 from .served import Served, base_of, load_served
 from .settings import BankSettings
-from .task_list import Prepared, TaskSource, prepare, together
-from .trainer import TASKS, TaskSampler, TaskTrainer, temperature_of
+from .task_list import TaskSource, prepare
+from .trainer import TASKS, TaskTrainer
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -74,7 +70,7 @@ def train_bank(
             check_new(bank, settings)
         name = base_of(bank, settings.model) if bank is not None else base_of_basis(settings)
         settings = replace(settings, max_length=text_length(skeleton(name)[0], name, settings.max_length))
-        sources = [TaskSource(**source) for source in settings.tasks]
+        sources = (TaskSource(**source) for source in settings.tasks)
         prepared = prepare(sources, load_tokenizer(name), settings.max_length or 0, settings.seed)
         if bank is None:
             bank = stack.enter_context(new_bank(path, settings))
@@ -90,29 +86,29 @@ def _run(
     settings: BankSettings,
     bank: CoreBank,
     base: str,
-    prepared: Sequence[Prepared],
+    prepared: Mapping[str, TaskData],
     say: Callable[[str], None],
     callbacks: Sequence[TrainerCallback],
 ) -> dict[str, Any]:
-    served = load_served(bank, base, prepared[0].data.task, len(prepared), settings.dtype)
-    tasks = [_task(p, settings) for p in prepared]
+    parts = [data.train for data in prepared.values()]
+    served = load_served(bank, base, next(iter(prepared.values())).task, len(prepared), settings.dtype)
+    tasks = [_task(name, data, settings) for name, data in prepared.items()]
     served.begin(tasks, settings.seed)
     # the numbers themselves, and two moments of each
     memory = 3 * sum(parameter.nbytes for parameter in served.tensors().values())
     each = memory // len(tasks)
     say(
-        f"Tasks: {len(tasks)}, with {sum(len(p.train) for p in prepared)} rows to train on; {bank.layout.size:,} "
+        f"Tasks: {len(tasks)}, with {sum(map(len, parts))} rows to train on; {bank.layout.size:,} "
         f"numbers each, beside a head: {each:,} bytes of memory a task while it trains."
     )
     _check_memory(memory, each)
     folder = bank.path / RUN
     folder.mkdir(exist_ok=True)
     write_json(folder / SETTINGS, settings.to_dict())
-    stop, started = StopOnInterrupt(say), time.perf_counter()
-    trainer = _trainer(settings, served, prepared, tasks, [*callbacks, stop])
+    started = time.perf_counter()
+    trainer = TaskTrainer(folder, settings, served, parts, tasks, callbacks)
     checkpoint = last_whole(folder, (TASKS,)) if settings.resume else None
-    with stop:
-        trainer.run(checkpoint, stop, f"lotr bank train --resume --output {bank.path}")
+    trainer.run(checkpoint, say, f"lotr bank train --resume --output {bank.path}")
     seconds = time.perf_counter() - started
     return {
         "bank": str(bank.path),
@@ -127,16 +123,11 @@ def _run(
     }
 
 
-def _task(p: Prepared, settings: BankSettings) -> Task:
+def _task(name: str, data: TaskData, settings: BankSettings) -> Task:
     """Return a task without numbers, as its record tells of it."""
-    metadata = {
-        "max_length": settings.max_length,
-        "pairs": p.data.pairs,
-        "columns": vars(p.source.columns),
-        "dtype": settings.dtype,
-        "rows": p.sizes,
-    }
-    return Task(p.source.name, torch.empty(0), {}, p.data.labels, p.data.task, metadata)
+    of_data = {"pairs": data.pairs, "columns": vars(data.columns), "rows": data.sizes}
+    metadata = {"max_length": settings.max_length, "dtype": settings.dtype, **of_data}
+    return Task(name, torch.empty(0), {}, data.labels, data.task, metadata)
 
 
 def _check_memory(needed: int, each: int) -> None:
@@ -154,63 +145,10 @@ def _check_memory(needed: int, each: int) -> None:
         )
 
 
-def _trainer(
-    settings: BankSettings,
-    served: Served,
-    prepared: Sequence[Prepared],
-    tasks: Sequence[Task],
-    callbacks: list[TrainerCallback],
-) -> TaskTrainer:
-    from transformers import set_seed
-
-    set_seed(settings.seed)
-    rows = together([p.train for p in prepared])
-    steps = settings.max_steps or math.ceil(len(rows) * settings.epochs / settings.batch_size)
-    args = arguments(
-        served.bank.path / RUN,
-        steps,
-        settings.save_steps or max(1, math.ceil(steps / 5)),
-        settings.warmup,
-        settings.batch_size,
-        seed=settings.seed,
-        max_grad_norm=0.0,  # clipped task by task, in the optimiser
-        eval_strategy="no",
-        save_total_limit=1,
-        report_to="none",
-    )
-    temperature = temperature_of(settings.sampling, settings.temperature)
-    drawn = steps * settings.batch_size
-    return TaskTrainer(
-        model=served.model,
-        args=args,
-        train_dataset=rows,
-        data_collator=served.collator(),
-        optimizers=(_optimizer(settings, served), None),
-        callbacks=callbacks,
-        served=served,
-        tasks=tasks,
-        sampler=TaskSampler([len(p.train) for p in prepared], drawn, temperature, settings.seed),
-    )
-
-
-def _optimizer(settings: BankSettings, served: Served) -> torch.optim.Optimizer:
-    """Return AdamW, which leaves a task alone that has no row in the batch: neither it nor its moments change."""
-    rates = default_rates(str(served.bank.config.core), "none", "cores")
-    cores: list[Tensor] = []
-    heads: list[Tensor] = []
-    for name, parameter in served.tensors().items():
-        (cores if name.endswith(".numbers") else heads).append(parameter)
-    groups = [{"params": cores, "lr": settings.core_lr or rates.core_lr, "name": "cores"}]
-    if heads:
-        groups.append({"params": heads, "lr": settings.head_lr or rates.head_lr, "name": "heads"})
-    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
-
-
-def _measure(served: Served, prepared: Sequence[Prepared]) -> dict[str, Any]:
+def _measure(served: Served, prepared: Mapping[str, TaskData]) -> dict[str, Any]:
     """Measure every task as the bank has it, and keep the scores with it."""
-    served.rest()
     bank = served.bank
-    scores = scores_of_tasks(served, {p.source.name: p.eval for p in prepared})
+    scores = served.scores({name: data.eval for name, data in prepared.items()})
     measured = (
         replace(task, metadata={**task.metadata, "scores": scores[task.name]})
         for task in map(bank.get, scores)
@@ -218,11 +156,6 @@ def _measure(served: Served, prepared: Sequence[Prepared]) -> dict[str, Any]:
     bank.add_many(measured, replace=True)
     served.rows.cache.store.database.close()  # SQLite takes its log away with the last connection that writes
     return {
-        p.source.name: {
-            "task": p.data.task,
-            "labels": len(p.data.labels),
-            **scores[p.source.name],
-            "rows": p.sizes,
-        }
-        for p in prepared
+        name: {"task": data.task, "labels": len(data.labels), **scores[name], "rows": data.sizes}
+        for name, data in prepared.items()
     }

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
+import numpy as np
 from torch import Tensor
 
 from ...bank import CoreBank, Task
+from ...bank.heads import row_losses
 from ...errors import ConfigError, UnknownTaskError
+from .. import metrics
 from ..base_model import TEXT_LENGTH, load_model, load_tokenizer
 from ..data import Columns, collator
+from ..inference import outputs
 from ..process import device
 from ..trained import TaskRecord
+from .task_list import together
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from ...bank.cache import LoadedTask
     from ...bank.wrap import BankModel, TaskRows
 
@@ -37,12 +44,7 @@ class Served:
         return self.model.tasks
 
     def task(self, name: str) -> LoadedTask:
-        """Return a task as the bank has it now.
-
-        Raises:
-            UnknownTaskError: There is none of this name, which that of the base model is, too.
-            CheckpointError: It is damaged.
-        """
+        """Return a task as the bank has it now; raises as `CoreBank.get` does, also for the name of the base model."""
         (task,) = self.rows.find([name])
         if task is None:
             raise UnknownTaskError(f"{name!r} is the base model without a task. Name a task of the bank.")
@@ -99,10 +101,30 @@ class Served:
             head = {prefix + key: p.detach().cpu() for key, p in loaded.head.parameters.items()}
         return replace(task, numbers=loaded.numbers.detach().cpu(), head=head)
 
-    def rest(self) -> None:
-        """Answer with the tasks as the bank has them."""
+    def scores(self, rows: Mapping[str, Dataset]) -> dict[str, dict[str, float]]:
+        """Measure tasks as the bank has them, on encoded rows with labels, all in mixed batches.
+
+        Returns:
+            Task → scores by name, and the number of rows.
+        """
         self.model.eval()
         self.rows.cache.training.clear()
+        names, mixed = list(rows), together(list(rows.values()))
+        task_of, size = mixed["task"][:], min(64, self.rows.cache.capacity)
+        values: dict[str, list[Any]] = {name: [] for name in names}
+        causal = self.kind == "causal-lm"
+        for n, logits, label in outputs(self.model, self.collator(), mixed, size, tasks=names):
+            loss = row_losses(logits[None, :-1], label[None, 1:]).item() if causal else None
+            values[names[task_of[n]]].append(loss if causal else (logits, label.cpu()))
+        if causal:
+            return {name: {"rows": len(own), "loss": float(np.mean(own))} for name, own in values.items()}
+        scores = {}
+        for task in map(self.bank.get, names):
+            own = values[task.name]  # in each batch with as many logits as its largest task has
+            predicted = np.stack([logits[: len(task.labels) or 1] for logits, _ in own])
+            measured = metrics.measure(str(task.task), predicted, np.stack([label for _, label in own]))
+            scores[task.name] = {"rows": len(own), **measured}
+        return scores
 
 
 def load_served(
@@ -122,10 +144,6 @@ def load_served(
         capacity: Tasks in memory, a number or bytes.
         dtype: Type of the base model.
     """
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     bank = bank if isinstance(bank, CoreBank) else CoreBank.open(bank)
     name = base_of(bank, model)
     if kind is None:

@@ -5,44 +5,38 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..settings import Settings, setting
+from ..settings import Settings, panel
 
-_DATA, _TRAINING, _RUN = "Model and data", "Training", "Run"
+_data, _training, _run = map(panel, ("Model and data", "Training", "Run"))
 
 
 @dataclass(frozen=True)
 class BankSettings(Settings):
     """What `lotr bank train` and `lotr bank add --train` are told."""
 
-    output: str | None = setting(None, _DATA, "Folder of the bank; made when it is not there.", "required")
-    basis: str | None = setting(
-        None, _DATA, "Adapter whose factors a new bank gets.", "required for a new bank"
-    )
-    model: str | None = setting(None, _DATA, "Base model.", "default: the one of the basis")
-    max_length: int | None = setting(
-        None, _DATA, "Longest text, in tokens.", "default: 128, or as many as the model takes"
-    )
-    keep: str = setting(
-        "bfloat16", _DATA, "Type in which a new bank keeps its tasks: float32, bfloat16 or float16."
-    )
+    output: str | None = _data("Folder of the bank; made when it is not there.", shown="required")
+    basis: str | None = _data("Adapter whose factors a new bank gets.", shown="required for a new bank")
+    model: str | None = _data("Base model.", "the one of the basis")
+    max_length: int | None = _data("Longest text, in tokens.", "128, or as many as the model takes")
+    keep: str = _data("How a new bank keeps its tasks: float32, bfloat16 or float16.", default="bfloat16")
 
-    epochs: float = setting(3.0, _TRAINING, "Passes over the rows of all tasks.")
-    max_steps: int | None = setting(None, _TRAINING, "Steps, instead of epochs.", "default: by epochs")
-    batch_size: int = setting(32, _TRAINING, "Rows a step, of any tasks.")
-    sampling: str = setting(
-        "proportional", _TRAINING, "Share of a task in the batches: proportional, uniform or temperature."
+    epochs: float = _training("Passes over the rows of all tasks.", default=3.0)
+    max_steps: int | None = _training("Steps, instead of epochs.", "by epochs")
+    batch_size: int = _training("Rows a step, of any tasks.", default=32)
+    sampling: str = _training(
+        "Share of a task in the batches: proportional, uniform or temperature.", default="proportional"
     )
-    temperature: float = setting(2.0, _TRAINING, "With temperature: a task takes size^(1/temperature).")
-    core_lr: float | None = setting(None, _TRAINING, "Learning rate of the cores.", "default: by core")
-    head_lr: float | None = setting(None, _TRAINING, "Learning rate of new heads.", "default: by core")
-    warmup: float = setting(0.06, _TRAINING, "Share of the steps in which the rates rise.")
-    weight_decay: float = setting(0.0, _TRAINING, "Weight decay of AdamW.")
-    dtype: str = setting("float32", _TRAINING, "Type of the base model: float32, bfloat16, float16.")
-    seed: int = setting(0, _TRAINING, "Seed of everything random.")
+    temperature: float = _training("With temperature: a task takes size^(1/temperature).", default=2.0)
+    core_lr: float | None = _training("Learning rate of the cores.", "by core")
+    head_lr: float | None = _training("Learning rate of new heads.", "by core")
+    warmup: float = _training("Share of the steps in which the rates rise.", default=0.06)
+    weight_decay: float = _training("Weight decay of AdamW.", default=0.0)
+    dtype: str = _training("Type of the base model: float32, bfloat16, float16.", default="float32")
+    seed: int = _training("Seed of everything random.", default=0)
 
-    save_steps: int | None = setting(None, _RUN, "Steps between checkpoints.", "default: five a run")
-    resume: bool = setting(False, _RUN, "Go on from the last checkpoint of the run in OUTPUT.")
-    replace: bool = setting(False, _RUN, "Train tasks anew that the bank has, and drop an unfinished run.")
+    save_steps: int | None = _run("Steps between checkpoints.", "five a run")
+    resume: bool = _run("Go on from the last checkpoint of the run in OUTPUT.", default=False)
+    replace: bool = _run("Train tasks anew that the bank has, and drop an unfinished run.", default=False)
 
     #: The tasks, as plain values; see `lotr.training.tasks.task_list.TaskSource`.
     tasks: tuple[dict[str, Any], ...] = field(default=(), metadata={"panel": ""})

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...bank.task import check_name
 from ...errors import ConfigError, DataError, near
-from ..data import Columns, TaskData, encode, load_task
+from ..data import Columns, TaskData, load_task
 from ..settings import load_yaml
 
 if TYPE_CHECKING:
@@ -33,21 +33,6 @@ class TaskSource:
     def columns(self) -> Columns:
         """Names of the columns."""
         return Columns(self.text, self.text2, self.label)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A task with its rows, encoded."""
-
-    source: TaskSource
-    data: TaskData
-    train: Dataset
-    eval: Dataset
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Rows to train on, and to evaluate on."""
-        return {"train": len(self.train), "eval": len(self.eval)}
 
 
 def read_tasks(path: Path) -> list[TaskSource]:
@@ -88,25 +73,21 @@ def read_tasks(path: Path) -> list[TaskSource]:
     return sources
 
 
-def prepare(sources: Sequence[TaskSource], tokenizer: Any, max_length: int, seed: int) -> list[Prepared]:
-    """Read and encode the rows of tasks; `seed` is that of the rows that are held out.
+def prepare(sources: Iterable[TaskSource], tokenizer: Any, max_length: int, seed: int) -> dict[str, TaskData]:
+    """Read and encode the rows of tasks, all for one kind of model; `seed` is that of the rows that are held out.
 
-    Raises:
-        DataError: The data of a task cannot be used; the message names the task.
-        ConfigError: Tasks of a bank need one kind of model, and these are texts to learn and labels to tell.
+    Data that cannot be used is a DataError that names the task.
     """
-    prepared = []
+    prepared: dict[str, TaskData] = {}
     for source in sources:
+        if source.name in prepared:
+            raise ConfigError(f"Two tasks are called {source.name!r}. Give one of them another name.")
         try:
             data = load_task(source.train, source.eval, source.columns, source.task, seed=seed)  # type: ignore[arg-type]
-            rows = [
-                encode(part, tokenizer, data.task, data.labels, max_length)
-                for part in (data.train, data.eval)
-            ]
+            prepared[source.name] = data.encoded(tokenizer, max_length)
         except DataError as error:
             raise DataError(f"Task {source.name!r}: {error}") from error
-        prepared.append(Prepared(source, data, *rows))
-    causal = [p.source.name for p in prepared if p.data.task == "causal-lm"]
+    causal = [name for name, data in prepared.items() if data.task == "causal-lm"]
     if 0 < len(causal) < len(prepared):
         raise ConfigError(
             f"Task {causal[0]!r} is causal-lm and others are not: tasks that are trained at once run on one kind of "

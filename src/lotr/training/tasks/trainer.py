@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,14 +17,21 @@ from torch.utils.data import Sampler
 
 from ...bank import Task
 from ...bank.heads import row_losses
-from ...errors import CheckpointError, ConfigError, TrainingError, near
+from ...errors import CheckpointError, ConfigError, TrainingError
 from ...files.adapter_folder import read_tensors
-from ..checkpoint import TRAINER_STATE, AdapterTrainer
+from ...tuner.checks import one_of
+from ..checkpoint import AdapterTrainer, arguments
+from ..rates import default_rates
 from .served import Served
+from .settings import BankSettings
+from .task_list import together
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import TrainerCallback
 
 TASKS = "tasks.safetensors"
 _MAX_NORM = 1.0  # of a task's gradient
-SAMPLING = ("proportional", "uniform", "temperature")
 
 
 class TaskTrainer(AdapterTrainer):
@@ -35,20 +42,42 @@ class TaskTrainer(AdapterTrainer):
     the bank holds the tasks as they are then, too, in one transaction.
 
     Args:
+        folder: Where checkpoints are.
+        settings: Those of the run.
         served: The bank, open for writing, on its base model.
+        rows: The encoded rows of each task.
         tasks: The tasks as they begin, by their number in the rows.
-        sampler: Which rows come.
+        callbacks: More callbacks.
     """
 
     model_files = (TASKS,)
     checkpoints = ""  # the whole of a run's folder
 
     def __init__(
-        self, *args: Any, served: Served, tasks: Sequence[Task], sampler: Sampler[int], **kwargs: Any
+        self,
+        folder: Path,
+        settings: BankSettings,
+        served: Served,
+        rows: Sequence[Dataset],
+        tasks: Sequence[Task],
+        callbacks: Sequence[TrainerCallback],
     ) -> None:
-        super().__init__(*args, **kwargs)
-        self.served, self.tasks, self.sampler = served, tasks, sampler
+        sizes, batch = [len(part) for part in rows], settings.batch_size
+        steps = settings.max_steps or math.ceil(sum(sizes) * settings.epochs / batch)
+        temperature = temperature_of(settings.sampling, settings.temperature)
+        self.served, self.tasks = served, tasks
+        self.sampler = TaskSampler(sizes, steps * batch, temperature, settings.seed)
         self._in_batch: Counter[str] = Counter()  # rows of each task
+        own = {"eval_strategy": "no", "save_total_limit": 1, "report_to": "none"}
+        super().__init__(
+            model=served.model,
+            # clipped task by task, in the optimiser
+            args=arguments(folder, steps, settings.save_steps, settings, max_grad_norm=0.0, **own),
+            train_dataset=together(rows),
+            data_collator=served.collator(),
+            optimizers=(_optimizer(settings, served), None),
+            callbacks=list(callbacks),
+        )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self.sampler
@@ -63,11 +92,7 @@ class TaskTrainer(AdapterTrainer):
         return loss / len(self._in_batch)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Return the loss of a batch.
-
-        Raises:
-            TrainingError: The loss of a task is NaN or infinite; the message names it.
-        """
+        """Return the loss of a batch; that of a task which is not finite is a TrainingError that names it."""
         inputs = dict(inputs)
         names = [self.tasks[n].name for n in inputs.pop("task").tolist()]
         labels = inputs.pop("labels")
@@ -86,12 +111,8 @@ class TaskTrainer(AdapterTrainer):
         rows = self._in_batch = Counter(names)
         return (losses / torch.tensor([rows[name] for name in names], device=losses.device)).sum()
 
-    # ------------------------------------------------------------------ checkpoints
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(str(output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / TRAINER_STATE).unlink(missing_ok=True)  # of the same step, before it was gone back on
+    def write(self, folder: Path) -> None:
+        """Write the numbers of all tasks, and bring the bank there."""
         save_file({name: p.detach().cpu() for name, p in self.served.tensors().items()}, folder / TASKS)
         # killed before the rest is written, the bank is a step ahead until the run that goes on comes here again
         self.served.bank.add_many(map(self.served.in_memory, self.tasks), replace=True)
@@ -108,13 +129,25 @@ class TaskTrainer(AdapterTrainer):
             parameter.data.copy_(saved[name])
 
 
+def _optimizer(settings: BankSettings, served: Served) -> torch.optim.Optimizer:
+    """Return AdamW, which leaves a task alone that has no row in the batch: neither it nor its moments change."""
+    rates = default_rates(str(served.bank.config.core), "none", "cores")
+    cores: list[Tensor] = []
+    heads: list[Tensor] = []
+    for name, parameter in served.tensors().items():
+        (cores if name.endswith(".numbers") else heads).append(parameter)
+    groups = [{"params": cores, "lr": settings.core_lr or rates.core_lr, "name": "cores"}]
+    if heads:
+        groups.append({"params": heads, "lr": settings.head_lr or rates.head_lr, "name": "heads"})
+    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+
+
 def temperature_of(sampling: str, temperature: float) -> float:
     """Return the temperature of a way to sample; raise ConfigError if there is no such way or temperature."""
-    if sampling not in SAMPLING:
-        raise ConfigError(f"sampling={sampling!r} is not known. {near(sampling, SAMPLING)}")
+    temperatures = {"proportional": 1.0, "uniform": math.inf, "temperature": temperature}
     if not temperature > 0:
         raise ConfigError(f"temperature={temperature} is out of range. Use 1 (proportional) or more.")
-    return {"proportional": 1.0, "uniform": math.inf, "temperature": temperature}[sampling]
+    return temperatures[one_of("sampling", sampling, temperatures)]
 
 
 class TaskSampler(Sampler[int]):

@@ -15,6 +15,7 @@ import functools
 import itertools
 import os
 import random
+import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -26,6 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is packaged
 import peft
 import torch
 import yaml
+from scipy.stats import t
 from torch import Tensor, nn
 from transformers import set_seed
 
@@ -33,9 +35,10 @@ import lotr
 from lotr.training.base_model import load_model, load_tokenizer
 from lotr.training.data.docstrings import load_functions
 from quality_runs import append, rates_text
-from records import calm
+from records import calm, fill, markdown
 
 HERE = Path(__file__).parent
+MARGIN = 0.01  # nats a token within which two methods count as equal, stated before the runs
 COLUMNS = ("modules", "method", "numbers", "rates", "steps", "seed", "part", "dev", "test", "seconds")
 Plan = dict[str, Any]
 
@@ -161,8 +164,37 @@ def measure(plan: Plan, key: Key, rates: dict[str, float]) -> dict[str, Any]:
     return {**key._asdict(), "numbers": numbers, "dev": round(dev, 5), "test": test, "seconds": seconds}
 
 
+def compared(runs: list[dict[str, str]]) -> list[str]:
+    """Return a table of the final runs: means over seeds, and their difference from the first method's, seed by seed.
+
+    The interval is that of Student's t at 95 %. *Equal* and *not worse* are said only where it lies within `MARGIN`.
+    """
+    final: dict[str, dict[str, dict[str, str]]] = {}
+    for run in runs:
+        if run["part"] == "final":
+            final.setdefault(run["method"], {})[run["seed"]] = run
+    first, rows = next(iter(final.values())), []
+    for method, by_seed in final.items():
+        loss = [float(run["test"]) for run in by_seed.values()]
+        seeds = first.keys() & by_seed.keys()
+        apart = [float(by_seed[seed]["test"]) - float(first[seed]["test"]) for seed in sorted(seeds)]
+        cells = ["", ""]
+        if by_seed is not first and len(apart) > 1:
+            half = float(t.ppf(0.975, len(apart) - 1)) * statistics.stdev(apart) / len(apart) ** 0.5
+            low, high = statistics.mean(apart) - half, statistics.mean(apart) + half
+            says = "better" if high < 0 else "worse" if low > 0 else "level"
+            if low > -MARGIN and high < MARGIN:
+                says = "equal"
+            elif high < MARGIN and says == "level":
+                says = "not worse"
+            cells = [f"{statistics.mean(apart):+.4f} ({low:+.4f} to {high:+.4f})", says]
+        numbers = f"{int(next(iter(by_seed.values()))['numbers']):,}"
+        rows.append([method, numbers, str(len(by_seed)), f"{statistics.mean(loss):.4f}", *cells])
+    return markdown(("method", "numbers", "seeds", "loss, test", "difference (95 %)", ""), rows)
+
+
 def main() -> None:
-    """Do what is missing of the plan."""
+    """Do what is missing of the plan, or write the table of what is there."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -172,7 +204,12 @@ def main() -> None:
         "--jobs", type=int, default=1, help="runs at a time, each on one thread or OMP_NUM_THREADS"
     )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so long")
+    parser.add_argument("--page", type=Path, help="run nothing; write the table into this page")
     options = parser.parse_args()
+    if options.page:
+        with options.runs.open(newline="") as file:
+            fill(options.page, "deep", compared(list(csv.DictReader(file))))
+        return
     calm()
     plan, until = yaml.safe_load(options.plan.read_text()), time.monotonic() + 60 * options.minutes
     missing = [run for run in wanted(plan) if run[0] not in read(options.runs)]

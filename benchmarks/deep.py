@@ -17,7 +17,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,7 +164,7 @@ def measure(plan: Plan, key: Key, rates: dict[str, float]) -> dict[str, Any]:
     return {**key._asdict(), "numbers": numbers, "dev": round(dev, 5), "test": test, "seconds": seconds}
 
 
-def compared(runs: list[dict[str, str]]) -> list[str]:
+def compared(runs: Iterable[dict[str, str]]) -> list[str]:
     """Return a table of the final runs: means over seeds, and their difference from the first method's, seed by seed.
 
     The interval is that of Student's t at 95 %. *Equal* and *not worse* are said only where it lies within `MARGIN`.
@@ -207,8 +207,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="run nothing; write the table into this page")
     options = parser.parse_args()
     if options.page:
-        with options.runs.open(newline="") as file:
-            fill(options.page, "deep", compared(list(csv.DictReader(file))))
+        fill(options.page, "deep", compared(read(options.runs).values()))
         return
     calm()
     plan, until = yaml.safe_load(options.plan.read_text()), time.monotonic() + 60 * options.minutes

@@ -81,6 +81,12 @@ def test_options_reach_the_configuration() -> None:
     assert (config.dropout, config.dropout_place, config.lora_bias) == (0.1, "core_output", True)
 
 
+def test_what_a_method_turns_on_can_be_turned_off(place: Path) -> None:
+    words = ("plan", place / "bert", "--method", "cara", "--target-modules", "all-linear")
+    with_biases, without = report(*words), report(*words, "--no-lora-bias")
+    assert with_biases["core_numbers"] - without["core_numbers"] == 32 + 64 + 32 + 32  # of o, fc1, fc2 and the pooler
+
+
 def test_lotr_methods_says_where_a_row_differs_from_its_paper() -> None:
     text = " ".join(lotr("methods").stdout.replace("│", " ").split())
     assert all(" ".join(row.differs.split()) in text for row in METHODS.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import tempfile
 import zlib
 from pathlib import Path
@@ -130,9 +131,23 @@ def test_what_an_adapter_brings_itself_is_no_part_of_the_base() -> None:
     assert changed(before, other) == []
 
 
+def _shaped(*shape: int) -> bytes:
+    return json.dumps({"a": [shape, [0] * 16]}).encode()
+
+
 @pytest.mark.parametrize(
     "content",
-    [b"[]", b'{"a": 5}', b'{"a": [[2], [1, 2]], "b": [["x"], []]}', b'{"a": [[2], 7]}', b"[" * 9999, b"\xff"],
+    [
+        b"[]",
+        b'{"a": 5}',
+        b'{"a": [[2], [1, 2]], "b": [["x"], []]}',
+        b'{"a": [[2], 7]}',
+        _shaped(0, 4),
+        _shaped(-1),
+        _shaped(10**30),
+        b"[" * 9999,
+        b"\xff",
+    ],
     ids=lambda content: str(content[:20]),
 )
 def test_a_damaged_fingerprint_is_told(content: bytes) -> None:

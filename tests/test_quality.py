@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+import deep
 import performance_page
 import quality_page
 import quality_runs
@@ -104,7 +105,10 @@ def test_the_tables_of_the_documents_are_those_of_the_data() -> None:
     grid = yaml.safe_load((ROOT / "benchmarks" / "quality.yaml").read_text())
     data = ROOT / "docs" / "data"
     results = Results(grid, quality_runs.read(data / "grid.csv"))
-    assert _between_marks(ROOT / "docs" / "results.md") == quality_page.sections(results, data)
+    tables = quality_page.sections(results, data) | {
+        "deep": deep.compared(deep.read(data / "deep.csv").values())
+    }
+    assert _between_marks(ROOT / "docs" / "results.md") == tables
     assert _between_marks(ROOT / "docs" / "performance.md") == performance_page.tables(data)
 
 

@@ -17,8 +17,9 @@ _TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
-def _parameter(name: str, kind: Any, default: Any, **options: Any) -> inspect.Parameter:
-    option = typer.Option(f"--{name.replace('_', '-')}", **options)
+def _parameter(name: str, kind: Any, default: Any, off: bool = False, **options: Any) -> inspect.Parameter:
+    word = name.replace("_", "-")
+    option = typer.Option(f"--{word}/--no-{word}" if off else f"--{word}", **options)
     return inspect.Parameter(name, _KEYWORD, default=default, annotation=Annotated[kind, option])
 
 
@@ -89,5 +90,6 @@ def _option(f: Any) -> inspect.Parameter:
     shown = f.metadata["shown"] or (None if kind is bool else f"default: {f.default}")
     note = f" [{shown}]".replace("[", "\\[") if shown else ""
     about = {"help": f.metadata["help"] + note, "rich_help_panel": f.metadata["panel"]}
+    off = kind is bool and f.default is None  # what the method decides can be turned off
     # no real default: a value that was given has to be told from one that was not
-    return _parameter(f.name, kind | None, None, **about, show_default=False)
+    return _parameter(f.name, kind | None, None, off, **about, show_default=False)

@@ -129,7 +129,9 @@ def _lora(
                 for part in saved.plan.parts[target.path]
             ]
             bias = bias_of(members, saved.config.scaling)
-            lora[B_key.replace(".weight", ".bias")] = torch.zeros(target.shape[0]) if bias is None else bias
+            lora[f"{B_key.removesuffix('.weight')}.bias"] = (
+                torch.zeros(target.shape[0]) if bias is None else bias
+            )
         # of experts, PEFT has the `A` below each other and the columns of the `B` in turn
         lora[A_key], lora[B_key] = torch.cat(As), torch.stack(Bs, -1).flatten(1)
         for key in magnitude_keys(saved.plan, target).values():

@@ -60,7 +60,7 @@ class Description:
             value = getattr(description, name)
             if not isinstance(value, kind) or (name == "dtype" and value not in DTYPES):
                 raise CheckpointError(
-                    f"{folder / BANK} is damaged: {name}={str(value)[:80]!r} is none. Restore it from a copy."
+                    f"{folder / BANK} is damaged: {name}={str(value)[:80]!r} does not fit. Restore it from a copy."
                 )
         return description
 

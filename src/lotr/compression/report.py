@@ -119,16 +119,17 @@ def _about_error(
 ) -> Iterator[str]:
     """Say what a smaller error takes: another rank, another type where rounding is much of it, or other cores."""
     size, missed = bytes_of(curves, ranks), asked is not None and error > asked
-    better = chosen_ranks(curves, max_error=error / 2)
     if missed:
         yield f"The error that was asked for, {asked:.2g}, is not reached."
     if (error > 1e-3 and fitted < error / 2) or (missed and fitted <= float(asked or 0)):
         yield "Much of this error is rounding. Keep the numbers with --dtype float32."
-    elif error > 1e-3 and error_of(curves, better) <= error / 2:
-        yield (
-            f"Half of this error takes {bytes_of(curves, better) / size:.1f} times the bytes: --max-error "
-            f"{error / 2:.2g} (ranks {min(better.values())} to {max(better.values())})."
-        )
+    elif error > 1e-3:
+        better = chosen_ranks(curves, max_error=error / 2)
+        if error_of(curves, better) <= error / 2:
+            yield (
+                f"Half of this error takes {bytes_of(curves, better) / size:.1f} times the bytes: --max-error "
+                f"{error / 2:.2g} (ranks {min(better.values())} to {max(better.values())})."
+            )
     for core, own in others.items():
         if bytes_of(own, dict.fromkeys(own, 1)) <= size:
             most = error_of(own, chosen_ranks(own, max_bytes=size))  # and it is sure to lose no more

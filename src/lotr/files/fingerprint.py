@@ -139,8 +139,10 @@ def _read(text: str) -> _Samples:
         content = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), _LONGEST)
         samples = {}
         for name, (shape, numbers) in json.loads(content).items():
-            bits = torch.tensor(numbers, dtype=torch.int16)
-            samples[str(name)] = tuple(map(int, shape)), bits.view(torch.bfloat16).view(_N)
+            sizes, bits = tuple(map(int, shape)), torch.tensor(numbers, dtype=torch.int16)
+            if min(sizes, default=1) < 1 or math.prod(sizes) >= 2**63:
+                raise ValueError(f"{name!r} has no shape {sizes}")
+            samples[str(name)] = sizes, bits.view(torch.bfloat16).view(_N)
         return samples
     except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError, zlib.error) as error:
         raise CheckpointError(f"The fingerprint of a base model is damaged: {error}") from None

@@ -21,6 +21,7 @@ from ..bank import CoreBank
 from ..bank.head_form import ROOT
 from ..bank.transfer import export
 from ..errors import CheckpointError, LotrError
+from ..files.adapter_folder import TASK
 
 BANK, CACHE, CACHE_BYTES = "LOTR_BANK", "LOTR_VLLM_CACHE", "LOTR_VLLM_CACHE_BYTES"
 #: Ranks that vLLM has kernels for; a LoRA is padded with zeros to one of them.
@@ -58,6 +59,8 @@ class LoraFolders:
         with self._beside() as temporary:
             made = Path(temporary) / "lora"
             export(self.bank.basis, self.bank.get(name), made, as_lora=True, pad_rank=RANKS)
+            for file in ("README.md", TASK):  # nothing that vLLM reads
+                (made / file).unlink(missing_ok=True)
             try:
                 made.replace(folder)
             except OSError as error:

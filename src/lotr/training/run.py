@@ -157,7 +157,7 @@ def _report(run: Run, trainer: AdapterTrainer, scores: dict[str, float], progres
     if not math.isfinite(values[metric]):
         raise TrainingError(f"The final {metric} is {values[metric]}. Lower the learning rates.")
     parts = parameter_groups(run.model, run.rates.lr)
-    numbers = {part["name"]: sum(p.numel() for p in part["params"]) for part in parts}
+    numbers = {part["name"]: sum(getattr(p, "ds_numel", p.numel()) for p in part["params"]) for part in parts}
     head, total = numbers.get("head", 0), sum(numbers.values())
     config: Any = run.model.active_peft_config
     return RunReport(

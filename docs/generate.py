@@ -148,8 +148,7 @@ def _measured() -> list[str]:
         *(f"| {name} | {_seeds(scores[method])} |" for name, method in rows.items() if method in scores),
         "",
         "One pass over 3,023 rows, 756 to score; a standard error of one run is 1.7 points. The Gaussian start runs "
-        "with σ = 1 / r and the best rate of a sweep. Accuracies below are of the same runs, a seed each; where there "
-        "are fewer than three, the picture says how many. `python benchmarks/bench_methods.py` runs what is missing.",
+        "with σ = 1 / r and the best rate of a sweep. Accuracies below are of the same runs, a seed each.",
         "",
         "![Accuracy of every row against its trained numbers](images/methods.png)",
     ]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..math.hooi import completed, triangle
+from ..math.hooi import completed, signed, triangle
 from ..math.moments import SecondMoment, Strongest
 
 #: Weighted updates of some tasks: group → of each of its sites `B` `(n, o, q)` and `A` `(n, q, i)`.
@@ -72,7 +72,8 @@ class GroupFit:
         U = self.Q_U @ self.U if len(self.Q_U) else self.U
         V = self.Q_V @ self.V if len(self.Q_V) else self.V
         open_U, open_V = (torch.eye(len(factor), rank).double() for factor in (U, V))
-        return completed(U, open_U), completed(V, open_V)
+        # the signs that nothing decides are those of no cluster and of no library
+        return signed(completed(U, open_U)), signed(completed(V, open_V))
 
 
 def reduced(

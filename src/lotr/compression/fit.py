@@ -41,11 +41,10 @@ class GroupFit:
     U: Tensor  # output factor, in the coordinates of `Q_U` unless that is empty
     V: Tensor  # input factor, in those of `Q_V`
     errors: list[float] = field(default_factory=list)  # relative, at the start and after every sweep
-    own_U: Tensor = field(
-        default_factory=partial(torch.zeros, 0, 0)
-    )  # strongest directions of single updates
+    # the strongest directions of single updates, and their energies, falling
+    own_U: Tensor = field(default_factory=partial(torch.zeros, 0, 0))
     own_V: Tensor = field(default_factory=partial(torch.zeros, 0, 0))
-    own_energies: Tensor = field(default_factory=partial(torch.zeros, 0))  # theirs, falling
+    own_energies: Tensor = field(default_factory=partial(torch.zeros, 0))
 
     @property
     def kept(self) -> Tensor:

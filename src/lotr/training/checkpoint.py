@@ -110,9 +110,8 @@ class AdapterTrainer(Trainer):
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
         sampler = super()._get_eval_sampler(eval_dataset)
-        if isinstance(
-            sampler, LengthGroupedSampler
-        ):  # transformers 5.12 draws from each process's own random numbers
+        # transformers 5.12 draws from each process's own random numbers
+        if isinstance(sampler, LengthGroupedSampler):
             sampler.generator = torch.Generator().manual_seed(self.args.seed)
         return sampler
 

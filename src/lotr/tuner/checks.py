@@ -79,7 +79,8 @@ def check_meaning(c: Any) -> None:  # a LotrConfig, whose file imports this one
         )
     if not rule.additive and c.lora_bias:
         raise ConfigError(
-            f"lora_bias=True adds to biases, and magnitude={c.magnitude!r} rescales what is added. Leave one out."
+            f"lora_bias=True adds to biases, and magnitude={c.magnitude!r} rescales what is added. Leave one out: "
+            "lora_bias=False, or magnitude='none'."
         )
     _check_core_ranks(c)
     if c.basis is None and c.targets is None:

@@ -173,6 +173,7 @@ def test_without_a_seed_torchs_own_decides() -> None:
         ({"zero": "input", "trainable": "cores"}, "zero='input' with trainable='cores'"),
         ({"zero": "none", "init_weights": True}, "init_weights=True .*zero='none'"),
         ({"init": "first_step", "core": "tt", "modes": ("layer",)}, "init='first_step' .*core='tt'"),
+        ({"core_init": "kaiming", "core": "tucker"}, "core_init='kaiming' .*core='tucker'"),
         ({"core_init": "huge"}, "core_init='huge'"),
         ({"unequal": "padded"}, "unequal='padded'"),
         ({"modes": ("site", "layer")}, r"modes=.*\"site\""),

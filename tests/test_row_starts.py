@@ -156,3 +156,14 @@ def test_the_values_of_lora_xs_lie_beside_the_input() -> None:
     base = seeded(tf.ViTForImageClassification, VIT)
     values = torch.linalg.svdvals(base.vit.layers[0].attention.q_proj.weight)[:RANK]
     torch.testing.assert_close(numbers["V"][0].norm(dim=0), values, rtol=2e-2, atol=0.0)
+
+
+def test_the_cores_of_a_weight_cut_into_squares_start_as_one_linear_layer() -> None:
+    """fc2 lies in squares side by side, so the cores of FacT's code, one `nn.Linear` a weight, are narrower there."""
+    config = LotrConfig(method="fact_tt", r=RANK, seed=0, target_modules=["q_proj", "fc1", "fc2"])
+    model = get_peft_model(seeded(tf.ViTForImageClassification, VIT), config)
+    cores = [layer.lotr_C["default"].weight.detach() for layer in linears(model)]
+    assert {C.shape for C in cores} == {(RANK, RANK), (4 * RANK, RANK), (RANK, 4 * RANK)}
+    for C in cores:
+        of_torch = torch.nn.Linear(C.shape[1], C.shape[0]).weight.detach()
+        assert within(C.shape[1] ** -0.5)(of_torch) and within(C.shape[1] ** -0.5)(C)

@@ -171,10 +171,9 @@ _ROWS = (
         "fact_tt",
         *_FACT,
         "All weights cut into squares share one pair; a matrix each in between.",
-        core_init="uniform",
+        core_init="kaiming",
         dropout_place="core_output",
-        differs="The authors search the scale for each task, train with dropout=0.1, and start the cores of fc2 half "
-        "as large; the scale is 1 here.",
+        differs="The authors search the scale for each task and train with dropout=0.1; the scale is 1 here.",
         **_SQUARES,
     ),
     Method(

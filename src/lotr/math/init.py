@@ -183,6 +183,7 @@ def _within_last_extent(shape: tuple[int, ...], generator: Generator) -> Tensor:
 #: Starts of the numbers of a core, by shape, instead of the structure's own.
 CORE_INITS: dict[str, CoreInit] = {
     "uniform": _within_last_extent,
+    "kaiming": _within_last_extent,  # and then by how many blocks lie side by side, which the group knows
     "xavier": _filled(nn.init.xavier_uniform_),
     "tiny": _filled(nn.init.normal_, std=1e-5),
     "identity": lambda shape, _: torch.eye(*shape[-2:], dtype=torch.float32).expand(shape).clone(),

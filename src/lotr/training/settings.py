@@ -112,7 +112,7 @@ class TrainSettings(Settings):
         "by method; gradient where cores alone train",
     )
     core_init: str | None = _adapter(
-        "How the cores start: uniform, xavier, tiny, identity.", "by method and structure"
+        "How the cores start: uniform, kaiming, xavier, tiny, identity.", "by method and structure"
     )
     zero: str | None = _adapter("What starts at zero, so that the update does: core, output, input, none.")
     lora_bias: bool | None = _adapter("Train biases too: a vector for each projection, which layers share.")

@@ -50,6 +50,11 @@ def check_meaning(c: Any) -> None:  # a LotrConfig, whose file imports this one
         )
     if core.is_identity and c.zero == "core":
         raise ConfigError(f"zero='core' with core={c.core!r}, which has no numbers. Use zero='output'.")
+    if c.core_init == "kaiming" and not core.by_site:
+        raise ConfigError(
+            f"core_init='kaiming' starts the matrices of sites, and core={c.core!r} has none. Use core='free', or "
+            "core_init='uniform'."
+        )
     if c.init == "first_step" and c.core != "free":
         raise ConfigError(
             f"init='first_step' sets a core a site, and core={c.core!r} has others. Use core='free'."

@@ -116,7 +116,8 @@ class LotrConfig(PeftConfig):
         "lotr.init_from_lora(model, folder) turns them. The name is saved either way."
     )
     core_init: str | None = _field(
-        "How the numbers of the cores start: uniform, xavier, tiny, identity. Default: as the structure says."
+        "How the numbers of the cores start: uniform (±1/√rank), kaiming (of free cores: the cores of a weight "
+        "as one linear layer), xavier, tiny, identity. Default: as the structure says."
     )
     zero: str = _field(
         "What starts at zero, so that the update does: core, output (the factor U), input (the factor V), or none. "

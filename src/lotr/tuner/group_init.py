@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from ..math.init import CORE_INITS, DATA_INITS, INITS, WEIGHT_INITS, generator_for
+from ..sharing.blocks import Site
 from ..sharing.groups import Group
 from .config import LotrConfig
 from .experts import ExpertsWeight
@@ -52,6 +54,10 @@ def start_group(
         name: own(shape, draw(name)) if own else core.init(name, draw(name))
         for name, shape in core.shapes.items()
     }
+    if config.core_init == "kaiming":
+        beside = Counter(map(_strip, group.sites))
+        for site in group.sites:
+            numbers["C"][group.index[site]] /= beside[_strip(site)] ** 0.5
     if config.starts_at_zero:
         at_zero = {"output": U, "input": V}.get(config.zero)
         (numbers[str(core.zero)] if at_zero is None else at_zero).zero_()
@@ -59,6 +65,11 @@ def start_group(
         # a magnitude that divides by the update's norm sees its direction alone
         numbers[core.zero] *= _RANDOM
     return U, V, numbers
+
+
+def _strip(site: Site) -> tuple[str, int]:
+    """Return what the sites have in common whose cores add up to the same outputs, as a linear layer's inputs do."""
+    return site.module, site.column if site.transposed else site.row
 
 
 def _blocks(group: Group, modules: Mapping[str, nn.Module | ExpertsWeight]) -> list[Tensor]:

@@ -17,9 +17,7 @@ from torch import nn
 import dense_truth
 import lotr
 from conftest import bert, tokens
-from lotr import METHODS, CheckpointError, ConfigError, LotrConfig, PlanError
-from lotr.bank.layout import Layout
-from lotr.compression.sources import open_source
+from lotr import METHODS, ConfigError, LotrConfig, PlanError
 from lotr.errors import TrainingError
 from lotr.math.stacked_weight import StackUpdate
 from lotr.tuner.experts import LotrExperts
@@ -101,16 +99,15 @@ def test_gradients_are_those_of_the_dense_sum(make, implementation, monkeypatch)
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("implementation, n_dense", [("eager", 0), ("grouped_mm", 0), ("batched_mm", 4)])
-def test_no_dense_update_is_built_where_products_are_known(
-    make, implementation, n_dense, monkeypatch
-) -> None:
-    model, built = adapted(make), []
-    model.base_model.model.set_experts_implementation(implementation)
-    dense_update = StackUpdate.dense
-    monkeypatch.setattr(StackUpdate, "dense", lambda update: built.append(1) or dense_update(update))
-    outputs(model, INPUTS)
-    assert len(built) == n_dense
+@pytest.mark.parametrize("modes", [("layer",), ()], ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_dense_update_is_built(make, implementation, modes, monkeypatch) -> None:
+    model, plain = adapted(make, modes=modes), make()
+    for each in (model.base_model.model, plain):
+        each.set_experts_implementation(implementation)
+    expected = outputs(dense(model, plain, "lotr"), INPUTS)
+    monkeypatch.setattr(StackUpdate, "dense", lambda update: pytest.fail("a dense update was built"))
+    torch.testing.assert_close(outputs(model, INPUTS), expected)
 
 
 _NO_EXPERTS = {"dora", "bora", "map"}
@@ -403,17 +400,12 @@ def test_training_under_zero_3_is_refused() -> None:
     assert torch.equal(outputs(model, INPUTS), outputs(adapted(qwen), INPUTS))
 
 
-def test_mixed_batches_starts_from_data_and_banks_are_refused(tmp_path: Path) -> None:
+def test_mixed_batches_of_adapters_and_starts_from_data_are_refused() -> None:
     model = adapted(qwen, init_weights=True)
     with pytest.raises(ConfigError, match="experts see tokens, not rows"):
         outputs(model, INPUTS, adapter_names=["default"] * 4)
     with pytest.raises(ConfigError, match="their gradients are not watched"):
         lotr.init_from_data(model, [INPUTS])
-    model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ConfigError, match="A bank cannot hold tasks on experts"):
-        Layout.of(model.peft_config["default"].recorded_plan())
-    with pytest.raises(CheckpointError, match="which a bank cannot"):
-        open_source(tmp_path / "adapter")
 
 
 def test_a_model_without_experts_is_as_before() -> None:

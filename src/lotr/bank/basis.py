@@ -101,7 +101,7 @@ class Basis:
         name, expected = self.description.base_model, self.description.base_fingerprint
         try:
             for target in self.plan.targets:
-                model.get_submodule(target.path)
+                model.get_parameter(target.path) if target.experts else model.get_submodule(target.path)
         except AttributeError as error:
             raise CheckpointError(
                 f"The bank in {self.path} is for {name!r}, and this model has another structure: {error}."

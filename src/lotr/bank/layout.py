@@ -41,11 +41,6 @@ class Layout:
                 f"A bank cannot hold tasks with magnitude={plan.magnitude!r}, which rescales whole weights. Name an "
                 'adapter with magnitude="none".'
             )
-        if any(target.experts for target in plan.targets):
-            raise ConfigError(
-                "A bank cannot hold tasks on experts that one parameter holds: the experts see tokens, not rows of a "
-                "batch. Name an adapter of modules alone."
-            )
         shapes = file_shapes(plan, factors=False)
         if not shapes:
             raise ConfigError(

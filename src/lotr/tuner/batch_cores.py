@@ -47,21 +47,31 @@ class Rows:
     numbers: Mapping[str, Tensor]
     head: HeadRows | None = None
 
-    def core(
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return len(next(iter(self.numbers.values())))
+
+    def cores(
         self, part: Part, shared: Mapping[str, Tensor], dropout: float = 0.0
-    ) -> LinearMap:  # (m·rows, *n, b·r) -> (m·rows, *n, a·k)
-        """Return the map that multiplies each row of a batch by its own cores of a part; all share some numbers.
+    ) -> Tensor:  # (rows, a·k, b·r)
+        """Return the cores of a part for each row, side by side; all rows share some numbers.
 
         `dropout` is the rate of dropping components, the same ones in all rows.
         """
         core = part.group.core
         if core.by_site:
-            C = self.numbers[core_key(part)]  # (rows, a·k, b·r)
-        else:
-            keys = group_keys(part.group)
-            own = {name: self.numbers[keys[name]] for name in core.shapes if name not in shared}
-            own = dict(core.drop_components(own, dropout)) if dropout else own
-            C = torch.vmap(lambda one: part.lay(core.block({**one, **shared}, part.region)))(own)
+            return self.numbers[core_key(part)]
+        keys = group_keys(part.group)
+        own = {name: self.numbers[keys[name]] for name in core.shapes if name not in shared}
+        own = dict(core.drop_components(own, dropout)) if dropout else own
+        return torch.vmap(lambda one: part.lay(core.block({**one, **shared}, part.region)))(own)
+
+    def core(
+        self, part: Part, shared: Mapping[str, Tensor], dropout: float = 0.0
+    ) -> LinearMap:  # (m·rows, *n, b·r) -> (m·rows, *n, a·k)
+        """Return the map that multiplies each row of a batch by its own cores of a part; see `cores`."""
+        C = self.cores(part, shared, dropout)
         return lambda h: by_row(h, C.to(h.device))
 
     def biases(self, group: Group) -> dict[str, Tensor]:  # (rows, n) each

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..errors import TrainingError
+from ..errors import ConfigError, TrainingError
 from ..math.stacked_weight import StackedWeight, StackUpdate
-from ..math.update import FactoredUpdate, scaled
+from ..math.update import scaled
 from ..sharing.keys import BASIS
 from ..sharing.paths import normalise
+from .batch_cores import Rows
 from .weight import AdaptedWeight
 
 
@@ -43,8 +45,9 @@ class ExpertsWeight:
 class LotrExperts(nn.Module):
     """An experts module whose parameters have updates; each child holds those of the parameter of its name.
 
-    The module reads its parameters itself, so it runs with `W + ΔW` in their place: in factored form where the experts
-    of the parameter share factors, else as a sum that every forward pass computes.
+    The module reads its parameters itself, so it runs with `W + ΔW` in their place: in factored form, or under a
+    compiler as a sum. Where rows of the batch have tasks, it runs as if every expert was there once for each row: the
+    number by which the model sends a token to an expert tells its row too.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -52,10 +55,11 @@ class LotrExperts(nn.Module):
         self.base_layer = base_layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the output of the experts with the active adapters.
+        """Return the output of the experts with the active adapters, or with the task of each row.
 
         Raises:
             TrainingError: DeepSpeed has cut the parameters into parts.
+            ConfigError: Rows have tasks, and it cannot be told which token is whose.
         """
         parameters = self.base_layer.parameters(recurse=False)
         if torch.is_grad_enabled() and any(hasattr(parameter, "ds_id") for parameter in parameters):
@@ -64,13 +68,53 @@ class LotrExperts(nn.Module):
                 "before the backward pass needs them. Use ZeRO-2 or FSDP2, or leave the experts out with "
                 "exclude_modules."
             )
-        weights = {name: _adapted(weight) for name, weight in self.adapted_weights()}
-        changed = {name: W for name, W in weights.items() if W is not None}
-        return (
-            functional_call(self.base_layer, changed, args, kwargs)
-            if changed
-            else self.base_layer(*args, **kwargs)
-        )
+        weights = {name: weight for name, weight in self.adapted_weights() if _active(weight)}
+        rows = next((rows for weight in weights.values() if (rows := _rows(weight)) is not None), None)
+        if rows is not None:
+            return self._by_row(rows, weights, *args, **kwargs)
+        if not weights:
+            return self.base_layer(*args, **kwargs)
+        changed = {name: _adapted(weight) for name, weight in weights.items()}
+        if torch.compiler.is_compiling() or _is_wrapped(self.base_layer):
+            return functional_call(self.base_layer, changed, args, kwargs)
+        return _twin(self.base_layer, changed)(*args, **kwargs)
+
+    def _by_row(self, rows: Rows, weights: Mapping[str, AdaptedWeight], *args: Any, **kwargs: Any) -> Any:
+        """Run every token with the task of its row; the tokens are those of the rows, in order."""
+        base, n = self.base_layer, rows.count
+        experts = next(iter(weights.values())).experts
+        x, index, shares = args if len(args) == 3 and not kwargs else (None, None, None)
+        if not (
+            isinstance(index, Tensor)
+            and not index.dtype.is_floating_point
+            and (x.dim(), index.dim()) == (2, 2)
+            and len(x) == len(index)
+            and shares.shape == index.shape
+            and getattr(base, "num_experts", None) == experts
+            and not torch.compiler.is_compiling()
+            and not _is_wrapped(base)
+        ):
+            raise ConfigError(
+                f"Rows of a batch cannot have tasks of their own on the experts of {type(base).__name__}: it is not "
+                "called with tokens, the numbers of their experts and their shares, or it is compiled, or runs inside "
+                "a hook of accelerate. Run a batch for each task, or leave the experts out."
+            )
+        if len(x) % n:
+            raise ConfigError(
+                f"Every row of a batch needs a task: tasks are selected for {n} rows, and the experts see {len(x)} "
+                "tokens, which is no multiple. Name one task a row, None for the base model."
+            )
+        row = torch.arange(len(x), device=index.device) // (len(x) // n)
+        # a number beyond the experts says that a token has none
+        index = (index * n + row.unsqueeze(-1)).clamp_max(experts * n)
+        routed = index.flatten().sort().values
+        copies = {}
+        for name, parameter in base.named_parameters(recurse=False):
+            updates = _updates(weights[name], rows) if name in weights else ()
+            copies[name] = StackedWeight.of(parameter, updates, n, routed)
+        twin = _twin(base, copies)
+        twin.num_experts = experts * n  # type: ignore[assignment]
+        return twin(x, index, shares)
 
     def adapted_weights(self) -> Iterator[tuple[str, AdaptedWeight]]:
         """Yield name and updates of every adapted parameter."""
@@ -88,29 +132,67 @@ class LotrExperts(nn.Module):
         return self.base_layer
 
 
-def _adapted(weight: AdaptedWeight) -> Tensor | None:
-    """Return `W + ΔW` in the layout of the model, or `None` where the parameter is used as it is."""
+def _is_wrapped(module: nn.Module) -> bool:
+    """Whether something that knows the module itself runs in place of its class's forward pass."""
+    return "forward" in vars(module)
+
+
+def _twin(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
+    """Return a module that shares all with another but some parameters.
+
+    Put into the module itself, even for a moment, they would be seen by calls of other threads.
+    """
+    twin = copy.copy(module)
+    twin._parameters = {**module._parameters, **parameters}  # type: ignore[dict-item]
+    return twin
+
+
+def _active(weight: AdaptedWeight) -> list[str]:
+    """Return the adapters that a forward pass adds; with adapters disabled it unmerges, as PEFT's layers do."""
     if weight.disable_adapters:
         if weight.merged:
             weight.unmerge()
-        return None
-    active = [adapter for adapter in weight.active_adapters if adapter in weight.adapters]
-    if weight.merged or not active:
-        return None
+        return []
+    return [adapter for adapter in weight.active_adapters if adapter in weight.adapters and not weight.merged]
+
+
+def _rows(weight: AdaptedWeight) -> Rows | None:
+    """Return what each row of this call has of its own, where the weight has an adapter of a bank."""
+    for adapter in _active(weight):
+        of_bank = weight.adapters[adapter].parts[0][1].rows.get(adapter)
+        if of_bank is not None:
+            return of_bank.get()
+    return None
+
+
+def _adapted(weight: AdaptedWeight) -> Tensor:
+    """Return `W + ΔW` in the layout of the model."""
     W: Any = weight.get_base_layer().weight
-    updates = [update for adapter in active for update in weight.factored(adapter)]
-    grids = {update.grid for update in updates}
-    # a compiler and experts with factors of their own see the sum
-    if grids == {(weight.experts, 1)} and not torch.compiler.is_compiling():
-        return StackedWeight.of(W, [_stacked(weight, update) for update in updates])
-    for adapter in active:
+    if not torch.compiler.is_compiling():
+        return StackedWeight.of(W, _updates(weight))
+    for adapter in _active(weight):
         W = weight.plus(W, weight.delta(adapter))
     return W
 
 
-def _stacked(weight: AdaptedWeight, update: FactoredUpdate) -> StackUpdate:
-    cores = scaled(update.C, update.scaling).unflatten(0, (weight.experts, -1))
-    return StackUpdate(update.U, cores, update.V.T, weight.fan_in_fan_out)
+def _updates(weight: AdaptedWeight, rows: Rows | None = None) -> list[StackUpdate]:
+    """Return the updates of the active adapters; with rows, every expert has the core of each in a run."""
+    return [_update(weight, adapter, rows) for adapter in _active(weight)]
+
+
+def _update(weight: AdaptedWeight, adapter: str, rows: Rows | None) -> StackUpdate:
+    parts = weight.adapters[adapter].parts
+    own = sorted(zip(weight.factored(adapter), parts, strict=True), key=lambda pair: pair[0].first_row)
+    cores = []
+    for update, (part, group) in own:  # one for all experts, or one an expert
+        C = update.C if rows is None else rows.cores(part, group.shared_numbers(adapter)).to(update.C)
+        C = scaled(C, update.scaling).unflatten(-2, (update.grid[0], -1))  # (*rows, experts, k, r)
+        cores.append(C if rows is None else C.transpose(0, 1).flatten(0, 1))
+    first = own[0][0]
+    left, right = first.U, first.V.T
+    if len(own) > 1:
+        left, right = (torch.stack(own) for own in zip(*((u.U, u.V.T) for u, _ in own), strict=True))
+    return StackUpdate(left, torch.cat(cores), right, weight.fan_in_fan_out)
 
 
 def stacked_weights(model: nn.Module) -> dict[str, tuple[str, ExpertsWeight]]:

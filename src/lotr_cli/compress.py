@@ -37,7 +37,9 @@ class Options:
     max_bytes: str | None = _option(
         "Instead of a rank: bytes of factors, cores and heads, such as 20MB.", "none"
     )
-    modes: str = _option("Along what factors are shared: task, and also layer, projection.", default="task")
+    modes: str = _option(
+        "Along what factors are shared: task, and also layer, projection, expert.", default="task"
+    )
     core: str = _option("Cores of a task: free, or diagonal.", default="free")
     weights: str = _option(
         "relative: every adapter's relative error counts alike; absolute: as they are.", default="relative"

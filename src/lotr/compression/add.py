@@ -31,7 +31,10 @@ def add(
     places = find_adapters(adapters)
     with CoreBank.open(bank, writable=True) as opened:
         config, plan = opened.config, opened.plan
-        if config.core != "free" and (config.core != "cp" or len(plan.groups[0].modes) > 1):
+        known = {target.path: target.weight_shape for target in plan.targets}
+        if config.core != "free" and (
+            config.core != "cp" or any(len(group.modes) > 1 for group in plan.groups)
+        ):
             raise ConfigError(
                 f"The bank in {bank} has core={config.core!r}, on which an update has no closed form. Fit a new bank "
                 "with `lotr compress`."
@@ -39,7 +42,7 @@ def add(
         fit = read_json(opened.path / REPORT, "a report") if (opened.path / REPORT).is_file() else {}
         entries = []
         for name, path in places.items():
-            entry, source = read_entry(name, path, plan.shape_of, str(opened.base_model))
+            entry, source = read_entry(name, path, known, str(opened.base_model))
             check_same_base(source, fit.get("trained_on") or opened.base_model)
             check_fingerprint(opened.basis, path, source.folder.task)
             entries.append(entry)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import PurePath
 
 from torch import nn
@@ -15,13 +15,14 @@ from ..files.adapter_folder import CONFIG
 from ..sharing.plan import Plan
 from ..training.base_model import load_model, load_part, locate
 from ..tuner.config import LotrConfig
+from ..tuner.experts import is_plain_stack, stacked_weights
 from ..tuner.factors import set_ranks
 from ..tuner.names import linear_paths
 from ..tuner.targets import plan_adapter
 from .sources import Source
 
 #: Of a mode, `task` alone says that nothing else is shared.
-MODES = ("task", "layer", "projection")
+MODES = ("task", "layer", "projection", "expert")
 CORES = ("free", "diagonal")
 
 
@@ -59,33 +60,53 @@ def load_base(
     return locate(name)[1], load_model(name, kind, classes, dtype), told
 
 
-def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return path and shape `(out, in)` of every linear module."""
-    paths = linear_paths(model)
-    return plan_adapter(model, LotrConfig(r=1, modes=(), target_modules=paths), set(paths)).shape_of
+def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return path and shape `(out, in)` of every linear module, and `(experts, out, in)` of every stack of experts."""
+    stacks = {
+        path for path, (parent, stack) in stacked_weights(model).items() if parent and is_plain_stack(stack)
+    }
+    plan = _with_targets(LotrConfig(r=1, modes=()), model, set(linear_paths(model)), stacks)
+    return {target.path: target.weight_shape for target in plan.targets}
 
 
 def bank_config(
-    model: nn.Module, modules: Sequence[str], modes: Sequence[str], core: str, task_types: set[str | None]
+    model: nn.Module,
+    weights: Mapping[str, tuple[int, ...]],
+    modes: Sequence[str],
+    core: str,
+    task_types: set[str | None],
 ) -> LotrConfig:
-    """Return the configuration of a basis for some modules, at rank 1; `with_ranks` gives it its ranks."""
+    """Return the configuration of a basis for some weights, at rank 1; `with_ranks` gives it its ranks."""
     odd = [mode for mode in modes if mode not in MODES]
     if odd:
         raise ConfigError(f"modes={tuple(modes)!r} names {odd[0]!r}. Tasks share along: {', '.join(MODES)}.")
     if core not in CORES:
         raise ConfigError(f"core={core!r} is none. Use one of: {', '.join(CORES)}.")
     shared = tuple(mode for mode in modes if mode != "task")
-    if core == "diagonal" and len(shared) == 2:
+    if core == "diagonal" and {"layer", "projection"} <= set(shared):
         shared = ("site",)  # one diagonal a site: along two modes it would be a product
     config = LotrConfig(
         r=1,
         modes=shared,
         core="cp" if core == "diagonal" else "free",
-        target_modules=sorted(modules),
         task_type=next(iter(task_types)) if len(task_types) == 1 else None,
     )
-    config.targets = [target.to_dict() for target in plan_adapter(model, config, set(modules)).targets]
+    stacks = {path for path, shape in weights.items() if len(shape) == 3}
+    plan = _with_targets(config, model, weights.keys() - stacks, stacks)
+    if core == "diagonal" and any(len(group.modes) > 1 for group in plan.groups):
+        raise ConfigError(
+            f"core='diagonal' with modes={tuple(modes)!r} would make the diagonals of experts products of two. Use task, "
+            "or task,expert; or task,layer,projection, along which every expert has a diagonal of its own."
+        )
+    config.targets = [target.to_dict() for target in plan.targets]
     return config
+
+
+def _with_targets(config: LotrConfig, model: nn.Module, linear: Set[str], stacks: Set[str]) -> Plan:
+    """Name linear modules and stacks of experts in a configuration by their paths, and return its plan."""
+    config.target_modules = sorted(linear)  # type: ignore[assignment]
+    config.target_parameters = sorted(stacks) or None
+    return plan_adapter(model, config, linear | stacks)
 
 
 def with_ranks(config: LotrConfig, ranks: Mapping[str, int]) -> tuple[LotrConfig, Plan]:

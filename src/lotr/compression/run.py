@@ -18,8 +18,8 @@ from ..errors import ConfigError, Interrupted, near
 from ..files.atomic import check_apart, check_free, move_into, whole_folder, write_json
 from ..sharing.plan import Plan
 from ..tuner.config import LotrConfig
-from .base import CORES, bank_config, check_same_base, linear_shapes, load_base, with_ranks
-from .fit import GroupFit, Shape, error_of_all
+from .base import CORES, bank_config, check_same_base, load_base, weight_shapes, with_ranks
+from .fit import GroupFit, error_of_all
 from .passes import State, find_directions, run_sweeps
 from .ranks import Curve, checked_size, chosen_ranks, curves_of, ranks_for
 from .ray import cluster
@@ -63,7 +63,8 @@ def compress(
         max_error: Instead: the relative error to reach, in (0, 1); each group has the rank that this takes.
         max_bytes: Instead: most bytes of factors, cores and heads, a number or such as `"20MB"`; each group has the
             rank that this pays for.
-        modes: Along what factors are shared: `task`, and also `layer`, `projection`.
+        modes: Along what factors are shared: `task`, and also `layer`, `projection`, `expert`; experts share along
+            `expert` wherever layers share.
         core: `free`, or `diagonal`.
         weights: `relative`: the relative error of every adapter counts alike; `absolute`: updates count as they are; or
             a factor by name, on top of `relative`.
@@ -97,13 +98,13 @@ def compress(
     with whole_folder(output, overwrite) as folder:  # from the start: nobody else writes it meanwhile
         first = [open_source(path) for path in list(places.values())[:16]]
         name, model, trained_on = load_base(base, first)
-        shapes = linear_shapes(model)
+        shapes = weight_shapes(model)
         stack, task_types = _read(places, shapes, name, trained_on, weights, tick)
         named = None if isinstance(base, nn.Module) else base
         before = [] if evaluate is None else measure_adapters(evaluate, places, named, tick)
         changed = {module for entry in stack.entries for module in entry.energies}
-        modules = [module for module in shapes if module in changed]
-        config = bank_config(model, modules, modes, core, task_types)
+        adapted = {module: shape for module, shape in shapes.items() if module in changed}
+        config = bank_config(model, adapted, modes, core, task_types)
         config.base_model_name_or_path = name
         request = (stack.files(), size, config.to_dict(), weights, dtype, sweeps, tolerance)
         state = State(output, repr(request))
@@ -179,7 +180,7 @@ def _smallest(
 
 def _read(
     places: Mapping[str, Path],
-    known: Mapping[str, Shape],
+    known: Mapping[str, tuple[int, ...]],
     base: str | None,
     trained_on: str | None,
     weights: Any,

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..adapters.inspection import updates
@@ -22,7 +23,7 @@ from ..math.update import loras_of
 from ..sharing.keys import file_shapes
 from ..tuner.saved_adapter import read_saved
 
-#: Reads `A` `(q, in)` and `B` `(out, q)` of a module, with the scaling in `B`.
+#: Reads `A` `(*experts, q, in)` and `B` `(*experts, out, q)` of a module, with the scaling in `B`.
 Reader = Callable[[str], tuple[Tensor, Tensor]]
 _KINDS = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal-lm"}
 
@@ -32,7 +33,7 @@ class Source:
     """An adapter on disk, as low-rank updates of modules."""
 
     folder: AdapterFolder
-    shapes: dict[str, tuple[int, int]]  # path of a module → `(out, in)` of its update
+    shapes: dict[str, tuple[int, ...]]  # path of a module → `(*experts, out, in)` of its update
     reader: Callable[[], AbstractContextManager[Reader]]  # opens the file once, for many modules
     head: Callable[[], dict[str, Tensor]]  # reads what was trained in full, by its keys in an adapter's file
 
@@ -77,19 +78,18 @@ def _lotr_source(folder: AdapterFolder) -> Source:
         raise CheckpointError(
             f"{path} has lora_bias=True, and the bias is no part of its update. Leave it out, or train it without."
         )
-    if any(target.experts for target in saved.plan.targets):
-        raise CheckpointError(
-            f"{path} adapts experts that one parameter holds, which a bank cannot. Leave it out."
-        )
     planned = file_shapes(saved.plan, factors=True)
 
     @contextmanager
     def reader() -> Iterator[Reader]:
-        parts = {target.path: of_module for target, of_module in updates(saved, saved.tensors())}
+        parts = {target.path: (target, own) for target, own in updates(saved, saved.tensors())}
 
         def read(module: str) -> tuple[Tensor, Tensor]:
-            [lora] = loras_of([update for _, update in parts[module]], saved.plan.shape_of[module])
-            A, B = (matrix.float() for matrix in lora)
+            target, own = parts[module]
+            loras = loras_of([update for _, update in own], target.shape, target.experts)
+            A, B = (torch.stack(side).float() for side in zip(*loras, strict=True))
+            if not target.experts:
+                A, B = A[0], B[0]
             if not (A.isfinite().all() and B.isfinite().all()):
                 raise CheckpointError(f"The update of {module!r} in {path} is not finite. Train it again.")
             return A, B
@@ -100,7 +100,7 @@ def _lotr_source(folder: AdapterFolder) -> Source:
         return {key: tensor for key, tensor in folder.tensors().items() if key not in planned}
 
     _check_head(path, folder.shapes().keys() - planned.keys())
-    return Source(folder, saved.plan.shape_of, reader, head)
+    return Source(folder, {t.path: t.weight_shape for t in saved.plan.targets}, reader, head)
 
 
 def _check_head(path: Path, keys: set[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from .sources import Source, open_source
 
 Tick = Callable[[str, int, int], None]  # what is done, how many, of how many
 Spread = Callable[["Stack", Sequence[Group], str, Tick], Total]
-Pairs = dict[str, tuple[Tensor, Tensor]]  # `B` `(n, out, q)` and `A` `(n, q, in)` of some tasks, by module
+#: `B` `(n, out, q)` and `A` `(n, q, in)` of some tasks, by module and number of the expert.
+Pairs = dict[tuple[str, int | None], tuple[Tensor, Tensor]]
 BATCH = 32 << 20  # bytes of the updates that are worked on at once, in float32
 CACHE = 256 << 20  # bytes up to which the updates of all tasks are read once
 
@@ -43,18 +45,15 @@ class Entry:
         return (sum(lost.values()) / self.energy) ** 0.5 if self.energy else 0.0
 
 
-def read_entry(name: str, path: Path, known: Mapping[str, Shape], base: str | None) -> tuple[Entry, Source]:
-    """Read an adapter whole, and check it against the linear modules of the base model and their `(out, in)`."""
+def read_entry(
+    name: str, path: Path, known: Mapping[str, tuple[int, ...]], base: str | None
+) -> tuple[Entry, Source]:
+    """Read an adapter whole, and check it against the weights of the base model and their `(*experts, out, in)`."""
     source = open_source(path)
     for module, shape in source.shapes.items():
-        if module not in known and "experts" in module.split("."):
-            raise CheckpointError(
-                f"{path} adapts experts that one parameter of {module!r} holds, which a bank cannot: the experts see "
-                "tokens, not rows. Leave it out, or train it without target_parameters."
-            )
         if module not in known:
             raise CheckpointError(
-                f"{path} changes {module!r}, which is no linear module of the base model {base!r}. "
+                f"{path} changes {module!r}, which is no linear module and no stack of experts of the base model {base!r}. "
                 f"{near(module, known)} It was trained on {source.base_model!r} as {source.task_type}: name that model "
                 "with --base, and compress adapters of other models into banks of their own."
             )
@@ -68,8 +67,8 @@ def read_entry(name: str, path: Path, known: Mapping[str, Shape], base: str | No
     with source.reader() as read:
         for module in source.shapes:
             A, B = (matrix.double() for matrix in read(module))
-            energies[module] = max(float(((A @ A.T) * (B.T @ B)).sum()), 0.0)
-            rank = max(rank, len(A))
+            energies[module] = max(float(((A @ A.mT) * (B.mT @ B)).sum()), 0.0)
+            rank = max(rank, A.shape[-2])
     head_bytes = sum(tensor.numel() * tensor.element_size() for tensor in source.head().values())
     return Entry(name, path, energies, rank, source.folder.size, head_bytes), source
 
@@ -130,25 +129,35 @@ class Stack:
 
 def _read(entries: Sequence[Entry], groups: Sequence[Group]) -> Pairs:
     """Read the updates of some adapters at the modules of some groups; smaller ranks are filled up with zeros."""
-    shapes: dict[str, Shape] = {}  # of the part of each module that the groups cover
+    shapes: dict[tuple[str, int | None], Shape] = {}  # of the part of each matrix that the groups cover
     for site in (site for group in groups for site in group.sites):
-        out, width = shapes.get(site.module, (0, 0))
-        (o, i), row, column = site.shape, site.row, site.column
-        shapes[site.module] = max(out, row + o), max(width, column + i)
+        out, width = shapes.get((site.module, site.expert), (0, 0))
+        (o, i), (row, column) = site.shape, _corner(site)
+        shapes[site.module, site.expert] = max(out, row + o), max(width, column + i)
+    experts: dict[str, list[int | None]] = defaultdict(list)
+    for module, expert in shapes:
+        experts[module].append(expert)
     n, q = len(entries), max(entry.rank for entry in entries)
     pairs = {m: (torch.zeros(n, out, q), torch.zeros(n, q, i)) for m, (out, i) in shapes.items()}
     for t, entry in enumerate(entries):
         with open_source(entry.path).reader() as read:
-            for module in entry.energies.keys() & shapes.keys():
-                A, B = read(module)
-                (Bs, As), rank = pairs[module], len(A)
-                Bs[t, :, :rank], As[t, :rank] = B[: Bs.shape[1]], A[:, : As.shape[2]]
+            for module in entry.energies.keys() & experts.keys():
+                matrices = read(module)
+                for expert in experts[module]:
+                    A, B = matrices if expert is None else (side[expert] for side in matrices)
+                    (Bs, As), rank = pairs[module, expert], len(A)
+                    Bs[t, :, :rank], As[t, :rank] = B[: Bs.shape[1]], A[:, : As.shape[2]]
     return pairs
 
 
+def _corner(site: Site) -> tuple[int, int]:
+    """Return first row and column of a site in its matrix, which may be that of one expert."""
+    return site.row - (site.expert or 0) * site.shape[0], site.column
+
+
 def _at(site: Site, pairs: Pairs, weights: Tensor) -> tuple[Tensor, Tensor]:  # (n, o, q), (n, q, i)
-    (Bs, As), (o, i) = pairs[site.module], site.shape
-    B, A = Bs[:, site.row : site.row + o], As[:, :, site.column : site.column + i]
+    (Bs, As), (o, i), (row, column) = pairs[site.module, site.expert], site.shape, _corner(site)
+    B, A = Bs[:, row : row + o], As[:, :, column : column + i]
     return B.double() * weights, A.double()
 
 

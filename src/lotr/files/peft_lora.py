@@ -19,6 +19,8 @@ from .adapter_folder import CONFIG, AdapterFolder, opened, read_adapter
 #: `A` and `B` of a module; older PEFT had the adapter's name in the key, and not always the root in front.
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 _ROOT = "base_model.model."
+#: Parameters of experts in the order in which models have them: PEFT wraps one after the other, the last is outermost.
+_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 #: Starts of a LoRA that leave the base weight as it is; the others subtract something from it.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _CONVERT = "save_pretrained(…, path_initial_model_for_weight_conversion=…)"
@@ -26,7 +28,7 @@ _CONVERT = "save_pretrained(…, path_initial_model_for_weight_conversion=…)"
 
 @dataclass(frozen=True)
 class LoraFolder:
-    """A LoRA on disk, `ΔW = B A` a module, checked."""
+    """A LoRA on disk, `ΔW = B A` a module, checked. A parameter of experts counts as a module with many of them."""
 
     folder: AdapterFolder
 
@@ -36,7 +38,7 @@ class LoraFolder:
         sides: dict[str, dict[str, str]] = {}
         for key in self.tensors:
             if match := _KEY.fullmatch(key):
-                module = normalise(match["module"])
+                module = self._target(normalise(match["module"]))
                 if match["side"] in sides.setdefault(module, {}):
                     raise CheckpointError(
                         f"{self.folder.path} holds two LoRAs for {module!r}, {sides[module][match['side']]!r} and "
@@ -50,14 +52,52 @@ class LoraFolder:
             )
         return {module: (keys["A"], keys["B"]) for module, keys in sides.items()}
 
+    def _target(self, path: str) -> str:
+        """Return what matrices at a path change: the module, or the parameter of experts that PEFT wrapped there."""
+        module = path.replace(".base_layer", "")
+        named = (name.rpartition(".") for name in self.folder.config.get("target_parameters") or ())
+        at = {own for parent, _, own in named if not parent or f".{module}".endswith(f".{parent}")} - {
+            "weight"
+        }
+        if not at:
+            return path
+        depth = path.count(".base_layer")
+        if depth >= len(at) or (len(at) > 1 and not at <= set(_PARAMETERS)):
+            raise CheckpointError(
+                f"{self.folder.path} holds LoRAs for parameters of {module!r}, and it cannot be told which of "
+                f"{', '.join(sorted(at))} is whose. Train it on {', '.join(_PARAMETERS)} alone."
+            )
+        return f"{module}.{sorted(at, key=_PARAMETERS.index if len(at) > 1 else None)[-1 - depth]}"
+
+    def n_experts(self, path: str) -> int:
+        """Return how many experts a parameter of them holds, `0` for a module."""
+        key = self.keys[path][0]
+        module = re.sub(r"\.lora_A.*|^" + re.escape(_ROOT), "", key)
+        if path == normalise(module):
+            return 0
+        rows, rank = self.tensors[key][0], self._in_pattern("rank_pattern", "r", path)
+        if type(rank) is not int or rank < 1 or rows % rank:
+            raise CheckpointError(
+                f"{self.folder.path} holds {rows} rows for the experts of {path!r}, and {CONFIG} tells rank {rank!r}, "
+                "of which that is no multiple. They are of different adapters."
+            )
+        return int(rows // rank)
+
+    def _in_pattern(self, patterns: str, default: str, path: str) -> Any:
+        """Return a value that PEFT has for a module: that of the first pattern that matches, or the default."""
+        config = self.folder.config
+        of_names = (config.get(patterns) or {}).items()
+        own = (value for name, value in of_names if re.match(rf"(.*\.)?({name})$", path))
+        return next(own, config.get(default))
+
     @cached_property
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Key and shape of every tensor in the file."""
         return self.folder.shapes()
 
     @cached_property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Path of a module → shape `(out, in)` of its update; refuses what are no two matrices of one rank."""
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Path of a module → shape `(*experts, out, in)` of its update; refuses what are no two matrices of one rank."""
         shapes = {}
         for module, (key_A, key_B) in self.keys.items():
             A, B = self.tensors[key_A], self.tensors[key_B]
@@ -66,7 +106,8 @@ class LoraFolder:
                     f"{self.folder.path} holds a LoRA of shapes {A} and {B} for {module!r}, which is not that of a "
                     "linear module. Leave such modules out when you train it."
                 )
-            shapes[module] = (B[0], A[1])
+            experts = self.n_experts(module)
+            shapes[module] = (experts, B[0], A[1]) if experts else (B[0], A[1])
         return shapes
 
     @cached_property
@@ -79,13 +120,10 @@ class LoraFolder:
 
     def scaling(self, module: str, rank: int) -> float:
         """Return what PEFT multiplies `B A` by: `alpha / r`, or `alpha / √r`."""
-        config = self.folder.config
-        patterns = config.get("alpha_pattern") or {}
-        alphas = (alpha for name, alpha in patterns.items() if re.match(rf"(.*\.)?({name})$", module))
-        alpha: float = next(alphas, config["lora_alpha"])
-        return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        alpha: float = self._in_pattern("alpha_pattern", "lora_alpha", module)
+        return alpha / (rank**0.5 if self.folder.config.get("use_rslora") else rank)
 
-    def matrices(self, module: str) -> tuple[Tensor, Tensor]:  # (q, in), (out, q)
+    def matrices(self, module: str) -> tuple[Tensor, Tensor]:  # (*experts, q, in), (*experts, out, q)
         """Read `A` and `B` of a module in float32, with the scaling in `B`; see `reader` for many modules."""
         with self.reader() as read:
             return read(module)
@@ -102,7 +140,10 @@ class LoraFolder:
                     raise CheckpointError(
                         f"The LoRA of {module!r} in {self.folder.path} is not finite. Train it again."
                     )
-                return A, B * self.scaling(module, len(A))
+                experts = self.n_experts(module)
+                if experts:  # the `A` are below each other, and the columns of the `B` in turn
+                    A, B = A.unflatten(0, (experts, -1)), B.unflatten(1, (-1, experts)).permute(2, 0, 1)
+                return A, B * self.scaling(module, A.shape[-2])
 
             yield read
 

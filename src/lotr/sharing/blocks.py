@@ -53,6 +53,12 @@ class Target:
     bias: bool = False
 
     @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape `(out, in)`, or `(experts, out, in)` where one parameter holds experts."""
+        out, width = self.shape
+        return (self.experts, out // self.experts, width) if self.experts else self.shape
+
+    @property
     def lora_per_rank(self) -> int:
         """Numbers that plain LoRA has here at rank 1: `in + out`, of every expert."""
         out, width = self.shape

@@ -76,7 +76,7 @@ def plan(model: nn.Module, config: LotrConfig) -> Plan:
 def plan_adapter(model: nn.Module, config: LotrConfig, only: Collection[str] | None = None) -> Plan:
     """Return the plan of an adapter that is about to be made, and fill in what basis and model add to `config`.
 
-    `only` are the paths of a state dict, to adapt instead of what the configuration matches. Raises as `plan` does.
+    `only` are paths to adapt instead of what the configuration matches. Raises as `plan` does.
     """
     if config.basis is not None and config.basis_hash is None:  # one that was made has its structure already
         resolve_basis(config)
@@ -86,8 +86,8 @@ def plan_adapter(model: nn.Module, config: LotrConfig, only: Collection[str] | N
     if only is None:
         check_names(model, config)
     targets = _find_targets(model, config, only)
-    if only is None and config.target_parameters:
-        targets = _in_model_order(model, targets + _find_experts(model, config))
+    if config.target_parameters:
+        targets = _in_model_order(model, targets + _find_experts(model, config, only))
     if only is None and config.target_modules != DUMMY_TARGET_MODULES:
         if not targets:
             raise PlanError(_nothing_left(config))
@@ -171,8 +171,8 @@ def _target(model: nn.Module, path: str, module: nn.Module, config: LotrConfig) 
     )
 
 
-def _find_experts(model: nn.Module, config: LotrConfig) -> list[Target]:
-    """Return the parameters of experts that a configuration matches, as `target_modules` would match their paths.
+def _find_experts(model: nn.Module, config: LotrConfig, only: Collection[str] | None) -> list[Target]:
+    """Return the parameters of experts that a configuration matches as `target_modules`, or those of some paths.
 
     Raises:
         PlanError: The experts are quantised or offloaded, or stand at the root of the model.
@@ -182,7 +182,7 @@ def _find_experts(model: nn.Module, config: LotrConfig) -> list[Target]:
     probe.target_modules = config.target_parameters
     targets = []
     for path, (module_path, stack) in stacked_weights(model).items():
-        match = check_target_module_exists(probe, path)
+        match = check_target_module_exists(probe, path) if only is None else path in only
         if not match or isinstance(match, _ExcludedModule):
             continue
         if not module_path or not is_plain_stack(stack):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,14 +172,27 @@ def test_what_cannot_be_compressed_is_refused_by_name(damage: str, tmp_path: Pat
     assert sorted(tmp_path.iterdir()) == before  # nothing half-written
 
 
-def test_experts_in_one_parameter_are_refused_by_name(tmp_path: Path) -> None:
+def test_experts_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    lora(tmp_path / "a", 0, qwen, r=2, target_modules=["q_proj"], target_parameters=parameters)
-    with pytest.raises(
-        CheckpointError, match=r"a adapts experts that one parameter of .*mlp.experts.*Leave it out"
+    fields = {"target_modules": ["q_proj"], "target_parameters": parameters}
+    lora(tmp_path / "other", 0, partial(qwen, num_experts=8), r=2, **fields)
+    lora(tmp_path / "rank", 0, qwen, r=2, **fields)
+    config = tmp_path / "rank" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 2', '"r": 3'))
+    lora(tmp_path / "diagonal", 0, qwen, r=2, **fields)
+    for name, more, error, message in (
+        ("other", {}, CheckpointError, r"shape \(8, 24, 16\) at .*gate_up_proj.* has \(4, 24, 16\)"),
+        ("rank", {}, CheckpointError, "holds 8 rows for the experts .*tells rank 3"),
+        (
+            "diagonal",
+            {"core": "diagonal", "modes": ["task", "layer"]},
+            ConfigError,
+            "products of two.*task,expert",
+        ),
     ):
-        lotr.compress([tmp_path / "a"], tmp_path / "bank", qwen())
-    assert not (tmp_path / "bank").exists()
+        with pytest.raises(error, match=message):
+            lotr.compress([tmp_path / name], tmp_path / "bank", qwen(), **more)
+        assert not (tmp_path / "bank").exists()
 
 
 def test_settings_without_meaning_are_refused(tmp_path: Path) -> None:

@@ -79,8 +79,8 @@ def inspected(adapter: str, inspection: Inspection, picture: Path) -> Report:
     """Show what is inside an adapter."""
     header = ("group", "sites", "block", "rank", "factors", "cores")
     groups = [tuple(group[name] for name in header) for group in inspection.groups]
-    split = any(site.head is not None for site in inspection.sites)
-    place = ("layer", "projection", *(("head",) if split else ()))
+    split = [n for n in ("head", "expert") if any(getattr(s, n) is not None for s in inspection.sites)]
+    place = ("layer", "projection", *split)
     values = [[getattr(site, name) for name in (*place, "norm", "rank")] for site in inspection.sites]
     rows = [["" if value is None else value for value in row] for row in values]
     names = (*place, "‖ΔW‖", "effective rank")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,9 @@ from ..errors import CheckpointError
 from ..files.adapter_folder import read_adapter
 from ..files.peft_lora import LoraFolder, read_lora
 from ..math.update import FactoredUpdate, one_by_one
-from ..sharing.blocks import Target
-from ..sharing.groups import Part
+from ..sharing.blocks import Site, Target
+from ..sharing.groups import Group, Part
 from ..sharing.keys import core_key, file_shapes, group_keys
-from ..sharing.paths import coordinates
 from ..sharing.plan import Plan
 from ..tuner.config import LotrConfig
 from ..tuner.saved_adapter import SavedAdapter, read_saved
@@ -36,6 +36,7 @@ class SiteReport:
     layer: str
     projection: str
     head: int | None
+    expert: int | None
     norm: float
     rank: float
 
@@ -106,11 +107,7 @@ def inspect(adapter: str | Path) -> Inspection:
         R_U, R_V = (torch.linalg.qr(factor.double()).R for factor in (update.U, update.V))
         cores = one_by_one(update.C.double(), update.grid)
         for site, C in zip(part.sites, cores, strict=True):
-            small = update.scaling * (R_U @ C @ R_V.T)
-            norm, rank = float(torch.linalg.norm(small)), effective_rank(small)
-            sites.append(
-                SiteReport(site.module, part.group.name, site.layer, site.projection, site.head, norm, rank)
-            )
+            sites.append(_report(site, part.group, update.scaling * (R_U @ C @ R_V.T)))
     head = sum(tensors[key].numel() for key in tensors.keys() - file_shapes(plan).keys())
     basis = plan.n_factors if saved.config.refers_to_basis else 0
     numbers = plan.n_factors + plan.n_cores + plan.n_magnitudes - basis
@@ -118,21 +115,35 @@ def inspect(adapter: str | Path) -> Inspection:
 
 
 def _inspect_lora(lora: LoraFolder) -> Inspection:
-    sites, ranks = [], {}
-    places = coordinates(list(lora.shapes))
+    targets, triangles = [], {}
     with lora.reader() as read:
-        for module, (layer, projection) in places.items():
-            A, B = read(module)
-            small = torch.linalg.qr(B.double()).R @ torch.linalg.qr(A.T.double()).R.T
-            norm, ranks[module] = float(torch.linalg.norm(small)), len(A)
-            sites.append(SiteReport(module, module, layer, projection, None, norm, effective_rank(small)))
-    targets = [Target(path, shape, (ranks[path],) * 2) for path, shape in lora.shapes.items()]
-    config = LotrConfig(method="lora", r=max(ranks.values()), target_modules=sorted(ranks))
+        for module, (*experts, out, width) in lora.shapes.items():
+            A, B = (matrix.double() for matrix in read(module))
+            triangles[module] = torch.linalg.qr(B).R @ torch.linalg.qr(A.mT).R.mT
+            n, rank = math.prod(experts), A.shape[-2]
+            targets.append(Target(module, (n * out, width), (rank, rank), experts=n if experts else 0))
+    config = LotrConfig(method="lora", r=max(target.rank[0] for target in targets))
+    config.target_modules = sorted(target.path for target in targets if not target.experts)  # type: ignore[assignment]
+    config.target_parameters = sorted(target.path for target in targets if target.experts) or None
     config.targets = [target.to_dict() for target in targets]
     plan = config.plan_for(targets)
+    sites = [
+        _report(
+            site,
+            group,
+            triangles[site.module] if site.expert is None else triangles[site.module][site.expert],
+        )
+        for group in plan.groups
+        for site in group.sites
+    ]
     head = sum(tensor.numel() for tensor in lora.head().values())
-    sites = [replace(site, group=plan.parts[site.module][0].group.name) for site in sites]
     return Inspection(config, _groups(plan), sites, plan.n_parameters, 0, head, lora.folder.size)
+
+
+def _report(site: Site, group: Group, small: Tensor) -> SiteReport:  # (k, r), with the norm of the update
+    norm = float(torch.linalg.norm(small))
+    coordinates = site.layer, site.projection, site.head, site.expert
+    return SiteReport(site.module, group.name, *coordinates, norm, effective_rank(small))
 
 
 def _groups(plan: Plan) -> list[dict[str, Any]]:

@@ -95,8 +95,8 @@ def bank_config(
     plan = _with_targets(config, model, weights.keys() - stacks, stacks)
     if core == "diagonal" and any(len(group.modes) > 1 for group in plan.groups):
         raise ConfigError(
-            f"core='diagonal' with modes={tuple(modes)!r} would make the diagonals of experts products of two. Use task, "
-            "or task,expert; or task,layer,projection, along which every expert has a diagonal of its own."
+            f"core='diagonal' with modes={tuple(modes)!r} would make the diagonals of experts products of two. Use "
+            "task, or task,expert; or task,layer,projection, along which every expert has a diagonal of its own."
         )
     config.targets = [target.to_dict() for target in plan.targets]
     return config

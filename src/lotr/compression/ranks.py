@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import heapq
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..bank.cache import in_bytes
@@ -25,6 +27,7 @@ class Curve:
     factor_bytes: int  # of the factors, a unit of rank
     core_bytes: int  # of the cores of all tasks at rank 1
     diagonal: bool = False  # such cores grow with the rank, and not with its square
+    module: str = ""  # the first that has the group; groups that meet in one have one rank
 
     @property
     def most(self) -> int:
@@ -68,8 +71,32 @@ def chosen_ranks(
 ) -> dict[str, int]:
     """Return the ranks that reach a relative error with few bytes, or that bytes pay for with little error.
 
-    Every group begins at rank 1; the next unit of rank goes to the group where it keeps most energy a byte.
+    Every group begins at rank 1; the next unit of rank goes to the group where it keeps most energy a byte. Groups
+    that meet in a module, as experts with factors of their own do, go together.
     """
+    members: dict[str, list[str]] = defaultdict(list)
+    for name, curve in curves.items():
+        members[curve.module or name].append(name)
+    together = _ranks(
+        {key: _sum([curves[name] for name in own]) for key, own in members.items()}, max_error, max_bytes
+    )
+    return {name: together[curve.module or name] for name, curve in curves.items()}
+
+
+def _sum(curves: Sequence[Curve]) -> Curve:
+    """Return what rank buys in groups that have one rank."""
+    most = max(len(curve.kept) for curve in curves)
+    kept = [[curve.at(n + 1) for n in range(most)] for curve in curves]
+    return Curve(
+        sum(curve.energy for curve in curves),
+        torch.tensor(kept, dtype=torch.float64).sum(0),
+        sum(curve.factor_bytes for curve in curves),
+        sum(curve.core_bytes for curve in curves),
+        curves[0].diagonal,
+    )
+
+
+def _ranks(curves: Mapping[str, Curve], max_error: float | None, max_bytes: int | None) -> dict[str, int]:
     ranks = dict.fromkeys(curves, 1)
     total = sum(curve.energy for curve in curves.values())
     left, size = total - sum(curve.at(1) for curve in curves.values()), bytes_of(curves, ranks)
@@ -104,7 +131,8 @@ def curves_of(
         f = fits[group.name]
         kept = kept_at_least(f)[: min(group.shape)] if is_diagonal else f.kept
         cores = width * tasks * len(group.sites)
-        curves[group.name] = Curve(f.energy, kept, width * sum(group.shape), cores, is_diagonal)
+        module = group.sites[0].module
+        curves[group.name] = Curve(f.energy, kept, width * sum(group.shape), cores, is_diagonal, module)
     return curves
 
 

@@ -53,7 +53,7 @@ def read_entry(
     for module, shape in source.shapes.items():
         if module not in known:
             raise CheckpointError(
-                f"{path} changes {module!r}, which is no linear module and no stack of experts of the base model {base!r}. "
+                f"{path} changes {module!r}, which is no linear module of the base model {base!r}, nor a stack of experts. "
                 f"{near(module, known)} It was trained on {source.base_model!r} as {source.task_type}: name that model "
                 "with --base, and compress adapters of other models into banks of their own."
             )

@@ -97,7 +97,7 @@ class LoraFolder:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Path of a module → shape `(*experts, out, in)` of its update; refuses what are no two matrices of one rank."""
+        """Path of a module → shape `(*experts, out, in)` of its update; refuses what is no product of two matrices."""
         shapes = {}
         for module, (key_A, key_B) in self.keys.items():
             A, B = self.tensors[key_A], self.tensors[key_B]

@@ -123,7 +123,7 @@ def _inspect_lora(lora: LoraFolder) -> Inspection:
             n, rank = math.prod(experts), A.shape[-2]
             targets.append(Target(module, (n * out, width), (rank, rank), experts=n if experts else 0))
     config = LotrConfig(method="lora", r=max(target.rank[0] for target in targets))
-    config.target_modules = sorted(target.path for target in targets if not target.experts)  # type: ignore[assignment]
+    config.target_modules = sorted(target.path for target in targets if not target.experts)
     config.target_parameters = sorted(target.path for target in targets if target.experts) or None
     config.targets = [target.to_dict() for target in targets]
     plan = config.plan_for(targets)

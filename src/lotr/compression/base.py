@@ -104,7 +104,7 @@ def bank_config(
 
 def _with_targets(config: LotrConfig, model: nn.Module, linear: Set[str], stacks: Set[str]) -> Plan:
     """Name linear modules and stacks of experts in a configuration by their paths, and return its plan."""
-    config.target_modules = sorted(linear)  # type: ignore[assignment]
+    config.target_modules = sorted(linear)
     config.target_parameters = sorted(stacks) or None
     return plan_adapter(model, config, linear | stacks)
 

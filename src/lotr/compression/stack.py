@@ -53,15 +53,15 @@ def read_entry(
     for module, shape in source.shapes.items():
         if module not in known:
             raise CheckpointError(
-                f"{path} changes {module!r}, which is no linear module of the base model {base!r}, nor a stack of experts. "
-                f"{near(module, known)} It was trained on {source.base_model!r} as {source.task_type}: name that model "
-                "with --base, and compress adapters of other models into banks of their own."
+                f"{path} changes {module!r}, which is no linear module of the base model {base!r}, nor a stack of "
+                f"experts. {near(module, known)} It was trained on {source.base_model!r} as {source.task_type}: name "
+                "that model with --base, and compress adapters of other models into banks of their own."
             )
         if shape != known[module]:
             raise CheckpointError(
                 f"{path} changes a weight of shape {shape} at {module!r}, and that of the base model {base!r} has "
-                f"{known[module]}: it was trained on another one, {source.base_model!r}. Leave it out, or name that "
-                "model with --base."
+                f"{known[module]}: it was trained on another one, {source.base_model!r}. Leave it out, or name "
+                "that model with --base."
             )
     energies, rank = {}, 1
     with source.reader() as read:

@@ -98,7 +98,7 @@ class LoraFolder:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Path of a module → shape `(*experts, out, in)` of its update; refuses what is no product of two matrices."""
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for module, (key_A, key_B) in self.keys.items():
             A, B = self.tensors[key_A], self.tensors[key_B]
             if len(A) != 2 or len(B) != 2 or A[0] != B[1]:

@@ -83,7 +83,8 @@ class LotrExperts(nn.Module):
         """Run every token with the task of its row; the tokens are those of the rows, in order."""
         base, n = self.base_layer, rows.count
         experts = next(iter(weights.values())).experts
-        x, index, shares = args if len(args) == 3 and not kwargs else (None, None, None)
+        called: Any = args if len(args) == 3 and not kwargs else (None, None, None)
+        x, index, shares = called
         if not (
             isinstance(index, Tensor)
             and not index.dtype.is_floating_point

@@ -1,0 +1,258 @@
+"""Banks on experts that one parameter holds: the tokens of every row meet the cores of its own task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+import lotr
+from commands import report as run
+from conftest import tokens
+from loras import assert_answers, dense, lora
+from lotr import ConfigError, CoreBank, LotrConfig, Task
+from lotr.compression.add import add
+from lotr.sharing.keys import without_adapter
+from lotr.tuner.experts import LotrExperts
+from moe_models import EXPERTS, deepseek, gpt_oss, mixtral, qwen
+
+MODELS = [mixtral, qwen, gpt_oss, deepseek]
+MASK = torch.ones(4, 7, dtype=torch.long)
+MASK[0, :3] = MASK[2, :1] = 0  # rows of unequal length
+INPUTS = {"input_ids": tokens(4, 7), "attention_mask": MASK}
+
+
+def bank(folder: Path, make: Callable[[], nn.Module], tasks: int = 3, **fields: Any) -> CoreBank:
+    config = LotrConfig(**{"r": 3, "scaling": 2.0, "target_parameters": EXPERTS, **fields})
+    get_peft_model(make(), config).save_pretrained(folder / "basis")
+    made = CoreBank.create(folder / "bank", folder / "basis", dtype="float32")
+    for n in range(tasks):
+        numbers = torch.randn(made.layout.size, generator=torch.Generator().manual_seed(n))
+        made.add(Task(f"t{n}", numbers))
+        made.export(f"t{n}", folder / f"t{n}", as_lora=True)
+    return made
+
+
+def alone(folder: Path, make: Callable[[], nn.Module], task: str | None) -> nn.Module:
+    """Return a plain model whose weights PEFT has merged a task's LoRA into."""
+    return (
+        make() if task is None else PeftModel.from_pretrained(make(), folder / task).merge_and_unload().eval()
+    )
+
+
+def logits(model: nn.Module, inputs: dict[str, Tensor], **more: Any) -> Tensor:
+    with torch.no_grad():
+        output: Tensor = model(**inputs, **more).logits
+    return output
+
+
+@pytest.mark.parametrize("fields", [{}, {"modes": (), "target_modules": "all-linear", "target_parameters": None}],
+                         ids=["shared factors", "factors of each expert"])  # fmt: skip
+@pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
+def test_every_row_of_a_mixed_batch_is_the_task_alone_merged_by_peft(make, fields, tmp_path: Path) -> None:
+    names = ["t1", None, "t0", "t1"]
+    with bank(tmp_path, make, **fields) as made:
+        for implementation in ("eager", "grouped_mm", "batched_mm"):
+            base = make()
+            base.set_experts_implementation(implementation)
+            mixed = logits(made.wrap(base), INPUTS, task_ids=names)
+            for n, name in enumerate(names):
+                row = {key: value[n : n + 1] for key, value in INPUTS.items()}
+                own, seen = logits(alone(tmp_path, make, name), row), MASK[n].bool()
+                torch.testing.assert_close(mixed[n, seen], own[0, seen], atol=1e-5, rtol=1e-5)
+                moved = (own - logits(make(), row))[0, seen].abs().max()
+                assert (moved > 1e-2) == (name is not None)
+
+
+def test_numbers_of_experts_stay_exact_where_float32_would_not_count_them(tmp_path: Path) -> None:
+    """64 experts for 64 rows: transformers counts tokens by a histogram in float32."""
+
+    def make() -> nn.Module:
+        return qwen(num_experts=64, num_hidden_layers=1)
+
+    names = [None if n % 4 == 3 else f"t{n % 4}" for n in range(64)]
+    inputs = {"input_ids": tokens(64, 3)}
+    with bank(tmp_path, make) as made:
+        results = []
+        for implementation in ("eager", "grouped_mm"):
+            base = make()
+            base.set_experts_implementation(implementation)
+            results.append(logits(made.wrap(base), inputs, task_ids=names))
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+    expected = logits(alone(tmp_path, make, "t2"), inputs)[2::4]
+    torch.testing.assert_close(results[1][2::4], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generated_text_is_that_of_each_task_alone(beams: int, tmp_path: Path) -> None:
+    names = ["t1", None, "t0", "t2"]
+    how = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
+    with bank(tmp_path, mixtral) as made:
+        mixed = made.wrap(mixtral()).generate(**INPUTS, task_ids=names, **how)
+    for n, name in enumerate(names):
+        row = {key: value[n : n + 1] for key, value in INPUTS.items()}
+        own = alone(tmp_path, mixtral, name).generate(**row, **how)
+        assert torch.equal(mixed[n, : own.shape[1]], own[0])
+
+
+def test_threads_do_not_see_each_other_s_tasks(tmp_path: Path) -> None:
+    names = [None, "t0", "t1", "t2"]
+    with bank(tmp_path, qwen) as made:
+        model = made.wrap(qwen())
+        expected = {name: logits(model, INPUTS, task_ids=[name] * 4) for name in names}
+        with ThreadPoolExecutor(4) as pool:
+            results = pool.map(lambda name: (name, logits(model, INPUTS, task_ids=[name] * 4)), names * 10)
+            for name, result in results:
+                torch.testing.assert_close(result, expected[name], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("make", [mixtral, gpt_oss], ids=lambda make: make.__name__)
+def test_gradients_of_a_task_in_a_mixed_batch_are_those_of_its_adapter_alone(
+    make, checkpointing, tmp_path: Path
+) -> None:
+    with bank(tmp_path, make) as made:
+        model = made.wrap(make()).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        tasks = [model.tasks.load(made.get(f"t{n}")) for n in range(3)]
+        for task in tasks:
+            task.numbers.requires_grad_()
+        with model.tasks.use([tasks[n] for n in (0, 1, 0, 2)]):
+            model(**INPUTS).logits[MASK.bool()].square().sum().backward()
+        made.export("t0", tmp_path / "own")
+        own = PeftModel.from_pretrained(make(), tmp_path / "own", is_trainable=True).train()
+        rows = {key: value[::2] for key, value in INPUTS.items()}
+        own(**rows).logits[MASK[::2].bool()].square().sum().backward()
+        grads = {
+            without_adapter(name, "default"): p.grad
+            for name, p in own.named_parameters()
+            if p.grad is not None
+        }
+        expected = made.layout.flatten(grads)
+    assert expected.abs().max() > 1e-2
+    torch.testing.assert_close(tasks[0].numbers.grad, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_numbers_that_are_not_finite_reach_no_other_row(tmp_path: Path) -> None:
+    for implementation in ("eager", "grouped_mm", "batched_mm"):
+        with bank(tmp_path / implementation, qwen) as made:
+            base = qwen()
+            base.set_experts_implementation(implementation)
+            model = made.wrap(base)
+            nan = model.tasks.load(made.get("t0"))
+            nan.numbers.fill_(float("nan"))
+            [fine] = model.tasks.find(["t1"])
+            with model.tasks.use([fine, nan, None, nan]):
+                mixed = logits(model, INPUTS)
+            expected = logits(model, INPUTS, task_ids=["t1", None, None, None])
+            torch.testing.assert_close(mixed[::2], expected[::2], atol=1e-6, rtol=1e-6)
+            assert mixed[1].isnan().all()
+
+
+def test_where_it_cannot_be_told_whose_a_token_is_nothing_is_answered(tmp_path: Path) -> None:
+    with bank(tmp_path, mixtral) as made:
+        model = made.wrap(mixtral())
+        with model.tasks.select(["t0", "t1", None]), pytest.raises(ConfigError, match="no multiple"):
+            logits(model, INPUTS)
+        experts = [module for module in model.modules() if isinstance(module, LotrExperts)]
+        x = torch.randn(4, 2, 16)
+        with model.tasks.select(["t0", "t1"]):
+            for args in ((x, torch.zeros(4, 2).long(), torch.ones(4, 2)), (x[:, 0],)):
+                with pytest.raises(
+                    ConfigError, match="the experts of MixtralExperts: it is not called with tokens"
+                ):
+                    experts[0](*args)
+        experts[0].base_layer.num_experts = 3  # another contract than this one
+        with pytest.raises(ConfigError, match="cannot have tasks of their own on the experts"):
+            logits(model, INPUTS, task_ids=["t0", None, "t1", "t0"])
+
+
+# ---- from LoRAs
+
+
+def two_loras(folder: Path, make: Callable[[], nn.Module], **fields: Any) -> list[Path]:
+    asked: Any = {
+        "r": 1,
+        "target_modules": ["q_proj"],
+        "target_parameters": EXPERTS,
+        "task_type": "CAUSAL_LM",
+    }
+    for n in range(2):
+        lora(folder / f"task-{n}", n, make, **(asked | fields))
+    return [folder / f"task-{n}" for n in range(2)]
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # which do match
+@pytest.mark.parametrize("core", ["free", "diagonal"])
+@pytest.mark.parametrize("modes", [("task",), ("task", "expert")], ids=str)
+@pytest.mark.parametrize("make", MODELS[:3], ids=lambda make: make.__name__)
+def test_loras_on_experts_become_a_bank_and_loras_again(make, modes, core, tmp_path: Path) -> None:
+    folders = two_loras(tmp_path, make, rank_pattern={"experts.down_proj": 2}, use_rslora=True)
+    if modes == ("task", "expert"):  # 8 updates of rank 1 in a block 12 wide
+        folders = two_loras(tmp_path, make)
+    report = lotr.compress(
+        folders, tmp_path / "bank", make(), rank=12, modes=modes, core=core, dtype="float32"
+    )
+    assert report.error < 1e-5
+    groups = {
+        group["group"].partition("_")[0]: group["sites"]
+        for group in report.groups
+        if "16x12" in group["group"]
+    }
+    assert set(groups.values()) == ({4} if "expert" in modes else {1})
+    assert_answers(tmp_path / "bank", "task-1", folders[1], make)
+    with CoreBank.open(tmp_path / "bank") as made:
+        made.export("task-0", tmp_path / "out", as_lora=True)
+    again = PeftModel.from_pretrained(make(), tmp_path / "out").eval()
+    expected = logits(PeftModel.from_pretrained(make(), folders[0]).eval(), INPUTS)
+    torch.testing.assert_close(
+        logits(again, INPUTS)[MASK.bool()], expected[MASK.bool()], atol=1e-4, rtol=1e-4
+    )
+
+
+def test_an_adapter_of_this_library_and_a_later_lora_join_a_bank_on_experts(tmp_path: Path) -> None:
+    folders = two_loras(tmp_path, qwen)
+    config = LotrConfig(r=2, modes=("expert",), target_parameters=EXPERTS, init_weights=False)
+    get_peft_model(qwen(), config).save_pretrained(tmp_path / "own")
+    modes = ("task", "expert")
+    lotr.compress(
+        [*folders, tmp_path / "own"], tmp_path / "bank", qwen(), rank=12, modes=modes, dtype="float32"
+    )
+    assert_answers(tmp_path / "bank", "own", tmp_path / "own", qwen)
+    lotr.compress([folders[0], tmp_path / "own"], tmp_path / "later", qwen(), rank=12, dtype="float32")
+    report = add(tmp_path / "later", [folders[0].rename(tmp_path / "same"), folders[1]])
+    assert report["added"]["same"] < 1e-5 < 0.1 < report["added"]["task-1"]
+
+
+def test_a_bank_on_experts_keeps_to_its_bytes(tmp_path: Path) -> None:
+    folders = two_loras(tmp_path, qwen, r=3)
+    for most in (6_000, 9_000, 12_000):
+        report = lotr.compress(folders, tmp_path / "bank", qwen(), max_bytes=most, overwrite=True)
+        assert 0.8 * most < report.bytes_of_numbers <= most
+
+
+def test_the_norms_that_inspect_tells_are_those_of_peft(tmp_path: Path) -> None:
+    for make in (qwen, gpt_oss):
+        [folder, _] = two_loras(tmp_path / make.__name__, make)
+        inspection = lotr.inspect(folder)
+        updates = dense(PeftModel.from_pretrained(make(), folder))
+        told = {(s.module, s.expert): s.norm for s in inspection.sites}
+        path = "model.layers.1.mlp.experts"
+        for wrapped, name in ((path, "down_proj"), (f"{path}.base_layer", "gate_up_proj")):
+            for expert, dW in enumerate(updates[wrapped]):
+                assert told[f"{path}.{name}", expert] == pytest.approx(float(dW.norm()), rel=1e-5)
+        assert len(inspection.sites) == 2 * (1 + 2 * 4)
+
+
+def test_the_command_line_shares_factors_along_experts(tmp_path: Path) -> None:
+    qwen().save_pretrained(tmp_path / "base")
+    folders = two_loras(tmp_path, qwen, base=tmp_path / "base")
+    told = run("compress", *folders, "--output", tmp_path / "bank", "--modes", "task,expert", "--rank", "4")
+    assert [group["sites"] for group in told["groups"]].count(4) == 4

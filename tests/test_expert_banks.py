@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import lotr
 from commands import report as run
@@ -156,7 +157,7 @@ def test_numbers_that_are_not_finite_reach_no_other_row(tmp_path: Path) -> None:
             assert mixed[1].isnan().all()
 
 
-def test_where_it_cannot_be_told_whose_a_token_is_nothing_is_answered(tmp_path: Path) -> None:
+def test_where_it_cannot_be_told_whose_a_token_is_nothing_is_answered(tmp_path: Path, monkeypatch) -> None:
     with bank(tmp_path, mixtral) as made:
         model = made.wrap(mixtral())
         with model.tasks.select(["t0", "t1", None]), pytest.raises(ConfigError, match="no multiple"):
@@ -166,12 +167,17 @@ def test_where_it_cannot_be_told_whose_a_token_is_nothing_is_answered(tmp_path: 
         with model.tasks.select(["t0", "t1"]):
             for args in ((x, torch.zeros(4, 2).long(), torch.ones(4, 2)), (x[:, 0],)):
                 with pytest.raises(
-                    ConfigError, match="the experts of MixtralExperts: it is not called with tokens"
+                    ConfigError, match=r"the experts of MixtralExperts.* or not called with tokens"
                 ):
                     experts[0](*args)
-        experts[0].base_layer.num_experts = 3  # another contract than this one
-        with pytest.raises(ConfigError, match="cannot have tasks of their own on the experts"):
-            logits(model, INPUTS, task_ids=["t0", None, "t1", "t0"])
+        others: list[dict[str, Any]] = [{"num_experts": 3}, {"__class__": type("Own", (MixtralExperts,), {})}]
+        for change in others:  # another contract, and a class of which nothing is known
+            with monkeypatch.context() as patch:
+                for name, value in change.items():
+                    patch.setattr(experts[1].base_layer, name, value)
+                with pytest.raises(ConfigError, match="cannot have tasks of their own on the experts"):
+                    logits(model, INPUTS, task_ids=["t0", None, "t1", "t0"])
+        logits(model, INPUTS, task_ids=["t0", None, "t1", "t0"])
 
 
 # ---- from LoRAs
@@ -189,7 +195,7 @@ def two_loras(folder: Path, make: Callable[[], nn.Module], **fields: Any) -> lis
     return [folder / f"task-{n}" for n in range(2)]
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # which do match
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys")  # which do match
 @pytest.mark.parametrize("core", ["free", "diagonal"])
 @pytest.mark.parametrize("modes", [("task",), ("task", "expert")], ids=str)
 @pytest.mark.parametrize("make", MODELS[:3], ids=lambda make: make.__name__)

@@ -85,8 +85,10 @@ class LotrExperts(nn.Module):
         experts = next(iter(weights.values())).experts
         called: Any = args if len(args) == 3 and not kwargs else (None, None, None)
         x, index, shares = called
+        # the models of transformers view a batch as tokens, row after row; of others nothing is known
         if not (
-            isinstance(index, Tensor)
+            type(base).__module__.startswith("transformers.models.")
+            and isinstance(index, Tensor)
             and not index.dtype.is_floating_point
             and (x.dim(), index.dim()) == (2, 2)
             and len(x) == len(index)
@@ -96,9 +98,9 @@ class LotrExperts(nn.Module):
             and not _is_wrapped(base)
         ):
             raise ConfigError(
-                f"Rows of a batch cannot have tasks of their own on the experts of {type(base).__name__}: it is not "
-                "called with tokens, the numbers of their experts and their shares, or it is compiled, or runs inside "
-                "a hook of accelerate. Run a batch for each task, or leave the experts out."
+                f"Rows of a batch cannot have tasks of their own on the experts of {type(base).__name__}: it is none "
+                "of transformers' models, or not called with tokens, the numbers of their experts and their shares, or "
+                "is compiled, or runs inside a hook of accelerate. Run a batch for each task, or leave the experts out."
             )
         if len(x) % n:
             raise ConfigError(

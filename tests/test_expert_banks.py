@@ -246,7 +246,8 @@ def test_a_bank_on_experts_keeps_to_its_bytes(tmp_path: Path) -> None:
 
 def test_the_norms_that_inspect_tells_are_those_of_peft(tmp_path: Path) -> None:
     for make in (qwen, gpt_oss):
-        [folder, _] = two_loras(tmp_path / make.__name__, make)
+        parameters = EXPERTS if make is qwen else ["gate_up_proj", "down_proj"]
+        [folder, _] = two_loras(tmp_path / make.__name__, make, target_parameters=parameters)
         inspection = lotr.inspect(folder)
         updates = dense(PeftModel.from_pretrained(make(), folder))
         told = {(s.module, s.expert): s.norm for s in inspection.sites}

@@ -55,10 +55,14 @@ class LoraFolder:
     def _target(self, path: str) -> str:
         """Return what matrices at a path change: the module, or the parameter of experts that PEFT wrapped there."""
         module = path.replace(".base_layer", "")
-        named = (name.rpartition(".") for name in self.folder.config.get("target_parameters") or ())
-        at = {own for parent, _, own in named if not parent or f".{module}".endswith(f".{parent}")} - {
-            "weight"
-        }
+        named = self.folder.config.get("target_parameters")
+        at = set()
+        for parent, _, own in (
+            str(name).rpartition(".") for name in (named if isinstance(named, list) else ())
+        ):
+            # "weight" is that of a linear module; a name alone means experts wherever they are
+            if own != "weight" and f".{module}".endswith(f".{parent}" if parent else "experts"):
+                at.add(own)
         if not at:
             return path
         depth = path.count(".base_layer")
@@ -86,8 +90,9 @@ class LoraFolder:
     def _in_pattern(self, patterns: str, default: str, path: str) -> Any:
         """Return a value that PEFT has for a module: that of the first pattern that matches, or the default."""
         config = self.folder.config
-        of_names = (config.get(patterns) or {}).items()
-        own = (value for name, value in of_names if re.match(rf"(.*\.)?({name})$", path))
+        of_names = config.get(patterns)
+        items = of_names.items() if isinstance(of_names, dict) else ()
+        own = (value for name, value in items if re.match(rf"(.*\.)?({name})$", path))
         return next(own, config.get(default))
 
     @cached_property

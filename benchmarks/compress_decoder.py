@@ -181,19 +181,18 @@ def main() -> None:
 
 def table(rows: list[Row]) -> list[str]:
     """Return a table of the losses of all tasks, in Markdown."""
+    of_loras = next(row["losses"] for row in rows if row["what"] == "the LoRAs")
     body = [
         [
             row["what"],
             f"1/{round(1 / row['share'])}" if "share" in row else "",
             f"{row['error']:.3f}",
             f"{sum(row['losses'].values()) / len(TASKS):.3f}",
-            *(f"{row['losses'][task]:.3f}" for task in TASKS),
+            f"{max(row['losses'][task] - of_loras[task] for task in TASKS):+.3f}",
         ]
         for row in rows
     ]
-    return markdown(
-        ["", "size", "error", "mean loss", *(task.replace("_", " ") for task in TASKS)], body, left=2
-    )
+    return markdown(["", "size", "error", "mean loss", "worst task, beside its LoRA"], body, left=2)
 
 
 if __name__ == "__main__":

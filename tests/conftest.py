@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
+from lotr.adapters import plots
+
 VOCABULARY = 61
+paint = plots.save
 torch.set_num_threads(1)
 
 
@@ -124,10 +128,20 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures are empty files: painting one takes longer than the runs of the tests that use this."""
-    monkeypatch.setattr("lotr.adapters.plots.save", lambda figure, path: path.write_bytes(b""))
+@pytest.fixture(scope="session", autouse=True)
+def _unpainted() -> Iterator[None]:
+    """Pictures are empty files: painting one takes longer than most tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "save", lambda figure, path: path.write_bytes(b""))
+        yield
+
+
+@contextmanager
+def painted() -> Iterator[None]:
+    """Inside, pictures are painted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "save", paint)
+        yield
 
 
 @pytest.fixture(params=list(ARCHITECTURES))

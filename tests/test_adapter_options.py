@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -116,16 +117,15 @@ def test_dropout_drops_while_training_and_never_else(row: str) -> None:
 
 
 @pytest.mark.parametrize("row", METHODS)
-def test_building_an_adapter_leaves_the_global_random_state(row: str) -> None:
-    model, state = bert(), torch.get_rng_state()
-    get_peft_model(model, config(row, BERT))
+def test_a_seed_decides_every_number_and_leaves_the_global_random_state(row: str) -> None:
+    base, state = bert(), torch.get_rng_state()
+    one, same, other = (
+        numbers(get_peft_model(copy.deepcopy(base), config(row, BERT, seed=seed))) for seed in (0, 0, 1)
+    )
     assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("row", sorted(set(METHODS) - {"lora_xs"}))
-def test_a_seed_decides_every_number(row: str) -> None:
-    one, same, other = (numbers(get_peft_model(bert(), config(row, BERT, seed=seed))) for seed in (0, 0, 1))
     assert all(torch.equal(one[name], same[name]) for name in one)
+    if row == "lora_xs":  # whose factors are those of the weight
+        return
     differ = {
         name.split("lotr_")[1].partition(".")[0] for name in one if not torch.equal(one[name], other[name])
     }

@@ -72,17 +72,6 @@ def test_frozen_factors_stay_frozen_whatever_is_switched(
         assert torch.equal(outputs(loaded.eval(), INPUTS), outputs(model.eval(), INPUTS))
 
 
-def test_training_cores_leaves_the_factors_bit_for_bit() -> None:
-    model = get_peft_model(llama(), config("lora_xs"))
-    before = numbers(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(3):
-        model(**INPUTS, labels=INPUTS["input_ids"]).loss.backward()
-        optimizer.step()
-    for name, number in numbers(model).items():
-        assert torch.equal(number, before[name]) == ("lotr_C" not in name), name
-
-
 def test_lora_xs_starts_at_the_leading_singular_directions_of_each_weight() -> None:
     model = get_peft_model(llama(), config("lora_xs"))
     for layer in linears(model):
@@ -97,7 +86,7 @@ def test_lora_xs_starts_at_the_leading_singular_directions_of_each_weight() -> N
 # ---- dropout
 
 
-@pytest.mark.parametrize("row", ["lotr", "lora", "dora", "bora", "map", "lorta", "fact_tt"])
+@pytest.mark.parametrize("row", ["lotr", "dora", "bora", "map"])  # every magnitude
 def test_dropout_drops_while_training_and_never_else(row: str) -> None:
     def passes(dropout: float, training: bool) -> tuple[Tensor, Tensor]:
         model = get_peft_model(llama(), config(row, dropout=dropout, init_weights=False))

@@ -161,6 +161,7 @@ def test_a_fused_weight_is_cut_where_its_projections_end(
 @pytest.mark.parametrize("row", ["lora", "dora", "bora", "map", "lora_xs"])
 @pytest.mark.parametrize("make, target", [(gpt2, "c_attn"), (modernbert, "Wqkv"), (phi3, "qkv_proj")])
 def test_a_fused_weight_stays_whole_where_nothing_is_shared(make: Any, target: str, row: str) -> None:
+    """PEFT's LoRA does not know of projections."""
     model = make()
     plan = lotr.plan(model, LotrConfig(method=row, r=4, target_modules=[target]))
     wide = {g.shape for g in plan.groups}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,10 +31,17 @@ class Architecture:
     n_targets: int
 
 
+_made: dict[object, nn.Module] = {}
+
+
 def seeded(cls: type[nn.Module], config: Any) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return cls(config).eval()
+    """A model with the same numbers at every call: made once, and copied."""
+    key = cls, config.to_json_string(use_diff=False), torch.get_default_device(), torch.get_default_dtype()
+    if key not in _made:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            _made[key] = cls(config).eval()
+    return copy.deepcopy(_made[key])
 
 
 def bert() -> nn.Module:
@@ -95,6 +103,13 @@ def vit() -> nn.Module:
         num_labels=3,
     )
     return seeded(tf.ViTForImageClassification, config)
+
+
+def one_layer(make: Callable[[], nn.Module]) -> nn.Module:
+    """The first layer of a pico model is enough for a compiler, which takes seconds a layer."""
+    model = make()
+    model.config.num_hidden_layers = 1
+    return seeded(type(model), model.config)
 
 
 def tokens(rows: int = 4, length: int = 7, seed: int = 0) -> Tensor:

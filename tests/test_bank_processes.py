@@ -49,11 +49,12 @@ def test_what_returned_survives_kills_at_random_points(tmp_path: Path, context) 
         process.start()
         theirs.close()
         assert mine.poll(60), "the process never began"
-        time.sleep(draw.random() * 0.04)
+        said = [mine.recv() for _ in range(draw.randint(1, 12))]  # so it is at work, however busy the machine
+        time.sleep(draw.random() * 0.01)
         process.kill()
         process.join()
         doubtful: set[str] = set()
-        for what, gone, come in received(mine):
+        for what, gone, come in [*said, *received(mine)]:
             doubtful = {*gone, *come} if what == "begins" else set()
             if what == "returned":
                 there, changed = (there - {*gone}) | {*come}, changed + 1

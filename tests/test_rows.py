@@ -17,12 +17,11 @@ from torch.func import functional_call
 
 import lotr
 from conftest import ARCHITECTURES, VOCABULARY, seeded, tokens
-from dense_truth import adapted, biases, site_updates, updates, weight_of
+from dense_truth import adapted, biases, site_updates, updates
 from lotr import METHODS, CheckpointError, LotrConfig, Plan
 from lotr.adapters.export import export
 from lotr.adapters.inspection import inspect
 from lotr.files.adapter_folder import AdapterFolder, read_adapter
-from lotr.math.norms import column_energy, row_energy, update_energy
 from lotr.sharing.keys import file_shapes, is_factor
 from lotr.tuner.group import LotrGroup
 from lotr.tuner.layer import LotrLinear
@@ -187,23 +186,6 @@ def test_the_modules_called_one_by_one_compute_the_same_update(row: Row) -> None
             x = torch.randn(3, 2, layer.in_features, dtype=torch.float64)
             expected = x @ dense[path].T + of_biases.get(path, 0.0)
             torch.testing.assert_close(layer.update("default", x), expected, atol=1e-12, rtol=1e-9)
-
-
-def test_factored_norms_equal_dense_norms(row: Row) -> None:
-    dense = updates(row.name, row.plan, row.saved.tensors(), row.config.scaling)
-    for path, layer in row.layers():
-        updates_of_layer = layer.factored("default")
-        W, dW = weight_of(row.plain.get_submodule(path)).detach(), dense[path]
-        gains = torch.linspace(0.5, 2.0, len(W), dtype=torch.float64)
-        factored = (
-            row_energy(layer.base_weight, updates_of_layer).sqrt(),
-            column_energy(layer.base_weight, updates_of_layer, gains).sqrt(),
-            update_energy(updates_of_layer).sqrt(),
-        )
-        columns = (gains[:, None] * (W + dW)).norm(dim=0)
-        torch.testing.assert_close(
-            factored, ((W + dW).norm(dim=1), columns, dW.norm()[None]), rtol=1e-9, atol=0.0
-        )
 
 
 # ---- files, merging, export

@@ -1,4 +1,8 @@
-"""Pico models: five real architectures, made from their configs in milliseconds, always with the same numbers."""
+"""Pico models: five real architectures, made from their configs in milliseconds, always with the same numbers.
+
+torch and transformers are imported where they are used, because pytest reads this file in a process that runs no test
+before it starts those that do.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-import transformers as tf
-from torch import Tensor, nn
 
-from lotr.adapters import plots
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 VOCABULARY = 61
-paint = plots.save
-torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ _made: dict[object, nn.Module] = {}
 
 def seeded(cls: type[nn.Module], config: Any) -> nn.Module:
     """A model with the same numbers at every call: made once, and copied."""
+    import torch
+
     key = cls, config.to_json_string(use_diff=False), torch.get_default_device(), torch.get_default_dtype()
     if key not in _made:
         with torch.random.fork_rng():
@@ -45,6 +47,8 @@ def seeded(cls: type[nn.Module], config: Any) -> nn.Module:
 
 
 def bert() -> nn.Module:
+    import transformers as tf
+
     config = tf.BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -58,6 +62,8 @@ def bert() -> nn.Module:
 
 def llama() -> nn.Module:
     """Grouped-query attention: keys and values are half as wide as queries."""
+    import transformers as tf
+
     config = tf.LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -73,6 +79,8 @@ def llama() -> nn.Module:
 
 def gpt2() -> nn.Module:
     """Conv1D: weights are stored transposed."""
+    import transformers as tf
+
     config = tf.GPT2Config(
         vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
     )
@@ -80,6 +88,8 @@ def gpt2() -> nn.Module:
 
 
 def t5() -> nn.Module:
+    import transformers as tf
+
     config = tf.T5Config(
         vocab_size=VOCABULARY,
         d_model=32,
@@ -93,6 +103,8 @@ def t5() -> nn.Module:
 
 
 def vit() -> nn.Module:
+    import transformers as tf
+
     config = tf.ViTConfig(
         hidden_size=32,
         num_hidden_layers=3,
@@ -113,6 +125,8 @@ def one_layer(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def tokens(rows: int = 4, length: int = 7, seed: int = 0) -> Tensor:
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, (rows, length), generator=generator)
 
@@ -126,6 +140,8 @@ def _text_to_text() -> dict[str, Tensor]:
 
 
 def _images() -> dict[str, Tensor]:
+    import torch
+
     return {"pixel_values": torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
 
 
@@ -140,13 +156,21 @@ ARCHITECTURES = {
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _unpainted() -> Iterator[None]:
+def _one_thread_and_no_pictures() -> Iterator[None]:
     """Pictures are empty files: painting one takes longer than most tests."""
+    import torch
+
+    from lotr.adapters import plots
+
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "paint", plots.save, raising=False)
         patch.setattr(plots, "save", lambda figure, path: path.write_bytes(b""))
         yield
 
@@ -154,8 +178,10 @@ def _unpainted() -> Iterator[None]:
 @contextmanager
 def painted() -> Iterator[None]:
     """Inside, pictures are painted."""
+    from lotr.adapters import plots
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "save", paint)
+        patch.setattr(plots, "save", plots.paint)
         yield
 
 

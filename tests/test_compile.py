@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from conftest import bert, gpt2, one_layer, tokens
 from lotr import LotrConfig
 
+#: Every magnitude, and every kind of core: an identity, a train, a Tucker tensor, and one between frozen factors.
 ROWS: list[dict[str, str]] = [
-    *(
-        {"method": name}
-        for name in ("lora", "dora", "bora", "map", "metatt_5d", "tenslora_att_qkv_depth", "lora_xs")
-    ),
-    {"method": "lora_xs", "magnitude": "per_output"},  # frozen factors, of which products are kept
+    {"method": "lora"},
+    {"method": "map"},
+    {"method": "metatt_5d", "magnitude": "per_output_and_input"},
+    {"method": "tenslora_att_qkv_depth", "magnitude": "per_output"},
+    {"method": "lora_xs", "magnitude": "per_output"},  # products of the factors are kept
 ]
 
 

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 VOCABULARY = 61
+SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 
 
 @dataclass(frozen=True)
 class Architecture:
     """A pico model, what it is fed, and which of its modules an adapter takes."""
 
-    make: Callable[[], nn.Module]
+    make: Callable[..., nn.Module]
     inputs: Callable[[], dict[str, Tensor]]
     targets: list[str]
     n_targets: int
@@ -46,75 +47,39 @@ def seeded(cls: type[nn.Module], config: Any) -> nn.Module:
     return copy.deepcopy(_made[key])
 
 
-def bert() -> nn.Module:
+def pico(name: str, **fields: Any) -> nn.Module:
+    """A model of transformers by the name of its class, from the fields of its configuration."""
     import transformers as tf
 
-    config = tf.BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=64,
-        num_labels=3,
-    )
-    return seeded(tf.BertForSequenceClassification, config)
+    cls = getattr(tf, name)
+    return seeded(cls, cls.config_class(**fields))
 
 
-def llama() -> nn.Module:
+def bert(**fields: Any) -> nn.Module:
+    asked = {"vocab_size": VOCABULARY, "num_labels": 3, **SIZES, **fields}
+    return pico("BertForSequenceClassification", **asked)
+
+
+def llama(**fields: Any) -> nn.Module:
     """Grouped-query attention: keys and values are half as wide as queries."""
-    import transformers as tf
-
-    config = tf.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        pad_token_id=0,
-    )
-    return seeded(tf.LlamaForCausalLM, config)
+    more = {"num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
+    return pico("LlamaForCausalLM", **{"vocab_size": VOCABULARY, **SIZES, **more, **fields})
 
 
-def gpt2() -> nn.Module:
+def gpt2(**fields: Any) -> nn.Module:
     """Conv1D: weights are stored transposed."""
-    import transformers as tf
-
-    config = tf.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
-    )
-    return seeded(tf.GPT2LMHeadModel, config)
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+    return pico("GPT2LMHeadModel", bos_token_id=1, eos_token_id=2, **{**sizes, **fields})
 
 
 def t5() -> nn.Module:
-    import transformers as tf
-
-    config = tf.T5Config(
-        vocab_size=VOCABULARY,
-        d_model=32,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_heads=4,
-        decoder_start_token_id=0,
-    )
-    return seeded(tf.T5ForConditionalGeneration, config)
+    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    return pico("T5ForConditionalGeneration", **sizes, decoder_start_token_id=0)
 
 
-def vit() -> nn.Module:
-    import transformers as tf
-
-    config = tf.ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=64,
-        image_size=16,
-        patch_size=8,
-        num_labels=3,
-    )
-    return seeded(tf.ViTForImageClassification, config)
+def vit(**fields: Any) -> nn.Module:
+    asked = {"image_size": 16, "patch_size": 8, "num_labels": 3, **SIZES, **fields}
+    return pico("ViTForImageClassification", **asked)
 
 
 def one_layer(make: Callable[[], nn.Module]) -> nn.Module:

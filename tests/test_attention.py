@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as tf
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import lotr
-from conftest import VOCABULARY, bert, gpt2, llama, seeded, t5, tokens
+from conftest import SIZES, VOCABULARY, bert, gpt2, llama, pico, t5, tokens
 from lotr import LotrConfig
 from lotr.sharing.blocks import Heads, Site
 from lotr.tuner.attention import fused_projections, heads_of
@@ -23,20 +22,13 @@ from lotr.tuner.layer import LotrLinear
 SIZE = 8  # features of a head, in every model here
 
 
-SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-
-
 def modernbert() -> nn.Module:
-    special = dict.fromkeys(
-        ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0
-    )
-    config = tf.ModernBertConfig(**SMALL, intermediate_size=48, **special)
-    return seeded(tf.ModernBertModel, config)
+    special = dict.fromkeys((f"{name}_token_id" for name in ("pad", "bos", "eos", "cls", "sep")), 0)
+    return pico("ModernBertModel", vocab_size=VOCABULARY, **SIZES, **special)
 
 
 def phi3() -> nn.Module:
-    config = tf.Phi3Config(**SMALL, num_key_value_heads=2, intermediate_size=48, pad_token_id=0)
-    return seeded(tf.Phi3ForCausalLM, config)
+    return pico("Phi3ForCausalLM", vocab_size=VOCABULARY, num_key_value_heads=2, pad_token_id=0, **SIZES)
 
 
 @dataclass(frozen=True)

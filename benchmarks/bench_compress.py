@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -28,15 +27,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from records import show, write
+from records import peak_mb, show, write
 
 Row = dict[str, Any]
 TASKS, WIDTH, RANK = 32, 768, 8
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
-
-
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def stack(

@@ -23,7 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from peers import ADAPTERS, FROZEN, LORA, case_options, make, settings, trained, training_step
-from records import Row, begin, calm, parser, progress, show, write
+from records import Row, begin, calm, parser, peak_mb, progress, show, write
 from shapes import Batch, batch_for, build
 
 MEASURES = ("saved", "allocated", "resident")
@@ -31,7 +31,6 @@ HEADER = (
     *("batch × tokens", "method"),
     *(name for measure in MEASURES for name in (f"{measure}, MB", "above frozen", "of LoRA")),
 )
-_HIGH_WATER = "VmHWM:"  # of resident memory, in kB
 
 
 def measure_one(
@@ -105,15 +104,13 @@ def cuda_peak(model: nn.Module, batch: Batch) -> int:
 
 def resident_peak(step: Callable[[], None]) -> int | None:
     """Return the most memory that the process had during two steps; None where the system does not tell."""
-    forget, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    forget = Path("/proc/self/clear_refs")
     if not forget.exists():
         return None
     forget.write_text("5")  # sets the high-water mark to what is resident now
     step()
     step()
-    return 1024 * int(
-        next(line for line in status.read_text().splitlines() if line.startswith(_HIGH_WATER)).split()[1]
-    )
+    return int(2**20 * peak_mb())
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import lotr
 from lotr.compression.add import add
@@ -58,7 +59,15 @@ def cut_by_svd(pairs: Pairs, size: int) -> Pairs:
     return {m: (Vh[: kept[m]], U[:, : kept[m]] * S[: kept[m]]) for m, (U, S, Vh) in parts.items() if kept[m]}
 
 
-def merged_by_peft(folders: list[Path], place: Path, rank: int) -> Pairs:
+def classifier() -> nn.Module:
+    """Return MiniLM with a head for two classes."""
+    model: nn.Module = load_model("minilm", "classification", ("0", "1"))
+    return model
+
+
+def merged_by_peft(
+    folders: list[Path], place: Path, rank: int, base: Callable[[], nn.Module] = classifier
+) -> Pairs:
     """Merge all adapters into one of some rank."""
     model: Any = None
     names = [f"t{n}" for n in range(len(folders))]
@@ -72,8 +81,7 @@ def merged_by_peft(folders: list[Path], place: Path, rank: int) -> Pairs:
         tensors = {key: t for key, t in load_file(folder / WEIGHTS).items() if ".lora_" in key}
         save_file(tensors, plain / WEIGHTS, metadata={"format": "pt"})
         if model is None:
-            base = load_model("minilm", "classification", ("0", "1"))
-            model = PeftModel.from_pretrained(base, str(plain), name)
+            model = PeftModel.from_pretrained(base(), str(plain), name)
         else:
             model.load_adapter(str(plain), name)
     weights = [1 / len(names)] * len(names)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -30,7 +29,7 @@ from safetensors.torch import load_file, save_file
 
 import lotr
 from real_loras import WEIGHTS, Family, Pairs, Results, Row, error_of, mean, options, pairs_of
-from records import calm, fill, markdown, write
+from records import calm, fill, markdown, peak_mb, write
 
 PEERS = Path("build/peers")
 SHARES = (1 / 8, 1 / 4, 1 / 2)
@@ -84,10 +83,10 @@ def one(which: str, size: int, source: Path, output: Path) -> None:
         few = sorted(map(str, source.iterdir()))[:2]
         lotr.compress(few, output.with_name("first"), "minilm", rank=1, overwrite=True)
     shutil.rmtree(output, ignore_errors=True)
-    before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, begun = peak_mb(), time.perf_counter()
     fit(which, size, sorted(map(str, source.iterdir())), output)
     seconds = time.perf_counter() - begun
-    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    memory = peak_mb() - before
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     print(json.dumps({"bytes": size, "seconds": round(seconds, 2), "memory_mb": round(memory, 1)}))
 

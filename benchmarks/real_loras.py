@@ -232,7 +232,16 @@ def write_tasks(folder: Path, data: Path | None, n: int) -> dict[str, dict[str, 
     return files
 
 
+def texts_of(folder: Path, split: str) -> list[str]:
+    """Return the texts of a set in the order that rows are drawn in."""
+    return [row["text"] for row in _all_rows(folder, split)]
+
+
 def _rows(folder: Path, split: str) -> list[dict[str, str]]:
+    return _all_rows(folder, split)[: MOST[split]]
+
+
+def _all_rows(folder: Path, split: str) -> list[dict[str, str]]:
     names = [
         path
         for path in sorted(folder.iterdir())
@@ -242,7 +251,7 @@ def _rows(folder: Path, split: str) -> list[dict[str, str]]:
         rows = list(csv.DictReader(file, delimiter="\t" if names[0].suffix == ".tsv" else ","))
     text = "text" if "text" in rows[0] else "sentence"
     random.Random(0).shuffle(rows)
-    return [{"text": row[text], "label": row["label"]} for row in rows[: MOST[split]]]
+    return [{"text": row[text], "label": row["label"]} for row in rows]
 
 
 def pairs_of(folder: Path) -> Pairs:

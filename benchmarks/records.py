@@ -57,6 +57,12 @@ def begin(options: argparse.Namespace) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def peak_mb() -> float:
+    """Return the peak of this process's memory in MiB; `ru_maxrss` is at least that of the process that began it."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
 def keep_memory() -> None:
     """Start the program again, once, with an allocator that keeps what it has; for all methods alike."""
     if sys.platform == "linux" and not KEEP_MEMORY.keys() <= os.environ.keys():

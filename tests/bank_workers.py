@@ -50,11 +50,11 @@ def rewrites(folder: Path, stop: Any) -> None:
 
 
 def reads(folder: Path, told: Connection) -> None:
-    """Read for a while; tell how many tasks were seen, and in how many states."""
+    """Read until the tasks were seen in several states, or for a while; tell how many were seen, and in how many."""
     torch.set_num_threads(1)
     bank, seen, states = CoreBank.open(folder), 0, set()
-    until = time.monotonic() + 1.5
-    while time.monotonic() < until:
+    until = time.monotonic() + 20
+    while time.monotonic() < until and (seen <= 50 or len(states) <= 5):
         for task in bank.read(list(bank.names()))[1]:
             assert (task.numbers == task.metadata["turn"]).all()
             seen, states = seen + 1, states | {task.metadata["turn"]}

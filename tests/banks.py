@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,9 @@ from peft import PeftModel, get_peft_model
 
 from conftest import bert
 from lotr import CoreBank, LotrConfig, Task
+
+_FOLDER = tempfile.TemporaryDirectory()
+_saved: dict[str, Path] = {}  # by what was asked
 
 
 def stirred(config: LotrConfig, seed: int = 0) -> PeftModel:
@@ -24,10 +29,12 @@ def stirred(config: LotrConfig, seed: int = 0) -> PeftModel:
 
 
 def basis(folder: Path, **fields: Any) -> Path:
-    """A saved adapter with a head, of rank 4 on query and value unless said otherwise."""
+    """A saved adapter with a head, of rank 4 on query and value unless said otherwise; made once and copied."""
     asked = {"r": 4, "target_modules": ["query", "value"], "task_type": "SEQ_CLS", **fields}
-    stirred(LotrConfig(**asked)).save_pretrained(folder)
-    return folder
+    made = _saved.setdefault(repr(asked), Path(_FOLDER.name) / str(len(_saved)))
+    if not made.exists():
+        stirred(LotrConfig(**asked)).save_pretrained(made)
+    return shutil.copytree(made, folder, dirs_exist_ok=True)
 
 
 def bank(folder: Path, dtype: str = "float32", tasks: int = 0, **fields: Any) -> CoreBank:

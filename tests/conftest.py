@@ -1,99 +1,97 @@
-"""Pico models: five real architectures, made from their configs in milliseconds, always with the same numbers."""
+"""Pico models: five real architectures, made from their configs in milliseconds, always with the same numbers.
+
+torch and transformers are imported where they are used, because pytest reads this file in a process that runs no test
+before it starts those that do.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-import transformers as tf
-from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 VOCABULARY = 61
-torch.set_num_threads(1)
+SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 
 
 @dataclass(frozen=True)
 class Architecture:
     """A pico model, what it is fed, and which of its modules an adapter takes."""
 
-    make: Callable[[], nn.Module]
+    make: Callable[..., nn.Module]
     inputs: Callable[[], dict[str, Tensor]]
     targets: list[str]
     n_targets: int
 
 
+_made: dict[object, nn.Module] = {}
+
+
 def seeded(cls: type[nn.Module], config: Any) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return cls(config).eval()
+    """A model with the same numbers at every call: made once, and copied."""
+    import torch
+
+    key = cls, config.to_json_string(use_diff=False), torch.get_default_device(), torch.get_default_dtype()
+    if key not in _made:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            _made[key] = cls(config).eval()
+    return copy.deepcopy(_made[key])
 
 
-def bert() -> nn.Module:
-    config = tf.BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=64,
-        num_labels=3,
-    )
-    return seeded(tf.BertForSequenceClassification, config)
+def pico(name: str, **fields: Any) -> nn.Module:
+    """A model of transformers by the name of its class, from the fields of its configuration."""
+    import transformers as tf
+
+    cls = getattr(tf, name)
+    return seeded(cls, cls.config_class(**fields))
 
 
-def llama() -> nn.Module:
+def bert(**fields: Any) -> nn.Module:
+    asked = {"vocab_size": VOCABULARY, "num_labels": 3, **SIZES, **fields}
+    return pico("BertForSequenceClassification", **asked)
+
+
+def llama(**fields: Any) -> nn.Module:
     """Grouped-query attention: keys and values are half as wide as queries."""
-    config = tf.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        pad_token_id=0,
-    )
-    return seeded(tf.LlamaForCausalLM, config)
+    more = {"num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
+    return pico("LlamaForCausalLM", **{"vocab_size": VOCABULARY, **SIZES, **more, **fields})
 
 
-def gpt2() -> nn.Module:
+def gpt2(**fields: Any) -> nn.Module:
     """Conv1D: weights are stored transposed."""
-    config = tf.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
-    )
-    return seeded(tf.GPT2LMHeadModel, config)
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+    return pico("GPT2LMHeadModel", bos_token_id=1, eos_token_id=2, **{**sizes, **fields})
 
 
 def t5() -> nn.Module:
-    config = tf.T5Config(
-        vocab_size=VOCABULARY,
-        d_model=32,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_heads=4,
-        decoder_start_token_id=0,
-    )
-    return seeded(tf.T5ForConditionalGeneration, config)
+    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    return pico("T5ForConditionalGeneration", **sizes, decoder_start_token_id=0)
 
 
-def vit() -> nn.Module:
-    config = tf.ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=64,
-        image_size=16,
-        patch_size=8,
-        num_labels=3,
-    )
-    return seeded(tf.ViTForImageClassification, config)
+def vit(**fields: Any) -> nn.Module:
+    asked = {"image_size": 16, "patch_size": 8, "num_labels": 3, **SIZES, **fields}
+    return pico("ViTForImageClassification", **asked)
+
+
+def one_layer(make: Callable[[], nn.Module]) -> nn.Module:
+    """The first layer of a pico model is enough for a compiler, which takes seconds a layer."""
+    model = make()
+    model.config.num_hidden_layers = 1
+    return seeded(type(model), model.config)
 
 
 def tokens(rows: int = 4, length: int = 7, seed: int = 0) -> Tensor:
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, (rows, length), generator=generator)
 
@@ -107,6 +105,8 @@ def _text_to_text() -> dict[str, Tensor]:
 
 
 def _images() -> dict[str, Tensor]:
+    import torch
+
     return {"pixel_values": torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
 
 
@@ -121,13 +121,33 @@ ARCHITECTURES = {
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures are empty files: painting one takes longer than the runs of the tests that use this."""
-    monkeypatch.setattr("lotr.adapters.plots.save", lambda figure, path: path.write_bytes(b""))
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_and_no_pictures() -> Iterator[None]:
+    """Pictures are empty files: painting one takes longer than most tests."""
+    import torch
+
+    from lotr.adapters import plots
+
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "paint", plots.save, raising=False)
+        patch.setattr(plots, "save", lambda figure, path: path.write_bytes(b""))
+        yield
+
+
+@contextmanager
+def painted() -> Iterator[None]:
+    """Inside, pictures are painted."""
+    from lotr.adapters import plots
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "save", plots.paint)
+        yield
 
 
 @pytest.fixture(params=list(ARCHITECTURES))

@@ -1,8 +1,9 @@
-"""Gloo processes train adapters, each on its part of the batch. Run by `test_tuner_distributed.py`.
+"""Gloo processes start and train adapters, each on its own batches. Run by `test_tuner_distributed.py`.
 
     torchrun --nproc-per-node 2 tests/distributed_worker.py 'fsdp2 tucker' 'zero3 cores'
 
-Prints a line of JSON: for every engine and adapter the largest difference from one process with the whole batch.
+Prints a line of JSON: whether all start alike, and for every engine and adapter the largest difference from one
+process with the whole batch.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import gc
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+import lotr
 from conftest import llama, tokens
 from lotr import LotrConfig
 from lotr.files.adapter_folder import WEIGHTS
@@ -186,18 +189,53 @@ def differences(found: Result, expected: Result) -> dict[str, float]:
     return worst
 
 
-def main(cases: Iterable[str]) -> None:
-    batch, expected = tokens(ROWS), {adapter: alone(adapter, tokens(ROWS)) for adapter in ADAPTERS}
+class Routed(nn.Module):
+    """A batch goes through one of two experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.shared, self.first, self.second = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor, expert: int) -> SimpleNamespace:
+        y = (self.second if expert else self.first)(self.shared(x).tanh())
+        return SimpleNamespace(loss=(y - 1).square().mean())
+
+
+def started(batches: list[dict[str, Any]]) -> Tensor:
+    model = get_peft_model(Routed(), LotrConfig(r=4, target_modules=["shared", "first", "second"], seed=0))
+    lotr.init_from_data(model, batches)
+    return torch.cat(
+        [p.detach().flatten() for n, p in model.named_parameters() if "lotr_U" in n or "lotr_V" in n]
+    )
+
+
+def starts(rank: int) -> dict[str, bool]:
+    """Whether all processes start from the same factors, each with batches of its own."""
+    torch.manual_seed(rank + 1)
+    batches = [{"x": torch.randn(4, 8), "expert": (n + rank) % 2} for n in range(6)]
+    equal = {}
+    for name, own in (("both", batches), ("an-expert-each", batches[::2]), ("unequal", batches[rank:])):
+        numbers = started(own)
+        of_all = [torch.empty_like(numbers) for _ in range(dist.get_world_size())]
+        dist.all_gather(of_all, numbers)
+        equal[name] = all(torch.equal(each, numbers) for each in of_all)
+    return equal
+
+
+def main(cases: list[str]) -> None:
+    batch, adapters = tokens(ROWS), {case.split()[1] for case in cases}
+    expected = {adapter: alone(adapter, batch) for adapter in adapters}
     dist.init_process_group("gloo")
     rank, each = dist.get_rank(), ROWS // dist.get_world_size()
-    worst = {}
+    equal, worst = starts(rank), {}
     for case in cases:
         engine, adapter = case.split()
         found = ENGINES[engine](adapter, batch[each * rank : each * (rank + 1)])
         worst[case] = differences(found, expected[adapter])
         gc.collect()  # a wrapper that outlives the process group can abort at exit, and wrappers are reference cycles
     if rank == 0:
-        print(json.dumps(worst))
+        print(json.dumps({"starts": equal, "differences": worst}))
     dist.barrier()
     dist.destroy_process_group()
 

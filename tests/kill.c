@@ -1,5 +1,5 @@
 /* Kills a process at its n-th file operation below a folder. Preloaded, so that what SQLite and Rust write counts too;
-   see kill.py. Reading, and opening to read, changes nothing and does not count. */
+   see killed_commands.py. Reading, and opening to read, changes nothing and does not count. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import transformers as tf
 from torch import nn
 
-from conftest import VOCABULARY, seeded
+from conftest import VOCABULARY, pico
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 SIZES: dict[str, Any] = {
@@ -24,7 +23,7 @@ SIZES: dict[str, Any] = {
 
 def qwen(**sizes: Any) -> nn.Module:
     fields = SIZES | {"intermediate_size": 12, "moe_intermediate_size": 12, "num_experts": 4} | sizes
-    return seeded(tf.Qwen3MoeForCausalLM, tf.Qwen3MoeConfig(**fields))
+    return pico("Qwen3MoeForCausalLM", **fields)
 
 
 def deepseek() -> nn.Module:
@@ -39,17 +38,16 @@ def deepseek() -> nn.Module:
         "v_head_dim": 8,
     }
     del sizes["head_dim"]
-    return seeded(tf.DeepseekV3ForCausalLM, tf.DeepseekV3Config(**sizes))
+    return pico("DeepseekV3ForCausalLM", **sizes)
 
 
 def mixtral() -> nn.Module:
-    return seeded(tf.MixtralForCausalLM, tf.MixtralConfig(**SIZES, intermediate_size=12, num_local_experts=4))
+    return pico("MixtralForCausalLM", **SIZES, intermediate_size=12, num_local_experts=4)
 
 
 def gpt_oss() -> nn.Module:
     """Stored transposed: `(experts, in, out)`."""
-    config = tf.GptOssConfig(**SIZES, intermediate_size=12, num_local_experts=4)
-    model = seeded(tf.GptOssForCausalLM, config)
+    model = pico("GptOssForCausalLM", **SIZES, intermediate_size=12, num_local_experts=4)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "bias" in name or "sinks" in name:  # made without numbers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +72,6 @@ def test_frozen_factors_stay_frozen_whatever_is_switched(
         assert torch.equal(outputs(loaded.eval(), INPUTS), outputs(model.eval(), INPUTS))
 
 
-def test_training_cores_leaves_the_factors_bit_for_bit() -> None:
-    model = get_peft_model(llama(), config("lora_xs"))
-    before = numbers(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(3):
-        model(**INPUTS, labels=INPUTS["input_ids"]).loss.backward()
-        optimizer.step()
-    for name, number in numbers(model).items():
-        assert torch.equal(number, before[name]) == ("lotr_C" not in name), name
-
-
 def test_lora_xs_starts_at_the_leading_singular_directions_of_each_weight() -> None:
     model = get_peft_model(llama(), config("lora_xs"))
     for layer in linears(model):
@@ -96,7 +86,7 @@ def test_lora_xs_starts_at_the_leading_singular_directions_of_each_weight() -> N
 # ---- dropout
 
 
-@pytest.mark.parametrize("row", ["lotr", "lora", "dora", "bora", "map", "lorta", "fact_tt"])
+@pytest.mark.parametrize("row", ["lotr", "dora", "bora", "map"])  # every magnitude
 def test_dropout_drops_while_training_and_never_else(row: str) -> None:
     def passes(dropout: float, training: bool) -> tuple[Tensor, Tensor]:
         model = get_peft_model(llama(), config(row, dropout=dropout, init_weights=False))
@@ -116,16 +106,15 @@ def test_dropout_drops_while_training_and_never_else(row: str) -> None:
 
 
 @pytest.mark.parametrize("row", METHODS)
-def test_building_an_adapter_leaves_the_global_random_state(row: str) -> None:
-    model, state = bert(), torch.get_rng_state()
-    get_peft_model(model, config(row, BERT))
+def test_a_seed_decides_every_number_and_leaves_the_global_random_state(row: str) -> None:
+    base, state = bert(), torch.get_rng_state()
+    one, same, other = (
+        numbers(get_peft_model(copy.deepcopy(base), config(row, BERT, seed=seed))) for seed in (0, 0, 1)
+    )
     assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("row", sorted(set(METHODS) - {"lora_xs"}))
-def test_a_seed_decides_every_number(row: str) -> None:
-    one, same, other = (numbers(get_peft_model(bert(), config(row, BERT, seed=seed))) for seed in (0, 0, 1))
     assert all(torch.equal(one[name], same[name]) for name in one)
+    if row == "lora_xs":  # whose factors are those of the weight
+        return
     differ = {
         name.split("lotr_")[1].partition(".")[0] for name in one if not torch.equal(one[name], other[name])
     }

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-import transformers as tf
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import lotr
-from conftest import VOCABULARY, bert, gpt2, llama, t5, tokens
+from conftest import SIZES, VOCABULARY, bert, gpt2, llama, pico, t5, tokens
 from lotr import LotrConfig
 from lotr.sharing.blocks import Heads, Site
 from lotr.tuner.attention import fused_projections, heads_of
@@ -22,26 +22,13 @@ from lotr.tuner.layer import LotrLinear
 SIZE = 8  # features of a head, in every model here
 
 
-def _made(cls: type[nn.Module], config: Any) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return cls(config).eval()
-
-
-SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-
-
 def modernbert() -> nn.Module:
-    special = dict.fromkeys(
-        ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0
-    )
-    config = tf.ModernBertConfig(**SMALL, intermediate_size=48, **special)
-    return _made(tf.ModernBertModel, config)
+    special = dict.fromkeys((f"{name}_token_id" for name in ("pad", "bos", "eos", "cls", "sep")), 0)
+    return pico("ModernBertModel", vocab_size=VOCABULARY, **SIZES, **special)
 
 
 def phi3() -> nn.Module:
-    config = tf.Phi3Config(**SMALL, num_key_value_heads=2, intermediate_size=48, pad_token_id=0)
-    return _made(tf.Phi3ForCausalLM, config)
+    return pico("Phi3ForCausalLM", vocab_size=VOCABULARY, num_key_value_heads=2, pad_token_id=0, **SIZES)
 
 
 @dataclass(frozen=True)
@@ -68,11 +55,6 @@ ATTENTIONS = {
     "modernbert": Attention(modernbert, ["Wqkv"], "layers.0.attn.Wo", "value"),
     "phi3": Attention(phi3, ["qkv_proj"], "model.layers.0.self_attn.o_proj", "value", 2),
 }
-
-
-@pytest.fixture(params=list(ATTENTIONS))
-def attention(request: pytest.FixtureRequest) -> Attention:
-    return ATTENTIONS[request.param]
 
 
 @torch.no_grad()
@@ -103,14 +85,23 @@ def mixed_values(model: nn.Module, attention: Attention) -> Tensor:  # (rows, le
     return seen[0].unflatten(-1, (-1, SIZE))
 
 
-@pytest.mark.parametrize("modes", [("layer", "head"), ("layer", "projection", "head"), ("site",), ("layer",)])
+MODES = [("layer", "head"), ("layer", "projection", "head"), ("site",), ("layer",)]
+
+
+@pytest.mark.parametrize(
+    "name, modes",
+    [(name, modes) for n, name in enumerate(ATTENTIONS) for modes in MODES[n % 2 :: 2]],
+    ids=str,
+)
 def test_an_update_of_one_value_head_changes_what_that_head_gives_alone(
-    attention: Attention, modes: tuple[str, ...]
+    name: str, modes: tuple[str, ...]
 ) -> None:
-    plain = mixed_values(attention.make(), attention)
+    """On every architecture, and under every way of sharing by turns."""
+    attention = ATTENTIONS[name]
+    plain, whole = mixed_values(attention.make(), attention), attention.adapted(attention.inputs, modes=modes)
     first = attention.output.rpartition(".0.")[0] + ".0"
     for head in range(4 // attention.served):
-        model = attention.adapted(attention.inputs, modes=modes)
+        model = copy.deepcopy(whole)
         keep(
             model,
             lambda site, head=head: (
@@ -125,12 +116,14 @@ def test_an_update_of_one_value_head_changes_what_that_head_gives_alone(
         assert {h for h in range(4) if change[h] == 0.0} == set(range(4)) - served
 
 
-def test_a_head_of_the_output_projection_reads_what_that_head_gives_alone(attention: Attention) -> None:
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_a_head_of_the_output_projection_reads_what_that_head_gives_alone(name: str) -> None:
+    attention = ATTENTIONS[name]
+    whole, values = attention.adapted([attention.output]), mixed_values(attention.make(), attention)
     for head in range(4):
-        model = attention.adapted([attention.output])
+        model = copy.deepcopy(whole)
         keep(model, lambda site, head=head: site.head == head)
         layer = model.get_base_model().get_submodule(attention.output)
-        values = mixed_values(attention.make(), attention)
         for other in range(4):
             alone = torch.zeros_like(values)
             alone[..., other, :] = values[..., other, :]
@@ -160,6 +153,7 @@ def test_a_fused_weight_is_cut_where_its_projections_end(
 @pytest.mark.parametrize("row", ["lora", "dora", "bora", "map", "lora_xs"])
 @pytest.mark.parametrize("make, target", [(gpt2, "c_attn"), (modernbert, "Wqkv"), (phi3, "qkv_proj")])
 def test_a_fused_weight_stays_whole_where_nothing_is_shared(make: Any, target: str, row: str) -> None:
+    """PEFT's LoRA does not know of projections."""
     model = make()
     plan = lotr.plan(model, LotrConfig(method=row, r=4, target_modules=[target]))
     wide = {g.shape for g in plan.groups}

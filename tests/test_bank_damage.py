@@ -151,7 +151,7 @@ def test_whatever_byte_changes_no_wrong_number_is_ever_read(
     draw = random.Random(0)
     used = [n for n, byte in enumerate(whole) if byte]  # most of a small file is empty
     refused = 0
-    for _ in range(200):
+    for _ in range(100):
         content = bytearray(whole)
         content[draw.choice(used)] ^= 1 << draw.randrange(8)
         (folder / TASKS).write_bytes(content)
@@ -166,7 +166,7 @@ def test_whatever_byte_changes_no_wrong_number_is_ever_read(
                         assert not report["ok"]
         except CheckpointError:
             refused += 1
-    assert refused > 100
+    assert refused > 50
 
 
 def test_opening_and_listing_read_no_task(large: Path) -> None:

@@ -10,7 +10,7 @@ import transformers as tf
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from conftest import ARCHITECTURES, VOCABULARY
+from conftest import ARCHITECTURES, SIZES, VOCABULARY, pico
 from lotr import CoreBank, LotrConfig, Task
 from lotr.bank.heads import row_losses
 from test_bank_rows import alone, logits, numbers_of
@@ -56,17 +56,8 @@ def own_head(bank: CoreBank, base: nn.Module, path: str, name: str) -> nn.Module
 
 
 def roberta() -> nn.Module:
-    config = tf.RobertaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=64,
-        num_labels=3,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(0)
-    return tf.RobertaForSequenceClassification(config).eval()
+    more = {"num_labels": 3, "max_position_embeddings": 64}
+    return pico("RobertaForSequenceClassification", vocab_size=VOCABULARY, **SIZES, **more)
 
 
 def llama() -> nn.Module:

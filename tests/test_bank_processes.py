@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ import bank_workers
 import banks
 from lotr import CoreBank, Task
 
-KILLS = 200
+KILLS = int(os.environ.get("LOTR_KILLS", "60"))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def received(told: Connection) -> list[tuple[str, list[str], list[str]]]:
         return found
 
 
-def test_what_returned_survives_two_hundred_kills_at_random_points(tmp_path: Path, context) -> None:
+def test_what_returned_survives_kills_at_random_points(tmp_path: Path, context) -> None:
     banks.bank(tmp_path).close()
     folder, draw = tmp_path / "bank", random.Random(0)
     there: set[str] = set()
@@ -48,11 +49,12 @@ def test_what_returned_survives_two_hundred_kills_at_random_points(tmp_path: Pat
         process.start()
         theirs.close()
         assert mine.poll(60), "the process never began"
-        time.sleep(draw.random() * 0.04)
+        said = [mine.recv() for _ in range(draw.randint(1, 12))]  # so it is at work, however busy the machine
+        time.sleep(draw.random() * 0.01)
         process.kill()
         process.join()
         doubtful: set[str] = set()
-        for what, gone, come in received(mine):
+        for what, gone, come in [*said, *received(mine)]:
             doubtful = {*gone, *come} if what == "begins" else set()
             if what == "returned":
                 there, changed = (there - {*gone}) | {*come}, changed + 1

@@ -17,7 +17,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from conftest import ARCHITECTURES, tokens
+from conftest import ARCHITECTURES, one_layer, tokens
 from lotr import CoreBank, LotrConfig, Task
 from lotr.bank.wrap import BankModel
 from lotr.errors import ConfigError
@@ -48,11 +48,11 @@ def numbers_of(bank: CoreBank, seed: int) -> Tensor:
     return 2 * torch.randn(bank.layout.size, generator=torch.Generator().manual_seed(seed))
 
 
-def make_bank(folder: Path, model: str = "bert", **config: Any) -> CoreBank:
+def make_bank(folder: Path, model: str = "bert", base: nn.Module | None = None, **config: Any) -> CoreBank:
     """A bank in float32 whose basis belongs to a pico model, with tasks of random numbers."""
     architecture = ARCHITECTURES[model]
     settings = {"r": (3, 4), "target_modules": architecture.targets, **config}
-    get_peft_model(architecture.make(), LotrConfig(**settings)).save_pretrained(folder / "basis")
+    get_peft_model(base or architecture.make(), LotrConfig(**settings)).save_pretrained(folder / "basis")
     bank = CoreBank.create(folder / "bank", basis=folder / "basis", dtype="float32")
     bank.add_many(Task(name, numbers_of(bank, n)) for n, name in enumerate(NAMES))
     return bank
@@ -311,8 +311,8 @@ def test_a_checkpoint_that_forgets_the_tasks_of_its_call_is_refused(trained: Ban
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_compiled_model_has_the_tasks_of_each_call(whole: bool, bank: CoreBank) -> None:
-    model = bank.wrap(bert())
+def test_a_compiled_model_has_the_tasks_of_each_call(whole: bool, tmp_path: Path) -> None:
+    model = make_bank(tmp_path, base=one_layer(bert)).wrap(one_layer(bert))
     torch.compiler.reset()
     graphs: list[object] = []
     part = model if whole else model.get_base_model()

@@ -6,19 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 import saved_models
+from commands import QUICK, report
 from lotr import CoreBank
-from lotr_cli.app import app
-
-QUICK = ("--epochs", "6", "--batch-size", "8", "--lr", "3e-2", "--core-lr", "3e-2", "--head-lr", "3e-2")
-
-
-def report(*words: str | Path) -> dict:
-    result = CliRunner().invoke(app, [str(word) for word in (*words, "--json")], env={"COLUMNS": "200"})
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +18,7 @@ def place(tmp_path_factory) -> Path:
     saved_models.save_bert(folder / "bert")
     saved_models.write_colours(folder / "three.csv", rows=96)
     saved_models.write_colours(folder / "two.csv", rows=96, seed=1, labels=("green", "red"))
-    words = ("--model", folder / "bert", "--train", folder / "three.csv", "--rank", "4", *QUICK)
+    words = ("--model", folder / "bert", "--train", folder / "three.csv", *QUICK)
     report("train", *words, "--output", folder / "first")
     report("bank", "create", folder / "bank", "--basis", folder / "first", "--dtype", "float32")
     return folder

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import lotr
+from banks import stirred
 from conftest import bert, gpt2, tokens
 from lotr import CheckpointError, ConfigError, LotrConfig, PlanError
 from lotr.adapters.export import export
@@ -29,17 +30,6 @@ def _config(**fields: Any) -> LotrConfig:
     return LotrConfig(**{"r": 4, "target_modules": TARGETS, **fields})
 
 
-def _stirred(config: LotrConfig, seed: int = 0) -> PeftModel:
-    """An adapter whose trained numbers are not where they started."""
-    model = get_peft_model(bert(), config).eval()
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
-    return model
-
-
 @pytest.fixture(params=["lotr", "metatt_5d", "tenslora_att_qkv"])
 def method(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -47,13 +37,13 @@ def method(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def basis(tmp_path: Path, method: str) -> Path:
-    _stirred(_config(method=method)).save_pretrained(tmp_path / "basis")
+    stirred(_config(method=method)).save_pretrained(tmp_path / "basis")
     return tmp_path / "basis"
 
 
 @pytest.fixture
 def task(basis: Path, method: str, tmp_path: Path) -> tuple[PeftModel, Path]:
-    model = _stirred(_config(method=method, basis=str(basis)), seed=1)
+    model = stirred(_config(method=method, basis=str(basis)), seed=1)
     model.save_pretrained(tmp_path / "task")
     return model, tmp_path / "task"
 
@@ -95,7 +85,7 @@ def test_a_basis_that_moved_along_is_found_beside_the_adapter(task, tmp_path: Pa
 
 
 def test_a_copy_of_the_basis_stands_alone(basis: Path, method: str, tmp_path: Path) -> None:
-    model = _stirred(_config(method=method, basis=str(basis), basis_copy=True))
+    model = stirred(_config(method=method, basis=str(basis), basis_copy=True))
     model.save_pretrained(tmp_path / "task")
     shutil.rmtree(basis)
     loaded = PeftModel.from_pretrained(bert(), tmp_path / "task", is_trainable=True)
@@ -114,7 +104,7 @@ def test_it_is_inspected_exported_and_merged_like_any_other(task, tmp_path: Path
 
 
 def test_a_basis_can_be_where_all_training_starts(basis: Path, method: str, tmp_path: Path) -> None:
-    model = _stirred(_config(method=method, basis=str(basis), trainable="all"))
+    model = stirred(_config(method=method, basis=str(basis), trainable="all"))
     assert any("lotr_U" in name for name, p in model.named_parameters() if p.requires_grad)
     model.save_pretrained(tmp_path / "whole")
     shutil.rmtree(basis)
@@ -124,8 +114,8 @@ def test_a_basis_can_be_where_all_training_starts(basis: Path, method: str, tmp_
 
 def test_a_copy_of_the_basis_can_be_truncated(tmp_path: Path) -> None:
     basis = tmp_path / "basis"
-    _stirred(_config(r=8)).save_pretrained(basis)
-    model = _stirred(LotrConfig(basis=str(basis), basis_copy=True), seed=1)
+    stirred(_config(r=8)).save_pretrained(basis)
+    model = stirred(LotrConfig(basis=str(basis), basis_copy=True), seed=1)
     lotr.truncate(model, rank=3)
     model.save_pretrained(tmp_path / "task")
     assert json.loads((tmp_path / "task" / CONFIG).read_text())["basis_hash"] is None
@@ -138,9 +128,9 @@ def test_factors_that_looked_at_data_can_be_kept_below_any_magnitude(
     basis_copy: bool, tmp_path: Path
 ) -> None:
     """Such a magnitude has no start of that kind, but these factors have had theirs."""
-    _stirred(_config(init="gradient")).save_pretrained(tmp_path / "basis")
+    stirred(_config(init="gradient")).save_pretrained(tmp_path / "basis")
     fields = {"magnitude": "base_and_update", "basis_copy": basis_copy}
-    model = _stirred(LotrConfig(basis=str(tmp_path / "basis"), **fields), seed=1)
+    model = stirred(LotrConfig(basis=str(tmp_path / "basis"), **fields), seed=1)
     model.save_pretrained(tmp_path / "task")
     loaded = PeftModel.from_pretrained(bert(), tmp_path / "task")
     assert torch.equal(outputs(loaded, INPUTS), outputs(model, INPUTS))
@@ -180,7 +170,7 @@ def test_a_sum_on_one_basis_adds_cores_and_refers_to_it(
     method: str, combination: str, scaling: float, tmp_path: Path
 ) -> None:
     basis = tmp_path / "basis"
-    _stirred(_config(method=method, scaling=scaling, r=20 if method == "lotr" else 4)).save_pretrained(basis)
+    stirred(_config(method=method, scaling=scaling, r=20 if method == "lotr" else 4)).save_pretrained(basis)
     model = _two(basis, {}, {})
     model.base_model.add_weighted_adapter(["a", "b"], [0.7, -2.0], "sum", combination)
     loaded = _check_sum(model, tmp_path / "out")
@@ -210,7 +200,7 @@ def test_any_other_sum_stands_alone(basis: Path, method: str, fields: Any, tmp_p
 
 
 def test_a_sum_of_copies_whose_factors_were_truncated_stands_alone(tmp_path: Path) -> None:
-    _stirred(_config()).save_pretrained(tmp_path / "basis")
+    stirred(_config()).save_pretrained(tmp_path / "basis")
     model = _two(tmp_path / "basis", {"basis_copy": True}, {})
     lotr.truncate(model, rank=2, adapter="a")
     model.base_model.add_weighted_adapter(["a", "b"], [0.7, -2.0], "sum")
@@ -223,7 +213,7 @@ def test_a_sum_of_copies_whose_factors_were_truncated_stands_alone(tmp_path: Pat
 @pytest.mark.parametrize("rank", [2, 4])
 def test_factors_to_which_the_file_refers_are_not_truncated(basis: Path, rank: int) -> None:
     """At the full rank too: they would be turned, and the file would still name those of the basis."""
-    model = _stirred(LotrConfig(basis=str(basis)), seed=1)
+    model = stirred(LotrConfig(basis=str(basis)), seed=1)
     before = {name: p.clone() for name, p in model.named_parameters()}
     free = model.peft_config["default"].core == "free"
     with pytest.raises(ConfigError, match=r"basis_copy=True" if free else "Only free cores"):
@@ -270,7 +260,7 @@ def test_a_basis_that_is_gone_is_named(task, basis: Path) -> None:
 def test_a_field_that_contradicts_the_basis_is_refused(
     tmp_path: Path, fields: dict[str, Any], says: str
 ) -> None:
-    _stirred(_config()).save_pretrained(tmp_path / "basis")
+    stirred(_config()).save_pretrained(tmp_path / "basis")
     with pytest.raises(ConfigError, match=says):
         lotr.plan(bert(), LotrConfig(basis=str(tmp_path / "basis"), **fields))
 
@@ -285,7 +275,7 @@ def test_the_structure_is_that_of_the_basis_where_nothing_is_said(tmp_path: Path
         "target_modules": ["query", "value"],
         "rank_pattern": {},
     }
-    _stirred(LotrConfig(**structure)).save_pretrained(tmp_path / "basis")
+    stirred(LotrConfig(**structure)).save_pretrained(tmp_path / "basis")
     config = LotrConfig(basis=str(tmp_path / "basis"))
     assert LotrConfig(**config.to_dict()).to_dict() == config.to_dict()  # what is open stays open
     model = get_peft_model(bert(), config)
@@ -300,7 +290,7 @@ def test_the_structure_is_that_of_the_basis_where_nothing_is_said(tmp_path: Path
 
 
 def test_ranks_of_single_modules_are_those_of_the_basis(tmp_path: Path) -> None:
-    _stirred(_config(rank_pattern={"query": (2, 3)})).save_pretrained(tmp_path / "basis")
+    stirred(_config(rank_pattern={"query": (2, 3)})).save_pretrained(tmp_path / "basis")
     model = get_peft_model(bert(), LotrConfig(basis=str(tmp_path / "basis")))
     model.save_pretrained(tmp_path / "task")
     assert len(load_file(tmp_path / "task" / WEIGHTS)) == 6
@@ -309,7 +299,7 @@ def test_ranks_of_single_modules_are_those_of_the_basis(tmp_path: Path) -> None:
 
 
 def test_some_modules_of_the_basis_can_be_adapted_and_no_others(tmp_path: Path) -> None:
-    _stirred(_config()).save_pretrained(tmp_path / "basis")
+    stirred(_config()).save_pretrained(tmp_path / "basis")
     some = get_peft_model(bert(), LotrConfig(basis=str(tmp_path / "basis"), target_modules=["value"]))
     assert some.get_nb_trainable_parameters()[0] == 3 * 4 * 4
     model = bert()
@@ -321,8 +311,8 @@ def test_some_modules_of_the_basis_can_be_adapted_and_no_others(tmp_path: Path) 
 
 @pytest.mark.parametrize("target", ["query", "value"])
 def test_an_adapter_on_some_modules_of_its_basis_loads(target: str, tmp_path: Path) -> None:
-    _stirred(_config()).save_pretrained(tmp_path / "basis")
-    model = _stirred(LotrConfig(basis=str(tmp_path / "basis"), target_modules=[target]), seed=1)
+    stirred(_config()).save_pretrained(tmp_path / "basis")
+    model = stirred(LotrConfig(basis=str(tmp_path / "basis"), target_modules=[target]), seed=1)
     model.save_pretrained(tmp_path / "some")
     for low in (False, True):
         loaded = PeftModel.from_pretrained(bert(), tmp_path / "some", low_cpu_mem_usage=low)
@@ -335,7 +325,7 @@ def test_an_adapter_on_some_modules_of_its_basis_loads(target: str, tmp_path: Pa
 
 def test_the_hash_checks_what_an_adapter_on_some_modules_does_not_use(tmp_path: Path) -> None:
     basis = tmp_path / "basis"
-    _stirred(_config()).save_pretrained(basis)
+    stirred(_config()).save_pretrained(basis)
     some = LotrConfig(basis=str(basis), target_modules=["query"])
     get_peft_model(bert(), some).save_pretrained(tmp_path / "some")
     tensors = load_file(basis / WEIGHTS)
@@ -346,7 +336,7 @@ def test_the_hash_checks_what_an_adapter_on_some_modules_does_not_use(tmp_path: 
 
 
 def test_an_adapter_without_cores_or_of_another_method_is_no_basis(tmp_path: Path) -> None:
-    _stirred(_config(method="lora")).save_pretrained(tmp_path / "lora")
+    stirred(_config(method="lora")).save_pretrained(tmp_path / "lora")
     with pytest.raises(ConfigError, match="it cannot be a basis"):
         lotr.plan(bert(), LotrConfig(basis=str(tmp_path / "lora")))
     get_peft_model(bert(), LoraConfig(target_modules=TARGETS)).save_pretrained(tmp_path / "peft")

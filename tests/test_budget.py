@@ -13,8 +13,6 @@ from lotr.errors import ConfigError, Interrupted
 from lotr.files.adapter_folder import CONFIG, WEIGHTS
 from lotr.training.run import train
 
-pytestmark = pytest.mark.usefixtures("unpainted")
-
 
 @pytest.mark.parametrize(
     "more", [{}, {"init": "gradient"}, {"trainable": "cores"}, {"method": "metatt_4d"}], ids=str

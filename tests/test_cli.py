@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 import saved_models
 from commands import QUICK, app, lotr, refused, report, training
-from conftest import gpt2
+from conftest import gpt2, painted
 from lotr import METHODS, LotrConfig
 from lotr.adapters.export import export
 from lotr.files.adapter_folder import WEIGHTS
@@ -31,7 +31,8 @@ from lotr.training.output import METRICS
 
 @pytest.fixture(scope="module")
 def trained(place: Path) -> tuple[Path, dict]:
-    return place / "adapter", report(*training(place), "--output", place / "adapter", *QUICK)
+    with painted():
+        return place / "adapter", report(*training(place), "--output", place / "adapter", *QUICK)
 
 
 def test_training_learns_and_tells_what_it_did(trained) -> None:
@@ -67,10 +68,12 @@ def test_model_card_says_how_to_load_and_how_it_was_trained(trained) -> None:
 
 def test_evaluation_of_the_saved_adapter_gives_the_score_of_the_run(trained, place: Path) -> None:
     folder, result = trained
-    again = report("evaluate", folder, "--data", place / "dev.csv")
+    with painted():
+        again = report("evaluate", folder, "--data", place / "dev.csv")
     assert again["accuracy"] == result["accuracy"]
     assert sum(map(sum, again["confusion"])) == 48
-    assert Path(again["picture"]).read_bytes().startswith(b"\x89PNG")
+    for picture in (Path(again["picture"]), folder / "curve.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_predictions_are_the_rows_with_an_answer_each(trained, place: Path) -> None:
@@ -113,7 +116,8 @@ def test_plan_foretells_the_bytes_of_an_adapter_without_a_head(place: Path, tmp_
 
 def test_inspect_reports_the_norm_of_the_dense_update(trained) -> None:
     folder, _ = trained
-    inspected = report("inspect", folder)
+    with painted():
+        inspected = report("inspect", folder)
     tensors = load_file(folder / WEIGHTS)
     root = "base_model.model."
     for site in inspected["sites"]:
@@ -121,7 +125,7 @@ def test_inspect_reports_the_norm_of_the_dense_update(trained) -> None:
         dense = U @ tensors[f"{root}{site['module']}.lotr_C.weight"] @ Vt
         assert site["norm"] == pytest.approx(float(dense.norm()), rel=1e-4)
         assert 1 <= site["rank"] <= 4 + 1e-6
-    assert Path(inspected["picture"]).is_file()
+    assert Path(inspected["picture"]).read_bytes().startswith(b"\x89PNG")
 
 
 def test_merged_model_is_plain_and_answers_alike(trained, place: Path) -> None:

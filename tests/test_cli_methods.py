@@ -16,7 +16,6 @@ from lotr.methods import Method
 from lotr.training.adapter import adapter_config
 from lotr.training.settings import TrainSettings
 
-pytestmark = pytest.mark.usefixtures("unpainted")
 FIELDS = ("--rank", "4", "--target-modules", "query,key,value,attention.output.dense,intermediate.dense")
 
 

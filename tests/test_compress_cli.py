@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import random
-import signal
-import subprocess
+import shutil
 import sys
+import time
 from functools import partial
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +24,38 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import banks
 import lotr as library
 from commands import lotr, refused
-from conftest import bert, tokens
+from conftest import bert, painted, tokens
 from loras import dense, lora
 from lotr import LotrConfig
 from lotr.compression import passes as fit_passes
 from saved_models import WORDS, save_bert
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model and five LoRAs."""
-    bert().save_pretrained(tmp_path / "base")
+    folder = tmp_path_factory.mktemp("saved")
+    bert().save_pretrained(folder / "base")
     for n in range(5):
-        lora(tmp_path / f"task-{n}", n, base=tmp_path / "base", task_type="SEQ_CLS")
-    return tmp_path
+        lora(folder / f"task-{n}", n, base=folder / "base", task_type="SEQ_CLS")
+    return folder
+
+
+@pytest.fixture
+def place(saved: Path, tmp_path: Path) -> Path:
+    """A copy of them."""
+    return shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
 
 
 def test_the_shell_makes_a_bank_and_says_what_it_lost(place: Path) -> None:
-    result = lotr("compress", f"{place}/task-*", "--output", place / "bank", "--rank", 4)
+    with painted():
+        result = lotr("compress", f"{place}/task-*", "--output", place / "bank", "--rank", 4)
     assert result.exit_code == 0, result.stderr
     assert "5 tasks are in" in result.stdout
     assert "Half of this error takes" in result.stdout
     files = {path.name for path in (place / "bank").iterdir()}
-    assert files >= {"bank.json", "tasks.sqlite", "basis.safetensors", "compress.json", "compress.png"}
+    assert files >= {"bank.json", "tasks.sqlite", "basis.safetensors", "compress.json"}
+    assert (place / "bank" / "compress.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((place / "bank" / "compress.json").read_text())
     assert report["bytes_after"] == sum(
         path.stat().st_size for path in (place / "bank").iterdir() if not path.name.startswith("compress.")
@@ -179,17 +190,25 @@ def test_an_interrupted_fit_goes_on_and_gives_the_same_bank(place: Path, monkeyp
     assert torch.equal(whole.read(list(whole.names()))[0], bank.read(list(bank.names()))[0])
 
 
+def fits(place: Path, reached: Event) -> None:
+    """Compress as far as the cores, and stay there."""
+
+    def tick(what: str, done: int, of: int) -> None:
+        if what == "Cores":
+            reached.set()
+            time.sleep(600)
+
+    library.compress([f"{place}/task-*"], place / "bank", place / "base", rank=3, tick=tick)
+
+
 def test_a_killed_fit_leaves_nothing_at_the_output(place: Path) -> None:
-    slow = (
-        "import time, lotr\n"
-        f"lotr.compress(['{place}/task-*'], '{place}/bank', '{place}/base', rank=3,"
-        " tick=lambda what, done, of: what == 'Cores' and (print('now', flush=True), time.sleep(60)))"
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE, env=environment) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        process.send_signal(signal.SIGKILL)
+    fork = multiprocessing.get_context("fork")
+    reached = fork.Event()
+    process = fork.Process(target=fits, args=(place, reached))
+    process.start()
+    assert reached.wait(60)
+    process.kill()
+    process.join()
     assert not (place / "bank").exists()
     library.compress([f"{place}/task-*"], place / "bank", place / "base", rank=3)
     assert len(library.CoreBank.open(place / "bank")) == 5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import transformers as tf
@@ -120,13 +122,17 @@ GROUPED = {
 }
 
 
+@functools.cache
+def grouped_model(kind: str) -> nn.Module:
+    cls, config = GROUPED[kind]
+    with torch.device("meta"):
+        return cls(config)
+
+
 @pytest.mark.parametrize("kind", GROUPED)
 @pytest.mark.parametrize("row", METHODS)
 def test_every_row_exists_on_grouped_queries_with_default_targets(row: str, kind: str) -> None:
-    cls, config = GROUPED[kind]
-    with torch.device("meta"):
-        model = cls(config)
-    plan = lotr.plan(model, LotrConfig(method=row, r=8))
+    plan = lotr.plan(grouped_model(kind), LotrConfig(method=row, r=8))
     if "projection" in METHODS[row].modes:
         assert all(group.core.sizes[group.modes.index("projection")] == 2 for group in plan.groups)
 

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as tf
 from peft import get_peft_model, get_peft_model_state_dict
 from torch import Tensor
 
 import lotr
-from conftest import ARCHITECTURES, seeded
+from conftest import ARCHITECTURES, vit
 from dense_truth import ROOT, core_of, updates
 from lotr import METHODS, ConfigError, LotrConfig, Plan
 from lotr.math.dropout import PLACES
@@ -21,15 +20,6 @@ from tuner_contract import linears
 
 RATE = 0.4
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
-VIT = tf.ViTConfig(
-    image_size=16,
-    patch_size=8,
-    num_labels=3,
-    hidden_size=16,
-    num_hidden_layers=6,
-    num_attention_heads=2,
-    intermediate_size=64,
-)
 
 
 def kept(*shape: int) -> Tensor:
@@ -92,7 +82,7 @@ def of_paper(
 
 @pytest.mark.parametrize("row", METHODS)
 def test_numbers_are_dropped_where_the_paper_says(row: str) -> None:
-    base = seeded(tf.ViTForImageClassification, VIT).double()
+    base = vit(hidden_size=16, num_hidden_layers=6, num_attention_heads=2).double()
     config = LotrConfig(
         method=row, r=6, dropout=RATE, init_weights=False, seed=0, target_modules=TARGETS, trainable="all"
     )

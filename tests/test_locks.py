@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
-import signal
-import subprocess
-import sys
+import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -19,26 +19,26 @@ from lotr.errors import CheckpointError, ConfigError, Interrupted
 from lotr.files.atomic import locked, whole_folder
 from lotr.training.run import train
 
-KEEPS = """
-import sys, time
-from pathlib import Path
-from lotr.files.atomic import locked, whole_folder
-with locked(Path(sys.argv[1])), whole_folder(Path(sys.argv[2])) as made:
-    (made / "half").touch()
-    print("ready", flush=True)
-    time.sleep(600)
-"""
+
+def keeps(run: Path, new: Path, ready: Event) -> None:
+    with locked(run), whole_folder(new) as made:
+        (made / "half").touch()
+        ready.set()
+        time.sleep(600)
 
 
 def test_a_killed_process_leaves_no_lock_and_the_next_one_no_files(tmp_path: Path) -> None:
     run, new = tmp_path / "run", tmp_path / "new"
-    words = (sys.executable, "-c", KEEPS, str(run), str(new))
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None and other.stdout.readline() == "ready\n"
-        for enter, name in ((locked(run), "run"), (whole_folder(new), "new")):
-            with pytest.raises(ConfigError, match=rf"Another run is writing \S+/{name}\. Wait"), enter:
-                pass
-        other.send_signal(signal.SIGKILL)
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    other = fork.Process(target=keeps, args=(run, new, ready))
+    other.start()
+    assert ready.wait(60)
+    for enter, name in ((locked(run), "run"), (whole_folder(new), "new")):
+        with pytest.raises(ConfigError, match=rf"Another run is writing \S+/{name}\. Wait"), enter:
+            pass
+    other.kill()
+    other.join()
     with locked(run), whole_folder(new) as made:
         (made / "whole").touch()
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["new", "run", "whole"]

@@ -46,21 +46,23 @@ def stirred(base: nn.Module, settings: LotrConfig) -> PeftModel:
     return model.eval()
 
 
-@pytest.fixture(params=itertools.product(SHARING, SCALED), ids="-".join)
+#: Every way of sharing under the widest magnitude; every magnitude over trained factors and over frozen ones.
+CASES = [
+    *((row, "per_output_and_input") for row in SHARING),
+    *itertools.product(("lotr", "lora_xs"), SCALED[::2]),
+]
+
+
+@pytest.fixture(params=CASES, ids="-".join)
 def settings(request: pytest.FixtureRequest) -> LotrConfig:
     return config(*request.param)
-
-
-#: Every core below one magnitude, and every magnitude over one core.
-CROSSED = [*((row, "per_output_and_input") for row in SHARING), *(("lotr", name) for name in SCALED[::2])]
 
 
 # ---- any core, any sharing
 
 
-@pytest.mark.parametrize("row, magnitude", CROSSED)
-def test_step_0_is_the_base_and_training_lowers_the_loss(row: str, magnitude: str) -> None:
-    model = get_peft_model(bert(), config(row, magnitude)).eval()
+def test_step_0_is_the_base_and_training_lowers_the_loss(settings: LotrConfig) -> None:
+    model = get_peft_model(bert(), settings).eval()
     assert torch.equal(outputs(model, INPUTS), outputs(bert(), INPUTS))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
@@ -83,9 +85,8 @@ def test_merged_equals_unmerged(settings: LotrConfig) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
 
 
-@pytest.mark.parametrize("row, magnitude", CROSSED)
-def test_each_row_of_a_mixed_batch_uses_its_own_adapter(row: str, magnitude: str) -> None:
-    model = get_peft_model(bert(), config(row, magnitude), adapter_name="scaled")
+def test_each_row_of_a_mixed_batch_uses_its_own_adapter(settings: LotrConfig) -> None:
+    model = get_peft_model(bert(), settings, adapter_name="scaled")
     stir(model)
     model.add_adapter("plain", config("lotr", "none", seed=1, init_weights=False))
     model.add_adapter("other", config("lora", "per_output", seed=2, init_weights=False))

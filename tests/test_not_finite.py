@@ -65,8 +65,7 @@ READERS: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.mark.parametrize("odd", [math.nan, -math.inf])
-@pytest.mark.parametrize("writer", READERS)
+@pytest.mark.parametrize("writer, odd", zip(READERS, [math.nan, -math.inf] * 2, strict=True))
 def test_an_adapter_is_refused_by_every_command(
     folders: Path, tmp_path: Path, writer: str, odd: float
 ) -> None:

@@ -121,10 +121,3 @@ def test_a_row_is_pefts_method_to_rounding_on_a_pretrained_model(
     base = load_model("minilm", "classification", ("no", "yes"))
     inputs = {"input_ids": tokens(rows=2, length=12) + 2000}
     check(twins(base, inputs, ["query", "value"], row, 2.0), rtol=1e-4, atol=1e-5, trained_atol=1e-5)
-
-
-def test_a_fused_weight_is_one_lora() -> None:
-    """PEFT's LoRA does not know of projections, so rows without modes leave fused weights whole."""
-    made = ARCHITECTURES["gpt2"]
-    names = twins(made.make(), made.inputs(), ["c_attn"], "lora", 1.0).numbers()
-    assert len(names) == 2 * 3 and names["transformer.h.0.attn.c_attn B"][0].shape == (96, RANK)

@@ -319,7 +319,7 @@ def test_settings_that_could_serve_nobody_are_refused() -> None:
 
 
 TASKS, CLIENTS = 50, 32
-REQUESTS = int(os.environ.get("LOTR_SERVE_REQUESTS", "640"))  # the long form: 2000, or hours
+REQUESTS = int(os.environ.get("LOTR_SERVE_REQUESTS", "320"))  # the long form: 2000, or hours
 WRITING = 0.5  # seconds that one write takes at most
 
 

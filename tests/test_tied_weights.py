@@ -8,33 +8,31 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as tf
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from conftest import ARCHITECTURES, VOCABULARY, gpt2, t5, tokens
+from conftest import ARCHITECTURES, SIZES, VOCABULARY, gpt2, llama, pico, t5, tokens
 from lotr import LotrConfig, export
 from lotr.adapters.export import merge
 from tuner_contract import outputs
 
 
-def llama() -> nn.Module:
-    config = tf.LlamaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                            intermediate_size=64, tie_word_embeddings=True)  # fmt: skip
-    torch.manual_seed(0)
-    return tf.LlamaForCausalLM(config).eval()
+def tied_llama() -> nn.Module:
+    return llama(tie_word_embeddings=True)
 
 
 def masked_bert() -> nn.Module:
-    config = tf.BertConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                           intermediate_size=64)  # fmt: skip
-    torch.manual_seed(0)
-    return tf.BertForMaskedLM(config).eval()
+    return pico("BertForMaskedLM", vocab_size=VOCABULARY, **SIZES)
 
 
 @pytest.mark.parametrize(
     "make, targets",
-    [(llama, ["lm_head", "q_proj"]), (masked_bert, ["decoder"]), (gpt2, ["lm_head"]), (t5, ["lm_head", "q"])],
+    [
+        (tied_llama, ["lm_head", "q_proj"]),
+        (masked_bert, ["decoder"]),
+        (gpt2, ["lm_head"]),
+        (t5, ["lm_head", "q"]),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_merged_reloaded_and_exported_answer_alike(make: Any, targets: list[str], tmp_path: Path) -> None:

@@ -34,8 +34,6 @@ from lotr.training.run import train
 from lotr.training.settings import TrainSettings, read_options
 from lotr.training.trained import load_trained
 
-pytestmark = pytest.mark.usefixtures("unpainted")
-
 
 @pytest.fixture(scope="module")
 def straight(place: Path) -> bytes:

@@ -24,8 +24,6 @@ from lotr.training.run import train
 from lotr.training.settings import TrainSettings
 from lotr.training.trained import load_trained
 
-pytestmark = pytest.mark.usefixtures("unpainted")
-
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file
 
 from commands import QUICK, lotr, report, training
+from conftest import bert, painted, tokens
+from lotr import LotrConfig
 from lotr.files.adapter_folder import CONFIG, WEIGHTS
 from lotr.training.output import METRICS
 from lotr.training.prepare import warm_head
+
+GRADIENT = ("--init", "gradient", "--start-batches", "3", "--head-warmup", "5")
 
 
 def _train(place: Path, output: str, *words: str | Path) -> dict:
@@ -21,7 +26,8 @@ def _train(place: Path, output: str, *words: str | Path) -> dict:
 
 @pytest.fixture(scope="module")
 def started(place: Path) -> dict:
-    return _train(place, "started", "--init", "gradient", "--start-batches", "3", "--head-warmup", "5")
+    with painted():
+        return _train(place, "started", *GRADIENT)
 
 
 def test_a_run_that_starts_from_gradients_says_so_in_its_record(started: dict) -> None:
@@ -57,9 +63,9 @@ def test_the_saved_adapter_says_how_it_started(started: dict, place: Path) -> No
 def test_two_runs_with_one_seed_give_identical_files_and_another_seed_another_adapter(
     started: dict, place: Path
 ) -> None:
-    words = ("--init", "gradient", "--start-batches", "3", "--head-warmup", "5")
-    again = _train(place, "again", *words)
-    _train(place, "other", *words, "--seed", "1")
+    with painted():
+        again = _train(place, "again", *GRADIENT)
+    _train(place, "other", *GRADIENT, "--seed", "1", "--max-steps", "10")
     for name in (WEIGHTS, CONFIG, "task.json", "README.md", "curve.png"):
         assert (place / "again" / name).read_bytes() == (place / "started" / name).read_bytes(), name
     varying = {"seconds", "peak_memory_bytes", "settings", "history"}
@@ -68,11 +74,6 @@ def test_two_runs_with_one_seed_give_identical_files_and_another_seed_another_ad
 
 
 def test_a_warmed_up_head_leaves_the_adapter_where_it_was() -> None:
-    from peft import get_peft_model
-
-    from conftest import bert, tokens
-    from lotr import LotrConfig
-
     model = get_peft_model(bert(), LotrConfig(r=4, task_type="SEQ_CLS"))
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     batch = {"input_ids": tokens(12), "labels": torch.arange(12) % 3}

@@ -198,7 +198,7 @@ def change(bank: CoreBank) -> None:
 
 
 def in_another_process(folder: Path) -> None:
-    process = multiprocessing.get_context("fork").Process(target=changes, args=(folder,))
+    process = multiprocessing.get_context("forkserver").Process(target=changes, args=(folder,))
     process.start()
     process.join(60)
     assert process.exitcode == 0

@@ -157,11 +157,40 @@ def test_numbers_that_are_not_finite_reach_no_other_row(tmp_path: Path) -> None:
             assert mixed[1].isnan().all()
 
 
+def test_experts_that_see_some_of_the_tokens_are_refused_as_those_of_images_and_texts_apart(
+    tmp_path: Path,
+) -> None:
+    with bank(tmp_path, mixtral) as made:
+        model = made.wrap(mixtral())
+        experts = next(module for module in model.modules() if isinstance(module, LotrExperts))
+        experts.register_forward_pre_hook(lambda module, args: tuple(value[:24] for value in args))
+        with pytest.raises(ConfigError, match=r"they see 24 tokens of a batch of shape \(4, 7\)"):
+            logits(model, INPUTS, task_ids=["t0", "t1", None, "t0"])
+
+
+def test_an_adapter_beside_the_bank_keeps_cores_of_its_own(tmp_path: Path) -> None:
+    names = ["t0", "t1", None, "t0"]
+    with bank(tmp_path, mixtral) as made:
+        model = made.wrap(mixtral())
+        config = LotrConfig(r=3, target_parameters=EXPERTS, init_weights=False, seed=5)
+        model.add_adapter("other", config)
+        other = logits(get_peft_model(mixtral(), config, adapter_name="other").eval(), INPUTS)
+        model.base_model.set_adapter(["bank", "other"])
+        mixed = logits(model, INPUTS, task_ids=names)
+        torch.testing.assert_close(mixed[2], other[2], atol=1e-5, rtol=1e-5)
+        assert (mixed - logits(model, INPUTS, task_ids=[None] * 4))[[0, 1, 3]].abs().amax((1, 2)).min() > 1e-2
+
+
 def test_where_it_cannot_be_told_whose_a_token_is_nothing_is_answered(tmp_path: Path, monkeypatch) -> None:
     with bank(tmp_path, mixtral) as made:
         model = made.wrap(mixtral())
-        with model.tasks.select(["t0", "t1", None]), pytest.raises(ConfigError, match="no multiple"):
-            logits(model, INPUTS)
+        for shape, names in (
+            ((4, 6), ["t0", "t1", None]),
+            ((1, 8), ["t0", "t1"]),
+            ((2, 8), ["t0", None] * 2),
+        ):
+            with model.tasks.select(names), pytest.raises(ConfigError, match=rf"the batch has {shape[0]}\."):
+                logits(model, {"input_ids": tokens(*shape)})
         experts = [module for module in model.modules() if isinstance(module, LotrExperts)]
         x = torch.randn(4, 2, 16)
         with model.tasks.select(["t0", "t1"]):

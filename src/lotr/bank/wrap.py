@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..tuner.batch_cores import Rows, RowsOfCall
+from ..tuner.experts import LotrExperts
 from ..tuner.group import LotrGroup
 from .basis import TASKS, Basis
 from .cache import LoadedTask, TaskCache
@@ -171,6 +172,10 @@ def wrap(basis: Basis, base: nn.Module, capacity: int | str) -> BankModel:
     groups = [module for module in model.modules() if isinstance(module, LotrGroup)]
     for group in groups:
         group.rows[ADAPTER] = current
+    for path, module in model.named_modules():
+        if isinstance(module, LotrExperts):  # it sees tokens, and the block around it rows
+            block = model.get_submodule(path.rpartition(".")[0])
+            block.register_forward_pre_hook(current.see_batch, with_kwargs=True)
     tasks = TaskRows(groups[0], basis.layout, cache, current, head)
     model.base_model.tasks = tasks  # type: ignore[assignment]
     return model.eval()

@@ -85,11 +85,12 @@ def chosen_ranks(
 
 def _sum(curves: Sequence[Curve]) -> Curve:
     """Return what rank buys in groups that have one rank."""
-    most = max(len(curve.kept) for curve in curves)
-    kept = [[curve.at(n + 1) for n in range(most)] for curve in curves]
+    if len(curves) == 1:
+        return curves[0]
+    most, full = max(len(curve.kept) for curve in curves), [curve.kept for curve in curves if len(curve.kept)]
     return Curve(
         sum(curve.energy for curve in curves),
-        torch.tensor(kept, dtype=torch.float64).sum(0),
+        sum((torch.cat([kept, kept[-1:].expand(most - len(kept))]) for kept in full), torch.zeros(most)),
         sum(curve.factor_bytes for curve in curves),
         sum(curve.core_bytes for curve in curves),
         curves[0].diagonal,

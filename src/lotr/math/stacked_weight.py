@@ -115,7 +115,8 @@ def _dense(value: Any) -> Any:
     if value.copies > 1:
         raise ConfigError(
             "Rows of a batch have tasks of their own, and the experts are multiplied in a way that does not tell which "
-            "token is whose. Choose model.set_experts_implementation('grouped_mm') or 'eager'."
+            "token is whose, or are compiled. Choose model.set_experts_implementation('grouped_mm') or 'eager', and do "
+            "not compile the model."
         )
     W = value.as_subclass(Tensor)
     for update in value.updates:

@@ -126,6 +126,18 @@ class RowsOfCall:
         finally:
             self._selected.reset(token)
 
+    def see_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the shape of the batch that a block around experts gets: a hook before its forward pass."""
+        if not torch.compiler.is_compiling():
+            x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            self._running.batch = None if x is None or x.dim() != 3 else (x.shape[0], x.shape[1])
+
+    def take_batch(self) -> tuple[int, int] | None:
+        """Return rows and tokens a row of the batch that was noted last, once; `None` where nothing was."""
+        batch = getattr(self._running, "batch", None)
+        self._running.batch = None
+        return batch
+
     @contextmanager
     def running(self, rows: Rows | None) -> Iterator[None]:
         """Use these rows in a block that gives its thread to nothing else."""

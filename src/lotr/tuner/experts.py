@@ -15,7 +15,7 @@ from ..math.stacked_weight import StackedWeight, StackUpdate
 from ..math.update import scaled
 from ..sharing.keys import BASIS
 from ..sharing.paths import normalise
-from .batch_cores import Rows
+from .batch_cores import Rows, RowsOfCall
 from .weight import AdaptedWeight
 
 
@@ -69,9 +69,10 @@ class LotrExperts(nn.Module):
                 "exclude_modules."
             )
         weights = {name: weight for name, weight in self.adapted_weights() if _active(weight)}
-        rows = next((rows for weight in weights.values() if (rows := _rows(weight)) is not None), None)
-        if rows is not None:
-            return self._by_row(rows, weights, *args, **kwargs)
+        of_bank = next((of_bank for weight in weights.values() for of_bank in _banks(weight)), None)
+        rows = None if of_bank is None else of_bank.get()
+        if of_bank is not None and rows is not None:
+            return self._by_row(rows, of_bank.take_batch(), weights, *args, **kwargs)
         if not weights:
             return self.base_layer(*args, **kwargs)
         changed = {name: _adapted(weight) for name, weight in weights.items()}
@@ -79,8 +80,15 @@ class LotrExperts(nn.Module):
             return functional_call(self.base_layer, changed, args, kwargs)
         return _twin(self.base_layer, changed)(*args, **kwargs)
 
-    def _by_row(self, rows: Rows, weights: Mapping[str, AdaptedWeight], *args: Any, **kwargs: Any) -> Any:
-        """Run every token with the task of its row; the tokens are those of the rows, in order."""
+    def _by_row(
+        self,
+        rows: Rows,
+        batch: tuple[int, int] | None,
+        weights: Mapping[str, AdaptedWeight],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Run every token with the task of its row; the tokens must be those of the batch, row after row."""
         base, n = self.base_layer, rows.count
         experts = next(iter(weights.values())).experts
         called: Any = args if len(args) == 3 and not kwargs else (None, None, None)
@@ -91,6 +99,7 @@ class LotrExperts(nn.Module):
             and isinstance(index, Tensor)
             and not index.dtype.is_floating_point
             and (x.dim(), index.dim()) == (2, 2)
+            and isinstance(shares, Tensor)
             and len(x) == len(index)
             and shares.shape == index.shape
             and getattr(base, "num_experts", None) == experts
@@ -102,10 +111,16 @@ class LotrExperts(nn.Module):
                 "of transformers' models, or not called with tokens, the numbers of their experts and their shares, or "
                 "is compiled, or runs inside a hook of accelerate. Run a batch for each task, or leave the experts out."
             )
-        if len(x) % n:
+        if batch is None or batch[0] * batch[1] != len(x):
             raise ConfigError(
-                f"Every row of a batch needs a task: tasks are selected for {n} rows, and the experts see {len(x)} "
-                "tokens, which is no multiple. Name one task a row, None for the base model."
+                f"Rows of a batch cannot have tasks of their own on the experts of {type(base).__name__}: they see "
+                f"{len(x)} tokens of a batch of shape {batch}, so it cannot be told which is whose. Run a batch for "
+                "each task, or leave the experts out."
+            )
+        if batch[0] % n:
+            raise ConfigError(
+                f"Every row of a batch needs a task: tasks are selected for {n} rows, and the batch has {batch[0]}. "
+                "Name one task a row, None for the base model."
             )
         row = torch.arange(len(x), device=index.device) // (len(x) // n)
         # a number beyond the experts says that a token has none
@@ -159,13 +174,12 @@ def _active(weight: AdaptedWeight) -> list[str]:
     return [adapter for adapter in weight.active_adapters if adapter in weight.adapters and not weight.merged]
 
 
-def _rows(weight: AdaptedWeight) -> Rows | None:
-    """Return what each row of this call has of its own, where the weight has an adapter of a bank."""
+def _banks(weight: AdaptedWeight) -> Iterator[RowsOfCall]:
+    """Yield what the active adapters of banks look at for the rows of a call."""
     for adapter in _active(weight):
         of_bank = weight.adapters[adapter].parts[0][1].rows.get(adapter)
         if of_bank is not None:
-            return of_bank.get()
-    return None
+            yield of_bank
 
 
 def _adapted(weight: AdaptedWeight) -> Tensor:
@@ -188,13 +202,16 @@ def _update(weight: AdaptedWeight, adapter: str, rows: Rows | None) -> StackUpda
     own = sorted(zip(weight.factored(adapter), parts, strict=True), key=lambda pair: pair[0].first_row)
     cores = []
     for update, (part, group) in own:  # one for all experts, or one an expert
-        C = update.C if rows is None else rows.cores(part, group.shared_numbers(adapter)).to(update.C)
+        of_bank = rows is not None and adapter in group.rows
+        C = rows.cores(part, group.shared_numbers(adapter)).to(update.C) if rows and of_bank else update.C
         C = scaled(C, update.scaling).unflatten(-2, (update.grid[0], -1))  # (*rows, experts, k, r)
-        cores.append(C if rows is None else C.transpose(0, 1).flatten(0, 1))
+        if rows is not None:
+            C = C.transpose(0, 1).flatten(0, 1) if of_bank else C.repeat_interleave(rows.count, 0)
+        cores.append(C)
     first = own[0][0]
     left, right = first.U, first.V.T
     if len(own) > 1:
-        left, right = (torch.stack(own) for own in zip(*((u.U, u.V.T) for u, _ in own), strict=True))
+        left, right = (torch.stack(side) for side in zip(*((u.U, u.V.T) for u, _ in own), strict=True))
     return StackUpdate(left, torch.cat(cores), right, weight.fan_in_fan_out)
 
 

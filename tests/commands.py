@@ -15,7 +15,7 @@ from lotr.training.settings import TrainSettings
 from lotr_cli.app import app
 
 QUICK = (
-    *("--epochs", "6", "--batch-size", "8", "--rank", "4"),
+    *("--epochs", "10", "--batch-size", "8", "--rank", "4"),
     *("--lr", "3e-2", "--core-lr", "3e-2", "--head-lr", "3e-2"),
 )
 

@@ -27,7 +27,7 @@ import lotr
 from compress_decoder import BATCH, base, tokens
 from deep import batches, groups, loss_of
 from quality_runs import append, rates_text
-from records import calm, fill, markdown
+from records import calm, markdown
 
 TARGETS, RANK, STEPS, SEEN = ["q_proj", "v_proj"], 31, 100, (25, 50, 100)
 Rates = dict[str, float]
@@ -102,11 +102,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("out/deep_transfer"))
     parser.add_argument("--runs", type=Path, default=Path("docs/data/deep_transfer.csv"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--page", type=Path, help="run nothing; write the table into this page")
     given = parser.parse_args()
-    if given.page:
-        fill(given.page, "transfer", table(read(given.runs)))
-        return
     calm()
     factors, rows = basis(given.work / "basis", given.data), tokens("reviews_books", given.data)
     run = functools.partial(measured, given.runs, rows, factors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -166,6 +167,19 @@ def test_experts_that_see_some_of_the_tokens_are_refused_as_those_of_images_and_
         experts.register_forward_pre_hook(lambda module, args: tuple(value[:24] for value in args))
         with pytest.raises(ConfigError, match=r"they see 24 tokens of a batch of shape \(4, 7\)"):
             logits(model, INPUTS, task_ids=["t0", "t1", None, "t0"])
+
+
+def test_a_copy_answers_alike_and_an_unloaded_model_is_as_it_was(tmp_path: Path) -> None:
+    names = ["t0", "t1", None, "t0"]
+    with bank(tmp_path, mixtral) as made:
+        model = made.wrap(mixtral())
+        answers = logits(model, INPUTS, task_ids=names)
+        copied = copy.deepcopy(model)
+        plain = model.unload()
+        assert not any(module._forward_pre_hooks for module in plain.modules())
+        assert torch.equal(logits(plain, INPUTS), logits(mixtral(), INPUTS))
+        for again in (copied, made.wrap(plain)):
+            assert torch.equal(logits(again, INPUTS, task_ids=names), answers)
 
 
 def test_an_adapter_beside_the_bank_keeps_cores_of_its_own(tmp_path: Path) -> None:

@@ -174,8 +174,7 @@ def wrap(basis: Basis, base: nn.Module, capacity: int | str) -> BankModel:
         group.rows[ADAPTER] = current
     for path, module in model.named_modules():
         if isinstance(module, LotrExperts):  # it sees tokens, and the block around it rows
-            block = model.get_submodule(path.rpartition(".")[0])
-            block.register_forward_pre_hook(current.see_batch, with_kwargs=True)
+            module.watch(model.get_submodule(path.rpartition(".")[0]), current)
     tasks = TaskRows(groups[0], basis.layout, cache, current, head)
     model.base_model.tasks = tasks  # type: ignore[assignment]
     return model.eval()

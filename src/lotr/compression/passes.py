@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from ..sharing.groups import Group
 from . import diagonal, fit
 from .fit import GroupFit
-from .stack import CACHE, Stack, Tick
+from .stack import Stack, Tick
 
 #: Seconds that a fit takes before anything is saved: what is done sooner is done again.
 SAVE_AFTER = 10.0
@@ -85,25 +85,24 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def chunks(groups: Sequence[Group], stack: Stack) -> Iterator[list[Group]]:
-    """Yield groups: as many at once as have their sums in memory, and their updates too where that is possible."""
+def chunks(groups: Sequence[Group]) -> Iterator[list[Group]]:
+    """Yield groups, as many at once as have their sums in memory: every pass opens each adapter once a chunk."""
     chunk: list[Group] = []
+    held = 0
     for group in groups:
-        wider = [*chunk, group]
-        sums = sum(8 * width * min(width, 2048) for g in wider for width in g.shape)
-        fits_cache = len(stack) * stack.bytes_a_task(wider) <= CACHE
-        alone = len(stack) * stack.bytes_a_task([group]) > CACHE  # it is read again in every pass anyway
-        if chunk and (sums > _SUMS or not (fits_cache or alone)):
+        sums = sum(8 * width * min(width, 2048) for width in group.shape)
+        if chunk and held + sums > _SUMS:
             yield chunk
-            chunk = []
-        chunk = [*chunk, group]
+            chunk, held = [], 0
+        chunk.append(group)
+        held += sums
     yield chunk
 
 
 def find_directions(groups: Sequence[Group], stack: Stack, state: State, tick: Tick) -> dict[str, GroupFit]:
     """Return the HOSVD of all groups."""
     fits: dict[str, GroupFit] = {}
-    for chunk in chunks(groups, stack):
+    for chunk in chunks(groups):
         names = [group.name for group in chunk]
         known = state.load(names)
         if known is None:
@@ -128,7 +127,7 @@ def run_sweeps(
     A sweep that lowers a group's error by a smaller share than `tolerance` is its last.
     """
     kind: ModuleType = fit if groups[0].core.by_site else diagonal
-    for chunk in chunks(groups, stack):
+    for chunk in chunks(groups):
         names = [group.name for group in chunk]
         total = stack.total(chunk, "Fitting", tick)
         new = {group.name: group.core.r for group in chunk if not fits[group.name].errors}

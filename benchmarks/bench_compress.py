@@ -81,10 +81,10 @@ def dense_run(which: str, rank: int, modules: int) -> Row:
         if which == "lotr":
             total = partial(added_up, B, A)
             fits = fit.directions({"module": (WIDTH, WIDTH)}, total)
-            fit.begin(fits, {"module": rank}, total)
+            fit.begin(fits, {"module": (rank, rank)}, total)
             while not fit.is_settled(fits["module"], 1e-4):
                 fit.sweep(fits, total)
-            U, V = fits["module"].factors(rank)
+            U, V = fits["module"].factors((rank, rank))
         else:
             (_, (U, V)), _ = partial_tucker(B @ A, [rank, rank], modes=[1, 2], n_iter_max=100, tol=1e-4)
         seconds += time.perf_counter() - begun

@@ -99,7 +99,7 @@ def merged_by_peft(
 def bound(pairs: dict[str, Pairs], size: int) -> Row:
     """Return the error that no free cores of this size can fall below, whatever their factors.
 
-    Factors of rank r keep of a stack at most the r largest eigenvalues of its second moment, on either side.
+    Factors of ranks (k, r) keep of a stack at most the k and r largest eigenvalues of its second moments.
     """
     norms = {t: sum(float((B @ A).square().sum()) for A, B in own.values()) for t, own in pairs.items()}
     curves = {}
@@ -107,9 +107,9 @@ def bound(pairs: dict[str, Pairs], size: int) -> Row:
         stack = torch.stack([own[module][1] @ own[module][0] / norms[t] ** 0.5 for t, own in pairs.items()])
         stack = stack.double()
         sides = (torch.einsum("toi,tpi->op", stack, stack), torch.einsum("toi,toj->ij", stack, stack))
-        kept = torch.stack([torch.linalg.eigvalsh(side).flip(0).cumsum(0) for side in sides]).amin(0)
-        numbers = B.shape[0] + A.shape[1]
-        curves[module] = Curve(float(stack.square().sum()), kept, 2 * numbers, 2 * len(pairs))
+        left, right = (torch.linalg.eigvalsh(side).flip(0).cumsum(0) for side in sides)
+        kept, size_of = torch.minimum(left[:, None], right), (2 * B.shape[0], 2 * A.shape[1])
+        curves[module] = Curve(float(stack.square().sum()), kept, size_of, 2 * len(pairs))
     return {"error": error_at(curves, chosen_ranks(curves, max_bytes=size))}
 
 
@@ -170,7 +170,7 @@ class Compared:
         return {
             "bytes": report.bytes_of_numbers - heads,
             "error": report.error,
-            "ranks": [group["rank"] for group in report.groups],
+            "ranks": [group["ranks"] for group in report.groups],
             "seconds": report.seconds,
             "errors": {row["task"]: row["error"] for row in report.by_task},
         }

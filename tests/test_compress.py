@@ -86,6 +86,33 @@ def test_diagonal_cores_recover_adapters_with_diagonals_on_common_factors(tmp_pa
     assert_answers(bank, "task-2", tmp_path / "task-2", tol=1e-3)
 
 
+def test_adapters_with_one_A_cost_its_rank_on_the_input_side(tmp_path: Path) -> None:
+    """`A` kept fixed while `B` trains: exact with small cores; later adapters too."""
+    for n in range(6):
+        lora(tmp_path / f"task-{n}", n, r=2)
+
+    def set_A(tensors: dict[str, torch.Tensor]) -> None:
+        for key in sorted(key for key in tensors if "lora_A" in key):
+            tensors[key].copy_(torch.randn(2, 32, generator=torch.Generator().manual_seed(len(key))))
+
+    for n in range(6):
+        edit(tmp_path / f"task-{n}", set_A)
+    places = [tmp_path / f"task-{n}" for n in range(5)]
+    report = lotr.compress(places, tmp_path / "bank", bert(), max_error=1e-4, dtype="float32")
+    assert report.error < 1e-5
+    assert {tuple(group["ranks"]) for group in report.groups} == {(10, 2)}
+    assert_answers(tmp_path / "bank", "task-3", places[3])
+    with lotr.CoreBank.open(tmp_path / "bank") as bank:
+        bank.export("task-3", tmp_path / "out", as_lora=True)
+    (exported, own) = (
+        dense(PeftModel.from_pretrained(bert(), str(f))) for f in (tmp_path / "out", places[3])
+    )
+    for path, dW in own.items():
+        torch.testing.assert_close(exported[path], dW, rtol=1e-4, atol=1e-5)
+    added = add(tmp_path / "bank", [tmp_path / "task-5"])
+    assert 0.1 < added["added"]["task-5"] < 1
+
+
 def test_order_and_places_of_adapters_do_not_change_the_bank(tmp_path: Path) -> None:
     for n in range(4):
         lora(tmp_path / "here" / f"task-{n}", n)
@@ -122,9 +149,9 @@ def test_ranks_reach_an_error_and_stay_within_bytes(tmp_path: Path) -> None:
     places = [*folders, *(folder / "wild" for folder in folders)]
     report = lotr.compress(places, tmp_path / "by-error", bert(), max_error=0.3)
     assert 0.2 < report.error <= 0.3
-    ranks = {group["group"]: group["rank"] for group in report.groups}
-    assert max(r for name, r in ranks.items() if "query" in name) < min(
-        r for name, r in ranks.items() if "value" in name
+    ranks = {group["group"]: group["ranks"] for group in report.groups}
+    assert max(max(pair) for name, pair in ranks.items() if "query" in name) < min(
+        min(pair) for name, pair in ranks.items() if "value" in name
     )
     size = report.bytes_of_numbers
     again = lotr.compress(places, tmp_path / "by-bytes", bert(), max_bytes=size)

@@ -41,10 +41,10 @@ def test_every_error_is_that_of_the_dense_stack_and_falls_to_that_of_tensorly(ra
     total, stack = _total(B, A, 4), B @ A
     fits = fit.directions({"g": (OUT, WIDTH)}, total)
     group = fits["g"]
-    fit.begin(fits, {"g": rank}, total)
+    fit.begin(fits, {"g": (rank, rank)}, total)
     group.turn_back()
     for _ in range(60):
-        U, V = group.factors(rank)
+        U, V = group.factors((rank, rank))
         left = stack - U @ (U.T @ stack @ V) @ V.T
         assert group.errors[-1] == pytest.approx(float(left.norm() / stack.norm()), rel=1e-9)
         fit.sweep(fits, total)
@@ -62,9 +62,9 @@ def test_the_batches_do_not_change_the_fit(kind: ModuleType) -> None:
     for size in (1, 4, TASKS):
         total = _total(B, A, size)
         fits = fit.directions({"g": (OUT, WIDTH)}, total)
-        kind.begin(fits, {"g": 4}, total)
+        kind.begin(fits, {"g": (4, 4)}, total)
         kind.sweep(fits, total)
-        U, V = fits["g"].factors(4)
+        U, V = fits["g"].factors((4, 4))
         assert all(
             factor.gather(0, factor.abs().argmax(0)[None]).min() > 0 for factor in (U, V)
         )  # definite signs
@@ -107,27 +107,45 @@ def test_diagonals_never_get_worse_and_are_those_of_least_squares() -> None:
     B, A = _updates()
     total = _total(B, A, 4)
     fits = fit.directions({"g": (OUT, WIDTH)}, total)
-    diagonal.begin(fits, {"g": 4}, total)
+    diagonal.begin(fits, {"g": (4, 4)}, total)
     for _ in range(20):
         diagonal.sweep(fits, total)
     errors = fits["g"].errors
     assert all(after <= before + 1e-12 for before, after in pairwise(errors))
-    U, V = fits["g"].factors(4)
+    U, V = fits["g"].factors((4, 4))
     columns = torch.einsum("or,ir->oir", U, V).flatten(0, 1)
     solved = torch.linalg.lstsq(columns, (B[0] @ A[0]).flatten()).solution
     torch.testing.assert_close(diagonal.diagonals(U, V, B, A)[0], solved)
 
 
+def _curve(left: list[float], right: list[float]) -> Curve:
+    """What ranks buy where each side alone would leave such energies."""
+    kept = torch.minimum(torch.tensor(left)[:, None], torch.tensor(right))
+    return Curve(1.0, kept.double(), (100, 60), 10)
+
+
+STEEP, FLAT = [0.9, 0.99, 0.999, 1.0], [0.4, 0.7, 0.9, 1.0]
+
+
 def test_ranks_go_to_where_they_keep_most_energy_a_byte() -> None:
-    steep = Curve(1.0, torch.tensor([0.9, 0.99, 0.999, 1.0]), 100, 10)
-    flat = Curve(1.0, torch.tensor([0.4, 0.7, 0.9, 1.0]), 100, 10)
-    curves = {"steep": steep, "flat": flat}
+    curves = {"steep": _curve(STEEP, STEEP), "flat": _curve(FLAT, FLAT)}
     ranks = chosen_ranks(curves, max_error=0.25)
     assert error_of(curves, ranks) <= 0.25
     assert ranks["steep"] < ranks["flat"]
     size = bytes_of(curves, ranks)
     assert chosen_ranks(curves, max_bytes=size) == ranks
     assert bytes_of(curves, chosen_ranks(curves, max_bytes=size - 1)) < size
+
+
+@pytest.mark.parametrize("sides", [(FLAT, STEEP), (STEEP, FLAT), (FLAT, [0.9, 1.0])])
+def test_each_side_has_the_rank_that_it_needs(sides: tuple[list[float], list[float]]) -> None:
+    curves = {"g": _curve(*sides)}
+    K, L = curves["g"].most
+    pairs = [(k + 1, r + 1) for k in range(K) for r in range(L)]
+    for goal in (0.6, 0.4, 0.2, 1e-9):
+        ranks = chosen_ranks(curves, max_error=goal)
+        least = min(curves["g"].bytes(pair) for pair in pairs if 1 - curves["g"].at(pair) <= goal**2 + 1e-12)
+        assert bytes_of(curves, ranks) == least
 
 
 def test_the_strongest_directions_are_those_of_the_dense_updates_however_they_come() -> None:

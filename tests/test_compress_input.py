@@ -251,8 +251,8 @@ def test_a_module_that_no_adapter_changes_costs_one_rank(core: str, tmp_path: Pa
         lora(tmp_path / f"a-{n}", n)
         _zero(tmp_path / f"a-{n}", "layer.1.attention.self.query")
     report = lotr.compress([tmp_path / "a-*"], tmp_path / "bank", bert(), rank=6, core=core)
-    ranks = {group["group"]: group["rank"] for group in report.groups}
-    assert {name for name, rank in ranks.items() if rank == 1} == {"bert-encoder-layer-1-query_32x32"}
+    ranks = {group["group"]: group["ranks"] for group in report.groups}
+    assert {name for name, pair in ranks.items() if pair == [1, 1]} == {"bert-encoder-layer-1-query_32x32"}
 
 
 def test_names_are_as_long_as_it_takes_to_tell_folders_apart(tmp_path: Path) -> None:

@@ -105,12 +105,18 @@ def _check(given: Iterable[str], allowed: Collection[str], case: str) -> None:
 def _fitted(report: Compressed) -> Report:
     """Show what became of many adapters."""
     rows = [
-        (g["group"], g["sites"], "×".join(map(str, g["block"])), g["rank"], g["errors"][-1])
+        (
+            g["group"],
+            g["sites"],
+            "×".join(map(str, g["block"])),
+            " × ".join(map(str, g["ranks"])),
+            g["errors"][-1],
+        )
         for g in report.groups
     ]
-    of_groups: Any = table("", ("group", "sites", "block", "rank", "error"), rows)
+    of_groups: Any = table("", ("group", "sites", "block", "core", "error"), rows)
     if len(rows) > _MANY:
-        ranks = [group["rank"] for group in report.groups]
+        ranks = [rank for group in report.groups for rank in group["ranks"]]
         of_groups = f"{len(rows)} groups of ranks {min(ranks)} to {max(ranks)}; the JSON report has each."
     names = ("task", "error", "kept", "rank_before", "bytes_before")
     tasks = [tuple(task[name] for name in names) for task in report.by_task[:_ROWS]]

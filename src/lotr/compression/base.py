@@ -109,7 +109,7 @@ def _with_targets(config: LotrConfig, model: nn.Module, linear: Set[str], stacks
     return plan_adapter(model, config, linear | stacks)
 
 
-def with_ranks(config: LotrConfig, ranks: Mapping[str, int]) -> tuple[LotrConfig, Plan]:
+def with_ranks(config: LotrConfig, ranks: Mapping[str, tuple[int, int]]) -> tuple[LotrConfig, Plan]:
     """Return a configuration whose groups have some ranks, and its plan."""
     config = copy.deepcopy(config)
-    return config, set_ranks(config, {name: (rank, rank) for name, rank in ranks.items()})
+    return config, set_ranks(config, ranks)

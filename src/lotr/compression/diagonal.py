@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fit import Batch, GroupFit, Sums, Total, reduced
+from .fit import Batch, GroupFit, Shape, Sums, Total, reduced
 
 
 def kept_at_least(of_group: GroupFit) -> Tensor:  # (n,)
@@ -25,7 +25,7 @@ def kept_at_least(of_group: GroupFit) -> Tensor:  # (n,)
     return torch.maximum(shared, of_group.own_energies.cumsum(0)[: len(shared)])
 
 
-def begin(fits: Mapping[str, GroupFit], ranks: Mapping[str, int], total: Total) -> None:
+def begin(fits: Mapping[str, GroupFit], ranks: Mapping[str, Shape], total: Total) -> None:
     """Start every group at the best of three pairs of factors.
 
     One takes the pairs of HOSVD directions between which there is most energy. The next is exact where the updates
@@ -36,7 +36,7 @@ def begin(fits: Mapping[str, GroupFit], ranks: Mapping[str, int], total: Total) 
     sums = total(partial(_mixtures, fits, ranks))
     starts = {}
     for name, f in fits.items():
-        r = ranks[name]
+        r = min(ranks[name])
         starts[name] = _pairs(f, r), _eigenvectors(f, r, *sums[name]), (f.own_U[:, :r], f.own_V[:, :r])
     for name, kept in total(partial(_kept, fits, starts)).items():
         best = max(range(3), key=kept.__getitem__)
@@ -44,12 +44,12 @@ def begin(fits: Mapping[str, GroupFit], ranks: Mapping[str, int], total: Total) 
         fits[name].errors = [fits[name].error(kept[best])]
 
 
-def _mixtures(fits: Mapping[str, GroupFit], ranks: Mapping[str, int], batches: Iterable[Batch]) -> Sums:
+def _mixtures(fits: Mapping[str, GroupFit], ranks: Mapping[str, Shape], batches: Iterable[Batch]) -> Sums:
     """Return two sums of updates between the leading directions, each weighted by its part along a drawn direction."""
     generator = torch.Generator().manual_seed(0)
     sums, drawn = {}, {}
     for name, of_group in fits.items():
-        shape = [min(ranks[name], n) for n in of_group.squares.shape]
+        shape = [min(rank, n) for rank, n in zip(ranks[name], of_group.squares.shape, strict=True)]
         sums[name] = [torch.zeros(*shape).double() for _ in range(2)]
         drawn[name] = [torch.randn(2, n, generator=generator).double() for n in shape]
     for name, _, B, A in reduced(fits, batches):

@@ -47,12 +47,9 @@ class GroupFit:
     own_energies: Tensor = field(default_factory=partial(torch.zeros, 0))
 
     @property
-    def kept(self) -> Tensor:
-        """Energy that the HOSVD keeps at rank `n + 1`, for every rank."""
-        corner = self.squares.cumsum(0).cumsum(1)
-        n = torch.arange(max(self.squares.shape) if self.squares.numel() else 0)
-        K, L = self.squares.shape
-        return corner[n.clamp_max(K - 1), n.clamp_max(L - 1)]
+    def kept(self) -> Tensor:  # (K, L)
+        """Energy that the HOSVD keeps at ranks `(k + 1, r + 1)`."""
+        return self.squares.cumsum(0).cumsum(1)
 
     def error(self, kept: float) -> float:
         """Return the relative error that leaves this energy."""
@@ -66,11 +63,11 @@ class GroupFit:
                 setattr(self, factor, Q @ getattr(self, factor))
                 setattr(self, side, Q.new_zeros(0, 0))
 
-    def factors(self, rank: int) -> tuple[Tensor, Tensor]:  # (o, rank), (i, rank)
+    def factors(self, ranks: Shape) -> tuple[Tensor, Tensor]:  # (o, k), (i, r)
         """Return `U` and `V`; directions that no update has fill up what is missing."""
         U = self.Q_U @ self.U if len(self.Q_U) else self.U
         V = self.Q_V @ self.V if len(self.Q_V) else self.V
-        open_U, open_V = (torch.eye(len(factor), rank).double() for factor in (U, V))
+        open_U, open_V = (torch.eye(len(f), n).double() for f, n in zip((U, V), ranks, strict=True))
         # the signs that nothing decides are those of no cluster and of no library
         return signed(completed(U, open_U)), signed(completed(V, open_V))
 
@@ -142,12 +139,14 @@ def _squares(fits: Mapping[str, GroupFit], batches: Iterable[Batch]) -> Sums:
     return sums
 
 
-def begin(fits: Mapping[str, GroupFit], ranks: Mapping[str, int], total: Total) -> None:
+def begin(fits: Mapping[str, GroupFit], ranks: Mapping[str, Shape], total: Total) -> None:
     """Start every group at its HOSVD; no pass is needed for it."""
     for name, of_group in fits.items():
-        r = ranks[name]
-        of_group.U, of_group.V = (torch.eye(n, min(r, n)).double() for n in of_group.squares.shape)
-        of_group.errors = [of_group.error(float(of_group.squares[:r, :r].sum()))]
+        k, r = (min(rank, n) for rank, n in zip(ranks[name], of_group.squares.shape, strict=True))
+        of_group.U, of_group.V = (
+            torch.eye(n, m).double() for n, m in zip(of_group.squares.shape, (k, r), strict=True)
+        )
+        of_group.errors = [of_group.error(float(of_group.squares[:k, :r].sum()))]
 
 
 def sweep(fits: Mapping[str, GroupFit], total: Total) -> None:

@@ -130,7 +130,7 @@ def run_sweeps(
     for chunk in chunks(groups):
         names = [group.name for group in chunk]
         total = stack.total(chunk, "Fitting", tick)
-        new = {group.name: group.core.r for group in chunk if not fits[group.name].errors}
+        new = {group.name: group.rank for group in chunk if not fits[group.name].errors}
         if new:
             kind.begin({name: fits[name] for name in new}, new, total)
         for name in new:

@@ -1,4 +1,4 @@
-"""Which rank each group has, from the energy that every rank keeps and the size that was asked for."""
+"""Which ranks each group has, from the energy that ranks keep and the size that was asked for."""
 
 from __future__ import annotations
 
@@ -13,54 +13,78 @@ from torch import Tensor
 from ..bank.cache import in_bytes
 from ..bank.task import DTYPES
 from ..errors import ConfigError
+from ..sharing.blocks import Shape
 from ..sharing.groups import Group
 from .diagonal import kept_at_least
 from .fit import GroupFit
 
+Ranks = Shape  # `(k, r)`, of the output factor and of the input factor
+
 
 @dataclass(frozen=True)
 class Curve:
-    """What rank buys in one group."""
+    """What ranks buy in one group."""
 
     energy: float  # `Σ w² ‖Δ‖²`
-    kept: Tensor  # (most,), energy kept at rank `n + 1`
-    factor_bytes: int  # of the factors, a unit of rank
+    kept: Tensor  # (K, L), energy that the HOSVD keeps at ranks `(k + 1, r + 1)`; (n,) of diagonals, at rank `n + 1`
+    factor_bytes: Shape  # of `U` and of `V`, a unit of rank
     core_bytes: int  # of the cores of all tasks at rank 1
-    diagonal: bool = False  # such cores grow with the rank, and not with its square
-    module: str = ""  # the first that has the group; groups that meet in one have one rank
+    module: str = ""  # the first that has the group; groups that meet in one have one pair of ranks
 
     @property
-    def most(self) -> int:
-        """The rank at which nothing more is to be kept."""
-        return max(1, len(self.kept))
+    def is_diagonal(self) -> bool:
+        """Whether both ranks are one, with which cores grow, and not with its square."""
+        return self.kept.dim() == 1
 
-    def at(self, rank: int) -> float:
-        """Return the energy kept at a rank."""
-        return float(self.kept[min(rank, len(self.kept)) - 1]) if len(self.kept) and rank else 0.0
+    @property
+    def most(self) -> Ranks:
+        """The ranks at which nothing more is to be kept."""
+        K, L = self.kept.shape[0], self.kept.shape[-1]
+        return max(1, K), max(1, L)
 
-    def bytes(self, rank: int) -> int:
-        """Return the bytes of factors and cores at a rank."""
-        return self.factor_bytes * rank + self.core_bytes * (rank if self.diagonal else rank * rank)
+    def at(self, ranks: Ranks) -> float:
+        """Return the energy kept at some ranks."""
+        if not self.kept.numel():
+            return 0.0
+        k, r = (min(rank, most) - 1 for rank, most in zip(ranks, self.most, strict=True))
+        return float(self.kept[k] if self.is_diagonal else self.kept[k, r])
+
+    def bytes(self, ranks: Ranks) -> int:
+        """Return the bytes of factors and cores at some ranks."""
+        (k, r), (of_U, of_V) = ranks, self.factor_bytes
+        return of_U * k + of_V * r + self.core_bytes * (k if self.is_diagonal else k * r)
+
+    def cut(self, ranks: Ranks) -> Ranks:
+        """Return ranks that are no larger than they need to be."""
+        return min(ranks[0], self.most[0]), min(ranks[1], self.most[1])
+
+    def next(self, ranks: Ranks) -> set[Ranks]:
+        """Return larger ranks: of one side or both, by one unit or several."""
+        k, r = ranks
+        steps = {(k + 1, r + 1), (k + 4, r + 4), (2 * k, 2 * r)}
+        if not self.is_diagonal:
+            steps |= {pair for up, across in steps for pair in ((up, r), (k, across))}
+        return {self.cut(step) for step in steps} - {ranks}
 
 
-def error_of(curves: Mapping[str, Curve], ranks: Mapping[str, int]) -> float:
+def error_of(curves: Mapping[str, Curve], ranks: Mapping[str, Ranks]) -> float:
     """Return the relative error of all groups together."""
     energy = sum(curve.energy for curve in curves.values())
     kept = sum(curve.at(ranks[name]) for name, curve in curves.items())
     return max(1 - kept / energy, 0.0) ** 0.5 if energy else 0.0
 
 
-def bytes_of(curves: Mapping[str, Curve], ranks: Mapping[str, int]) -> int:
+def bytes_of(curves: Mapping[str, Curve], ranks: Mapping[str, Ranks]) -> int:
     """Return the bytes of all groups together."""
     return sum(curve.bytes(ranks[name]) for name, curve in curves.items())
 
 
 def one_rank_for_all(curves: Mapping[str, Curve], heads: int) -> list[dict[str, float]]:
     """Return rank, bytes and error of at most 48 banks, each with one rank for all groups."""
-    most = max(curve.most for curve in curves.values())
+    most = max(max(curve.most) for curve in curves.values())
     points = []
     for rank in sorted({round(most ** (n / 47)) for n in range(48)}):
-        ranks = {name: min(rank, curve.most) for name, curve in curves.items()}
+        ranks = {name: curve.cut((rank, rank)) for name, curve in curves.items()}
         size, error = heads + bytes_of(curves, ranks), error_of(curves, ranks)
         points.append({"rank": rank, "bytes": size, "error": error})
     return points
@@ -68,57 +92,58 @@ def one_rank_for_all(curves: Mapping[str, Curve], heads: int) -> list[dict[str, 
 
 def chosen_ranks(
     curves: Mapping[str, Curve], max_error: float | None = None, max_bytes: int | None = None
-) -> dict[str, int]:
+) -> dict[str, Ranks]:
     """Return the ranks that reach a relative error with few bytes, or that bytes pay for with little error.
 
-    Every group begins at rank 1; the next unit of rank goes to the group where it keeps most energy a byte. Groups
-    that meet in a module, as experts with factors of their own do, go together.
+    Every group begins at rank 1; the next units of rank go to the group and side where they keep most energy a byte.
+    Groups that meet in a module, as experts with factors of their own do, go together.
     """
-    members: dict[str, list[str]] = defaultdict(list)
+    members: dict[str, list[Curve]] = defaultdict(list)
     for name, curve in curves.items():
-        members[curve.module or name].append(name)
-    together = _ranks(
-        {key: _sum([curves[name] for name in own]) for key, own in members.items()}, max_error, max_bytes
-    )
+        members[curve.module or name].append(curve)
+    together = _ranks({module: _sum(own) for module, own in members.items()}, max_error, max_bytes)
     return {name: together[curve.module or name] for name, curve in curves.items()}
 
 
 def _sum(curves: Sequence[Curve]) -> Curve:
-    """Return what rank buys in groups that have one rank."""
+    """Return what ranks buy in groups that have one pair of them."""
     if len(curves) == 1:
         return curves[0]
-    most, full = max(len(curve.kept) for curve in curves), [curve.kept for curve in curves if len(curve.kept)]
+    full = [curve.kept for curve in curves if curve.kept.numel()] or [curves[0].kept]
+    shape = [max(sizes) for sizes in zip(*(kept.shape for kept in full), strict=True)]
+    kept = torch.zeros(shape).double()
+    for own in full:  # beyond its end a table goes on as it ends
+        for side, size in enumerate(shape):
+            own = own.index_select(side, torch.arange(size).clamp_max(own.shape[side] - 1))
+        kept += own
+    of_U, of_V = (sum(curve.factor_bytes[side] for curve in curves) for side in (0, 1))
     return Curve(
-        sum(curve.energy for curve in curves),
-        sum((torch.cat([kept, kept[-1:].expand(most - len(kept))]) for kept in full), torch.zeros(most)),
-        sum(curve.factor_bytes for curve in curves),
-        sum(curve.core_bytes for curve in curves),
-        curves[0].diagonal,
+        sum(curve.energy for curve in curves), kept, (of_U, of_V), sum(curve.core_bytes for curve in curves)
     )
 
 
-def _ranks(curves: Mapping[str, Curve], max_error: float | None, max_bytes: int | None) -> dict[str, int]:
-    ranks = dict.fromkeys(curves, 1)
+def _ranks(curves: Mapping[str, Curve], max_error: float | None, max_bytes: int | None) -> dict[str, Ranks]:
+    ranks = dict.fromkeys(curves, (1, 1))
     total = sum(curve.energy for curve in curves.values())
-    left, size = total - sum(curve.at(1) for curve in curves.values()), bytes_of(curves, ranks)
-    queue = [_offer(name, curve, 1) for name, curve in curves.items() if curve.most > 1]
+    left, size = total - sum(curve.at((1, 1)) for curve in curves.values()), bytes_of(curves, ranks)
+    queue = [_offer(name, curve, (1, 1)) for name, curve in curves.items() if curve.most != (1, 1)]
     heapq.heapify(queue)
     goal = 0.0 if max_error is None else max_error * max_error * total
     while queue and left > goal:
-        _, name, rank, cost, gain = heapq.heappop(queue)
+        _, name, pair, cost, gain = heapq.heappop(queue)
         if max_bytes is not None and size + cost > max_bytes:
             continue  # another group may have a step that still fits
-        ranks[name], size, left = rank, size + cost, left - gain
-        if rank < curves[name].most:
-            heapq.heappush(queue, _offer(name, curves[name], rank))
+        ranks[name], size, left = pair, size + cost, left - gain
+        if pair != curves[name].most:
+            heapq.heappush(queue, _offer(name, curves[name], pair))
     return ranks
 
 
-def _offer(name: str, curve: Curve, rank: int) -> tuple[float, str, int, int, float]:
-    """Return the best next step of a group: of one unit of rank or several, the one that keeps most energy a byte."""
+def _offer(name: str, curve: Curve, ranks: Ranks) -> tuple[float, str, Ranks, int, float]:
+    """Return the best next step of a group: the one that keeps most energy a byte."""
     steps = []
-    for after in {rank + 1, min(rank + 4, curve.most), min(2 * rank, curve.most)} - {rank}:
-        cost, gain = curve.bytes(after) - curve.bytes(rank), curve.at(after) - curve.at(rank)
+    for after in curve.next(ranks):
+        cost, gain = curve.bytes(after) - curve.bytes(ranks), curve.at(after) - curve.at(ranks)
         steps.append((-gain / cost, name, after, cost, gain))
     return min(steps)
 
@@ -126,25 +151,24 @@ def _offer(name: str, curve: Curve, rank: int) -> tuple[float, str, int, int, fl
 def curves_of(
     groups: Sequence[Group], fits: Mapping[str, GroupFit], tasks: int, dtype: str, core: str
 ) -> dict[str, Curve]:
-    """Return what rank buys in every group, with diagonal cores or free ones."""
-    curves, width, is_diagonal = {}, DTYPES[dtype].itemsize, core == "diagonal"
+    """Return what ranks buy in every group, with diagonal cores or free ones."""
+    curves, width = {}, DTYPES[dtype].itemsize
     for group in groups:
-        f = fits[group.name]
-        kept = kept_at_least(f)[: min(group.shape)] if is_diagonal else f.kept
+        f, (o, i) = fits[group.name], group.shape
+        kept = kept_at_least(f)[: min(o, i)] if core == "diagonal" else f.kept
         cores = width * tasks * len(group.sites)
-        module = group.sites[0].module
-        curves[group.name] = Curve(f.energy, kept, width * sum(group.shape), cores, is_diagonal, module)
+        curves[group.name] = Curve(f.energy, kept, (width * o, width * i), cores, group.sites[0].module)
     return curves
 
 
-def ranks_for(curves: dict[str, Curve], size: tuple[str, float], head_bytes: int) -> dict[str, int]:
+def ranks_for(curves: dict[str, Curve], size: tuple[str, float], head_bytes: int) -> dict[str, Ranks]:
     """Return the ranks that a size means, which may be a rank, an error, or bytes with those of heads."""
     name, value = size
     if name == "rank":
-        return {group: min(int(value), curve.most) for group, curve in curves.items()}
+        return {group: curve.cut((int(value), int(value))) for group, curve in curves.items()}
     if name == "max_error":
         return chosen_ranks(curves, max_error=value)
-    least = head_bytes + sum(curve.bytes(1) for curve in curves.values())
+    least = head_bytes + bytes_of(curves, dict.fromkeys(curves, (1, 1)))
     if least > value:
         raise ConfigError(
             f"max_bytes={int(value):,} is less than a bank of rank 1 takes, {least:,} bytes ({head_bytes:,} of them in "

@@ -12,7 +12,7 @@ from ..adapters import plots
 from ..sharing.plan import Plan
 from .base import is_same_base
 from .fit import GroupFit, error_of_all
-from .ranks import Curve, bytes_of, chosen_ranks, error_of, one_rank_for_all
+from .ranks import Curve, Ranks, bytes_of, chosen_ranks, error_of, one_rank_for_all
 from .stack import Stack
 from .tasks import Lost
 
@@ -70,7 +70,7 @@ def report_of(
     ]
     by_task.sort(key=lambda row: -row["error"])
     errors = [row["error"] for row in by_task]
-    ranks = {group.name: group.core.r for group in plan.groups}
+    ranks = {group.name: group.rank for group in plan.groups}
     heads = sum(entry.head_bytes for entry in stack.entries)
     report = Report(
         tasks=len(stack),
@@ -84,7 +84,7 @@ def report_of(
                 "group": group.name,
                 "sites": len(group.sites),
                 "block": list(group.shape),
-                "rank": group.core.r,
+                "ranks": list(group.rank),
                 "errors": fits[group.name].errors,
             }
             for group in plan.groups
@@ -112,7 +112,7 @@ def _by_module(stack: Stack, plan: Plan, lost: Lost) -> dict[str, float]:
 def _about_error(
     error: float,
     curves: dict[str, Curve],
-    ranks: dict[str, int],
+    ranks: dict[str, Ranks],
     others: Mapping[str, dict[str, Curve]],
     fitted: float,
     asked: float | None,
@@ -128,10 +128,10 @@ def _about_error(
         if error_of(curves, better) <= error / 2:
             yield (
                 f"Half of this error takes {bytes_of(curves, better) / size:.1f} times the bytes: --max-error "
-                f"{error / 2:.2g} (ranks {min(better.values())} to {max(better.values())})."
+                f"{error / 2:.2g} (ranks {min(map(min, better.values()))} to {max(map(max, better.values()))})."
             )
     for core, own in others.items():
-        if bytes_of(own, dict.fromkeys(own, 1)) <= size:
+        if bytes_of(own, dict.fromkeys(own, (1, 1))) <= size:
             most = error_of(own, chosen_ranks(own, max_bytes=size))  # and it is sure to lose no more
             if most < 0.95 * error:
                 yield f"In as many bytes --core {core} loses at most {most:.2g}."

@@ -46,7 +46,7 @@ def write_bank(
     plan = config.recorded_plan()
     tensors: dict[str, Tensor] = {}
     for group in plan.groups:
-        U, V = fits[group.name].factors(group.core.r)
+        U, V = fits[group.name].factors(group.rank)
         keys = group_keys(group)
         type_ = DTYPES[dtype]
         tensors |= {keys["U"]: U.to(type_).contiguous(), keys["V"]: V.T.to(type_).contiguous()}

@@ -17,7 +17,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 import lotr
+import pictures
 from lotr.training.base_model import load_model, load_tokenizer
 from lotr.training.data.docstrings import load_functions
 from quality_runs import append, rates_text
@@ -59,8 +60,9 @@ def wanted(plan: Plan) -> Iterator[tuple[Key, dict[str, float]]]:
     for part in ("rates", "final"):
         for entry in plan.get(part) or ():
             for seed, name in itertools.product(entry["seeds"], entry["methods"]):
-                for rates in plan["methods"][name][part]:
-                    modules = " ".join(plan["modules"])
+                method = plan["methods"][name]
+                modules = " ".join(method.get("modules", plan["modules"]))
+                for rates in method.get(part, ()):
                     yield Key(modules, name, rates_text(rates), plan["steps"], seed, part), rates
 
 
@@ -118,7 +120,7 @@ def adapted(plan: Plan, key: Key) -> nn.Module:
     # around one forward pass: what autocast has cast it keeps until it ends, and the trained numbers change
     base.forward = torch.autocast("cpu", torch.bfloat16)(base.forward)
     set_seed(key.seed)
-    fields = {"task_type": "CAUSAL_LM", "target_modules": list(plan["modules"]), **method["fields"]}
+    fields = {"task_type": "CAUSAL_LM", "target_modules": key.modules.split(), **method["fields"]}
     if "peft" in method:
         return peft.get_peft_model(base, getattr(peft, method["peft"])(**fields))
     model = peft.get_peft_model(base, lotr.LotrConfig(seed=key.seed, **fields))
@@ -164,33 +166,75 @@ def measure(plan: Plan, key: Key, rates: dict[str, float]) -> dict[str, Any]:
     return {**key._asdict(), "numbers": numbers, "dev": round(dev, 5), "test": test, "seconds": seconds}
 
 
-def compared(runs: Iterable[dict[str, str]]) -> list[str]:
-    """Return a table of the final runs: means over seeds, and their difference from the first method's, seed by seed.
+class Final(NamedTuple):
+    """The runs of a method with its rates fixed."""
 
-    The interval is that of Student's t at 95 %. *Equal* and *not worse* are said only where it lies within `MARGIN`.
-    """
-    final: dict[str, dict[str, dict[str, str]]] = {}
-    for run in runs:
+    modules: str
+    numbers: int
+    losses: list[float]
+
+    @property
+    def mean(self) -> float:
+        """Mean loss over seeds."""
+        return statistics.mean(self.losses)
+
+
+def final_runs(runs: Iterable[dict[str, str]]) -> dict[str, Final]:
+    """Return the final runs by method, the smallest first."""
+    final: dict[str, Final] = {}
+    for run in sorted(runs, key=lambda run: int(run["numbers"])):
         if run["part"] == "final":
-            final.setdefault(run["method"], {})[run["seed"]] = run
-    first, rows = next(iter(final.values())), []
-    for method, by_seed in final.items():
-        loss = [float(run["test"]) for run in by_seed.values()]
-        seeds = first.keys() & by_seed.keys()
-        apart = [float(by_seed[seed]["test"]) - float(first[seed]["test"]) for seed in sorted(seeds)]
-        cells = ["", ""]
-        if by_seed is not first and len(apart) > 1:
-            half = float(t.ppf(0.975, len(apart) - 1)) * statistics.stdev(apart) / len(apart) ** 0.5
-            low, high = statistics.mean(apart) - half, statistics.mean(apart) + half
-            says = "better" if high < 0 else "worse" if low > 0 else "level"
-            if low > -MARGIN and high < MARGIN:
-                says = "equal"
-            elif high < MARGIN and says == "level":
-                says = "not worse"
-            cells = [f"{statistics.mean(apart):+.4f} ({low:+.4f} to {high:+.4f})", says]
-        numbers = f"{int(next(iter(by_seed.values()))['numbers']):,}"
-        rows.append([method, numbers, str(len(by_seed)), f"{statistics.mean(loss):.4f}", *cells])
-    return markdown(("method", "numbers", "seeds", "loss, test", "difference (95 %)", ""), rows)
+            own = final.setdefault(run["method"], Final(run["modules"], int(run["numbers"]), []))
+            own.losses.append(float(run["test"]))
+    return final
+
+
+def spread_of(final: dict[str, Final]) -> tuple[float, int]:
+    """Return the spread of a seed, taken as one for all methods, and its degrees of freedom."""
+    freedom = sum(len(own.losses) - 1 for own in final.values())
+    squares = sum((loss - own.mean) ** 2 for own in final.values() for loss in own.losses)
+    return (squares / freedom) ** 0.5, freedom
+
+
+def compared(pairs: Sequence[tuple[str, str]], final: dict[str, Final]) -> list[str]:
+    """Return a table of the differences between methods.
+
+    The intervals hold 95 % for all of them together (Student's t, Bonferroni). *Equal* and *not worse* are said only
+    where an interval lies within `MARGIN`.
+    """
+    (spread, freedom), rows = spread_of(final), []
+    at = float(t.ppf(1 - 0.025 / len(pairs), freedom))
+    for method, other in pairs:
+        own, others = final[method], final[other]
+        half = at * spread * (1 / len(own.losses) + 1 / len(others.losses)) ** 0.5
+        low, high = own.mean - others.mean - half, own.mean - others.mean + half
+        says = "**better**" if high < 0 else "*worse*" if low > 0 else "level"
+        if low > -MARGIN and high < MARGIN:
+            says = "equal"
+        elif high < MARGIN and says == "level":
+            says = "not worse"
+        difference = f"{own.mean - others.mean:+.4f} ({low:+.4f} to {high:+.4f})"
+        sizes = f"{own.numbers:,} / {others.numbers:,}"
+        losses = f"{own.mean:.4f} / {others.mean:.4f}"
+        rows.append([method, other, sizes, losses, difference, says])
+    header = ("", "against", "numbers", "loss, test", f"difference (95 % for all {len(pairs)})", "")
+    return [
+        *markdown(header, rows, left=2),
+        "",
+        f"One seed's spread is {spread:.4f} nats ({freedom} degrees of freedom, two to five seeds a method).",
+    ]
+
+
+def draw(final: dict[str, Final], path: Path) -> None:
+    """Draw loss against trained numbers."""
+    spread, _ = spread_of(final)
+    panels: dict[str, list[pictures.Point]] = {}
+    for method, own in final.items():
+        error, whose = spread / len(own.losses) ** 0.5, "PEFT" if "lora" in method else "this library"
+        label, family = method.removesuffix(" gradient"), method.partition(" r")[0]
+        point = pictures.Point(label, family, own.numbers, own.mean, error, whose)
+        panels.setdefault(own.modules.replace("_proj", ""), []).append(point)
+    pictures.scores(panels, "loss per token, test (lower is better)", path)
 
 
 def main() -> None:
@@ -206,11 +250,15 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so long")
     parser.add_argument("--page", type=Path, help="run nothing; write the table into this page")
     options = parser.parse_args()
+    plan = yaml.safe_load(options.plan.read_text())
     if options.page:
-        fill(options.page, "deep", compared(read(options.runs).values()))
+        final = final_runs(read(options.runs).values())
+        pairs = [pair for pair in plan["compare"] if all(method in final for method in pair)]
+        fill(options.page, "deep", compared(pairs, final))
+        draw(final, options.page.parent / "images" / "deep.png")
         return
     calm()
-    plan, until = yaml.safe_load(options.plan.read_text()), time.monotonic() + 60 * options.minutes
+    until = time.monotonic() + 60 * options.minutes
     missing = [run for run in wanted(plan) if run[0] not in read(options.runs)]
     with ProcessPoolExecutor(options.jobs) as pool:
         doing = set()

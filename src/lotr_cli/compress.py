@@ -32,7 +32,8 @@ class Options:
     replace: bool = _option("With --add: replace tasks that have the names already.", default=False)
     rank: int | None = _option("Rank of every group.", "16 without any size")
     max_error: float | None = _option(
-        "Instead of a rank: the relative error to reach, by group as it takes.", "none"
+        "Instead of a rank: the relative error to reach; each group and side has the rank that this takes.",
+        "none",
     )
     max_bytes: str | None = _option(
         "Instead of a rank: bytes of factors, cores and heads, such as 20MB.", "none"

@@ -24,7 +24,6 @@ from lotr.errors import LotrError
 from lotr.training.checkpoint import last_whole
 from lotr.training.tasks import run as train_bank
 from lotr.training.tasks.settings import BankSettings
-from lotr.training.tasks.trainer import TASKS
 
 torch.set_num_threads(1)
 
@@ -42,7 +41,7 @@ class SayStepped(transformers.TrainerCallback):
 
 def saved_step(bank: Path) -> int:
     """The step of the last checkpoint."""
-    checkpoint = last_whole(bank / train_bank.RUN, (TASKS,))
+    checkpoint = last_whole(bank / train_bank.RUN)
     return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
 

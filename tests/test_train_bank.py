@@ -21,8 +21,7 @@ from lotr.errors import ConfigError, DataError, TrainingError, UnknownTaskError
 from lotr.files.atomic import locked
 from lotr.training.output import SETTINGS
 from lotr.training.predict import predict
-from lotr.training.tasks.begin import RUN
-from lotr.training.tasks.run import train_bank
+from lotr.training.tasks.run import RUN, train_bank
 from lotr.training.tasks.served import load_served
 from lotr.training.tasks.settings import BankSettings
 from lotr.training.tasks.task_list import TaskSource, read_tasks

@@ -87,7 +87,7 @@ def prepare(sources: Iterable[TaskSource], tokenizer: Any, max_length: int, seed
             prepared[source.name] = data.encoded(tokenizer, max_length)
         except DataError as error:
             raise DataError(f"Task {source.name!r}: {error}") from error
-    causal = [name for name, data in prepared.items() if data.task == "causal-lm"]
+    causal = [name for name, data in prepared.items() if data.task.task == "causal-lm"]
     if 0 < len(causal) < len(prepared):
         raise ConfigError(
             f"Task {causal[0]!r} is causal-lm and others are not: tasks that are trained at once run on one kind of "

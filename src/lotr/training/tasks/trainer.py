@@ -50,7 +50,6 @@ class TaskTrainer(AdapterTrainer):
         callbacks: More callbacks.
     """
 
-    model_files = (TASKS,)
     checkpoints = ""  # the whole of a run's folder
 
     def __init__(
@@ -132,13 +131,11 @@ class TaskTrainer(AdapterTrainer):
 def _optimizer(settings: BankSettings, served: Served) -> torch.optim.Optimizer:
     """Return AdamW, which leaves a task alone that has no row in the batch: neither it nor its moments change."""
     rates = default_rates(str(served.bank.config.core), "none", "cores")
-    cores: list[Tensor] = []
-    heads: list[Tensor] = []
+    lr = {"cores": settings.core_lr or rates.core_lr, "heads": settings.head_lr or rates.head_lr}
+    params: dict[str, list[Tensor]] = {"cores": [], "heads": []}
     for name, parameter in served.tensors().items():
-        (cores if name.endswith(".numbers") else heads).append(parameter)
-    groups = [{"params": cores, "lr": settings.core_lr or rates.core_lr, "name": "cores"}]
-    if heads:
-        groups.append({"params": heads, "lr": settings.head_lr or rates.head_lr, "name": "heads"})
+        params["cores" if name.endswith(".numbers") else "heads"].append(parameter)
+    groups = [{"params": own, "lr": lr[name], "name": name} for name, own in params.items() if own]
     return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
 
 

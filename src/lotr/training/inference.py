@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .data.chat import Chat
-from .data.conversations import CHAT
+from .data.conversations import CHAT, Chat
 from .data.encode import LENGTH
 
 if TYPE_CHECKING:
@@ -36,11 +35,15 @@ def outputs(
     for at in range(0, len(order), batch_size):
         numbers = order[at : at + batch_size]
         inputs = {name: value.to(model.device) for name, value in collate([rows[n] for n in numbers]).items()}
-        labels, own = inputs.pop("labels", [None] * len(numbers)), inputs.pop("task", None)
+        labels: Any = inputs.pop("labels", None)
+        own = inputs.pop("task", None)
         named = {"task_ids": [tasks[n] for n in own.tolist()]} if tasks and own is not None else {}
         with torch.inference_mode():
             logits = model(**inputs, **named).logits.float()
-        yield from zip(numbers, logits if logits.dim() > 2 else logits.cpu(), labels, strict=True)
+        labels = [None] * len(numbers) if labels is None else labels
+        if logits.dim() == 2:
+            logits, labels = logits.cpu(), [label if label is None else label.cpu() for label in labels]
+        yield from zip(numbers, logits, labels, strict=True)
         if tick is not None:
             tick(at + len(numbers), len(order))
 

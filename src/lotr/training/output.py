@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, ConfigError
-from ..files import atomic, card
+from ..files import card
 from ..files.adapter_folder import BASIS_WEIGHTS, WEIGHTS, write_adapter
 from ..files.atomic import (
+    check_apart,
     check_free,
     move_into,
     read_json,
@@ -27,9 +28,10 @@ from ..files.atomic import (
 from ..files.card import Card
 from ..tuner.config import LotrConfig
 from .checkpoint import last_whole
+from .data import TaskRecord
 from .rates import Rates, parameter_groups
 from .settings import TrainSettings, read_options
-from .trained import CHECKPOINTS, TaskRecord
+from .trained import CHECKPOINTS
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -45,8 +47,21 @@ PICTURES = ("cores.png", "confusion.png")
 _FREE_ON_RESUME = frozenset({"resume", "overwrite", "output", "eval_steps", "save_steps", "report_to"})
 
 
-def check_output(folder: Path, overwrite: bool) -> None:
-    """Refuse an output folder that holds something; what a killed run left before its first checkpoint is nothing."""
+def check_output(settings: TrainSettings, config: PeftConfig | None, is_main: bool) -> None:
+    """Refuse an output folder that holds something, or the basis or the base model that the run reads.
+
+    What a killed run left before its first checkpoint is nothing.
+    """
+    folder = Path(str(settings.output))
+    read = [
+        ("basis", settings.basis),
+        ("basis", getattr(config, "basis", None)),
+        ("base model", settings.model),
+    ]
+    for what, place in read:
+        check_apart(folder, what, place, folder / CHECKPOINTS, folder / STAGED)
+    if settings.resume or not is_main:  # the others would find what the main process made
+        return
     # the factors of a bank would be read in place of the new weights
     if (folder / BASIS_WEIGHTS).is_file():
         raise ConfigError(
@@ -55,15 +70,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
     shutil.rmtree(unfinished(folder / CHECKPOINTS), ignore_errors=True)  # of a run that was killed at its end
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if not names <= {CHECKPOINTS, LOGS} or last_whole(folder / CHECKPOINTS) is not None:
-        check_free(folder, overwrite)
-
-
-def check_apart(settings: TrainSettings, config: PeftConfig | None = None) -> None:
-    """Refuse an output folder whose writing would destroy the basis or the base model that the run reads."""
-    folder = Path(str(settings.output))
-    for basis in (settings.basis, getattr(config, "basis", None)):
-        atomic.check_apart(folder, "basis", basis, folder / CHECKPOINTS, folder / STAGED)
-    atomic.check_apart(folder, "base model", settings.model, folder / CHECKPOINTS, folder / STAGED)
+        check_free(folder, settings.overwrite)
 
 
 @contextmanager

@@ -141,24 +141,22 @@ def predict(
     for name, record in records.items():
         columns = record.columns.named(text=text, text2=text2)
         parts.append(rows_of_task(table.take(numbers[name]), replace(record, columns=columns), False))
-    order = np.argsort([n for own in numbers.values() for n in own])
+    of_table = [n for own in numbers.values() for n in own]  # of the parts' rows, one task behind the other
     tokenizer, (first, *_) = loaded.tokenizer, records.values()
     if first.task == "causal-lm":
-        rows = [row for part in parts for row in part.rows()]
-        prompts, tasks = [rows[n] for n in order], names if is_bank else ()
-        predicted: list[Any] = answers(loaded.model, tokenizer, prompts, max_new_tokens, tick, tasks)
+        rows = dict(zip(of_table, (row for part in parts for row in part.rows()), strict=True))
+        predicted = answers(loaded.model, tokenizer, rows, max_new_tokens, tick, names if is_bank else ())
     else:
         encoded = [
             encode(rows, tokenizer, own, False) for rows, own in zip(parts, records.values(), strict=True)
         ]
-        mixed, collate = together(encoded).select(order), collator(tokenizer, first.task)
+        mixed, collate, tasks = together(encoded), collator(tokenizer, first.task), tuple(records)
         size = min(batch_size, loaded.rows.cache.capacity) if isinstance(loaded, Served) else batch_size
-        predicted = [{}] * len(names)
-        for n, logits, _ in outputs(
-            loaded.model, collate, mixed, size, tick, list(records) if is_bank else ()
-        ):
-            predicted[n] = prediction(records[names[n]].task, records[names[n]].labels, logits)
-    return [{**row, **own} for row, own in zip(table.rows(), predicted, strict=True)]
+        predicted = {}
+        for at, logits, _ in outputs(loaded.model, collate, mixed, size, tick, tasks if is_bank else ()):
+            own = records[names[of_table[at]]]
+            predicted[of_table[at]] = prediction(own.task, own.labels, logits)
+    return [{**row, **predicted[n]} for n, row in enumerate(table.rows())]
 
 
 def _task_names(table: Table, name: str) -> list[str]:

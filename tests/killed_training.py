@@ -41,7 +41,7 @@ class SayStepped(transformers.TrainerCallback):
 
 def saved_step(bank: Path) -> int:
     """The step of the last checkpoint."""
-    checkpoint = last_whole(bank / train_bank.RUN)
+    checkpoint = last_whole(bank / train_bank.CHECKPOINTS)
     return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
 
@@ -52,7 +52,7 @@ def main() -> None:
     killed = advanced = step = 0
     tasks: set[str] = set()
     for n in range(times):
-        unfinished = (bank / train_bank.RUN / train_bank.SETTINGS).is_file()
+        unfinished = (bank / train_bank.CHECKPOINTS / train_bank.SETTINGS).is_file()
         if not unfinished and bank.exists():
             settings["replace"], settings["basis"] = True, None
         chosen = {"output": str(bank), "resume": True} if unfinished else settings

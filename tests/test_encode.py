@@ -18,7 +18,7 @@ def test_a_class_is_encoded_as_its_place_among_the_labels():
     assert encoded["input_ids"][:] == [[CLS, ID["a"], SEP], [CLS, ID["b"], ID["c"], SEP]]
     assert encoded["length"][:] == [3, 4]
     assert set(encoded.column_names) == {"input_ids", "attention_mask", "token_type_ids", "labels", "length"}
-    assert "labels" not in run(bert(), "classification", with_labels=False, text=["a"]).column_names
+    assert "labels" not in run(bert(), "classification", need_label=False, text=["a"]).column_names
 
 
 def test_a_second_text_is_the_second_segment():

@@ -34,9 +34,9 @@ def bert() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def run(tokenizer, task="causal-lm", max_length=64, labels=(), with_labels=True, **rows):
+def run(tokenizer, task="causal-lm", max_length=64, labels=(), need_label=True, **rows):
     record = TaskRecord(task, labels, max_length, pairs=None)
-    return encode(rows_of_task(Table(rows), record, with_labels), tokenizer, record, with_labels)
+    return encode(rows_of_task(Table(rows), record, need_label), tokenizer, record)
 
 
 def ids(text: str) -> list[int]:

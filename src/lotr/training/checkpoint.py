@@ -74,7 +74,6 @@ class Draws(TrainerCallback):
 class AdapterTrainer(Trainer):
     """Trains the adapter of a PEFT model."""
 
-    checkpoints = CHECKPOINTS  # folder inside the output
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any
 
@@ -125,7 +124,7 @@ class AdapterTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         """Keep checkpoints apart from what loggers write: they go when the run ends."""
-        return str(Path(str(self.args.output_dir), self.checkpoints))
+        return str(Path(str(self.args.output_dir), CHECKPOINTS))
 
     def _load_callback_state(self) -> None:
         super()._load_callback_state()

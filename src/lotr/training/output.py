@@ -74,7 +74,7 @@ def check_output(settings: TrainSettings, config: PeftConfig | None, is_main: bo
 
 
 @contextmanager
-def started_run(folder: Path, settings: TrainSettings, say: Callable[[str], None]) -> Iterator[None]:
+def started_run(folder: Path, settings: Any, say: Callable[[str], None]) -> Iterator[None]:
     """Make the folder of checkpoints for the time of the block; a block that fails before the first leaves none."""
     if not settings.resume:
         remove_folder(folder / CHECKPOINTS)

@@ -147,9 +147,7 @@ def predict(
         rows = dict(zip(of_table, (row for part in parts for row in part.rows()), strict=True))
         predicted = answers(loaded.model, tokenizer, rows, max_new_tokens, tick, names if is_bank else ())
     else:
-        encoded = [
-            encode(rows, tokenizer, own, False) for rows, own in zip(parts, records.values(), strict=True)
-        ]
+        encoded = [encode(rows, tokenizer, own) for rows, own in zip(parts, records.values(), strict=True)]
         mixed, collate, tasks = together(encoded), collator(tokenizer, first.task), tuple(records)
         size = min(batch_size, loaded.rows.cache.capacity) if isinstance(loaded, Served) else batch_size
         predicted = {}

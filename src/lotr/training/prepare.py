@@ -125,16 +125,15 @@ def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConf
     model = add_adapter(base, config)
     if settings.gradient_checkpointing:
         base.enable_input_require_grads()
-        base.gradient_checkpointing_enable(
-            {"use_reentrant": False}
-        )  # a head warms up by `backward(inputs=…)`
+        # the other kind knows no `backward(inputs=…)`, by which a head warms up
+        base.gradient_checkpointing_enable({"use_reentrant": False})
     trained, total = model.get_nb_trainable_parameters()
     share = 100 * trained / total
     say(chosen or f"Method: {settings.method}, {trained:,} trained numbers ({share:.2f} % of the model).")
 
-    data = data.encoded(tokenizer, length)
-    task = replace(
-        data.task,
+    data = data.encoded(
+        tokenizer,
+        max_length=length,
         base_model=locate(name)[1],
         method=settings.method,
         dtype=settings.dtype,
@@ -150,7 +149,7 @@ def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConf
         checkpoint,
         model,
         rates_of(settings, config),
-        replace(data, task=task),
+        data,
         collate,
         settings.max_steps or math.ceil(math.ceil(len(data.train) / rows_a_step(settings)) * settings.epochs),
     )

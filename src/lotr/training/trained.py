@@ -30,7 +30,6 @@ CHECKPOINTS = "checkpoints"
 class Trained:
     """An adapter on its base model, with what it was trained for."""
 
-    adapter: AdapterFolder
     model: PeftModel
     tokenizer: Any
     task: TaskRecord
@@ -79,7 +78,7 @@ def load_trained(path: str | Path, model: str | None = None) -> Trained:
             "base model with --model."
         )
     loaded = loaded.eval() if task.load_in else loaded.eval().to(device())
-    return Trained(adapter, loaded, tokenizer, task)
+    return Trained(loaded, tokenizer, task)
 
 
 def _record_of_lora(adapter: AdapterFolder, model: str | None) -> TaskRecord:

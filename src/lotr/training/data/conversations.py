@@ -131,7 +131,7 @@ class Chat:
     content: dict[str, Any]  # what `conversation` made of a row
     row: int  # its number, for messages
 
-    def encoded(self, max_length: int, with_labels: bool = True) -> dict[str, list[Any]]:
+    def encoded(self, max_length: int) -> dict[str, list[Any]]:
         """Return the first `max_length` tokens, and `labels`.
 
         A template that marks answers with `{% generation %}` says itself what is learned. With any other, the
@@ -143,21 +143,18 @@ class Chat:
                 cannot be told from the rest.
         """
         encoded = self._rendered()
-        if with_labels:
-            ids = encoded["input_ids"]
-            # slow tokenizers do not know which token a character went to
-            is_marked = self.tokenizer.is_fast and _GENERATION_TAG.search(self.tokenizer.get_chat_template())
-            marked = self._marked() if is_marked else None
-            mask = list(marked or [0] * len(ids))
-            for number, turn in enumerate(self.content["messages"]):
-                learned = turn.get("weight") != 0 and bool(turn["content"].strip() or turn.get("tool_calls"))
-                # to be learned and not marked yet, or marked and not to be learned
-                if turn["role"] == "assistant" and learned != bool(marked):
-                    span = self._span(number, ids)
-                    mask[span] = [int(learned)] * len(mask[span])
-            encoded["labels"] = [
-                token if taught else IGNORED for token, taught in zip(ids, mask, strict=True)
-            ]
+        ids = encoded["input_ids"]
+        # slow tokenizers do not know which token a character went to
+        is_marked = self.tokenizer.is_fast and _GENERATION_TAG.search(self.tokenizer.get_chat_template())
+        marked = self._marked() if is_marked else None
+        mask = list(marked or [0] * len(ids))
+        for number, turn in enumerate(self.content["messages"]):
+            learned = turn.get("weight") != 0 and bool(turn["content"].strip() or turn.get("tool_calls"))
+            # to be learned and not marked yet, or marked and not to be learned
+            if turn["role"] == "assistant" and learned != bool(marked):
+                span = self._span(number, ids)
+                mask[span] = [int(learned)] * len(mask[span])
+        encoded["labels"] = [token if taught else IGNORED for token, taught in zip(ids, mask, strict=True)]
         return {name: values[:max_length] for name, values in encoded.items()}
 
     def prompt(self) -> str:

@@ -27,18 +27,16 @@ Row = dict[str, Any]
 Collate = Callable[[list[Row]], dict[str, Tensor]]
 
 
-def encode(
-    rows: Table, tokenizer: PreTrainedTokenizerBase, task: TaskRecord, with_labels: bool = True
-) -> Dataset:
+def encode(rows: Table, tokenizer: PreTrainedTokenizerBase, task: TaskRecord) -> Dataset:
     """Turn rows that `rows_of_task` made into token ids and labels, in memory.
 
     Texts are cut to the task's length. A language model learns every token of a plain text and the end-of-text
     token behind it; of a conversation it learns the assistant's turns only. Its rows that have nothing left to
-    learn are dropped with a warning, unless no labels are asked for.
+    learn are dropped with a warning.
 
     Returns:
-        `input_ids`, `attention_mask`, `token_type_ids` if the tokenizer makes them, `labels` (a class id, a
-        number or token ids) and `length`.
+        `input_ids`, `attention_mask`, `token_type_ids` if the tokenizer makes them, `length`, and `labels`: token
+        ids, or a class id or a number where the rows have labels.
 
     Raises:
         DataError: No row is left, or a conversation cannot be encoded.
@@ -52,7 +50,7 @@ def encode(
             batch = {name: list(rows[name][first : first + ROWS_AT_ONCE]) for name in rows.columns}
             if CHAT in batch:
                 chats = (Chat(tokenizer, content, n) for n, content in enumerate(batch[CHAT], first + 1))
-                encoded = [chat.encoded(length, with_labels) for chat in chats]
+                encoded = [chat.encoded(length) for chat in chats]
             else:
                 texts = [batch[name] for name in ("text", "text2") if name in batch]
                 columns = tokenizer(*texts, truncation=True, max_length=length, return_attention_mask=True)
@@ -61,9 +59,9 @@ def encode(
                 ]
                 if task.task == "causal-lm":
                     eos = tokenizer.eos_token_id
-                    encoded = [_with_end(row, eos, length, with_labels) for row in encoded]
+                    encoded = [_with_end(row, eos, length) for row in encoded]
             bar.update(len(encoded))
-            for row, label in zip(encoded, batch.get("label", ()) if with_labels else (), strict=False):
+            for row, label in zip(encoded, batch.get("label", ()), strict=False):
                 row["labels"] = label
             taught = filter(_teaches, encoded)
             parts.append(Dataset.from_list([{**row, LENGTH: len(row["input_ids"])} for row in taught]))
@@ -83,13 +81,13 @@ def encode(
     return encoded_rows
 
 
-def _with_end(row: Row, eos: int | None, max_length: int, with_labels: bool) -> Row:
+def _with_end(row: Row, eos: int | None, max_length: int) -> Row:
     """Append the end-of-text token, unless the text was cut: its end is not where the cut is."""
     ids = row["input_ids"]
     if eos is not None and len(ids) < max_length and not (ids and ids[-1] == eos):
         end = {"input_ids": eos, "attention_mask": 1, "token_type_ids": 0}
         row = {name: [*values, end[name]] for name, values in row.items()}
-    return {**row, "labels": row["input_ids"]} if with_labels else row
+    return {**row, "labels": row["input_ids"]}
 
 
 def _teaches(row: Row) -> bool:

@@ -42,9 +42,9 @@ class TaskData:
         """Rows to train on, and to evaluate on."""
         return {"train": len(self.train), "eval": len(self.eval)}
 
-    def encoded(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TaskData:
-        """Return the same with its rows as the model takes them."""
-        task = replace(self.task, max_length=max_length)
+    def encoded(self, tokenizer: PreTrainedTokenizerBase, **known: Any) -> TaskData:
+        """Return the same with its rows as the model takes them, and with more that is known of the task."""
+        task = replace(self.task, **known)
         train, eval = (encode(part, tokenizer, task) for part in (self.train, self.eval))
         return replace(self, task=task, train=train, eval=eval)
 

@@ -15,14 +15,15 @@ import torch
 
 from ...bank import CoreBank, Task
 from ...errors import ConfigError
-from ...files.atomic import locked, read_json, remove_folder, unfinished, write_json
+from ...files.atomic import locked, read_json, remove_folder, unfinished
 from ...tuner.saved_adapter import hash_of, read_saved
 from ..adapter import check_numbers
 from ..base_model import load_tokenizer, locate, skeleton, text_length
 from ..checkpoint import last_whole
 from ..data import TaskData
-from ..output import SETTINGS, check_same_run, versions
+from ..output import SETTINGS, check_same_run, started_run, versions
 from ..process import n_processes
+from ..trained import CHECKPOINTS
 from .served import Served, base_of, load_served
 from .settings import BankSettings
 from .task_list import TaskSource, prepare
@@ -30,9 +31,6 @@ from .trainer import TaskTrainer, temperature_of
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
-
-#: Folder of an unfinished run inside a bank.
-RUN = "training"
 
 
 def train_bank(
@@ -73,10 +71,9 @@ def train_bank(
             settings = replace(settings, max_length=text_length(skeleton(name)[0], name, settings.max_length))
             sources = (TaskSource(**source) for source in settings.tasks)
             prepared = prepare(sources, load_tokenizer(name), settings.max_length or 0, settings.seed)
-            if not settings.resume:
-                remove_folder(path / RUN)
-            report = _run(settings, bank, name, prepared, say, callbacks)
-        remove_folder(path / RUN)  # killed before this, the run can go on; behind it, nothing is left to do
+            with started_run(path, settings, say):
+                report = _run(settings, bank, name, prepared, say, callbacks)
+        remove_folder(path / CHECKPOINTS)  # killed before this, the run can go on; behind it, nothing is left
         return report
 
 
@@ -94,10 +91,10 @@ def _check(settings: BankSettings) -> None:
 
 def _settings_to_resume(named: dict[str, Any], path: Path) -> BankSettings:
     """Return the settings of the stopped run in a bank; those named now must not differ from them."""
-    file = path / RUN / SETTINGS
+    file = path / CHECKPOINTS / SETTINGS
     if not file.is_file():
         # what a run that was killed at its end left
-        shutil.rmtree(unfinished(path / RUN), ignore_errors=True)
+        shutil.rmtree(unfinished(path / CHECKPOINTS), ignore_errors=True)
         raise ConfigError(f"There is no unfinished run in {path}; there is nothing to resume.")
     saved = read_json(file, "the folder of a run that was started")
     check_same_run(named, saved)
@@ -124,7 +121,7 @@ def _opened_bank(settings: BankSettings, path: Path) -> Iterator[CoreBank]:
 
     It is refused where its run would be passed over, or where it has another basis, or the tasks already.
     """
-    if not settings.resume and (path / RUN / SETTINGS).is_file() and not settings.replace:
+    if not settings.resume and (path / CHECKPOINTS / SETTINGS).is_file() and not settings.replace:
         raise ConfigError(
             f"A run in {path} was not finished. Go on with it with --resume, or drop it with --replace; the bank keeps "
             "its tasks as of the last checkpoint."
@@ -147,7 +144,7 @@ def _opened_bank(settings: BankSettings, path: Path) -> Iterator[CoreBank]:
             with bank:
                 yield bank
         except BaseException:
-            if last_whole(path / RUN) is None:
+            if last_whole(path / CHECKPOINTS) is None:
                 remove_folder(path)
             raise
 
@@ -184,12 +181,9 @@ def _run(
         f"numbers each, beside a head: {each:,} bytes of memory a task while it trains."
     )
     _check_memory(memory, each)
-    folder = bank.path / RUN
-    folder.mkdir(exist_ok=True)
-    write_json(folder / SETTINGS, settings.to_dict())
     started = time.perf_counter()
-    trainer = TaskTrainer(folder, settings, served, parts, tasks, callbacks)
-    checkpoint = last_whole(folder) if settings.resume else None
+    trainer = TaskTrainer(settings, served, parts, tasks, callbacks)
+    checkpoint = last_whole(bank.path / CHECKPOINTS) if settings.resume else None
     trainer.run(checkpoint, say, f"lotr bank train --resume --output {bank.path}")
     seconds = time.perf_counter() - started
     return {

@@ -53,17 +53,10 @@ class Served:
     def record(self, name: str) -> TaskRecord:
         """Return what a task was trained for; raises as `CoreBank.get` does."""
         task = self.bank.get(name)
-        known: Any = {
-            "max_length": TEXT_LENGTH,
-            "columns": {},
-            "pairs": False,
-            **task.metadata,
-            "task": task.task,
-        }
-        length, columns = int(known["max_length"]), Columns(**known["columns"])
-        return TaskRecord(
-            known["task"], task.labels, length, columns, str(self.bank.base_model), known["pairs"]
-        )
+        about, kind = task.metadata, task.task
+        columns, length = Columns(**about.get("columns", {})), int(about.get("max_length", TEXT_LENGTH))
+        base, pairs = str(self.bank.base_model), about.get("pairs", False)
+        return TaskRecord(kind, task.labels, length, columns, base, pairs)  # type: ignore[arg-type]
 
     def collator(self) -> Callable[[list[Any]], dict[str, Tensor]]:
         """Return what makes a batch of rows of any tasks."""

@@ -91,6 +91,8 @@ def test_a_question_alone_is_enough_to_predict() -> None:
             [{"messages": TALK}, {"messages": []}],
             r'"messages" of here must hold a list of .* rows do not: 2 ',
         ),
+        ([{"messages": TALK}, {"messages": 5}], r"must hold a list of .* do not: 2 .* row 2 holds 5"),
+        ([{"messages": [{"role": "user", "content": "\ud800"}]}], r"must hold a list of .* do not: 1 "),
         ([{"messages": [{"speaker": "x", "line": "y"}]}], r"row 1 holds \[{'speaker': 'x', 'line': 'y'}\]"),
         (
             [{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}],

@@ -61,6 +61,7 @@ TWO = [{"text": "a, b", "label": "1,5"}, {"text": "c", "label": "2"}]
         ("a.jsonl", '{"a": "b\u2028"}\n{"b": 1}\n', [{"a": "b\u2028", "b": None}, {"a": None, "b": 1}]),
         ("a.json", '{"text": ["a", "b"]}', [{"text": "a"}, {"text": "b"}]),
         ("a.json", '{"about": "us", "data": [{"text": "a"}]}', [{"text": "a"}]),
+        ("a.json", '{"text": "a"}\n\n{"text": "b"}\n', [{"text": "a"}, {"text": "b"}]),
     ],
     ids=[
         "quotes and line breaks in fields",
@@ -74,6 +75,7 @@ TWO = [{"text": "a, b", "label": "1,5"}, {"text": "c", "label": "2"}]
         "keys that only some rows have",
         "one object of columns",
         "one object around the rows",
+        "one object a line, whatever the suffix",
     ],
 )
 def test_what_people_have_is_read(tmp_path, name, content, rows):

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import sort_checkpoints
 
@@ -68,7 +68,7 @@ class Draws(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin what dropout draws, in every process for itself."""
         words = np.random.SeedSequence([args.seed, state.global_step, args.process_index]).generate_state(1)
-        set_seed(int(words[0]))
+        torch.manual_seed(int(words[0]))
 
 
 class AdapterTrainer(Trainer):

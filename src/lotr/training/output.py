@@ -184,24 +184,11 @@ def write(folder: Path, model: PeftModel, report: RunReport) -> None:
 
 
 def _card(model: PeftModel, report: RunReport) -> str:
-    task, settings, numbers = report.task, report.settings, report.trained_numbers
-    config = model.active_peft_config
+    task, settings, config = report.task, report.settings, model.active_peft_config
     ours = isinstance(config, LotrConfig)
     adapter = config.card(len(task.labels)) if ours else Card(settings.method, is_lotr=False)
-    results = card.results(
-        report.eval,
-        task.labels,
-        {part["name"]: part["lr"] for part in parameter_groups(model, **vars(report.rates))},
-        train=settings.train,
-        task=task.task,
-        rows=report.rows["train"],
-        eval_rows=report.rows["eval"],
-        steps=report.steps,
-        seed=settings.seed,
-        adapter=numbers["adapter"],
-        head=numbers["head"],
-        bytes=report.adapter_bytes,
-    )
+    rates = {part["name"]: part["lr"] for part in parameter_groups(model, **vars(report.rates))}
+    results = card.results(report.to_dict(), rates)
     return replace(adapter, method=settings.method, base_model=task.base_model).text(results)
 
 

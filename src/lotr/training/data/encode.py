@@ -44,7 +44,7 @@ def encode(rows: Table, tokenizer: PreTrainedTokenizerBase, task: TaskRecord) ->
     from datasets import Dataset, concatenate_datasets
     from tqdm import tqdm
 
-    length, parts = task.max_length, []
+    length, causal, parts = task.max_length, task.task == "causal-lm", []
     with tqdm(total=len(rows), desc="Tokenizing", unit=" rows", delay=2, leave=False, disable=None) as bar:
         for first in range(0, len(rows), ROWS_AT_ONCE):
             batch = {name: list(rows[name][first : first + ROWS_AT_ONCE]) for name in rows.columns}
@@ -57,14 +57,15 @@ def encode(rows: Table, tokenizer: PreTrainedTokenizerBase, task: TaskRecord) ->
                 encoded = [
                     dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
                 ]
-                if task.task == "causal-lm":
+                if causal:
                     eos = tokenizer.eos_token_id
                     encoded = [_with_end(row, eos, length) for row in encoded]
             bar.update(len(encoded))
             for row, label in zip(encoded, batch.get("label", ()), strict=False):
                 row["labels"] = label
-            taught = filter(_teaches, encoded)
-            parts.append(Dataset.from_list([{**row, LENGTH: len(row["input_ids"])} for row in taught]))
+            if causal:  # the first token is never predicted, so its label alone teaches nothing
+                encoded = [row for row in encoded if any(n != IGNORED for n in row["labels"][1:])]
+            parts.append(Dataset.from_list([{**row, LENGTH: len(row["input_ids"])} for row in encoded]))
     encoded_rows = concatenate_datasets([part for part in parts if len(part)] or parts)
     n_dropped = len(rows) - len(encoded_rows)
     if n_dropped == len(rows):
@@ -88,12 +89,6 @@ def _with_end(row: Row, eos: int | None, max_length: int) -> Row:
         end = {"input_ids": eos, "attention_mask": 1, "token_type_ids": 0}
         row = {name: [*values, end[name]] for name, values in row.items()}
     return {**row, "labels": row["input_ids"]}
-
-
-def _teaches(row: Row) -> bool:
-    labels = row.get("labels")
-    # the first token is never predicted, so its label alone teaches nothing
-    return not isinstance(labels, list) or any(label != IGNORED for label in labels[1:])
 
 
 def collator(tokenizer: PreTrainedTokenizerBase, task: str) -> Collate:

@@ -67,7 +67,8 @@ def classes(
     and others are sorted, as numbers if all are.
     """
     as_numbers = None if declared else numbers(values, where)
-    names = [declared[n] for n in values] if declared else [_name(value) for value in as_numbers or values]
+    whole = [int(n) if isinstance(n, float) and n.is_integer() else n for n in as_numbers or values]
+    names = [declared[n] for n in values] if declared else [str(value).strip() for value in whole]
     spelled: dict[str, tuple[int, str]] = {}
     for row, name in enumerate(() if declared else names, start=1):
         alike = " ".join(unicodedata.normalize("NFKC", name).split()).casefold()
@@ -87,7 +88,3 @@ def classes(
     known = tuple(labels or declared or sorted(order, key=order.__getitem__))
     ids = {name: n for n, name in enumerate(known)}
     return known, [ids[name] for name in names]
-
-
-def _name(value: Any) -> str:
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()

@@ -110,7 +110,7 @@ def seconds_of_columns(folder: Path, columns: int = 100_000) -> float:
     names, values = (",".join(f"{word}{n}" for n in range(columns)) for word in ("column", ""))
     (folder / "wide.csv").write_text(f"text,label,{names}\n" + f"a,1,{values}\nb,0,{values}\n" * 5)
     started = time.perf_counter()
-    assert load_task(str(folder / "wide.csv")).labels == ("0", "1")
+    assert load_task(str(folder / "wide.csv")).task.labels == ("0", "1")
     return time.perf_counter() - started
 
 

@@ -26,10 +26,10 @@ from lotr import CoreBank, LotrError
 from lotr.bank.basis import BANK, TASKS
 from lotr.files.adapter_folder import BASIS_WEIGHTS, CONFIG, TASK, WEIGHTS, read_adapter, write_task
 from lotr.files.peft_lora import read_lora
+from lotr.training.data import TaskRecord
 from lotr.training.data.files import read_table
 from lotr.training.settings import TrainSettings, read_options
 from lotr.training.tasks.task_list import read_tasks
-from lotr.training.trained import TaskRecord
 from lotr.tuner.saved_adapter import read_saved
 
 SECONDS = 10

@@ -24,7 +24,6 @@ from lotr.errors import LotrError
 from lotr.training.checkpoint import last_whole
 from lotr.training.tasks import run as train_bank
 from lotr.training.tasks.settings import BankSettings
-from lotr.training.tasks.trainer import TASKS
 
 torch.set_num_threads(1)
 
@@ -42,7 +41,7 @@ class SayStepped(transformers.TrainerCallback):
 
 def saved_step(bank: Path) -> int:
     """The step of the last checkpoint."""
-    checkpoint = last_whole(bank / train_bank.RUN, (TASKS,))
+    checkpoint = last_whole(bank / train_bank.CHECKPOINTS)
     return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
 
@@ -53,7 +52,7 @@ def main() -> None:
     killed = advanced = step = 0
     tasks: set[str] = set()
     for n in range(times):
-        unfinished = (bank / train_bank.RUN / train_bank.SETTINGS).is_file()
+        unfinished = (bank / train_bank.CHECKPOINTS / train_bank.SETTINGS).is_file()
         if not unfinished and bank.exists():
             settings["replace"], settings["basis"] = True, None
         chosen = {"output": str(bank), "resume": True} if unfinished else settings

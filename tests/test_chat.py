@@ -102,11 +102,6 @@ def test_rows_whose_answers_are_cut_away_are_dropped_with_their_count():
         run(tokenizer, max_length=8, messages=[late])
 
 
-def test_without_labels_no_conversation_is_dropped():
-    encoded = run(language(chat_template=PLAIN_TEMPLATE), with_labels=False, messages=[TALK[:1]])
-    assert encoded[0]["input_ids"] == ids("user : a #")
-
-
 REFUSING = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}"
 
 

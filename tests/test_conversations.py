@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,7 @@ import pytest
 
 from data_files import write
 from lotr.errors import DataError
-from lotr.training.data import load_task
-from lotr.training.data.columns import Columns, rows_of_task
+from lotr.training.data import Columns, TaskRecord, load_task, rows_of_task
 from lotr.training.data.tables import Table
 
 ASKED = {"role": "user", "content": "a b"}
@@ -22,8 +22,9 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 
 def read(rows: list[dict[str, Any]], need_label: bool = True, text: str = "text") -> list[dict[str, Any]]:
     """Return the conversations of some rows."""
-    table = rows_of_task(Table.from_rows(rows), Columns(text=text), "causal-lm", "here", need_label)
-    return [json.loads(content) for content in table["messages"]]
+    table = replace(Table.from_rows(rows), name="here")
+    needed = rows_of_task(table, TaskRecord("causal-lm", columns=Columns(text=text)), need_label)
+    return list(needed["messages"])
 
 
 @pytest.mark.parametrize(
@@ -90,6 +91,8 @@ def test_a_question_alone_is_enough_to_predict() -> None:
             [{"messages": TALK}, {"messages": []}],
             r'"messages" of here must hold a list of .* rows do not: 2 ',
         ),
+        ([{"messages": TALK}, {"messages": 5}], r"must hold a list of .* do not: 2 .* row 2 holds 5"),
+        ([{"messages": [{"role": "user", "content": "\ud800"}]}], r"must hold a list of .* do not: 1 "),
         ([{"messages": [{"speaker": "x", "line": "y"}]}], r"row 1 holds \[{'speaker': 'x', 'line': 'y'}\]"),
         (
             [{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}],
@@ -110,5 +113,5 @@ def test_what_is_not_understood_says_what_it_looks_like(rows: list, message: str
 def test_conversations_are_recognised_without_being_told(tmp_path: Path) -> None:
     rows = [{"instruction": f"say {n}", "input": "", "output": str(n)} for n in range(20)]
     data = load_task(write(tmp_path, "alpaca.json", json.dumps(rows)))
-    assert (data.task, len(data.train), len(data.eval)) == ("causal-lm", 18, 2)
+    assert (data.task.task, len(data.train), len(data.eval)) == ("causal-lm", 18, 2)
     assert 'Conversations are in "instruction", "input", "output"' in data.reason

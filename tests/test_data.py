@@ -4,8 +4,7 @@ import pytest
 
 from data_files import CSV, ROWS, write
 from lotr.errors import ConfigError, DataError
-from lotr.training.data import Columns, load_rows, load_task, read, rows_of_task
-from lotr.training.data.columns import label_values
+from lotr.training.data import Columns, TaskRecord, load_task, read, rows_of_task
 
 TEXTS = {row["text"] for row in ROWS}
 
@@ -16,28 +15,28 @@ def test_the_built_in_set_is_measured_on_its_test_split(monkeypatch):
     )
     data = load_task("docstrings")
     assert (len(data.train), len(data.eval), data.eval_source) == (20, 4, 'split "test" of docstrings')
-    assert len(load_rows("docstrings", Columns(), data.task, data.labels, data.pairs)) == 4
+    assert len(rows_of_task(read("docstrings"), data.task)) == 4
 
 
 def test_a_tenth_is_held_out_by_the_seed_alone_and_no_row_is_lost_or_shared(tmp_path):
     source = write(tmp_path, "a.csv", CSV)
     data, again, other = (load_task(source, seed=seed) for seed in (0, 0, 1))
-    train, held_out = set(data.train["text"][:]), set(data.eval["text"][:])
+    train, held_out = set(data.train["text"]), set(data.eval["text"])
     assert len(held_out) == 2 and train | held_out == TEXTS and not train & held_out
     assert "2 of the 20 rows" in data.eval_source and data.eval_source in data.reason
-    assert held_out == set(again.eval["text"][:]) != set(other.eval["text"][:])
+    assert held_out == set(again.eval["text"]) != set(other.eval["text"])
 
 
 def test_a_label_that_only_a_held_out_row_has_is_still_a_class(tmp_path):
     source = write(tmp_path, "a.csv", "text,label\n" + "".join(f"t{n},{n}\n" for n in range(10)))
-    assert load_task(source, task="classification").labels == tuple(map(str, range(10)))
+    assert load_task(source, task="classification").task.labels == tuple(map(str, range(10)))
 
 
 def test_train_and_eval_may_write_the_same_class_as_different_types(tmp_path):
     train = write(tmp_path, "a.csv", "text,label\na,0\nb,1\n")
     other = write(tmp_path, "b.jsonl", '{"text": "a", "label": 1}\n')
     data = load_task(train, other)
-    assert (data.labels, label_values(data.eval), data.eval_source) == (("0", "1"), ["1"], other)
+    assert (data.task.labels, data.eval["label"], data.eval_source) == (("0", "1"), [1], other)
 
 
 @pytest.mark.parametrize(
@@ -69,19 +68,18 @@ def test_rows_that_do_not_fit_are_refused_with_their_source(tmp_path, train, oth
 
 def test_only_classification_has_label_names_and_no_other_task_exists(tmp_path):
     source = write(tmp_path, "a.csv", CSV)
-    labels = [load_task(source, task=task).labels for task in (None, "regression", "causal-lm")]
+    labels = [load_task(source, task=task).task.labels for task in (None, "regression", "causal-lm")]
     assert labels == [("0", "1"), (), ()]
     with pytest.raises(ConfigError, match=r"Near matches: classification"):
         load_task(source, task="clasification")
 
 
 def test_an_adapter_refuses_labels_that_it_does_not_know_and_needs_none_to_predict(tmp_path):
-    task = (Columns(), "classification", ("0", "2"), False)
+    task = TaskRecord("classification", ("0", "2"))
     with pytest.raises(DataError, match=r"labels that the adapter does not have: 1\."):
-        load_rows(write(tmp_path, "a.csv", CSV), *task)
+        rows_of_task(read(write(tmp_path, "a.csv", CSV)), task)
     bare = write(tmp_path, "b.csv", "text,id\nx,7\n")
     with pytest.raises(DataError, match="--label"):
-        load_rows(bare, *task)
-    plain, source = read(bare)
-    rows = rows_of_task(plain, Columns(), "classification", source, need_label=False)
-    assert (plain.rows(), rows.to_list()) == ([{"text": "x", "id": "7"}], [{"text": "x"}])
+        rows_of_task(read(bare), task)
+    rows = rows_of_task(read(bare), task, need_label=False)
+    assert (read(bare).rows(), rows.rows()) == ([{"text": "x", "id": "7"}], [{"text": "x"}])

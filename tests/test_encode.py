@@ -4,11 +4,11 @@ import pickle
 
 import pytest
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 
 from lotr.errors import DataError
 from lotr.training.base_model import load_tokenizer
-from lotr.training.data import collator, encode
+from lotr.training.data import TaskRecord, collator, encode, read
 from tiny_tokenizers import CLS, EOS, ID, PAD, SEP, WORDS, bert, ids, language, run, words
 
 
@@ -18,7 +18,7 @@ def test_a_class_is_encoded_as_its_place_among_the_labels():
     assert encoded["input_ids"][:] == [[CLS, ID["a"], SEP], [CLS, ID["b"], ID["c"], SEP]]
     assert encoded["length"][:] == [3, 4]
     assert set(encoded.column_names) == {"input_ids", "attention_mask", "token_type_ids", "labels", "length"}
-    assert "labels" not in run(bert(), "classification", with_labels=False, text=["a"]).column_names
+    assert "labels" not in run(bert(), "classification", need_label=False, text=["a"]).column_names
 
 
 def test_a_second_text_is_the_second_segment():
@@ -65,7 +65,7 @@ def test_a_single_token_teaches_nothing_and_is_dropped_with_its_count():
 def test_a_saved_folder_is_encoded_without_a_file_written(tmp_path):
     Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "saved")
     before = sorted(tmp_path.rglob("*"))
-    encoded = encode(load_from_disk(tmp_path / "saved"), language(), "causal-lm", (), 64)
+    encoded = encode(read(str(tmp_path / "saved")), language(), TaskRecord("causal-lm"))
     assert not encoded.cache_files
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -21,11 +21,11 @@ from lotr.errors import ConfigError, DataError, TrainingError, UnknownTaskError
 from lotr.files.atomic import locked
 from lotr.training.output import SETTINGS
 from lotr.training.predict import predict
-from lotr.training.tasks.begin import RUN
 from lotr.training.tasks.run import train_bank
 from lotr.training.tasks.served import load_served
 from lotr.training.tasks.settings import BankSettings
 from lotr.training.tasks.task_list import TaskSource, read_tasks
+from lotr.training.trained import CHECKPOINTS
 
 PAIRS = {"first": ("red", "green"), "second": ("green", "blue", "red"), "third": ("blue", "green")}
 
@@ -69,7 +69,7 @@ def test_all_tasks_are_learned_at_once_and_kept_with_their_labels(home: Path, tm
     report = train_bank(settings(home, tmp_path / "bank", max_steps=150), quiet)
     assert {name: own["accuracy"] for name, own in report["tasks"].items()} == dict.fromkeys(PAIRS, 1.0)
     bank = CoreBank.open(tmp_path / "bank")
-    assert not (tmp_path / "bank" / RUN).exists()
+    assert not (tmp_path / "bank" / CHECKPOINTS).exists()
     for name, labels in PAIRS.items():
         task = bank.get(name)
         assert task.labels == tuple(sorted(labels)) and task.task == "classification"
@@ -177,7 +177,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(home: Path, tmp_path: Pa
         train_bank(replace(again, batch_size=4), quiet)
     with pytest.raises(ConfigError, match="batch_size was 2, not 32"):  # also where that is the default
         train_bank(again, quiet, batch_size=32)
-    started = tmp_path / "cut" / RUN / SETTINGS
+    started = tmp_path / "cut" / CHECKPOINTS / SETTINGS
     whole_settings = started.read_text()
     for damage in ({"seed_": 1}, {"batch_size": None}, {"tasks": 3}, {"tasks": [{"train": "x"}]}):
         started.write_text(json.dumps({**json.loads(whole_settings), **damage}))
@@ -258,11 +258,11 @@ def test_what_cannot_be_trained_says_so(home: Path, tmp_path: Path) -> None:
         with pytest.raises(error, match=message):
             train_bank(settings(home, tmp_path / "bank", sources, **more), quiet)
         assert not (tmp_path / "bank").exists()
-    (tmp_path / "project" / RUN).mkdir(parents=True)
-    (tmp_path / "project" / RUN / "mine.txt").write_text("no run of a bank")
+    (tmp_path / "project" / CHECKPOINTS).mkdir(parents=True)
+    (tmp_path / "project" / CHECKPOINTS / "mine.txt").write_text("no run of a bank")
     with pytest.raises(ConfigError, match="nothing to resume"):
         train_bank(BankSettings(output=str(tmp_path / "project"), resume=True), quiet)
-    assert (tmp_path / "project" / RUN / "mine.txt").exists()
+    assert (tmp_path / "project" / CHECKPOINTS / "mine.txt").exists()
 
 
 def test_several_processes_are_refused_before_anything_is_written(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, BertForMaskedLM, TrainerState
 
 import saved_models
@@ -25,10 +25,9 @@ from lotr.files.atomic import whole_folder
 from lotr.training import checkpoint
 from lotr.training.base_model import MINILM, locate
 from lotr.training.checkpoint import last_whole
-from lotr.training.data import load_rows, load_task, read, rows_of_task
-from lotr.training.data.columns import label_values
+from lotr.training.data import load_task, read, rows_of_task
 from lotr.training.output import METRICS, SETTINGS
-from lotr.training.predict import evaluate, predict, scores_of
+from lotr.training.predict import evaluate, outputs_of, predict
 from lotr.training.rates import parameter_groups
 from lotr.training.run import train
 from lotr.training.settings import TrainSettings, read_options
@@ -134,10 +133,9 @@ def test_two_processes_train_one_adapter(in_two_processes: tuple[Path, str]) -> 
     report = json.loads(printed)  # one report, from the main process
     assert (report["steps"], report["processes"]) == (4, 2)
     trained = load_trained(folder / "o")
-    task = trained.task
-    rows = load_rows(str(folder / "dev.csv"), task.columns, task.task, task.labels, task.pairs)
-    scores, labels = (torch.from_numpy(part) for part in scores_of(trained, rows, with_labels=True))
-    loss = torch.nn.functional.cross_entropy(scores, labels.long()).item()
+    rows = rows_of_task(read(str(folder / "dev.csv")), trained.task)
+    scores, labels = (torch.stack(part) for part in list(zip(*outputs_of(trained, rows), strict=True))[1:])
+    loss = torch.nn.functional.cross_entropy(scores, labels).item()
     assert report["eval"]["loss"] == pytest.approx(loss, abs=1e-4)  # 21 rows fill no batches of two processes
 
 
@@ -180,7 +178,7 @@ def test_resume_refuses_other_settings_and_a_finished_run(place: Path, tmp_path:
         train(output=str(tmp_path / "done"), resume=True)
 
 
-@pytest.mark.parametrize("file", ["optimizer.safetensors", "random-0.safetensors", "trainer_state.json"])
+@pytest.mark.parametrize("file", ["optimizer.safetensors", "trainer_state.json"])
 def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(
     straight: bytes, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
@@ -192,9 +190,13 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(
             path.write_bytes(b'{"half')
             raise Killed
 
-    write, save = checkpoint._write, TrainerState.save_to_json
+    save = TrainerState.save_to_json
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(checkpoint, "_write", lambda path, *rest: killed(path) or write(path, *rest))
+        patch.setattr(
+            checkpoint,
+            "save_file",
+            lambda tensors, path, **more: killed(path) or save_file(tensors, path, **more),
+        )
         patch.setattr(TrainerState, "save_to_json", lambda self, path: killed(Path(path)) or save(self, path))
         train(settings(place, tmp_path / "o", dropout=0.1), say=quiet)
     assert last_whole(tmp_path / "o" / "checkpoints").name == "checkpoint-3"
@@ -264,7 +266,8 @@ def test_a_half_precision_base_trains_full_precision_numbers(place: Path, tmp_pa
     )
     held_out = load_task(str(place / "dev.csv")).eval
     lines = [
-        f"{text},{label}\n" for text, label in zip(held_out["text"], label_values(held_out), strict=True)
+        f"{text},{held_out.classes['label'][label]}\n"
+        for text, label in zip(held_out["text"], held_out["label"], strict=True)
     ]
     (tmp_path / "held_out.csv").write_text("text,label\n" + "".join(lines))
     assert evaluate(trained, str(tmp_path / "held_out.csv"))["accuracy"] == report.score
@@ -286,12 +289,11 @@ def test_pairs_of_texts_are_one_input_and_are_asked_for_later(place: Path, tmp_p
     train(replace(settings(place, tmp_path / "o", max_steps=2), train=str(tmp_path / "pairs.csv")), say=quiet)
     trained = load_trained(tmp_path / "o")
     (tmp_path / "pair.csv").write_text("text,text2\nred thing,red\nred thing,blue\n")
+    (tmp_path / "labelled.csv").write_text("text,text2,label\nred thing,red,1\nred thing,blue,0\n")
     assert len(predict(trained, str(tmp_path / "pair.csv"))) == 2
-    task = trained.task
-    plain, source = read(str(tmp_path / "pair.csv"))
-    pairs = rows_of_task(plain, task.columns, task.task, source, need_label=False, pairs=task.pairs)
-    logits, _ = scores_of(trained, pairs)
-    assert (logits[0] != logits[1]).any()  # the second text is seen
+    pairs = rows_of_task(read(str(tmp_path / "labelled.csv")), trained.task)
+    (_, one, _), (_, other, _) = outputs_of(trained, pairs)
+    assert (one != other).any()  # the second text is seen
     (tmp_path / "single.csv").write_text("text\nred thing\n")
     with pytest.raises(DataError, match="pairs"):
         predict(trained, str(tmp_path / "single.csv"))

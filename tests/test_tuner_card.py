@@ -31,12 +31,11 @@ def test_the_card_has_tags_base_model_ranks_targets_and_rates(tmp_path: Path) ->
     assert (
         "tags: [lotr, peft]" in Card("lotr").text() and "[lora, peft]" in Card("lora", is_lotr=False).text()
     )
-    fields = dict.fromkeys(("train", "task", "eval_rows"), "") | dict.fromkeys(
-        ("rows", "steps", "seed", "adapter", "head", "bytes"), 1
-    )
-    assert "- learning rates: factors 0.003, cores 0.01\n" in results(
-        {}, [], {"factors": 3e-3, "cores": 1e-2}, **fields
-    )
+    report = {"settings": {"train": ""}, "task": {"task": "", "labels": []}, "rows": {"train": 1, "eval": 1}}
+    report |= {"eval": {}, "trained_numbers": {"adapter": 1, "head": 1}}
+    report |= dict.fromkeys(("steps", "seed", "adapter_bytes"), 1)
+    text = results(report, {"factors": 3e-3, "cores": 1e-2})
+    assert "- learning rates: factors 0.003, cores 0.01\n" in text
 
 
 def test_disabling_a_merged_adapter_leaves_a_regular_status() -> None:

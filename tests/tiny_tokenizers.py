@@ -5,7 +5,7 @@ from __future__ import annotations
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lotr.training.data import Columns, encode, rows_of_task
+from lotr.training.data import TaskRecord, encode, rows_of_task
 from lotr.training.data.tables import Table
 
 WORDS = ["[PAD]", "[UNK]", "[EOS]", "[CLS]", "[SEP]", "user", ":", "assistant", "#", *"abcdefg", "tool"]
@@ -34,9 +34,9 @@ def bert() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def run(tokenizer, task="causal-lm", max_length=64, columns=None, labels=(), with_labels=True, **rows):
-    needed = rows_of_task(Table(rows), columns or Columns(), task, "here", with_labels)
-    return encode(needed, tokenizer, task, labels, max_length, with_labels)
+def run(tokenizer, task="causal-lm", max_length=64, labels=(), need_label=True, **rows):
+    record = TaskRecord(task, labels, max_length, pairs=None)
+    return encode(rows_of_task(Table(rows), record, need_label), tokenizer, record)
 
 
 def ids(text: str) -> list[int]:

@@ -75,8 +75,8 @@ def train(
     from .progress import TrainingProgress
 
     try:
-        with TrainingProgress() as bar:
-            report = run(say=console.say, callbacks=[bar], **options)
+        with console.phases() as tick:
+            report = run(say=console.say, callbacks=[TrainingProgress(tick)], **options)
         return reports.trained(report) if is_main_process() else None
     finally:
         leave_processes()

@@ -77,8 +77,8 @@ def _train(tasks: list[dict[str, Any]], options: dict[str, Any]) -> Report:
     named = {name: value for name, value in options.items() if value is not None}
     if tasks:
         named["tasks"] = tuple(tasks)
-    with TrainingProgress() as bar:
-        report = train_bank(say=console.say, callbacks=[bar], **named)
+    with console.phases() as tick:
+        report = train_bank(say=console.say, callbacks=[TrainingProgress(tick)], **named)
     return reports.trained_tasks(report)
 
 
@@ -101,8 +101,7 @@ def add(
     if train is not None:
         if adapters or task is None:
             raise ConfigError("--train trains one task: name it with --task, and name no adapters.")
-        columns = {"text": text, "text2": text2, "label": label}
-        source = {"name": task, "train": train, "eval": eval, **columns}
+        source = {"name": task, "train": train, "eval": eval, "text": text, "text2": text2, "label": label}
         return _train([source], {**options, "output": str(bank), "replace": replace})
     if not adapters:
         raise ConfigError("There is nothing to add. Name adapters, or data with --task and --train.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import fields
 from typing import Annotated, Any, get_type_hints
 
@@ -61,7 +61,11 @@ def command(
         parameters = (*options, *own, *((_TRUST,) if loads_base else ()), _JSON)
 
         def run(json: bool, trust_remote_code: bool = False, **values: Any) -> None:
-            with console.working(waiting), _trusting(trust_remote_code):
+            with console.working(waiting), ExitStack() as stack:
+                if trust_remote_code:
+                    from lotr.training.base_model import trusted_code
+
+                    stack.enter_context(trusted_code())
                 report = function(**values)
                 if report is not None:
                     report.show(json)
@@ -74,14 +78,6 @@ def command(
         return run
 
     return register
-
-
-def _trusting(trusted: bool) -> AbstractContextManager[None]:
-    if not trusted:
-        return nullcontext()
-    from lotr.training.base_model import trusted_code
-
-    return trusted_code()
 
 
 def _option(f: Any) -> inspect.Parameter:

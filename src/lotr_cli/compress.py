@@ -35,12 +35,8 @@ class Options:
         "Instead of a rank: the relative error to reach; each group and side has the rank that this takes.",
         "none",
     )
-    max_bytes: str | None = _option(
-        "Instead of a rank: bytes of factors, cores and heads, such as 20MB.", "none"
-    )
-    modes: str = _option(
-        "Along what factors are shared: task, and also layer, projection, expert.", default="task"
-    )
+    max_bytes: str | None = _option("Instead of a rank: bytes of factors, cores and heads, as 20MB.", "none")
+    modes: str = _option("Factors shared along: task, and also layer, projection, expert.", default="task")
     core: str = _option("Cores of a task: free, or diagonal.", default="free")
     weights: str = _option(
         "relative: every adapter's relative error counts alike; absolute: as they are.", default="relative"

@@ -145,9 +145,19 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
 @contextmanager
 def phases() -> Iterator[Callable[[str, int, int], None]]:
     """Give a function that moves a bar whose name changes: what is done, how much of it, and how much there is."""
-    from rich.progress import Progress
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    calm()
-    with Progress(console=err, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda what, done, of: bar.update(task, description=what, completed=done, total=of)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    bar = Progress(*columns, console=err, transient=True)
+    task = bar.add_task("", total=None)
+
+    def tick(what: str, done: int, of: int) -> None:
+        calm()
+        bar.start()
+        bar.update(task, description=what, completed=done, total=of)
+
+    try:
+        yield tick
+    finally:
+        if bar.live.is_started:
+            bar.stop()

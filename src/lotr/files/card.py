@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _HEADING = "## How to use"
 
@@ -42,12 +43,13 @@ The file holds cores alone. Their factors are those of the adapter `{name}`, has
 stand alone.
 """
 
-_RESULTS = """Trained on `{train}` ({task}, {rows:,} rows, {steps} steps, seed {seed}) with `lotr train`.
+_RESULTS = """\
+Trained on `{settings[train]}` ({task[task]}, {rows[train]:,} rows, {steps} steps, seed {seed}) with `lotr train`.
 
-- {adapter:,} trained numbers in the adapter, {head:,} in the head
-- {bytes:,} bytes on disk
-{rates}
-{labels}| metric ({eval_rows} rows) | value |
+- {trained_numbers[adapter]:,} trained numbers in the adapter, {trained_numbers[head]:,} in the head
+- {adapter_bytes:,} bytes on disk
+{rates_of_parts}
+{labels}| metric ({rows[eval]} rows) | value |
 |---|---|
 {scores}
 """
@@ -112,15 +114,14 @@ def update_card(folder: Path, card: Card) -> None:
         path.write_text(f"{text.rstrip()}\n\n{card.usage()}", encoding="utf-8")
 
 
-def results(
-    scores: Mapping[str, float],
-    labels: Sequence[str],
-    rates: Mapping[str, float] | None = None,
-    **fields: object,
-) -> str:
-    """Return the section of a card on how an adapter was trained and how it scores; `fields` of the template above."""
-    table = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(scores.items()))
+def results(report: Mapping[str, Any], rates: Mapping[str, float]) -> str:
+    """Return the section of a card on how an adapter was trained and how it scores, from what `metrics.json` holds.
+
+    `rates` are the learning rates of the parts that trained.
+    """
+    table = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(report["eval"].items()))
+    labels = report["task"]["labels"]
     named = f"Labels: {', '.join(labels)}.\n\n" if labels else ""
-    shown = ", ".join(f"{name} {rate:g}" for name, rate in (rates or {}).items())
+    shown = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
     listed = f"- learning rates: {shown}\n" if shown else ""
-    return _RESULTS.format(labels=named, scores=table, rates=listed, **fields)
+    return _RESULTS.format(labels=named, scores=table, rates_of_parts=listed, **report)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from ..errors import ConfigError
-from ..training.settings import setting
+from ..training.settings import panel
 
-_LIMITS = "Limits"
+_limit, _own = panel("Limits"), panel("")
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,16 @@ class ServeSettings:
         ConfigError: A limit lets no request through.
     """
 
-    max_batch: int = setting(32, _LIMITS, "Rows that run at once.")
-    max_wait: float = setting(5.0, _LIMITS, "Milliseconds that a row waits for others.")
-    max_queue: int = setting(1024, _LIMITS, "Rows that wait at most; further requests get the answer 429.")
-    max_texts: int = setting(64, _LIMITS, "Texts of one request.")
-    max_tokens: int = setting(512, _LIMITS, "Longest answer of a language model, in tokens.")
-    max_body: int = setting(1 << 20, _LIMITS, "Bytes of a request.")
-    max_upload: int = setting(64 << 20, _LIMITS, "Bytes of a task that is sent, unpacked.")
-    timeout: float = setting(30.0, _LIMITS, "Seconds that a request may take.")
-    token: str | None = setting(None, "", "")
-    admin_token: str | None = setting(None, "", "")
+    max_batch: int = _limit("Rows that run at once.", default=32)
+    max_wait: float = _limit("Milliseconds that a row waits for others.", default=5.0)
+    max_queue: int = _limit("Rows that wait at most; further requests get the answer 429.", default=1024)
+    max_texts: int = _limit("Texts of one request.", default=64)
+    max_tokens: int = _limit("Longest answer of a language model, in tokens.", default=512)
+    max_body: int = _limit("Bytes of a request.", default=1 << 20)
+    max_upload: int = _limit("Bytes of a task that is sent, unpacked.", default=64 << 20)
+    timeout: float = _limit("Seconds that a request may take.", default=30.0)
+    token: str | None = _own("")
+    admin_token: str | None = _own("")
 
     def __post_init__(self) -> None:
         for limit in fields(self):

@@ -10,7 +10,6 @@ from ..bank.task import TASK_TYPES
 from ..errors import ConfigError, near
 from ..methods import METHODS
 from ..tuner.basis import resolve_basis
-from ..tuner.checks import one_of
 from ..tuner.config import LotrConfig
 from ..tuner.ranks import largest_rank
 from ..tuner.saved_adapter import read_saved
@@ -91,8 +90,6 @@ def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConf
 
 def _check_meaning(settings: TrainSettings) -> None:
     """Refuse settings that would be passed over."""
-    if settings.task is not None:
-        one_of("task", settings.task, TASK_TYPES)
     check_numbers(settings)
     method, basis, rank, budget = settings.method, settings.basis, settings.rank, settings.budget
     ours = [f.name for f in fields(settings) if f.metadata["panel"] == "Adapter" and f.name not in _OF_PEERS]

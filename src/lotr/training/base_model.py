@@ -15,6 +15,7 @@ import torch
 from ..bank.task import DTYPES
 from ..errors import ConfigError, near
 from ..tuner.checks import one_of
+from .data.columns import TEXT_LENGTH
 from .gguf import SMOLLM2, gguf_in, packaged_smollm2, unpacked
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-TEXT_LENGTH = 128
 _TRUSTED = ContextVar("_TRUSTED", default=False)
 
 

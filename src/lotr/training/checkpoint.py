@@ -7,27 +7,26 @@ from __future__ import annotations
 
 import json
 import math
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import sort_checkpoints
 
 from ..errors import CheckpointError, Interrupted, TrainingError
-from ..files.adapter_folder import CONFIG, WEIGHTS, check_finite, read_adapter, write_adapter
+from ..files.adapter_folder import opened, read_adapter, read_tensors, write_adapter
 from .process import StopOnInterrupt
 from .trained import CHECKPOINTS
 
-OPTIMIZER, RANDOM, TRAINER_STATE = "optimizer.safetensors", "random-{}.safetensors", "trainer_state.json"
+OPTIMIZER, TRAINER_STATE = "optimizer.safetensors", "trainer_state.json"
 
 
 def arguments(folder: Path, steps: int, every: int | None, settings: Any, **more: Any) -> TrainingArguments:
@@ -53,35 +52,36 @@ def arguments(folder: Path, steps: int, every: int | None, settings: Any, **more
     return args
 
 
-class EpochSampler(Sampler[int]):
-    """Rows of about one length together, in an order drawn from the seed and the number of the epoch alone.
+class Draws(TrainerCallback):
+    """Draws the random numbers of an epoch, and of a step, from the seed and its number alone.
 
-    Drawn from the process's random numbers, as in transformers, a run that goes on inside an epoch would see other rows
-    than one that never stopped, and processes whose dropout differs would see rows twice.
+    So a run that goes on draws what one that never stopped does, and a checkpoint holds no state of generators.
     """
 
-    def __init__(self, grouped: LengthGroupedSampler, seed: int, epoch: Callable[[], int]) -> None:
-        self.grouped, self.seed, self.epoch = grouped, seed, epoch
+    def __init__(self) -> None:
+        self.order = torch.Generator()  # of the rows: the same in every process
 
-    def __len__(self) -> int:
-        return len(self.grouped)
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin the order of an epoch's rows."""
+        self.order.manual_seed(args.seed + int(state.epoch or 0))
 
-    def __iter__(self) -> Iterator[int]:
-        self.grouped.generator = torch.Generator().manual_seed(self.seed + self.epoch())
-        return iter(self.grouped)
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin what dropout draws, in every process for itself."""
+        words = np.random.SeedSequence([args.seed, state.global_step, args.process_index]).generate_state(1)
+        torch.manual_seed(int(words[0]))
 
 
 class AdapterTrainer(Trainer):
     """Trains the adapter of a PEFT model."""
 
-    model_files: tuple[str, ...] = (WEIGHTS, CONFIG)  # of a checkpoint, beside the state of the run
-    checkpoints = CHECKPOINTS  # folder inside the output
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
+        self.draws = Draws()
+        self.add_callback(self.draws)
 
     def run(self, checkpoint: Path | None, say: Callable[[str], None], go_on: str) -> dict[str, float]:
         """Train from the start, or from a checkpoint, to the end; return the last scores, where there are rows for it.
@@ -102,11 +102,11 @@ class AdapterTrainer(Trainer):
             return measured[-1] if measured else self.evaluate()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        grouped = super()._get_train_sampler(train_dataset)
-        if not isinstance(grouped, LengthGroupedSampler):
-            return grouped
-        grouped.batch_size *= self.args.world_size  # rows of one step, as one process would group them
-        return EpochSampler(grouped, self.args.seed, lambda: int(self.state.epoch or 0))
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.batch_size *= self.args.world_size  # rows of one step, as one process would group them
+            sampler.generator = self.draws.order
+        return sampler
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
         sampler = super()._get_eval_sampler(eval_dataset)
@@ -124,14 +124,14 @@ class AdapterTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         """Keep checkpoints apart from what loggers write: they go when the run ends."""
-        return str(Path(str(self.args.output_dir), self.checkpoints))
+        return str(Path(str(self.args.output_dir), CHECKPOINTS))
 
     def _load_callback_state(self) -> None:
         super()._load_callback_state()
         self.state.compute_steps(self.args, self.args.max_steps)  # as told now: the state has those of before
 
     def _diverged(self, what: str, step: int) -> str:
-        last = last_whole(Path(self._get_output_dir(None)), self.model_files)
+        last = last_whole(Path(self._get_output_dir(None)))
         saved = f"The last good checkpoint is {last}." if last else "No checkpoint was written before."
         return f"{what} at step {step}. {saved} Lower the learning rates, or look for bad rows in the data."
 
@@ -153,9 +153,13 @@ class AdapterTrainer(Trainer):
         if not self.args.should_save:
             return
         optimizer, schedule = self.optimizer.state_dict(), self.lr_scheduler.state_dict()
-        moments = {f"{n}.{key}": t for n, own in optimizer["state"].items() for key, t in own.items()}
         plain = {"param_groups": optimizer["param_groups"], "scheduler": schedule}
-        _write(Path(output_dir) / OPTIMIZER, moments, plain)
+        moments = {
+            f"{n}.{key}": tensor.detach().cpu().contiguous()
+            for n, own in optimizer["state"].items()
+            for key, tensor in own.items()
+        }
+        save_file(moments, Path(output_dir, OPTIMIZER), metadata={"content": json.dumps(plain)})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         read_adapter(resume_from_checkpoint).tensors()  # refused in a sentence where it is damaged
@@ -164,8 +168,15 @@ class AdapterTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        moments, plain = _read(Path(checkpoint) / OPTIMIZER)
-        state: dict[int, dict[str, Tensor]] = {}
+        file, state = Path(checkpoint, OPTIMIZER), dict[int, dict[str, Tensor]]()
+        try:
+            with opened(file) as content:
+                plain = json.loads(content.metadata()["content"])
+            moments = read_tensors(file)
+        except (CheckpointError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{file} cannot be gone on from: {error} Delete {file.parent} to go on from the checkpoint before."
+            ) from None
         for key, tensor in moments.items():
             number, _, name = key.partition(".")
             state.setdefault(int(number), {})[name] = tensor
@@ -173,55 +184,13 @@ class AdapterTrainer(Trainer):
         self.lr_scheduler.load_state_dict(plain["scheduler"])
 
     def _save_rng_state(self, output_dir: str) -> None:
-        tensors = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            tensors["cuda"] = torch.cuda.get_rng_state()
-        name, keys, *rest = np.random.get_state()
-        plain = {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}
-        folder = Path(output_dir)
-        # some versions of transformers let the first process alone save the model, and make the folder
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / RANDOM.format(self.args.process_index), tensors, plain)
-        self.accelerator.wait_for_everyone()  # a whole checkpoint has the state of every process
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        file = Path(checkpoint or "") / RANDOM.format(self.args.process_index)
-        if not file.is_file():  # a process more than the run had
-            return
-        tensors, plain = _read(file)
-        version, inner, gauss = plain["python"]
-        random.setstate((version, tuple(inner), gauss))
-        np.random.set_state(tuple(plain["numpy"]))
-        torch.set_rng_state(tensors["cpu"])
-        if "cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["cuda"])
+        """Leave it to `Draws`."""
 
 
-def _write(file: Path, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    save_file(tensors, file, metadata={"content": json.dumps(plain)})
-
-
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-            plain = json.loads(opened.metadata()["content"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{file} is truncated or damaged ({error}). Delete {file.parent} to go on from the checkpoint before."
-        ) from None
-    check_finite(tensors, str(file))
-    return tensors, plain
-
-
-def last_whole(folder: Path, model_files: tuple[str, ...] = (WEIGHTS, CONFIG)) -> Path | None:
+def last_whole(folder: Path) -> Path | None:
     """Return the newest checkpoint in a folder that is complete, or `None`."""
     for path in map(Path, reversed(sort_checkpoints(str(folder)) if folder.is_dir() else [])):
-        try:
+        with suppress(OSError, ValueError):
             json.loads((path / TRAINER_STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if all((path / name).is_file() for name in (*model_files, OPTIMIZER, RANDOM.format(0))):
             return path
     return None

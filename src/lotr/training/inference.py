@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .data.chat import Chat
-from .data.conversations import CHAT
+from .data.conversations import CHAT, Chat
 from .data.encode import LENGTH
 
 if TYPE_CHECKING:
@@ -36,11 +35,15 @@ def outputs(
     for at in range(0, len(order), batch_size):
         numbers = order[at : at + batch_size]
         inputs = {name: value.to(model.device) for name, value in collate([rows[n] for n in numbers]).items()}
-        labels, own = inputs.pop("labels", [None] * len(numbers)), inputs.pop("task", None)
+        labels: Any = inputs.pop("labels", None)
+        own = inputs.pop("task", None)
         named = {"task_ids": [tasks[n] for n in own.tolist()]} if tasks and own is not None else {}
         with torch.inference_mode():
             logits = model(**inputs, **named).logits.float()
-        yield from zip(numbers, logits if logits.dim() > 2 else logits.cpu(), labels, strict=True)
+        labels = [None] * len(numbers) if labels is None else labels
+        if logits.dim() == 2:
+            logits, labels = logits.cpu(), [label if label is None else label.cpu() for label in labels]
+        yield from zip(numbers, logits, labels, strict=True)
         if tick is not None:
             tick(at + len(numbers), len(order))
 
@@ -56,14 +59,14 @@ def prediction(task: str, labels: Sequence[str], logits: Tensor) -> dict[str, An
 def answers(
     model: Any,  # a transformers model in PEFT, or with a bank
     tokenizer: Any,
-    rows: Sequence[dict[str, Any]],
+    rows: Mapping[int, dict[str, Any]],
     max_new_tokens: int,
     tick: Tick | None = None,
     tasks: Sequence[str] = (),
-) -> list[dict[str, str]]:
-    """Return the answer to each row, to its `text` or the last question of its `messages`, by its task of `tasks`."""
-    written = []
-    for n, row in enumerate(rows):
+) -> dict[int, dict[str, Any]]:
+    """Return by its number the answer to each row, to its `text` or last question, by its task of `tasks`."""
+    written: dict[int, dict[str, Any]] = {}
+    for n, row in rows.items():
         is_chat = CHAT in row
         text = Chat(tokenizer, row[CHAT], n + 1).prompt() if is_chat else row["text"]
         inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not is_chat).to(model.device)
@@ -73,7 +76,7 @@ def answers(
                 **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
             )
         new = tokens[0, inputs["input_ids"].shape[1] :]
-        written.append({"prediction": tokenizer.decode(new, skip_special_tokens=True)})
+        written[n] = {"prediction": tokenizer.decode(new, skip_special_tokens=True)}
         if tick is not None:
-            tick(n + 1, len(rows))
+            tick(len(written), len(rows))
     return written

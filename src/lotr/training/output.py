@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, ConfigError
-from ..files import atomic, card
+from ..files import card
 from ..files.adapter_folder import BASIS_WEIGHTS, WEIGHTS, write_adapter
 from ..files.atomic import (
+    check_apart,
     check_free,
     move_into,
     read_json,
@@ -27,9 +28,10 @@ from ..files.atomic import (
 from ..files.card import Card
 from ..tuner.config import LotrConfig
 from .checkpoint import last_whole
+from .data import TaskRecord
 from .rates import Rates, parameter_groups
 from .settings import TrainSettings, read_options
-from .trained import CHECKPOINTS, TaskRecord
+from .trained import CHECKPOINTS
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -45,8 +47,21 @@ PICTURES = ("cores.png", "confusion.png")
 _FREE_ON_RESUME = frozenset({"resume", "overwrite", "output", "eval_steps", "save_steps", "report_to"})
 
 
-def check_output(folder: Path, overwrite: bool) -> None:
-    """Refuse an output folder that holds something; what a killed run left before its first checkpoint is nothing."""
+def check_output(settings: TrainSettings, config: PeftConfig | None, is_main: bool) -> None:
+    """Refuse an output folder that holds something, or the basis or the base model that the run reads.
+
+    What a killed run left before its first checkpoint is nothing.
+    """
+    folder = Path(str(settings.output))
+    read = [
+        ("basis", settings.basis),
+        ("basis", getattr(config, "basis", None)),
+        ("base model", settings.model),
+    ]
+    for what, place in read:
+        check_apart(folder, what, place, folder / CHECKPOINTS, folder / STAGED)
+    if settings.resume or not is_main:  # the others would find what the main process made
+        return
     # the factors of a bank would be read in place of the new weights
     if (folder / BASIS_WEIGHTS).is_file():
         raise ConfigError(
@@ -55,19 +70,11 @@ def check_output(folder: Path, overwrite: bool) -> None:
     shutil.rmtree(unfinished(folder / CHECKPOINTS), ignore_errors=True)  # of a run that was killed at its end
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if not names <= {CHECKPOINTS, LOGS} or last_whole(folder / CHECKPOINTS) is not None:
-        check_free(folder, overwrite)
-
-
-def check_apart(settings: TrainSettings, config: PeftConfig | None = None) -> None:
-    """Refuse an output folder whose writing would destroy the basis or the base model that the run reads."""
-    folder = Path(str(settings.output))
-    for basis in (settings.basis, getattr(config, "basis", None)):
-        atomic.check_apart(folder, "basis", basis, folder / CHECKPOINTS, folder / STAGED)
-    atomic.check_apart(folder, "base model", settings.model, folder / CHECKPOINTS, folder / STAGED)
+        check_free(folder, settings.overwrite)
 
 
 @contextmanager
-def started_run(folder: Path, settings: TrainSettings, say: Callable[[str], None]) -> Iterator[None]:
+def started_run(folder: Path, settings: Any, say: Callable[[str], None]) -> Iterator[None]:
     """Make the folder of checkpoints for the time of the block; a block that fails before the first leaves none."""
     if not settings.resume:
         remove_folder(folder / CHECKPOINTS)
@@ -177,24 +184,11 @@ def write(folder: Path, model: PeftModel, report: RunReport) -> None:
 
 
 def _card(model: PeftModel, report: RunReport) -> str:
-    task, settings, numbers = report.task, report.settings, report.trained_numbers
-    config = model.active_peft_config
+    task, settings, config = report.task, report.settings, model.active_peft_config
     ours = isinstance(config, LotrConfig)
     adapter = config.card(len(task.labels)) if ours else Card(settings.method, is_lotr=False)
-    results = card.results(
-        report.eval,
-        task.labels,
-        {part["name"]: part["lr"] for part in parameter_groups(model, **vars(report.rates))},
-        train=settings.train,
-        task=task.task,
-        rows=report.rows["train"],
-        eval_rows=report.rows["eval"],
-        steps=report.steps,
-        seed=settings.seed,
-        adapter=numbers["adapter"],
-        head=numbers["head"],
-        bytes=report.adapter_bytes,
-    )
+    rates = {part["name"]: part["lr"] for part in parameter_groups(model, **vars(report.rates))}
+    results = card.results(report.to_dict(), rates)
     return replace(adapter, method=settings.method, base_model=task.base_model).text(results)
 
 

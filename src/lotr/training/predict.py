@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
@@ -14,16 +14,13 @@ from torch import Tensor
 from ..bank.basis import BANK
 from ..errors import ConfigError, DataError
 from . import metrics
-from .data import collator, encode, load_rows, read, rows_of_task
-from .data.chat import IGNORED
+from .data import collator, encode, read, rows_of_task
+from .data.conversations import IGNORED
 from .data.tables import Table
 from .inference import Tick, answers, outputs, prediction
 from .tasks.served import Served, load_served
 from .tasks.task_list import together
 from .trained import Trained, load_trained
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 def evaluate(
@@ -61,19 +58,23 @@ def evaluate(
     if picture is not None and not Path(picture).parent.is_dir():
         raise ConfigError(f"--picture {picture}: the folder {Path(picture).parent} does not exist.")
     trained = adapter if isinstance(adapter, Trained) else load_trained(adapter, model)
-    task = trained.task
-    columns = task.columns.named(text=text, text2=text2, label=label)
-    rows = load_rows(data, columns, task.task, task.labels, task.pairs)
+    task = replace(trained.task, columns=trained.task.columns.named(text=text, text2=text2, label=label))
+    rows = rows_of_task(read(data), task)
     report: dict[str, Any] = {"rows": len(rows), "labels": list(task.labels)}
     if task.task == "causal-lm":
-        return report | _language_loss(trained, rows, batch_size, tick)
-    scores, labels = scores_of(trained, rows, batch_size, tick, with_labels=True)
-    report |= metrics.measure(task.task, scores, labels)
+        total, tokens = 0.0, 0
+        for _, logits, labels in outputs_of(trained, rows, batch_size, tick):
+            total += float(F.cross_entropy(logits[:-1], labels[1:], reduction="sum"))
+            tokens += int((labels[1:] != IGNORED).sum())
+        loss = total / max(tokens, 1)
+        return report | {"loss": loss, "perplexity": metrics.perplexity(loss), "tokens": tokens}
+    _, scores, targets = map(np.stack, zip(*outputs_of(trained, rows, batch_size, tick), strict=True))
+    report |= metrics.measure(task.task, scores, targets)
     if task.task == "regression":
         return report
     from sklearn.metrics import confusion_matrix
 
-    counts = confusion_matrix(labels, scores.argmax(-1), labels=range(scores.shape[-1]))
+    counts = confusion_matrix(targets, scores.argmax(-1), labels=range(scores.shape[-1]))
     if picture is not None:
         from ..adapters import plots
 
@@ -126,12 +127,12 @@ def predict(
         raise ConfigError(f"{adapter} is no bank, so it has no tasks. Leave out --task and --task-column.")
     if loaded is None:
         loaded = load_served(str(adapter), model) if is_bank else load_trained(str(adapter), model)
-    table, source = read(data)
+    table = read(data)
     if clash := {"prediction", "confidence"} & table.columns.keys():
         raise DataError(
-            f'{source} has a column "{min(clash)}" already. Rename it, so that nothing is overwritten.'
+            f'{table.name} has a column "{min(clash)}" already. Rename it, so that nothing is overwritten.'
         )
-    names = [str(task)] * len(table) if task_column is None else _task_names(table, task_column, source)
+    names = [str(task)] * len(table) if task_column is None else _task_names(table, task_column)
     numbers: dict[str, list[int]] = {}
     for n, name in enumerate(names):
         numbers.setdefault(name, []).append(n)
@@ -139,62 +140,37 @@ def predict(
     parts = []
     for name, record in records.items():
         columns = record.columns.named(text=text, text2=text2)
-        part = table.take(numbers[name])
-        parts.append(rows_of_task(part, columns, record.task, source, False, record.pairs))
-    order = np.argsort([n for own in numbers.values() for n in own])
+        parts.append(rows_of_task(table.take(numbers[name]), replace(record, columns=columns), False))
+    of_table = [n for own in numbers.values() for n in own]  # of the parts' rows, one task behind the other
     tokenizer, (first, *_) = loaded.tokenizer, records.values()
     if first.task == "causal-lm":
-        rows = list(itertools.chain.from_iterable(parts))
-        prompts: list[Any] = [rows[n] for n in order]
-        tasks = names if is_bank else ()
-        predicted = answers(loaded.model, tokenizer, prompts, max_new_tokens, tick, tasks)
+        rows = dict(zip(of_table, (row for part in parts for row in part.rows()), strict=True))
+        predicted = answers(loaded.model, tokenizer, rows, max_new_tokens, tick, names if is_bank else ())
     else:
-        encoded = [
-            encode(rows, tokenizer, own.task, own.labels, own.max_length, with_labels=False)
-            for rows, own in zip(parts, records.values(), strict=True)
-        ]
-        mixed, collate = together(encoded).select(order), collator(tokenizer, first.task)
+        encoded = [encode(rows, tokenizer, own) for rows, own in zip(parts, records.values(), strict=True)]
+        mixed, collate, tasks = together(encoded), collator(tokenizer, first.task), tuple(records)
         size = min(batch_size, loaded.rows.cache.capacity) if isinstance(loaded, Served) else batch_size
-        tasks = list(records) if is_bank else ()
-        predicted = [{}] * len(names)
-        for n, logits, _ in outputs(loaded.model, collate, mixed, size, tick, tasks):
-            predicted[n] = prediction(records[names[n]].task, records[names[n]].labels, logits)
-    return [{**row, **own} for row, own in zip(table.rows(), predicted, strict=True)]
+        predicted = {}
+        for at, logits, _ in outputs(loaded.model, collate, mixed, size, tick, tasks if is_bank else ()):
+            own = records[names[of_table[at]]]
+            predicted[of_table[at]] = prediction(own.task, own.labels, logits)
+    return [{**row, **predicted[n]} for n, row in enumerate(table.rows())]
 
 
-def _task_names(table: Table, name: str, source: str) -> list[str]:
-    column = table.check(name, "--task-column", source)
+def _task_names(table: Table, name: str) -> list[str]:
+    column = table.check(name, "--task-column")
     values = ["" if value is None else str(value).strip() for value in table[column]]
     empty = [n for n, value in enumerate(values, 1) if not value]
     if empty:
         raise DataError(
-            f'Row {empty[0]} of {source} names no task in column "{column}" ({len(empty)} do not).'
+            f'Row {empty[0]} of {table.name} names no task in column "{column}" ({len(empty)} do not).'
         )
     return values
 
 
-def scores_of(
-    trained: Trained, rows: Dataset, batch_size: int = 64, tick: Tick | None = None, with_labels: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return logits `(n, classes)` (or predictions `(n, 1)`) and labels `(n,)` in the order of the rows."""
-    through = sorted(_outputs(trained, rows, batch_size, tick, with_labels), key=lambda row: row[0])
-    return np.stack([logits for _, logits, _ in through]), np.array(
-        [float(label or 0) for *_, label in through]
-    )
-
-
-def _language_loss(trained: Trained, rows: Dataset, batch_size: int, tick: Tick | None) -> dict[str, float]:
-    total, tokens = 0.0, 0
-    for _, logits, labels in _outputs(trained, rows, batch_size, tick):
-        total += float(F.cross_entropy(logits[:-1], labels[1:], reduction="sum"))
-        tokens += int((labels[1:] != IGNORED).sum())
-    loss = total / max(tokens, 1)
-    return {"loss": loss, "perplexity": metrics.perplexity(loss), "tokens": tokens}
-
-
-def _outputs(
-    trained: Trained, rows: Dataset, batch_size: int, tick: Tick | None, with_labels: bool = True
+def outputs_of(
+    trained: Trained, rows: Table, batch_size: int = 64, tick: Tick | None = None
 ) -> Iterator[tuple[int, Tensor, Any]]:
-    task, tokenizer = trained.task, trained.tokenizer
-    encoded = encode(rows, tokenizer, task.task, task.labels, task.max_length, with_labels)
-    return outputs(trained.model, collator(tokenizer, task.task), encoded, batch_size, tick)
+    """Yield of each row that `rows_of_task` made its number, logits `(classes,)` or `(1,)`, and label."""
+    encoded = encode(rows, trained.tokenizer, trained.task)
+    return outputs(trained.model, collator(trained.tokenizer, trained.task.task), encoded, batch_size, tick)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +27,12 @@ from .adapter import adapter_config, add_adapter, check_numbers, complete, fit_r
 from .base_model import check_dtype, load_tokenizer, load_with_new, locate, text_length
 from .checkpoint import last_whole
 from .data import Columns, TaskData, collator, load_task
-from .data.chat import IGNORED
+from .data.conversations import IGNORED
 from .data.encode import packed
-from .output import check_apart, check_hub, check_output
+from .output import check_hub, check_output
 from .process import is_main_process, n_processes
 from .rates import Rates, parameter_groups, rates_of
-from .trained import CHECKPOINTS, TaskRecord
+from .trained import CHECKPOINTS
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -53,7 +52,6 @@ class Run:
     checkpoint: Path | None  # to go on from
     model: PeftModel
     rates: Rates
-    task: TaskRecord
     data: TaskData  # encoded
     collate: Callable[[list[Any]], Any]
     steps: int
@@ -78,9 +76,7 @@ def check(settings: TrainSettings, config: PeftConfig | None) -> TrainSettings:
             f"budget={settings.budget} chooses the ranks of the adapter that the settings describe, and config "
             "describes another. Leave the budget out; lotr.largest_rank finds a rank for a configuration."
         )
-    check_apart(settings, config)
-    if not settings.resume and is_main_process():  # the others would find what the main process made
-        check_output(Path(str(settings.output)), settings.overwrite)
+    check_output(settings, config, is_main_process())
     return settings
 
 
@@ -110,13 +106,14 @@ def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConf
     tokenizer = load_tokenizer(name)
     columns = Columns(settings.text, settings.text2, settings.label)
     data = load_task(str(settings.train), settings.eval, columns, settings.task, seed=settings.seed)  # type: ignore[arg-type]
-    say(f"Task: {data.task}. {data.reason}")
+    kind = data.task.task
+    say(f"Task: {kind}. {data.reason}")
     say(f"Data: {len(data.train)} rows to train on, {len(data.eval)} to evaluate on.")
 
     if given is None:
-        settings = complete(settings, config, data.task)
+        settings = complete(settings, config, kind)
     set_seed(settings.seed)
-    base, new = load_with_new(name, data.task, data.labels, settings.dtype, tokenizer, settings.load_in)
+    base, new = load_with_new(name, kind, data.task.labels, settings.dtype, tokenizer, settings.load_in)
     # PEFT trains and saves the head by itself
     own = {*(config.modules_to_save or ()), *(path for path in new if not set(path.split(".")) & set(NAMES))}
     config.modules_to_save = sorted(own) or None
@@ -128,34 +125,30 @@ def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConf
     model = add_adapter(base, config)
     if settings.gradient_checkpointing:
         base.enable_input_require_grads()
-        base.gradient_checkpointing_enable()
+        # the other kind knows no `backward(inputs=…)`, by which a head warms up
+        base.gradient_checkpointing_enable({"use_reentrant": False})
     trained, total = model.get_nb_trainable_parameters()
     share = 100 * trained / total
     say(chosen or f"Method: {settings.method}, {trained:,} trained numbers ({share:.2f} % of the model).")
 
-    task = TaskRecord(
-        task=data.task,
-        labels=tuple(data.labels),
+    data = data.encoded(
+        tokenizer,
         max_length=length,
-        columns=columns,
         base_model=locate(name)[1],
-        pairs=data.pairs,
         method=settings.method,
         dtype=settings.dtype,
         load_in=settings.load_in,
         base_fingerprint=of_base,
     )
-    data = data.encoded(tokenizer, length)
-    collate = collator(tokenizer, data.task)
+    collate = collator(tokenizer, kind)
     if settings.packing:
-        collate = packed(base, data.task, collate, data.train)
+        collate = packed(base, kind, collate, data.train)
     return Run(
         settings,
         folder,
         checkpoint,
         model,
         rates_of(settings, config),
-        task,
         data,
         collate,
         settings.max_steps or math.ceil(math.ceil(len(data.train) / rows_a_step(settings)) * settings.epochs),
@@ -179,7 +172,7 @@ def begin(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
     settings, model = run.settings, run.model
     steps = settings.head_warmup
     if steps is None:
-        is_first = run.task.task != "causal-lm" and settings.method != "head"
+        is_first = run.data.task.task != "causal-lm" and settings.method != "head"
         steps = min(20, run.steps // 5) if is_first else 0
     done: dict[str, Any] = {"head_warmup": steps}
     data = _steps(run)
@@ -204,26 +197,19 @@ def warm_head(model: PeftModel, data: Iterator[list[Microbatch]], steps: int, lr
 
     Cold, the gradients that reach the adapter are those of a random head.
     """
-    parts = {part["name"]: part["params"] for part in parameter_groups(model, lr)}
-    optimizer = torch.optim.AdamW(parts.pop("head"), lr=lr, weight_decay=0.0)
-    adapter = list(chain(*parts.values()))
+    (head,) = (part["params"] for part in parameter_groups(model, lr) if part["name"] == "head")
+    optimizer = torch.optim.AdamW(head, lr=lr, weight_decay=0.0)
     training = model.training
     model.train()
-    try:
-        for parameter in adapter:
-            parameter.requires_grad_(False)
-        for _ in tqdm(range(steps), desc="Head", unit=" steps", delay=2, leave=False, disable=None):
-            for part in next(data):
-                loss = _share_of_loss(model, part)
-                if not torch.isfinite(loss):
-                    raise TrainingError("The loss is not finite while the head warms up. Lower head_lr.")
-                loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    finally:
-        model.train(training)
-        for parameter in adapter:
-            parameter.requires_grad_(True)
+    for _ in tqdm(range(steps), desc="Head", unit=" steps", delay=2, leave=False, disable=None):
+        for part in next(data):
+            loss = _share_of_loss(model, part)
+            if not torch.isfinite(loss):
+                raise TrainingError("The loss is not finite while the head warms up. Lower head_lr.")
+            loss.backward(inputs=head)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.train(training)
 
 
 def _share_of_loss(model: nn.Module, part: Microbatch) -> Tensor:

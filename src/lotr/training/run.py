@@ -110,7 +110,7 @@ def _train(run: Run, callbacks: Sequence[TrainerCallback], say: Callable[[str], 
 
 
 def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
-    s, causal = run.settings, run.task.task == "causal-lm"
+    s, causal = run.settings, run.data.task.task == "causal-lm"
     args = arguments(
         run.folder,
         run.steps,
@@ -134,7 +134,7 @@ def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
         train_dataset=run.data.train,
         eval_dataset=run.data.eval,
         data_collator=run.collate,
-        compute_metrics=metrics.for_trainer(run.task.task),
+        compute_metrics=metrics.for_trainer(run.data.task.task),
         optimizers=(torch.optim.AdamW(groups, weight_decay=s.weight_decay), None),
         callbacks=callbacks,
     )
@@ -151,9 +151,9 @@ def _report(run: Run, trainer: AdapterTrainer, scores: dict[str, float], progres
         for name, value in scores.items()
         if name.startswith("eval_") and not name.endswith(("second", "runtime"))
     }
-    if run.task.task == "causal-lm":
+    if run.data.task.task == "causal-lm":
         values["perplexity"] = metrics.perplexity(values["loss"])
-    metric = metrics.MAIN[run.task.task]
+    metric = metrics.MAIN[run.data.task.task]
     if not math.isfinite(values[metric]):
         raise TrainingError(f"The final {metric} is {values[metric]}. Lower the learning rates.")
     parts = parameter_groups(run.model, run.rates.lr)
@@ -164,7 +164,7 @@ def _report(run: Run, trainer: AdapterTrainer, scores: dict[str, float], progres
         metric=metric,
         eval=values,
         eval_source=run.data.eval_source,
-        task=run.task,
+        task=run.data.task,
         settings=run.settings,
         rates=run.rates,
         begun=progress.begun,

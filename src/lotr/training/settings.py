@@ -1,7 +1,7 @@
 """Every setting of a training run, described once: the options, the config file and the record come from here.
 
-The command line shows its help from this file before torch is imported (`lotr_cli.light`), so it imports the standard
-library and `lotr.errors` alone.
+The command line shows its help from this file before torch is imported, so it imports the standard library and
+`lotr.errors` alone.
 """
 
 from __future__ import annotations
@@ -15,16 +15,12 @@ from typing import Any
 from ..errors import ConfigError, near
 
 
-def setting(default: Any, panel: str, text: str, shown: str | None = None) -> Any:
-    """Return a field with its help; `shown` describes a default that depends on other settings."""
-    return field(default=default, metadata={"panel": panel, "help": text, "shown": shown})
-
-
 def panel(name: str, usual: str = "") -> Callable[..., Any]:
     """Return what makes the fields of a panel of the help: `unset` says how the run decides what is left open."""
 
     def option(text: str, unset: str = usual, *, default: Any = None, shown: str | None = None) -> Any:
-        return setting(default, name, text, shown or (f"default: {unset}" if default is None else None))
+        shown = shown or (f"default: {unset}" if default is None else None)
+        return field(default=default, metadata={"panel": name, "help": text, "shown": shown})
 
     return option
 
@@ -72,9 +68,7 @@ class TrainSettings(Settings):
         "Row of `lotr methods`; or for comparison `peft_lora`, `peft_dora` (PEFT's own) and `head`.",
         default="lotr",
     )
-    rank: str = _adapter(
-        "Rank of the shared factors: one number, `k,r`, or `auto` with a budget.", default="16"
-    )
+    rank: str = _adapter("Rank of the shared factors: number, `k,r`, or `auto` with a budget.", default="16")
     budget: int | None = _adapter("Numbers that `--rank auto` may train.", "none")
     target_modules: str | None = _adapter(
         "Modules to adapt: names with commas, a regex, or `all-linear`.", "by architecture"
@@ -82,9 +76,7 @@ class TrainSettings(Settings):
     target_parameters: str | None = _adapter(
         "Parameters that hold the experts of a layer, `mlp.experts.down_proj`, with commas.", "none"
     )
-    modes: str | None = _adapter(
-        "What shares factors: any of `layer,projection,head,expert,task`; `site`; or `none`."
-    )
+    modes: str | None = _adapter("Shared along: any of `layer,projection,head,expert,task`; `site`; `none`.")
     core: str | None = _adapter("Structure of the cores: free, identity, tucker, cp, scaled_cp, tt.")
     core_ranks: str | None = _adapter(
         "Tucker cores: rank of every mode (`4`), or of each (`layer=8,head=4`).",
@@ -102,9 +94,7 @@ class TrainSettings(Settings):
     basis: str | None = _adapter(
         "Adapter whose factors are kept: its structure is taken, and only cores and a head train.", "none"
     )
-    scaling: float | None = _adapter(
-        "σ: multiplies the update; not divided by the rank.", "by method, mostly 1"
-    )
+    scaling: float | None = _adapter("σ: multiplies the update; not divided by rank.", "by method, mostly 1")
     alpha: float | None = _adapter("Instead of scaling: σ = alpha / rank.", "by method, mostly none")
     init: str | None = _adapter(
         "How the factors start: orthonormal, gaussian, kaiming, uniform, identity, weight, weight_values; or gradient, "
@@ -134,9 +124,7 @@ class TrainSettings(Settings):
     max_steps: int | None = _training("Steps, instead of epochs.", "by epochs")
     batch_size: int = _training("Rows a forward pass and device.", default=32)
     gradient_accumulation_steps: int = _training("Forward passes whose gradients make one step.", default=1)
-    packing: bool = _training(
-        "Texts of a batch one behind the other, without padding; causal-lm alone.", default=False
-    )
+    packing: bool = _training("Texts of a batch in one row, without padding; causal-lm alone.", default=False)
     scheduler: str = _training(
         "How the rates go on after the warm-up: linear, cosine, constant_with_warmup, …", default="linear"
     )
@@ -151,9 +139,7 @@ class TrainSettings(Settings):
     resume: bool = _run("Go on from the last checkpoint in OUTPUT.", default=False)
     overwrite: bool = _run("Replace an output folder that is not empty.", default=False)
     push_to_hub: str | None = _run("Repository on the hub that the result is uploaded to.", "none")
-    report_to: str = _run(
-        "Where transformers logs to: none, tensorboard (in OUTPUT/runs), wandb, …", default="none"
-    )
+    report_to: str = _run("Where it logs to: none, tensorboard (in OUTPUT/runs), wandb, …", default="none")
 
 
 def read_options(options: Mapping[str, Any], file: str | Path | None = None) -> dict[str, Any]:
@@ -175,13 +161,14 @@ def load_yaml(path: Path, option: str) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{option} {path} does not exist.") from None
+        problem = "does not exist"
     except OSError as error:
-        raise ConfigError(f"{option} {path} cannot be read: {error.strerror}. Name a file.") from None
+        problem = f"cannot be read: {error.strerror}. Name a file"
     except RecursionError:
-        raise ConfigError(f"{option} {path} nests too deeply.") from None
+        problem = "nests too deeply"
     except (yaml.YAMLError, ValueError, AttributeError, TypeError) as error:  # also dates that are none
-        raise ConfigError(f"{option} {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        problem = f"is not valid YAML: {' '.join(str(error).split())}"
+    raise ConfigError(f"{option} {path} {problem}.")
 
 
 def _read_yaml(path: Path, known: Mapping[str, str]) -> dict[str, Any]:
@@ -193,31 +180,30 @@ def _read_yaml(path: Path, known: Mapping[str, str]) -> dict[str, Any]:
         name = str(key).replace("-", "_")
         if name not in known:
             raise ConfigError(f"--config {path} names {name!r}, which is not a setting. {near(name, known)}")
-        values[name] = _cast(path, name, value, known[name].partition(" ")[0])
+        kind, *nothing = known[name].split(" | ")
+        try:
+            values[name] = None if value is None and nothing else _cast(value, kind)
+        except (OverflowError, TypeError, ValueError):
+            raise ConfigError(
+                f"--config {path}: {name}={str(value)[:80]!r} is not a value of type {kind}."
+            ) from None
     return values
 
 
-def _cast(path: Path, name: str, value: Any, kind: str) -> Any:
+def _cast(value: Any, kind: str) -> Any:
     """Return a YAML value in the type of its setting; YAML reads `1e-3` as text and `16` as a number."""
-    if value is None:
-        return None
     if isinstance(value, dict):
         value = ",".join(f"{key}={part}" for key, part in value.items())
     if isinstance(value, list):
         value = ",".join(str(part) for part in value)
-    if kind == "bool" and not isinstance(value, bool):
-        raise ConfigError(f"--config {path}: {name}={value!r} is neither true nor false.")
-    try:
-        return {"int": int, "float": float, "str": str, "bool": bool}[kind](value)
-    except (OverflowError, TypeError, ValueError):
-        raise ConfigError(
-            f"--config {path}: {name}={str(value)[:80]!r} is not a value of type {kind}."
-        ) from None
+    if value is None or (kind == "bool" and not isinstance(value, bool)):
+        raise TypeError
+    return {"int": int, "float": float, "str": str, "bool": bool}[kind](value)
 
 
 def read_modes(text: str | None) -> tuple[str, ...] | None:
     """Read coordinates with commas, `layer, projection`; `none` shares nothing."""
-    return None if text is None else tuple(mode for mode in re.findall(r"[^,\s]+", text) if mode != "none")
+    return None if text is None else tuple(mode for mode in read_names(text) or () if mode != "none")
 
 
 def read_core_ranks(text: str | None) -> int | dict[str, int] | None:

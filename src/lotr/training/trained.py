@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,8 +15,8 @@ from ..files.atomic import check_apart, check_free
 from ..files.fingerprint import changed
 from ..files.peft_lora import read_lora
 from .adapter import full_precision_head
-from .base_model import TEXT_LENGTH, load_model, load_tokenizer, locate
-from .data.columns import Columns, Task
+from .base_model import load_model, load_tokenizer, locate
+from .data.columns import Task, TaskRecord
 from .process import device
 
 if TYPE_CHECKING:
@@ -27,45 +27,9 @@ CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
-class TaskRecord:
-    """What an adapter was trained for, beside its numbers: content of `task.json`."""
-
-    task: Task
-    labels: tuple[str, ...]
-    max_length: int
-    columns: Columns
-    base_model: str
-    pairs: bool = False
-    method: str = "lotr"
-    dtype: str = "float32"
-    base_fingerprint: str | None = None
-    load_in: str | None = None
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> TaskRecord:
-        """Read the content of `task.json`; CheckpointError where a field is missing, or is not what it should be."""
-        labels, columns, length = (content.get(name) for name in ("labels", "columns", "max_length"))
-        texts = (
-            [*labels, *columns.values()] if isinstance(labels, list) and isinstance(columns, dict) else [None]
-        )
-        texts += [content.get("base_model"), content.get("method", ""), content.get("dtype", "")]
-        named = content.get("task") in get_args(Task) and isinstance(columns, dict)
-        named = named and set(columns or ()) <= set(Columns.__dataclass_fields__)
-        sampled = isinstance(content.get("base_fingerprint"), str | None)
-        if not (named and sampled and type(length) is int and all(isinstance(text, str) for text in texts)):
-            raise CheckpointError(
-                "task.json is damaged: its task, labels, columns, length or base model are missing, or not what they "
-                "should be. Copy or download the adapter again."
-            )
-        known = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
-        return cls(**{**known, "labels": tuple(content["labels"]), "columns": Columns(**content["columns"])})
-
-
-@dataclass(frozen=True)
 class Trained:
     """An adapter on its base model, with what it was trained for."""
 
-    adapter: AdapterFolder
     model: PeftModel
     tokenizer: Any
     task: TaskRecord
@@ -114,7 +78,7 @@ def load_trained(path: str | Path, model: str | None = None) -> Trained:
             "base model with --model."
         )
     loaded = loaded.eval() if task.load_in else loaded.eval().to(device())
-    return Trained(adapter, loaded, tokenizer, task)
+    return Trained(loaded, tokenizer, task)
 
 
 def _record_of_lora(adapter: AdapterFolder, model: str | None) -> TaskRecord:
@@ -123,7 +87,7 @@ def _record_of_lora(adapter: AdapterFolder, model: str | None) -> TaskRecord:
     is_lora = adapter.config["peft_type"] == "LORA" and base is not None
     rows = [len(tensor) for tensor in read_lora(adapter).head().values()] if is_lora else []
     if is_lora and kind == "CAUSAL_LM":
-        return TaskRecord("causal-lm", (), TEXT_LENGTH, Columns(), str(base), method="peft_lora")
+        return TaskRecord("causal-lm", base_model=str(base), method="peft_lora")
     if kind != "SEQ_CLS" or not rows:
         raise CheckpointError(
             f"{adapter.path} holds no task.json, so its labels and columns are not known: it was not made by "
@@ -131,7 +95,7 @@ def _record_of_lora(adapter: AdapterFolder, model: str | None) -> TaskRecord:
         )
     labels = tuple(map(str, range(min(rows)))) if min(rows) > 1 else ()
     task: Task = "classification" if labels else "regression"
-    return TaskRecord(task, labels, TEXT_LENGTH, Columns(), str(base), method="peft_lora")
+    return TaskRecord(task, labels, base_model=str(base), method="peft_lora")
 
 
 def _check_finished(folder: Path) -> None:

@@ -1,26 +1,23 @@
-"""What a task needs of a table: which columns hold what, and what their values say about the task."""
+"""What an adapter is trained for, and what that needs of a table: which columns hold what, and what values say."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, get_args
 
-from ...errors import DataError, near
+from ...errors import CheckpointError, DataError
 from .conversations import CHAT, LAYOUTS, chat_columns, conversation
 from .labels import classes, number, numbers
-from .tables import Table
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from .tables import SURROGATE, Table
 
 Task = Literal["classification", "regression", "causal-lm"]
 
-SURROGATE = re.compile("[\ud800-\udfff]")
+#: Tokens of a text, where nothing else is said.
+TEXT_LENGTH = 128
+#: Whole numbers with more distinct values than this are taken for a quantity, not for classes.
 MOST_CLASSES = 64
-"""Whole numbers with more distinct values than this are taken for a quantity, not for classes."""
 
 
 @dataclass(frozen=True)
@@ -44,72 +41,107 @@ class Columns:
         return replace(self, **{column: name for column, name in names.items() if name is not None})
 
 
+@dataclass(frozen=True)
+class TaskRecord:
+    """What an adapter is trained for, beside its numbers: content of `task.json`."""
+
+    task: Task
+    labels: tuple[
+        str, ...
+    ] = ()  # the classes in the order of their ids; () unless the task is classification
+    max_length: int = TEXT_LENGTH
+    columns: Columns = Columns()
+    base_model: str = ""
+    pairs: bool | None = (
+        False  # whether the rows are pairs of texts; `None` where a column of second texts tells
+    )
+    method: str = "lotr"
+    dtype: str = "float32"
+    base_fingerprint: str | None = None
+    load_in: str | None = None
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> TaskRecord:
+        """Read the content of `task.json`; CheckpointError where a field is missing, or is not what it should be."""
+        known = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
+        try:
+            record = cls(
+                **known | {"labels": tuple(content["labels"]), "columns": Columns(**content["columns"])}
+            )
+            texts = (*content["labels"], *vars(record.columns).values(), content["base_model"])
+            is_whole = (
+                record.task in get_args(Task)
+                and isinstance(content["labels"], list)
+                and type(content["max_length"]) is int
+                and isinstance(record.base_fingerprint, str | None)
+                and all(isinstance(text, str) for text in (*texts, record.method, record.dtype))
+            )
+        except (KeyError, TypeError):
+            is_whole = False
+        if not is_whole:
+            raise CheckpointError(
+                "task.json is damaged: its task, labels, columns, length or base model are missing, or not what they "
+                "should be. Copy or download the adapter again."
+            )
+        return record
+
+
 def rows_of_task(
-    table: Table,
-    columns: Columns,
-    task: Task,
-    source: str,
-    need_label: bool = True,
-    pairs: bool | None = None,
-) -> Dataset:
-    """Return what a task needs of a table, checked, in columns of the names `text` or `messages`, `text2` and `label`.
+    table: Table, task: TaskRecord, need_label: bool = True, owner: str = "the adapter"
+) -> Table:
+    """Return what a task needs of a table, checked: `messages`, or `text`, `text2` and `label`, a number or class id.
 
     Args:
         table: The rows as they were read.
-        columns: Names of the columns there.
-        task: Only a language model takes conversations in place of texts, and no label.
-        source: What to call the rows in a message.
+        task: Only a language model takes conversations in place of texts, and no label. Where it has labels already,
+            those of the rows must be among them.
         need_label: Whether the rows must have labels, or answers; not needed to predict.
-        pairs: Whether a second text belongs to each. Default: where there is a column of it.
+        owner: Who has the labels, for a message.
 
     Raises:
         DataError: A column is missing, or a value does not fit the task.
     """
-    from datasets import ClassLabel, Dataset, Features, Value
-
-    if task == "causal-lm" and (chat := chat_columns(table, columns.text, need_label)):
-        return Dataset.from_dict({CHAT: _conversations(table, chat, source)})
-    option = f"--text, or bring conversations: {LAYOUTS}" if task == "causal-lm" else "--text"
-    needed = {"text": ("text", option)}
+    columns, causal, pairs = task.columns, task.task == "causal-lm", task.pairs
+    if causal and (chat := chat_columns(table, columns.text, need_label)):
+        return Table({CHAT: _conversations(table, chat)}, name=table.name)
+    needed = {"text": ("text", f"--text, or bring conversations: {LAYOUTS}" if causal else "--text")}
     if pairs is None:
         pairs = columns.text2 != Columns.text2 or table.find(columns.text2) is not None
-    if pairs and task != "causal-lm":
+    if pairs and not causal:
         needed["text2"] = ("text", "--text2 (the second of a pair)")
-    if need_label and task != "causal-lm":
-        needed["label"] = ("number" if task == "regression" else "class", "--label")
+    if need_label and not causal:
+        needed["label"] = ("number" if task.task == "regression" else "class", "--label")
     options: dict[str, str] = {}
     content: dict[str, Sequence[Any]] = {}
-    features: dict[str, Any] = {}
+    labels: tuple[str, ...] = ()
     for name, (kind, option) in needed.items():
-        column = table.check(getattr(columns, name), option, source)
+        column = table.check(getattr(columns, name), option)
+        where = f'Column "{column}" of {table.name}'
         if column in options:
             raise DataError(
-                f'Column "{column}" of {source} is used twice, for {options[column]} and --{name}. Name different '
-                "columns."
+                f"{where} is used twice, for {options[column]} and --{name}. Name different columns."
             )
-        options[column], where = f"--{name}", f'Column "{column}" of {source}'
-        content[name], features[name] = table[column], Value("string")
+        options[column], values = f"--{name}", table[column]
         declared = table.classes.get(column, ())
         what, is_valid = _KINDS["class id" if declared and kind == "class" else kind]
-        _check(content[name], list(map(is_valid, content[name])), what, where)
+        _check(values, list(map(is_valid, values)), what, where)
         if kind == "class":
-            names, content[name] = classes(content[name], declared, where)
-            features[name] = ClassLabel(names=list(names))
+            labels, values = classes(values, declared, where, task.labels, owner)
         elif kind == "number":
-            content[name] = numbers(content[name], where) or list(map(number, content[name]))
-            features[name] = Value("float64")
-    return Dataset.from_dict(content, features=Features(features))
+            values = list(map(float, numbers(values, where) or map(number, values)))
+        content[name] = values
+    return Table(content, {"label": labels}, table.name)
 
 
-def _conversations(table: Table, chat: dict[str, str], source: str) -> list[str]:
+def _conversations(table: Table, chat: dict[str, str]) -> list[Any]:
     values = zip(*(table[column] for column in chat.values()), strict=True)
     rows = [conversation(dict(zip(chat, row, strict=True))) for row in values]
     part, column = next(iter(chat.items()))
     what = (
         'a list of {"role": …, "content": …} or {"from": …, "value": …}' if part == "turns" else "a question"
     )
-    _check(table[column], [row is not None for row in rows], what, f'Column "{column}" of {source}')
-    return rows  # type: ignore[return-value]
+    _check(table[column], [row is not None for row in rows], what, f'Column "{column}" of {table.name}')
+    return rows
 
 
 def _check(values: Sequence[Any], valid: Sequence[bool], what: str, where: str) -> None:
@@ -125,7 +157,6 @@ def _check(values: Sequence[Any], valid: Sequence[bool], what: str, where: str) 
 
 
 def _is_text(value: Any) -> bool:
-    # half of a pair of surrogates, which JSON may hold, is no character
     return isinstance(value, str) and bool(value.strip()) and not SURROGATE.search(value)
 
 
@@ -139,29 +170,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def label_names(rows: Dataset) -> tuple[str, ...]:
-    """Return the classes of a task's rows in the order of their ids."""
-    return tuple(rows.features["label"].names)
-
-
-def label_values(rows: Dataset) -> list[str]:
-    """Return the class of each of a task's rows by name."""
-    names = label_names(rows)
-    return [names[n] for n in rows["label"][:]]
-
-
-def check_labels(rows: Dataset, labels: Sequence[str], source: str, owner: str) -> None:
-    """Raise DataError if a row has a label that is none of the classes of `owner`."""
-    unknown = sorted(set(label_values(rows)) - set(labels))
-    if unknown:
-        raise DataError(
-            f"{source} has labels that {owner} does not have: {', '.join(unknown[:10])}"
-            f"{', …' if len(unknown) > 10 else ''}. {near(unknown[0], labels)} "
-            "Drop these rows, or train on rows that have these labels."
-        )
-
-
-def guess_task(table: Table, columns: Columns, source: str) -> tuple[Task, str]:
+def guess_task(table: Table, columns: Columns) -> tuple[Task, str]:
     """Return the task that columns and values suggest, and one sentence why; DataError where none is clear."""
     column, chat = table.find(columns.label), chat_columns(table, columns.text)
     if "turns" in chat or (chat and column is None):
@@ -170,12 +179,12 @@ def guess_task(table: Table, columns: Columns, source: str) -> tuple[Task, str]:
     if column is None:
         # a label column that was named but is missing must not turn the task into another
         if columns.label != Columns.label:
-            table.check(columns.label, "--label", source)
+            table.check(columns.label, "--label")
         return "causal-lm", (
             f'There is no column "{columns.label}" (only {table.described()}; --label names it): learn the text itself.'
         )
     values, declared = table[column], table.classes.get(column, ())
-    as_numbers = None if declared else numbers(values, f'Column "{column}" of {source}')
+    as_numbers = None if declared else numbers(values, f'Column "{column}" of {table.name}')
     labels = declared or {str(value).strip() for value in as_numbers or values}
     if as_numbers and any(math.isfinite(value) and value != int(value) for value in as_numbers):
         return "regression", f'The column "{column}" holds numbers with fractions.'
@@ -187,8 +196,8 @@ def guess_task(table: Table, columns: Columns, source: str) -> tuple[Task, str]:
     is_rare = len(labels) == len(values) > 2 or (len(labels) > MOST_CLASSES and 2 * len(labels) > len(values))
     if is_rare and not declared:
         raise DataError(
-            f'Column "{column}" of {source} holds {len(labels):,} different labels in {len(values):,} rows (row 1: '
-            f"{values[0]!r:.60}), too many to tell apart. Name the column of the labels with --label, or say what to "
-            "learn with --task: classification, regression, or causal-lm for the text."
+            f'Column "{column}" of {table.name} holds {len(labels):,} different labels in {len(values):,} rows (row '
+            f"1: {values[0]!r:.60}), too many to tell apart. Name the column of the labels with --label, or say what "
+            "to learn with --task: classification, regression, or causal-lm for the text."
         )
     return "classification", f"{why}."

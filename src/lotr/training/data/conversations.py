@@ -1,13 +1,22 @@
-"""Conversations in the layouts that people have them in: OpenAI's, ShareGPT's, Alpaca's, prompt and completion."""
+"""Conversations: from the layouts that people have them in to token ids, with a loss on the answers only."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from typing import Any
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from .tables import Table
+from ...errors import DataError
+from .tables import SURROGATE, Table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CHAT = "messages"
+#: The label of a token that takes no part in the loss, as in `torch.nn.CrossEntropyLoss`.
+IGNORED = -100
 LAYOUTS = (
     "OpenAI's messages, ShareGPT's conversations, Alpaca's instruction, input and output, or prompt "
     "and completion"
@@ -31,6 +40,8 @@ _ROLES = {
     "observation": "tool",
 }
 
+_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
 Turns = list[dict[str, Any]]
 
 
@@ -53,18 +64,15 @@ def chat_columns(table: Table, text: str = "text", need_answer: bool = True) -> 
     return columns and {**columns, **beside}
 
 
-def conversation(parts: dict[str, Any]) -> str | None:
-    """Return the values of the columns that `chat_columns` found as JSON in OpenAI's layout; `None` if not understood.
-
-    As JSON, since a column of Arrow gives every turn, and every tool, the keys of all.
-    """
+def conversation(parts: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the columns that `chat_columns` found as `messages` and `tools` of OpenAI's layout, if understood."""
     turns = parts["turns"] if "turns" in parts else _turns_of_pair(parts)
     if parts.get("system"):
         turns = [{"role": "system", "content": parts["system"]}, *(turns or [])]
-    read = [_turn(turn) for turn in turns or ()]
+    read = [_turn(turn) for turn in turns] if isinstance(turns, list) else []
     if not read or None in read:
         return None
-    return json.dumps({"messages": read, "tools": _parsed(parts.get("tools"))}, ensure_ascii=False)
+    return {"messages": read, "tools": _parsed(parts.get("tools"))}
 
 
 def _turns_of_pair(parts: dict[str, Any]) -> Turns:
@@ -96,7 +104,8 @@ def _turn(turn: Any) -> dict[str, Any] | None:
     for call in calls:  # templates want arguments as an object, OpenAI writes it as JSON
         function = call.get("function", call)
         function["arguments"] = _parsed(function.get("arguments"))
-    if not isinstance(role, str) or not role or (content is None and not calls):
+    content = "" if content is None and calls else content
+    if not isinstance(role, str) or not role or content is None or SURROGATE.search(str(content)):
         return None
     return {"role": _ROLES.get(role.lower(), role.lower()), "content": str(content or ""), **turn}
 
@@ -112,3 +121,107 @@ def _parsed(value: Any) -> Any:
         return json.loads(value) if isinstance(value, str) else _without_none(value)
     except json.JSONDecodeError:
         return value
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation, and the tokenizer whose chat template it is rendered with."""
+
+    tokenizer: PreTrainedTokenizerBase
+    content: dict[str, Any]  # what `conversation` made of a row
+    row: int  # its number, for messages
+
+    def encoded(self, max_length: int) -> dict[str, list[Any]]:
+        """Return the first `max_length` tokens, and `labels`.
+
+        A template that marks answers with `{% generation %}` says itself what is learned. With any other, the
+        tokens of an answer are those between the prompt for it and the end of its turn, which is checked. Answers
+        that are empty, or have the weight 0, are not learned.
+
+        Raises:
+            DataError: The tokenizer has no chat template, the template refuses the conversation, or the answers
+                cannot be told from the rest.
+        """
+        encoded = self._rendered()
+        ids = encoded["input_ids"]
+        # slow tokenizers do not know which token a character went to
+        is_marked = self.tokenizer.is_fast and _GENERATION_TAG.search(self.tokenizer.get_chat_template())
+        marked = self._marked() if is_marked else None
+        mask = list(marked or [0] * len(ids))
+        for number, turn in enumerate(self.content["messages"]):
+            learned = turn.get("weight") != 0 and bool(turn["content"].strip() or turn.get("tool_calls"))
+            # to be learned and not marked yet, or marked and not to be learned
+            if turn["role"] == "assistant" and learned != bool(marked):
+                span = self._span(number, ids)
+                mask[span] = [int(learned)] * len(mask[span])
+        encoded["labels"] = [token if taught else IGNORED for token, taught in zip(ids, mask, strict=True)]
+        return {name: values[:max_length] for name, values in encoded.items()}
+
+    def prompt(self) -> str:
+        """Return the text that asks for an answer to the last question (DataError where there is none)."""
+        questions = [n for n, turn in enumerate(self.content["messages"], 1) if turn["role"] != "assistant"]
+        if not questions:
+            raise DataError(f"Row {self.row} holds only answers; there is nothing to answer to. Drop it.")
+        text: str = self._applied(questions[-1], tokenize=False, add_generation_prompt=True)
+        return text
+
+    def _applied(self, turns: int | None = None, **options: Any) -> Any:
+        """Apply the template to the first turns; `None` takes all."""
+        from jinja2 import TemplateError
+
+        messages = [
+            {key: value for key, value in turn.items() if key != "weight"}
+            for turn in self.content["messages"][:turns]
+        ]
+        try:
+            self.tokenizer.get_chat_template()
+        except ValueError as error:
+            raise DataError(
+                f"The tokenizer {self.tokenizer.name_or_path or type(self.tokenizer).__name__} has no chat template, "
+                "so conversations cannot be encoded. Use an instruction-tuned model, set tokenizer.chat_template, "
+                "or give plain texts and name their column with --text."
+            ) from error
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tools=self.content["tools"] or None, **options
+            )
+        except TemplateError as error:
+            roles = ", ".join(turn["role"] for turn in messages)
+            raise DataError(
+                f"Row {self.row}: the chat template refuses this conversation ({error}). Its roles are: {roles}. "
+                "Mend or drop the row."
+            ) from error
+
+    def _rendered(self, turns: int | None = None, **options: Any) -> dict[str, list[Any]]:
+        options.setdefault("tokenizer_kwargs", {"return_attention_mask": True})
+        return dict(self._applied(turns, tokenize=True, return_dict=True, **options))
+
+    def _marked(self) -> list[int] | None:
+        """Return 1 for the tokens that the template marks; None where the tokenizer's offsets have gaps.
+
+        transformers finds the marked tokens by their characters. At a character without a token, such as a
+        blank that the offsets leave out, it silently marks nothing, or all the rest.
+        """
+        options = {"return_offsets_mapping": True}
+        encoded = self._rendered(return_assistant_tokens_mask=True, tokenizer_kwargs=options)
+        offsets = [(0, 0), *encoded["offset_mapping"]]
+        has_gaps = any(after[0] > before[1] for before, after in itertools.pairwise(offsets))
+        return None if has_gaps else encoded["assistant_masks"]
+
+    def _span(self, turn: int, ids: list[int]) -> slice:
+        """Return where the tokens of an answer stand: between the prompt for it and the end of its turn."""
+        if turn == 0:
+            raise DataError(
+                f"Row {self.row} starts with an answer, and the chat template does not mark answers with "
+                "{% generation %}: there is no prompt to tell it from. Put a user turn before it."
+            )
+        prompt = self._rendered(turn, add_generation_prompt=True)["input_ids"]
+        through = self._rendered(turn + 1)["input_ids"]
+        if ids[: len(through)] != through or through[: len(prompt)] != prompt:
+            raise DataError(
+                f"Row {self.row}: with this chat template the tokens up to turn {turn + 1} change when the answer "
+                "or later turns follow, so the answer's tokens cannot be told from the rest. Set a "
+                "tokenizer.chat_template with {% generation %} around the answers, or give rows of one "
+                "question and one answer."
+            )
+        return slice(len(prompt), len(through))

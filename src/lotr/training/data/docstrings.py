@@ -19,12 +19,8 @@ from typing import Any
 
 from ...errors import DataError
 
+#: Stands where a text named its own module: no word such as "this", of which texts are full.
 MARK = "[module]"
-"""What stands where a text named its own module.
-
-Not a word such as "this": the texts are full of it, and a masked name should not be mistaken for prose.
-"""
-
 SHORTEST, LONGEST = 30, 400
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages", "_bundled"}
 KINDS: dict[type[ast.AST], str] = {
@@ -55,7 +51,7 @@ def load_docstrings(root: Path | None = None, packages: int = 16) -> dict[str, l
         >>> sorted(rows), sorted(rows["test"][0])
         (['test', 'train'], ['kind', 'label', 'module', 'text'])
     """
-    root = Path(sysconfig.get_path("stdlib")) if root is None else root
+    root = root or Path(sysconfig.get_path("stdlib"))
     same: dict[str, list[Row]] = {}
     for file in _sources(root):
         for row in _rows(file, root):
@@ -85,7 +81,7 @@ def load_functions(root: Path | None = None) -> dict[str, list[Row]]:
         >>> sorted(load_functions()["test"][0])
         ['completion', 'prompt']
     """
-    root = Path(sysconfig.get_path("stdlib")) if root is None else root
+    root = root or Path(sysconfig.get_path("stdlib"))
     rows: dict[str, Row] = {}
     for file in _sources(root):
         for node, text in _documented(file):

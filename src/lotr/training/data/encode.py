@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError, DataError
-from .chat import IGNORED, Chat
-from .columns import Task, label_values
-from .conversations import CHAT
+from .columns import TaskRecord
+from .conversations import CHAT, IGNORED, Chat
+from .tables import Table
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,23 +27,16 @@ Row = dict[str, Any]
 Collate = Callable[[list[Row]], dict[str, Tensor]]
 
 
-def encode(
-    rows: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    labels: Sequence[str],
-    max_length: int,
-    with_labels: bool = True,
-) -> Dataset:
+def encode(rows: Table, tokenizer: PreTrainedTokenizerBase, task: TaskRecord) -> Dataset:
     """Turn rows that `rows_of_task` made into token ids and labels, in memory.
 
-    Texts are cut to `max_length`. A language model learns every token of a plain text and the end-of-text
+    Texts are cut to the task's length. A language model learns every token of a plain text and the end-of-text
     token behind it; of a conversation it learns the assistant's turns only. Its rows that have nothing left to
-    learn are dropped with a warning, unless no labels are asked for.
+    learn are dropped with a warning.
 
     Returns:
-        `input_ids`, `attention_mask`, `token_type_ids` if the tokenizer makes them, `labels` (a class id, a
-        number or token ids) and `length`.
+        `input_ids`, `attention_mask`, `token_type_ids` if the tokenizer makes them, `length`, and `labels`: token
+        ids, or a class id or a number where the rows have labels.
 
     Raises:
         DataError: No row is left, or a conversation cannot be encoded.
@@ -51,73 +44,56 @@ def encode(
     from datasets import Dataset, concatenate_datasets
     from tqdm import tqdm
 
-    targets: list[Any] = []
-    if with_labels and task == "classification":
-        ids = {name: index for index, name in enumerate(labels)}
-        targets = [ids[name] for name in label_values(rows)]
-    elif with_labels and task == "regression":
-        targets = rows["label"][:]
-    parts = []
+    length, causal, parts = task.max_length, task.task == "causal-lm", []
     with tqdm(total=len(rows), desc="Tokenizing", unit=" rows", delay=2, leave=False, disable=None) as bar:
         for first in range(0, len(rows), ROWS_AT_ONCE):
-            batch = rows[first : first + ROWS_AT_ONCE]
+            batch = {name: list(rows[name][first : first + ROWS_AT_ONCE]) for name in rows.columns}
             if CHAT in batch:
-                chats = (
-                    Chat(tokenizer, content, n) for n, content in enumerate(batch[CHAT], start=first + 1)
-                )
-                encoded = [chat.encoded(max_length, with_labels) for chat in chats]
+                chats = (Chat(tokenizer, content, n) for n, content in enumerate(batch[CHAT], first + 1))
+                encoded = [chat.encoded(length) for chat in chats]
             else:
                 texts = [batch[name] for name in ("text", "text2") if name in batch]
-                columns = tokenizer(
-                    *texts, truncation=True, max_length=max_length, return_attention_mask=True
-                )
+                columns = tokenizer(*texts, truncation=True, max_length=length, return_attention_mask=True)
                 encoded = [
                     dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
                 ]
-                if task == "causal-lm":
+                if causal:
                     eos = tokenizer.eos_token_id
-                    encoded = [_with_end(row, eos, max_length, with_labels) for row in encoded]
+                    encoded = [_with_end(row, eos, length) for row in encoded]
             bar.update(len(encoded))
-            for row, target in zip(encoded, targets[first:], strict=False):
-                row["labels"] = target
-            taught = filter(_teaches, encoded)
-            parts.append(Dataset.from_list([{**row, LENGTH: len(row["input_ids"])} for row in taught]))
+            for row, label in zip(encoded, batch.get("label", ()), strict=False):
+                row["labels"] = label
+            if causal:  # the first token is never predicted, so its label alone teaches nothing
+                encoded = [row for row in encoded if any(n != IGNORED for n in row["labels"][1:])]
+            parts.append(Dataset.from_list([{**row, LENGTH: len(row["input_ids"])} for row in encoded]))
     encoded_rows = concatenate_datasets([part for part in parts if len(part)] or parts)
     n_dropped = len(rows) - len(encoded_rows)
     if n_dropped == len(rows):
         raise DataError(
-            f"None of the {len(rows)} rows has a token to learn within {max_length} tokens. Raise --max-length; "
+            f"None of the {len(rows)} rows has a token to learn within {length} tokens. Raise --max-length; "
             'a conversation needs a turn of the role "assistant".'
         )
     if n_dropped:
         warnings.warn(
-            f"{n_dropped} of {len(rows)} rows have no token to learn within {max_length} tokens and were "
+            f"{n_dropped} of {len(rows)} rows have no token to learn within {length} tokens and were "
             "dropped. Raise --max-length to keep them, or give them an answer where theirs is empty.",
             stacklevel=2,
         )
     return encoded_rows
 
 
-def _with_end(row: Row, eos: int | None, max_length: int, with_labels: bool) -> Row:
+def _with_end(row: Row, eos: int | None, max_length: int) -> Row:
     """Append the end-of-text token, unless the text was cut: its end is not where the cut is."""
     ids = row["input_ids"]
     if eos is not None and len(ids) < max_length and not (ids and ids[-1] == eos):
         end = {"input_ids": eos, "attention_mask": 1, "token_type_ids": 0}
         row = {name: [*values, end[name]] for name, values in row.items()}
-    return {**row, "labels": row["input_ids"]} if with_labels else row
-
-
-def _teaches(row: Row) -> bool:
-    labels = row.get("labels")
-    # the first token is never predicted, so its label alone teaches nothing
-    return not isinstance(labels, list) or any(label != IGNORED for label in labels[1:])
+    return {**row, "labels": row["input_ids"]}
 
 
 def collator(tokenizer: PreTrainedTokenizerBase, task: str) -> Collate:
     """Return the function that makes a batch of encoded rows: tensors `(rows, width)`, and labels `(rows,)`
-    where a row has one label.
-
-    Labels of a language model are padded with -100. The function can be pickled, for worker processes.
+    where a row has one label. Labels of a language model are padded with -100.
 
     Raises:
         DataError: The tokenizer has no padding token.

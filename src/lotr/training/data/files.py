@@ -11,6 +11,7 @@ import csv
 import io
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from ...errors import DataError
 from .tables import Table
 
 SEPARATORS = (",", ";", "\t", "|")
+#: One object a line, whatever the suffix.
+OBJECTS = re.compile(r"\s*\{.*\}\s*\n\s*\{")
 WRAPPERS = ("data", "rows", "examples", "train", "items", "instances")
 QUOTES = (
     "A field with a quote, a line break or the separator in it must stand in double quotes, and a quote inside it "
@@ -119,29 +122,21 @@ def _records(path: Path, text: str, separator: str) -> Iterator[tuple[int, list[
 
 def _read_json(path: Path) -> Table:
     text = _read_text(path)
-    is_one = path.suffix.lower() == ".json" or text.lstrip().startswith("[")
-    try:
-        if is_one:
-            return _table_of(json.loads(text), path)
-    except json.JSONDecodeError as error:
-        if error.msg != "Extra data":  # which is one object a line
-            raise DataError(_not_json(path, error.lineno, error)) from error
-    rows = []
+    if text.lstrip().startswith("[") or (path.suffix.lower() == ".json" and not OBJECTS.match(text)):
+        return _table_of(_parsed(text, path), path)
     # not splitlines(): JSON strings may hold U+2028
-    for number, line in enumerate(text.split("\n"), start=1):
-        try:
-            if line.strip():
-                rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise DataError(_not_json(path, number, error)) from error
-    return _table_of(rows, path)
+    lines = enumerate(text.split("\n"), start=1)
+    return _table_of([_parsed(line, path, number) for number, line in lines if line.strip()], path)
 
 
-def _not_json(path: Path, line: int, error: json.JSONDecodeError) -> str:
-    return (
-        f"{path}, line {line}: not JSON ({error.msg}, column {error.colno}). The file must have one object a line, "
-        "or be one list of objects."
-    )
+def _parsed(text: str, path: Path, line: int = 1) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}, line {line + error.lineno - 1}: not JSON ({error.msg}, column {error.colno}). The file must have "
+            "one object a line, or be one list of objects."
+        ) from error
 
 
 def _table_of(content: Any, path: Path) -> Table:

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from ...errors import DataError
+from ...errors import DataError, near
 
 # "007" is a name and stays one; 18 digits fit an int64
 WHOLE = re.compile(r"-?(?:0|[1-9][0-9]{0,17})")
@@ -57,18 +57,20 @@ def numbers(values: Sequence[Any], where: str) -> list[float] | None:
     return [int(text) if WHOLE.fullmatch(text) else number(text) for text in texts]
 
 
-def classes(values: Sequence[Any], declared: Sequence[str], where: str) -> tuple[tuple[str, ...], list[int]]:
+def classes(
+    values: Sequence[Any], declared: Sequence[str], where: str, labels: Sequence[str] = (), owner: str = ""
+) -> tuple[tuple[str, ...], list[int]]:
     """Return the names of the classes in the order of their ids, and the id of each row's.
 
     1, 1.0 and "1" are one class, whatever a file made of it; two that differ in spaces or capitals alone are an error
-    (DataError). Declared classes keep their order; others are sorted, as numbers if all are.
+    (DataError). Where `owner` has `labels` already, others are an error too. Else declared classes keep their order,
+    and others are sorted, as numbers if all are.
     """
-    if declared:
-        return tuple(declared), list(values)
-    as_numbers = numbers(values, where)
-    names = [_name(value) for value in as_numbers or values]
+    as_numbers = None if declared else numbers(values, where)
+    whole = [int(n) if isinstance(n, float) and n.is_integer() else n for n in as_numbers or values]
+    names = [declared[n] for n in values] if declared else [str(value).strip() for value in whole]
     spelled: dict[str, tuple[int, str]] = {}
-    for row, name in enumerate(names, start=1):
+    for row, name in enumerate(() if declared else names, start=1):
         alike = " ".join(unicodedata.normalize("NFKC", name).split()).casefold()
         first, other = spelled.setdefault(alike, (row, name))
         if other != name:
@@ -76,10 +78,13 @@ def classes(values: Sequence[Any], declared: Sequence[str], where: str) -> tuple
                 f"{where} writes {other!r} in row {first} and {name!r} in row {row}, which differ in spaces or "
                 "capitals alone. Write them alike if they are one label, and else name one of them otherwise."
             )
-    order = dict(zip(names, as_numbers or names, strict=True))
-    ids = {name: n for n, name in enumerate(sorted(order, key=order.__getitem__))}  # type: ignore[arg-type]
-    return tuple(ids), [ids[name] for name in names]
-
-
-def _name(value: Any) -> str:
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+    if unknown := sorted(set(names) - set(labels)) if labels else []:
+        raise DataError(
+            f"{where} has labels that {owner} does not have: {', '.join(unknown[:10])}"
+            f"{', …' if len(unknown) > 10 else ''}. {near(unknown[0], labels)} "
+            "Drop these rows, or train on rows that have these labels."
+        )
+    order: dict[str, Any] = dict(zip(names, as_numbers or names, strict=True))
+    known = tuple(labels or declared or sorted(order, key=order.__getitem__))
+    ids = {name: n for n, name in enumerate(known)}
+    return known, [ids[name] for name in names]

@@ -1,9 +1,10 @@
-"""Rows as they were read, in columns of any names and values."""
+"""Rows in columns of any names and values, as they were read, or as a task needs them."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,19 +15,23 @@ if TYPE_CHECKING:
     import pyarrow
 
 SHOWN = 20
+#: Half of a pair, which JSON may hold, and which is no character.
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows as they were read.
+    """Rows in columns.
 
     Attributes:
         columns: Values by name, Python's or Arrow's.
-        classes: Names of the classes, by column, where a data set of the hub declares them.
+        classes: Names of the classes, by column of ids, where a data set of the hub or a task declares them.
+        name: What to call the rows in a message.
     """
 
     columns: Mapping[str, Any]
     classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    name: str = ""
 
     @classmethod
     def from_rows(cls, rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -65,12 +70,12 @@ class Table:
         alike = [other for other in self.columns if other.strip().casefold() == name.strip().casefold()]
         return alike[0] if len(alike) == 1 else None
 
-    def check(self, name: str, option: str, source: str) -> str:
+    def check(self, name: str, option: str) -> str:
         """Return the column of a name, or raise DataError; `option` is how the user names it."""
         column = self.find(name)
         if column is None:
             raise DataError(
-                f'{source} has no column "{name}"; its columns are: {self.described()}. Name the right one with '
+                f'{self.name} has no column "{name}"; its columns are: {self.described()}. Name the right one with '
                 f"{option}."
             )
         return column
@@ -91,7 +96,7 @@ class Table:
             name: values.take(numbers) if hasattr(values, "take") else [values[n] for n in numbers]
             for name, values in self.columns.items()
         }
-        return Table(columns, self.classes)
+        return Table(columns, self.classes, self.name)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows one by one."""

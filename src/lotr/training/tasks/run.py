@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +15,19 @@ import torch
 
 from ...bank import CoreBank, Task
 from ...errors import ConfigError
-from ...files.atomic import locked, remove_folder, write_json
+from ...files.atomic import locked, read_json, remove_folder, unfinished
+from ...tuner.saved_adapter import hash_of, read_saved
+from ..adapter import check_numbers
 from ..base_model import load_tokenizer, locate, skeleton, text_length
 from ..checkpoint import last_whole
 from ..data import TaskData
-from ..output import SETTINGS, versions
-from .begin import RUN, base_of_basis, check, check_new, new_bank, open_bank, settings_to_resume
+from ..output import SETTINGS, check_same_run, started_run, versions
+from ..process import n_processes
+from ..trained import CHECKPOINTS
 from .served import Served, base_of, load_served
 from .settings import BankSettings
 from .task_list import TaskSource, prepare
-from .trainer import TASKS, TaskTrainer
+from .trainer import TaskTrainer, temperature_of
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -58,28 +62,103 @@ def train_bank(
     """
     named = {**(settings.named() if settings is not None else {}), **options}
     settings = BankSettings(**named)
-    check(settings)
+    _check(settings)
     path = Path(str(settings.output))
-    with ExitStack() as stack:
-        if path.is_dir():
-            stack.enter_context(locked(path))
-        settings = settings_to_resume(named, path) if settings.resume else settings
-        bank = open_bank(settings, path)
-        if bank is not None:
-            stack.enter_context(bank)  # closed also where it is refused, so that SQLite's log goes
-            check_new(bank, settings)
-        name = base_of(bank, settings.model) if bank is not None else base_of_basis(settings)
-        settings = replace(settings, max_length=text_length(skeleton(name)[0], name, settings.max_length))
-        sources = (TaskSource(**source) for source in settings.tasks)
-        prepared = prepare(sources, load_tokenizer(name), settings.max_length or 0, settings.seed)
-        if bank is None:
-            bank = stack.enter_context(new_bank(path, settings))
-        if not settings.resume:
-            remove_folder(path / RUN)
-        with bank:
-            report = _run(settings, bank, name, prepared, say, callbacks)
-        remove_folder(path / RUN)  # killed before this, the run can go on; behind it, nothing is left to do
+    with locked(path) if path.is_dir() else nullcontext():
+        settings = _settings_to_resume(named, path) if settings.resume else settings
+        with _opened_bank(settings, path) as bank:
+            name = base_of(bank, settings.model)
+            settings = replace(settings, max_length=text_length(skeleton(name)[0], name, settings.max_length))
+            sources = (TaskSource(**source) for source in settings.tasks)
+            prepared = prepare(sources, load_tokenizer(name), settings.max_length or 0, settings.seed)
+            with started_run(path, settings, say):
+                report = _run(settings, bank, name, prepared, say, callbacks)
+        remove_folder(path / CHECKPOINTS)  # killed before this, the run can go on; behind it, nothing is left
         return report
+
+
+def _check(settings: BankSettings) -> None:
+    """Refuse settings that have no meaning."""
+    if settings.output is None:
+        raise ConfigError("--output is missing. `lotr bank train --help` shows examples.")
+    if n_processes() > 1:
+        raise ConfigError(
+            "Tasks of a bank train in one process. Start it without torchrun or accelerate launch."
+        )
+    check_numbers(settings)
+    temperature_of(settings.sampling, settings.temperature)
+
+
+def _settings_to_resume(named: dict[str, Any], path: Path) -> BankSettings:
+    """Return the settings of the stopped run in a bank; those named now must not differ from them."""
+    file = path / CHECKPOINTS / SETTINGS
+    if not file.is_file():
+        # what a run that was killed at its end left
+        shutil.rmtree(unfinished(path / CHECKPOINTS), ignore_errors=True)
+        raise ConfigError(f"There is no unfinished run in {path}; there is nothing to resume.")
+    saved = read_json(file, "the folder of a run that was started")
+    check_same_run(named, saved)
+    try:
+        settings = BankSettings(**{**saved, **named, "tasks": tuple(saved["tasks"]), "output": str(path)})
+        if nulls := [
+            f.name for f in fields(settings) if f.default is not None and vars(settings)[f.name] is None
+        ]:
+            raise TypeError(f"{nulls[0]} is null")
+        _check(settings)
+        for source in settings.tasks:
+            TaskSource(**source)
+    except (TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{file} is damaged ({error}), so its run cannot go on. Drop it with --replace; the bank keeps its "
+            "tasks as of the last checkpoint."
+        ) from None
+    return settings
+
+
+@contextmanager
+def _opened_bank(settings: BankSettings, path: Path) -> Iterator[CoreBank]:
+    """Open the bank, or make it where there is none; one whose run fails before its first checkpoint goes again.
+
+    It is refused where its run would be passed over, or where it has another basis, or the tasks already.
+    """
+    if not settings.resume and (path / CHECKPOINTS / SETTINGS).is_file() and not settings.replace:
+        raise ConfigError(
+            f"A run in {path} was not finished. Go on with it with --resume, or drop it with --replace; the bank keeps "
+            "its tasks as of the last checkpoint."
+        )
+    if not settings.tasks:
+        raise ConfigError("There are no tasks to train. Name them with --tasks.")
+    if settings.resume or (path.is_dir() and any(path.iterdir())):
+        with CoreBank.open(
+            path, writable=True
+        ) as bank:  # closed also where it is refused, so that SQLite's log goes
+            if not settings.resume:
+                _check_new(bank, settings)
+            yield bank
+        return
+    if settings.basis is None:
+        raise ConfigError(f"{path} holds no bank yet. Name the adapter that gives its factors with --basis.")
+    bank = CoreBank.create(path, settings.basis, dtype=settings.keep)
+    with locked(path):
+        try:
+            with bank:
+                yield bank
+        except BaseException:
+            if last_whole(path / CHECKPOINTS) is None:
+                remove_folder(path)
+            raise
+
+
+def _check_new(bank: CoreBank, settings: BankSettings) -> None:
+    """Refuse another basis than the bank's, and tasks that it has."""
+    basis = settings.basis  # named again by who starts a run again that was killed early
+    if basis is not None and hash_of(read_saved(basis).factors()) != bank.description.basis_hash:
+        raise ConfigError(f"{bank.path} is a bank and has another basis. Leave out --basis={basis}.")
+    taken = [source["name"] for source in settings.tasks if source["name"] in bank]
+    if taken and not settings.replace:
+        raise ConfigError(
+            f"The bank in {bank.path} has a task {taken[0]!r} already. Choose another name, or use --replace."
+        )
 
 
 def _run(
@@ -91,7 +170,7 @@ def _run(
     callbacks: Sequence[TrainerCallback],
 ) -> dict[str, Any]:
     parts = [data.train for data in prepared.values()]
-    served = load_served(bank, base, next(iter(prepared.values())).task, len(prepared), settings.dtype)
+    served = load_served(bank, base, next(iter(prepared.values())).task.task, len(prepared), settings.dtype)
     tasks = [_task(name, data, settings) for name, data in prepared.items()]
     served.begin(tasks, settings.seed)
     # the numbers themselves, and two moments of each
@@ -102,12 +181,9 @@ def _run(
         f"numbers each, beside a head: {each:,} bytes of memory a task while it trains."
     )
     _check_memory(memory, each)
-    folder = bank.path / RUN
-    folder.mkdir(exist_ok=True)
-    write_json(folder / SETTINGS, settings.to_dict())
     started = time.perf_counter()
-    trainer = TaskTrainer(folder, settings, served, parts, tasks, callbacks)
-    checkpoint = last_whole(folder, (TASKS,)) if settings.resume else None
+    trainer = TaskTrainer(settings, served, parts, tasks, callbacks)
+    checkpoint = last_whole(bank.path / CHECKPOINTS) if settings.resume else None
     trainer.run(checkpoint, say, f"lotr bank train --resume --output {bank.path}")
     seconds = time.perf_counter() - started
     return {
@@ -125,9 +201,10 @@ def _run(
 
 def _task(name: str, data: TaskData, settings: BankSettings) -> Task:
     """Return a task without numbers, as its record tells of it."""
-    of_data = {"pairs": data.pairs, "columns": vars(data.columns), "rows": data.sizes}
-    metadata = {"max_length": settings.max_length, "dtype": settings.dtype, **of_data}
-    return Task(name, torch.empty(0), {}, data.labels, data.task, metadata)
+    of = data.task
+    metadata = {"max_length": of.max_length, "dtype": settings.dtype, "pairs": of.pairs}
+    metadata |= {"columns": vars(of.columns), "rows": data.sizes}
+    return Task(name, torch.empty(0), {}, of.labels, of.task, metadata)
 
 
 def _check_memory(needed: int, each: int) -> None:
@@ -156,6 +233,6 @@ def _measure(served: Served, prepared: Mapping[str, TaskData]) -> dict[str, Any]
     bank.add_many(measured, replace=True)
     served.rows.cache.store.database.close()  # SQLite takes its log away with the last connection that writes
     return {
-        name: {"task": data.task, "labels": len(data.labels), **scores[name], "rows": data.sizes}
+        name: {"task": data.task.task, "labels": len(data.task.labels), **scores[name], "rows": data.sizes}
         for name, data in prepared.items()
     }

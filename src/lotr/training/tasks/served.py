@@ -15,11 +15,11 @@ from ...bank import CoreBank, Task
 from ...bank.heads import row_losses
 from ...errors import ConfigError, UnknownTaskError
 from .. import metrics
-from ..base_model import TEXT_LENGTH, load_model, load_tokenizer
-from ..data import Columns, collator
+from ..base_model import load_model, load_tokenizer
+from ..data import Columns, TaskRecord, collator
+from ..data.columns import TEXT_LENGTH
 from ..inference import outputs
 from ..process import device
-from ..trained import TaskRecord
 from .task_list import together
 
 if TYPE_CHECKING:
@@ -53,15 +53,10 @@ class Served:
     def record(self, name: str) -> TaskRecord:
         """Return what a task was trained for; raises as `CoreBank.get` does."""
         task = self.bank.get(name)
-        known = {"max_length": TEXT_LENGTH, "columns": {}, **task.metadata}
-        return TaskRecord(
-            task.task,  # type: ignore[arg-type]
-            task.labels,
-            int(known["max_length"]),
-            Columns(**known["columns"]),
-            str(self.bank.base_model),
-            known.get("pairs", False),
-        )
+        about, kind = task.metadata, task.task
+        columns, length = Columns(**about.get("columns", {})), int(about.get("max_length", TEXT_LENGTH))
+        base, pairs = str(self.bank.base_model), about.get("pairs", False)
+        return TaskRecord(kind, task.labels, length, columns, base, pairs)  # type: ignore[arg-type]
 
     def collator(self) -> Callable[[list[Any]], dict[str, Tensor]]:
         """Return what makes a batch of rows of any tasks."""
@@ -115,7 +110,7 @@ class Served:
         causal = self.kind == "causal-lm"
         for n, logits, label in outputs(self.model, self.collator(), mixed, size, tasks=names):
             loss = row_losses(logits[None, :-1], label[None, 1:]).item() if causal else None
-            values[names[task_of[n]]].append(loss if causal else (logits, label.cpu()))
+            values[names[task_of[n]]].append(loss if causal else (logits, label))
         if causal:
             return {name: {"rows": len(own), "loss": float(np.mean(own))} for name, own in values.items()}
         scores = {}

@@ -84,10 +84,10 @@ def prepare(sources: Iterable[TaskSource], tokenizer: Any, max_length: int, seed
             raise ConfigError(f"Two tasks are called {source.name!r}. Give one of them another name.")
         try:
             data = load_task(source.train, source.eval, source.columns, source.task, seed=seed)  # type: ignore[arg-type]
-            prepared[source.name] = data.encoded(tokenizer, max_length)
+            prepared[source.name] = data.encoded(tokenizer, max_length=max_length)
         except DataError as error:
             raise DataError(f"Task {source.name!r}: {error}") from error
-    causal = [name for name, data in prepared.items() if data.task == "causal-lm"]
+    causal = [name for name, data in prepared.items() if data.task.task == "causal-lm"]
     if 0 < len(causal) < len(prepared):
         raise ConfigError(
             f"Task {causal[0]!r} is causal-lm and others are not: tasks that are trained at once run on one kind of "

@@ -40,26 +40,14 @@ class TaskTrainer(AdapterTrainer):
     The loss of a batch is the sum over its tasks of the mean over the task's rows, so that a task's gradient does not
     depend on which others are in the batch. A checkpoint has the numbers of all tasks in float32; once it is written,
     the bank holds the tasks as they are then, too, in one transaction.
-
-    Args:
-        folder: Where checkpoints are.
-        settings: Those of the run.
-        served: The bank, open for writing, on its base model.
-        rows: The encoded rows of each task.
-        tasks: The tasks as they begin, by their number in the rows.
-        callbacks: More callbacks.
     """
-
-    model_files = (TASKS,)
-    checkpoints = ""  # the whole of a run's folder
 
     def __init__(
         self,
-        folder: Path,
         settings: BankSettings,
         served: Served,
-        rows: Sequence[Dataset],
-        tasks: Sequence[Task],
+        rows: Sequence[Dataset],  # encoded, of each task
+        tasks: Sequence[Task],  # as they begin, in the order of the rows
         callbacks: Sequence[TrainerCallback],
     ) -> None:
         sizes, batch = [len(part) for part in rows], settings.batch_size
@@ -72,7 +60,7 @@ class TaskTrainer(AdapterTrainer):
         super().__init__(
             model=served.model,
             # clipped task by task, in the optimiser
-            args=arguments(folder, steps, settings.save_steps, settings, max_grad_norm=0.0, **own),
+            args=arguments(served.bank.path, steps, settings.save_steps, settings, max_grad_norm=0.0, **own),
             train_dataset=together(rows),
             data_collator=served.collator(),
             optimizers=(_optimizer(settings, served), None),
@@ -132,13 +120,11 @@ class TaskTrainer(AdapterTrainer):
 def _optimizer(settings: BankSettings, served: Served) -> torch.optim.Optimizer:
     """Return AdamW, which leaves a task alone that has no row in the batch: neither it nor its moments change."""
     rates = default_rates(str(served.bank.config.core), "none", "cores")
-    cores: list[Tensor] = []
-    heads: list[Tensor] = []
+    lr = {"cores": settings.core_lr or rates.core_lr, "heads": settings.head_lr or rates.head_lr}
+    params: dict[str, list[Tensor]] = {"cores": [], "heads": []}
     for name, parameter in served.tensors().items():
-        (cores if name.endswith(".numbers") else heads).append(parameter)
-    groups = [{"params": cores, "lr": settings.core_lr or rates.core_lr, "name": "cores"}]
-    if heads:
-        groups.append({"params": heads, "lr": settings.head_lr or rates.head_lr, "name": "heads"})
+        params["cores" if name.endswith(".numbers") else "heads"].append(parameter)
+    groups = [{"params": own, "lr": lr[name], "name": name} for name, own in params.items() if own]
     return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
 
 

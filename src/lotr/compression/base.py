@@ -50,6 +50,8 @@ def load_base(
 
     names = Counter(source.base_model for source in sources if source.base_model)
     told = names.most_common(1)[0][0] if names else None
+    for source in sources:  # before a model is loaded that is none of most
+        check_same_base(source, told)
     if isinstance(base, nn.Module):
         return told, base, told
     name, kind = base or told, sources[0].kind

@@ -97,7 +97,8 @@ def open_source(path: Path) -> Source:
     folder = read_adapter(path)
     if (path / BANK).is_file():
         raise CheckpointError(
-            f"{path} is a bank, and not an adapter. Name adapters: `lotr bank export` writes its tasks as such."
+            f"{path} is a bank, and not an adapter. Adapters join it with `lotr compress BANK --add ADAPTER`, and its "
+            "tasks become adapters with `lotr bank export`."
         )
     if folder.is_lotr:
         return _lotr_source(folder)

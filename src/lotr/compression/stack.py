@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError, near
 from ..sharing.blocks import Site
 from ..sharing.groups import Group
+from .base import check_same_base
 from .fit import Batch, Shape, Total
 from .sources import Source, has_exchanged_experts, open_source
 
@@ -53,10 +54,25 @@ class Entry:
 
 
 def read_entry(
-    name: str, path: Path, known: Mapping[str, tuple[int, ...]], base: str | None
+    name: str,
+    path: Path,
+    known: Mapping[str, tuple[int, ...]],
+    base: str | None,
+    told: str | None = None,
+    in_bank: bool = False,
 ) -> tuple[Entry, Source]:
-    """Read an adapter whole, and check it against the weights of the base model and their `(*experts, out, in)`."""
+    """Read an adapter whole, and check it.
+
+    Args:
+        name: Of its task.
+        path: Its folder.
+        known: Paths and shapes `(*experts, out, in)` of the weights of the base model, or of those that a bank adapts.
+        base: Name of the base model.
+        told: What most adapters call it.
+        in_bank: Whether `known` are those of a bank.
+    """
     source = open_source(path)
+    check_same_base(source, told)
     exchanged = has_exchanged_experts(source, known)
     source = source.exchanged() if exchanged else source
     for module, shape in source.shapes.items():
@@ -64,6 +80,11 @@ def read_entry(
             raise CheckpointError(
                 f"{path} changes {module!r}, a module of its own as experts were in transformers 4; now they are one "
                 "parameter. Bring it into that form once: PeftModel.from_pretrained(model, …).save_pretrained(…)."
+            )
+        if module not in known and in_bank:
+            raise CheckpointError(
+                f"{path} changes {module!r}, for which the bank has no factors. Fit a new bank with all adapters, or "
+                "leave this one out."
             )
         if module not in known:
             raise CheckpointError(

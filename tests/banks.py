@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from torch import nn
 
 from conftest import bert
 from lotr import CoreBank, LotrConfig, Task
@@ -52,3 +53,20 @@ def task(of: CoreBank, name: str, seed: int = 0, **fields: Any) -> Task:
     root = "base_model.model.classifier"
     head = {f"{root}.{key}": torch.randn(shape, generator=generator) for key, shape in shapes.items()}
     return Task(name, numbers, head, ("a", "b", "c"), "classification", {"seed": seed, **fields})
+
+
+def contents(model: nn.Module) -> dict[tuple[object, ...], object]:
+    """All that the modules of a model hold, to compare by identity: submodules, parameters, hooks, attributes."""
+    held: dict[tuple[object, ...], object] = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            own = value.items() if isinstance(value, dict) else [(None, value)]
+            held |= {(path, name, key): inner for key, inner in own}
+    # the list of transformers whose hooks are removed one by one
+    return {at: value for at, value in held.items() if not str(at[1]).startswith("_require_grads_hook")}
+
+
+def assert_same_contents(before: dict[tuple[object, ...], object], model: nn.Module) -> None:
+    after = contents(model)
+    assert after.keys() == before.keys()
+    assert [at for at in before if after[at] is not before[at]] == []

@@ -5,14 +5,15 @@ from __future__ import annotations
 import csv
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertModel,
-    LlamaConfig,
     LlamaForCausalLM,
+    MixtralForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -49,13 +50,22 @@ def save_bert(folder: Path, seed: int = 0, layers: int = 2) -> str:
 
 def save_llama(folder: Path, seed: int = 0) -> str:
     """A language model with grouped-query attention and a chat template."""
+    return _save_decoder(folder, LlamaForCausalLM, seed)
+
+
+def save_mixtral(folder: Path, seed: int = 0) -> str:
+    """The same with four experts in the place of each block's linear modules."""
+    return _save_decoder(folder, MixtralForCausalLM, seed, num_local_experts=4)
+
+
+def _save_decoder(folder: Path, cls: Any, seed: int, **fields: Any) -> str:
     torch.manual_seed(seed)
     tokenizer = word_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
         "{% if add_generation_prompt %}assistant {% endif %}"
     )
-    config = LlamaConfig(
+    config = cls.config_class(
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -67,8 +77,9 @@ def save_llama(folder: Path, seed: int = 0) -> str:
         eos_token_id=tokenizer.eos_token_id,
         # the frozen embeddings have to be large enough for a frozen output layer to say anything
         initializer_range=0.3,
+        **fields,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    cls(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

@@ -10,7 +10,8 @@ import transformers as tf
 from peft import get_peft_model
 
 from lotr import CoreBank, LotrConfig, Task
-from saved_models import save_bert, save_llama
+from moe_models import EXPERTS
+from saved_models import save_bert, save_llama, save_mixtral
 
 HEAD = "base_model.model.classifier"
 
@@ -28,8 +29,14 @@ def decoder_bank(folder: Path, tasks: int = 0) -> CoreBank:
     return _bank(folder, base, ["q_proj", "v_proj"], [decoder_task, tasks])
 
 
-def _bank(folder: Path, base: Any, targets: list[str], tasks: list[Any]) -> CoreBank:
-    config = LotrConfig(r=4, target_modules=targets)
+def expert_bank(folder: Path, tasks: int = 0, parameters: list[str] = EXPERTS) -> CoreBank:
+    """A bank in `folder/bank` on a saved language model with experts."""
+    base = tf.AutoModelForCausalLM.from_pretrained(save_mixtral(folder / "model"))
+    return _bank(folder, base, ["q_proj"], [decoder_task, tasks], target_parameters=parameters)
+
+
+def _bank(folder: Path, base: Any, targets: list[str], tasks: list[Any], **fields: Any) -> CoreBank:
+    config = LotrConfig(r=4, target_modules=targets, **fields)
     get_peft_model(base, config).save_pretrained(folder / "basis")
     bank = CoreBank.create(folder / "bank", folder / "basis", dtype="float32")
     make, count = tasks

@@ -10,7 +10,8 @@ import transformers as tf
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from conftest import ARCHITECTURES, SIZES, VOCABULARY, pico
+from banks import assert_same_contents, contents
+from conftest import ARCHITECTURES, SIZES, VOCABULARY, bert, pico, tokens
 from lotr import CoreBank, LotrConfig, Task
 from lotr.bank.heads import row_losses
 from test_bank_rows import alone, logits, numbers_of
@@ -125,3 +126,18 @@ def test_row_losses_are_torchs_losses_row_by_row() -> None:
     labels[1, 2:] = -100
     expected = [nn.functional.cross_entropy(s, y) for s, y in zip(scores, labels, strict=True)]
     assert torch.allclose(row_losses(scores, labels), torch.stack(expected))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_unloaded_model_keeps_nothing_of_the_bank(checkpointing: bool, tmp_path: Path) -> None:
+    bank, base = with_heads(tmp_path, bert(), "classifier"), bert()
+    if checkpointing:
+        base.gradient_checkpointing_enable()
+    before = contents(base)
+    expected = base(input_ids=tokens(2)).logits
+    model = bank.wrap(base).train()
+    model(input_ids=tokens(2), task_ids=["two", "five"])
+    plain = model.eval().unload()
+    assert plain is base
+    assert_same_contents(before, base)
+    assert torch.equal(base(input_ids=tokens(2)).logits, expected)

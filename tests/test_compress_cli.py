@@ -121,6 +121,23 @@ def test_later_adapters_are_added_all_or_none(place: Path) -> None:
     assert json.loads(again.stdout)["tasks"] == 5
 
 
+def test_adapters_of_another_base_or_of_other_modules_are_told_so_and_not_that_the_base_is_wrong(
+    place: Path,
+) -> None:
+    lotr("compress", place / "task-0", place / "task-1", "--output", place / "bank")
+    lora(place / "other", base="other/model", task_type="SEQ_CLS")
+    lora(place / "more", base=place / "base", task_type="SEQ_CLS", target_modules=["query", "key"])
+    for words in ((place / "bank", "--add"), (place / "task-0", "--output", place / "new")):
+        message = refused(1, "compress", *words, place / "other")
+        assert "was trained on" in message and "'other/model'" in message and "compress them apart" in message
+    message = refused(1, "compress", place / "bank", "--add", place / "more")
+    assert "attention.self.key', for which the bank has no factors" in message
+    assert "--add ADAPTER" in refused(
+        1, "compress", place / "bank", place / "task-2", "--output", place / "new"
+    )
+    assert not (place / "new").exists()
+
+
 def test_one_adapter_of_this_library_becomes_a_smaller_one(place: Path) -> None:
     config = LotrConfig(r=6, target_modules=["query", "value"], task_type="SEQ_CLS", init_weights=False)
     model = banks.stirred(config)
@@ -150,6 +167,12 @@ def test_calls_without_meaning_are_refused_and_write_nothing(place: Path) -> Non
     )
     assert "folder of adapters" in refused(2, "compress", place, "--output", place / "bank")
     assert "is not empty" in refused(2, "compress", place / "task-*", "--output", place / "base")
+    message = refused(
+        2, "compress", place / "task-*", "--output", place / "bank", "--modes", "task, nonsense"
+    )
+    assert "'nonsense' is none. Name some of: task, layer, projection, expert" in message
+    message = refused(2, "compress", place / "task-*", "--output", place / "bank", "--evaluate", "no.yaml")
+    assert "--evaluate no.yaml does not exist" in message
     assert "config.json" in refused(
         2, "compress", place / "task-*", "--output", place / "bank", "--base", place / "task-0"
     )

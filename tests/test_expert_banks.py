@@ -14,12 +14,9 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-import lotr
-from commands import report as run
+from banks import assert_same_contents, contents
 from conftest import tokens
-from loras import assert_answers, dense, lora
 from lotr import ConfigError, CoreBank, LotrConfig, Task
-from lotr.compression.add import add
 from lotr.sharing.keys import without_adapter
 from lotr.tuner.experts import LotrExperts
 from moe_models import EXPERTS, deepseek, gpt_oss, mixtral, qwen
@@ -172,11 +169,13 @@ def test_experts_that_see_some_of_the_tokens_are_refused_as_those_of_images_and_
 def test_a_copy_answers_alike_and_an_unloaded_model_is_as_it_was(tmp_path: Path) -> None:
     names = ["t0", "t1", None, "t0"]
     with bank(tmp_path, mixtral) as made:
-        model = made.wrap(mixtral())
+        base = mixtral()
+        before = contents(base)
+        model = made.wrap(base)
         answers = logits(model, INPUTS, task_ids=names)
         copied = copy.deepcopy(model)
         plain = model.unload()
-        assert not any(module._forward_pre_hooks for module in plain.modules())
+        assert_same_contents(before, plain)
         assert torch.equal(logits(plain, INPUTS), logits(mixtral(), INPUTS))
         for again in (copied, made.wrap(plain)):
             assert torch.equal(logits(again, INPUTS, task_ids=names), answers)
@@ -221,88 +220,3 @@ def test_where_it_cannot_be_told_whose_a_token_is_nothing_is_answered(tmp_path: 
                 with pytest.raises(ConfigError, match="cannot have tasks of their own on the experts"):
                     logits(model, INPUTS, task_ids=["t0", None, "t1", "t0"])
         logits(model, INPUTS, task_ids=["t0", None, "t1", "t0"])
-
-
-# ---- from LoRAs
-
-
-def two_loras(folder: Path, make: Callable[[], nn.Module], **fields: Any) -> list[Path]:
-    asked: Any = {
-        "r": 1,
-        "target_modules": ["q_proj"],
-        "target_parameters": EXPERTS,
-        "task_type": "CAUSAL_LM",
-    }
-    for n in range(2):
-        lora(folder / f"task-{n}", n, make, **(asked | fields))
-    return [folder / f"task-{n}" for n in range(2)]
-
-
-@pytest.mark.filterwarnings("ignore:The following .*_pattern keys")  # which do match
-@pytest.mark.parametrize("core", ["free", "diagonal"])
-@pytest.mark.parametrize("modes", [("task",), ("task", "expert")], ids=str)
-@pytest.mark.parametrize("make", MODELS[:3], ids=lambda make: make.__name__)
-def test_loras_on_experts_become_a_bank_and_loras_again(make, modes, core, tmp_path: Path) -> None:
-    folders = two_loras(tmp_path, make, rank_pattern={"experts.down_proj": 2}, use_rslora=True)
-    if modes == ("task", "expert"):  # 8 updates of rank 1 in a block 12 wide
-        folders = two_loras(tmp_path, make)
-    report = lotr.compress(
-        folders, tmp_path / "bank", make(), rank=12, modes=modes, core=core, dtype="float32"
-    )
-    assert report.error < 1e-5
-    groups = {
-        group["group"].partition("_")[0]: group["sites"]
-        for group in report.groups
-        if "16x12" in group["group"]
-    }
-    assert set(groups.values()) == ({4} if "expert" in modes else {1})
-    assert_answers(tmp_path / "bank", "task-1", folders[1], make)
-    with CoreBank.open(tmp_path / "bank") as made:
-        made.export("task-0", tmp_path / "out", as_lora=True)
-    again = PeftModel.from_pretrained(make(), tmp_path / "out").eval()
-    expected = logits(PeftModel.from_pretrained(make(), folders[0]).eval(), INPUTS)
-    torch.testing.assert_close(
-        logits(again, INPUTS)[MASK.bool()], expected[MASK.bool()], atol=1e-4, rtol=1e-4
-    )
-
-
-def test_an_adapter_of_this_library_and_a_later_lora_join_a_bank_on_experts(tmp_path: Path) -> None:
-    folders = two_loras(tmp_path, qwen)
-    config = LotrConfig(r=2, modes=("expert",), target_parameters=EXPERTS, init_weights=False)
-    get_peft_model(qwen(), config).save_pretrained(tmp_path / "own")
-    modes = ("task", "expert")
-    lotr.compress(
-        [*folders, tmp_path / "own"], tmp_path / "bank", qwen(), rank=12, modes=modes, dtype="float32"
-    )
-    assert_answers(tmp_path / "bank", "own", tmp_path / "own", qwen)
-    lotr.compress([folders[0], tmp_path / "own"], tmp_path / "later", qwen(), rank=12, dtype="float32")
-    report = add(tmp_path / "later", [folders[0].rename(tmp_path / "same"), folders[1]])
-    assert report["added"]["same"] < 1e-5 < 0.1 < report["added"]["task-1"]
-
-
-def test_a_bank_on_experts_keeps_to_its_bytes(tmp_path: Path) -> None:
-    folders = two_loras(tmp_path, qwen, r=3)
-    for most in (6_000, 9_000, 12_000):
-        report = lotr.compress(folders, tmp_path / "bank", qwen(), max_bytes=most, overwrite=True)
-        assert 0.8 * most < report.bytes_of_numbers <= most
-
-
-def test_the_norms_that_inspect_tells_are_those_of_peft(tmp_path: Path) -> None:
-    for make in (qwen, gpt_oss):
-        parameters = EXPERTS if make is qwen else ["gate_up_proj", "down_proj"]
-        [folder, _] = two_loras(tmp_path / make.__name__, make, target_parameters=parameters)
-        inspection = lotr.inspect(folder)
-        updates = dense(PeftModel.from_pretrained(make(), folder))
-        told = {(s.module, s.expert): s.norm for s in inspection.sites}
-        path = "model.layers.1.mlp.experts"
-        for wrapped, name in ((path, "down_proj"), (f"{path}.base_layer", "gate_up_proj")):
-            for expert, dW in enumerate(updates[wrapped]):
-                assert told[f"{path}.{name}", expert] == pytest.approx(float(dW.norm()), rel=1e-5)
-        assert len(inspection.sites) == 2 * (1 + 2 * 4)
-
-
-def test_the_command_line_shares_factors_along_experts(tmp_path: Path) -> None:
-    qwen().save_pretrained(tmp_path / "base")
-    folders = two_loras(tmp_path, qwen, base=tmp_path / "base")
-    told = run("compress", *folders, "--output", tmp_path / "bank", "--modes", "task,expert", "--rank", "4")
-    assert [group["sites"] for group in told["groups"]].count(4) == 4

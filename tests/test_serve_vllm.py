@@ -20,9 +20,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from loras import dense
 from lotr import CoreBank
 from lotr.serving import vllm as plugin
-from served_banks import decoder_bank, decoder_task
+from moe_models import EXPERTS
+from served_banks import decoder_bank, decoder_task, expert_bank
 
 PROMPT = torch.tensor([[5, 9, 4, 11, 7]])
 
@@ -106,6 +108,21 @@ def test_several_servers_share_folders_that_are_removed_all_the_while(
         assert sum(pool.map(serve, range(4))) > 40
 
 
+def test_experts_come_in_the_form_that_vllm_is_told_of_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = ModuleType("vllm.lora.request")
+    request.LoRARequest = lambda *args, **form: form  # type: ignore[attr-defined]
+    for name in ("vllm", "vllm.lora"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", request)
+    for parameters, form in ((EXPERTS, {"is_3d_lora_weight": True}), (["experts.down_proj"], None)):
+        with expert_bank(tmp_path / str(len(parameters)), 1, parameters) as bank:
+            resolver = plugin.BankResolver(folders(bank))
+            assert asyncio.run(resolver.resolve_lora(str(bank.base_model), "task-0")) == form
+    assert "changes down_proj of 'model.layers.0.mlp.experts', and vLLM takes" in caplog.text
+
+
 def test_what_is_no_task_of_the_bank_is_left_to_the_next_resolver(bank: CoreBank) -> None:
     resolver = plugin.BankResolver(folders(bank))
     for base, name in ((str(bank.base_model), "nothing"), ("other/model", "task-1")):
@@ -170,3 +187,32 @@ def test_vllm_finds_and_reads_the_tasks(bank: CoreBank, theirs: Any) -> None:
         for name, layer in lora.loras.items():
             own = [tensors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB"]
             torch.testing.assert_close(layer.lora_b @ layer.lora_a * layer.scaling, own[1] @ own[0])
+
+
+def test_vllm_takes_the_updates_of_experts_apart_as_they_are(theirs: Any, tmp_path: Path) -> None:
+    """Every expert's own matrices, as vLLM's wrapper with a LoRA an expert takes them."""
+    import transformers as tf
+    from peft import PeftModel
+    from vllm.lora.model_manager import LoRAModelManager
+    from vllm.lora.peft_helper import PEFTHelper
+
+    with expert_bank(tmp_path / "experts", tasks=1) as bank:
+        path = str(folders(bank).make("task-0"))
+        base = tf.AutoModelForCausalLM.from_pretrained(bank.base_model)
+    expected = dense(PeftModel.from_pretrained(base, path))
+    helper = PEFTHelper.from_local_dir(path, 64)
+    lora = theirs.LoRAModel.from_local_checkpoint(path, {"q_proj", "experts"}, helper, device="cpu")
+    experts = SimpleNamespace(local_num_experts=4, global_num_experts=4, ep_rank=0)
+    manager = SimpleNamespace(
+        _get_lora_layer_weights=lambda lora, name: lora.loras.get(name),
+        _pop_lora_weights=lambda lora, names: [lora.loras.pop(name) for name in names],
+        model=SimpleNamespace(config=SimpleNamespace(architectures=["MixtralForCausalLM"])),
+    )
+    for layer in range(2):
+        module = f"model.layers.{layer}.mlp.experts"
+        LoRAModelManager._convert_3d_to_2d_moe_lora(manager, lora, experts, module)
+        own = lora.loras[module]
+        gate, down, up = (B @ A * own.scaling for A, B in zip(own.lora_a, own.lora_b, strict=True))
+        gate_up = expected[f"{module}.base_layer"]
+        torch.testing.assert_close(torch.cat([gate, up], 1), gate_up, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(down, expected[module], atol=1e-5, rtol=1e-4)

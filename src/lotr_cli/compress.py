@@ -87,7 +87,7 @@ def compress(
     from lotr.compression.run import compress as fit
 
     if "modes" in given:
-        given["modes"] = given["modes"].replace(" ", "").split(",")
+        given["modes"] = [mode.strip() for mode in given["modes"].split(",")]
     with console.phases() as tick:
         return _fitted(fit(adapters, output, **given, tick=tick))
 

@@ -34,7 +34,7 @@ class RowHead(nn.Module):
 
     def __init__(self, path: str, head: nn.Module, current: RowsOfCall) -> None:
         super().__init__()
-        self.prefix = f"{ROOT}{path}."
+        self.path, self.prefix = path, f"{ROOT}{path}."
         self.head = head
         self.current = current
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import ConfigError
 from ..tuner.batch_cores import Rows, RowsOfCall
@@ -27,13 +28,21 @@ ADAPTER = "bank"
 class TaskRows:
     """Finds what each row of a batch has of its own, and selects it for the call that runs.
 
-    `group` is one of those that the sites of the basis share; `current` is where the modules of the model look.
+    `group` is one of those that the sites of the basis share; `current` is where the modules of the model look, and
+    `hooks` are those that the model has for it.
     """
 
     def __init__(
-        self, group: LotrGroup, layout: Layout, cache: TaskCache, current: RowsOfCall, head: RowHead | None
+        self,
+        group: LotrGroup,
+        layout: Layout,
+        cache: TaskCache,
+        current: RowsOfCall,
+        head: RowHead | None,
+        hooks: Sequence[RemovableHandle],
     ) -> None:
         self.group, self.layout, self.cache, self.current, self.head = group, layout, cache, current, head
+        self.hooks = hooks
 
     def select(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
         """Use a task in each row of the batches that this thread, or task of asyncio, runs inside."""
@@ -93,6 +102,14 @@ class TaskRows:
         """Return the loss of each row of the selected tasks."""
         rows = self.current.get()
         return row_losses(logits, labels, None if rows is None else rows.head)
+
+    def leave(self, model: nn.Module) -> None:
+        """Take out of the base model what `wrap` put into it beside the adapter."""
+        if self.head is not None:
+            setattr(model, self.head.path, self.head.head)
+        for hook in self.hooks:
+            hook.remove()
+        self.current.forget_in_checkpoints(model)
 
 
 class BankModel(PeftModel):
@@ -166,15 +183,23 @@ def wrap(basis: Basis, base: nn.Module, capacity: int | str) -> BankModel:
     head = None if path is None else RowHead(path, getattr(base, path), current)
     numbers = basis.layout.size + (0 if head is None else sum(p.numel() for p in head.parameters()))
     cache = TaskCache(TaskStore(basis.path / TASKS), capacity, 4 * numbers)
+    before = _input_hooks(base)
     model = BankModel(base, config, adapter_name=ADAPTER)
     if path is not None:
         setattr(base, path, head)
     groups = [module for module in model.modules() if isinstance(module, LotrGroup)]
     for group in groups:
         group.rows[ADAPTER] = current
-    for path, module in model.named_modules():
-        if isinstance(module, LotrExperts):  # it sees tokens, and the block around it rows
-            module.watch(model.get_submodule(path.rpartition(".")[0]), current)
-    tasks = TaskRows(groups[0], basis.layout, cache, current, head)
+    # experts see tokens, and the block around them rows
+    experts = [path for path, module in model.named_modules() if isinstance(module, LotrExperts)]
+    blocks = (model.get_submodule(path.rpartition(".")[0]) for path in experts)
+    hooks = [block.register_forward_pre_hook(current.see_batch, with_kwargs=True) for block in blocks]
+    hooks += [hook for hook in _input_hooks(base) if hook not in before]
+    tasks = TaskRows(groups[0], basis.layout, cache, current, head, hooks)
     model.base_model.tasks = tasks  # type: ignore[assignment]
     return model.eval()
+
+
+def _input_hooks(base: nn.Module) -> list[RemovableHandle]:
+    """Return those that let gradients reach the inputs, which PEFT adds where layers are checkpointed."""
+    return list(getattr(base, "_require_grads_hooks", ()))

@@ -11,7 +11,6 @@ from ..bank.task import DTYPES
 from ..bank.transfer import check_fingerprint
 from ..errors import ConfigError
 from ..files.atomic import read_json
-from .base import check_same_base
 from .report import REPORT
 from .sources import find_adapters
 from .stack import Stack, Tick, read_entry
@@ -40,10 +39,9 @@ def add(
                 "with `lotr compress`."
             )
         fit = read_json(opened.path / REPORT, "a report") if (opened.path / REPORT).is_file() else {}
-        entries = []
+        told, entries = fit.get("trained_on") or opened.base_model, []
         for name, path in places.items():
-            entry, source = read_entry(name, path, known, str(opened.base_model))
-            check_same_base(source, fit.get("trained_on") or opened.base_model)
+            entry, source = read_entry(name, path, known, opened.base_model, told, in_bank=True)
             check_fingerprint(opened.basis, path, source.folder.task)
             entries.append(entry)
             tick("Reading", len(entries), len(places))

@@ -24,6 +24,7 @@ from .sources import Source
 #: Of a mode, `task` alone says that nothing else is shared.
 MODES = ("task", "layer", "projection", "expert")
 CORES = ("free", "diagonal")
+WEIGHTS = ("relative", "absolute")
 
 
 def is_same_base(one: str, other: str) -> bool:
@@ -49,6 +50,8 @@ def load_base(
 
     names = Counter(source.base_model for source in sources if source.base_model)
     told = names.most_common(1)[0][0] if names else None
+    for source in sources:  # before a model is loaded that is none of most
+        check_same_base(source, told)
     if isinstance(base, nn.Module):
         return told, base, told
     name, kind = base or told, sources[0].kind
@@ -69,6 +72,16 @@ def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {target.path: target.weight_shape for target in plan.targets}
 
 
+def check_sharing(modes: Sequence[str], core: str, weights: str | Mapping[str, float]) -> None:
+    """Refuse words that a fit does not know."""
+    odd = [mode for mode in modes if mode not in MODES]
+    if odd:
+        raise ConfigError(f"modes: {odd[0]!r} is none. Name some of: {', '.join(MODES)}; as in task,layer.")
+    for name, word, known in (("core", core, CORES), ("weights", weights, WEIGHTS)):
+        if isinstance(word, str) and word not in known:
+            raise ConfigError(f"{name}={word!r} is none. Use one of: {', '.join(known)}.")
+
+
 def bank_config(
     model: nn.Module,
     weights: Mapping[str, tuple[int, ...]],
@@ -77,11 +90,6 @@ def bank_config(
     task_types: set[str | None],
 ) -> LotrConfig:
     """Return the configuration of a basis for some weights, at rank 1; `with_ranks` gives it its ranks."""
-    odd = [mode for mode in modes if mode not in MODES]
-    if odd:
-        raise ConfigError(f"modes={tuple(modes)!r} names {odd[0]!r}. Tasks share along: {', '.join(MODES)}.")
-    if core not in CORES:
-        raise ConfigError(f"core={core!r} is none. Use one of: {', '.join(CORES)}.")
     shared = tuple(mode for mode in modes if mode != "task")
     if core == "diagonal" and {"layer", "projection"} <= set(shared):
         shared = ("site",)  # one diagonal a site: along two modes it would be a product

@@ -101,9 +101,9 @@ def directions(groups: Mapping[str, Shape], total: Total, widest: int = 1024) ->
     """
     none = torch.zeros(0, 0, dtype=torch.float64)
     fits: dict[str, GroupFit] = {}
-    for name, (left, right, energy) in total(partial(_moments, groups, widest)).items():
-        Q_U, Q_V = left.leading(widest)[0], right.leading(widest)[0]
-        fits[name] = GroupFit(energy, Q_U, Q_V, none, none, none)
+    for name, moments in total(partial(_moments, groups, widest)).items():
+        Q_U, Q_V = (moments.pop(0).leading(widest)[0] for _ in range(2))  # each is as large as the updates
+        fits[name] = GroupFit(moments[0], Q_U, Q_V, none, none, none)
     for name, (squares, strongest) in total(partial(_squares, fits)).items():
         of_group = fits[name]
         of_group.squares, of_group.own_energies = squares, strongest.energies

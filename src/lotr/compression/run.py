@@ -18,7 +18,7 @@ from ..errors import ConfigError, Interrupted, near
 from ..files.atomic import check_apart, check_free, move_into, whole_folder, write_json
 from ..sharing.plan import Plan
 from ..tuner.config import LotrConfig
-from .base import CORES, bank_config, check_same_base, load_base, weight_shapes, with_ranks
+from .base import CORES, bank_config, check_sharing, load_base, weight_shapes, with_ranks
 from .fit import GroupFit, error_of_all
 from .passes import State, find_directions, run_sweeps
 from .ranks import Curve, checked_size, chosen_ranks, curves_of, ranks_for
@@ -89,6 +89,7 @@ def compress(
     begun, output = time.monotonic(), Path(output)
     tick = tick or (lambda what, done, of: None)
     size = checked_size(rank, max_error, max_bytes)
+    check_sharing(modes, core, weights)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not a type of a bank's numbers. {near(dtype, DTYPES)}")
     check_free(output, overwrite)
@@ -190,8 +191,7 @@ def _read(
     entries: list[Entry] = []
     task_types: set[str | None] = set()
     for name, path in places.items():
-        entry, source = read_entry(name, path, known, base)
-        check_same_base(source, trained_on)
+        entry, source = read_entry(name, path, known, base, trained_on)
         entries.append(entry)
         task_types.add(source.task_type)
         tick("Reading", len(entries), len(places))

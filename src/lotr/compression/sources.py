@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,8 +24,8 @@ from ..math.update import loras_of
 from ..sharing.keys import file_shapes
 from ..tuner.saved_adapter import read_saved
 
-#: Reads `A` `(*experts, q, in)` and `B` `(*experts, out, q)` of a module, with the scaling in `B`.
-Reader = Callable[[str], tuple[Tensor, Tensor]]
+#: Reads `A` `(*experts, q, in)` and `B` `(*experts, out, q)` of a module, of experts those that a slice names.
+Reader = Callable[..., tuple[Tensor, Tensor]]
 _KINDS = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal-lm"}
 
 
@@ -52,13 +53,52 @@ class Source:
         """What a bank calls its kind of task: classification, regression or causal-lm; `None` where it is not told."""
         return self.folder.task.get("task") or _KINDS.get(str(self.task_type))
 
+    def exchanged(self) -> Source:
+        """Return the source with `A` and `B` of its experts in each other's place: its update of them is `Aᵀ Bᵀ`."""
+
+        @contextmanager
+        def reader() -> Iterator[Reader]:
+            with self.reader() as read:
+
+                def exchanged(module: str, own: slice = slice(None)) -> tuple[Tensor, Tensor]:
+                    A, B = read(module, own)
+                    return (B.mT, A.mT) if A.dim() == 3 else (A, B)
+
+                yield exchanged
+
+        return replace(self, shapes={m: _exchanged(shape) for m, shape in self.shapes.items()}, reader=reader)
+
+
+def _exchanged(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[0], shape[2], shape[1]) if len(shape) == 3 else shape
+
+
+def has_exchanged_experts(source: Source, known: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether `A` and `B` of experts have each other's place, as PEFT wrote them before 0.19.1 for most models.
+
+    Raises:
+        CheckpointError: The blocks of all experts are square, so shapes do not tell, and neither does the version.
+    """
+    experts = {module: shape for module, shape in source.shapes.items() if len(shape) == 3}
+    if source.folder.is_lotr or any(shape[1] != shape[2] for shape in experts.values()):
+        return any(known.get(m) == _exchanged(shape) != shape for m, shape in experts.items())
+    version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(source.folder.config.get("peft_version")))
+    if experts and (version is None or tuple(map(int, version.groups())) < (0, 19, 1)):
+        raise CheckpointError(
+            f"{source.folder.path} changes experts whose blocks are square, and {CONFIG} tells no peft_version from "
+            "0.19.1 on: most of what PEFT wrote before has A and B in each other's place, and nothing shows which. "
+            'If this one was written since, say so there ("peft_version": "0.19.1"); else train it again.'
+        )
+    return False
+
 
 def open_source(path: Path) -> Source:
     """Open a PEFT LoRA, or an adapter of this library, and check all that needs none of its numbers."""
     folder = read_adapter(path)
     if (path / BANK).is_file():
         raise CheckpointError(
-            f"{path} is a bank, and not an adapter. Name adapters: `lotr bank export` writes its tasks as such."
+            f"{path} is a bank, and not an adapter. Adapters join it with `lotr compress BANK --add ADAPTER`, and its "
+            "tasks become adapters with `lotr bank export`."
         )
     if folder.is_lotr:
         return _lotr_source(folder)
@@ -84,9 +124,9 @@ def _lotr_source(folder: AdapterFolder) -> Source:
     def reader() -> Iterator[Reader]:
         parts = {target.path: (target, own) for target, own in updates(saved, saved.tensors())}
 
-        def read(module: str) -> tuple[Tensor, Tensor]:
-            target, own = parts[module]
-            loras = loras_of([update for _, update in own], target.shape, target.experts)
+        def read(module: str, own: slice = slice(None)) -> tuple[Tensor, Tensor]:
+            target, of_module = parts[module]
+            loras = loras_of([update for _, update in of_module], target.shape, target.experts)[own]
             A, B = (torch.stack(side).float() for side in zip(*loras, strict=True))
             if not target.experts:
                 A, B = A[0], B[0]

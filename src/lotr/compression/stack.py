@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError, near
 from ..sharing.blocks import Site
 from ..sharing.groups import Group
+from .base import check_same_base
 from .fit import Batch, Shape, Total
-from .sources import Source, open_source
+from .sources import Source, has_exchanged_experts, open_source
 
 Tick = Callable[[str, int, int], None]  # what is done, how many, of how many
 Spread = Callable[["Stack", Sequence[Group], str, Tick], Total]
@@ -34,6 +36,12 @@ class Entry:
     rank: int  # the largest of its updates
     bytes: int  # of its weights file
     head_bytes: int
+    exchanged: bool = False  # whether `A` and `B` of its experts have each other's place
+
+    def open(self) -> Source:
+        """Open the adapter."""
+        source = open_source(self.path)
+        return source.exchanged() if self.exchanged else source
 
     @property
     def energy(self) -> float:
@@ -46,11 +54,38 @@ class Entry:
 
 
 def read_entry(
-    name: str, path: Path, known: Mapping[str, tuple[int, ...]], base: str | None
+    name: str,
+    path: Path,
+    known: Mapping[str, tuple[int, ...]],
+    base: str | None,
+    told: str | None = None,
+    in_bank: bool = False,
 ) -> tuple[Entry, Source]:
-    """Read an adapter whole, and check it against the weights of the base model and their `(*experts, out, in)`."""
+    """Read an adapter whole, and check it.
+
+    Args:
+        name: Of its task.
+        path: Its folder.
+        known: Paths and shapes `(*experts, out, in)` of the weights of the base model, or of those that a bank adapts.
+        base: Name of the base model.
+        told: What most adapters call it.
+        in_bank: Whether `known` are those of a bank.
+    """
     source = open_source(path)
+    check_same_base(source, told)
+    exchanged = has_exchanged_experts(source, known)
+    source = source.exchanged() if exchanged else source
     for module, shape in source.shapes.items():
+        if re.search(r"\.experts\.\d+\.", module) and any(len(weight) == 3 for weight in known.values()):
+            raise CheckpointError(
+                f"{path} changes {module!r}, a module of its own as experts were in transformers 4; now they are one "
+                "parameter. Bring it into that form once: PeftModel.from_pretrained(model, …).save_pretrained(…)."
+            )
+        if module not in known and in_bank:
+            raise CheckpointError(
+                f"{path} changes {module!r}, for which the bank has no factors. Fit a new bank with all adapters, or "
+                "leave this one out."
+            )
         if module not in known:
             raise CheckpointError(
                 f"{path} changes {module!r}, which is no linear module of the base model {base!r}, nor a stack of "
@@ -70,7 +105,7 @@ def read_entry(
             energies[module] = max(float(((A @ A.mT) * (B.mT @ B)).sum()), 0.0)
             rank = max(rank, A.shape[-2])
     head_bytes = sum(tensor.numel() * tensor.element_size() for tensor in source.head().values())
-    return Entry(name, path, energies, rank, source.folder.size, head_bytes), source
+    return Entry(name, path, energies, rank, source.folder.size, head_bytes, exchanged), source
 
 
 @dataclass(frozen=True)
@@ -140,11 +175,13 @@ def _read(entries: Sequence[Entry], groups: Sequence[Group]) -> Pairs:
     n, q = len(entries), max(entry.rank for entry in entries)
     pairs = {m: (torch.zeros(n, out, q), torch.zeros(n, q, i)) for m, (out, i) in shapes.items()}
     for t, entry in enumerate(entries):
-        with open_source(entry.path).reader() as read:
+        with entry.open().reader() as read:
             for module in entry.energies.keys() & experts.keys():
-                matrices = read(module)
+                numbers = [expert for expert in experts[module] if expert is not None]
+                first = min(numbers, default=0)
+                matrices = read(module, slice(first, max(numbers) + 1)) if numbers else read(module)
                 for expert in experts[module]:
-                    A, B = matrices if expert is None else (side[expert] for side in matrices)
+                    A, B = matrices if expert is None else (side[expert - first] for side in matrices)
                     (Bs, As), rank = pairs[module, expert], len(A)
                     Bs[t, :, :rank], As[t, :rank] = B[: Bs.shape[1]], A[:, : As.shape[2]]
     return pairs
@@ -163,8 +200,6 @@ def _at(site: Site, pairs: Pairs, weights: Tensor) -> tuple[Tensor, Tensor]:  # 
 
 def weights_of(entries: Sequence[Entry], weights: str | Mapping[str, float]) -> tuple[float, ...]:
     """Return what each update is multiplied by; relative: one over its norm. See `compress`."""
-    if isinstance(weights, str) and weights not in ("relative", "absolute"):
-        raise ConfigError(f"weights={weights!r} is none. {near(weights, ('relative', 'absolute'))}")
     own = {} if isinstance(weights, str) else dict(weights)
     names = {entry.name for entry in entries}
     for name, weight in own.items():

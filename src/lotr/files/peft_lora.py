@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
@@ -135,19 +136,31 @@ class LoraFolder:
 
     @contextmanager
     def reader(self) -> Iterator[Any]:
-        """Open the file once, and give a function that reads `A` and `B` of a module in float32, finite."""
+        """Open the file once, and give a function that reads `A` and `B` of a module in float32, finite.
+
+        Of experts it reads those that a slice names, and no more.
+        """
         with opened(self.folder.weights) as file:
 
-            def read(module: str) -> tuple[Tensor, Tensor]:
+            def read(module: str, own: slice = slice(None)) -> tuple[Tensor, Tensor]:
                 self.shapes  # noqa: B018 - checks them
-                A, B = (file.get_tensor(key).float() for key in self.keys[module])
+                A, B = (file.get_slice(key) for key in self.keys[module])
+                if experts := self.n_experts(
+                    module
+                ):  # the `A` are below each other, the columns of the `B` in turn
+                    q, (begin, end, _) = A.get_shape()[0] // experts, own.indices(experts)
+                    columns = (B[:, at + begin : at + end] for at in range(0, q * experts, experts))
+                    A, B = (
+                        A[begin * q : end * q].unflatten(0, (-1, q)),
+                        torch.stack([*columns], -1).movedim(1, 0),
+                    )
+                else:
+                    A, B = A[:], B[:]
+                A, B = A.float(), B.float()
                 if not (A.isfinite().all() and B.isfinite().all()):
                     raise CheckpointError(
                         f"The LoRA of {module!r} in {self.folder.path} is not finite. Train it again."
                     )
-                experts = self.n_experts(module)
-                if experts:  # the `A` are below each other, and the columns of the `B` in turn
-                    A, B = A.unflatten(0, (experts, -1)), B.unflatten(1, (-1, experts)).permute(2, 0, 1)
                 return A, B * self.scaling(module, A.shape[-2])
 
             yield read

@@ -175,7 +175,10 @@ def principal(columns: Tensor) -> tuple[Tensor, Tensor]:  # (n, m) -> (n, q), (q
         return of_gram(columns @ columns.T)
     Q, R = torch.linalg.qr(columns)
     vectors, energies = of_gram(R @ R.T)
-    return Q @ vectors, energies
+    alive = len(energies)
+    for rows in Q.split(128):  # in place: `Q` may be as large as all that is known of the matrices
+        rows[:, :alive] = rows @ vectors
+    return Q[:, :alive], energies
 
 
 def of_gram(S: Tensor) -> tuple[Tensor, Tensor]:  # (n, n) -> (n, q), (q,)

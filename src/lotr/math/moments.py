@@ -74,10 +74,11 @@ class SecondMoment:
         if self._sum is not None:
             vectors, energies = of_gram(self._sum)
         elif self._columns:
-            vectors, energies = principal(torch.cat(self._columns, 1))
+            self._columns = [torch.cat(self._columns, 1)]
+            vectors, energies = principal(self._columns[0])
         else:
             return torch.zeros(self.d, 0).double(), torch.zeros(0).double()
-        return signed(vectors[:, :n]).contiguous(), energies[:n]
+        return signed(vectors[:, :n]), energies[:n]
 
 
 class Strongest:

@@ -12,6 +12,7 @@ import logging
 import os
 import tempfile
 import time
+from collections import defaultdict
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,8 @@ from ..files.adapter_folder import TASK
 BANK, CACHE, CACHE_BYTES = "LOTR_BANK", "LOTR_VLLM_CACHE", "LOTR_VLLM_CACHE_BYTES"
 #: Ranks that vLLM has kernels for; a LoRA is padded with zeros to one of them.
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+#: Parameters of experts that vLLM takes a LoRA on, together.
+EXPERTS = {"gate_up_proj", "down_proj"}
 #: What vLLM takes in full beside a LoRA.
 HEADS = {"classifier", "score"}
 _IN_USE = 60.0  # seconds after its last use in which a folder is not removed: somebody may be reading it
@@ -42,6 +45,13 @@ class LoraFolders:
     def __init__(self, bank: CoreBank, root: Path, most: int) -> None:
         self.bank, self.root, self.most = bank, root, most
         self._beside = partial(tempfile.TemporaryDirectory, dir=root, prefix=".")  # on the same file system
+        self.experts: dict[str, set[str]] = defaultdict(
+            set
+        )  # module of experts → parameters that tasks change
+        for target in bank.basis.plan.targets:
+            if target.experts:
+                module, _, parameter = target.path.rpartition(".")
+                self.experts[module].add(parameter)
 
     def make(self, name: str) -> Path:
         """Return the folder of a task as the bank has it now; the name is no part of the path."""
@@ -56,6 +66,12 @@ class LoraFolders:
     def _write(self, name: str, folder: Path) -> None:
         if self.bank.basis.plan.has_biases:
             raise CheckpointError(f"Task {name!r} has lora_bias=True, and vLLM's LoRAs have no biases.")
+        for module, parameters in self.experts.items():
+            if parameters != EXPERTS:
+                raise CheckpointError(
+                    f"Task {name!r} changes {', '.join(sorted(parameters))} of {module!r}, and vLLM takes LoRAs on "
+                    f"{' and '.join(sorted(EXPERTS))} of experts together. Answer with `lotr serve`."
+                )
         with self._beside() as temporary:
             made = Path(temporary) / "lora"
             export(self.bank.basis, self.bank.get(name), made, as_lora=True, pad_rank=RANKS)
@@ -106,8 +122,10 @@ class BankResolver:
             return None
         from vllm.lora.request import LoRARequest
 
+        # without experts it is no field of older versions
+        form = {"is_3d_lora_weight": True} if self.folders.experts else {}
         # vLLM gives it a number of its own
-        return LoRARequest(lora_name, 1 + int(path.name[:7], 16), str(path))
+        return LoRARequest(lora_name, 1 + int(path.name[:7], 16), str(path), **form)
 
     def _make(self, name: str) -> Path | None:
         bank = self.folders.bank

@@ -158,6 +158,13 @@ class RowsOfCall:
             if checkpoint is not None and not isinstance(checkpoint, _Remembering):
                 module._gradient_checkpointing_func = _Remembering(self, checkpoint)  # type: ignore[assignment]
 
+    def forget_in_checkpoints(self, model: nn.Module) -> None:
+        """Undo `remember_in_checkpoints`."""
+        for module in model.modules():
+            checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+            if isinstance(checkpoint, _Remembering):
+                module._gradient_checkpointing_func = checkpoint.checkpoint  # type: ignore[assignment]
+
     def __reduce__(self) -> tuple[type[RowsOfCall], tuple[()]]:
         return RowsOfCall, ()  # a copy of a model has calls of its own
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.hooks import RemovableHandle
 
 from ..errors import ConfigError, TrainingError
 from ..math.stacked_weight import StackedWeight, StackUpdate
@@ -54,11 +53,6 @@ class LotrExperts(nn.Module):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.watched: RemovableHandle | None = None
-
-    def watch(self, block: nn.Module, rows: RowsOfCall) -> None:
-        """Let `rows` see the batches of the block around the experts, until the experts are plain again."""
-        self.watched = block.register_forward_pre_hook(rows.see_batch, with_kwargs=True)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the experts with the active adapters, or with the task of each row.
@@ -150,8 +144,6 @@ class LotrExperts(nn.Module):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """Return the plain experts; PEFT calls this where a tuner layer wraps more than one weight."""
-        if self.watched is not None:
-            self.watched.remove()
         if merge:
             for _, weight in self.adapted_weights():
                 weight.merge(safe_merge=safe_merge, adapter_names=adapter_names)

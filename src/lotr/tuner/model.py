@@ -35,6 +35,9 @@ class Tasks(Protocol):
     def select(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
         """Use a task in each row of the batches that run inside."""
 
+    def leave(self, model: nn.Module) -> None:
+        """Take out of a model whatever the bank put into it."""
+
 
 class LotrModel(BaseTuner):
     """A model with LoTR adapters. Use `get_peft_model(model, LotrConfig(...))` to make one."""
@@ -137,6 +140,8 @@ class LotrModel(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         uncompiled(model)._modules.pop(BASIS, None)
+        if self.tasks is not None:
+            self.tasks.leave(model)
         return model
 
     @contextmanager

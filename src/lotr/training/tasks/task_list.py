@@ -35,7 +35,7 @@ class TaskSource:
         return Columns(self.text, self.text2, self.label)
 
 
-def read_tasks(path: Path) -> list[TaskSource]:
+def read_tasks(path: Path, option: str = "--tasks") -> list[TaskSource]:
     r"""Read a list of tasks from YAML: `name: file`, or `name: {train: file, eval: …, text: …, label: …, task: …}`.
 
     Paths are relative to the list's folder.
@@ -50,14 +50,14 @@ def read_tasks(path: Path) -> list[TaskSource]:
         >>> [(task.name, task.label) for task in read_tasks(path)]
         [('mail', 'label'), ('news', 'topic')]
     """
-    content = load_yaml(path, "--tasks")
+    content = load_yaml(path, option)
     if not isinstance(content, dict) or not content:
-        raise ConfigError(f"--tasks {path} must hold tasks by name, for example `mail: mail.csv`.")
+        raise ConfigError(f"{option} {path} must hold tasks by name, for example `mail: mail.csv`.")
     known = [field.name for field in fields(TaskSource)][1:]
     sources = []
     for name, entry in content.items():
         values = dict(entry) if isinstance(entry, dict) else {"train": entry}
-        task = f"--tasks {path}: task {str(name)!r}"
+        task = f"{option} {path}: task {str(name)!r}"
         if not isinstance(values.get("train"), str):
             raise ConfigError(f"{task} names no data. Write `{name}: file`, or train: inside it.")
         for key in values:

@@ -194,6 +194,6 @@ def test_a_fit_holds_the_directions_of_the_updates_and_a_batch_and_little_more()
 
     with Alive() as alive:
         fits = fit.directions({"g": (768, 768)}, lambda add_up: add_up(batches()))
-        fit.begin(fits, {"g": 32}, lambda add_up: add_up(batches()))
+        fit.begin(fits, {"g": (32, 32)}, lambda add_up: add_up(batches()))
         fit.sweep(fits, lambda add_up: add_up(batches()))
     assert alive.most < (B.nbytes * 768 / 8) / 7

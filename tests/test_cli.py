@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import json
 import re
@@ -16,15 +15,14 @@ import pytest
 import torch
 import typer
 import typer.core
-from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model
+from peft import AutoPeftModelForSequenceClassification, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 import saved_models
 from commands import QUICK, app, lotr, refused, report, training
-from conftest import gpt2, painted
+from conftest import painted
 from lotr import METHODS, LotrConfig
-from lotr.adapters.export import export
 from lotr.files.adapter_folder import WEIGHTS
 from lotr.training.output import METRICS
 
@@ -257,22 +255,3 @@ def test_every_example_in_the_help_is_a_call_that_the_program_takes() -> None:
             assert tuple(words[: len(names)]) == names
             # raises where an option or a value is not known
             command.make_context(names[-1], words[len(names) :])
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"r": (4, 6)},
-        {"r": (6, 4), "method": "lotr_joint", "target_modules": ["c_attn"]},
-        {"r": 4, "rank_pattern": {"c_proj": 2}, "target_modules": ["c_attn", "c_proj"]},
-    ],
-)
-def test_export_is_exact_for_unequal_ranks_and_several_groups(tmp_path: Path, fields: dict) -> None:
-    base, ids = gpt2(), torch.arange(3, 12).repeat(2, 1)
-    config = LotrConfig(init_weights=False, scaling=1.4, **fields)
-    model = get_peft_model(copy.deepcopy(base), config).eval()
-    model.save_pretrained(tmp_path / "lotr")
-    export(tmp_path / "lotr", tmp_path / "lora")
-    lora = PeftModel.from_pretrained(base, tmp_path / "lora").eval()
-    torch.testing.assert_close(lora(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(lora(ids).logits, model.unload()(ids).logits, atol=1e-2)

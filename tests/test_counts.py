@@ -12,7 +12,7 @@ from torch import nn
 
 import lotr
 from conftest import Architecture
-from lotr import METHODS, LotrConfig, PlanError
+from lotr import METHODS, LotrConfig
 from lotr.sharing.blocks import Target
 from lotr.sharing.make_plan import make_plan
 
@@ -218,10 +218,3 @@ def test_planning_changes_neither_model_nor_configuration(architecture: Architec
     lotr.plan(model, config)
     assert [type(module) for module in model.modules()] == modules
     assert config.target_modules == "all-linear"
-
-
-def test_a_plan_without_a_match_says_which_names_are_near() -> None:
-    model = nn.Sequential()
-    model.add_module("query", nn.Linear(4, 4))
-    with pytest.raises(PlanError, match="Near matches: query"):
-        lotr.plan(model, LotrConfig(r=2, target_modules=["querry"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,12 +21,7 @@ from lotr.tuner.layer import LotrLinear
 from tuner_contract import linears, outputs, weights
 
 INPUTS = {"input_ids": tokens()}
-
-
-def bert() -> nn.Module:
-    return conftest.bert(num_hidden_layers=2)
-
-
+bert = partial(conftest.bert, num_hidden_layers=2)
 SCALED = [name for name in MAGNITUDES if name != "none"]
 SHARING = ["lora", "lotr", "lotr_joint", "tenslora_qkv_depth", "lorta", "metatt_5d", "fact_tt", "lora_xs"]
 

@@ -39,10 +39,13 @@ def basis(folder: Path, **fields: Any) -> Path:
 
 
 def bank(folder: Path, dtype: str = "float32", tasks: int = 0, **fields: Any) -> CoreBank:
-    """A bank in `folder/bank` with tasks named `task-0` and so on."""
-    made = CoreBank.create(folder / "bank", basis(folder / "basis", **fields), dtype=dtype)
-    made.add_many(task(made, f"task-{n}", seed=n) for n in range(tasks))
-    return made
+    """A bank in `folder/bank`, beside its basis, with tasks named `task-0` and so on; made once and copied."""
+    made = _saved.setdefault(repr((dtype, tasks, fields)), Path(_FOLDER.name) / str(len(_saved)))
+    if not made.exists():
+        with CoreBank.create(made / "bank", basis(made / "basis", **fields), dtype=dtype) as new:
+            new.add_many(task(new, f"task-{n}", seed=n) for n in range(tasks))
+    shutil.copytree(made, folder, dirs_exist_ok=True)
+    return CoreBank.open(folder / "bank", writable=True)
 
 
 def task(of: CoreBank, name: str, seed: int = 0, **fields: Any) -> Task:

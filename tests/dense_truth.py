@@ -22,7 +22,7 @@ ONE = ("lora", "dora", "bora", "map")
 _LETTERS = {"layer": "a", "projection": "b", "head": "c", "expert": "d"}
 
 
-def core(row: str, n: dict[str, Tensor], at: dict[str, int]) -> Tensor:  # (k, r)
+def core(row: str, n: Mapping[str, Tensor], at: dict[str, int]) -> Tensor:  # (k, r)
     """`C_s` of a core that its group keeps, as the paper of the row writes it.
 
     Args:
@@ -55,35 +55,43 @@ def site_updates(
 ) -> list[tuple[Site, Tensor]]:
     """`σ U C_s Vᵀ` of every site, in the order of the modules' parts; narrower sites use the first rows."""
     updates = []
+    shapes = {target.path: target.shape for target in plan.targets}
+    of_groups = {group.name: of_group(group, tensors) for group in plan.groups}
     for path, parts in plan.parts.items():
+        height, width = shapes[path]
         for part in parts:
             group = part.group
             at = f"{ROOT}lotrbasis.{group.name}"
             U, V = tensors[f"{at}.lotr_U.weight"], tensors[f"{at}.lotr_V.weight"].T
+            numbers = tensors if row in FREE else of_groups[group.name]
             for site in part.sites:
-                C = core_of(row, path, part.name, part.sites[0], site, group, tensors).to(U)
+                C = core_of(row, path, part.name, part.sites[0], site, group, numbers).to(U)
                 (N, M), (n, m) = (len(U), len(V)), site.shape
                 gain = (N / n) ** 0.5 * (M / m) ** 0.5
                 dW = scaling * gain * U[:n] @ C @ V[:m].T
                 # CaRA's second tensor is the transpose of all weights but those wider than high
-                target = next(target for target in plan.targets if target.path == path)
-                turned = row == "cara" and site.head is None and n == m and target.shape[0] >= target.shape[1]
+                turned = row == "cara" and site.head is None and n == m and height >= width
                 updates.append((site, dW.T if turned else dW))
     return updates
 
 
+def of_group(group: Group, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Last name in the file → number of the core that a group keeps."""
+    prefix = f"{ROOT}lotrbasis.{group.name}.lotr_core."
+    return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+
+
 def core_of(
-    row: str, path: str, part: str, first: Site, site: Site, group: Group, tensors: Mapping[str, Tensor]
+    row: str, path: str, part: str, first: Site, site: Site, group: Group, numbers: Mapping[str, Tensor]
 ) -> Tensor:
+    """`C_s` of a site, from all tensors of a file where they are free, else from those `of_group`."""
     (k, r), (o, i) = group.rank, site.shape
     if row in ONE:
         return torch.eye(r)
     if row in FREE:
-        cores = tensors[f"{ROOT}{path}.lotr_C.{part}"]
+        cores = numbers[f"{ROOT}{path}.lotr_C.{part}"]
         down, across = (site.row - first.row) // o, (site.column - first.column) // i
         return cores[down * k : (down + 1) * k, across * r : (across + 1) * r]
-    prefix = f"{ROOT}lotrbasis.{group.name}.lotr_core."
-    numbers = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
     return core(row, numbers, dict(zip(group.modes, group.index[site], strict=True)))
 
 

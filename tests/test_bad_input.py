@@ -178,17 +178,21 @@ def _everything(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.fixture(scope="module")
+def untouched(home: Path) -> dict[Path, bytes]:
+    return _everything(home)
+
+
 @pytest.mark.parametrize("case", [*((f"{USUAL} {more}", *rest) for more, *rest in TRAIN), *OTHERS])
 def test_what_cannot_be_is_refused_in_one_message_and_leaves_all_as_it_was(
-    home: Path, monkeypatch: pytest.MonkeyPatch, case: tuple[Any, ...]
+    home: Path, untouched: dict[Path, bytes], monkeypatch: pytest.MonkeyPatch, case: tuple[Any, ...]
 ) -> None:
     line, code, *says = case
     monkeypatch.chdir(home)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    before = _everything(home)
     text = refused(code, *line.split())
     assert all(part in text for part in says), text
-    assert _everything(home) == before
+    assert _everything(home) == untouched
 
 
 def test_usage_errors_exit_with_two() -> None:

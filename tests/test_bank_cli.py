@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftModel
 
 import banks
@@ -23,18 +25,27 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def bank(_here: None) -> Path:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bank with the tasks basis and a, b, [bold]c; the first three are adapters beside it too."""
-    banks.basis(Path("basis"))
-    empty = report("bank", "create", "bank", "--basis", "basis", "--dtype", "float32")
-    assert empty["numbers_per_task"] == 96 and empty["tasks"] == 0
-    with CoreBank.open("bank", writable=True) as opened:
-        for seed, name in enumerate(("a", "b"), start=1):
-            banks.stirred(opened.config, seed=seed).save_pretrained(name)
-        opened.add(banks.task(opened, "[bold]c"))
-    added = report("bank", "add", "bank", "basis", "a", "b")
-    assert (added["added"], added["tasks"], added["rounding_error"]) == (["basis", "a", "b"], 4, 0.0)
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("made"))
+        banks.basis(Path("basis"))
+        empty = report("bank", "create", "bank", "--basis", "basis", "--dtype", "float32")
+        assert empty["numbers_per_task"] == 96 and empty["tasks"] == 0
+        with CoreBank.open("bank", writable=True) as opened:
+            for seed, name in enumerate(("a", "b"), start=1):
+                banks.stirred(opened.config, seed=seed).save_pretrained(name)
+            opened.add(banks.task(opened, "[bold]c"))
+        added = report("bank", "add", "bank", "basis", "a", "b")
+        assert (added["added"], added["tasks"], added["rounding_error"]) == (["basis", "a", "b"], 4, 0.0)
+        return Path.cwd()
+
+
+@pytest.fixture
+def bank(made: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     return Path("bank")
 
 

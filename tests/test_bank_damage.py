@@ -37,9 +37,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def large(tmp_path: Path) -> Path:
     """A bank of 300 tasks of six kilobytes."""
-    bank = banks.bank(tmp_path, r=16)
-    bank.add_many(banks.task(bank, f"task-{n}", seed=n) for n in range(300))
-    bank.close()
+    banks.bank(tmp_path, tasks=300, r=16).close()
     return tmp_path / "bank"
 
 
@@ -142,12 +140,11 @@ def test_whatever_byte_changes_no_wrong_number_is_ever_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lotr.bank.task.time.time", lambda: 1.8e9)  # the same file in every run
-    banks.bank(tmp_path, tasks=N).close()
     folder = tmp_path / "bank"
+    with CoreBank.create(folder, banks.basis(tmp_path / "basis"), dtype="float32") as bank:
+        bank.add_many(banks.task(bank, f"task-{n}", seed=n) for n in range(20))
+        right = {name: bank.get(name).numbers for name in bank.names()}
     whole = (folder / TASKS).read_bytes()
-    bank = CoreBank.open(folder)
-    right = {name: bank.get(name).numbers for name in bank.names()}
-    bank.close()
     draw = random.Random(0)
     used = [n for n, byte in enumerate(whole) if byte]  # most of a small file is empty
     refused = 0
@@ -307,7 +304,7 @@ def test_a_leftover_of_an_unfinished_creation_is_no_bank(
 
     monkeypatch.setattr("lotr.bank.basis.create_store", fails)
     with pytest.raises(OSError, match="no space"):
-        banks.bank(tmp_path)
+        CoreBank.create(tmp_path / "bank", banks.basis(tmp_path / "basis"))
     assert [p.name for p in tmp_path.iterdir()] == ["basis"]
 
 

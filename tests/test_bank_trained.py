@@ -18,7 +18,7 @@ def place(tmp_path_factory) -> Path:
     saved_models.save_bert(folder / "bert")
     saved_models.write_colours(folder / "three.csv", rows=96)
     saved_models.write_colours(folder / "two.csv", rows=96, seed=1, labels=("green", "red"))
-    words = ("--model", folder / "bert", "--train", folder / "three.csv", *QUICK)
+    words = ("--model", folder / "bert", "--train", folder / "three.csv", *QUICK, "--max-steps", "30")
     report("train", *words, "--output", folder / "first")
     report("bank", "create", folder / "bank", "--basis", folder / "first", "--dtype", "float32")
     return folder

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+import banks
 import lotr
 from banks import stirred
 from conftest import bert, gpt2, tokens
@@ -30,6 +31,10 @@ def _config(**fields: Any) -> LotrConfig:
     return LotrConfig(**{"r": 4, "target_modules": TARGETS, **fields})
 
 
+def _saved(folder: Path, **fields: Any) -> Path:
+    return banks.basis(folder, task_type=None, **fields)
+
+
 @pytest.fixture(params=["lotr", "metatt_5d", "tenslora_att_qkv"])
 def method(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -37,8 +42,7 @@ def method(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def basis(tmp_path: Path, method: str) -> Path:
-    stirred(_config(method=method)).save_pretrained(tmp_path / "basis")
-    return tmp_path / "basis"
+    return _saved(tmp_path / "basis", method=method)
 
 
 @pytest.fixture
@@ -114,7 +118,7 @@ def test_a_basis_can_be_where_all_training_starts(basis: Path, method: str, tmp_
 
 def test_a_copy_of_the_basis_can_be_truncated(tmp_path: Path) -> None:
     basis = tmp_path / "basis"
-    stirred(_config(r=8)).save_pretrained(basis)
+    _saved(basis, r=8)
     model = stirred(LotrConfig(basis=str(basis), basis_copy=True), seed=1)
     lotr.truncate(model, rank=3)
     model.save_pretrained(tmp_path / "task")
@@ -128,7 +132,7 @@ def test_factors_that_looked_at_data_can_be_kept_below_any_magnitude(
     basis_copy: bool, tmp_path: Path
 ) -> None:
     """Such a magnitude has no start of that kind, but these factors have had theirs."""
-    stirred(_config(init="gradient")).save_pretrained(tmp_path / "basis")
+    _saved(tmp_path / "basis", init="gradient")
     fields = {"magnitude": "base_and_update", "basis_copy": basis_copy}
     model = stirred(LotrConfig(basis=str(tmp_path / "basis"), **fields), seed=1)
     model.save_pretrained(tmp_path / "task")
@@ -164,13 +168,12 @@ def _check_sum(model: PeftModel, folder: Path) -> PeftModel:
     return loaded
 
 
-@pytest.mark.parametrize("combination", ["cat", "linear"])
-@pytest.mark.parametrize("scaling", [1.0, 0.5])
+@pytest.mark.parametrize("combination, scaling", [("cat", 0.5), ("linear", 1.0)])
 def test_a_sum_on_one_basis_adds_cores_and_refers_to_it(
     method: str, combination: str, scaling: float, tmp_path: Path
 ) -> None:
     basis = tmp_path / "basis"
-    stirred(_config(method=method, scaling=scaling, r=20 if method == "lotr" else 4)).save_pretrained(basis)
+    _saved(basis, method=method, scaling=scaling, r=20 if method == "lotr" else 4)
     model = _two(basis, {}, {})
     model.base_model.add_weighted_adapter(["a", "b"], [0.7, -2.0], "sum", combination)
     loaded = _check_sum(model, tmp_path / "out")
@@ -200,7 +203,7 @@ def test_any_other_sum_stands_alone(basis: Path, method: str, fields: Any, tmp_p
 
 
 def test_a_sum_of_copies_whose_factors_were_truncated_stands_alone(tmp_path: Path) -> None:
-    stirred(_config()).save_pretrained(tmp_path / "basis")
+    _saved(tmp_path / "basis")
     model = _two(tmp_path / "basis", {"basis_copy": True}, {})
     lotr.truncate(model, rank=2, adapter="a")
     model.base_model.add_weighted_adapter(["a", "b"], [0.7, -2.0], "sum")
@@ -260,7 +263,7 @@ def test_a_basis_that_is_gone_is_named(task, basis: Path) -> None:
 def test_a_field_that_contradicts_the_basis_is_refused(
     tmp_path: Path, fields: dict[str, Any], says: str
 ) -> None:
-    stirred(_config()).save_pretrained(tmp_path / "basis")
+    _saved(tmp_path / "basis")
     with pytest.raises(ConfigError, match=says):
         lotr.plan(bert(), LotrConfig(basis=str(tmp_path / "basis"), **fields))
 
@@ -290,7 +293,7 @@ def test_the_structure_is_that_of_the_basis_where_nothing_is_said(tmp_path: Path
 
 
 def test_ranks_of_single_modules_are_those_of_the_basis(tmp_path: Path) -> None:
-    stirred(_config(rank_pattern={"query": (2, 3)})).save_pretrained(tmp_path / "basis")
+    _saved(tmp_path / "basis", rank_pattern={"query": (2, 3)})
     model = get_peft_model(bert(), LotrConfig(basis=str(tmp_path / "basis")))
     model.save_pretrained(tmp_path / "task")
     assert len(load_file(tmp_path / "task" / WEIGHTS)) == 6
@@ -299,7 +302,7 @@ def test_ranks_of_single_modules_are_those_of_the_basis(tmp_path: Path) -> None:
 
 
 def test_some_modules_of_the_basis_can_be_adapted_and_no_others(tmp_path: Path) -> None:
-    stirred(_config()).save_pretrained(tmp_path / "basis")
+    _saved(tmp_path / "basis")
     some = get_peft_model(bert(), LotrConfig(basis=str(tmp_path / "basis"), target_modules=["value"]))
     assert some.get_nb_trainable_parameters()[0] == 3 * 4 * 4
     model = bert()
@@ -311,7 +314,7 @@ def test_some_modules_of_the_basis_can_be_adapted_and_no_others(tmp_path: Path) 
 
 @pytest.mark.parametrize("target", ["query", "value"])
 def test_an_adapter_on_some_modules_of_its_basis_loads(target: str, tmp_path: Path) -> None:
-    stirred(_config()).save_pretrained(tmp_path / "basis")
+    _saved(tmp_path / "basis")
     model = stirred(LotrConfig(basis=str(tmp_path / "basis"), target_modules=[target]), seed=1)
     model.save_pretrained(tmp_path / "some")
     for low in (False, True):
@@ -325,7 +328,7 @@ def test_an_adapter_on_some_modules_of_its_basis_loads(target: str, tmp_path: Pa
 
 def test_the_hash_checks_what_an_adapter_on_some_modules_does_not_use(tmp_path: Path) -> None:
     basis = tmp_path / "basis"
-    stirred(_config()).save_pretrained(basis)
+    _saved(basis)
     some = LotrConfig(basis=str(basis), target_modules=["query"])
     get_peft_model(bert(), some).save_pretrained(tmp_path / "some")
     tensors = load_file(basis / WEIGHTS)
@@ -336,7 +339,7 @@ def test_the_hash_checks_what_an_adapter_on_some_modules_does_not_use(tmp_path: 
 
 
 def test_an_adapter_without_cores_or_of_another_method_is_no_basis(tmp_path: Path) -> None:
-    stirred(_config(method="lora")).save_pretrained(tmp_path / "lora")
+    _saved(tmp_path / "lora", method="lora")
     with pytest.raises(ConfigError, match="it cannot be a basis"):
         lotr.plan(bert(), LotrConfig(basis=str(tmp_path / "lora")))
     get_peft_model(bert(), LoraConfig(target_modules=TARGETS)).save_pretrained(tmp_path / "peft")

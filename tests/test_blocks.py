@@ -12,9 +12,8 @@ def _cut(
     blocks: str,
     heads: Heads | None = None,
     fused: tuple[tuple[str, int], ...] = (),
-    split: bool = True,
 ) -> list[Site]:
-    return list(cut(Target("m", shape, (2, 2), fused=fused, heads=heads), "0", "m", blocks, split))
+    return list(cut(Target("m", shape, (2, 2), fused=fused, heads=heads), "0", "m", blocks, True))
 
 
 def _site(row: int, column: int, shape: Shape, piece: str = "", head: int | None = None) -> Site:
@@ -62,10 +61,6 @@ def test_the_projections_of_a_fused_weight_are_its_pieces_from_the_first_row_on(
         _site(8, 0, (4, 6), "key"),
         _site(12, 0, (4, 6), "value"),
     ]
-
-
-def test_a_fused_weight_is_whole_where_nothing_is_shared() -> None:
-    assert _cut((16, 6), "none", fused=QKV, split=False) == [_site(0, 0, (16, 6))]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ import torch
 from safetensors import safe_open
 
 from commands import lotr, report, training
-from lotr import METHODS
+from conftest import bert
+from lotr import METHODS, LotrConfig
+from lotr import plan as lotr_plan
 from lotr.math.magnitude import MAGNITUDES
 from lotr.methods import Method
 from lotr.training.adapter import adapter_config
@@ -19,7 +21,20 @@ from lotr.training.settings import TrainSettings
 FIELDS = ("--rank", "4", "--target-modules", "query,key,value,attention.output.dense,intermediate.dense")
 
 
-@pytest.mark.parametrize("name", METHODS)
+#: The first row of every core, magnitude, start and choice of what trains: of a row the shell knows the name alone.
+KINDS = {(row.core, row.magnitude, row.init, row.trainable): name for name, row in reversed(METHODS.items())}
+
+
+def test_every_row_is_planned_by_its_name(place: Path) -> None:
+    with torch.device("meta"):
+        base = bert(num_hidden_layers=2)
+    for name in METHODS:
+        planned = report("plan", place / "bert", "--method", name, *FIELDS)
+        config = LotrConfig(method=name, r=4, target_modules=FIELDS[-1].split(","))
+        assert planned["trained_numbers"] == lotr_plan(base, config).n_parameters, name
+
+
+@pytest.mark.parametrize("name", sorted(KINDS.values()))
 def test_a_row_runs_from_plan_to_export_or_merge(place: Path, name: str) -> None:
     adapter = place / name
     plan = report("plan", place / "bert", "--method", name, *FIELDS)

@@ -164,26 +164,6 @@ def test_tucker_factors_start_orthonormal(size: int, rank: int) -> None:
     torch.testing.assert_close(gram, torch.eye(min(size, rank)))
 
 
-# ---- refusals
-
-
-@pytest.mark.parametrize(
-    "core, k, r, modes, message",
-    [
-        ("identity", 2, 2, ("layer",), r"core='identity' with modes=\('layer',\) .* Use modes=\(\)"),
-        ("identity", 2, 3, (), r"core='identity' needs one rank, and r=\(2, 3\) is a pair"),
-        ("cp", 2, 3, ("layer",), r"core='cp' needs one rank, and r=\(2, 3\) is a pair"),
-        ("tucker", 2, 2, (), r"core='tucker' with modes=\(\) .* use core='free'"),
-        ("tt", 2, 2, (), r"core='tt' with modes=\(\) .* use core='free'"),
-    ],
-)
-def test_what_has_no_meaning_is_refused_by_field(
-    core: str, k: int, r: int, modes: tuple[str, ...], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        CORES[core].check(k, r, modes)
-
-
 @pytest.mark.parametrize("name", CORES)
 def test_what_is_not_refused_works(name: str) -> None:
     pairs, choices = [(2, 2), (2, 3)], [(), ("layer",), ("layer", "head")]

@@ -12,7 +12,7 @@ from torch import nn
 
 import lotr
 from conftest import Architecture
-from lotr import METHODS, LotrConfig, PlanError
+from lotr import METHODS, LotrConfig
 from lotr.sharing.blocks import Target
 from lotr.sharing.make_plan import make_plan
 
@@ -129,8 +129,11 @@ def grouped_model(kind: str) -> nn.Module:
         return cls(config)
 
 
-@pytest.mark.parametrize("kind", GROUPED)
-@pytest.mark.parametrize("row", METHODS)
+#: Every row on the most usual kind, and on one of the others in turn.
+KINDS = [(row, kind) for n, row in enumerate(METHODS) for kind in ("Llama 8B", list(GROUPED)[1 + n % 3])]
+
+
+@pytest.mark.parametrize("row, kind", KINDS)
 def test_every_row_exists_on_grouped_queries_with_default_targets(row: str, kind: str) -> None:
     plan = lotr.plan(grouped_model(kind), LotrConfig(method=row, r=8))
     if "projection" in METHODS[row].modes:
@@ -215,10 +218,3 @@ def test_planning_changes_neither_model_nor_configuration(architecture: Architec
     lotr.plan(model, config)
     assert [type(module) for module in model.modules()] == modules
     assert config.target_modules == "all-linear"
-
-
-def test_a_plan_without_a_match_says_which_names_are_near() -> None:
-    model = nn.Sequential()
-    model.add_module("query", nn.Linear(4, 4))
-    with pytest.raises(PlanError, match="Near matches: query"):
-        lotr.plan(model, LotrConfig(r=2, target_modules=["querry"]))

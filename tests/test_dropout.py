@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import lotr
 from conftest import ARCHITECTURES, vit
-from dense_truth import ROOT, core_of, updates
+from dense_truth import FREE, ROOT, core_of, of_group, updates
 from lotr import METHODS, ConfigError, LotrConfig, Plan
 from lotr.math.dropout import PLACES
 from test_bank_rows import alone, logits, make_bank
@@ -57,27 +58,33 @@ def through_cores(row: str, plan: Plan, numbers: dict[str, Tensor], path: str, x
     ((part, *more),) = [plan.parts[path]]
     assert not more
     group, width, first = part.group, part.block[1], part.sites[0]
+    of_core = numbers if row in FREE else of_group(group, numbers)
     U, V = (numbers[f"{ROOT}lotrbasis.{group.name}.{name}.weight"] for name in ("lotr_U", "lotr_V"))
     heights = sorted({site.row for site in part.sites})
     h = {row: torch.zeros(len(x), group.rank[0], dtype=x.dtype) for row in heights}
     for site in part.sites:
-        C = core_of(row, path, part.name, first, site, group, numbers)
+        C = core_of(row, path, part.name, first, site, group, of_core)
         h[site.row] = h[site.row] + x[:, site.column : site.column + width] @ V.T @ C.T
     rest = torch.cat([h[row] for row in heights], 1) * kept(len(x), len(heights) * group.rank[0])
     return torch.cat([block @ U.T for block in rest.split(group.rank[0], 1)], 1)
 
 
 def of_paper(
-    row: str, plan: Plan, numbers: dict[str, Tensor], path: str, x: Tensor, scaling: float
-) -> Tensor:
+    row: str, plan: Plan, numbers: dict[str, Tensor], scaling: float
+) -> Callable[[str, Tensor], Tensor]:
+    """Return what a module adds, from its path and its input."""
     place = METHODS[row].dropout_place
     if place == "core_output":
-        return scaling * through_cores(row, plan, numbers, path, x)
+        return lambda path, x: scaling * through_cores(row, plan, numbers, path, x)
     thinner = without_components(numbers) if place == "components" else numbers
-    dW = updates(row, plan, thinner, scaling)[path]
-    if place == "input":
-        return (x * kept(*x.shape)) @ dW.T
-    return x @ (dW * kept(*dW.shape) if place == "update" else dW).T
+    dense = updates(row, plan, thinner, scaling)
+
+    def added(path: str, x: Tensor) -> Tensor:
+        if place == "input":
+            return (x * kept(*x.shape)) @ dense[path].T
+        return x @ (dense[path] * kept(*dense[path].shape) if place == "update" else dense[path]).T
+
+    return added
 
 
 @pytest.mark.parametrize("row", METHODS)
@@ -93,11 +100,13 @@ def test_numbers_are_dropped_where_the_paper_says(row: str) -> None:
     }
     ours: Any = 0.0
     theirs: Any = 0.0
-    for n, layer in enumerate(linears(model)):
-        path = next(path for path, module in base.named_modules() if module is layer)
+    added, layers = of_paper(row, plan, numbers, config.scaling), list(linears(model))
+    for n, layer in enumerate(layers):
+        path = plan.targets[n].path
+        assert base.get_submodule(path) is layer
         x = torch.randn(3, layer.in_features, dtype=torch.float64)
         y = layer.update("default", x)
-        expected = of_paper(row, plan, numbers, path, x, config.scaling)
+        expected = added(path, x)
         torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-12)
         with torch.no_grad():
             assert (y - layer.eval().update("default", x)).norm() > 1e-2 * y.norm()

@@ -14,6 +14,7 @@ from torch import nn
 
 from conftest import VOCABULARY, bert, llama, tokens
 from lotr import CheckpointError, ConfigError, LotrConfig, export, plan
+from test_attention import phi3
 from tuner_contract import outputs
 
 INPUTS = {"input_ids": tokens()}
@@ -94,20 +95,13 @@ def whisper() -> nn.Module:
     )  # fmt: skip
 
 
-def phi3() -> nn.Module:
-    return tf.Phi3ForCausalLM(
-        tf.Phi3Config(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
-                      num_attention_heads=2, num_key_value_heads=1, pad_token_id=0)
-    )  # fmt: skip
-
-
 def llava() -> nn.Module:
     vision = tf.CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                                  num_attention_heads=2, image_size=8, patch_size=4)  # fmt: skip
     return tf.LlavaForConditionalGeneration(tf.LlavaConfig(vision_config=vision, text_config=llama().config))
 
 
-@pytest.mark.parametrize("make, n", [(whisper, 6), (phi3, 2), (llava, 6)])
+@pytest.mark.parametrize("make, n", [(whisper, 6), (phi3, 3), (llava, 6)])
 def test_whisper_phi3_and_llava_have_default_targets(make: Any, n: int) -> None:
     targets = [target.path for target in plan(make(), LotrConfig(r=2)).targets]
     assert len(targets) == n and not any("vision" in path for path in targets)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lotr import ConfigError, Plan, PlanError
+from lotr import Plan, PlanError
 from lotr.sharing.blocks import Heads, Target
 from lotr.sharing.groups import Group
 from lotr.sharing.make_plan import MODES, check_modes, make_plan
@@ -246,16 +246,6 @@ def test_a_plan_prints_as_a_table() -> None:
     assert lines[3].startswith("88 trained numbers, 352 bytes in float32, for 6 sites in 6 modules")
 
 
-def test_an_unknown_mode_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"names 'layers', which is not a coordinate"):
-        check_modes(["layers"])
-
-
 def test_sharing_along_heads_is_refused_where_there_are_none() -> None:
     with pytest.raises(PlanError, match=r'No module has attention heads.* drop "head" from modes'):
         _plan(["h.0.up", "h.1.up"], ("layer", "head"), blocks="head")
-
-
-def test_site_beside_what_it_contains_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r'"site", which is layer and projection in one.* Drop "site"'):
-        check_modes(["site", "layer"])

@@ -102,12 +102,8 @@ CHOSEN = ("lotr", "lotr_joint")
 
 def numbers_of(row: str, **fields: str) -> dict[str, list[Tensor]]:
     """Name of a number → it, of every group and site."""
-    targets = [
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        *(["o_proj", "fc1", "fc2"] if row in ("cara", "fact_tk") else []),
-    ]
+    targets = ["q_proj", "k_proj", "v_proj"]
+    targets += ["o_proj", "fc1", "fc2"] if row in ("cara", "fact_tk") else []
     config = LotrConfig(method=row, r=RANK, seed=0, target_modules=targets, **fields)
     model = get_peft_model(vit(**VIT), config)
     numbers: dict[str, list[Tensor]] = {}

@@ -103,11 +103,13 @@ def _train(parameters: list[Tensor], logits: object) -> list[float]:
         return [*losses, float(_loss(logits()))]
 
 
-#: Every row on a plain model, on fused and transposed weights, and on grouped queries; within a kind they take turns.
-KINDS = ((("bert", "vit", "llama 8/8"), 1), (("gpt2",), 1), (("llama 8/2", "llama 9/3"), 2))
+#: Every row on a plain model, and on fused and transposed weights or on grouped queries; within a kind they take turns.
+#: Every core, and every construction of TensLoRA, meets all kinds.
+KINDS = ((("bert", "vit", "llama 8/8"), 1), (("gpt2", "llama 8/2", "gpt2", "llama 9/3"), 2))
 CASES = [
     (name, models[n // every % len(models)]) for n, name in enumerate(METHODS) for models, every in KINDS
 ]
+CASES.append(("metatt_5d", "llama 8/2"))
 
 
 @pytest.fixture(scope="module", params=CASES, ids=["-".join(case) for case in CASES])

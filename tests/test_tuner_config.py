@@ -88,11 +88,6 @@ def test_an_unknown_architecture_must_name_its_modules() -> None:
         make(model)
 
 
-def test_targets_that_match_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match="querry"):
-        make(bert(), target_modules=["querry"])
-
-
 def test_a_module_that_is_not_linear_is_refused_and_the_model_left_alone() -> None:
     model = bert()
     with pytest.raises(PlanError, match=r"word_embeddings' \(Embedding\) is not supported"):

@@ -85,26 +85,6 @@ def test_an_adapter_on_a_half_precision_base_trains_in_full_precision_when_cast(
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
-def test_gradients_of_shared_factors_are_sums_over_the_layers() -> None:
-    """Against a model in which every layer has its own pair: modes=()."""
-    shared = adapted(target_modules=["query"], init_weights=False, task_type=None).eval()
-    alone = adapted(target_modules=["query"], init_weights=False, modes=(), task_type=None).eval()
-    one = shared.base_model.model.lotrbasis["query_32x32"]
-    every = alone.base_model.model.lotrbasis
-    with torch.no_grad():
-        for group in every.values():
-            group.lotr_U["default"].weight.copy_(one.lotr_U["default"].weight)
-            group.lotr_V["default"].weight.copy_(one.lotr_V["default"].weight)
-        cores = ([p for n, p in m.named_parameters() if "lotr_C" in n] for m in (alone, shared))
-        for mine, theirs in zip(*cores, strict=True):
-            mine.copy_(theirs)
-    for model in (shared, alone):
-        model(input_ids=tokens()).logits.square().sum().backward()
-    for factor in ("lotr_U", "lotr_V"):
-        total = sum(getattr(group, factor)["default"].weight.grad for group in every.values())
-        torch.testing.assert_close(getattr(one, factor)["default"].weight.grad, total)
-
-
 # ---- TRL
 
 

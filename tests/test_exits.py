@@ -40,6 +40,22 @@ def of_peft(make: Callable[[], nn.Module], folder: Path) -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"r": (4, 6)},
+        {"r": (6, 4), "method": "lotr_joint", "target_modules": ["c_attn"]},
+        {"r": 4, "rank_pattern": {"c_proj": 2}, "target_modules": ["c_attn", "c_proj"]},
+    ],
+)
+def test_unequal_ranks_and_fused_weights_are_one_exact_lora(fields, tmp_path: Path) -> None:
+    model = adapted(gpt2, tmp_path / "lotr", **fields)
+    lotr.export(tmp_path / "lotr", tmp_path / "lora")
+    torch.testing.assert_close(
+        outputs(of_peft(gpt2, tmp_path / "lora"), INPUTS), outputs(model, INPUTS), rtol=1e-4, atol=1e-5
+    )
+
+
 @pytest.mark.parametrize("make, targets", [(llama, ["q_proj", "v_proj"]), (gpt2, ["c_attn", "c_proj"])])
 @pytest.mark.parametrize("row", ["dora", "lotr"])
 def test_a_dora_is_pefts_dora(make, targets, row, tmp_path: Path) -> None:

@@ -69,8 +69,24 @@ def test_missing_texts_are_refused_with_their_rows(missing):
 
 @pytest.mark.parametrize(
     "dataset",
-    [rows(1, None), rows(1.0, float("nan")), rows("a", ""), rows([1], [2, 3]), declared(("no", "yes"), -1)],
-    ids=["none", "nan", "empty", "many", "hidden in a test split of the hub"],
+    [
+        rows(1, None),
+        rows(1.0, float("nan")),
+        rows("a", ""),
+        rows([1], [2, 3]),
+        rows(1, 10**400),
+        declared(("no", "yes"), -1),
+        declared(("no", "yes"), 2),
+    ],
+    ids=[
+        "none",
+        "nan",
+        "empty",
+        "many",
+        "beyond float64",
+        "hidden in a test split of the hub",
+        "beyond the names",
+    ],
 )
 def test_missing_or_many_labels_are_refused(dataset):
     with pytest.raises(DataError, match=r'Column "label" of here must hold one label'):

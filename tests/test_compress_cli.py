@@ -71,7 +71,9 @@ def test_the_shell_makes_a_bank_and_says_what_it_lost(place: Path) -> None:
     options = ("--max-bytes", "1mb", "--base", place / "moved")
     result = lotr("compress", f"{place}/task-*", "--output", place / "exact", *options)
     assert "both must be the same weights" in result.stdout
-    assert "Much of this error is rounding. Keep the numbers with --dtype float32" in result.stdout
+    assert (
+        "Much of this error is rounding in bfloat16. Keep the numbers with --dtype float32" in result.stdout
+    )
     result = lotr(
         "compress", f"{place}/task-*", "--output", place / "near", "--max-error", 0.0016, *options[2:]
     )

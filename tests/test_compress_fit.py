@@ -152,6 +152,17 @@ def test_each_side_has_the_rank_that_it_needs(sides: tuple[list[float], list[flo
         assert bytes_of(curves, ranks) == least
 
 
+def test_bytes_are_spent_where_large_steps_pay_most() -> None:
+    """Updates that share nothing keep more a byte the larger the ranks; a step that is too large is not the last."""
+    n = torch.arange(1, 25).double()
+    convex = Curve(1.0, (torch.minimum(n[:, None], n) / 24) ** 2, (100, 100), 3)
+    for given in (2_000, 3_000, 4_000):
+        ranks = chosen_ranks({"g": convex}, max_bytes=given)
+        pairs = [(k, r) for k in range(1, 25) for r in range(1, 25)]
+        best = max(convex.at(pair) for pair in pairs if convex.bytes(pair) <= given)
+        assert convex.at(ranks["g"]) > 0.9 * best
+
+
 def test_the_strongest_directions_are_those_of_the_dense_updates_however_they_come() -> None:
     B, A = _updates()
     values = torch.linalg.svdvals(B @ A).square()[:, :Q].flatten().sort(descending=True).values

@@ -74,6 +74,31 @@ def test_a_layout_that_people_have_is_read_as_openais(row: dict, turns: list) ->
     assert read([row])[0]["messages"] == turns
 
 
+def test_a_history_may_be_turns() -> None:
+    assert read([{"prompt": "a b", "completion": "c", "history": TALK}])[0]["messages"] == [*TALK, *TALK]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": 5, "system": "s"},
+        {"prompt": TALK[:1], "completion": 5},
+        {"prompt": "a b", "completion": "c", "history": 7},
+        {"prompt": "a b", "completion": "c", "history": [5]},
+        {"prompt": "a b", "completion": "c", "history": ["hello", "world"]},
+        *(
+            {"messages": [{**TALK[1], "tool_calls": calls}]}
+            for calls in (["f"], 5, "call", [{"function": "f"}])
+        ),
+    ],
+    ids=str,
+)
+def test_what_is_no_turn_is_refused_with_its_row(row: dict) -> None:
+    good = {"messages": TALK, "system": "s"} if "messages" in row else {"prompt": "a", "completion": "b"}
+    with pytest.raises(DataError, match=r"do not: 2 "):
+        read([good, row])
+
+
 def test_tools_are_kept_as_each_row_has_them() -> None:
     tools = [[{"name": "f", "parameters": {"x": "int"}}], '[{"name": "g"}]', None]
     rows = [{"messages": TALK, "tools": own} for own in tools]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,26 +128,30 @@ def _ranks(curves: Mapping[str, Curve], max_error: float | None, max_bytes: int 
     ranks = dict.fromkeys(curves, (1, 1))
     total = sum(curve.energy for curve in curves.values())
     left, size = total - sum(curve.at((1, 1)) for curve in curves.values()), bytes_of(curves, ranks)
-    queue = [_offer(name, curve, (1, 1)) for name, curve in curves.items() if curve.most != (1, 1)]
-    heapq.heapify(queue)
     goal = 0.0 if max_error is None else max_error * max_error * total
+    most = math.inf if max_bytes is None else max_bytes
+    queue: list[tuple[float, str, Ranks, int, float]] = []
+    for name in curves:
+        _offer(queue, name, curves[name], (1, 1), most - size)
     while queue and left > goal:
         _, name, pair, cost, gain = heapq.heappop(queue)
-        if max_bytes is not None and size + cost > max_bytes:
-            continue  # another group may have a step that still fits
-        ranks[name], size, left = pair, size + cost, left - gain
-        if pair != curves[name].most:
-            heapq.heappush(queue, _offer(name, curves[name], pair))
+        if size + cost <= most:
+            ranks[name], size, left = pair, size + cost, left - gain
+        _offer(
+            queue, name, curves[name], ranks[name], most - size
+        )  # a smaller step, where this was too large
     return ranks
 
 
-def _offer(name: str, curve: Curve, ranks: Ranks) -> tuple[float, str, Ranks, int, float]:
-    """Return the best next step of a group: the one that keeps most energy a byte."""
+def _offer(queue: list[Any], name: str, curve: Curve, ranks: Ranks, room: float) -> None:
+    """Queue the best next step of a group, of those that fit: the one that keeps most energy a byte."""
     steps = []
     for after in curve.next(ranks):
         cost, gain = curve.bytes(after) - curve.bytes(ranks), curve.at(after) - curve.at(ranks)
-        steps.append((-gain / cost, name, after, cost, gain))
-    return min(steps)
+        if cost <= room:
+            steps.append((-gain / cost, name, after, cost, gain))
+    if steps:
+        heapq.heappush(queue, min(steps))
 
 
 def curves_of(

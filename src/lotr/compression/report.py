@@ -49,6 +49,7 @@ def report_of(
     fits: Mapping[str, GroupFit],
     lost: Lost,
     asked: float | None,
+    dtype: str,
     scores: Mapping[str, Mapping[str, Any]],
     **told: Any,
 ) -> Report:
@@ -95,7 +96,7 @@ def report_of(
         advice=[],
         **told,
     )
-    report.advice.extend(_about_error(report.error, curves, ranks, others, error_of_all(fits), asked))
+    report.advice.extend(_about_error(report.error, curves, ranks, others, error_of_all(fits), asked, dtype))
     report.advice.extend(_about_adapters(report, stack))
     return report
 
@@ -116,13 +117,15 @@ def _about_error(
     others: Mapping[str, dict[str, Curve]],
     fitted: float,
     asked: float | None,
+    dtype: str,
 ) -> Iterator[str]:
     """Say what a smaller error takes: another rank, another type where rounding is much of it, or other cores."""
     size, missed = bytes_of(curves, ranks), asked is not None and error > asked
     if missed:
         yield f"The error that was asked for, {asked:.2g}, is not reached."
     if (error > 1e-3 and fitted < error / 2) or (missed and fitted <= float(asked or 0)):
-        yield "Much of this error is rounding. Keep the numbers with --dtype float32."
+        way_out = "" if dtype == "float32" else " Keep the numbers with --dtype float32."
+        yield f"Much of this error is rounding in {dtype}.{way_out}"
     elif error > 1e-3:
         better = chosen_ranks(curves, max_error=error / 2)
         if error_of(curves, better) <= error / 2:

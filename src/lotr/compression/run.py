@@ -132,7 +132,7 @@ def compress(
                 "seconds": round(time.monotonic() - begun, 3),
             }
             scores = measure_bank(before, folder / "bank", named, tick) if before else {}
-            report = report_of(stack, plan, curves, by_core, fits, lost, max_error, scores, **told)
+            report = report_of(stack, plan, curves, by_core, fits, lost, max_error, dtype, scores, **told)
             move_into(folder / "bank", folder)
             write_json(folder / REPORT, asdict(report))
             draw(report, folder / PICTURE)

@@ -80,7 +80,9 @@ def has_exchanged_experts(source: Source, known: Mapping[str, tuple[int, ...]]) 
         CheckpointError: The blocks of all experts are square, so shapes do not tell, and neither does the version.
     """
     experts = {module: shape for module, shape in source.shapes.items() if len(shape) == 3}
-    if source.folder.is_lotr or any(shape[1] != shape[2] for shape in experts.values()):
+    if source.folder.is_lotr:
+        return False
+    if any(shape[1] != shape[2] for shape in experts.values()):
         return any(known.get(m) == _exchanged(shape) != shape for m, shape in experts.items())
     version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(source.folder.config.get("peft_version")))
     if experts and (version is None or tuple(map(int, version.groups())) < (0, 19, 1)):

@@ -123,8 +123,12 @@ def rows_of_task(
             )
         options[column], values = f"--{name}", table[column]
         declared = table.classes.get(column, ())
-        what, is_valid = _KINDS["class id" if declared and kind == "class" else kind]
-        _check(values, list(map(is_valid, values)), what, where)
+        what, is_valid = _KINDS[kind]
+        if declared and kind == "class":  # ids; a test split of the hub that hides its labels has -1
+            valid = [value is not None and 0 <= value < len(declared) for value in values]
+        else:
+            valid = list(map(is_valid, values))
+        _check(values, valid, what, where)
         if kind == "class":
             labels, values = classes(values, declared, where, task.labels, owner)
         elif kind == "number":
@@ -164,9 +168,10 @@ def _is_text(value: Any) -> bool:
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "text": ("a text that is not empty", _is_text),
     "number": ("a number (classification needs none)", lambda value: math.isfinite(number(value))),
-    "class": ("one label", lambda v: _is_text(v) or (isinstance(v, int | float) and math.isfinite(v))),
-    # a test split of the hub that hides its labels has -1
-    "class id": ("one label", lambda value: value is not None and value >= 0),
+    "class": (
+        "one label",
+        lambda v: _is_text(v) or (isinstance(v, int | float) and math.isfinite(number(v))),
+    ),
 }
 
 
@@ -186,7 +191,7 @@ def guess_task(table: Table, columns: Columns) -> tuple[Task, str]:
     values, declared = table[column], table.classes.get(column, ())
     as_numbers = None if declared else numbers(values, f'Column "{column}" of {table.name}')
     labels = declared or {str(value).strip() for value in as_numbers or values}
-    if as_numbers and any(math.isfinite(value) and value != int(value) for value in as_numbers):
+    if as_numbers and any(math.isfinite(number(value)) and value != int(value) for value in as_numbers):
         return "regression", f'The column "{column}" holds numbers with fractions.'
     why = f'The column "{column}" holds names: {len(labels)} classes'
     if as_numbers:

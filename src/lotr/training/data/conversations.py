@@ -67,26 +67,33 @@ def chat_columns(table: Table, text: str = "text", need_answer: bool = True) -> 
 def conversation(parts: dict[str, Any]) -> dict[str, Any] | None:
     """Return the columns that `chat_columns` found as `messages` and `tools` of OpenAI's layout, if understood."""
     turns = parts["turns"] if "turns" in parts else _turns_of_pair(parts)
+    if not isinstance(turns, list):
+        return None
     if parts.get("system"):
-        turns = [{"role": "system", "content": parts["system"]}, *(turns or [])]
-    read = [_turn(turn) for turn in turns] if isinstance(turns, list) else []
+        turns = [{"role": "system", "content": parts["system"]}, *turns]
+    read = [_turn(turn) for turn in turns]
     if not read or None in read:
         return None
     return {"messages": read, "tools": _parsed(parts.get("tools"))}
 
 
-def _turns_of_pair(parts: dict[str, Any]) -> Turns:
+def _turns_of_pair(parts: dict[str, Any]) -> list[Any] | None:
     question, context, answer = (parts.get(name) for name in ("question", "context", "answer"))
     if isinstance(question, list):  # both are turns
-        return [*question, *(answer or ())]
+        return [*question, *(answer or [])] if isinstance(answer or [], list) else None
     text = "\n\n".join(str(part) for part in (question, context) if str(part or "").strip())
-    turns = [
-        turn for pair in parts.get("history") or () for turn in zip(("user", "assistant"), pair, strict=False)
-    ]
-    turns.append(("user", text or None))
+    history = parts.get("history") or []
+    turns: list[Any] = []
+    for before in history if isinstance(history, list) else [None]:
+        if isinstance(before, list | tuple):  # a question and its answer
+            roles = ("user", "assistant")
+            turns += [{"role": role, "content": said} for role, said in zip(roles, before, strict=False)]
+        else:
+            turns.append(before)
+    turns.append({"role": "user", "content": text or None})
     if "answer" in parts:
-        turns.append(("assistant", "" if answer is None else answer))
-    return [{"role": role, "content": content} for role, content in turns]
+        turns.append({"role": "assistant", "content": "" if answer is None else answer})
+    return turns
 
 
 def _turn(turn: Any) -> dict[str, Any] | None:
@@ -101,8 +108,11 @@ def _turn(turn: Any) -> dict[str, Any] | None:
         texts = [part for part in parts if isinstance(part, str)]
         content = "".join(texts) if len(texts) == len(parts) else None
     calls = turn.get("tool_calls") or []
-    for call in calls:  # templates want arguments as an object, OpenAI writes it as JSON
-        function = call.get("function", call)
+    for call in calls if isinstance(calls, list) else [None]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            return None
+        # templates want arguments as an object, OpenAI writes it as JSON
         function["arguments"] = _parsed(function.get("arguments"))
     content = "" if content is None and calls else content
     if not isinstance(role, str) or not role or content is None or SURROGATE.search(str(content)):

@@ -22,7 +22,7 @@ def number(value: Any) -> float:
     """Return a label as a number; NaN if it is none."""
     try:
         return float(_plain(value) if isinstance(value, str) else value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
 
 

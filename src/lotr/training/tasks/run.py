@@ -138,6 +138,7 @@ def _opened_bank(settings: BankSettings, path: Path) -> Iterator[CoreBank]:
         return
     if settings.basis is None:
         raise ConfigError(f"{path} holds no bank yet. Name the adapter that gives its factors with --basis.")
+    was_there = path.is_dir()
     bank = CoreBank.create(path, settings.basis, dtype=settings.keep)
     with locked(path):
         try:
@@ -146,6 +147,8 @@ def _opened_bank(settings: BankSettings, path: Path) -> Iterator[CoreBank]:
         except BaseException:
             if last_whole(path / CHECKPOINTS) is None:
                 remove_folder(path)
+                if was_there:
+                    path.mkdir()
             raise
 
 

@@ -17,7 +17,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -196,12 +196,13 @@ def spread_of(final: dict[str, Final]) -> tuple[float, int]:
     return (squares / freedom) ** 0.5, freedom
 
 
-def compared(pairs: Sequence[tuple[str, str]], final: dict[str, Final]) -> list[str]:
-    """Return a table of the differences between methods.
+def compared(plan: Plan, final: dict[str, Final]) -> list[str]:
+    """Return a table of the differences between the methods that the plan names.
 
     The intervals hold 95 % for all of them together (Student's t, Bonferroni). *Equal* and *not worse* are said only
     where an interval lies within `MARGIN`.
     """
+    pairs = [pair for pair in plan["compare"] if all(method in final for method in pair)]
     (spread, freedom), rows = spread_of(final), []
     at = float(t.ppf(1 - 0.025 / len(pairs), freedom))
     for method, other in pairs:
@@ -217,11 +218,12 @@ def compared(pairs: Sequence[tuple[str, str]], final: dict[str, Final]) -> list[
         sizes = f"{own.numbers:,} / {others.numbers:,}"
         losses = f"{own.mean:.4f} / {others.mean:.4f}"
         rows.append([method, other, sizes, losses, difference, says])
+    seeds = [len(own.losses) for own in final.values()]
     header = ("", "against", "numbers", "loss, test", f"difference (95 % for all {len(pairs)})", "")
     return [
         *markdown(header, rows, left=2),
         "",
-        f"One seed's spread is {spread:.4f} nats ({freedom} degrees of freedom, two to five seeds a method).",
+        f"One seed's spread is {spread:.4f} nats ({freedom} degrees of freedom, {min(seeds)} to {max(seeds)} seeds).",
     ]
 
 
@@ -233,7 +235,7 @@ def draw(final: dict[str, Final], path: Path) -> None:
         error, whose = spread / len(own.losses) ** 0.5, "PEFT" if "lora" in method else "this library"
         label, family = method.removesuffix(" gradient"), method.partition(" r")[0]
         point = pictures.Point(label, family, own.numbers, own.mean, error, whose)
-        panels.setdefault(own.modules.replace("_proj", ""), []).append(point)
+        panels.setdefault(own.modules.replace("_proj", "").replace(" ", ", "), []).append(point)
     pictures.scores(panels, "loss per token, test (lower is better)", path)
 
 
@@ -253,8 +255,7 @@ def main() -> None:
     plan = yaml.safe_load(options.plan.read_text())
     if options.page:
         final = final_runs(read(options.runs).values())
-        pairs = [pair for pair in plan["compare"] if all(method in final for method in pair)]
-        fill(options.page, "deep", compared(pairs, final))
+        fill(options.page, "deep", compared(plan, final))
         draw(final, options.page.parent / "images" / "deep.png")
         return
     calm()

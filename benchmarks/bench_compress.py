@@ -85,6 +85,7 @@ def dense_run(which: str, rank: int, modules: int) -> Row:
             while not fit.is_settled(fits["module"], 1e-4):
                 fit.sweep(fits, total)
             U, V = fits["module"].factors((rank, rank))
+            del fits, total  # of one module, as tensorly holds one
         else:
             (_, (U, V)), _ = partial_tucker(B @ A, [rank, rank], modes=[1, 2], n_iter_max=100, tol=1e-4)
         seconds += time.perf_counter() - begun

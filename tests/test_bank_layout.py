@@ -20,6 +20,7 @@ from lotr.sharing.make_plan import make_plan
 from lotr.sharing.plan import Plan
 
 PATHS = [f"layers.{layer}.{name}" for layer in range(3) for name in ("q", "v")]
+FLAT = Layout({"cores": (96,)})
 
 
 def plan(core: str = "free", modes: tuple[str, ...] = ("layer", "projection"), **fields) -> Plan:
@@ -62,20 +63,20 @@ def test_a_tensor_of_another_rank_is_named() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_numbers_are_rounded_to_their_type_alone(dtype: str) -> None:
     numbers = torch.randn(96) * 10 ** torch.linspace(-3, 3, 96)
-    record = to_record(Task("a", numbers), 96, dtype)
+    record = to_record(Task("a", numbers), FLAT, dtype)
     assert len(record.numbers) == 96 * DTYPES[dtype].itemsize
-    kept = to_task(record, 96).numbers
+    kept = to_task(record, FLAT).numbers
     assert kept.dtype == torch.float32 and torch.equal(kept, numbers.to(DTYPES[dtype]).float())
 
 
 def test_numbers_that_a_type_cannot_hold_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"1e\+05 is too large for float16.*bfloat16"):
-        to_record(Task("a", torch.full((96,), 1e5)), 96, "float16")
+        to_record(Task("a", torch.full((96,), 1e5)), FLAT, "float16")
     for dtype, odd in itertools.product(DTYPES, (torch.nan, torch.inf)):
         numbers = torch.zeros(96)
         numbers[3] = odd
         with pytest.raises(ConfigError, match="1 of its 96 numbers are not finite"):
-            to_record(Task("a", numbers), 96, dtype)
+            to_record(Task("a", numbers), FLAT, dtype)
 
 
 # modules × r² numbers of two or four bytes: from a small encoder of rank 8 to a large decoder of rank 32

@@ -274,7 +274,7 @@ def test_a_malformed_head_is_refused_when_added_verified_and_used_and_harms_no_o
     assert len(bank) == len(TENANTS) and bank.verify()["ok"]
     monkeypatch.setattr("lotr.bank.task.check_head", lambda *_: None)  # another program writes it
     with bank.store.database.transaction():
-        bank.store.write(to_record(bad, bank.layout.size, "float32"))
+        bank.store.write(to_record(bad, bank.layout, "float32"))
     monkeypatch.undo()
     assert [found["task"] for found in bank.verify()["damaged"]] == ["bad"]
     for names in (("bad",), ("t0", "bad"), ("bad", None)):

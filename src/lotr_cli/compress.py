@@ -38,6 +38,10 @@ class Options:
     max_bytes: str | None = _option("Instead of a rank: bytes of factors, cores and heads, as 20MB.", "none")
     modes: str = _option("Factors shared along: task, and also layer, projection, expert.", default="task")
     core: str = _option("Cores of a task: free, or diagonal.", default="free")
+    clusters: str = _option(
+        "Group the adapters by their subspaces, with factors for each: a number, or auto, as many as pay.",
+        default="1",
+    )
     weights: str = _option(
         "relative: every adapter's relative error counts alike; absolute: as they are.", default="relative"
     )
@@ -103,7 +107,7 @@ def _fitted(report: Compressed) -> Report:
     """Show what became of many adapters."""
     rows = [
         (
-            g["group"],
+            g["group"] if g["cluster"] == 0 else f"{g['group']}, cluster {g['cluster'] + 1}",
             g["sites"],
             "×".join(map(str, g["block"])),
             " × ".join(map(str, g["ranks"])),

@@ -31,7 +31,7 @@ class CoreBank:
         layout: Which numbers a task has, in which order.
         base_model: Name or path of the base model, where the basis told one.
         dtype: Type in which tasks are kept.
-        task_bytes: Bytes of the numbers of one task.
+        task_bytes: Bytes of the numbers of one task; of the largest, where tasks have factors by cluster.
 
     Example:
         >>> import tempfile, lotr, torch
@@ -51,7 +51,7 @@ class CoreBank:
         self.path, self.basis = path, Basis(path)
         self.plan, self.layout = self.basis.plan, self.basis.layout
         self.description = known = self.basis.description
-        self.base_model, self.dtype, self.task_bytes = known.base_model, known.dtype, known.task_bytes
+        self.base_model, self.dtype, self.task_bytes = known.base_model, known.dtype, self.basis.task_bytes
         self.store = TaskStore(path / TASKS, writable)
         self.store.check_basis(known.basis_hash)
 
@@ -147,7 +147,7 @@ class CoreBank:
 
     def get(self, name: str) -> Task:
         """Return a task, its numbers in float32."""
-        return to_task(self.store.read(name), self.layout.size)
+        return to_task(self.store.read(name), self.layout)
 
     def read(self, names: Sequence[str]) -> tuple[Tensor, list[Task]]:  # (n, size)
         """Return the numbers of tasks in float32, shape `(n, size)`, and the tasks, in the order of the names."""
@@ -176,7 +176,7 @@ class CoreBank:
         worst, other = 0.0, None
         with self.store.database.transaction():
             for task in tasks:
-                record = to_record(task, self.layout.size, self.dtype)
+                record = to_record(task, self.layout, self.dtype)
                 if task.head:
                     other = self._check_head(task, other)
                 self.store.write(record, replace)
@@ -186,7 +186,7 @@ class CoreBank:
     def _check_head(self, task: Task, other: Task | None) -> Task:
         """Refuse a head unlike those of other tasks; returns the task, for the next one."""
         if other is None and (record := self.store.with_head(task.name)) is not None:
-            other = to_task(record, self.layout.size)
+            other = to_task(record, self.layout)
         if other is not None and head_form(task.head) != head_form(other.head):
             raise ConfigError(
                 f"The head of task {task.name!r} is {head_form(task.head)}, and that of task {other.name!r} is "
@@ -252,7 +252,7 @@ class CoreBank:
     def about(self, name: str) -> dict[str, Any]:
         """Return what is known of a task, as plain values."""
         record = self.store.read(name)
-        task = to_task(record, self.layout.size)
+        task = to_task(record, self.layout)
         return {
             "name": task.name,
             "task": task.task,
@@ -285,10 +285,9 @@ class CoreBank:
 
     def stats(self) -> dict[str, Any]:
         """Return counts and bytes, as plain values; reads every record once for the errors of rounding."""
-        tasks, kinds, worst = self.store.summary()
+        tasks, kinds, numbers, worst = self.store.summary()
         files = [self.path / f"{TASKS}{end}" for end in ("", "-wal")]
         file_bytes = sum(file.stat().st_size for file in files if file.exists())
-        numbers = tasks * self.task_bytes
         return {
             "tasks": tasks,
             "kinds": kinds,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ from ..files.fingerprint import changed
 from ..tuner.basis import check_basis
 from ..tuner.config import LotrConfig
 from ..tuner.saved_adapter import hash_of, read_basis, read_saved
-from .layout import Layout
+from .clusters import Cluster, Ranks, clusters_of
 from .store import create_store
 from .task import DTYPES
 
 BANK, TASKS = "bank.json", "tasks.sqlite"
 FORMAT = 2
-_KINDS = {"dtype": str, "numbers": int, "basis_hash": str} | dict.fromkeys(
+_KINDS = {"dtype": str, "numbers": int, "basis_hash": str, "clusters": list} | dict.fromkeys(
     ("base_model", "base_fingerprint"), str | None
 )
 
@@ -37,6 +38,7 @@ class Description:
     dtype: str
     numbers: int
     layout: list[dict[str, Any]]
+    clusters: list[dict[str, Any]] = field(default_factory=list)  # ranks by group
     format: int = FORMAT
 
     @staticmethod
@@ -64,10 +66,9 @@ class Description:
                 )
         return description
 
-    @property
-    def task_bytes(self) -> int:
-        """Bytes of the numbers of one task."""
-        return self.numbers * DTYPES[self.dtype].itemsize
+    def bytes_of(self, numbers: int) -> int:
+        """Return the bytes of some numbers of a task."""
+        return numbers * DTYPES[self.dtype].itemsize
 
 
 class Basis:
@@ -76,7 +77,16 @@ class Basis:
     def __init__(self, path: Path) -> None:
         self.path, self.description = path, Description.read(path)
         saved = read_saved(path)
-        self._config, self.plan, self.layout = saved.config, saved.plan, Layout.of(saved.plan)
+        self._config, self.plan = saved.config, saved.plan
+        try:
+            self.clusters, self.layout = clusters_of(saved.config, saved.plan, self.description.clusters)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path / BANK} is damaged: its clusters do not fit: {error!r}. Restore it from a copy."
+            ) from None
+        none = {group.name: (0, 0) for group in self.plan.groups}
+        self.whole = Cluster(saved.config, saved.plan, none)
+        self.task_bytes = self.description.bytes_of(self.layout.kept)
         if (self.description.numbers, self.description.layout) != (self.layout.size, self.layout.to_list()):
             raise CheckpointError(
                 f"{path}: bank.json tells of {self.description.numbers} numbers a task, and adapter_config.json beside "
@@ -113,15 +123,19 @@ class Basis:
             )
 
 
-def create_folder(path: Path, basis: str | Path, dtype: str) -> None:
-    """Make an empty bank: the basis, the description, and a file without tasks. See `CoreBank.create`."""
+def create_folder(path: Path, basis: str | Path, dtype: str, clusters: Sequence[Ranks] = ()) -> None:
+    """Make an empty bank: the basis, the description, and a file without tasks. See `CoreBank.create`.
+
+    `clusters` has the ranks of each cluster by group, those of the basis together.
+    """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not a type of a bank's numbers. {near(dtype, DTYPES)}")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         what = "a bank already; add tasks to it" if (path / BANK).is_file() else "not an empty folder"
         raise ConfigError(f"{path} is {what}, or choose another folder.")
     saved = read_saved(basis)
-    config, record, layout = saved.config, saved.folder.task, Layout.of(saved.plan)
+    config, record = saved.config, saved.folder.task
+    _, layout = clusters_of(config, saved.plan, clusters)
     if config.bias != "none":
         raise ConfigError(
             f"{basis} has bias={config.bias!r}: its tasks train biases, which a bank does not hold."
@@ -135,10 +149,11 @@ def create_folder(path: Path, basis: str | Path, dtype: str) -> None:
         dtype,
         layout.size,
         layout.to_list(),
+        [dict(ranks) for ranks in clusters],
     )
     with whole_folder(path) as folder:
         save_tensors(factors, folder, BASIS_WEIGHTS)
         alone = {"basis": None, "basis_hash": None, "inference_mode": True}
         write_config(folder, config.to_dict() | alone)
         write_json(folder / BANK, sealed(asdict(description), folder / CONFIG))
-        create_store(folder / TASKS, description.basis_hash, description.task_bytes)
+        create_store(folder / TASKS, description.basis_hash, description.bytes_of(layout.kept))

@@ -22,6 +22,7 @@ class Layout:
 
     Args:
         shapes: The tensors by key, one behind the other, as an adapter's file names them.
+        supports: Of each cluster of tasks, where those numbers stand that its tasks have; all others are zero.
 
     Example:
         >>> from lotr.sharing.blocks import Target
@@ -32,6 +33,7 @@ class Layout:
     """
 
     shapes: Mapping[str, tuple[int, ...]]
+    supports: tuple[Tensor, ...] = ()  # (n,) each
 
     @staticmethod
     def of(plan: Plan) -> Layout:
@@ -58,6 +60,32 @@ class Layout:
     def size(self) -> int:
         """Numbers of a task."""
         return sum(self.sizes)
+
+    @property
+    def kept(self) -> int:
+        """The most numbers that are kept of a task of a cluster."""
+        return max((len(support) for support in self.supports), default=self.size)
+
+    def cut(
+        self,
+        numbers: Tensor,  # (size,)
+    ) -> tuple[int | None, Tensor]:  # (n,)
+        """Return the first cluster beside whose numbers all are zero, with these; `None` and all without one."""
+        own = int(numbers.count_nonzero())
+        for cluster, support in enumerate(self.supports):
+            if int(numbers[support].count_nonzero()) == own:
+                return cluster, numbers[support]
+        return None, numbers
+
+    def fill(
+        self,
+        cluster: int | None,
+        numbers: Tensor,  # (n,)
+    ) -> Tensor:  # (size,)
+        """Return all numbers of a task from what `cut` kept of them."""
+        if cluster is None:
+            return numbers
+        return numbers.new_zeros(self.size).index_copy_(0, self.supports[cluster], numbers)
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:  # (size,)
         """Return the numbers of an adapter's tensors by key in the flat order; those that are no cores are left out."""

@@ -14,6 +14,7 @@ from ..files.atomic import check_free, whole_folder
 from ..tuner.saved_adapter import read_saved
 from .basis import BANK, TASKS, Basis, Description
 from .head_form import head_form
+from .layout import Layout
 from .store import TaskStore, create_store
 from .task import to_task
 
@@ -48,22 +49,21 @@ def verify(path: Path, tick: Tick | None = None) -> dict[str, Any]:
             judged(lambda: store.check_basis(description.basis_hash))
         files += store.complaints()
         names = judged(store.ids) or []
-        size = None if description is None else description.numbers
-        tasks, damaged = len(names), _damaged(store, names, size, tick)
+        tasks, damaged = len(names), _damaged(store, names, basis.layout if basis else None, tick)
         store.database.close()
     return {"ok": not (files or damaged), "tasks": tasks, "damaged": damaged, "files": files}
 
 
 def _damaged(
-    store: TaskStore, names: list[tuple[int, str]], size: int | None, tick: Tick | None
+    store: TaskStore, names: list[tuple[int, str]], layout: Layout | None, tick: Tick | None
 ) -> list[dict[str, str]]:
-    """Return the damaged tasks, of which each has `size` numbers where that is known, and the reasons."""
+    """Return the damaged tasks, and the reasons; with the layout, also those that do not fit it."""
     damaged: list[dict[str, str]] = []
     forms: dict[str, list[str]] = {}  # of heads → tasks
     for done, (number, name) in enumerate(names, start=1):
         try:
             record = store.read_id(number, name)
-            head = {} if size is None else to_task(record, size).head
+            head = {} if layout is None else to_task(record, layout).head
             if head:
                 forms.setdefault(head_form(head), []).append(name)
         except CheckpointError as error:
@@ -93,7 +93,7 @@ def recover(path: Path, output: Path, tick: Tick | None = None) -> dict[str, Any
     with whole_folder(output) as folder:
         for name in (BANK, CONFIG, BASIS_WEIGHTS):
             shutil.copyfile(path / name, folder / name)
-        create_store(folder / TASKS, description.basis_hash, description.task_bytes)
+        create_store(folder / TASKS, description.basis_hash, description.bytes_of(description.numbers))
         target, saved = TaskStore(folder / TASKS, writable=True), set[str]()
         with target.database.transaction():
             for done, number in enumerate(numbers, start=1):

@@ -144,13 +144,16 @@ class TaskStore:
             lines = [str(error)]
         return [] if lines == ["ok"] else lines
 
-    def summary(self) -> tuple[int, dict[str, int], float]:
-        """Return how many tasks there are, how many of each kind, and the largest error of rounding."""
+    def summary(self) -> tuple[int, dict[str, int], int, float]:
+        """Return how many tasks there are, how many of each kind, their bytes, and the largest error of rounding."""
         kind = "CASE WHEN json_valid(about) THEN substr(json_extract(about, '$.task'), 1, 40) END"
         error = "CASE WHEN typeof(error) = 'real' THEN error ELSE 0.0 END"  # a damaged one can be anything
-        rows = self._rows(f"SELECT {kind}, count(*), max({error}) FROM task GROUP BY 1")
-        kinds = {str(name or "unknown"): count for name, count, _ in rows}
-        return sum(kinds.values()), kinds, max((error for *_, error in rows), default=0.0)
+        rows = self._rows(
+            f"SELECT {kind}, count(*), total(length(numbers)), max({error}) FROM task GROUP BY 1"
+        )
+        kinds = {str(name or "unknown"): count for name, count, *_ in rows}
+        worst = max((error for *_, error in rows), default=0.0)
+        return sum(kinds.values()), kinds, int(sum(size for *_, size, _ in rows)), worst
 
     def write(self, record: Record, overwrite: bool = False) -> None:
         """Add a task, or put it in the place of the one of its name."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError
 from ..files.adapter_folder import check_finite
 from .head_form import check_head
+from .layout import Layout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: PEFT's words for kinds of tasks.
@@ -122,19 +123,22 @@ class Record:
         return digest.digest()
 
 
-def to_record(task: Task, size: int, dtype: str) -> Record:
-    """Return a task of `size` numbers as it is kept; ConfigError where it does not fit the bank or its type."""
-    if tuple(task.numbers.shape) != (size,):
+def to_record(task: Task, layout: Layout, dtype: str) -> Record:
+    """Return a task as it is kept; ConfigError where it does not fit the bank or its type."""
+    if tuple(task.numbers.shape) != (layout.size,):
         raise ConfigError(
             f"Task {task.name!r} has numbers of shape {tuple(task.numbers.shape)}, and a task of this bank has "
-            f"({size},). Train it on the bank's basis, with the bank's rank."
+            f"({layout.size},). Train it on the bank's basis, with the bank's rank."
         )
-    numbers = task.numbers.detach().float().cpu()
-    about = {"task": task.task, "labels": list(task.labels), "metadata": dict(task.metadata)}
+    cluster, numbers = layout.cut(task.numbers.detach().float().cpu())
+    about: dict[str, Any] = {"task": task.task, "labels": list(task.labels), "metadata": dict(task.metadata)}
+    about |= {} if cluster is None else {"cluster": cluster}
     try:
         check_head(task.head, task.labels, task.task)
         rounded, head = _rounded(numbers, dtype), {key: _rounded(p, dtype) for key, p in task.head.items()}
-        text = json.dumps({key: value for key, value in about.items() if value}, ensure_ascii=False)
+        text = json.dumps(
+            {key: value for key, value in about.items() if value or value == 0}, ensure_ascii=False
+        )
     except (ConfigError, TypeError, ValueError) as error:
         raise ConfigError(f"Task {task.name!r} cannot be kept: {error}") from None
     norm = float(torch.linalg.norm(numbers.double()))
@@ -160,30 +164,36 @@ def _rounded(numbers: Tensor, dtype: str) -> Tensor:
     return rounded
 
 
-def to_task(record: Record, size: int) -> Task:
-    """Return the task of a record, its numbers in float32; CheckpointError where it is none of a bank of this size."""
-    dtype = DTYPES.get(record.dtype)
+def to_task(record: Record, layout: Layout) -> Task:
+    """Return the task of a record, its numbers in float32; CheckpointError where it is none of a bank's."""
+    try:
+        about, cluster = _about(record.about, len(layout.supports))
+    except ValueError as error:
+        raise _unusable(record.name, error) from None
+    dtype, size = DTYPES.get(record.dtype), layout.size if cluster is None else len(layout.supports[cluster])
     if dtype is None or len(record.numbers) != size * dtype.itemsize:
         raise CheckpointError(
             f"Task {record.name!r} has {len(record.numbers)} bytes of {record.dtype}, and a task of this bank has "
             f"{size} numbers: another program wrote it. Remove it, or write it again."
         )
-    numbers = torch.frombuffer(bytearray(record.numbers), dtype=dtype).float()
+    numbers = layout.fill(cluster, torch.frombuffer(bytearray(record.numbers), dtype=dtype).float())
     try:
-        about, tensors = _about(record.about), load(record.head) if record.head else {}
+        tensors = load(record.head) if record.head else {}
         head = {key: p.float() if p.is_floating_point() else p for key, p in tensors.items()}
         check_finite({"numbers": numbers, **head}, f"Task {record.name!r}")
         task = Task(record.name, numbers, head, **about)
         check_head(task.head, task.labels, task.task)
     except (SafetensorError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"Task {record.name!r} cannot be used: {error} Remove it, or write it again."
-        ) from None
+        raise _unusable(record.name, error) from None
     return task
 
 
-def _about(text: str) -> dict[str, Any]:
-    """Read what a record tells of its task, as fields of `Task`."""
+def _unusable(name: str, error: Exception) -> CheckpointError:
+    return CheckpointError(f"Task {name!r} cannot be used: {error} Remove it, or write it again.")
+
+
+def _about(text: str, clusters: int) -> tuple[dict[str, Any], int | None]:
+    """Read what a record tells of its task, as fields of `Task`, and which of the clusters it is of."""
     try:
         content = json.loads(text)
     except RecursionError:
@@ -196,4 +206,7 @@ def _about(text: str) -> dict[str, Any]:
         raise ValueError(
             "its kind is no text, its labels are no list of texts, or its metadata is no object."
         )
-    return {"task": kind, "labels": tuple(labels), "metadata": metadata}
+    cluster = content.get("cluster")
+    if cluster is not None and (not isinstance(cluster, int) or cluster not in range(clusters)):
+        raise ValueError(f"it is of cluster {str(cluster)[:40]}, and the bank has {clusters}.")
+    return {"task": kind, "labels": tuple(labels), "metadata": metadata}, cluster

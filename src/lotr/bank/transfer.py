@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..files.fingerprint import changed
 from ..tuner.config import LotrConfig
 from ..tuner.saved_adapter import factors_of, hash_of, read_saved, used_by
 from .basis import Basis
+from .clusters import Cluster
 from .head_form import ROOT
 from .task import TASK_TYPES, Task
 
@@ -101,21 +103,23 @@ def export(
 
 def _write(basis: Basis, task: Task, folder: Path, refer: bool) -> int:
     """Write the files of an adapter; returns how many numbers of the method it has."""
-    factors = {key: U.float() for key, U in used_by(basis.plan, basis.factors()).items()}  # as the cores are
-    own = {**basis.layout.unflatten(task.numbers), **({} if refer else factors)}
+    number, numbers = (None, task.numbers) if refer else basis.layout.cut(task.numbers)
+    cluster = basis.whole if number is None else basis.clusters[number]
+    factors = (
+        {} if refer else {key: U.float() for key, U in cluster.factors(basis.factors()).items()}
+    )  # as the cores
+    own = {**cluster.layout.unflatten(numbers), **factors}
     save_tensors({key: tensor.clone() for key, tensor in {**own, **task.head}.items()}, folder)
-    write_config(folder, _config(basis, task, refer))
+    write_config(folder, _config(basis, cluster, task, refer))
     if task.task is not None and {"columns", "max_length"} <= set(task.metadata):
         known = {name: getattr(basis.description, name) for name in ("base_model", "base_fingerprint")}
         write_task(folder, {**task.metadata, **known, "task": task.task, "labels": list(task.labels)})
     return sum(tensor.numel() for tensor in own.values())
 
 
-def _config(basis: Basis, task: Task, refer: bool) -> dict[str, Any]:
-    config = basis.config
-    if not refer:
-        config.basis = config.basis_hash = None
-    config.inference_mode = True
+def _config(basis: Basis, cluster: Cluster, task: Task, refer: bool) -> dict[str, Any]:
+    config = basis.config if refer else copy.copy(cluster.config)
+    config.trainable, config.inference_mode = "cores", True
     config.task_type = TASK_TYPES.get(str(task.task), config.task_type)
     # a head of the same name as the basis had; else the modules that its keys name
     modules = sorted({key.removeprefix(ROOT).rpartition(".")[0] for key in task.head})

@@ -63,7 +63,7 @@ class TaskRows:
         """Return the tasks of rows as the bank has them now, for `use` at any later time."""
 
         def load(record: Record) -> LoadedTask:
-            return self.load(to_task(record, self.layout.size))
+            return self.load(to_task(record, self.layout))
 
         needed = list(dict.fromkeys(name for name in names if name is not None and name != BASE))
         tasks = self.cache.get(needed, load) if needed else {}

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..bank import CoreBank
-from ..bank.task import DTYPES
 from ..bank.transfer import check_fingerprint
 from ..errors import ConfigError
 from ..files.atomic import read_json
 from .report import REPORT
 from .sources import find_adapters
 from .stack import Stack, Tick, read_entry
-from .tasks import Projection, add_tasks
+from .tasks import add_tasks
 
 _POOR = 1.5  # times the error of the fit: from here on a new fit pays
 
@@ -46,9 +45,8 @@ def add(
             entries.append(entry)
             tick("Reading", len(entries), len(places))
         stack = Stack(tuple(entries), (1.0,) * len(entries))
-        projection = Projection(plan, opened.basis.factors(), config.scaling, DTYPES[opened.dtype])
-        lost = add_tasks(opened, projection, stack, tick, replace)
-        errors = {entry.name: entry.error(lost[entry.name]) for entry in entries}
+        lost = add_tasks(opened, stack, tick, replace)
+        errors = {entry.name: entry.error(lost[entry.name].modules) for entry in entries}
         return {"bank": str(bank), "added": errors, "tasks": len(opened), "advice": _advice(errors, fit)}
 
 

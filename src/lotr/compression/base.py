@@ -72,8 +72,12 @@ def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {target.path: target.weight_shape for target in plan.targets}
 
 
-def check_sharing(modes: Sequence[str], core: str, weights: str | Mapping[str, float]) -> None:
+def check_sharing(
+    modes: Sequence[str], core: str, weights: str | Mapping[str, float], clusters: int | str
+) -> None:
     """Refuse words that a fit does not know."""
+    if clusters != "auto" and not (str(clusters).isdecimal() and int(clusters) > 0):
+        raise ConfigError(f"clusters={clusters!r} is no number of clusters. Use 1, 2, …, or auto.")
     odd = [mode for mode in modes if mode not in MODES]
     if odd:
         raise ConfigError(f"modes: {odd[0]!r} is none. Name some of: {', '.join(MODES)}; as in task,layer.")

@@ -10,7 +10,7 @@ Source: Compress then Serve (arXiv 2407.00066); HOSVD and HOOI (De Lathauwer et 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ Sums = Mapping[str, list[Any]]
 #: Runs a pass, which adds up batches, over the updates of all tasks.
 Total = Callable[[Callable[[Iterable[Batch]], Sums]], Sums]
 Shape = tuple[int, int]
+WIDEST = 1024  # blocks up to which second moments are summed exactly
 
 
 @dataclass
@@ -93,7 +94,7 @@ def merged(one: Sums, other: Sums) -> Sums:
     return one
 
 
-def directions(groups: Mapping[str, Shape], total: Total, widest: int = 1024) -> dict[str, GroupFit]:
+def directions(groups: Mapping[str, Shape], total: Total, widest: int = WIDEST) -> dict[str, GroupFit]:
     """Return the HOSVD of groups with their blocks: a pass for directions, one for the energy that each rank keeps.
 
     The second pass collects the strongest directions of single updates too, with which diagonal cores begin. Blocks at
@@ -101,7 +102,7 @@ def directions(groups: Mapping[str, Shape], total: Total, widest: int = 1024) ->
     """
     none = torch.zeros(0, 0, dtype=torch.float64)
     fits: dict[str, GroupFit] = {}
-    for name, moments in total(partial(_moments, groups, widest)).items():
+    for name, moments in total(partial(moments_of, groups, widest)).items():
         Q_U, Q_V = (moments.pop(0).leading(widest)[0] for _ in range(2))  # each is as large as the updates
         fits[name] = GroupFit(moments[0], Q_U, Q_V, none, none, none)
     for name, (squares, strongest) in total(partial(_squares, fits)).items():
@@ -111,7 +112,7 @@ def directions(groups: Mapping[str, Shape], total: Total, widest: int = 1024) ->
     return fits
 
 
-def _moments(groups: Mapping[str, Shape], widest: int, batches: Iterable[Batch]) -> Sums:
+def moments_of(groups: Mapping[str, Shape], widest: int, batches: Iterable[Batch]) -> Sums:
     """Return `Σ Δ Δᵀ`, `Σ Δᵀ Δ` and `Σ ‖Δ‖²`."""
     sums: dict[str, list[Any]] = {
         name: [*(SecondMoment(n, widest) for n in shape), 0.0] for name, shape in groups.items()
@@ -173,10 +174,10 @@ def _inside(fits: Mapping[str, GroupFit], side: str, batches: Iterable[Batch]) -
     return sums
 
 
-def error_of_all(fits: Mapping[str, GroupFit]) -> float:
+def error_of_all(fits: Collection[GroupFit]) -> float:
     """Return the relative error of all groups together."""
-    energy = sum(f.energy for f in fits.values())
-    return float((sum(f.energy * f.errors[-1] ** 2 for f in fits.values()) / energy) ** 0.5)
+    energy = sum(f.energy for f in fits)
+    return float((sum(f.energy * f.errors[-1] ** 2 for f in fits) / energy) ** 0.5)
 
 
 def is_settled(of_group: GroupFit, tolerance: float) -> bool:

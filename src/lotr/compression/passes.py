@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import shutil
 import time
@@ -33,6 +34,12 @@ class State:
     def __init__(self, output: Path, request: str) -> None:
         self.folder = output.resolve().with_name(f".{output.name}.fit")
         self.request, self._saved = _hash(request), time.monotonic()
+
+    def of(self, stack: Stack) -> State:
+        """Return the state of the fit of some of the adapters."""
+        part = copy.copy(self)
+        part.request = f"{self.request}-{_hash(repr([entry.name for entry in stack.entries]))}"
+        return part
 
     @property
     def exists(self) -> bool:

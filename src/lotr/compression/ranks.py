@@ -7,7 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from ..sharing.groups import Group
 from .diagonal import kept_at_least
 from .fit import GroupFit
 
+T = TypeVar("T")
 Ranks = Shape  # `(k, r)`, of the output factor and of the input factor
 
 
@@ -155,16 +156,28 @@ def _offer(queue: list[Any], name: str, curve: Curve, ranks: Ranks, room: float)
 
 
 def curves_of(
-    groups: Sequence[Group], fits: Mapping[str, GroupFit], tasks: int, dtype: str, core: str
+    groups: Sequence[Group], fits: Mapping[str, GroupFit], tasks: int, dtype: str, core: str, cluster: int = 0
 ) -> dict[str, Curve]:
-    """Return what ranks buy in every group, with diagonal cores or free ones."""
+    """Return what ranks buy in every group of a cluster of tasks, with diagonal cores or free ones."""
     curves, width = {}, DTYPES[dtype].itemsize
     for group in groups:
         f, (o, i) = fits[group.name], group.shape
         kept = kept_at_least(f)[: min(o, i)] if core == "diagonal" else f.kept
         cores = width * tasks * len(group.sites)
-        curves[group.name] = Curve(f.energy, kept, (width * o, width * i), cores, group.sites[0].module)
+        module = key_of(cluster, group.sites[0].module)
+        curves[key_of(cluster, group.name)] = Curve(f.energy, kept, (width * o, width * i), cores, module)
     return curves
+
+
+def key_of(cluster: int, name: str) -> str:
+    """Return what a group or module of a cluster is called beside those of others."""
+    return f"{cluster}/{name}"
+
+
+def of_cluster(values: Mapping[str, T], cluster: int) -> dict[str, T]:
+    """Return what is called by a cluster, under the names of its groups."""
+    own = key_of(cluster, "")
+    return {key.removeprefix(own): value for key, value in values.items() if key.startswith(own)}
 
 
 def ranks_for(curves: dict[str, Curve], size: tuple[str, float], head_bytes: int) -> dict[str, Ranks]:

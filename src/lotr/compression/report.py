@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -11,10 +11,10 @@ from typing import Any
 from ..adapters import plots
 from ..sharing.plan import Plan
 from .base import is_same_base
-from .fit import GroupFit, error_of_all
-from .ranks import Curve, Ranks, bytes_of, chosen_ranks, error_of, one_rank_for_all
+from .fit import error_of_all
+from .ranks import Curve, Ranks, bytes_of, chosen_ranks, error_of, key_of, one_rank_for_all
 from .stack import Stack
-from .tasks import Lost
+from .tasks import Fitted, Lost
 
 REPORT, PICTURE = "compress.json", "compress.png"
 
@@ -43,11 +43,10 @@ class Report:
 
 def report_of(
     stack: Stack,
-    plan: Plan,
-    curves: dict[str, Curve],
-    others: Mapping[str, dict[str, Curve]],
-    fits: Mapping[str, GroupFit],
-    lost: Lost,
+    fitted: Sequence[Fitted],
+    by_core: Mapping[str, dict[str, Curve]],
+    core: str,
+    lost: Mapping[str, Lost],
     asked: float | None,
     dtype: str,
     scores: Mapping[str, Mapping[str, Any]],
@@ -55,13 +54,15 @@ def report_of(
 ) -> Report:
     """Return the report of a fit, to whose `max_error` `asked` belongs; `told` are the other fields.
 
-    `curves` tell what rank buys, by group; `others` with other cores, by what `--core` calls them.
+    `by_core` tells what rank buys, by what `--core` calls the cores and by group.
     """
+    plan, curves = fitted[0][0], by_core[core]
     by_task: list[dict[str, Any]] = [
         {
             "task": entry.name,
-            "error": (error := entry.error(lost[entry.name])),
+            "error": (error := entry.error(lost[entry.name].modules)),
             "kept": 1 - error**2,
+            "cluster": lost[entry.name].cluster,
             "rank_before": entry.rank,
             "bytes_before": entry.bytes,
             "missing": len(plan.targets) - len(entry.energies),
@@ -71,40 +72,49 @@ def report_of(
     ]
     by_task.sort(key=lambda row: -row["error"])
     errors = [row["error"] for row in by_task]
-    ranks = {group.name: group.rank for group in plan.groups}
-    heads = sum(entry.head_bytes for entry in stack.entries)
+    groups = [(c, group, fits[group.name]) for c, (own, fits) in enumerate(fitted) for group in own.groups]
+    ranks = {key_of(c, group.name): group.rank for c, group, _ in groups}
     report = Report(
         tasks=len(stack),
         error=(sum(error * error for error in errors) / len(errors)) ** 0.5,
         median_error=median(errors),
         bytes_before=sum(entry.bytes for entry in stack.entries),
-        bytes_of_heads=heads,
-        bytes_of_numbers=heads + bytes_of(curves, ranks),
+        bytes_of_heads=stack.head_bytes,
+        bytes_of_numbers=stack.head_bytes + bytes_of(curves, ranks),
         groups=[
             {
                 "group": group.name,
                 "sites": len(group.sites),
                 "block": list(group.shape),
                 "ranks": list(group.rank),
-                "errors": fits[group.name].errors,
+                "errors": of_group.errors,
+                "cluster": c,
             }
-            for group in plan.groups
+            for c, group, of_group in groups
         ],
         by_task=by_task,
         by_module=_by_module(stack, plan, lost),
-        curve=one_rank_for_all(curves, heads),
+        curve=one_rank_for_all(curves, stack.head_bytes),
         advice=[],
         **told,
     )
-    report.advice.extend(_about_error(report.error, curves, ranks, others, error_of_all(fits), asked, dtype))
+    others = {kind: own for kind, own in by_core.items() if kind != core}
+    report.advice.extend(
+        _about_error(report.error, curves, ranks, others, error_of_fits(fitted), asked, dtype)
+    )
     report.advice.extend(_about_adapters(report, stack))
     return report
 
 
-def _by_module(stack: Stack, plan: Plan, lost: Lost) -> dict[str, float]:
+def error_of_fits(fitted: Sequence[Fitted]) -> float:
+    """Return the relative error of all clusters together."""
+    return error_of_all([of_group for _, fits in fitted for of_group in fits.values()])
+
+
+def _by_module(stack: Stack, plan: Plan, lost: Mapping[str, Lost]) -> dict[str, float]:
     energy, left = dict.fromkeys(plan.shape_of, 0.0), dict.fromkeys(plan.shape_of, 0.0)
     for entry in stack.entries:
-        for module, of_module in lost[entry.name].items():
+        for module, of_module in lost[entry.name].modules.items():
             left[module] += of_module
             energy[module] += entry.energies.get(module, 0.0)
     return {module: (left[module] / energy[module]) ** 0.5 if energy[module] else 0.0 for module in energy}

@@ -16,18 +16,18 @@ from ..bank.basis import TASKS
 from ..bank.task import DTYPES
 from ..errors import ConfigError, Interrupted, near
 from ..files.atomic import check_apart, check_free, move_into, whole_folder, write_json
-from ..sharing.plan import Plan
 from ..tuner.config import LotrConfig
-from .base import CORES, bank_config, check_sharing, load_base, weight_shapes, with_ranks
-from .fit import GroupFit, error_of_all
-from .passes import State, find_directions, run_sweeps
-from .ranks import Curve, checked_size, chosen_ranks, curves_of, ranks_for
+from .base import bank_config, check_sharing, load_base, weight_shapes, with_ranks
+from .clusters import split, too_wide
+from .fit import GroupFit
+from .passes import State, run_sweeps
+from .ranks import Curve, Ranks, checked_size, chosen_ranks, of_cluster
 from .ray import cluster
-from .report import PICTURE, REPORT, Report, draw, report_of
+from .report import PICTURE, REPORT, Report, draw, error_of_fits, report_of
 from .scores import measure_adapters, measure_bank
 from .sources import find_adapters, open_source
 from .stack import Entry, Stack, Tick, read_entry, weights_of
-from .tasks import write_bank
+from .tasks import Fitted, write_bank
 
 #: Fits among which the smallest that reaches an error is looked for.
 _TRIALS = 7
@@ -43,6 +43,7 @@ def compress(
     max_bytes: int | str | None = None,
     modes: Sequence[str] = ("task",),
     core: str = "free",
+    clusters: int | str = 1,
     weights: str | Mapping[str, float] = "relative",
     dtype: str = "bfloat16",
     sweeps: int = 50,
@@ -66,6 +67,8 @@ def compress(
         modes: Along what factors are shared: `task`, and also `layer`, `projection`, `expert`; experts share along
             `expert` wherever layers share.
         core: `free`, or `diagonal`.
+        clusters: Group the adapters by their subspaces into so many clusters, each with factors of its own; or `auto`:
+            as many, up to 8, as lose least in the bytes of one basis, or take fewest for the error.
         weights: `relative`: the relative error of every adapter counts alike; `absolute`: updates count as they are; or
             a factor by name, on top of `relative`.
         dtype: Type in which the bank keeps factors and cores.
@@ -89,7 +92,7 @@ def compress(
     begun, output = time.monotonic(), Path(output)
     tick = tick or (lambda what, done, of: None)
     size = checked_size(rank, max_error, max_bytes)
-    check_sharing(modes, core, weights)
+    check_sharing(modes, core, weights, clusters)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not a type of a bank's numbers. {near(dtype, DTYPES)}")
     check_free(output, overwrite)
@@ -113,17 +116,13 @@ def compress(
             with cluster(ray) as spread:
                 stack = replace(stack, spread=spread)
                 groups = config.recorded_plan().groups
-                fits = find_directions(groups, stack, state, tick)
-                by_core = {kind: curves_of(groups, fits, len(stack), dtype, kind) for kind in CORES}
-                curves = by_core.pop(core)
-                run = partial(run_sweeps, stack=stack, most=sweeps, tolerance=tolerance, tick=tick)
+                found = split(stack, groups, core, clusters, size, dtype, state, tick)
+                run = partial(_run, found.stacks, config, state, most=sweeps, tolerance=tolerance, tick=tick)
                 if core == "diagonal" and max_error is not None:
-                    fits, config, plan = _smallest(fits, curves, max_error, DTYPES[dtype], config, run)
+                    fitted = _smallest(found.fits, found.curves[core], max_error, DTYPES[dtype], run)
                 else:
-                    ranks = ranks_for(curves, size, sum(entry.head_bytes for entry in stack.entries))
-                    config, plan = with_ranks(config, ranks)
-                    run(plan.groups, fits, state=state)
-            lost = write_bank(folder / "bank", config, model, fits, stack, dtype, tick)
+                    fitted = run(found.ranks(core), found.fits)
+            lost = write_bank(folder / "bank", config, model, fitted, stack, dtype, tick)
             told: Any = {
                 "bank": str(output),
                 "base_model": name,
@@ -132,7 +131,7 @@ def compress(
                 "seconds": round(time.monotonic() - begun, 3),
             }
             scores = measure_bank(before, folder / "bank", named, tick) if before else {}
-            report = report_of(stack, plan, curves, by_core, fits, lost, max_error, dtype, scores, **told)
+            report = report_of(stack, fitted, found.curves, core, lost, max_error, dtype, scores, **told)
             move_into(folder / "bank", folder)
             write_json(folder / REPORT, asdict(report))
             draw(report, folder / PICTURE)
@@ -148,31 +147,52 @@ def compress(
     return report
 
 
+def _run(
+    stacks: Sequence[Stack],
+    config: LotrConfig,
+    state: State,
+    ranks: Mapping[str, Ranks],
+    fits: dict[str, GroupFit],
+    keep: bool = True,
+    **how: Any,
+) -> list[Fitted]:
+    """Sweep the fits of all clusters, from where they are, at some ranks."""
+    if group := too_wide(config.recorded_plan().groups, ranks):
+        raise ConfigError(
+            f"{len(stacks)} clusters of this size have more directions in {group} together than its block has. "
+            "Ask for fewer clusters, or for a smaller size."
+        )
+    fitted: list[Fitted] = []
+    for c, stack in enumerate(stacks):
+        _, plan = with_ranks(config, of_cluster(ranks, c))
+        own = of_cluster(fits, c)
+        run_sweeps(plan.groups, own, stack, state.of(stack) if keep else None, **how)
+        fitted.append((plan, own))
+    return fitted
+
+
 def _smallest(
     fits: dict[str, GroupFit],
     curves: dict[str, Curve],
     max_error: float,
     dtype: torch.dtype,
-    config: LotrConfig,
-    run: Callable[..., None],
-) -> tuple[dict[str, GroupFit], LotrConfig, Plan]:
-    """Return the smallest diagonals that reach an error, rounding included, with their configuration and plan.
+    run: Callable[..., list[Fitted]],
+) -> list[Fitted]:
+    """Return the smallest diagonals that reach an error, rounding included.
 
     What diagonals of some rank keep is known when they were fitted; the curve tells what they keep at least.
     """
     goal = max(max_error**2 - (torch.finfo(dtype).eps / 2) ** 2, 0.0) ** 0.5
 
-    def fitted(aim: float) -> tuple[dict[str, GroupFit], LotrConfig, Plan]:
-        ranked, plan = with_ranks(config, chosen_ranks(curves, max_error=aim))
+    def fitted(aim: float) -> list[Fitted]:
         trial = {name: replace(of_group) for name, of_group in fits.items()}
-        run(plan.groups, trial, state=None)
-        return trial, ranked, plan
+        return run(chosen_ranks(curves, max_error=aim), trial, keep=False)
 
     best, reached, missed = None, goal or max_error, 1.0
     for _ in range(_TRIALS if goal else 0):
         aim = (reached * missed) ** 0.5
         trial = fitted(aim)
-        if error_of_all(trial[0]) <= goal:
+        if error_of_fits(trial) <= goal:
             best, reached = trial, aim
         else:
             missed = aim

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -118,6 +118,17 @@ class Stack:
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the heads of all adapters."""
+        return sum(entry.head_bytes for entry in self.entries)
+
+    def part(self, numbers: Iterable[int]) -> Stack:
+        """Return some of the adapters."""
+        numbers = list(numbers)
+        entries = tuple(self.entries[n] for n in numbers)
+        return replace(self, entries=entries, weights=tuple(self.weights[n] for n in numbers))
 
     def bytes_a_task(self, groups: Sequence[Group]) -> int:
         """Return the bytes of one task's updates at the sites of some groups, in float32."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..bank import CoreBank, Task
+from ..bank.basis import create_folder
 from ..bank.head_form import n_outputs
 from ..bank.heads import NAMES
+from ..bank.layout import Layout
 from ..bank.task import DTYPES
 from ..bank.transfer import KNOWN
 from ..files.adapter_folder import save_tensors, write_config, write_task
@@ -24,58 +27,83 @@ from ..sharing.groups import Group
 from ..sharing.keys import core_key, group_keys
 from ..sharing.plan import Plan
 from ..tuner.config import LotrConfig
+from .base import with_ranks
 from .diagonal import diagonals
 from .fit import Batch, GroupFit, project
 from .sources import open_source
 from .stack import Entry, Stack, Tick
 
-#: By task: `‖Δ − U C Vᵀ‖²` of every module.
-Lost = dict[str, dict[str, float]]
+#: Plan and fits of a cluster.
+Fitted = tuple[Plan, Mapping[str, GroupFit]]
+
+
+class Lost(NamedTuple):
+    """What a task loses."""
+
+    modules: dict[str, float]  # `‖Δ − U C Vᵀ‖²` of each
+    cluster: int  # on whose factors it is
 
 
 def write_bank(
     path: Path,
     config: LotrConfig,
     model: nn.Module,
-    fits: Mapping[str, GroupFit],
+    clusters: Sequence[Fitted],
     stack: Stack,
     dtype: str,
     tick: Tick,
-) -> Lost:
+) -> dict[str, Lost]:
     """Write a bank: a basis of the factors, and a task an adapter; return what every task loses."""
-    plan = config.recorded_plan()
+    ranks = [{group.name: group.rank for group in plan.groups} for plan, _ in clusters]
+    config, plan = with_ranks(config, {name: _sum(own[name] for own in ranks) for name in ranks[0]})
     tensors: dict[str, Tensor] = {}
     for group in plan.groups:
-        U, V = fits[group.name].factors(group.rank)
+        own = [
+            fits[group.name].factors(of[group.name]) for of, (_, fits) in zip(ranks, clusters, strict=True)
+        ]
+        U, V = (torch.cat(side, 1).to(DTYPES[dtype]) for side in zip(*own, strict=True))
         keys = group_keys(group)
-        type_ = DTYPES[dtype]
-        tensors |= {keys["U"]: U.to(type_).contiguous(), keys["V"]: V.T.to(type_).contiguous()}
+        tensors |= {keys["U"]: U.contiguous(), keys["V"]: V.T.contiguous()}
     with tempfile.TemporaryDirectory(dir=path.parent) as basis:
         save_tensors(tensors, Path(basis))
         write_config(Path(basis), config.to_dict())
         sample = fingerprint(model, NAMES)
         write_task(Path(basis), {"base_model": config.base_model_name_or_path, "base_fingerprint": sample})
-        bank = CoreBank.create(path, basis, dtype=dtype)
-    with bank:
-        return add_tasks(bank, Projection(plan, tensors, 1.0, DTYPES[dtype]), stack, tick)
+        create_folder(path, basis, dtype, ranks if len(ranks) > 1 else ())
+    with CoreBank.open(path, writable=True) as bank:
+        return add_tasks(bank, stack, tick)
 
 
-def add_tasks(
-    bank: CoreBank, projection: Projection, stack: Stack, tick: Tick, replaces: bool = False
-) -> Lost:
-    """Add every adapter to a bank as a task, all or none, and return what each loses."""
-    lost: Lost = {}
+def _sum(ranks: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    k, r = (sum(side) for side in zip(*ranks, strict=True))
+    return k, r
+
+
+def add_tasks(bank: CoreBank, stack: Stack, tick: Tick, replaces: bool = False) -> dict[str, Lost]:
+    """Add every adapter as a task of the cluster that keeps most of it, all or none; return what each loses."""
+    lost: dict[str, Lost] = {}
+    basis, dtype = bank.basis, DTYPES[bank.dtype]
+    factors = basis.factors()
+    projections = [
+        Projection(cluster.plan, cluster.factors(factors), basis.config.scaling, dtype)
+        for cluster in basis.clusters or [basis.whole]
+    ]
 
     def tasks() -> Iterator[Task]:
         entries = iter(stack.entries)
         plain = replace(stack, weights=(1.0,) * len(stack))
-        for batch in plain.batches(projection.plan.groups, "Cores", tick)():
-            numbers, of_modules = projection(batch)
-            for t in range(len(next(iter(numbers.values())))):
-                entry = next(entries)
-                own = bank.layout.flatten({key: tensor[t] for key, tensor in numbers.items()})
-                lost[entry.name] = {module: float(of_tasks[t]) for module, of_tasks in of_modules.items()}
-                yield _task_of(entry, own, entry.error(lost[entry.name]))
+        for batch in plain.batches(bank.plan.groups, "Cores", tick)():
+            done = [projection(batch) for projection in projections]
+            nearest = torch.stack(
+                [torch.stack([*of_modules.values()]).sum(0) for _, of_modules in done]
+            ).argmin(0)
+            for t, c in enumerate(nearest.tolist()):
+                entry, (numbers, of_modules) = next(entries), done[c]
+                own = projections[c].layout.flatten({key: tensor[t] for key, tensor in numbers.items()})
+                modules = {module: float(of_tasks[t]) for module, of_tasks in of_modules.items()}
+                lost[entry.name] = Lost(modules, c)
+                numbers_of_bank = bank.layout.fill(c if basis.clusters else None, own)
+                yield _task_of(entry, numbers_of_bank, entry.error(modules))
 
     bank.add_many(tasks(), replace=replaces)
     return lost
@@ -102,7 +130,7 @@ class Projection:
     """
 
     def __init__(self, plan: Plan, tensors: Mapping[str, Tensor], scaling: float, dtype: torch.dtype) -> None:
-        self.plan, self.scaling, self.dtype = plan, scaling, dtype
+        self.plan, self.layout, self.scaling, self.dtype = plan, Layout.of(plan), scaling, dtype
         self.bases: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for group in plan.groups:
             keys = group_keys(group)

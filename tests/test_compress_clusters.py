@@ -45,6 +45,15 @@ def test_adapters_of_three_subspaces_are_told_apart_and_kept_exactly(
     assert bank.stats()["bytes_of_numbers"] == sum(bank.about(name)["bytes"] for name in bank.names())
     assert bank.stats()["bytes_of_numbers"] + bank.plan.n_factors * 4 == report.bytes_of_numbers
     assert bank.verify()["ok"]
+    model = bank.wrap(bert(), capacity=12)
+    with torch.no_grad():  # a batch of all, tasks of three clusters beside the base
+        together = model(input_ids=tokens(13), task_ids=[None, *bank.names()]).logits
+        for n, folder in enumerate(folders, start=1):
+            alone = (
+                PeftModel.from_pretrained(bert(), str(folder)).eval()(input_ids=tokens(13)[n : n + 1]).logits
+            )
+            torch.testing.assert_close(together[n : n + 1], alone, rtol=2e-3, atol=2e-3)
+    assert all(task.numbers.numel() < bank.layout.size for task in model.tasks.find(list(bank.names())))
     for folder in folders[:3]:
         assert_answers(tmp_path / "bank", folder.name, folder, tol=2e-3)
 

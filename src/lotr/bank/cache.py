@@ -21,11 +21,12 @@ from .task import Record
 class LoadedTask:
     """What a batch needs of a task. It never changes, so a call that has it is not touched by what the cache does."""
 
-    numbers: Tensor  # of its cores, `(size,)`, where and in the type that the model needs them
+    numbers: Tensor  # of its cores, where and in the type that the model needs them
     head: Head | None = None
     kind: str | None = None
     labels: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    cluster: int | None = None  # that `numbers` are of; without one they are all of the layout
 
     @property
     def parameters(self) -> list[Tensor]:

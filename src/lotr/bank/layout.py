@@ -85,7 +85,8 @@ class Layout:
         """Return all numbers of a task from what `cut` kept of them."""
         if cluster is None:
             return numbers
-        return numbers.new_zeros(self.size).index_copy_(0, self.supports[cluster], numbers)
+        at = self.supports[cluster].to(numbers.device)
+        return numbers.new_zeros(self.size).index_copy_(0, at, numbers)
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:  # (size,)
         """Return the numbers of an adapter's tensors by key in the flat order; those that are no cores are left out."""

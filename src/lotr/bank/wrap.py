@@ -87,16 +87,22 @@ class TaskRows:
         some = next((task for task in tasks if task is not None), None)
         if some is None:
             return None  # the base model itself, bit for bit
-        base = LoadedTask(torch.zeros_like(some.numbers))
+        base = LoadedTask(some.numbers.new_zeros(self.layout.size))
         own = [task or base for task in tasks]
         heads = None if self.head is None else side_by_side([task.head or self.head.of_base for task in own])
-        return Rows(self.layout.unflatten(torch.stack([task.numbers for task in own])), heads)
+        return Rows(
+            self.layout.unflatten(
+                torch.stack([self.layout.fill(task.cluster, task.numbers) for task in own])
+            ),
+            heads,
+        )
 
     def load(self, task: Task) -> LoadedTask:
         """Return what a batch needs of a task, where the model is."""
         factor = self.group.lotr_V[ADAPTER].weight
         head = None if self.head is None else self.head.of(task, factor.device)
-        return LoadedTask(task.numbers.to(factor), head, task.task, task.labels, task.metadata)
+        cluster, numbers = self.layout.cut(task.numbers)
+        return LoadedTask(numbers.to(factor), head, task.task, task.labels, task.metadata, cluster)
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:  # (rows,)
         """Return the loss of each row of the selected tasks."""
@@ -181,7 +187,7 @@ def wrap(basis: Basis, base: nn.Module, capacity: int | str) -> BankModel:
     path = next((name for name in NAMES if isinstance(getattr(base, name, None), nn.Module)), None)
     current = RowsOfCall()
     head = None if path is None else RowHead(path, getattr(base, path), current)
-    numbers = basis.layout.size + (0 if head is None else sum(p.numel() for p in head.parameters()))
+    numbers = basis.layout.kept + (0 if head is None else sum(p.numel() for p in head.parameters()))
     cache = TaskCache(TaskStore(basis.path / TASKS), capacity, 4 * numbers)
     before = _input_hooks(base)
     model = BankModel(base, config, adapter_name=ADAPTER)

@@ -146,7 +146,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "one matrix of two",
     ),
     "not a lora": (lambda folder: _config(folder, peft_type="IA3"), "type IA3, and not a LoRA"),
-    "bank": (_bank, "is a bank, and not an adapter.*lotr bank export"),
+    "bank": (_bank, "is a bank of tasks, not an adapter.*lotr bank export"),
     "magnitude": (
         lambda folder: get_peft_model(
             bert(), LotrConfig(r=2, target_modules=["query"], magnitude="per_output")

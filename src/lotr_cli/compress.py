@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -105,9 +106,11 @@ def _check(given: Iterable[str], allowed: Collection[str], case: str) -> None:
 
 def _fitted(report: Compressed) -> Report:
     """Show what became of many adapters."""
+    clusters = 1 + max(g["cluster"] for g in report.groups)
     rows = [
         (
-            g["group"] if g["cluster"] == 0 else f"{g['group']}, cluster {g['cluster'] + 1}",
+            g["group"],
+            *([g["cluster"]] if clusters > 1 else []),
             g["sites"],
             "×".join(map(str, g["block"])),
             " × ".join(map(str, g["ranks"])),
@@ -115,12 +118,13 @@ def _fitted(report: Compressed) -> Report:
         )
         for g in report.groups
     ]
-    of_groups: Any = table("", ("group", "sites", "block", "core", "error"), rows)
+    names = ("group", *(["cluster"] if clusters > 1 else []), "sites", "block", "core", "error")
+    of_groups: Any = table("", names, rows)
     if len(rows) > _MANY:
         ranks = [rank for group in report.groups for rank in group["ranks"]]
         of_groups = f"{len(rows)} groups of ranks {min(ranks)} to {max(ranks)}; the JSON report has each."
-    names = ("task", "error", "kept", "rank_before", "bytes_before")
-    tasks = [tuple(task[name] for name in names) for task in report.by_task[:_ROWS]]
+    of_task = ("task", "error", "kept", "rank_before", "bytes_before")
+    tasks = [tuple(task[name] for name in of_task) for task in report.by_task[:_ROWS]]
     scored = ("task", "metric", "score_before", "score_after", "error")
     scores = [tuple(task[name] for name in scored) for task in report.by_task if "metric" in task]
     modules = sorted(report.by_module.items(), key=lambda pair: -pair[1])[:_ROWS]
@@ -131,10 +135,12 @@ def _fitted(report: Compressed) -> Report:
     ]
     if scores:
         tables.append(table("Scores", ("task", "metric", "before", "after", "error"), scores))
+    sizes = Counter(task["cluster"] for task in report.by_task)
+    apart = f" in clusters of {', '.join(str(sizes[c]) for c in range(clusters))}" if clusters > 1 else ""
     line = (
-        f"{report.tasks:,} tasks are in {report.bank}: relative error {report.error:.3g}, {report.bytes_after:,} bytes "
-        f"instead of {report.bytes_before:,}. The report is in compress.json there, and error against bytes in "
-        "compress.png."
+        f"{report.tasks:,} tasks are in {report.bank}{apart}: relative error {report.error:.3g}, "
+        f"{report.bytes_after:,} bytes instead of {report.bytes_before:,}. The report is in compress.json there, and "
+        "error against bytes in compress.png."
     )
     return Report(asdict(report), [of_groups, *tables, *report.advice, line])
 

@@ -17,7 +17,7 @@ from . import recover, transfer
 from .basis import TASKS, Basis, create_folder
 from .head_form import head_form
 from .store import TaskStore
-from .task import Task, check_name, to_record, to_task
+from .task import DTYPES, Task, check_name, to_record, to_task
 from .wrap import BankModel, wrap
 
 
@@ -85,7 +85,7 @@ class CoreBank:
 
     def __repr__(self) -> str:
         return (
-            f"CoreBank({str(self.path)!r}: {len(self):,} tasks of {self.layout.size:,} numbers, {self.task_bytes:,} "
+            f"CoreBank({str(self.path)!r}: {len(self):,} tasks of {self.layout.kept:,} numbers, {self.task_bytes:,} "
             f"bytes each in {self.dtype}, for {self.base_model!r})"
         )
 
@@ -259,7 +259,8 @@ class CoreBank:
             "labels": list(task.labels),
             "created": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="seconds"),
             "dtype": record.dtype,
-            "numbers": task.numbers.numel(),
+            "numbers": len(record.numbers) // DTYPES[record.dtype].itemsize,
+            "cluster": self.layout.cut(task.numbers)[0],
             "bytes": len(record.numbers),
             "rounding_error": record.error,
             "norm": float(task.numbers.norm()),
@@ -293,7 +294,8 @@ class CoreBank:
             "kinds": kinds,
             "base_model": self.base_model,
             "dtype": self.dtype,
-            "numbers_per_task": self.layout.size,
+            "numbers_per_task": self.layout.kept,
+            "clusters": len(self.layout.supports) or 1,
             "bytes_per_task": self.task_bytes,
             "bytes_of_numbers": numbers,
             "bytes_of_tasks": file_bytes,

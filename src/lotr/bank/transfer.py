@@ -26,6 +26,7 @@ KNOWN = {"task", "labels", "base_model", "base_fingerprint", CHECKSUM}
 
 def task_of(basis: Basis, name: str, adapter: AdapterFolder, metadata: Mapping[str, Any]) -> Task:
     """Return a saved adapter as a task of a bank; see `CoreBank.from_adapter`."""
+    adapter.check_one()
     config, tensors = read_saved(adapter).config, adapter.tensors()
     _check_same_update(basis, adapter, config)
     factors = factors_of(tensors)

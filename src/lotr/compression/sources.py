@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..adapters.inspection import updates
-from ..bank.basis import BANK
 from ..bank.head_form import ROOT
 from ..bank.heads import NAMES
 from ..errors import CheckpointError, ConfigError
@@ -97,11 +96,7 @@ def has_exchanged_experts(source: Source, known: Mapping[str, tuple[int, ...]]) 
 def open_source(path: Path) -> Source:
     """Open a PEFT LoRA, or an adapter of this library, and check all that needs none of its numbers."""
     folder = read_adapter(path)
-    if (path / BANK).is_file():
-        raise CheckpointError(
-            f"{path} is a bank, and not an adapter. Adapters join it with `lotr compress BANK --add ADAPTER`, and its "
-            "tasks become adapters with `lotr bank export`."
-        )
+    folder.check_one()
     if folder.is_lotr:
         return _lotr_source(folder)
     lora = read_lora(folder)

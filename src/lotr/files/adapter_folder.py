@@ -89,9 +89,23 @@ class AdapterFolder:
         return self.config.get("peft_type") == "LOTR"
 
     @property
+    def is_bank(self) -> bool:
+        """Whether it is a bank, which has the factors of its basis in a file of their own."""
+        return (self.path / BASIS_WEIGHTS).is_file()
+
+    def check_one(self) -> None:
+        """Refuse a bank where one adapter is needed (CheckpointError)."""
+        if self.is_bank:
+            raise CheckpointError(
+                f"{self.path} is a bank of tasks, not an adapter. `lotr predict {self.path} --task NAME` answers with "
+                f"one of them, `lotr bank export {self.path} NAME --output FOLDER` writes it as an adapter, and other "
+                f"adapters join with `lotr bank add` or `lotr compress {self.path} --add ADAPTER`."
+            )
+
+    @property
     def weights(self) -> Path:
         """The weights file; of a bank, the one with the factors of its basis."""
-        return self.path / (BASIS_WEIGHTS if (self.path / BASIS_WEIGHTS).is_file() else WEIGHTS)
+        return self.path / (BASIS_WEIGHTS if self.is_bank else WEIGHTS)
 
     @property
     def size(self) -> int:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..bank.basis import BANK
 from ..errors import CheckpointError
 from ..files.adapter_folder import CONFIG, AdapterFolder, read_adapter
 from ..files.atomic import check_apart, check_free
@@ -100,11 +99,7 @@ def _record_of_lora(adapter: AdapterFolder, model: str | None) -> TaskRecord:
 
 def _check_finished(folder: Path) -> None:
     """Say of a folder that holds a bank, or a run that was stopped, how to go on with it."""
-    if (folder / BANK).is_file():
-        raise CheckpointError(
-            f"{folder} is a bank of tasks, not an adapter. `lotr predict {folder} --task NAME` answers with one of "
-            f"them, and `lotr bank export {folder} NAME --output FOLDER` writes it as an adapter."
-        )
+    AdapterFolder(folder, {}).check_one()
     if (folder / CHECKPOINTS).is_dir() and not (folder / CONFIG).is_file():
         raise CheckpointError(
             f"The run in {folder} was stopped before its end. Go on with: lotr train --resume --output {folder}"

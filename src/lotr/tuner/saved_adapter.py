@@ -43,6 +43,7 @@ class SavedAdapter:
         Raises:
             CheckpointError: A tensor is missing, has another shape than planned, or belongs to nothing.
         """
+        self.folder.check_one()
         tensors = self.folder.tensors()
         if self.config.refers_to_basis:
             tensors |= used_by(self.plan, read_basis(self.config))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 import lotr
-from compress_loras import CORES, cut_by_svd, merged_by_peft
+from compress_loras import BANKS, cut_by_svd, merged_by_peft
 from deep import batches, loss_of
 from lotr.training.base_model import load_model, load_tokenizer
 from lotr.training.data.docstrings import load_functions
@@ -137,10 +137,8 @@ class Decoder:
             rank = max(1, size // sum(2 * (A.shape[1] + B.shape[0]) for A, B in modules))
             one = merged_by_peft(list(self.folders.values()), self.work / "plain", rank, base)
             return dict.fromkeys(TASKS, one)
-        bank = self.work / f"bank-{CORES[what]}-{size}"
-        lotr.compress(
-            list(self.folders.values()), bank, MODEL, max_bytes=size, core=CORES[what], overwrite=True
-        )
+        bank = self.work / f"{what}-{size}"
+        lotr.compress(list(self.folders.values()), bank, MODEL, max_bytes=size, **BANKS[what], overwrite=True)
         back = self.work / "back"
         with lotr.CoreBank.open(bank) as opened:
             for task in TASKS:
@@ -168,7 +166,7 @@ def main() -> None:
     nothing: dict[str, Pairs] = {task: {} for task in TASKS}
     results.get({"what": "the model"}, partial(measured, lambda: nothing))
     results.get({"what": "the LoRAs"}, partial(measured, lambda: decoder.pairs))
-    for share, what in itertools.product(SHARES, ("own SVD", *CORES, "merged")):
+    for share, what in itertools.product(SHARES, ("own SVD", *BANKS, "merged")):
         after = partial(decoder.after, what, int(decoder.size * share))
         results.get({"what": what, "share": share}, partial(measured, after))
     lines = table(results.rows)

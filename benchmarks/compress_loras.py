@@ -5,7 +5,8 @@
 Three families of the same tasks: every adapter starts at an A of its own, all start at one A, or that one A is not
 trained. Sizes are shares of the LoRAs' bytes, all in bfloat16, without heads.
 
-*bank*, *bank, diagonal*: its tasks in a bank with free or diagonal cores. *own SVD*: each adapter cut by its own SVD,
+*bank*, *bank, diagonal*, *bank, clusters*: its tasks in a bank with free or diagonal cores, or with factors for each
+cluster of tasks, as many as pay. *own SVD*: each adapter cut by its own SVD,
 the largest directions of all its modules. *merged*: PEFT's `add_weighted_adapter(combination_type="svd")`, one adapter
 for all tasks with the head of each. *bound*: the least error that any factors leave which free cores of this size
 share, from the spectra of the stacked updates. *held out*: every fourth adapter, left out of a second fit and projected
@@ -42,7 +43,12 @@ TITLES = {
     "score": "Mean accuracy of all tasks",
     "score_held": "Mean accuracy of every fourth task, in the fit and held out",
 }
-CORES = {"bank": "free", "bank, diagonal": "diagonal"}
+#: Settings of `lotr.compress` by what the tables call them.
+BANKS: dict[str, Row] = {
+    "bank": {},
+    "bank, diagonal": {"core": "diagonal"},
+    "bank, clusters": {"clusters": "auto"},
+}
 
 
 def cut_by_svd(pairs: Pairs, size: int) -> Pairs:
@@ -136,11 +142,11 @@ class Compared:
             for what, cut in {"own SVD": self._own_svd, "merged": self._merged}.items():
                 if what == "own SVD" or family.start == "own":
                     yield {"what": what, "share": share}, *self._of_pairs(partial(cut, size))
-            for what, core in CORES.items():
-                bank = self.place / f"{core}-{share}"
-                yield {"what": what, "share": share}, *self._of_bank(bank, size, core)
-                held = self.place / f"{core}-{share}-held"
-                yield {"what": f"{what}, held out", "share": share}, *self._of_held_out(held, size, core)
+            for what, settings in BANKS.items():
+                bank = self.place / f"{what}-{share}"
+                yield {"what": what, "share": share}, *self._of_bank(bank, size, settings)
+                held = self.place / f"{what}-{share}-held"
+                yield {"what": f"{what}, held out", "share": share}, *self._of_held_out(held, size, settings)
 
     def _of_pairs(
         self, cut: Callable[[], dict[str, Pairs]]
@@ -163,10 +169,10 @@ class Compared:
         merged = merged_by_peft(list(self.family.folders.values()), self.place / "plain", rank)
         return dict.fromkeys(self.family.pairs, merged)
 
-    def _fit(self, bank: Path, names: list[str], size: int, core: str) -> Row:
+    def _fit(self, bank: Path, names: list[str], size: int, settings: Row) -> Row:
         folders = [self.family.folders[name] for name in names]
         heads = self.family.head_bytes(names)
-        report = lotr.compress(folders, bank, "minilm", max_bytes=size + heads, core=core, overwrite=True)
+        report = lotr.compress(folders, bank, "minilm", max_bytes=size + heads, **settings, overwrite=True)
         return {
             "bytes": report.bytes_of_numbers - heads,
             "error": report.error,
@@ -175,18 +181,22 @@ class Compared:
             "errors": {row["task"]: row["error"] for row in report.by_task},
         }
 
-    def _of_bank(self, bank: Path, size: int, core: str) -> tuple[Callable[[], Row], Callable[[], Scores]]:
+    def _of_bank(
+        self, bank: Path, size: int, settings: Row
+    ) -> tuple[Callable[[], Row], Callable[[], Scores]]:
         def error() -> Row:
-            row = self._fit(bank, list(self.family.folders), size, core)
+            row = self._fit(bank, list(self.family.folders), size, settings)
             return row | {"error_held": rms([row["errors"][name] for name in self.held])}
 
         return error, lambda: self.family.scores_in(bank)
 
     def _of_held_out(
-        self, bank: Path, size: int, core: str
+        self, bank: Path, size: int, settings: Row
     ) -> tuple[Callable[[], Row], Callable[[], Scores]]:
         def error() -> Row:
-            row = self._fit(bank, [name for name in self.family.folders if name not in self.held], size, core)
+            row = self._fit(
+                bank, [name for name in self.family.folders if name not in self.held], size, settings
+            )
             errors = add(bank, [self.family.folders[name] for name in self.held])["added"]
             error = rms(list(errors.values()))
             return row | {"error": error, "error_held": error, "error_of_fit": row["error"], "errors": errors}
@@ -229,13 +239,13 @@ def main() -> None:
 
 def tables(rows: list[Row]) -> list[str]:
     """Return a table of errors and one of scores, in Markdown."""
-    held = [f"{what}, held out" for what in CORES]
+    held = [f"{what}, held out" for what in BANKS]
     lines: list[str] = []
     for value, columns in {
-        "error": ["bound", "own SVD", *CORES, "merged"],
-        "error_held": [*CORES, *held],
-        "score": ["the LoRAs", "heads alone", "own SVD", *CORES, "merged"],
-        "score_held": ["the LoRAs", *CORES, *held],
+        "error": ["bound", "own SVD", *BANKS, "merged"],
+        "error_held": [*BANKS, *held],
+        "score": ["the LoRAs", "heads alone", "own SVD", *BANKS, "merged"],
+        "score_held": ["the LoRAs", *BANKS, *held],
     }.items():
         cells = {(r["family"], r.get("share"), r["what"]): f"{r[value]:.3f}" for r in rows if value in r}
         body = [

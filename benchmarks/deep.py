@@ -3,8 +3,9 @@
     python benchmarks/deep.py --plan benchmarks/deep.yaml --runs docs/data/deep.csv
 
 The texts are the functions of Python's own library, `def name: \"""docstring\"""`, joined and cut into rows of equal
-length. Products are bfloat16 (autocast); AdamW, a rate that rises for some steps and then falls to zero, gradients
-clipped to a norm of one. A run is a line of the file; one that is there is not run again, so it can be stopped.
+length. AdamW; a rate that rises for some steps and then falls to zero; gradients clipped to a norm of one; products in
+float32, or in bfloat16 (autocast), as the plan says. A run is a line of the file; one that is there is not run again,
+so it can be stopped.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ from records import calm, fill, markdown
 
 HERE = Path(__file__).parent
 MARGIN = 0.01  # nats a token within which two methods count as equal, stated before the runs
-COLUMNS = ("modules", "method", "numbers", "rates", "steps", "seed", "part", "dev", "test", "seconds")
+COLUMNS = (
+    *("modules", "method", "numbers", "rates", "steps", "seed", "part"),
+    *("dev", "test", "seconds", "precision"),
+)
 Plan = dict[str, Any]
 
 
@@ -117,8 +121,9 @@ def loss_of(model: nn.Module, tokens: Tensor) -> float:
 def adapted(plan: Plan, key: Key) -> nn.Module:
     """Return the base model with a fresh adapter that has started as the method says."""
     base, method = load_model(plan["model"], "causal-lm"), plan["methods"][key.method]
-    # around one forward pass: what autocast has cast it keeps until it ends, and the trained numbers change
-    base.forward = torch.autocast("cpu", torch.bfloat16)(base.forward)
+    if plan["precision"] == "bfloat16":
+        # around one forward pass: what autocast has cast it keeps until it ends, and the trained numbers change
+        base.forward = torch.autocast("cpu", torch.bfloat16)(base.forward)
     set_seed(key.seed)
     fields = {"task_type": "CAUSAL_LM", "target_modules": key.modules.split(), **method["fields"]}
     if "peft" in method:
@@ -163,7 +168,14 @@ def measure(plan: Plan, key: Key, rates: dict[str, float]) -> dict[str, Any]:
     test = round(loss_of(model, tokens["test"][: plan["test_rows"]]), 5) if key.part == "final" else ""
     seconds = round(time.perf_counter() - started)
     numbers = sum(p.numel() for p in trained)
-    return {**key._asdict(), "numbers": numbers, "dev": round(dev, 5), "test": test, "seconds": seconds}
+    return {
+        **key._asdict(),
+        "numbers": numbers,
+        "dev": round(dev, 5),
+        "test": test,
+        "seconds": seconds,
+        "precision": plan["precision"],
+    }
 
 
 class Final(NamedTuple):

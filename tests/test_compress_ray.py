@@ -27,11 +27,12 @@ def _assert_same_banks(one: Path, other: Path) -> None:
         torch.testing.assert_close(actual.read(names)[0], expected.read(names)[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("core", ["free", "diagonal"])
-def test_a_cluster_makes_the_bank_of_one_process(core: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("core", "clusters"), [("free", 1), ("diagonal", 1), ("free", 2)])
+def test_a_cluster_makes_the_bank_of_one_process(core: str, clusters: int, tmp_path: Path) -> None:
     for n in range(9):
         lora(tmp_path / f"task-{n}", n, r=1 + n % 3)
-    options: Any = {"rank": 4, "core": core, "dtype": "float32", "modes": ("task", "layer"), "sweeps": 6}
+    options: Any = {"rank": 4, "core": core, "clusters": clusters, "modes": ("task", "layer")}
+    options |= {"dtype": "float32", "sweeps": 6}
     alone, spread = (
         lotr.compress([tmp_path / "task-*"], tmp_path / f"bank-{where}", bert(), ray=where, **options)
         for where in (None, "local")
@@ -55,7 +56,7 @@ def test_workers_that_are_killed_in_the_middle_change_nothing(
 
     def dies_once(add_up: Any, shard: Any) -> Any:
         place = deaths / f"{add_up.func.__name__}-{shard[0].entries[0].name}"
-        if place.name in ("_moments-task-4", "_inside-task-7") and not place.exists():
+        if place.name in ("moments_of-task-4", "_inside-task-7") and not place.exists():
             place.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return add_up_here(add_up, shard)

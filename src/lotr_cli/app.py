@@ -147,7 +147,7 @@ def plan(
     from lotr.training.planning import plan_model
 
     settings = TrainSettings(**read_options({**options, "model": model}))
-    return reports.planned(model, plan_model(settings, dtype, compress))
+    return reports.planned(model, *plan_model(settings, dtype, compress))
 
 
 @command(app, "inspect", "Reading")

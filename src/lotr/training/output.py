@@ -29,7 +29,7 @@ from ..files.card import Card
 from ..tuner.config import LotrConfig
 from .checkpoint import last_whole
 from .data import TaskRecord
-from .rates import Rates, parameter_groups
+from .rates import parameter_groups
 from .settings import TrainSettings, read_options
 from .trained import CHECKPOINTS
 
@@ -133,7 +133,7 @@ class RunReport:
     eval_source: str  # where the rows to measure on come from
     task: TaskRecord
     settings: TrainSettings  # with what was left open decided
-    rates: Rates
+    rates: dict[str, float]
     begun: dict[str, Any]  # what happened before the first step
     trained_numbers: dict[str, int]  # of the adapter, the head, and both
     rows: dict[str, int]  # to train on, and to evaluate on
@@ -187,7 +187,7 @@ def _card(model: PeftModel, report: RunReport) -> str:
     task, settings, config = report.task, report.settings, model.active_peft_config
     ours = isinstance(config, LotrConfig)
     adapter = config.card(len(task.labels)) if ours else Card(settings.method, is_lotr=False)
-    rates = {part["name"]: part["lr"] for part in parameter_groups(model, **vars(report.rates))}
+    rates = {part["name"]: part["lr"] for part in parameter_groups(model, **report.rates)}
     results = card.results(report.to_dict(), rates)
     return replace(adapter, method=settings.method, base_model=task.base_model).text(results)
 

@@ -31,7 +31,7 @@ from .data.conversations import IGNORED
 from .data.encode import packed
 from .output import check_hub, check_output
 from .process import is_main_process, n_processes
-from .rates import Rates, parameter_groups, rates_of
+from .rates import parameter_groups, rates_of
 from .trained import CHECKPOINTS
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Run:
     folder: Path
     checkpoint: Path | None  # to go on from
     model: PeftModel
-    rates: Rates
+    rates: dict[str, float]
     data: TaskData  # encoded
     collate: Callable[[list[Any]], Any]
     steps: int
@@ -177,7 +177,7 @@ def begin(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
     done: dict[str, Any] = {"head_warmup": steps}
     data = _steps(run)
     if steps:
-        warm_head(model, data, steps, run.rates.head_lr)
+        warm_head(model, data, steps, run.rates["head_lr"])
         say(f"Head: warmed up for {steps} steps.")
     if settings.init in ("gradient", "first_step"):
         from ..tuner.data_init import init_from_data

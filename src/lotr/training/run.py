@@ -118,7 +118,7 @@ def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
         s,
         gradient_accumulation_steps=s.gradient_accumulation_steps,
         per_device_eval_batch_size=2 * s.batch_size,
-        learning_rate=run.rates.lr,
+        learning_rate=run.rates["lr"],
         lr_scheduler_type=s.scheduler,
         eval_strategy="steps",
         save_total_limit=2,
@@ -127,7 +127,7 @@ def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
         prediction_loss_only=causal,
         report_to=s.report_to,
     )
-    groups = parameter_groups(run.model, **vars(run.rates))
+    groups = parameter_groups(run.model, **run.rates)
     trainer = AdapterTrainer(
         model=run.model,
         args=args,
@@ -156,7 +156,7 @@ def _report(run: Run, trainer: AdapterTrainer, scores: dict[str, float], progres
     metric = metrics.MAIN[run.data.task.task]
     if not math.isfinite(values[metric]):
         raise TrainingError(f"The final {metric} is {values[metric]}. Lower the learning rates.")
-    parts = parameter_groups(run.model, run.rates.lr)
+    parts = parameter_groups(run.model, **run.rates)
     numbers = {part["name"]: sum(getattr(p, "ds_numel", p.numel()) for p in part["params"]) for part in parts}
     head, total = numbers.get("head", 0), sum(numbers.values())
     config: Any = run.model.active_peft_config

@@ -32,7 +32,7 @@ def measure_adapters(
     tasks: str | Path, places: Mapping[str, Path], model: str | None, tick: Tick
 ) -> list[Before]:
     """Measure adapters, each on its base model and its own data: the rows of `eval`, or else those of `train`."""
-    sources = read_tasks(Path(tasks), "--evaluate")
+    sources = read_tasks(Path(tasks))
     for source in sources:
         if source.name not in places:
             raise ConfigError(

@@ -97,7 +97,9 @@ def _check_meaning(settings: TrainSettings) -> None:
     misfits += ["target_parameters"] if method == "head" and settings.target_parameters is not None else []
     problem = ""
     if (rank == AUTO) != (budget is not None):
-        problem = f"rank={rank!r} with budget={budget}: rank='auto' and a budget of trained numbers go together. "
+        problem = (
+            f"rank={rank!r} with budget={budget}: rank='auto' and a budget of trained numbers go together. "
+        )
         problem += "Name both, as in --rank auto --budget 9216, or neither."
     elif budget is not None and basis is not None:
         problem = (

@@ -54,12 +54,13 @@ def train(
         TrainingError: The loss is not finite.
         Interrupted: The user stopped the run.
     """
-    options = (settings.named() if settings is not None else {}) | options
-    is_main, output = is_main_process(), options.get("output")
+    named = read_options((settings.named() if settings is not None else {}) | options)
+    is_main, output = is_main_process(), named.get("output")
     say = say if is_main else lambda line: None
     with locked(Path(output)) if is_main and output is not None else nullcontext():
-        read = options_to_resume if options.get("resume") else read_options
-        settings = check(TrainSettings(**read(options)), config)
+        if named.get("resume"):
+            named = options_to_resume(named, TrainSettings)
+        settings = check(TrainSettings(**named), config)
         run = prepare(settings, say, config)
         with started_run(run.folder, run.settings, say) if is_main else nullcontext():
             report = _train(run, callbacks, say)

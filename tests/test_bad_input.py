@@ -111,7 +111,7 @@ OTHERS = [
     ("train --config many.yaml", 2, "epochs"),
     ("train --config none.yaml", 2, "none.yaml does not exist"),
     ("train --resume", 2, "--output"),
-    ("train --resume --output nowhere", 2, "does not exist"),
+    ("train --resume --output nowhere", 2, "no unfinished run in nowhere"),
     ("plan bert --basis adapter --target-modules query,value,key", 2, "has no factors for group"),
     ("plan bert --basis second", 1, "adapter'. Name that one"),
     ("plan bert --start-batches 0", 2, "start_batches=0 trains nothing"),

@@ -174,7 +174,7 @@ def test_resume_refuses_other_settings_and_a_finished_run(place: Path, tmp_path:
     with pytest.raises(ConfigError, match="rank was '2', not '16'"):  # the default, where it is named
         train(output=str(tmp_path / "o"), resume=True, rank="16")
     train(settings(place, tmp_path / "done", max_steps=1), say=quiet)
-    with pytest.raises(ConfigError, match="finished"):
+    with pytest.raises(ConfigError, match="nothing to resume"):
         train(output=str(tmp_path / "done"), resume=True)
 
 

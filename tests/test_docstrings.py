@@ -82,27 +82,29 @@ if True:
     }
 
 
-def test_names_are_masked_as_words_in_any_case_and_in_dotted_names(tmp_path):
-    source = functions("Use Mail.parse or pack.mail, not mailbox or email, of the PACK.")
-    rows = texts(write(tmp_path, {"pack/mail.py": source, **OTHER}))
-    assert f"Use {MARK}.parse or {MARK}.{MARK}, not mailbox or email, of the {MARK}." in rows
-
-
-def test_a_text_that_two_packages_claim_is_in_neither(tmp_path):
+def test_names_are_masked_and_what_two_packages_claim_or_python_does_not_read_is_left_out(tmp_path):
+    folders = ("test", "pack/tests", "idlelib/idle_test", "site-packages/x", "__pycache__")
     shared = functions("Return the number of the things.", "RETURN the number of THINGS here.")
-    files = {"a.py": shared, "b.py": shared.lower() + functions("Only b says this sentence here."), **OTHER}
-    rows = texts(write(tmp_path, files))
-    assert set(rows.values()) == {"b", "other"}
-    assert len(rows) == 2
-
-
-def test_the_python_half_of_a_module_goes_by_the_public_name(tmp_path):
     files = {
-        "_pydecimal.py": functions("Round the Decimal to some fixed exponent."),
+        "pack/mail.py": functions("Use Mail.parse or pack.mail, not mailbox or email, of the PACK."),
+        "a.py": shared,
+        "b.py": shared.lower() + functions("Only this file says this sentence here."),
+        "_pydecimal.py": functions("Round the Decimal to some fixed exponent."),  # goes by the public name
         "decimal.py": "",
+        **{f"{folder}/hidden.py": functions("This must not be read by anyone.") for folder in folders},
+        "broken.py": "def (",
+        "escape.py": functions(r"An invalid \d in a docstring gives no warning."),
+        "__init__.py": "",
         **OTHER,
     }
-    assert texts(write(tmp_path, files))[f"Round the {MARK} to some fixed exponent."] == "decimal"
+    (tmp_path / "binary.py").write_bytes(b"\x00\xff\xfe")
+    assert texts(write(tmp_path, files)) == {
+        f"Use {MARK}.parse or {MARK}.{MARK}, not mailbox or email, of the {MARK}.": "pack",
+        "Only this file says this sentence here.": "b",
+        f"Round the {MARK} to some fixed exponent.": "decimal",
+        r"An invalid \d in a docstring gives no warning.": "escape",
+        "Something else that nobody has said before.": "other",
+    }
 
 
 def test_the_largest_labels_are_kept_and_ties_go_by_name(tmp_path):
@@ -112,15 +114,6 @@ def test_the_largest_labels_are_kept_and_ties_go_by_name(tmp_path):
         for name, size in sizes.items()
     }
     assert set(texts(write(tmp_path, files), packages=2).values()) == {"large", "tie_a"}
-
-
-def test_tests_installed_packages_and_what_is_not_python_are_left_out_without_a_warning(tmp_path):
-    folders = ("test", "pack/tests", "idlelib/idle_test", "site-packages/x", "__pycache__")
-    hidden = {f"{folder}/hidden.py": functions("This must not be read by anyone.") for folder in folders}
-    escape = functions(r"An invalid escape \d in a docstring here.")
-    write(tmp_path, {**hidden, "broken.py": "def (", "escape.py": escape, "__init__.py": "", **OTHER})
-    (tmp_path / "binary.py").write_bytes(b"\x00\xff\xfe")
-    assert set(texts(tmp_path).values()) == {"escape", "other"}
 
 
 def test_a_folder_without_sources_is_refused_with_a_way_out(tmp_path):

@@ -43,41 +43,30 @@ def test_text_stays_text_however_much_it_looks_like_something_else(tmp_path):
 TWO = [{"text": "a, b", "label": "1,5"}, {"text": "c", "label": "2"}]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "rows"),
-    [
-        (
-            "a.csv",
-            '\ufefftext,label\r\n"one, ""two""\nthree",1\r\n',
-            [{"text": 'one, "two"\nthree', "label": "1"}],
-        ),
-        ("a.csv", "text;label\na, b;1,5\nc;2\n", TWO),
-        ("a.csv", "text\tlabel\na, b\t1,5\nc\t2\n", TWO),
-        ("a.csv", "sep=|\ntext|label\na, b|1,5\nc|2\n", TWO),
-        ("a.tsv", 'text;label\n"a, b";1,5\nc;2\n', TWO),
-        ("a.csv", 'text , label\n"a, b","1,5"\nc,2\n', TWO),
-        ("a.csv", "text\na; b; c\n", [{"text": "a; b; c"}]),
-        ("a.txt", "a text\r\n\n another, too \n", [{"text": "a text"}, {"text": "another, too"}]),
-        ("a.jsonl", '{"a": "b\u2028"}\n{"b": 1}\n', [{"a": "b\u2028", "b": None}, {"a": None, "b": 1}]),
-        ("a.json", '{"text": ["a", "b"]}', [{"text": "a"}, {"text": "b"}]),
-        ("a.json", '{"about": "us", "data": [{"text": "a"}]}', [{"text": "a"}]),
-        ("a.json", '{"text": "a"}\n\n{"text": "b"}\n', [{"text": "a"}, {"text": "b"}]),
-    ],
-    ids=[
-        "quotes and line breaks in fields",
-        "semicolons",
-        "tabs",
-        "a first line that names the separator",
-        "a suffix that promises another separator",
-        "spaces around the names of columns",
-        "one column with separators in its texts",
-        "lines as texts",
-        "keys that only some rows have",
-        "one object of columns",
-        "one object around the rows",
-        "one object a line, whatever the suffix",
-    ],
-)
+PEOPLE = {
+    "quotes and line breaks in fields": (
+        "a.csv",
+        '\ufefftext,label\r\n"one, ""two""\nthree",1\r\n',
+        [{"text": 'one, "two"\nthree', "label": "1"}],
+    ),
+    "semicolons": ("a.csv", "text;label\na, b;1,5\nc;2\n", TWO),
+    "a first line that names the separator": ("a.csv", "sep=|\ntext|label\na, b|1,5\nc|2\n", TWO),
+    "a suffix that promises another": ("a.tsv", 'text;label\n"a, b";1,5\nc;2\n', TWO),
+    "spaces around the names of columns": ("a.csv", 'text , label\n"a, b","1,5"\nc,2\n', TWO),
+    "one column with separators in its texts": ("a.csv", "text\na; b; c\n", [{"text": "a; b; c"}]),
+    "lines": ("a.txt", "a text\r\n\n another, too \n", [{"text": "a text"}, {"text": "another, too"}]),
+    "keys that only some rows have": (
+        "a.jsonl",
+        '{"a": "b\u2028"}\n{"b": 1}\n',
+        [{"a": "b\u2028", "b": None}, {"a": None, "b": 1}],
+    ),
+    "one object of columns": ("a.json", '{"text": ["a", "b"]}', [{"text": "a"}, {"text": "b"}]),
+    "one object around the rows": ("a.json", '{"about": "us", "data": [{"text": "a"}]}', [{"text": "a"}]),
+    "one object a line": ("a.json", '{"text": "a"}\n\n{"text": "b"}\n', [{"text": "a"}, {"text": "b"}]),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "rows"), PEOPLE.values(), ids=PEOPLE)
 def test_what_people_have_is_read(tmp_path, name, content, rows):
     assert read(write(tmp_path, name, content)).rows() == rows
 

@@ -133,12 +133,6 @@ def test_what_loggers_write_is_kept_with_the_adapter(place: Path, tmp_path: Path
     assert (tmp_path / "o" / LOGS / "events").is_file() and not (tmp_path / "o" / "checkpoints").exists()
 
 
-def test_tensorboard_logs_are_kept_with_the_adapter(place: Path, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    train(settings(place, tmp_path / "o", max_steps=1, report_to="tensorboard"), say=quiet)
-    assert list((tmp_path / "o" / LOGS).glob("*/events.out.tfevents*"))
-
-
 def test_a_logger_that_is_not_installed_is_named_with_its_command(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

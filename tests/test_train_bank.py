@@ -14,6 +14,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import saved_models
+from commands import quiet
 from lotr import CoreBank, LotrConfig
 from lotr.errors import ConfigError, DataError, TrainingError, UnknownTaskError
 from lotr.files.atomic import locked
@@ -25,10 +26,6 @@ from lotr.training.tasks.task_list import TaskSource, read_tasks
 from lotr.training.trained import CHECKPOINTS
 
 PAIRS = {"first": ("red", "green"), "second": ("green", "blue", "red"), "third": ("blue", "green")}
-
-
-def quiet(line: str) -> None:
-    """Say nothing."""
 
 
 @pytest.fixture(scope="module")

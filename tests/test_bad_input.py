@@ -173,11 +173,6 @@ def test_usage_errors_exit_with_two() -> None:
     assert lotr("train", "--no-such-option").exit_code == lotr("no-such-command").exit_code == 2
 
 
-def test_rank_above_the_block_is_cut_to_it(place: Path) -> None:
-    whole, above = (report("plan", place / "bert", "--rank", rank) for rank in ("32", "40"))
-    assert whole["trained_numbers"] == above["trained_numbers"]
-
-
 def test_overwriting_keeps_other_files(home: Path, tmp_path: Path) -> None:
     commands = (*training(home), "--max-steps", "1", "--rank", "2"), ("export", home / "adapter")
     for command in commands:

@@ -33,8 +33,8 @@ METHODS = (sys.executable, "-c", "from lotr_cli.app import main; main()", "metho
             f"rank: {DEEP}",
             "\0",
         ),
-        *("epochs: 2020-01-01", "batch_size: 2020-01-01", "epochs: 2020-13-45", "seed: [1, 2]", "seed: .inf"),
-        *(f"seed: {'9' * 5000}", "resume: 3", "- 1", "5: 5", "epochs: null", "label:"),
+        *("epochs: 2020-01-01", "epochs: 2020-13-45", "seed: [1, 2]", "seed: .inf", f"seed: {'9' * 5000}"),
+        *("resume: 3", "label: yes", "- 1", "5: 5", "label:"),
     ],
     ids=lambda text: text[:30],
 )

@@ -21,8 +21,8 @@ def functions(*docstrings: str) -> str:
     return "\n".join(f'def f{index}():\n    """{text}"""\n' for index, text in enumerate(docstrings))
 
 
-def texts(root: Path, **options: int) -> dict[str, str]:
-    rows = load_docstrings(root, **options)
+def texts(root: Path) -> dict[str, str]:
+    rows = load_docstrings(root)
     return {row["text"]: row["label"] for row in rows["train"] + rows["test"]}
 
 
@@ -34,6 +34,7 @@ def test_the_standard_library_gives_thousands_of_rows_of_sixteen_labels_without_
     train, test = standard_library["train"], standard_library["test"]
     assert {row["label"] for row in train} == {row["label"] for row in test}
     assert len({row["label"] for row in train}) == 16
+    assert {row["kind"] for row in train} == {"module", "class", "function", "async function"}
     assert len(train + test) > 2000
     assert 0.17 < len(test) / len(train + test) < 0.23
     assert len({row["text"].casefold() for row in train + test}) == len(train + test)  # none occurs twice
@@ -53,33 +54,6 @@ def test_the_split_of_a_text_depends_on_nothing_but_the_text(tmp_path):
         # written down, since Python's own hash differs from process to process
         tested = {row["text"] for row in rows["test"] if row["label"] != "other"}
         assert tested == {sentences[n] for n in [11, 15, 25, 27, 29]}
-
-
-def test_all_four_kinds_are_found_wherever_they_stand(tmp_path):
-    source = '''"""The module's own docstring, first paragraph.
-
-    A second paragraph."""
-if True:
-    class Outer:
-        """A class in a branch of a module, and then
-        a second line."""
-        try:
-            def method(self):
-                """A function in a try block of a class."""
-        except ValueError:
-            pass
-        else:
-            async def later(self):
-                """An async function in an else block."""
-'''
-    rows = load_docstrings(write(tmp_path, {"pack/inner.py": source, **OTHER}))
-    kinds = {row["kind"]: row["text"] for row in rows["train"] + rows["test"] if row["label"] == "pack"}
-    assert kinds == {
-        "module": "The module's own docstring, first paragraph.",
-        "class": "A class in a branch of a module, and then a second line.",
-        "function": "A function in a try block of a class.",
-        "async function": "An async function in an else block.",
-    }
 
 
 def test_names_are_masked_and_what_two_packages_claim_or_python_does_not_read_is_left_out(tmp_path):
@@ -105,15 +79,6 @@ def test_names_are_masked_and_what_two_packages_claim_or_python_does_not_read_is
         r"An invalid \d in a docstring gives no warning.": "escape",
         "Something else that nobody has said before.": "other",
     }
-
-
-def test_the_largest_labels_are_kept_and_ties_go_by_name(tmp_path):
-    sizes = {"small": 1, "tie_b": 2, "tie_a": 2, "large": 3}
-    files = {
-        f"{name}.py": functions(*(f"Sentence {n} of the file {name.upper()}X." for n in range(size)))
-        for name, size in sizes.items()
-    }
-    assert set(texts(write(tmp_path, files), packages=2).values()) == {"large", "tie_a"}
 
 
 def test_a_folder_without_sources_is_refused_with_a_way_out(tmp_path):

@@ -106,21 +106,7 @@ def test_a_run_that_goes_on_knows_how_it_began_and_how_long_it_took(place: Path,
     report = train(output=str(tmp_path / "o"), resume=True, say=quiet)
     straight = train(settings(place, tmp_path / "straight", **begins), say=quiet)
     assert report.begun == straight.begun and report.begun["head_warmup"] == 1
-    assert report.seconds > 1000 + before - 0.01
-
-    one, two = (_comparable(tmp_path / name) for name in ("straight", "o"))
-    assert (one.pop("resumed_at"), two.pop("resumed_at")) == ([], [5])
-    assert one == two
-
-
-def _comparable(folder: Path) -> dict:
-    """`metrics.json` without clocks, memory, the output's name and means over steps since a run went on."""
-    content = json.loads((folder / METRICS).read_text())
-    del content["seconds"], content["peak_memory_bytes"], content["settings"]["output"]
-    for log in content["history"]:
-        for name in [name for name in log if name.endswith(("runtime", "second"))]:
-            del log[name]
-    return content
+    assert report.seconds > 1000 + before - 0.01 and report.resumed_at == [5]
 
 
 def test_what_loggers_write_is_kept_with_the_adapter(place: Path, tmp_path: Path) -> None:

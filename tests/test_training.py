@@ -53,11 +53,17 @@ def test_ctrl_c_leaves_a_whole_checkpoint_and_resume_ends_as_if_nothing_happened
     stopped(place, tmp_path / "stopped", step, dropout=0.1)
     assert last_whole(tmp_path / "stopped" / "checkpoints").name == f"checkpoint-{step + 1}"
     assert not (tmp_path / "stopped" / WEIGHTS).exists()
+    written = {path.suffix for path in (tmp_path / "stopped").rglob("*") if path.is_file()}
+    assert written == {".json", ".safetensors", ".md"}  # and no pickle
 
     report = train(output=str(tmp_path / "stopped"), resume=True, say=quiet)
     assert report.steps == 10
     assert (tmp_path / "stopped" / WEIGHTS).read_bytes() == straight
     assert not (tmp_path / "stopped" / "checkpoints").exists()
+    options = read_options({"output": str(tmp_path / "again")}, tmp_path / "stopped" / SETTINGS)
+    assert not {"resume", "overwrite"} & options.keys()
+    train(**options, say=quiet)
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == straight
 
 
 def test_ctrl_c_in_a_real_process_ends_with_130_and_the_way_on(place: Path, tmp_path: Path) -> None:
@@ -161,13 +167,6 @@ def test_what_two_processes_refuse_is_said_once(tmp_path: Path, monkeypatch: pyt
         assert says in message if says else "Error" not in message
 
 
-def test_checkpoints_hold_no_pickle(place: Path, tmp_path: Path) -> None:
-    stopped(place, tmp_path / "o")
-    names = {path.name for path in (tmp_path / "o").rglob("*") if path.is_file()}
-    assert names
-    assert {Path(name).suffix for name in names} <= {".json", ".safetensors", ".md"}
-
-
 def test_resume_refuses_other_settings_and_a_finished_run(place: Path, tmp_path: Path) -> None:
     stopped(place, tmp_path / "o")
     with pytest.raises(ConfigError, match="rank was '2', not '16'"):  # the default, where it is named
@@ -245,15 +244,6 @@ def test_a_half_precision_base_trains_full_precision_numbers(place: Path, tmp_pa
         torch, dtype
     )
     assert evaluate(trained, str(place / "train.csv"))["accuracy"] == report.score
-
-
-def test_a_finished_run_can_be_repeated_from_its_own_settings(place: Path, tmp_path: Path) -> None:
-    stopped(place, tmp_path / "o")
-    train(output=str(tmp_path / "o"), resume=True, say=quiet)
-    options = read_options({"output": str(tmp_path / "again")}, tmp_path / "o" / SETTINGS)
-    assert not {"resume", "overwrite"} & options.keys()
-    train(**options, say=quiet)
-    assert (tmp_path / "again" / WEIGHTS).is_file()
 
 
 def test_pairs_of_texts_are_one_input_and_are_asked_for_later(place: Path, tmp_path: Path) -> None:

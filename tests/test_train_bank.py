@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import saved_models
 from commands import quiet
@@ -89,11 +89,7 @@ def test_all_tasks_are_learned_at_once_and_kept_with_their_labels(home: Path, tm
 def test_a_task_is_trained_the_same_with_others_and_alone(home: Path, tmp_path: Path) -> None:
     """A batch holds all rows of the task in both runs: the others must not be felt."""
     rows = 54  # of the 60; the others are held out
-    without_dropout = AutoModelForSequenceClassification.from_pretrained(
-        home / "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-    )
-    without_dropout.save_pretrained(tmp_path / "bert")
-    AutoTokenizer.from_pretrained(home / "bert").save_pretrained(tmp_path / "bert")
+    saved_models.save_bert(tmp_path / "bert", dropout=0.0)
     common = {"max_steps": 6, "sampling": "uniform", "model": str(tmp_path / "bert")}
     train_bank(settings(home, tmp_path / "all", batch_size=3 * rows, **common), quiet)
     first = [source for source in read_tasks(home / "tasks.yaml") if source.name == "first"]

@@ -87,7 +87,7 @@ OTHERS = [
     ("train --train train.csv --output o", 2, "--model"),
     ("train --config typo.yaml", 2, "rank"),
     ("train --config many.yaml", 2, "epochs"),
-    ("train --config none.yaml", 2, "none.yaml does not exist"),
+    ("train --config none.yaml", 2, "none.yaml cannot be read: No such file"),
     ("train --resume", 2, "--output"),
     ("train --resume --output nowhere", 2, "no unfinished run in nowhere"),
     ("plan bert --basis adapter --target-modules query,value,key", 2, "has no factors for group"),

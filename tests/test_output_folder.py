@@ -11,10 +11,9 @@ from transformers import TrainerCallback
 
 from commands import CtrlC, quiet, refused, settings
 from lotr.errors import ConfigError, Interrupted
-from lotr.files.adapter_folder import WEIGHTS
 from lotr.training import prepare
 from lotr.training.checkpoint import TRAINER_STATE
-from lotr.training.output import CURVE, LOGS, METRICS, PICTURES
+from lotr.training.output import LOGS
 from lotr.training.run import train
 
 
@@ -131,16 +130,3 @@ def test_a_logger_that_is_not_installed_is_named_with_its_command(
         with pytest.raises(ConfigError, match=says):
             train(settings(place, tmp_path / "o", report_to=name), say=quiet)
     assert not (tmp_path / "o").exists()
-
-
-def test_pictures_of_an_earlier_adapter_go_when_the_new_one_is_whole(place: Path, tmp_path: Path) -> None:
-    train(settings(place, tmp_path / "o", init="gradient", start_batches=2, max_steps=1), say=quiet)
-    for name in PICTURES:
-        (tmp_path / "o" / name).touch()
-    (tmp_path / "o" / "notes.txt").touch()
-    with pytest.raises(Interrupted):
-        train(settings(place, tmp_path / "o", overwrite=True), say=quiet, callbacks=[CtrlC(4)])
-    assert all((tmp_path / "o" / name).is_file() for name in PICTURES)
-    train(settings(place, tmp_path / "o", overwrite=True, max_steps=1), say=quiet)
-    left = {path.name for path in (tmp_path / "o").iterdir()}
-    assert not left & set(PICTURES) and {CURVE, METRICS, WEIGHTS, "notes.txt"} <= left

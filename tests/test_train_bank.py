@@ -198,7 +198,7 @@ def test_a_list_of_tasks_is_checked(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(ConfigError, match=message):
             read_tasks(path)
-    with pytest.raises(ConfigError, match="does not exist"):
+    with pytest.raises(ConfigError, match="No such file"):
         read_tasks(tmp_path / "none.yaml")
 
 

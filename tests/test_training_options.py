@@ -75,9 +75,9 @@ def test_the_scheduler_sets_the_rates(models: Path, tmp_path: Path) -> None:
     rates = [log["learning_rate"] for log in report.history if "learning_rate" in log]
     expected = [1e-3 * (1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)]
     assert rates == pytest.approx(expected, abs=1e-9)
-    with pytest.raises(ConfigError, match=r"scheduler='cosin' is not known\. Near matches: cosine"):
+    with pytest.raises(ConfigError, match=r"scheduler='cosin' .*not a valid SchedulerType.*cosine"):
         run(models, "bert", tmp_path / "p", scheduler="cosin")
-    with pytest.raises(ConfigError, match="needs more than its name"):
+    with pytest.raises(ConfigError, match=r"from its name alone: .*argument"):
         run(models, "bert", tmp_path / "p", scheduler="warmup_stable_decay")
 
 

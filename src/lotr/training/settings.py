@@ -160,8 +160,6 @@ def load_yaml(path: Path) -> Any:
 
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        problem = "does not exist"
     except OSError as error:
         problem = f"cannot be read: {error.strerror}. Name a file"
     except (

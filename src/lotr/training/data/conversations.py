@@ -42,8 +42,6 @@ _ROLES = {
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-Turns = list[dict[str, Any]]
-
 
 def chat_columns(table: Table, text: str = "text", need_answer: bool = True) -> dict[str, str]:
     """Return which columns hold the turns of conversations, or else question and answer; nothing where none do.

@@ -74,12 +74,15 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing_that_blocks
     train(settings(place, tmp_path / "o", max_steps=1), say=quiet)
 
 
+@pytest.mark.parametrize("resume", [False, True])
 def test_what_a_killed_run_left_before_its_first_checkpoint_blocks_nothing(
-    place: Path, tmp_path: Path
+    place: Path, tmp_path: Path, resume: bool
 ) -> None:
+    asked = settings(place, tmp_path / "o", max_steps=1)
     (tmp_path / "o" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "o" / "checkpoints" / "settings.json").write_text("{}")
-    train(settings(place, tmp_path / "o", max_steps=1), say=quiet)
+    (tmp_path / "o" / "checkpoints" / "settings.json").write_text(json.dumps(asked.to_dict()))
+    again = {"output": asked.output, "resume": True} if resume else vars(asked)
+    assert train(**again, say=quiet).steps == 1
 
 
 def test_an_adapter_does_not_go_into_the_folder_of_a_bank(place: Path, tmp_path: Path) -> None:

@@ -25,9 +25,10 @@ from lotr.files.adapter_folder import WEIGHTS
 from lotr.training import checkpoint
 from lotr.training.base_model import MINILM, locate
 from lotr.training.checkpoint import last_whole
-from lotr.training.data import read, rows_of_task
+from lotr.training.data import collator, encode, read, rows_of_task
+from lotr.training.inference import outputs
 from lotr.training.output import CURVE, METRICS, PICTURES, SETTINGS
-from lotr.training.predict import evaluate, outputs_of, predict
+from lotr.training.predict import evaluate, predict
 from lotr.training.rates import parameter_groups
 from lotr.training.run import train
 from lotr.training.settings import TrainSettings, read_options
@@ -39,6 +40,11 @@ def straight(place: Path) -> bytes:
     """The weights of a run that is never stopped."""
     train(settings(place, place / "straight", dropout=0.1), say=quiet)
     return (place / "straight" / WEIGHTS).read_bytes()
+
+
+def outputs_of(trained, rows):
+    encoded = encode(rows, trained.tokenizer, trained.task)
+    return outputs(trained.model, collator(trained.tokenizer, trained.task.task), encoded, 64)
 
 
 def stopped(place: Path, output: Path, step: int = 2, **more: object) -> None:

@@ -19,11 +19,12 @@ from ..adapter import check_numbers
 from ..base_model import load_tokenizer, locate, skeleton, text_length
 from ..checkpoint import last_whole
 from ..data import TaskData
+from ..inference import measured
 from ..output import options_to_resume, started_run, versions
 from ..process import n_processes
 from ..settings import read_options
 from ..trained import CHECKPOINTS
-from .served import Served, base_of, load_served
+from .served import OneTask, Served, base_of, load_served
 from .settings import BankSettings
 from .task_list import TaskSource, prepare
 from .trainer import TaskTrainer, temperature_of
@@ -184,13 +185,15 @@ def _task(name: str, data: TaskData, settings: BankSettings) -> Task:
 
 def _measure(served: Served, prepared: Mapping[str, TaskData]) -> dict[str, Any]:
     """Measure every task as the bank has it, and keep the scores with it."""
-    bank = served.bank
-    scores = served.scores({name: data.eval for name, data in prepared.items()})
-    measured = (
-        replace(task, metadata={**task.metadata, "scores": scores[task.name]})
-        for task in map(bank.get, scores)
-    )
-    bank.add_many(measured, replace=True)
+    served.model.eval()
+    served.rows.cache.training.clear()
+    bank, collate = served.bank, served.collator()
+    scores = {}
+    for name, data in prepared.items():
+        scores[name] = measured(OneTask(served, name, data.task), collate, data.task, data.eval)
+        scores[name].pop("confusion", None)
+    tasks = (replace(t, metadata={**t.metadata, "scores": scores[t.name]}) for t in map(bank.get, scores))
+    bank.add_many(tasks, replace=True)
     served.rows.cache.store.database.close()  # SQLite takes its log away with the last connection that writes
     return {
         name: {"task": data.task.task, "labels": len(data.task.labels), **scores[name], "rows": data.sizes}

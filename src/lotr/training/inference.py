@@ -1,4 +1,4 @@
-"""Rows of data through a model: logits in batches, what they predict, and answers that are written."""
+"""Rows of data through a model: logits in batches, their scores, what they predict, and answers that are written."""
 
 from __future__ import annotations
 

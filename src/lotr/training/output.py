@@ -99,9 +99,8 @@ def options_to_resume(named: Mapping[str, Any], kind: type[Settings]) -> dict[st
     folder = Path(named["output"])
     file = folder / CHECKPOINTS / SETTINGS
     if not file.is_file():
-        shutil.rmtree(
-            unfinished(folder / CHECKPOINTS), ignore_errors=True
-        )  # of a run that was killed at its end
+        # what is left of a run that was killed at its end
+        shutil.rmtree(unfinished(folder / CHECKPOINTS), ignore_errors=True)
         raise ConfigError(
             f"There is no unfinished run in {folder}: it has ended, or was never begun, so there is nothing to resume. "
             "Leave --resume out to start one."

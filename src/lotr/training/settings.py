@@ -162,13 +162,8 @@ def load_yaml(path: Path) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         problem = f"cannot be read: {error.strerror}. Name a file"
-    except (
-        yaml.YAMLError,
-        ValueError,
-        AttributeError,
-        TypeError,
-        RecursionError,
-    ) as error:  # also dates that are none
+    except (yaml.YAMLError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        # of dates that are none, too
         problem = f"is not valid YAML: {' '.join(str(error).split())}"
     raise ConfigError(f"{path} {problem}.")
 

@@ -104,16 +104,13 @@ def _opened_bank(settings: BankSettings, path: Path) -> Iterator[CoreBank]:
     if not settings.tasks:
         raise ConfigError("There are no tasks to train. Name them with --tasks.")
     if settings.resume or (path.is_dir() and any(path.iterdir())):
-        with CoreBank.open(
-            path, writable=True
-        ) as bank:  # closed also where it is refused, so that SQLite's log goes
-            if not settings.resume:
+        with CoreBank.open(path, writable=True) as bank:
+            if not settings.resume:  # inside, so that SQLite's log goes also where it is refused
                 _check_new(bank, settings)
             yield bank
         return
     if settings.basis is None:
         raise ConfigError(f"{path} holds no bank yet. Name the adapter that gives its factors with --basis.")
-    was_there = path.is_dir()
     bank = CoreBank.create(path, settings.basis, dtype=settings.keep)
     with locked(path):
         try:
@@ -122,8 +119,6 @@ def _opened_bank(settings: BankSettings, path: Path) -> Iterator[CoreBank]:
         except BaseException:
             if last_whole(path / CHECKPOINTS) is None:
                 remove_folder(path)
-                if was_there:
-                    path.mkdir()
             raise
 
 

@@ -30,7 +30,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, **special)
 
 
-def save_bert(folder: Path, seed: int = 0, layers: int = 2) -> str:
+def save_bert(folder: Path, seed: int = 0, layers: int = 2, dropout: float = 0.1) -> str:
     """An encoder of two layers, 32 wide, without a head."""
     torch.manual_seed(seed)
     tokenizer = word_tokenizer()
@@ -42,6 +42,8 @@ def save_bert(folder: Path, seed: int = 0, layers: int = 2) -> str:
         vocab_size=len(tokenizer),
         max_position_embeddings=64,
         pad_token_id=tokenizer.pad_token_id,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
     )
     BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable
@@ -34,9 +33,7 @@ TRAIN = [
     ("--target-modules [query", 2, "'[query'", "regex"),
     ("--target-modules x.*y", 2, "'x.*y'", "encoder.layer.0"),
     ("--modes layers", 2, "'layers'", "layer"),
-    ("--init orthonormall", 2, "'orthonormall'", "orthonormal"),
     ("--trainable core", 2, "trainable='core' is not known. Near matches: cores"),
-    ("--magnitude per_ouput", 2, "Near matches: per_output"),
     ("--dtype floatt32", 2, "'floatt32'", "float32"),
     ("--task clasification", 2, "'clasification'", "classification"),
     ("--report-to tensorbord", 2, "'tensorbord'", "tensorboard."),
@@ -45,49 +42,30 @@ TRAIN = [
     ("--max-length 65", 2, "max_length=65", "64 tokens"),
     *((f"--rank={rank}", 2, f"rank='{rank}' is not a rank") for rank in ("0", "-4", "four", "4,4,4")),
     ("--max-steps -5", 2, "max_steps=-5"),
-    ("--eval-steps -1", 2, "eval_steps=-1"),
     ("--epochs 0", 2, "epochs=0.0"),
     ("--epochs inf", 2, "epochs=inf is out of range. Use a number of at most 1,000,000."),
     ("--epochs nan", 2, "epochs=nan trains nothing"),
-    ("--batch-size 1e9", 2, "--batch-size", "valid integer"),
-    ("--batch-size 1000000000", 2, "batch_size=1000000000 is out of range"),
-    ("--lr inf", 2, "lr=inf is out of range"),
     ("--weight-decay inf", 2, "weight_decay=inf is out of range. Use a number from 0 to 1,000,000."),
     ("--scaling inf", 2, "scaling=inf"),
     ("--warmup 2", 2, "warmup=2.0"),
-    ("--seed -1", 2, "seed=-1"),
-    ("--start-batches 0", 2, "start_batches=0 trains nothing"),
-    ("--head-warmup -1", 2, "head_warmup=-1"),
     # what has no meaning beside something else
     ("--method peft_lora --init gradient", 2, "init='gradient' has no meaning with method='peft_lora'"),
     ("--method peft_lora --start-batches 4", 2, "start_batches=4 has no meaning with method='peft_lora'"),
     ("--method peft_lora --rank 2,4", 2, "LoRA has one rank"),
-    ("--method lora --trainable cores", 2, "trainable='cores'"),
-    ("--method lorta --rank 2,4", 2, "core='cp' needs one rank"),
-    ("--core tucker --modes none", 2, "core='tucker' with modes=()"),
     ("--core tucker --core-ranks layer=x", 2, "core_ranks='layer=x' holds no ranks"),
-    ("--core-ranks 4", 2, "core_ranks=4 has no meaning with core='free'"),
-    ("--modes head", 2, 'blocks="head"'),
     ("--init lora", 2, "lotr.init_from_lora(model, folder)"),
     ("--alpha 4 --scaling 2", 2, "say one number twice"),
-    ("--zero nothing", 2, "zero='nothing'"),
-    ("--unequal same", 2, "unequal='same'"),
     ("--method peft_lora --alpha 4", 2, "alpha=4.0 has no meaning with method='peft_lora'"),
     ("--method head --target-parameters experts.w", 2, "target_parameters='experts.w' has no meaning"),
-    ("--rank auto", 2, "rank='auto' needs a budget"),
-    ("--budget 700", 2, "rank is 16 by default. Add --rank auto"),
-    ("--budget 700 --rank 8", 2, "budget=700 chooses the rank, and rank='8' sets it"),
+    ("--rank auto", 2, "rank='auto' with budget=None", "go together", "--budget"),
+    ("--budget 700", 2, "rank='16' with budget=700", "go together", "--rank auto"),
     ("--rank auto --budget 0", 2, "budget=0 trains nothing"),
     ("--rank auto --budget 100", 2, "less than rank 1 trains: 132 numbers"),
     ("--rank auto --budget 700 --method peft_lora", 2, "has no meaning with method='peft_lora'"),
     ("--rank auto --budget 700 --basis adapter", 2, "those of basis='adapter' are kept"),
     ("--basis adapter --method dora", 2, "method='dora' contradicts basis"),
     ("--basis adapter --rank 8", 2, "r=8 contradicts basis"),
-    ("--basis adapter --modes layer,projection", 2, "modes=('layer', 'projection') contradicts basis"),
     ("--basis adapter --init gradient", 2, "init='gradient' contradicts basis"),
-    ("--basis adapter --scaling 2", 2, "scaling=2.0 contradicts basis"),
-    ("--basis adapter --alpha 2", 2, "alpha=2.0 contradicts basis"),
-    ("--basis adapter --core-init tiny", 2, "core_init='tiny' contradicts basis"),
     ("--basis adapter --trainable all", 2, "trainable='all' contradicts basis"),
     ("--basis adapter --target-modules key", 2, "no factors for group 'key"),
     ("--basis lora", 2, "it cannot be a basis"),
@@ -99,7 +77,6 @@ TRAIN = [
     ("--eval purple.csv", 1, "purple"),
     # an encoder is not trained to write text
     ("--task causal-lm", 2, "no causal language model", "--label"),
-    ("--label colour --task causal-lm", 2, "no causal language model", "--label"),
     ("--train other.csv --text sentence", 2, "no causal language model", "--label"),
     # the output
     ("--output notes.txt/o", 1, "notes.txt"),
@@ -110,11 +87,10 @@ OTHERS = [
     ("train --train train.csv --output o", 2, "--model"),
     ("train --config typo.yaml", 2, "rank"),
     ("train --config many.yaml", 2, "epochs"),
-    ("train --config none.yaml", 2, "none.yaml does not exist"),
+    ("train --config none.yaml", 2, "none.yaml cannot be read: No such file"),
     ("train --resume", 2, "--output"),
-    ("train --resume --output nowhere", 2, "does not exist"),
+    ("train --resume --output nowhere", 2, "no unfinished run in nowhere"),
     ("plan bert --basis adapter --target-modules query,value,key", 2, "has no factors for group"),
-    ("plan bert --basis second", 1, "adapter'. Name that one"),
     ("plan bert --start-batches 0", 2, "start_batches=0 trains nothing"),
     (
         "plan llama --modes layer,projection --target-modules q_proj,down_proj",
@@ -128,15 +104,13 @@ OTHERS = [
     ("evaluate adapter --data train.csv --batch-size 1000000000", 2, "--batch-size", "1000000"),
     ("evaluate adapter --data other.csv", 1, "--text"),
     ("evaluate adapter --data train.csv --model other", 1, "fingerprint", "bert"),
-    ("evaluate adapter --data train.csv --model deeper", 1, "does not fit"),
+    ("evaluate adapter --data train.csv --model deeper", 1, "fingerprint"),
     ("evaluate bank --data train.csv", 1, "is a bank", "lotr predict", "lotr bank export"),
     ("inspect bank", 1, "is a bank", "lotr bank export"),
     ("export bank --output out", 1, "is a bank", "lotr bank export"),
     ("bank add bank bank", 1, "is a bank", "lotr bank export"),
     ("evaluate stopped --data train.csv", 1, "lotr train --resume --output"),
-    ("evaluate head --data train.csv --model other", 1, "fingerprint"),
     ("export head --output o", 1, "head alone"),
-    ("inspect head", 1, "head alone"),
     ("export adapter --output adapter --overwrite", 2, "would be overwritten"),
     ("predict adapter --data other.csv --output other.csv --overwrite", 2, "is the data"),
     ("predict adapter --data train.csv --output purple.csv", 2, "--overwrite"),
@@ -202,11 +176,6 @@ def test_usage_errors_exit_with_two() -> None:
     assert lotr("train", "--no-such-option").exit_code == lotr("no-such-command").exit_code == 2
 
 
-def test_rank_above_the_block_is_cut_to_it(place: Path) -> None:
-    whole, above = (report("plan", place / "bert", "--rank", rank) for rank in ("32", "40"))
-    assert whole["trained_numbers"] == above["trained_numbers"]
-
-
 def test_overwriting_keeps_other_files(home: Path, tmp_path: Path) -> None:
     commands = (*training(home), "--max-steps", "1", "--rank", "2"), ("export", home / "adapter")
     for command in commands:
@@ -232,22 +201,7 @@ def _bytes(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
 def _fields(**change: Any) -> Callable[[Path], object]:
     def edit(folder: Path) -> None:
         write_config(folder, {**json.loads((folder / CONFIG).read_text()), **change})
-        _seal(folder)
-
-    return edit
-
-
-def _seal(folder: Path) -> None:
-    """Give a changed adapter the checksum of what it is now."""
-    write_task(folder, json.loads((folder / TASK).read_text()))
-
-
-def _numbers(change: Callable[[torch.Tensor], object]) -> Callable[[Path], object]:
-    def edit(folder: Path) -> None:
-        tensors = load_file(folder / WEIGHTS)
-        change(next(tensor for key, tensor in tensors.items() if "lotr_C" in key))
-        save_file(tensors, folder / WEIGHTS)
-        _seal(folder)
+        write_task(folder, json.loads((folder / TASK).read_text()))  # with the checksum of what it is now
 
     return edit
 
@@ -256,7 +210,7 @@ def _lose_a_core(folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS)
     core = next(key for key in tensors if "lotr_C" in key and "query" in key)
     save_file({key: value for key, value in tensors.items() if key != core}, folder / WEIGHTS)
-    _seal(folder)
+    write_task(folder, json.loads((folder / TASK).read_text()))
 
 
 def _pickle(folder: Path) -> None:
@@ -277,7 +231,6 @@ DAMAGED = [
     (_bytes(lambda c: c[:8] + b"\xff" * 32 + c[40:]), "truncated or damaged"),
     (_bytes(lambda c: c[:-5] + bytes([c[-5] ^ 1]) + c[-4:]), "checksum"),
     *((_flip(name), "checksum") for name in (CONFIG, TASK)),
-    *((_numbers(lambda core, odd=odd: core[0].fill_(odd)), "not finite") for odd in (math.nan, math.inf)),
     (_lose_a_core, "missing|not whole"),
     (_pickle, "never read"),
     (_fields(r=0), "r=0"),
@@ -291,7 +244,11 @@ DAMAGED = [
 @pytest.mark.parametrize(
     "command, damage, says",
     [
-        ("evaluate", _fields(r=3), "does not fit.*size mismatch.*is not the one that was saved with it"),
+        (
+            "evaluate",
+            _fields(r=3),
+            "does not fit.*size mismatch.*is not the one that was saved with it.*name that one",
+        ),
         *((command, damage, says) for damage, says in DAMAGED for command in ("evaluate", "export")),
     ],
 )

@@ -157,7 +157,7 @@ def test_stats_count_bytes(bank: Path) -> None:
         ("bank stats basis", 1, "is not a bank"),
         ("bank create new --basis basis --dtype int3", 2, "dtype='int3'"),
         ("bank train --tasks tasks.yaml --output new", 2, "--basis"),
-        ("bank train --basis basis --tasks none.yaml --output new", 2, "does not exist"),
+        ("bank train --basis basis --tasks none.yaml --output new", 2, "No such file"),
         ("predict basis --data rows.csv --output out.csv --task a", 2, "no bank"),
     ],
 )

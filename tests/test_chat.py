@@ -120,5 +120,5 @@ def test_a_conversation_that_cannot_be_encoded_is_refused_with_its_row(before, t
 
 
 def test_conversations_need_a_chat_template():
-    with pytest.raises(DataError, match=r"no chat template.*--text"):
+    with pytest.raises(DataError, match=r"Row 1: .*tokenizer\.chat_template is not set.*--text"):
         run(language(), messages=[TALK])

@@ -148,8 +148,10 @@ def test_exported_lora_answers_alike(trained, place: Path) -> None:
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["peft_lora", "peft_dora", "head", "lotr_joint"])
-def test_peers_and_a_bare_head_train_through_the_same_command(place: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    "method", ["peft_lora", "peft_dora", "head", "tenslora_att", "metatt_5d", "bora", "lora_xs"]
+)
+def test_peers_a_bare_head_and_rows_train_through_the_same_command(place: Path, method: str) -> None:
     words = (*QUICK, "--epochs", "1", "--method", method, "--output", place / method)
     result = report(*training(place), *words)
     again = report("evaluate", place / method, "--data", place / "dev.csv")
@@ -238,19 +240,12 @@ def _commands(program, *before: str) -> Iterator[tuple[tuple[str, ...], typer.co
             yield (*before, name), command
 
 
-def test_every_command_ends_its_help_with_examples() -> None:
+def test_every_command_ends_its_help_with_examples_that_the_program_takes() -> None:
     commands = dict(_commands(typer.main.get_command(app)))
     assert {("train",), ("methods",), ("bank", "create")} <= commands.keys()
-    for words in commands:
-        text = lotr(*words, "--help").stdout
-        assert f"lotr {' '.join(words)}" in text.rpartition("Example")[2], words
-
-
-def test_every_example_in_the_help_is_a_call_that_the_program_takes() -> None:
-    for names, command in _commands(typer.main.get_command(app)):
-        examples = re.findall(r"`lotr (.*?)`", command.epilog)
-        assert examples, names
-        for example in examples:
+    for names, command in commands.items():
+        assert f"lotr {' '.join(names)}" in lotr(*names, "--help").stdout.rpartition("Example")[2], names
+        for example in re.findall(r"`lotr (.*?)`", command.epilog):
             words = shlex.split(example, comments=True)
             assert tuple(words[: len(names)]) == names
             # raises where an option or a value is not known

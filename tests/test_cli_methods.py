@@ -1,4 +1,4 @@
-"""Every row of the table of methods through the command line: plan, train, evaluate, inspect, export or merge."""
+"""The table of methods from the shell: every row by its name, and every field of a row as an option."""
 
 from __future__ import annotations
 
@@ -6,66 +6,19 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors import safe_open
 
-from commands import lotr, report, training
-from conftest import bert
+from commands import lotr, report
 from lotr import METHODS, LotrConfig
-from lotr import plan as lotr_plan
-from lotr.math.magnitude import MAGNITUDES
 from lotr.methods import Method
 from lotr.training.adapter import adapter_config
 from lotr.training.settings import TrainSettings
 
-FIELDS = ("--rank", "4", "--target-modules", "query,key,value,attention.output.dense,intermediate.dense")
 
-
-#: The first row of every core, magnitude, start and choice of what trains: of a row the shell knows the name alone.
-KINDS = {(row.core, row.magnitude, row.init, row.trainable): name for name, row in reversed(METHODS.items())}
-
-
-def test_every_row_is_planned_by_its_name(place: Path) -> None:
-    with torch.device("meta"):
-        base = bert(num_hidden_layers=2)
-    for name in METHODS:
-        planned = report("plan", place / "bert", "--method", name, *FIELDS)
-        config = LotrConfig(method=name, r=4, target_modules=FIELDS[-1].split(","))
-        assert planned["trained_numbers"] == lotr_plan(base, config).n_parameters, name
-
-
-@pytest.mark.parametrize("name", sorted(KINDS.values()))
-def test_a_row_runs_from_plan_to_export_or_merge(place: Path, name: str) -> None:
-    adapter = place / name
-    plan = report("plan", place / "bert", "--method", name, *FIELDS)
-    words = ("--method", name, *FIELDS, "--max-steps", "4", "--output", adapter)
-    trained = report(*training(place), *words)
-    assert trained["trained_numbers"]["adapter"] == plan["trained_numbers"]
-    again = report("evaluate", adapter, "--data", place / "dev.csv")
-    assert again["accuracy"] == pytest.approx(trained["accuracy"])
-    sites = report("inspect", adapter)["sites"]
-    assert len(sites) == plan["sites"] and any(site["norm"] > 0 for site in sites)
-
-    merged = report("merge", adapter, "--output", place / f"{name}-merged")
-    exported = lotr("export", adapter, "--output", place / f"{name}-lora")
-    if MAGNITUDES[METHODS[name].magnitude].has_lora_form:
-        assert exported.exit_code == 0, exported.stderr
-        _answers_alike(place / f"{name}-lora", Path(merged["output"]))
-    else:
-        assert exported.exit_code == 1 and "lotr merge" in exported.stderr
-        assert not (place / f"{name}-lora").exists()
-
-
-def _answers_alike(lora: Path, merged: Path) -> None:
-    from peft import AutoPeftModelForSequenceClassification
-    from transformers import AutoModelForSequenceClassification
-
-    with safe_open(lora / "adapter_model.safetensors", "pt") as file:
-        assert not [key for key in file.keys() if "lotr" in key]  # noqa: SIM118
-    ids = torch.arange(3, 12).repeat(2, 1)
-    ours = AutoPeftModelForSequenceClassification.from_pretrained(lora, num_labels=3).eval()
-    plain = AutoModelForSequenceClassification.from_pretrained(merged).eval()
-    torch.testing.assert_close(ours(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-4)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_row_is_configured_by_its_name_as_in_python(name: str) -> None:
+    config = adapter_config(TrainSettings(method=name, rank="4", target_modules="query,value"))
+    same = LotrConfig(method=name, r=4, target_modules=["query", "value"], task_type="SEQ_CLS", seed=0)
+    assert config.to_dict() == same.to_dict()
 
 
 def test_a_combination_without_a_row_is_said_with_fields(place: Path) -> None:

@@ -174,7 +174,7 @@ def test_calls_without_meaning_are_refused_and_write_nothing(place: Path) -> Non
     )
     assert "'nonsense' is none. Name some of: task, layer, projection, expert" in message
     message = refused(2, "compress", place / "task-*", "--output", place / "bank", "--evaluate", "no.yaml")
-    assert "--evaluate no.yaml does not exist" in message
+    assert "no.yaml cannot be read: No such file" in message
     assert "config.json" in refused(
         2, "compress", place / "task-*", "--output", place / "bank", "--base", place / "task-0"
     )

@@ -18,7 +18,6 @@ import loras
 from commands import refused, report, training
 from lotr import ConfigError
 from lotr.training.settings import read_options
-from lotr.training.tasks.task_list import read_tasks
 
 DEEP = "[" * 3000 + "]" * 3000
 METHODS = (sys.executable, "-c", "from lotr_cli.app import main; main()", "methods")
@@ -34,8 +33,8 @@ METHODS = (sys.executable, "-c", "from lotr_cli.app import main; main()", "metho
             f"rank: {DEEP}",
             "\0",
         ),
-        *("epochs: 2020-01-01", "batch_size: 2020-01-01", "epochs: 2020-13-45", "seed: [1, 2]", "seed: .inf"),
-        *(f"seed: {'9' * 5000}", "resume: 3", "- 1", "5: 5", "epochs: null", "label:"),
+        *("epochs: 2020-01-01", "epochs: 2020-13-45", "seed: [1, 2]", "seed: .inf", f"seed: {'9' * 5000}"),
+        *("resume: 3", "label: yes", "- 1", "5: 5", "label:"),
     ],
     ids=lambda text: text[:30],
 )
@@ -44,9 +43,6 @@ def test_settings_that_mean_nothing_are_refused_in_one_line(tmp_path: Path, text
     with pytest.raises(ConfigError) as refusal:
         read_options({}, tmp_path / "s.yaml")
     assert "\n" not in str(refusal.value)
-    (tmp_path / "s.yaml").write_text(f"a: {{train: a.csv, text: 2020-01-01}}\n# {text[:20]}")
-    with pytest.raises(ConfigError, match=r"which is no text|not valid YAML"):
-        read_tasks(tmp_path / "s.yaml")
 
 
 def test_a_folder_is_no_file_of_settings(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from data_files import CSV, ROWS, write
 from lotr.errors import ConfigError, DataError
-from lotr.training.data import Columns, TaskRecord, load_task, read, rows_of_task
+from lotr.training.data import load_task, read, rows_of_task
 
 TEXTS = {row["text"] for row in ROWS}
 
@@ -42,7 +42,6 @@ def test_train_and_eval_may_write_the_same_class_as_different_types(tmp_path):
 @pytest.mark.parametrize(
     ("train", "other", "options", "message"),
     [
-        (CSV, None, {"columns": Columns(label="sentiment")}, r'no column "sentiment"'),
         ("text\nalone\n", None, {}, r"has 1 rows.*--eval"),
         ("text,label\na,3\nb,3\n", None, {}, r'All rows of .*a\.csv have one label, "3"'),
         (
@@ -72,14 +71,3 @@ def test_only_classification_has_label_names_and_no_other_task_exists(tmp_path):
     assert labels == [("0", "1"), (), ()]
     with pytest.raises(ConfigError, match=r"Near matches: classification"):
         load_task(source, task="clasification")
-
-
-def test_an_adapter_refuses_labels_that_it_does_not_know_and_needs_none_to_predict(tmp_path):
-    task = TaskRecord("classification", ("0", "2"))
-    with pytest.raises(DataError, match=r"labels that the adapter does not have: 1\."):
-        rows_of_task(read(write(tmp_path, "a.csv", CSV)), task)
-    bare = write(tmp_path, "b.csv", "text,id\nx,7\n")
-    with pytest.raises(DataError, match="--label"):
-        rows_of_task(read(bare), task)
-    rows = rows_of_task(read(bare), task, need_label=False)
-    assert (read(bare).rows(), rows.rows()) == ([{"text": "x", "id": "7"}], [{"text": "x"}])

@@ -21,8 +21,8 @@ def functions(*docstrings: str) -> str:
     return "\n".join(f'def f{index}():\n    """{text}"""\n' for index, text in enumerate(docstrings))
 
 
-def texts(root: Path, **options: int) -> dict[str, str]:
-    rows = load_docstrings(root, **options)
+def texts(root: Path) -> dict[str, str]:
+    rows = load_docstrings(root)
     return {row["text"]: row["label"] for row in rows["train"] + rows["test"]}
 
 
@@ -34,6 +34,7 @@ def test_the_standard_library_gives_thousands_of_rows_of_sixteen_labels_without_
     train, test = standard_library["train"], standard_library["test"]
     assert {row["label"] for row in train} == {row["label"] for row in test}
     assert len({row["label"] for row in train}) == 16
+    assert {row["kind"] for row in train} == {"module", "class", "function", "async function"}
     assert len(train + test) > 2000
     assert 0.17 < len(test) / len(train + test) < 0.23
     assert len({row["text"].casefold() for row in train + test}) == len(train + test)  # none occurs twice
@@ -55,72 +56,29 @@ def test_the_split_of_a_text_depends_on_nothing_but_the_text(tmp_path):
         assert tested == {sentences[n] for n in [11, 15, 25, 27, 29]}
 
 
-def test_all_four_kinds_are_found_wherever_they_stand(tmp_path):
-    source = '''"""The module's own docstring, first paragraph.
-
-    A second paragraph."""
-if True:
-    class Outer:
-        """A class in a branch of a module, and then
-        a second line."""
-        try:
-            def method(self):
-                """A function in a try block of a class."""
-        except ValueError:
-            pass
-        else:
-            async def later(self):
-                """An async function in an else block."""
-'''
-    rows = load_docstrings(write(tmp_path, {"pack/inner.py": source, **OTHER}))
-    kinds = {row["kind"]: row["text"] for row in rows["train"] + rows["test"] if row["label"] == "pack"}
-    assert kinds == {
-        "module": "The module's own docstring, first paragraph.",
-        "class": "A class in a branch of a module, and then a second line.",
-        "function": "A function in a try block of a class.",
-        "async function": "An async function in an else block.",
-    }
-
-
-def test_names_are_masked_as_words_in_any_case_and_in_dotted_names(tmp_path):
-    source = functions("Use Mail.parse or pack.mail, not mailbox or email, of the PACK.")
-    rows = texts(write(tmp_path, {"pack/mail.py": source, **OTHER}))
-    assert f"Use {MARK}.parse or {MARK}.{MARK}, not mailbox or email, of the {MARK}." in rows
-
-
-def test_a_text_that_two_packages_claim_is_in_neither(tmp_path):
+def test_names_are_masked_and_what_two_packages_claim_or_python_does_not_read_is_left_out(tmp_path):
+    folders = ("test", "pack/tests", "idlelib/idle_test", "site-packages/x", "__pycache__")
     shared = functions("Return the number of the things.", "RETURN the number of THINGS here.")
-    files = {"a.py": shared, "b.py": shared.lower() + functions("Only b says this sentence here."), **OTHER}
-    rows = texts(write(tmp_path, files))
-    assert set(rows.values()) == {"b", "other"}
-    assert len(rows) == 2
-
-
-def test_the_python_half_of_a_module_goes_by_the_public_name(tmp_path):
     files = {
-        "_pydecimal.py": functions("Round the Decimal to some fixed exponent."),
+        "pack/mail.py": functions("Use Mail.parse or pack.mail, not mailbox or email, of the PACK."),
+        "a.py": shared,
+        "b.py": shared.lower() + functions("Only this file says this sentence here."),
+        "_pydecimal.py": functions("Round the Decimal to some fixed exponent."),  # goes by the public name
         "decimal.py": "",
+        **{f"{folder}/hidden.py": functions("This must not be read by anyone.") for folder in folders},
+        "broken.py": "def (",
+        "escape.py": functions(r"An invalid \d in a docstring gives no warning."),
+        "__init__.py": "",
         **OTHER,
     }
-    assert texts(write(tmp_path, files))[f"Round the {MARK} to some fixed exponent."] == "decimal"
-
-
-def test_the_largest_labels_are_kept_and_ties_go_by_name(tmp_path):
-    sizes = {"small": 1, "tie_b": 2, "tie_a": 2, "large": 3}
-    files = {
-        f"{name}.py": functions(*(f"Sentence {n} of the file {name.upper()}X." for n in range(size)))
-        for name, size in sizes.items()
-    }
-    assert set(texts(write(tmp_path, files), packages=2).values()) == {"large", "tie_a"}
-
-
-def test_tests_installed_packages_and_what_is_not_python_are_left_out_without_a_warning(tmp_path):
-    folders = ("test", "pack/tests", "idlelib/idle_test", "site-packages/x", "__pycache__")
-    hidden = {f"{folder}/hidden.py": functions("This must not be read by anyone.") for folder in folders}
-    escape = functions(r"An invalid escape \d in a docstring here.")
-    write(tmp_path, {**hidden, "broken.py": "def (", "escape.py": escape, "__init__.py": "", **OTHER})
     (tmp_path / "binary.py").write_bytes(b"\x00\xff\xfe")
-    assert set(texts(tmp_path).values()) == {"escape", "other"}
+    assert texts(write(tmp_path, files)) == {
+        f"Use {MARK}.parse or {MARK}.{MARK}, not mailbox or email, of the {MARK}.": "pack",
+        "Only this file says this sentence here.": "b",
+        f"Round the {MARK} to some fixed exponent.": "decimal",
+        r"An invalid \d in a docstring gives no warning.": "escape",
+        "Something else that nobody has said before.": "other",
+    }
 
 
 def test_a_folder_without_sources_is_refused_with_a_way_out(tmp_path):

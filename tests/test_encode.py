@@ -4,11 +4,10 @@ import pickle
 
 import pytest
 import torch
-from datasets import Dataset
 
 from lotr.errors import DataError
 from lotr.training.base_model import load_tokenizer
-from lotr.training.data import TaskRecord, collator, encode, read
+from lotr.training.data import collator
 from tiny_tokenizers import CLS, EOS, ID, PAD, SEP, WORDS, bert, ids, language, run, words
 
 
@@ -60,14 +59,6 @@ def test_every_token_of_a_plain_text_and_its_end_are_learned_but_no_end_behind_a
 def test_a_single_token_teaches_nothing_and_is_dropped_with_its_count():
     with pytest.warns(UserWarning, match=r"1 of 2 rows have no token to learn within 64 tokens"):
         assert len(run(words(), text=["a", "a b"])) == 1
-
-
-def test_a_saved_folder_is_encoded_without_a_file_written(tmp_path):
-    Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "saved")
-    before = sorted(tmp_path.rglob("*"))
-    encoded = encode(read(str(tmp_path / "saved")), language(), TaskRecord("causal-lm"))
-    assert not encoded.cache_files
-    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

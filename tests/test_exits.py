@@ -40,46 +40,53 @@ def of_peft(make: Callable[[], nn.Module], folder: Path) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"r": (4, 6)},
-        {"r": (6, 4), "method": "lotr_joint", "target_modules": ["c_attn"]},
-        {"r": 4, "rank_pattern": {"c_proj": 2}, "target_modules": ["c_attn", "c_proj"]},
-    ],
+ATTENTION = {llama: ["q_proj", "v_proj"], gpt2: ["c_attn", "c_proj"]}
+EXPERT_FIELDS: tuple[dict[str, Any], ...] = (
+    {"target_parameters": EXPERTS},
+    {"target_parameters": EXPERTS[:1], "target_modules": ["q_proj"]},
+    {"target_modules": "all-linear", "rank_pattern": {"down_proj": 2}},
+    {"target_modules": "all-linear", "method": "lora"},
+    {"target_parameters": EXPERTS, "r": (2, 5)},
 )
-def test_unequal_ranks_and_fused_weights_are_one_exact_lora(fields, tmp_path: Path) -> None:
-    model = adapted(gpt2, tmp_path / "lotr", **fields)
-    lotr.export(tmp_path / "lotr", tmp_path / "lora")
-    torch.testing.assert_close(
-        outputs(of_peft(gpt2, tmp_path / "lora"), INPUTS), outputs(model, INPUTS), rtol=1e-4, atol=1e-5
-    )
+CASES: list[tuple[Callable[[], nn.Module], dict[str, Any]]] = [
+    (gpt2, {"r": (4, 6)}),
+    (gpt2, {"r": (6, 4), "method": "lotr_joint", "target_modules": ["c_attn"]}),
+    (gpt2, {"r": 4, "rank_pattern": {"c_proj": 2}, "target_modules": ["c_attn", "c_proj"]}),
+    *(
+        (make, {"method": row, "magnitude": "per_output", "target_modules": targets})
+        for make, targets in ATTENTION.items()
+        for row in ("dora", "lotr")
+    ),
+    *((make, fields) for make in (qwen, mixtral, gpt_oss) for fields in EXPERT_FIELDS),
+    # modules that PEFT, by their names, takes for experts of old
+    (lambda: qwen(mlp_only_layers=[0]), EXPERT_FIELDS[2]),
+    (deepseek, {"target_modules": "all-linear"}),
+    (deepseek, {"target_modules": ["shared_experts.down_proj"]}),
+]
 
 
-@pytest.mark.parametrize("make, targets", [(llama, ["q_proj", "v_proj"]), (gpt2, ["c_attn", "c_proj"])])
-@pytest.mark.parametrize("row", ["dora", "lotr"])
-def test_a_dora_is_pefts_dora(make, targets, row, tmp_path: Path) -> None:
-    fields = {"method": row, "magnitude": "per_output", "target_modules": targets}
+@pytest.mark.filterwarnings("default:The following")  # PEFT looks for the names of ranks among modules alone
+@pytest.mark.parametrize("make, fields", CASES, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_the_lora_of_an_adapter_answers_as_it_does_with_ranks_as_they_are_and_all_brought_to_one(
+    make: Callable[[], nn.Module], fields: dict[str, Any], tmp_path: Path
+) -> None:
     model = adapted(make, tmp_path / "adapter", **fields)
-    report = lotr.export(tmp_path / "adapter", tmp_path / "lora")
-    assert all(key.endswith("lora_magnitude_vector") for key in report["peft_only"])
-    dora = of_peft(make, tmp_path / "lora")
-    assert dora.peft_config["default"].use_dora
-    torch.testing.assert_close(outputs(dora, INPUTS), outputs(model, INPUTS), atol=1e-6, rtol=1e-6)
-    assert (outputs(dora, INPUTS) - outputs(make(), INPUTS)).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("fields", [{}, {"magnitude": "per_output"}, {"rank_pattern": {"value": 2}}], ids=str)
-def test_padding_brings_all_modules_to_one_rank_with_zeros(fields, tmp_path: Path) -> None:
-    model = adapted(bert, tmp_path / "adapter", target_modules=["query", "value"], **fields)
-    lotr.export(tmp_path / "adapter", tmp_path / "lora", pad_rank=8)
-    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
-    assert {len(t) for key, t in tensors.items() if "lora_A" in key} == {8}
-    assert not any(t[3:].any() for key, t in tensors.items() if "lora_A" in key)
-    written = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
-    assert (written["r"], written["lora_alpha"], written["rank_pattern"]) == (8, 8, {})
-    padded = outputs(of_peft(bert, tmp_path / "lora"), INPUTS)
-    torch.testing.assert_close(padded, outputs(model, INPUTS), atol=1e-6, rtol=1e-6)
+    answers = outputs(model, INPUTS)
+    assert (answers - outputs(make(), INPUTS)).abs().max() > 1e-4
+    for pad_rank in (None, 40):
+        folder = tmp_path / f"lora-{pad_rank}"
+        report = lotr.export(tmp_path / "adapter", folder, pad_rank=pad_rank)
+        lora = of_peft(make, folder)
+        torch.testing.assert_close(outputs(lora, INPUTS), answers, atol=1e-5, rtol=1e-5)
+        assert lora.peft_config["default"].use_dora == ("magnitude" in fields)
+        own = ("magnitude" in fields and ".lora_magnitude_vector") or ".experts."
+        assert all(own in key for key in report["peft_only"])
+        assert report["peft_only"] or ("magnitude" not in fields and make not in (qwen, mixtral, gpt_oss))
+    written = json.loads((folder / "adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"], written["rank_pattern"]) == (40, 40, {})
+    modules = [t for key, t in load_file(folder / "adapter_model.safetensors").items() if "lora_A" in key]
+    if make in (llama, gpt2):
+        assert {len(A) for A in modules} == {40} and not any(A[-1].any() for A in modules)
 
 
 def test_a_rank_below_that_of_the_adapter_is_refused(tmp_path: Path) -> None:
@@ -147,53 +154,3 @@ def test_pefts_own_methods_are_converted_as_before() -> None:
     model = get_peft_model(bert(), LoHaConfig(r=2, target_modules=["query"], init_weights=False))
     _, tensors = convert_to_lora(model, rank=4)
     assert tensors and all(len(t) == 4 for key, t in tensors.items() if "lora_A" in key)
-
-
-# ---- experts
-
-
-@pytest.mark.filterwarnings("default:The following")  # PEFT looks for the names of ranks among modules alone
-@pytest.mark.parametrize("make", [qwen, mixtral, gpt_oss])
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"target_parameters": EXPERTS},
-        {"target_parameters": EXPERTS[:1], "target_modules": ["q_proj"]},
-        {"target_modules": "all-linear", "rank_pattern": {"down_proj": 2}},
-        {"target_modules": "all-linear", "method": "lora"},
-        {"target_parameters": EXPERTS, "r": (2, 5)},
-    ],
-    ids=str,
-)
-def test_experts_are_target_parameters_of_pefts_lora(make, fields, tmp_path: Path) -> None:
-    model = adapted(make, tmp_path / "adapter", **fields)
-    for pad_rank in (None, 40):
-        report = lotr.export(tmp_path / "adapter", tmp_path / f"lora-{pad_rank}", pad_rank=pad_rank)
-        assert report["peft_only"] and all(".experts." in key for key in report["peft_only"])
-        lora = outputs(of_peft(make, tmp_path / f"lora-{pad_rank}"), INPUTS)
-        torch.testing.assert_close(lora, outputs(model, INPUTS), atol=1e-5, rtol=1e-5)
-    assert (lora - outputs(make(), INPUTS)).abs().max() > 1e-4
-
-
-@pytest.mark.parametrize(
-    "make, fields",
-    [
-        (
-            lambda: qwen(mlp_only_layers=[0]),
-            {"target_modules": "all-linear", "rank_pattern": {"down_proj": 2}},
-        ),
-        (deepseek, {"target_modules": "all-linear"}),
-        (deepseek, {"target_modules": ["shared_experts.down_proj"]}),
-    ],
-    ids=["dense layers", "shared experts", "shared experts alone"],
-)
-@pytest.mark.filterwarnings("default:The following")
-def test_modules_named_like_experts_of_old_keep_their_lora_beside_experts(
-    make, fields, tmp_path: Path
-) -> None:
-    """PEFT takes such names for the experts' own."""
-    model = adapted(make, tmp_path / "adapter", **fields)
-    lotr.export(tmp_path / "adapter", tmp_path / "lora")
-    lora = outputs(of_peft(make, tmp_path / "lora"), INPUTS)
-    torch.testing.assert_close(lora, outputs(model, INPUTS), atol=1e-5, rtol=1e-5)
-    assert (lora - outputs(make(), INPUTS)).abs().max() > 1e-4

@@ -22,19 +22,11 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "models"
     folder.mkdir()
     writer = gguf.GGUFWriter(folder / "tiny.gguf", "llama")
-    writer.add_context_length(32)
-    writer.add_embedding_length(WIDTH)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(INNER)
-    writer.add_head_count(HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(len(WORDS))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(WORDS)
-    writer.add_token_merges(["a b"])
-    writer.add_token_types([1] * 8 + [3])
-    writer.add_eos_token_id(8)
+    fields = {"context_length": 32, "embedding_length": WIDTH, "block_count": 1, "feed_forward_length": INNER}
+    fields |= {"head_count": HEADS, "layer_norm_rms_eps": 1e-5, "vocab_size": len(WORDS), "eos_token_id": 8}
+    fields |= {"tokenizer_model": "gpt2", "tokenizer_pre": "default", "token_list": WORDS}
+    for name, value in {**fields, "token_merges": ["a b"], "token_types": [1] * 8 + [3]}.items():
+        getattr(writer, f"add_{name}")(value)
     for name, tensor in tensors().items():
         writer.add_tensor(f"{name}.weight", tensor)
     writer.write_header_to_file()
@@ -49,11 +41,8 @@ def tensors() -> dict[str, np.ndarray]:
     shapes = {"token_embd": (len(WORDS), WIDTH), "output": (len(WORDS), WIDTH), "output_norm": (WIDTH,)}
     shapes |= {f"blk.0.{name}": (WIDTH,) for name in ("attn_norm", "ffn_norm")}
     shapes |= {f"blk.0.attn_{name}": (WIDTH, WIDTH) for name in ("q", "k", "v", "output")}
-    shapes |= {
-        "blk.0.ffn_gate": (INNER, WIDTH),
-        "blk.0.ffn_up": (INNER, WIDTH),
-        "blk.0.ffn_down": (WIDTH, INNER),
-    }
+    shapes |= {f"blk.0.ffn_{name}": (INNER, WIDTH) for name in ("gate", "up")}
+    shapes |= {"blk.0.ffn_down": (WIDTH, INNER)}
     return {name: draw.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import shutil
 from pathlib import Path
@@ -29,11 +28,8 @@ from lotr.training.trained import load_trained
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An encoder and a language model without dropout, and rows of many lengths for them."""
     folder = tmp_path_factory.mktemp("models")
-    saved_models.save_bert(folder / "bert")
+    saved_models.save_bert(folder / "bert", dropout=0.0)
     saved_models.save_llama(folder / "llama")
-    config = json.loads((folder / "bert" / "config.json").read_text())
-    config |= {name: 0.0 for name in config if "dropout" in name}
-    (folder / "bert" / "config.json").write_text(json.dumps(config))
     saved_models.write_colours(folder / "rows.csv", rows=64)
     return folder
 
@@ -79,9 +75,9 @@ def test_the_scheduler_sets_the_rates(models: Path, tmp_path: Path) -> None:
     rates = [log["learning_rate"] for log in report.history if "learning_rate" in log]
     expected = [1e-3 * (1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)]
     assert rates == pytest.approx(expected, abs=1e-9)
-    with pytest.raises(ConfigError, match=r"scheduler='cosin' is not known\. Near matches: cosine"):
+    with pytest.raises(ConfigError, match=r"scheduler='cosin' .*not a valid SchedulerType.*cosine"):
         run(models, "bert", tmp_path / "p", scheduler="cosin")
-    with pytest.raises(ConfigError, match="needs more than its name"):
+    with pytest.raises(ConfigError, match=r"from its name alone: .*argument"):
         run(models, "bert", tmp_path / "p", scheduler="warmup_stable_decay")
 
 

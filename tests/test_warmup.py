@@ -29,9 +29,12 @@ def started(place: Path) -> dict:
     return _train(place, "started", *GRADIENT)
 
 
-def test_a_run_that_starts_from_gradients_says_so_in_its_record(started: dict) -> None:
+def test_a_run_that_starts_from_gradients_says_so_in_its_record(started: dict, place: Path) -> None:
     assert started["begun"] == {"head_warmup": 5, "init": "gradient", "start_batches": 3}
     assert started["accuracy"] > 0.9
+    assert json.loads((place / "started" / CONFIG).read_text())["init"] == "gradient"
+    again = report("evaluate", place / "started", "--data", place / "dev.csv")
+    assert again["accuracy"] == pytest.approx(started["accuracy"])
 
 
 def test_a_new_head_warms_up_by_default(place: Path) -> None:
@@ -51,12 +54,6 @@ def test_cores_alone_start_from_gradients_and_say_so_unless_told_otherwise(place
     assert "init" not in told["begun"]
     xs = _train(place, "xs", "--method", "lora_xs", "--max-steps", "1")  # has a start of its own
     assert "init" not in xs["begun"]
-
-
-def test_the_saved_adapter_says_how_it_started(started: dict, place: Path) -> None:
-    assert json.loads((place / "started" / CONFIG).read_text())["init"] == "gradient"
-    again = report("evaluate", place / "started", "--data", place / "dev.csv")
-    assert again["accuracy"] == pytest.approx(started["accuracy"])
 
 
 def test_two_runs_with_one_seed_give_identical_files_and_another_seed_another_adapter(place: Path) -> None:
@@ -97,12 +94,13 @@ def test_a_second_task_trains_cores_on_the_factors_of_the_first(started: dict, p
     inspected = report("inspect", place / "second")
     assert inspected["numbers"] == second["trained_numbers"]["adapter"]
     assert inspected["basis"] == started["trained_numbers"]["adapter"] - inspected["numbers"]
-
-
-def test_the_model_of_the_basis_is_taken_when_none_is_named(started: dict, place: Path) -> None:
-    words = ("--train", place / "train.csv", "--max-steps", "1", "--output", place / "third")
-    assert report("train", *words, "--basis", place / "started")["steps"] == 1
-
-
-def test_a_plan_counts_what_trains_on_a_basis(started: dict, place: Path) -> None:
     assert report("plan", place / "bert", "--basis", place / "started")["trained_numbers"] == 4 * 4 * 4
+    of_basis = (
+        "--train",
+        place / "train.csv",
+        "--max-steps",
+        "1",
+        "--output",
+        place / "third",
+    )  # its model too
+    assert report("train", *of_basis, "--basis", place / "started")["steps"] == 1

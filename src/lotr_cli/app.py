@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,8 +76,7 @@ def train(
     from .progress import TrainingProgress
 
     try:
-        with console.phases() as tick:
-            report = run(say=console.say, callbacks=[TrainingProgress(tick)], **options)
+        report = run(say=console.say, callbacks=[TrainingProgress()], **options)
         return reports.trained(report) if is_main_process() else None
     finally:
         leave_processes()
@@ -102,8 +102,7 @@ def evaluate(
     if picture is None and Path(adapter).is_dir():
         picture = Path(adapter) / "confusion.png"
     options: Any = {"text": text, "text2": text2, "label": label, "model": model, "batch_size": batch_size}
-    with console.counting("Evaluating") as tick:
-        scores = measure(adapter, data, **options, picture=picture, tick=tick)
+    scores = measure(adapter, data, **options, picture=picture, tick=partial(console.tick, "Evaluating"))
     return reports.evaluated(adapter, data, scores, picture)
 
 
@@ -127,8 +126,7 @@ def predict(
 
     options: Any = {"task": task, "task_column": task_column, "text": text, "text2": text2, "model": model}
     sizes: Any = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    with console.counting("Predicting") as tick:
-        rows = answer(adapter, data, **options, **sizes, tick=tick)
+    rows = answer(adapter, data, **options, **sizes, tick=partial(console.tick, "Predicting"))
     reports.write_rows(rows, output)
     line = f"{len(rows)} predictions are in {output}."
     return Report({"rows": len(rows), "output": str(output)}, [line])
@@ -147,7 +145,7 @@ def plan(
     from lotr.training.planning import plan_model
 
     settings = TrainSettings(**read_options({**options, "model": model}))
-    return reports.planned(model, plan_model(settings, dtype, compress))
+    return reports.planned(model, *plan_model(settings, dtype, compress))
 
 
 @command(app, "inspect", "Reading")

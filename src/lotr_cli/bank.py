@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,8 +78,7 @@ def _train(tasks: list[dict[str, Any]], options: dict[str, Any]) -> Report:
     named = {name: value for name, value in options.items() if value is not None}
     if tasks:
         named["tasks"] = tuple(tasks)
-    with console.phases() as tick:
-        report = train_bank(say=console.say, callbacks=[TrainingProgress(tick)], **named)
+    report = train_bank(say=console.say, callbacks=[TrainingProgress()], **named)
     return reports.trained_tasks(report)
 
 
@@ -173,8 +173,7 @@ def verify(bank: Bank) -> Report:
     """Read every file, every page and every task with its checksum; ends with 1 when anything is damaged."""
     from lotr.bank.recover import verify as read_all
 
-    with console.counting("Verifying") as tick:
-        report = read_all(bank, tick)
+    report = read_all(bank, partial(console.tick, "Verifying"))
     for complaint in report["files"]:
         console.say(complaint)
     rows = [(damage["task"], damage["reason"]) for damage in report["damaged"]]
@@ -188,8 +187,7 @@ def recover(bank: Bank, output: Annotated[Path, Option(help="Folder for the new 
     """Save what can still be read of a damaged bank into a new one; ends with 1 when a task is lost."""
     from lotr.bank.recover import recover as save
 
-    with console.counting("Recovering") as tick:
-        report = save(bank, output, tick)
+    report = save(bank, output, partial(console.tick, "Recovering"))
     lost = "how many are lost is not known" if report["lost"] is None else f"{len(report['lost']):,} are lost"
     line = f"{report['saved']:,} tasks are in {output}; {lost}."
     return Report(report, [line], ok=report["lost"] == [])

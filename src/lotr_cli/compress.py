@@ -77,8 +77,7 @@ def compress(
         _check(given, {"replace"}, "with --add: the bank has its factors")
         from lotr.compression.add import add
 
-        with console.phases() as tick:
-            return _added(add(adapters[0], adapters[1:], **given, tick=tick))
+        return _added(add(adapters[0], adapters[1:], **given, tick=console.tick))
     if output is None:
         raise ConfigError("Name the folder of the bank to make with --output.")
     _check(given, options.keys() - {"replace"}, "without --add")
@@ -93,8 +92,7 @@ def compress(
 
     if "modes" in given:
         given["modes"] = [mode.strip() for mode in given["modes"].split(",")]
-    with console.phases() as tick:
-        return _fitted(fit(adapters, output, **given, tick=tick))
+    return _fitted(fit(adapters, output, **given, tick=console.tick))
 
 
 def _check(given: Iterable[str], allowed: Collection[str], case: str) -> None:

@@ -6,15 +6,15 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -26,7 +26,16 @@ out, err = Console(), Console(stderr=True)
 #: Set by the global option --debug.
 debug = False
 
-_status: Any = None
+#: The sign that a command works: its name at first, then how much is done of what.
+_bar = Progress(
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeRemainingColumn(),
+    console=err,
+    transient=True,
+)
+_TASK = _bar.add_task("", total=None)
 #: What the system, safetensors and SQLite say where a disk takes no more.
 _FULL = ("No space left on device", "Disk quota exceeded", "File too large", "disk is full", "disk I/O error")
 
@@ -81,15 +90,14 @@ def _cell(value: Any) -> Text:
 
 @contextmanager
 def working(waiting: str) -> Iterator[None]:
-    """Show that something is going on, until the first bar or report, and turn errors into one message and a code.
+    """Show that something is going on, until the report, and turn errors into one message and a code.
 
     The code is 2 for usage, 1 for failure, 130 for ctrl-C.
     """
-    global _status
     # of the processes that a launcher started, one says what all of them would
     speaks = os.environ.get("RANK", "0") == "0"
-    _status = err.status(f"{waiting} …")
-    _status.start()
+    _bar.reset(_TASK, total=None, description=f"{waiting} …")
+    _bar.start()
     try:
         yield
     except (typer.Exit, typer.Abort):
@@ -128,36 +136,10 @@ def say(line: str) -> None:
 
 
 def calm() -> None:
-    """Take the sign of waiting away, before a bar or a report is drawn."""
-    global _status
-    if _status is not None:
-        _status.stop()
-        _status = None
+    """Take the bar away, before a report is printed."""
+    _bar.live.stop()
 
 
-@contextmanager
-def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Give a function that moves a bar: rows done, rows in all."""
-    with phases() as tick:
-        yield partial(tick, what)
-
-
-@contextmanager
-def phases() -> Iterator[Callable[[str, int, int], None]]:
-    """Give a function that moves a bar whose name changes: what is done, how much of it, and how much there is."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    bar = Progress(*columns, console=err, transient=True)
-    task = bar.add_task("", total=None)
-
-    def tick(what: str, done: int, of: int) -> None:
-        calm()
-        bar.start()
-        bar.update(task, description=what, completed=done, total=of)
-
-    try:
-        yield tick
-    finally:
-        if bar.live.is_started:
-            bar.stop()
+def tick(what: str, done: int, of: int) -> None:
+    """Move the bar: what is done, how much of it, and how much there is."""
+    _bar.update(_TASK, description=what, completed=done, total=of)

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback
 
-from .console import err, say
+from .console import err, say, tick
 
 _SHOWN = ("loss", "eval_loss", "eval_accuracy", "eval_pearson")
 
 
 class TrainingProgress(TrainerCallback):
-    """Shows steps, the last loss and the last score; `tick` moves the bar."""
+    """Shows steps, the last loss and the last score."""
 
-    def __init__(self, tick: Callable[[str, int, int], None]) -> None:
-        self._tick, self._scores, self._line = tick, dict[str, float](), ""
+    def __init__(self) -> None:
+        self._scores, self._line = dict[str, float](), ""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar."""
         if state.is_world_process_zero:
-            self._tick(self._line, state.global_step, state.max_steps)
+            tick(self._line, state.global_step, state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the newest loss and scores; a log file, which shows no bar, has a line of each evaluation."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from lotr.methods import METHODS
 from .console import Report, table
 
 if TYPE_CHECKING:
+    from lotr import Plan
     from lotr.adapters.inspection import Inspection
     from lotr.training.output import RunReport
 
@@ -41,38 +42,22 @@ def evaluated(adapter: str, data: str, scores: dict[str, Any], picture: Path | N
     return Report(content, [table(f"{adapter} on {data}", ("", "value"), rows), *lines])
 
 
-def planned(model: str, report: dict[str, Any]) -> Report:
+def planned(model: str, plan: Plan, report: dict[str, Any]) -> Report:
     """Show a plan."""
-    header = ("group", "projections", "sites", "block", "core", "factors", "cores", "total")
-    rows = [tuple(group[name] for name in header) for group in report["groups"]]
-    modes = ", ".join(report["groups"][0]["modes"]) or "nothing"
-    title = f"{report['method']} on {model}, rank {report['rank']}, shared along {modes}"
-    rank = report["equal_lora_rank"]
-    smaller = " (no LoRA is as small)" if rank < 1 else ""
-    parts = [f"{report['core_numbers']:,} in cores"]
-    if report["trains"] == "all":
-        parts.insert(0, f"{report['factor_numbers']:,} in factors")
-    if report["magnitude_numbers"]:
-        parts.append(f"{report['magnitude_numbers']:,} in magnitudes")
-    lines = (
-        f"Trained numbers: {report['trained_numbers']:,} for {report['sites']} sites in {report['modules']} modules: "
-        f"{', '.join(parts)}.",
-        f"LoRA with as many numbers: rank {rank:.3g}{smaller}. "
+    lines = [
+        f"{report['method']} on {model}, rank {report['rank']}\n\n{plan}",
         f"LoRA at the same rank: {report['lora_same_rank']:,} numbers.",
         f"On disk: {report['bytes']:,} bytes without a head.",
-        report["cut_ranks"],
-        report.get("rank_choice"),
-        _as_bank(report) if "bank" in report else None,
-    )
-    return Report(report, [table(title, header, rows), *filter(None, lines)])
-
-
-def _as_bank(report: dict[str, Any]) -> str:
-    bank = report["bank"]
-    return (
-        f"{bank['tasks']:,} LoRAs as one bank: {bank['bytes']:,} bytes, {bank['bytes_a_task']:,} of them a task; heads "
-        f"and the store's 256 KiB come on top. LoRAs take {bank['bytes_of_loras_a_rank']:,} a rank in bfloat16."
-    )
+    ]
+    if "rank_choice" in report:
+        lines.append(report["rank_choice"])
+    if bank := report.get("bank"):
+        lines.append(
+            f"{bank['tasks']:,} LoRAs as one bank: {bank['bytes']:,} bytes, {bank['bytes_a_task']:,} of them a task; "
+            f"heads and the store's 256 KiB come on top. LoRAs take {bank['bytes_of_loras_a_rank']:,} a rank in "
+            "bfloat16."
+        )
+    return Report(report, lines)
 
 
 def inspected(adapter: str, inspection: Inspection, picture: Path) -> Report:
@@ -95,19 +80,15 @@ def inspected(adapter: str, inspection: Inspection, picture: Path) -> Report:
 
 
 def methods() -> Report:
-    """Show the table of methods."""
-    rows = []
+    """Show the table of methods: of each what it is for, which fields it sets, and where it differs from its paper."""
+    rows, about = [], ("name", "title", "year", "url", "purpose", "differs")
     for row in METHODS.values():
-        along = f"Shared along {', '.join(row.modes)}" if row.modes else "Nothing shared"
-        cuts = "" if row.blocks == "none" else f", cut by {row.blocks}"
-        scale = "" if row.magnitude == "none" else f", magnitude {row.magnitude}"
-        scale += f", starts {row.init}" if row.init != "orthonormal" else ""
-        scale += f", σ = {row.alpha:g} / r" if row.alpha else ""
-        scale += ", trains cores" if row.trainable == "cores" else ""
-        scale += "" if row.dropout_place == "input" else f", dropout of {row.dropout_place}"
+        own = asdict(row) | {"modes": ",".join(row.modes) or "none"}
+        sets = [
+            f"{f.name}={own[f.name]}" for f in fields(row) if f.name not in about and own[f.name] != f.default
+        ]
         differs = f"\n{row.differs}" if row.differs else ""
-        about = f"{row.purpose}\n{along}, {row.core} core{cuts}{scale}. {row.year}, {row.url}{differs}"
-        rows.append((row.name, about))
+        rows.append((row.name, f"{row.purpose}\n{', '.join(sets)}. {row.year}, {row.url}{differs}"))
     content = {name: asdict(row) for name, row in METHODS.items()}
     return Report(content, [table("", ("method", "what it is"), rows)])
 

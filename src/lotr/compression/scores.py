@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import ConfigError, near
 from ..training.data import Columns
 from ..training.predict import evaluate
-from ..training.tasks.served import Served, load_served
+from ..training.tasks.served import OneTask, load_served
 from ..training.tasks.task_list import TaskSource, read_tasks
 from ..training.trained import Trained, load_trained
 from .stack import Tick
@@ -32,7 +32,7 @@ def measure_adapters(
     tasks: str | Path, places: Mapping[str, Path], model: str | None, tick: Tick
 ) -> list[Before]:
     """Measure adapters, each on its base model and its own data: the rows of `eval`, or else those of `train`."""
-    sources = read_tasks(Path(tasks), "--evaluate")
+    sources = read_tasks(Path(tasks))
     for source in sources:
         if source.name not in places:
             raise ConfigError(
@@ -56,7 +56,7 @@ def measure_bank(
     scores: dict[str, dict[str, Any]] = {}
     with served.bank:
         for of in before:
-            task: Any = _OneTask(served, of.trained, of.source.name)
+            task: Any = OneTask(served, of.source.name, of.trained.task)
             _, after = _score(replace(of.trained, model=task), of.source)
             scores[of.source.name] = {"metric": of.metric, "score_before": of.score, "score_after": after}
             tick("Scores after", len(scores), len(before))
@@ -68,16 +68,3 @@ def _score(trained: Trained, source: TaskSource) -> tuple[str, float]:
     scores = evaluate(trained, source.eval or source.train, **columns)
     metric = next(metric for metric in _METRICS if metric in scores)
     return metric, float(scores[metric])
-
-
-class _OneTask:
-    """The model of a bank as `evaluate` calls one: all rows have one task, and as many logits as it has classes."""
-
-    def __init__(self, served: Served, trained: Trained, name: str) -> None:
-        self.model, self.name, self.device = served.model, name, served.model.device
-        self.classes = None if served.kind == "causal-lm" else len(trained.task.labels) or 1
-
-    def __call__(self, **inputs: Any) -> Any:
-        output = self.model(**inputs, task_ids=[self.name] * len(inputs["input_ids"]))
-        output.logits = output.logits[..., : self.classes]
-        return output

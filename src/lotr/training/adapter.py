@@ -96,14 +96,11 @@ def _check_meaning(settings: TrainSettings) -> None:
     misfits = [name for name in ours if method in PEERS and getattr(settings, name) is not None]
     misfits += ["target_parameters"] if method == "head" and settings.target_parameters is not None else []
     problem = ""
-    if rank == AUTO and budget is None:
-        problem = "rank='auto' needs a budget: the trained numbers that it may use. Add --budget 9216."
-    elif budget is not None and rank == TrainSettings.rank:
-        problem = f"budget={budget} chooses the rank where rank='auto' asks for that, and rank is {rank} by default. "
-        problem += "Add --rank auto, or leave the budget out."
-    elif budget is not None and rank != AUTO:
-        problem = f"budget={budget} chooses the rank, and rank={rank!r} sets it. "
-        problem += "Use rank='auto', or leave the budget out."
+    if (rank == AUTO) != (budget is not None):
+        problem = (
+            f"rank={rank!r} with budget={budget}: rank='auto' and a budget of trained numbers go together. "
+        )
+        problem += "Name both, as in --rank auto --budget 9216, or neither."
     elif budget is not None and basis is not None:
         problem = (
             f"budget={budget} chooses ranks, and those of basis={basis!r} are kept. Leave one of them out."
@@ -114,10 +111,10 @@ def _check_meaning(settings: TrainSettings) -> None:
     elif misfits:
         problem = f"{misfits[0]}={getattr(settings, misfits[0])!r} has no meaning with method={method!r}, which is not "
         problem += "a row of the table. Leave it out, or name a row (`lotr methods`)."
-    elif basis is not None and (settings.trainable == "all" or settings.init):
-        name = "trainable" if settings.trainable == "all" else "init"
-        problem = f"{name}={getattr(settings, name)!r} contradicts basis={basis!r}, whose factors are kept. "
-        problem += "Leave one of them out."
+    elif basis is not None and settings.trainable == "all":
+        problem = (
+            f"trainable='all' contradicts basis={basis!r}, whose factors are kept. Leave one of them out."
+        )
     if problem:
         raise ConfigError(problem)
 
@@ -154,7 +151,7 @@ def complete(settings: TrainSettings, config: PeftConfig, task: str) -> TrainSet
         return settings
     if settings.basis is not None:  # what the report says is what was trained
         rank = ",".join(map(str, dict.fromkeys(config.rank)))
-        return replace(settings, method=config.method, scaling=config.scaling, rank=rank)
+        return replace(settings, method=config.method, scaling=config.scaling, rank=rank, init=None)
     if settings.init is None and config.init == "first_step":
         return replace(settings, init="first_step")
     is_open = settings.init is None and config.starts_at_zero

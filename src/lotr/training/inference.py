@@ -1,4 +1,4 @@
-"""Rows of data through a model: logits in batches, what they predict, and answers that are written."""
+"""Rows of data through a model: logits in batches, their scores, what they predict, and answers that are written."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .data.conversations import CHAT, Chat
+from . import metrics
+from .data.columns import TaskRecord
+from .data.conversations import CHAT, IGNORED, Chat
 from .data.encode import LENGTH
 
 if TYPE_CHECKING:
@@ -46,6 +50,33 @@ def outputs(
         yield from zip(numbers, logits, labels, strict=True)
         if tick is not None:
             tick(at + len(numbers), len(order))
+
+
+def measured(
+    model: Any,  # as in `outputs`
+    collate: Callable[[list[Any]], dict[str, Tensor]],
+    task: TaskRecord,
+    rows: Dataset,
+    batch_size: int = 64,
+    tick: Tick | None = None,
+) -> dict[str, Any]:
+    """Return how many encoded rows with labels there are, their scores, and of classes the confusion counts."""
+    of_rows = outputs(model, collate, rows, batch_size, tick)
+    if task.task == "causal-lm":
+        total, tokens = 0.0, 0
+        for _, logits, labels in of_rows:
+            total += float(F.cross_entropy(logits[:-1], labels[1:], reduction="sum"))
+            tokens += int((labels[1:] != IGNORED).sum())
+        loss = total / max(tokens, 1)
+        return {"rows": len(rows), "loss": loss, "perplexity": metrics.perplexity(loss), "tokens": tokens}
+    _, scores, targets = map(np.stack, zip(*of_rows, strict=True))
+    report = {"rows": len(rows), **metrics.measure(task.task, scores, targets)}
+    if task.task == "regression":
+        return report
+    from sklearn.metrics import confusion_matrix
+
+    counts = confusion_matrix(targets, scores.argmax(-1), labels=range(scores.shape[-1]))
+    return report | {"confusion": counts.tolist()}
 
 
 def prediction(task: str, labels: Sequence[str], logits: Tensor) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from ..files.atomic import (
     check_apart,
     check_free,
     move_into,
-    read_json,
     remove_folder,
     unfinished,
     whole_folder,
@@ -29,8 +28,8 @@ from ..files.card import Card
 from ..tuner.config import LotrConfig
 from .checkpoint import last_whole
 from .data import TaskRecord
-from .rates import Rates, parameter_groups
-from .settings import TrainSettings, read_options
+from .rates import parameter_groups
+from .settings import Settings, TrainSettings, read_options, typed
 from .trained import CHECKPOINTS
 
 if TYPE_CHECKING:
@@ -90,38 +89,31 @@ def started_run(folder: Path, settings: Any, say: Callable[[str], None]) -> Iter
         raise
 
 
-def options_to_resume(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of the stopped run in the folder `output`; those named now must not differ from them."""
-    named = read_options(options)
+def options_to_resume(named: Mapping[str, Any], kind: type[Settings]) -> dict[str, Any]:
+    """Return the settings of the stopped run in the folder `output`; those named now must not differ from them.
+
+    A run that was stopped before its first checkpoint begins again.
+    """
     if "output" not in named:
         raise ConfigError("--resume needs --output, the folder of the run to go on with.")
     folder = Path(named["output"])
-    if not folder.is_dir() or not any(folder.iterdir()):
+    file = folder / CHECKPOINTS / SETTINGS
+    if not file.is_file():
+        # what is left of a run that was killed at its end
+        shutil.rmtree(unfinished(folder / CHECKPOINTS), ignore_errors=True)
         raise ConfigError(
-            f"{folder} does not exist, or is empty, so there is no run to resume. Leave --resume out to start one."
+            f"There is no unfinished run in {folder}: it has ended, or was never begun, so there is nothing to resume. "
+            "Leave --resume out to start one."
         )
-    # checkpoints are removed last, so where some are left there is a run to go on with, over an older one too
-    if (folder / METRICS).is_file() and not (folder / CHECKPOINTS).is_dir():
-        remove_folder(folder / CHECKPOINTS)  # what is left of it
-        raise ConfigError(
-            f"The run in {folder} is finished; there is nothing to resume. Start another with --overwrite."
-        )
-    saved = read_json(folder / CHECKPOINTS / SETTINGS, "the folder of a run that was started")
-    if last_whole(folder / CHECKPOINTS) is None:
-        raise ConfigError(f"{folder} holds no whole checkpoint to resume from. Start again with --overwrite.")
-    check_same_run(named, saved)
-    return read_options(named, folder / CHECKPOINTS / SETTINGS)
-
-
-def check_same_run(named: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Refuse settings that are named for a run that goes on and differ from those it was started with."""
-    plain = json.loads(json.dumps(dict(named), default=str))
+    saved = read_options({}, file, kind)
+    plain = typed(kind, json.loads(json.dumps(dict(named), default=str)), "--resume")
     for name in sorted(plain.keys() - _FREE_ON_RESUME):
         if plain[name] != saved.get(name):
             raise ConfigError(
                 f"--resume goes on with the run's own settings, and {name} was {saved.get(name)!r}, not "
                 f"{plain[name]!r}. Leave it out, or start a new run in another folder."
             )
+    return {**saved, **named}
 
 
 @dataclass
@@ -133,7 +125,7 @@ class RunReport:
     eval_source: str  # where the rows to measure on come from
     task: TaskRecord
     settings: TrainSettings  # with what was left open decided
-    rates: Rates
+    rates: dict[str, float]
     begun: dict[str, Any]  # what happened before the first step
     trained_numbers: dict[str, int]  # of the adapter, the head, and both
     rows: dict[str, int]  # to train on, and to evaluate on
@@ -187,7 +179,7 @@ def _card(model: PeftModel, report: RunReport) -> str:
     task, settings, config = report.task, report.settings, model.active_peft_config
     ours = isinstance(config, LotrConfig)
     adapter = config.card(len(task.labels)) if ours else Card(settings.method, is_lotr=False)
-    rates = {part["name"]: part["lr"] for part in parameter_groups(model, **vars(report.rates))}
+    rates = {part["name"]: part["lr"] for part in parameter_groups(model, **report.rates)}
     results = card.results(report.to_dict(), rates)
     return replace(adapter, method=settings.method, base_model=task.base_model).text(results)
 

@@ -19,7 +19,9 @@ from .base_model import check_dtype, skeleton
 from .settings import TrainSettings
 
 
-def plan_model(settings: TrainSettings, dtype: str = "float32", tasks: int | None = None) -> dict[str, Any]:
+def plan_model(
+    settings: TrainSettings, dtype: str = "float32", tasks: int | None = None
+) -> tuple[Plan, dict[str, Any]]:
     """Plan an adapter for a model on the meta device, so that a 70B model needs no memory.
 
     Args:
@@ -28,7 +30,8 @@ def plan_model(settings: TrainSettings, dtype: str = "float32", tasks: int | Non
         tasks: How many LoRAs `lotr compress` shall make one bank of; then only the tasks share, unless modes are given.
 
     Returns:
-        Groups with shapes and counts, totals, the LoRA rank of equal cost, bytes on disk in the type.
+        The plan; and as plain values its groups with shapes and counts, totals, the LoRA rank of equal cost, bytes on
+        disk in the type.
     """
     if tasks is not None:
         settings = replace(settings, modes=settings.modes or "none")
@@ -60,7 +63,7 @@ def plan_model(settings: TrainSettings, dtype: str = "float32", tasks: int | Non
         }
         for group in planned.groups
     ]
-    return {
+    report: dict[str, Any] = {
         "method": settings.method,
         "rank": str(config.r) if settings.rank == AUTO else settings.rank,
         **chosen,
@@ -75,14 +78,14 @@ def plan_model(settings: TrainSettings, dtype: str = "float32", tasks: int | Non
         "trains": planned.trainable,
         "equal_lora_rank": planned.equal_lora_rank,
         "lora_same_rank": planned.lora_per_rank * max(config.rank),
-        **({} if tasks is None else {"bank": _bank(planned, tasks)}),
         "bytes": file_bytes(file_shapes(planned, factors=not config.refers_to_basis), DTYPES[dtype].itemsize),
     }
-
-
-def _bank(planned: Plan, tasks: int) -> dict[str, int]:
-    """Foretell the bytes of a bank: factors and cores in bfloat16, as `lotr compress` keeps them."""
-    core = 2 * planned.n_cores
-    size = 2 * planned.n_factors + tasks * core
-    loras = 2 * tasks * planned.lora_per_rank  # at rank 1, in bfloat16
-    return {"tasks": tasks, "bytes_a_task": core, "bytes": size, "bytes_of_loras_a_rank": loras}
+    if tasks is not None:
+        core = 2 * planned.n_cores  # bytes, in bfloat16, as `lotr compress` keeps factors and cores
+        report["bank"] = {
+            "tasks": tasks,
+            "bytes_a_task": core,
+            "bytes": 2 * planned.n_factors + tasks * core,
+            "bytes_of_loras_a_rank": 2 * tasks * planned.lora_per_rank,
+        }
+    return planned, report

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.nn.functional as F
-from torch import Tensor
 
 from ..bank.basis import BANK
 from ..errors import ConfigError, DataError
-from . import metrics
 from .data import collator, encode, read, rows_of_task
-from .data.conversations import IGNORED
 from .data.tables import Table
-from .inference import Tick, answers, outputs, prediction
+from .inference import Tick, answers, measured, outputs, prediction
 from .tasks.served import Served, load_served
 from .tasks.task_list import together
 from .trained import Trained, load_trained
@@ -59,27 +54,17 @@ def evaluate(
         raise ConfigError(f"--picture {picture}: the folder {Path(picture).parent} does not exist.")
     trained = adapter if isinstance(adapter, Trained) else load_trained(adapter, model)
     task = replace(trained.task, columns=trained.task.columns.named(text=text, text2=text2, label=label))
-    rows = rows_of_task(read(data), task)
-    report: dict[str, Any] = {"rows": len(rows), "labels": list(task.labels)}
-    if task.task == "causal-lm":
-        total, tokens = 0.0, 0
-        for _, logits, labels in outputs_of(trained, rows, batch_size, tick):
-            total += float(F.cross_entropy(logits[:-1], labels[1:], reduction="sum"))
-            tokens += int((labels[1:] != IGNORED).sum())
-        loss = total / max(tokens, 1)
-        return report | {"loss": loss, "perplexity": metrics.perplexity(loss), "tokens": tokens}
-    _, scores, targets = map(np.stack, zip(*outputs_of(trained, rows, batch_size, tick), strict=True))
-    report |= metrics.measure(task.task, scores, targets)
-    if task.task == "regression":
-        return report
-    from sklearn.metrics import confusion_matrix
-
-    counts = confusion_matrix(targets, scores.argmax(-1), labels=range(scores.shape[-1]))
-    if picture is not None:
+    encoded = encode(rows_of_task(read(data), task), trained.tokenizer, trained.task)
+    collate = collator(trained.tokenizer, task.task)
+    report = {
+        "labels": list(task.labels),
+        **measured(trained.model, collate, task, encoded, batch_size, tick),
+    }
+    if picture is not None and "confusion" in report:
         from ..adapters import plots
 
-        plots.confusion(counts, task.labels, Path(picture))
-    return report | {"confusion": counts.tolist()}
+        plots.confusion(np.array(report["confusion"]), task.labels, Path(picture))
+    return report
 
 
 def predict(
@@ -166,11 +151,3 @@ def _task_names(table: Table, name: str) -> list[str]:
             f'Row {empty[0]} of {table.name} names no task in column "{column}" ({len(empty)} do not).'
         )
     return values
-
-
-def outputs_of(
-    trained: Trained, rows: Table, batch_size: int = 64, tick: Tick | None = None
-) -> Iterator[tuple[int, Tensor, Any]]:
-    """Yield of each row that `rows_of_task` made its number, logits `(classes,)` or `(1,)`, and label."""
-    encoded = encode(rows, trained.tokenizer, trained.task)
-    return outputs(trained.model, collator(trained.tokenizer, trained.task.task), encoded, batch_size, tick)

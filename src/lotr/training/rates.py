@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..tuner.config import LotrConfig
@@ -14,35 +13,27 @@ if TYPE_CHECKING:
     from .settings import TrainSettings
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Learning rates: of the factors (or of all of another method), the cores, the magnitudes, a new head."""
+def default_rates(core: str, magnitude: str, train: str = "all") -> dict[str, float]:
+    """Return rates of AdamW that worked for a structure, on a part of the built-in data with the packaged MiniLM.
 
-    lr: float
-    core_lr: float
-    magnitude_lr: float
-    head_lr: float
-
-
-def default_rates(core: str, magnitude: str, train: str = "all") -> Rates:
-    """Return rates of AdamW that worked for a structure, on a part of the built-in data with the packaged MiniLM."""
+    `lr` is that of the factors, or of all of another method, and `head_lr` that of a new head.
+    """
     # a product of several trained matrices moves faster than one; cores alone have the way to themselves;
     # two numbers that are as large as whole norms have further to go than norms of single features
-    return Rates(
-        lr=3e-3,  # at 1e-2 some runs gain a point, and now and then one loses its way
-        core_lr=3e-3 if core == "tt" else 2e-2 if train == "cores" else 1e-2,
-        magnitude_lr=1e-1 if magnitude == "base_and_update" else 3e-3,
-        head_lr=3e-2,
-    )
+    return {
+        "lr": 3e-3,  # at 1e-2 some runs gain a point, and now and then one loses its way
+        "core_lr": 3e-3 if core == "tt" else 2e-2 if train == "cores" else 1e-2,
+        "magnitude_lr": 1e-1 if magnitude == "base_and_update" else 3e-3,
+        "head_lr": 3e-2,
+    }
 
 
-def rates_of(settings: TrainSettings, config: PeftConfig) -> Rates:
+def rates_of(settings: TrainSettings, config: PeftConfig) -> dict[str, float]:
     """Return the rates of the settings, else those that worked for the structure."""
-    default = default_rates("identity", "none")
+    rates = default_rates("identity", "none")
     if isinstance(config, LotrConfig):
-        default = default_rates(config.core, config.magnitude, config.trainable)
-    named = {name: getattr(settings, name) for name in vars(default)}
-    return replace(default, **{name: rate for name, rate in named.items() if rate is not None})
+        rates = default_rates(config.core, config.magnitude, config.trainable)
+    return {name: rate if (own := getattr(settings, name)) is None else own for name, rate in rates.items()}
 
 
 #: What a parameter's path says about its part; the factors are the rest.

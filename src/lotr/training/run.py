@@ -54,12 +54,13 @@ def train(
         TrainingError: The loss is not finite.
         Interrupted: The user stopped the run.
     """
-    options = (settings.named() if settings is not None else {}) | options
-    is_main, output = is_main_process(), options.get("output")
+    named = read_options((settings.named() if settings is not None else {}) | options)
+    is_main, output = is_main_process(), named.get("output")
     say = say if is_main else lambda line: None
     with locked(Path(output)) if is_main and output is not None else nullcontext():
-        read = options_to_resume if options.get("resume") else read_options
-        settings = check(TrainSettings(**read(options)), config)
+        if named.get("resume"):
+            named = options_to_resume(named, TrainSettings)
+        settings = check(TrainSettings(**named), config)
         run = prepare(settings, say, config)
         with started_run(run.folder, run.settings, say) if is_main else nullcontext():
             report = _train(run, callbacks, say)
@@ -118,7 +119,7 @@ def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
         s,
         gradient_accumulation_steps=s.gradient_accumulation_steps,
         per_device_eval_batch_size=2 * s.batch_size,
-        learning_rate=run.rates.lr,
+        learning_rate=run.rates["lr"],
         lr_scheduler_type=s.scheduler,
         eval_strategy="steps",
         save_total_limit=2,
@@ -127,7 +128,7 @@ def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
         prediction_loss_only=causal,
         report_to=s.report_to,
     )
-    groups = parameter_groups(run.model, **vars(run.rates))
+    groups = parameter_groups(run.model, **run.rates)
     trainer = AdapterTrainer(
         model=run.model,
         args=args,
@@ -156,7 +157,7 @@ def _report(run: Run, trainer: AdapterTrainer, scores: dict[str, float], progres
     metric = metrics.MAIN[run.data.task.task]
     if not math.isfinite(values[metric]):
         raise TrainingError(f"The final {metric} is {values[metric]}. Lower the learning rates.")
-    parts = parameter_groups(run.model, run.rates.lr)
+    parts = parameter_groups(run.model, **run.rates)
     numbers = {part["name"]: sum(getattr(p, "ds_numel", p.numel()) for p in part["params"]) for part in parts}
     head, total = numbers.get("head", 0), sum(numbers.values())
     config: Any = run.model.active_peft_config

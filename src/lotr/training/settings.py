@@ -142,61 +142,59 @@ class TrainSettings(Settings):
     report_to: str = _run("Where it logs to: none, tensorboard (in OUTPUT/runs), wandb, …", default="none")
 
 
-def read_options(options: Mapping[str, Any], file: str | Path | None = None) -> dict[str, Any]:
+def read_options(
+    options: Mapping[str, Any], file: str | Path | None = None, kind: type[Settings] = TrainSettings
+) -> dict[str, Any]:
     """Return the settings that were named: options, where they are not `None`, over a YAML file."""
-    known = {f.name: str(f.type) for f in fields(TrainSettings)}
-    values = {} if file is None else _read_yaml(Path(file), known)
-    for name, value in options.items():
+    known = kind.__dataclass_fields__
+    for name in options:
         if name not in known:
             raise ConfigError(f"{name!r} is not a setting. {near(name, known)}")
-        if value is not None:
-            values[name] = value
-    return values
+    values = {} if file is None else typed(kind, load_yaml(Path(file)), str(file))
+    return values | {name: value for name, value in options.items() if value is not None}
 
 
-def load_yaml(path: Path, option: str) -> Any:
-    """Read YAML, or JSON, without tags of Python's; `option` named the file, and so does a ConfigError of one line."""
+def load_yaml(path: Path) -> Any:
+    """Read YAML, or JSON, without tags of Python's; what cannot be read is a ConfigError of one line."""
     import yaml
 
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        problem = "does not exist"
     except OSError as error:
         problem = f"cannot be read: {error.strerror}. Name a file"
-    except RecursionError:
-        problem = "nests too deeply"
-    except (yaml.YAMLError, ValueError, AttributeError, TypeError) as error:  # also dates that are none
+    except (yaml.YAMLError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        # of dates that are none, too
         problem = f"is not valid YAML: {' '.join(str(error).split())}"
-    raise ConfigError(f"{option} {path} {problem}.")
+    raise ConfigError(f"{path} {problem}.")
 
 
-def _read_yaml(path: Path, known: Mapping[str, str]) -> dict[str, Any]:
-    content = load_yaml(path, "--config")
+def typed(kind: type, content: Any, where: str) -> dict[str, Any]:
+    """Return what a file holds for a dataclass, in the types of its fields; a ConfigError begins with `where`."""
     if not isinstance(content, dict):
-        raise ConfigError(f"--config {path} must hold settings by name, for example `rank: 16`.")
+        raise ConfigError(f"{where} must hold settings by name, for example `rank: 16`.")
+    known = {f.name: str(f.type) for f in fields(kind)}
     values = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            raise ConfigError(f"--config {path} names {name!r}, which is not a setting. {near(name, known)}")
-        kind, *nothing = known[name].split(" | ")
+            raise ConfigError(f"{where} names {name!r}, which is not a setting. {near(name, known)}")
+        of, *nothing = known[name].split(" | ")
         try:
-            values[name] = None if value is None and nothing else _cast(value, kind)
+            values[name] = None if value is None and nothing else _cast(value, of)
         except (OverflowError, TypeError, ValueError):
-            raise ConfigError(
-                f"--config {path}: {name}={str(value)[:80]!r} is not a value of type {kind}."
-            ) from None
+            raise ConfigError(f"{where}: {name}={str(value)[:80]!r} is not a value of type {of}.") from None
     return values
 
 
 def _cast(value: Any, kind: str) -> Any:
     """Return a YAML value in the type of its setting; YAML reads `1e-3` as text and `16` as a number."""
+    if kind.startswith("tuple"):
+        return tuple(dict(part) for part in value)
     if isinstance(value, dict):
         value = ",".join(f"{key}={part}" for key, part in value.items())
     if isinstance(value, list):
         value = ",".join(str(part) for part in value)
-    if value is None or (kind == "bool" and not isinstance(value, bool)):
+    if value is None or isinstance(value, bool) != (kind == "bool"):
         raise TypeError
     return {"int": int, "float": float, "str": str, "bool": bool}[kind](value)
 

@@ -14,7 +14,7 @@ from ..files.atomic import check_apart, check_free
 from ..files.fingerprint import changed
 from ..files.peft_lora import read_lora
 from .adapter import full_precision_head
-from .base_model import load_model, load_tokenizer, locate
+from .base_model import load_model, load_tokenizer
 from .data.columns import Task, TaskRecord
 from .process import device
 
@@ -52,30 +52,25 @@ def load_trained(path: str | Path, model: str | None = None) -> Trained:
     base = model or adapter.config.get("base_model_name_or_path") or task.base_model
     tokenizer = load_tokenizer(base)
     bare = load_model(base, task.task, task.labels, task.dtype, tokenizer, task.load_in)
-    odd = changed(task.base_fingerprint, bare) if task.base_fingerprint else []
+    if task.base_fingerprint and (odd := changed(task.base_fingerprint, bare)):
+        raise CheckpointError(
+            f"The weights of {base!r} are not those that the adapter in {adapter.path} was trained on "
+            f"({task.base_model!r}): its fingerprint differs in {len(odd)} tensors, first {odd[0]!r}. Name the right "
+            "base model with --model."
+        )
     try:
         loaded = PeftModel.from_pretrained(bare, str(adapter.path), is_trainable=False)
     except CheckpointError:
         raise
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
-        why = (
-            f"It was trained on that model, so {CONFIG} is not the one that was saved with it, or the model has "
-            "changed. Copy the folder again."
-        )
-        if locate(base)[1] != task.base_model:
-            why = f"It was trained on {task.base_model!r}; name that one with --model."
         raise CheckpointError(
-            f"The adapter in {adapter.path} does not fit the base model {base!r}: {[*lines, str(error)][0]} {why}"
+            f"The adapter in {adapter.path} does not fit the base model {base!r}: {[*lines, str(error)][0]} Either "
+            f"{CONFIG} is not the one that was saved with it: copy the folder again. Or it was trained on another "
+            "model: name that one with --model."
         ) from error
     if full_precision_head(loaded).dtype != torch.float32:
         set_peft_model_state_dict(loaded, tensors)  # the head again, without rounding
-    if odd:
-        raise CheckpointError(
-            f"The weights of {base!r} are not those that the adapter in {adapter.path} was trained on "
-            f"({task.base_model!r}): its fingerprint differs in {len(odd)} tensors, first {odd[0]!r}. Name the right "
-            "base model with --model."
-        )
     loaded = loaded.eval() if task.load_in else loaded.eval().to(device())
     return Trained(loaded, tokenizer, task)
 

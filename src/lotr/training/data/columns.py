@@ -46,15 +46,11 @@ class TaskRecord:
     """What an adapter is trained for, beside its numbers: content of `task.json`."""
 
     task: Task
-    labels: tuple[
-        str, ...
-    ] = ()  # the classes in the order of their ids; () unless the task is classification
+    labels: tuple[str, ...] = ()  # classes in the order of their ids, of a classification
     max_length: int = TEXT_LENGTH
     columns: Columns = Columns()
     base_model: str = ""
-    pairs: bool | None = (
-        False  # whether the rows are pairs of texts; `None` where a column of second texts tells
-    )
+    pairs: bool | None = False  # of texts; `None` where a column of second texts tells
     method: str = "lotr"
     dtype: str = "float32"
     base_fingerprint: str | None = None
@@ -65,23 +61,15 @@ class TaskRecord:
         """Read the content of `task.json`; CheckpointError where a field is missing, or is not what it should be."""
         known = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
         try:
-            record = cls(
-                **known | {"labels": tuple(content["labels"]), "columns": Columns(**content["columns"])}
-            )
-            texts = (*content["labels"], *vars(record.columns).values(), content["base_model"])
-            is_whole = (
-                record.task in get_args(Task)
-                and isinstance(content["labels"], list)
-                and type(content["max_length"]) is int
-                and isinstance(record.base_fingerprint, str | None)
-                and all(isinstance(text, str) for text in (*texts, record.method, record.dtype))
-            )
+            lists = {"labels": tuple(map(str, known["labels"])), "columns": Columns(**known["columns"])}
+            record = cls(**known | lists)
+            is_whole = record.task in get_args(Task) and type(record.max_length) is int
         except (KeyError, TypeError):
             is_whole = False
         if not is_whole:
             raise CheckpointError(
-                "task.json is damaged: its task, labels, columns, length or base model are missing, or not what they "
-                "should be. Copy or download the adapter again."
+                "task.json is damaged: its task, labels, columns or length are missing, or not what they should be. "
+                "Copy or download the adapter again."
             )
         return record
 

@@ -42,8 +42,6 @@ _ROLES = {
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-Turns = list[dict[str, Any]]
-
 
 def chat_columns(table: Table, text: str = "text", need_answer: bool = True) -> dict[str, str]:
     """Return which columns hold the turns of conversations, or else question and answer; nothing where none do.
@@ -184,22 +182,15 @@ class Chat:
             for turn in self.content["messages"][:turns]
         ]
         try:
-            self.tokenizer.get_chat_template()
-        except ValueError as error:
-            raise DataError(
-                f"The tokenizer {self.tokenizer.name_or_path or type(self.tokenizer).__name__} has no chat template, "
-                "so conversations cannot be encoded. Use an instruction-tuned model, set tokenizer.chat_template, "
-                "or give plain texts and name their column with --text."
-            ) from error
-        try:
             return self.tokenizer.apply_chat_template(
                 messages, tools=self.content["tools"] or None, **options
             )
-        except TemplateError as error:
+        except (TemplateError, ValueError) as error:  # ValueError: there is no template
             roles = ", ".join(turn["role"] for turn in messages)
             raise DataError(
-                f"Row {self.row}: the chat template refuses this conversation ({error}). Its roles are: {roles}. "
-                "Mend or drop the row."
+                f"Row {self.row}: this conversation cannot be written ({error}). Its roles are: {roles}. Mend or drop "
+                "the row; or use an instruction-tuned model, set tokenizer.chat_template, or give plain texts and name "
+                "their column with --text."
             ) from error
 
     def _rendered(self, turns: int | None = None, **options: Any) -> dict[str, list[Any]]:

@@ -108,12 +108,9 @@ def _records(path: Path, text: str, separator: str) -> Iterator[tuple[int, list[
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            what = str(error)
-            if "end of data" in what:
-                what = "a quote opens in this row and never closes"
-            elif "expected after" in what:
-                what = f"a quote opens in this row and closes in line {reader.line_num} before the field ends"
-            raise DataError(f"{path}, line {line}: {what}. {QUOTES}") from error
+            raise DataError(
+                f"{path}, lines {line} to {reader.line_num}: no CSV ({error}). {QUOTES}"
+            ) from error
         if fields is None:
             return
         if fields:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +13,18 @@ import torch
 
 from ...bank import CoreBank, Task
 from ...errors import ConfigError
-from ...files.atomic import locked, read_json, remove_folder, unfinished
+from ...files.atomic import locked, remove_folder
 from ...tuner.saved_adapter import hash_of, read_saved
 from ..adapter import check_numbers
 from ..base_model import load_tokenizer, locate, skeleton, text_length
 from ..checkpoint import last_whole
 from ..data import TaskData
-from ..output import SETTINGS, check_same_run, started_run, versions
+from ..inference import measured
+from ..output import options_to_resume, started_run, versions
 from ..process import n_processes
+from ..settings import read_options
 from ..trained import CHECKPOINTS
-from .served import Served, base_of, load_served
+from .served import OneTask, Served, base_of, load_served
 from .settings import BankSettings
 from .task_list import TaskSource, prepare
 from .trainer import TaskTrainer, temperature_of
@@ -60,12 +60,13 @@ def train_bank(
         TrainingError: The loss of a task is not finite.
         Interrupted: The user stopped the run.
     """
-    named = {**(settings.named() if settings is not None else {}), **options}
-    settings = BankSettings(**named)
-    _check(settings)
-    path = Path(str(settings.output))
+    named = read_options((settings.named() if settings is not None else {}) | options, kind=BankSettings)
+    path = Path(str(named.get("output")))
     with locked(path) if path.is_dir() else nullcontext():
-        settings = _settings_to_resume(named, path) if settings.resume else settings
+        if named.get("resume"):
+            named = options_to_resume(named, BankSettings)
+        settings = BankSettings(**named)
+        _check(settings)
         with _opened_bank(settings, path) as bank:
             name = base_of(bank, settings.model)
             settings = replace(settings, max_length=text_length(skeleton(name)[0], name, settings.max_length))
@@ -89,39 +90,13 @@ def _check(settings: BankSettings) -> None:
     temperature_of(settings.sampling, settings.temperature)
 
 
-def _settings_to_resume(named: dict[str, Any], path: Path) -> BankSettings:
-    """Return the settings of the stopped run in a bank; those named now must not differ from them."""
-    file = path / CHECKPOINTS / SETTINGS
-    if not file.is_file():
-        # what a run that was killed at its end left
-        shutil.rmtree(unfinished(path / CHECKPOINTS), ignore_errors=True)
-        raise ConfigError(f"There is no unfinished run in {path}; there is nothing to resume.")
-    saved = read_json(file, "the folder of a run that was started")
-    check_same_run(named, saved)
-    try:
-        settings = BankSettings(**{**saved, **named, "tasks": tuple(saved["tasks"]), "output": str(path)})
-        if nulls := [
-            f.name for f in fields(settings) if f.default is not None and vars(settings)[f.name] is None
-        ]:
-            raise TypeError(f"{nulls[0]} is null")
-        _check(settings)
-        for source in settings.tasks:
-            TaskSource(**source)
-    except (TypeError, KeyError) as error:
-        raise ConfigError(
-            f"{file} is damaged ({error}), so its run cannot go on. Drop it with --replace; the bank keeps its "
-            "tasks as of the last checkpoint."
-        ) from None
-    return settings
-
-
 @contextmanager
 def _opened_bank(settings: BankSettings, path: Path) -> Iterator[CoreBank]:
     """Open the bank, or make it where there is none; one whose run fails before its first checkpoint goes again.
 
     It is refused where its run would be passed over, or where it has another basis, or the tasks already.
     """
-    if not settings.resume and (path / CHECKPOINTS / SETTINGS).is_file() and not settings.replace:
+    if not settings.resume and last_whole(path / CHECKPOINTS) and not settings.replace:
         raise ConfigError(
             f"A run in {path} was not finished. Go on with it with --resume, or drop it with --replace; the bank keeps "
             "its tasks as of the last checkpoint."
@@ -129,16 +104,13 @@ def _opened_bank(settings: BankSettings, path: Path) -> Iterator[CoreBank]:
     if not settings.tasks:
         raise ConfigError("There are no tasks to train. Name them with --tasks.")
     if settings.resume or (path.is_dir() and any(path.iterdir())):
-        with CoreBank.open(
-            path, writable=True
-        ) as bank:  # closed also where it is refused, so that SQLite's log goes
-            if not settings.resume:
+        with CoreBank.open(path, writable=True) as bank:
+            if not settings.resume:  # inside, so that SQLite's log goes also where it is refused
                 _check_new(bank, settings)
             yield bank
         return
     if settings.basis is None:
         raise ConfigError(f"{path} holds no bank yet. Name the adapter that gives its factors with --basis.")
-    was_there = path.is_dir()
     bank = CoreBank.create(path, settings.basis, dtype=settings.keep)
     with locked(path):
         try:
@@ -147,8 +119,6 @@ def _opened_bank(settings: BankSettings, path: Path) -> Iterator[CoreBank]:
         except BaseException:
             if last_whole(path / CHECKPOINTS) is None:
                 remove_folder(path)
-                if was_there:
-                    path.mkdir()
             raise
 
 
@@ -178,12 +148,10 @@ def _run(
     served.begin(tasks, settings.seed)
     # the numbers themselves, and two moments of each
     memory = 3 * sum(parameter.nbytes for parameter in served.tensors().values())
-    each = memory // len(tasks)
     say(
         f"Tasks: {len(tasks)}, with {sum(map(len, parts))} rows to train on; {bank.layout.size:,} "
-        f"numbers each, beside a head: {each:,} bytes of memory a task while it trains."
+        f"numbers each, beside a head: {memory // len(tasks):,} bytes of memory a task while it trains."
     )
-    _check_memory(memory, each)
     started = time.perf_counter()
     trainer = TaskTrainer(settings, served, parts, tasks, callbacks)
     checkpoint = last_whole(bank.path / CHECKPOINTS) if settings.resume else None
@@ -210,30 +178,17 @@ def _task(name: str, data: TaskData, settings: BankSettings) -> Task:
     return Task(name, torch.empty(0), {}, of.labels, of.task, metadata)
 
 
-def _check_memory(needed: int, each: int) -> None:
-    """Refuse tasks that do not fit into the memory of the device beside each other."""
-    if torch.cuda.is_available():
-        there = torch.cuda.mem_get_info()[1]
-    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:  # nothing tells
-        return
-    if needed > there:
-        raise ConfigError(
-            f"All tasks of a run are in memory: these need {needed:,} bytes, {each:,} a task, and there are {there:,}. "
-            "Train them in several runs; the bank keeps the tasks of all."
-        )
-
-
 def _measure(served: Served, prepared: Mapping[str, TaskData]) -> dict[str, Any]:
     """Measure every task as the bank has it, and keep the scores with it."""
-    bank = served.bank
-    scores = served.scores({name: data.eval for name, data in prepared.items()})
-    measured = (
-        replace(task, metadata={**task.metadata, "scores": scores[task.name]})
-        for task in map(bank.get, scores)
-    )
-    bank.add_many(measured, replace=True)
+    served.model.eval()
+    served.rows.cache.training.clear()
+    bank, collate = served.bank, served.collator()
+    scores = {}
+    for name, data in prepared.items():
+        scores[name] = measured(OneTask(served, name, data.task), collate, data.task, data.eval)
+        scores[name].pop("confusion", None)
+    tasks = (replace(t, metadata={**t.metadata, "scores": scores[t.name]}) for t in map(bank.get, scores))
+    bank.add_many(tasks, replace=True)
     served.rows.cache.store.database.close()  # SQLite takes its log away with the last connection that writes
     return {
         name: {"task": data.task.task, "labels": len(data.task.labels), **scores[name], "rows": data.sizes}

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
-import numpy as np
 from torch import Tensor
 
 from ...bank import CoreBank, Task
-from ...bank.heads import row_losses
 from ...errors import ConfigError, UnknownTaskError
-from .. import metrics
 from ..base_model import load_model, load_tokenizer
 from ..data import Columns, TaskRecord, collator
 from ..data.columns import TEXT_LENGTH
-from ..inference import outputs
 from ..process import device
-from .task_list import together
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from ...bank.cache import LoadedTask
     from ...bank.wrap import BankModel, TaskRows
 
@@ -96,30 +89,19 @@ class Served:
             head = {prefix + key: p.detach().cpu() for key, p in loaded.head.parameters.items()}
         return replace(task, numbers=loaded.numbers.detach().cpu(), head=head)
 
-    def scores(self, rows: Mapping[str, Dataset]) -> dict[str, dict[str, float]]:
-        """Measure tasks as the bank has them, on encoded rows with labels, all in mixed batches.
 
-        Returns:
-            Task → scores by name, and the number of rows.
-        """
-        self.model.eval()
-        self.rows.cache.training.clear()
-        names, mixed = list(rows), together(list(rows.values()))
-        task_of, size = mixed["task"][:], min(64, self.rows.cache.capacity)
-        values: dict[str, list[Any]] = {name: [] for name in names}
-        causal = self.kind == "causal-lm"
-        for n, logits, label in outputs(self.model, self.collator(), mixed, size, tasks=names):
-            loss = row_losses(logits[None, :-1], label[None, 1:]).item() if causal else None
-            values[names[task_of[n]]].append(loss if causal else (logits, label))
-        if causal:
-            return {name: {"rows": len(own), "loss": float(np.mean(own))} for name, own in values.items()}
-        scores = {}
-        for task in map(self.bank.get, names):
-            own = values[task.name]  # in each batch with as many logits as its largest task has
-            predicted = np.stack([logits[: len(task.labels) or 1] for logits, _ in own])
-            measured = metrics.measure(str(task.task), predicted, np.stack([label for _, label in own]))
-            scores[task.name] = {"rows": len(own), **measured}
-        return scores
+class OneTask:
+    """The model of a bank as that of an adapter: all rows have one task, and as many logits as it has classes."""
+
+    def __init__(self, served: Served, name: str, record: TaskRecord) -> None:
+        self.model, self.name, self.device = served.model, name, served.model.device
+        self.classes = None if served.kind == "causal-lm" else len(record.labels) or 1
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Return the output of the model, with the logits of the task."""
+        output = self.model(**inputs, task_ids=[self.name] * len(inputs["input_ids"]))
+        output.logits = output.logits[..., : self.classes]
+        return output
 
 
 def load_served(

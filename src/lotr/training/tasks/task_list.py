@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...bank.task import check_name
-from ...errors import ConfigError, DataError, near
+from ...errors import ConfigError, DataError
 from ..data import Columns, TaskData, load_task
-from ..settings import load_yaml
+from ..settings import load_yaml, typed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,7 +35,7 @@ class TaskSource:
         return Columns(self.text, self.text2, self.label)
 
 
-def read_tasks(path: Path, option: str = "--tasks") -> list[TaskSource]:
+def read_tasks(path: Path) -> list[TaskSource]:
     r"""Read a list of tasks from YAML: `name: file`, or `name: {train: file, eval: …, text: …, label: …, task: …}`.
 
     Paths are relative to the list's folder.
@@ -50,26 +50,20 @@ def read_tasks(path: Path, option: str = "--tasks") -> list[TaskSource]:
         >>> [(task.name, task.label) for task in read_tasks(path)]
         [('mail', 'label'), ('news', 'topic')]
     """
-    content = load_yaml(path, option)
+    content = load_yaml(path)
     if not isinstance(content, dict) or not content:
-        raise ConfigError(f"{option} {path} must hold tasks by name, for example `mail: mail.csv`.")
-    known = [field.name for field in fields(TaskSource)][1:]
+        raise ConfigError(f"{path} must hold tasks by name, for example `mail: mail.csv`.")
     sources = []
     for name, entry in content.items():
-        values = dict(entry) if isinstance(entry, dict) else {"train": entry}
-        task = f"{option} {path}: task {str(name)!r}"
-        if not isinstance(values.get("train"), str):
-            raise ConfigError(f"{task} names no data. Write `{name}: file`, or train: inside it.")
-        for key in values:
-            if key not in known:
-                raise ConfigError(f"{task} has {key!r}, which is not known. {near(str(key), known)}")
-        if odd := [key for key, value in values.items() if not isinstance(value, str | None)]:
-            raise ConfigError(f"{task} has {odd[0]}={str(values[odd[0]])[:80]!r}, which is no text.")
+        where = f"{path}: task {str(name)!r}"
+        values = typed(TaskSource, entry if isinstance(entry, dict) else {"train": entry}, where)
+        if "train" not in values:
+            raise ConfigError(f"{where} names no data. Write `{name}: file`, or train: inside it.")
         for key in ("train", "eval"):
             beside = path.parent / str(values.get(key))
             if key in values and os.path.exists(beside):  # noqa: PTH110 – pathlib raises for a long name
                 values[key] = str(beside)
-        sources.append(TaskSource(check_name(str(name)), **values))
+        sources.append(TaskSource(**values | {"name": check_name(str(name))}))
     return sources
 
 

@@ -120,7 +120,7 @@ class TaskTrainer(AdapterTrainer):
 def _optimizer(settings: BankSettings, served: Served) -> torch.optim.Optimizer:
     """Return AdamW, which leaves a task alone that has no row in the batch: neither it nor its moments change."""
     rates = default_rates(str(served.bank.config.core), "none", "cores")
-    lr = {"cores": settings.core_lr or rates.core_lr, "heads": settings.head_lr or rates.head_lr}
+    lr = {"cores": settings.core_lr or rates["core_lr"], "heads": settings.head_lr or rates["head_lr"]}
     params: dict[str, list[Tensor]] = {"cores": [], "heads": []}
     for name, parameter in served.tensors().items():
         params["cores" if name.endswith(".numbers") else "heads"].append(parameter)

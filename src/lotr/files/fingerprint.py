@@ -11,6 +11,7 @@ import json
 import math
 import zlib
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ def _tensors(model: nn.Module, twice: bool = False) -> Iterator[tuple[str, _Shap
     """Yield name, shape and weight of parameters and saved buffers that are plain numbers."""
     seen: set[int] = set()
     for path, module in model.named_modules():
-        offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        offloaded: Any = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         unsaved = module._non_persistent_buffers_set
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None or name in unsaved or (id(tensor) in seen and not twice):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 from conftest import bert
 from lotr import CoreBank, LotrConfig, Task
@@ -56,6 +58,41 @@ def task(of: CoreBank, name: str, seed: int = 0, **fields: Any) -> Task:
     root = "base_model.model.classifier"
     head = {f"{root}.{key}": torch.randn(shape, generator=generator) for key, shape in shapes.items()}
     return Task(name, numbers, head, ("a", "b", "c"), "classification", {"seed": seed, **fields})
+
+
+class Tiny(nn.Module):
+    """Two projections and a head: a call of it takes a fraction of a transformer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.classifier = nn.Embedding(61, 16), nn.Linear(16, 3)
+        self.query, self.value = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        x = self.embed(input_ids).mean(1)
+        return SimpleNamespace(logits=self.classifier(self.query(x).tanh() * self.value(x)))
+
+
+def on(folder: Path, base: nn.Module, names: Iterable[str] = (), **config: Any) -> CoreBank:
+    """A bank in float32 in `folder/bank`, whose basis is an adapter on a model, with tasks of random numbers."""
+    get_peft_model(base, LotrConfig(**{"r": 4, **config})).save_pretrained(folder / "basis")
+    made = CoreBank.create(folder / "bank", folder / "basis", dtype="float32")
+    made.add_many(Task(name, numbers(made, n)) for n, name in enumerate(names))
+    return made
+
+
+def numbers(of: CoreBank, seed: int) -> Tensor:
+    return 2 * torch.randn(of.layout.size, generator=torch.Generator().manual_seed(seed))
+
+
+def alone(of: CoreBank, base: nn.Module, name: str | None) -> nn.Module:
+    """A plain model with one task in its weights: as a LoRA that PEFT merged."""
+    if name is None:
+        return base
+    with tempfile.TemporaryDirectory() as folder:
+        of.export(name, Path(folder) / "lora", as_lora=True)
+        return PeftModel.from_pretrained(base, Path(folder) / "lora").merge_and_unload().eval()
 
 
 def contents(model: nn.Module) -> dict[tuple[object, ...], object]:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
+from banks import Tiny
 from conftest import bert, gpt2, tokens
 from lotr import CheckpointError, ConfigError, CoreBank, LotrConfig, Task, UnknownTaskError
 from lotr.bank.task import to_record
@@ -36,20 +36,6 @@ def base() -> nn.Module:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return bert(**sizes, **still)
-
-
-class Tiny(nn.Module):
-    """Two projections and a head: a call of it takes a fraction of a transformer's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.classifier = nn.Embedding(61, 16), nn.Linear(16, 3)
-        self.query, self.value = nn.Linear(16, 16), nn.Linear(16, 16)
-
-    def forward(self, input_ids: Tensor) -> SimpleNamespace:
-        x = self.embed(input_ids).mean(1)
-        return SimpleNamespace(logits=self.classifier(self.query(x).tanh() * self.value(x)))
 
 
 def head(outputs: int, width: int = 16) -> dict[str, Tensor]:

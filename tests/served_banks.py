@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 import transformers as tf
-from peft import get_peft_model
 
-from lotr import CoreBank, LotrConfig, Task
+import banks
+from lotr import CoreBank, Task
 from moe_models import EXPERTS
 from saved_models import save_bert, save_llama, save_mixtral
 
@@ -18,30 +18,31 @@ HEAD = "base_model.model.classifier"
 
 def encoder_bank(folder: Path, tasks: int = 0) -> CoreBank:
     """A bank in `folder/bank` on a saved encoder."""
-    name = save_bert(folder / "model")
-    base = tf.AutoModelForSequenceClassification.from_pretrained(name)
-    return _bank(folder, base, ["query", "value"], [encoder_task, tasks])
+    base = tf.AutoModelForSequenceClassification.from_pretrained(save_bert(folder / "model"))
+    bank = banks.on(folder, base, target_modules=["query", "value"])
+    bank.add_many(encoder_task(bank, f"task-{n}", seed=n) for n in range(tasks))
+    return bank
+
+
+def bare_encoder_bank(folder: Path, tasks: int) -> CoreBank:
+    """The same on an encoder without a head, as embedding models are trained."""
+    base = tf.AutoModel.from_pretrained(save_bert(folder / "model"))
+    return banks.on(folder, base, [f"task-{n}" for n in range(tasks)], target_modules=["query", "value"])
 
 
 def decoder_bank(folder: Path, tasks: int = 0) -> CoreBank:
     """A bank in `folder/bank` on a saved language model."""
     base = tf.AutoModelForCausalLM.from_pretrained(save_llama(folder / "model"))
-    return _bank(folder, base, ["q_proj", "v_proj"], [decoder_task, tasks])
+    bank = banks.on(folder, base, target_modules=["q_proj", "v_proj"])
+    bank.add_many(decoder_task(bank, f"task-{n}", seed=n) for n in range(tasks))
+    return bank
 
 
 def expert_bank(folder: Path, tasks: int = 0, parameters: list[str] = EXPERTS) -> CoreBank:
     """A bank in `folder/bank` on a saved language model with experts."""
     base = tf.AutoModelForCausalLM.from_pretrained(save_mixtral(folder / "model"))
-    return _bank(folder, base, ["q_proj"], [decoder_task, tasks], target_parameters=parameters)
-
-
-def _bank(folder: Path, base: Any, targets: list[str], tasks: list[Any], **fields: Any) -> CoreBank:
-    config = LotrConfig(r=4, target_modules=targets, **fields)
-    get_peft_model(base, config).save_pretrained(folder / "basis")
-    bank = CoreBank.create(folder / "bank", folder / "basis", dtype="float32")
-    make, count = tasks
-    bank.add_many(make(bank, f"task-{n}", seed=n) for n in range(count))
-    return bank
+    names = [f"task-{n}" for n in range(tasks)]
+    return banks.on(folder, base, names, target_modules=["q_proj"], target_parameters=parameters)
 
 
 def encoder_task(

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
 from torch import Tensor, nn
 
+import banks
 from banks import Tiny
 from conftest import bert, gpt2, tokens
-from lotr import CheckpointError, ConfigError, CoreBank, LotrConfig, Task, UnknownTaskError
+from lotr import CheckpointError, ConfigError, CoreBank, Task, UnknownTaskError
 from lotr.bank.task import to_record
 from lotr.bank.wrap import BankModel
 from lotr.errors import DataError
@@ -64,9 +64,7 @@ def bank(saved: Path, tmp_path: Path) -> CoreBank:
 
 def made(tmp_path: Path, model: nn.Module) -> CoreBank:
     """Make a bank of eight tenants, with two to five labels."""
-    config = LotrConfig(r=4, target_modules=["query", "value"])
-    get_peft_model(model, config).save_pretrained(tmp_path / "basis")
-    bank = CoreBank.create(tmp_path / "bank", basis=tmp_path / "basis", dtype="float32")
+    bank = banks.on(tmp_path, model, target_modules=["query", "value"])
     bank.add_many(task(bank, name, 2 + n % 4) for n, name in enumerate(TENANTS))
     return bank
 
@@ -194,7 +192,7 @@ def change(bank: CoreBank) -> None:
 
 
 def in_another_process(folder: Path) -> None:
-    process = multiprocessing.get_context("forkserver").Process(target=changes, args=(folder,))
+    process = multiprocessing.get_context("fork").Process(target=changes, args=(folder,))
     process.start()
     process.join(60)
     assert process.exitcode == 0
@@ -312,9 +310,7 @@ def test_a_label_outside_of_the_tasks_own_is_an_error_that_names_the_row(
     ids=str,
 )
 def test_generate_and_forward_refuse_the_same_calls(tmp_path: Path, names: Any, says: str) -> None:
-    get_peft_model(gpt2(), LotrConfig(r=4, target_modules=["c_attn"])).save_pretrained(tmp_path / "basis")
-    bank = CoreBank.create(tmp_path / "bank", basis=tmp_path / "basis")
-    bank.add_many(Task(name, torch.randn(bank.layout.size)) for name in ("t0", "t1"))
+    bank = banks.on(tmp_path, gpt2(), ("t0", "t1"), target_modules=["c_attn"])
     model, inputs = bank.wrap(gpt2()), {"input_ids": tokens(rows=2, length=4)}
     for call in (model, model.generate):
         for way in ("task_ids", "adapter_names"):

@@ -12,27 +12,15 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from peft import get_peft_model
 
 pytest.importorskip("fastapi")
 
-from lotr import CoreBank, LotrConfig, Task
+from lotr import CoreBank, Task
 from lotr.serving import predictor
-from saved_models import save_bert
-from served_banks import decoder_bank, encoder_bank, encoder_task
+from served_banks import bare_encoder_bank, decoder_bank, encoder_bank, encoder_task
 from servers import Client, serving
 
 TEXTS = ["the red thing", "old old old is blue and very green here", "a"]
-
-
-def on_bare_encoder(folder: Path, tasks: int) -> CoreBank:
-    """A bank whose basis was made on an encoder without a head, as embedding models are trained."""
-    base = tf.AutoModel.from_pretrained(save_bert(folder / "model"))
-    get_peft_model(base, LotrConfig(r=4, target_modules=["query", "value"])).save_pretrained(folder / "basis")
-    bank = CoreBank.create(folder / "bank", folder / "basis", dtype="float32")
-    draw = torch.Generator().manual_seed(0)
-    bank.add_many(Task(f"task-{n}", torch.randn(bank.layout.size, generator=draw)) for n in range(tasks))
-    return bank
 
 
 def alone(bank: CoreBank, name: str, text: str, bare: bool) -> torch.Tensor:
@@ -52,7 +40,7 @@ def embed(client: Client, task: str, texts: Any, **more: Any) -> tuple[int, Any]
 
 @pytest.mark.parametrize("bare", [False, True])
 def test_vectors_are_those_of_the_row_alone(tmp_path: Path, bare: bool) -> None:
-    with (on_bare_encoder if bare else encoder_bank)(tmp_path, tasks=3) as bank:
+    with (bare_encoder_bank if bare else encoder_bank)(tmp_path, tasks=3) as bank:
         if not bare:  # tasks of pairs and tasks without a head embed, too
             bank.add(Task("headless", bank.get("task-1").numbers))
             bank.add(encoder_task(bank, "pairs", 8, pairs=True))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import io
 import json
 import threading
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,8 @@ import uvicorn
 from lotr.serving.app import create_app
 from lotr.serving.settings import ServeSettings
 from lotr.training.tasks.served import Served, load_served
+
+ZIP = {"Content-Type": "application/zip"}
 
 
 class Client:
@@ -45,6 +49,15 @@ class Client:
         status, answer, _ = self.send("POST", f"/v1/tasks/{task}/predict", {"text": text})
         assert status == 200, answer
         return answer["predictions"][0]
+
+
+def archive(folder: Path) -> bytes:
+    """Return an exported task as clients send it, whose names are no paths to be believed."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as file:
+        for path in folder.iterdir():
+            file.write(path, f"../../{path.name}")
+    return content.getvalue()
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from lotr import CoreBank
 from lotr.bank.cache import LoadedTask
 from lotr.serving.decoder import Prompt, _Writer
 from lotr.training.tasks.served import Served, load_served
-from served_banks import decoder_bank, decoder_task, encoder_bank
+from served_banks import decoder_bank, decoder_task
 from servers import Client, serving
 
 PROMPTS = ["the red thing", "a very old blue", "what colour is the thing here ?"]
@@ -159,30 +159,6 @@ def test_characters_of_several_tokens_are_given_whole() -> None:
     assert len(pieces) == len(content.decode()) - 1  # 任 waited to see whether x comes
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "message"),
-    [
-        ({"model": "task-9", "prompt": "a"}, 404, "no task 'task-9'"),
-        ({"model": "task-1", "prompt": []}, 422, "Send 1 to 64 texts"),
-        ({"model": "task-1", "prompt": [3, 4]}, 422, "prompt.0: "),
-        ({"model": "task-1", "prompt": "a", "max_tokens": 33}, 422, "at most 32"),
-        ({"model": "task-1", "prompt": "a " * 50, "max_tokens": 20}, 422, "takes 64 tokens in all"),
-        ({"model": "task-1", "prompt": "a " * 70}, 422, "takes 64 tokens in all"),
-        ({"model": "task-1", "prompt": "a", "temperature": -1}, 422, "temperature"),
-        ({"model": "task-1", "prompt": "a", "stop": ["a"] * 5}, 422, "stop"),
-        ({"model": "task-1", "prompt": "a", "stop": ["a", ""]}, 422, "stop.1: "),
-        ({"model": "task-1", "prompt": "a", "logit_bias": {}}, 422, "logit_bias"),
-        ({"model": "task-1", "prompt": "a", "stream": True, "n": 2}, 422, "n: "),
-        ({"model": "gone", "prompt": "a", "stream": True}, 404, "no task 'gone'"),
-    ],
-)
-def test_a_wrong_request_gets_one_clear_error(
-    client: Client, body: dict[str, Any], status: int, message: str
-) -> None:
-    answered, answer, _ = client.send("POST", "/v1/completions", body)
-    assert answered == status and message in answer["error"]["message"]
-
-
 def test_a_task_whose_numbers_overflow_fails_alone(served: Served, client: Client) -> None:
     with CoreBank.open(served.bank.path, writable=True) as bank:
         usual = decoder_task(bank, "huge")
@@ -194,15 +170,6 @@ def test_a_task_whose_numbers_overflow_fails_alone(served: Served, client: Clien
         answers = list(pool.map(lambda body: client.send("POST", "/v1/completions", body)[:2], bodies))
     assert [status for status, _ in answers] == [200, 500, 200]
     assert [answers[n][1]["choices"] for n in (0, 2)] == expected
-
-
-def test_each_kind_of_base_says_what_it_cannot(client: Client, tmp_path: Path) -> None:
-    status, answer, _ = client.send("POST", "/v1/tasks/task-1/predict", {"text": "a"})
-    assert status == 404 and "/v1/completions" in answer["error"]["message"]
-    encoder_bank(tmp_path, tasks=1).close()
-    with serving(tmp_path) as other:
-        status, answer, _ = other.send("POST", "/v1/completions", {"model": "task-0", "prompt": "a"})
-        assert status == 404 and "no language model" in answer["error"]["message"]
 
 
 def test_a_stream_that_passes_its_deadline_ends_with_an_error(served: Served) -> None:

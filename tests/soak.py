@@ -8,10 +8,8 @@ only eight fit into memory.
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import re
-import socket
 import statistics
 import subprocess
 import sys
@@ -71,15 +69,6 @@ def to_decoder(draw: random.Random) -> Requests:
     }
 
 
-def leave(client: Client, path: str, body: Any) -> None:
-    """Send a request and hang up."""
-    content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    with socket.create_connection(("127.0.0.1", client.port)) as one:
-        one.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
-        time.sleep(0.01 * random.random())
-
-
 def change(client: Client, task: bytes, draw: random.Random) -> int:
     """Add a task of a new name, replace one, and remove the new one again."""
     admin, new, old = Client(client.port, ADMIN), f"new-{draw.random()}", f"task-{draw.randrange(20)}"
@@ -129,7 +118,8 @@ class Soaked:
             if kind == "tasks":
                 status = change(self.client, self.task, draw)
             elif expected == 499:
-                status = leave(self.client, path, body) or expected
+                self.client.leave(path, body, after=0.01 * draw.random())
+                status = expected
             else:
                 status, answer, _ = self.client.send("GET" if body is None else "POST", path, body)
             answered[kind if status == expected else f"{kind}: {status} {answer}"] += 1

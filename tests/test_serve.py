@@ -31,7 +31,7 @@ from lotr.serving.settings import ServeSettings
 from lotr.training.tasks.served import Served, load_served
 from lotr_cli.app import app
 from served_banks import bare_encoder_bank, decoder_bank, encoder_bank, encoder_task
-from servers import ZIP, Client, archive, serving
+from servers import ZIP, Client, Counted, archive, serving
 
 TEXTS = ["the red thing", "old old old is blue and very green here", "a"]
 
@@ -247,35 +247,23 @@ def test_a_task_that_is_removed_while_tasks_are_listed_is_left_out(
         assert [row["name"] for row in bank.overview()] == ["task-0", "task-1"]
 
 
-class Slow:
-    """A bank whose batches take a while."""
-
-    def __init__(self, folder: Path, seconds: float) -> None:
-        self.served = load_served(folder / "bank")
-        self.sizes: list[int] = []
-        forward = self.served.model.forward
-
-        def slow(**inputs: Any) -> Any:
-            self.sizes.append(len(inputs["input_ids"]))
-            time.sleep(seconds)
-            return forward(**inputs)
-
-        self.served.model.forward = slow  # type: ignore[method-assign]
+def slow(folder: Path, seconds: float) -> Counted:
+    return Counted(load_served(folder / "bank"), seconds)
 
 
 def test_rows_of_many_tasks_share_a_batch(folder: Path) -> None:
-    slow = Slow(folder, 0.2)
-    with serving(folder, slow.served, max_batch=8, max_wait=20) as client, ThreadPoolExecutor(17) as pool:
+    model = slow(folder, 0.2)
+    with serving(folder, model.served, max_batch=8, max_wait=20) as client, ThreadPoolExecutor(17) as pool:
         list(pool.map(lambda n: client.predict(f"task-{n % 5}", TEXTS[n % 3]), range(17)))
         text = client.send("GET", "/metrics")[1]
-    assert max(slow.sizes) <= 8 and sum(slow.sizes) == 17 and len(slow.sizes) <= 5
+    assert max(model.rows) <= 8 and sum(model.rows) == 17 and len(model.rows) <= 5
     assert 'lotr_rows_total{kind="classification"} 17.0' in text
     assert 'lotr_requests_total{route="/v1/tasks/{task}/predict",status="200"} 17.0' in text
 
 
 def test_a_full_queue_says_when_to_come_back_and_touches_nobody(folder: Path) -> None:
-    slow = Slow(folder, 0.3)
-    with serving(folder, slow.served, max_batch=2, max_queue=4, max_texts=4) as client:
+    model = slow(folder, 0.3)
+    with serving(folder, model.served, max_batch=2, max_queue=4, max_texts=4) as client:
         with ThreadPoolExecutor(12) as pool:
             body = {"text": "a"}
             answers = list(
@@ -289,18 +277,18 @@ def test_a_full_queue_says_when_to_come_back_and_touches_nobody(folder: Path) ->
 
 
 def test_the_deadline_ends_a_request_and_its_row(folder: Path) -> None:
-    slow = Slow(folder, 0.5)
-    with serving(folder, slow.served, max_batch=1, timeout=0.7) as client, ThreadPoolExecutor(4) as pool:
+    model = slow(folder, 0.5)
+    with serving(folder, model.served, max_batch=1, timeout=0.7) as client, ThreadPoolExecutor(4) as pool:
         statuses = pool.map(
             lambda n: client.send("POST", "/v1/tasks/task-1/predict", {"text": "a"})[0], range(4)
         )
         assert sorted(statuses) == [200, 504, 504, 504]
-    assert len(slow.sizes) == 2  # the two that had not begun never ran
+    assert len(model.rows) == 2  # the two that had not begun never ran
 
 
 def test_clients_that_leave_dawdle_or_send_garbage_hurt_nobody(folder: Path) -> None:
-    slow = Slow(folder, 0.2)
-    with serving(folder, slow.served, max_batch=1, timeout=2) as client:
+    model = slow(folder, 0.2)
+    with serving(folder, model.served, max_batch=1, timeout=2) as client:
         body = b'{"text": "a"}'
         head = b"POST /v1/tasks/task-1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         for content in (
@@ -321,7 +309,7 @@ def test_clients_that_leave_dawdle_or_send_garbage_hurt_nobody(folder: Path) -> 
         began = time.monotonic()
         assert client.predict("task-2", "a")["label"] in "abc"
         assert time.monotonic() - began < 1
-        assert len(slow.sizes) <= 3
+        assert len(model.rows) <= 3
         assert b"504" in dawdling.recv(100)
         dawdling.close()
         assert 'status="499"} 6.0' in client.send("GET", "/metrics")[1]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -43,63 +46,39 @@ def task(bank: CoreBank, name: str, turn: int) -> Task:
     return Task(name, torch.full((bank.layout.size,), float(turn)), metadata={"turn": turn})
 
 
-def change(folder: Path, turn: int, tell: Callable[[Any], None]) -> None:
-    """Add, rename and remove tasks until killed; tell of every change before it begins and after it returned.
-
-    A change is what it takes away and what it brings.
-    """
-    bank = CoreBank.open(folder, writable=True)
-    for n in range(10**6):
-        one, two, three = several = [f"{turn}-{n}", f"{turn}-{n}-b", f"{turn}-{n}-c"]
-        steps: list[tuple[Any, list[str], list[str]]] = [
-            (partial(bank.add, task(bank, one, turn)), [], [one]),
-            (partial(bank.rename, one, f"{one}-a"), [one], [f"{one}-a"]),
-            (partial(bank.add_many, [task(bank, each, turn) for each in several]), [], several),
-            (partial(bank.remove, one, two), [one, two], []),
-            (partial(bank.add, task(bank, three, -turn), replace=True), [], []),
-        ]
-        for step, gone, come in steps:
-            tell(("begins", gone, come))
-            step()
-            tell(("returned", gone, come))
-
-
-def all_of(told: Connection) -> list[tuple[str, list[str], list[str]]]:
-    """Return all that a process said before it ended."""
-    heard = []
-    try:
-        while True:
-            heard.append(told.recv())
-    except EOFError:
-        return heard
-
-
 def test_what_returned_survives_kills_at_random_points(folder: Path) -> None:
-    draw = random.Random(0)
-    there: set[str] = set()
-    cut_short = changed = 0
+    def change(turn: int, tell: Callable[[Any], None]) -> None:
+        """Add, rename, remove and replace tasks until killed; tell of every round that has returned."""
+        bank = CoreBank.open(folder, writable=True)
+        for n in itertools.count():
+            bank.add_many(task(bank, f"{turn}.{n}{end}", turn) for end in "abc")
+            bank.rename(f"{turn}.{n}a", f"{turn}.{n}")
+            bank.remove(f"{turn}.{n}b")
+            bank.add(task(bank, f"{turn}.{n}c", -turn), replace=True)
+            tell(n)
+
+    draw, there, states = random.Random(0), set[str](), Counter[str]()
     for turn in range(1, KILLS + 1):
-        process, told = in_a_fork(lambda tell, turn=turn: change(folder, turn, tell))
+        process, told = in_a_fork(partial(change, turn))
         assert told.poll(60), "the process never began"
-        heard = [
-            told.recv() for _ in range(draw.randint(1, 12))
-        ]  # so it is at work, however busy the machine
-        time.sleep(draw.random() * 0.01)
+        time.sleep(draw.random() * 0.02)
         process.kill()
         process.join()
-        doubtful: set[str] = set()
-        for what, gone, come in [*heard, *all_of(told)]:
-            doubtful = {*gone, *come} if what == "begins" else set()
-            if what == "returned":
-                there, changed = (there - {*gone}) | {*come}, changed + 1
+        rounds = 0
+        with suppress(EOFError):
+            while told.recv() == rounds:
+                rounds += 1
+        there |= {f"{turn}.{n}{end}" for n in range(rounds) for end in ("", "c")}
         with CoreBank.open(folder) as bank:
-            found = set(bank.names())
-            assert found - doubtful == there - doubtful
-            there, cut_short = found, cut_short + bool(doubtful)
+            names = set(bank.names())
+            assert there <= names
+            state = ", ".join(sorted(name.removeprefix(f"{turn}.{rounds}") for name in names - there))
+            assert state in ("", "a, b, c", ", b, c", ", c")  # of the round in which it was killed
+            there, states = names, states + Counter([state])
             if turn % 20 == 0:
                 report = bank.verify()
                 assert report["ok"] and report["tasks"] == len(there), report
-    assert min(changed, cut_short) > KILLS / 4  # it was at work, and was killed at work
+    assert len(states) > 2 and len(there) > 2 * KILLS  # it was at work, and was killed at work
 
 
 def test_many_read_whole_tasks_while_one_writes(folder: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import multiprocessing
 import os
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -22,10 +24,11 @@ from urllib.parse import quote
 
 import pytest
 import torch
+import transformers as tf
 
 pytest.importorskip("fastapi")
 
-from lotr import CoreBank
+from lotr import CoreBank, Task
 from lotr.errors import ConfigError
 from lotr.serving.settings import ServeSettings
 from lotr.training.tasks.served import Served, load_served
@@ -178,6 +181,63 @@ def test_a_long_text_is_cut_when_asked(folder: Path, client: Client) -> None:
     assert list(answer["predictions"][0]["scores"].values()) == pytest.approx(
         torch.softmax(torch.tensor(cut), -1).tolist(), abs=1e-5
     )
+
+
+def vector_alone(bank: CoreBank, name: str, text: str, bare: bool) -> torch.Tensor:
+    """The mean over the tokens of one text that runs by itself, of length 1."""
+    kind = tf.AutoModel if bare else tf.AutoModelForSequenceClassification
+    model = bank.wrap(kind.from_pretrained(bank.base_model))
+    inputs = tf.AutoTokenizer.from_pretrained(bank.base_model)(text, return_tensors="pt")
+    with torch.no_grad():
+        output = model(**inputs, task_ids=[name], output_hidden_states=True)
+    mean = output.hidden_states[-1][0].mean(0)
+    return mean / mean.norm()
+
+
+def embed(client: Client, task: str, texts: Any, **more: Any) -> tuple[int, Any]:
+    return client.send("POST", "/v1/embeddings", {"model": task, "input": texts, **more})[:2]
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_vectors_are_those_of_the_row_alone(tmp_path: Path, bare: bool) -> None:
+    with (bare_encoder_bank if bare else encoder_bank)(tmp_path, tasks=3) as bank:
+        if not bare:  # tasks of pairs and tasks without a head embed, too
+            bank.add(Task("headless", bank.get("task-1").numbers))
+            bank.add(encoder_task(bank, "pairs", 8, pairs=True))
+        names = [row["name"] for row in bank.overview()]
+        with serving(tmp_path, max_wait=50) as client, ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda name: embed(client, name, TEXTS), names))
+            for name, (status, answer) in zip(names, answers, strict=True):
+                assert status == 200 and answer["model"] == name
+                assert [one["index"] for one in answer["data"]] == [0, 1, 2]
+                for text, one in zip(TEXTS, answer["data"], strict=True):
+                    torch.testing.assert_close(
+                        torch.tensor(one["embedding"]),
+                        vector_alone(bank, name, text, bare),
+                        atol=1e-5,
+                        rtol=0,
+                    )
+            first, second = (answer["data"][0]["embedding"] for _, answer in answers[-2:])
+            assert (torch.tensor(first) - torch.tensor(second)).norm() > 1e-2
+            assert answers[0][1]["usage"] == {"prompt_tokens": 13, "total_tokens": 13}
+
+
+def test_labels_and_vectors_share_a_server(folder: Path) -> None:
+    with serving(folder, max_wait=100) as client, ThreadPoolExecutor(8) as pool:
+        label, vector = client.predict("task-1", TEXTS[0]), embed(client, "task-1", TEXTS[0])[1]
+        labels = pool.map(lambda _: client.predict("task-1", TEXTS[0]), range(4))
+        vectors = pool.map(lambda _: embed(client, "task-1", TEXTS[0])[1], range(4))
+        assert all(one["scores"] == pytest.approx(label["scores"], abs=1e-5) for one in labels)
+        expected = pytest.approx(vector["data"][0]["embedding"], abs=1e-5)
+        assert all(one["data"][0]["embedding"] == expected for one in vectors)
+
+
+def test_base64_is_the_same_numbers(client: Client) -> None:
+    vector, packed = (
+        embed(client, "task-0", TEXTS[0], encoding_format=form)[1]["data"][0]["embedding"]
+        for form in ("float", "base64")
+    )
+    assert list(struct.unpack("<32f", base64.b64decode(packed))) == pytest.approx(vector, abs=1e-7)
 
 
 def test_a_damaged_task_fails_alone(tmp_path: Path) -> None:

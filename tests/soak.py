@@ -14,10 +14,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,99 +69,88 @@ def to_decoder(draw: random.Random) -> Requests:
     }
 
 
-def change(client: Client, task: bytes, draw: random.Random) -> int:
+def change(client: Client, task: bytes, draw: random.Random) -> None:
     """Add a task of a new name, replace one, and remove the new one again."""
     admin, new, old = Client(client.port, ADMIN), f"new-{draw.random()}", f"task-{draw.randrange(20)}"
     for name in (new, f"{old}?replace=true"):
         assert admin.send("POST", f"/v1/tasks/{name}", task, **ZIP)[0] == 201
-    return admin.send("DELETE", f"/v1/tasks/{new}")[0]
+    assert admin.send("DELETE", f"/v1/tasks/{new}")[0] == 200
 
 
-class Soaked:
-    """A bank, the process that serves it, and what it is asked."""
+@contextmanager
+def served(bank: CoreBank) -> Iterator[tuple[Client, psutil.Process]]:
+    """Run `lotr serve`; give a client of it and its process."""
+    words = ["--port", "0", "--admin-token", ADMIN, "--capacity", "8", "--max-batch", "8"]
+    log = bank.path.parent / "log"
+    with log.open("w") as file:
+        command = [sys.executable, "-m", "lotr", "serve", str(bank.path), *words]
+        process = subprocess.Popen(command, stderr=file)
+    try:
+        while not (told := re.search(r'"listening", "url": "http://[^:]+:(\d+)"', log.read_text())):
+            if process.poll() is not None:
+                raise RuntimeError(log.read_text())
+            time.sleep(0.1)
+        yield Client(int(told[1])), psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        process.wait()
 
-    def __init__(
-        self, bank: CoreBank, make: Callable[..., Any], requests: Callable[[random.Random], Requests]
-    ) -> None:
-        self.bank, self.make, self.requests = bank, make, requests
-        bank.export("task-1", bank.path.parent / "exported")
-        self.task = archive(bank.path.parent / "exported")
-        self.memory: list[int] = []
 
-    @contextmanager
-    def served(self) -> Iterator[None]:
-        """Run `lotr serve`."""
-        words = ["--port", "0", "--admin-token", ADMIN, "--capacity", "8", "--max-batch", "8"]
-        log = self.bank.path.parent / "log"
-        with log.open("w") as file:
-            command = [sys.executable, "-m", "lotr", "serve", str(self.bank.path), *words]
-            process = subprocess.Popen(command, stderr=file)
-        try:
-            while not (told := re.search(r'"listening", "url": "http://[^:]+:(\d+)"', log.read_text())):
-                if process.poll() is not None:
-                    raise RuntimeError(log.read_text())
-                time.sleep(0.1)
-            self.client, self.process = Client(int(told[1])), psutil.Process(process.pid)
-            yield
-        finally:
-            process.terminate()
-            process.wait()
+def soak(name: str, bank: CoreBank, make: Any, requests: Any, seconds: float) -> Counter[str]:
+    """Ask for some seconds; print the memory of the server, and return what was answered."""
+    bank.export("task-1", bank.path.parent / "exported")
+    task, answered = archive(bank.path.parent / "exported"), Counter[str]()
 
-    def ask(self, seed: int, end: float, answered: Counter[str]) -> None:
-        """Ask until `end`."""
+    def ask(seed: int) -> None:
         draw = random.Random(seed)
         while time.monotonic() < end:
-            kind, (expected, path, body) = draw.choice(
-                [*self.requests(draw).items(), ("tasks", (200, "", None))]
-            )
-            answer: Any = None
+            known = requests(draw)
+            kind = draw.choice([*known, "tasks"])
+            status, path, body = known.get(kind, (200, "", None))
+            answer: Any = status, None
             if kind == "tasks":
-                status = change(self.client, self.task, draw)
-            elif expected == 499:
-                self.client.leave(path, body, after=0.01 * draw.random())
-                status = expected
+                change(client, task, draw)
+            elif status == 499:
+                client.leave(path, body, after=0.01 * draw.random())
             else:
-                status, answer, _ = self.client.send("GET" if body is None else "POST", path, body)
-            answered[kind if status == expected else f"{kind}: {status} {answer}"] += 1
+                answer = client.send("GET" if body is None else "POST", path, body)[:2]
+            answered[kind if answer[0] == status else f"{kind}: {answer}"] += 1
+
+    memory: list[int] = []
+    with served(bank) as (client, process), ThreadPoolExecutor(CLIENTS) as pool:
+        end = time.monotonic() + seconds
+        asking = [pool.submit(ask, seed) for seed in range(CLIENTS)]
+        for n in itertools.count():
+            bank.add(make(bank, f"other process {n}", n))  # with nothing but the folder in common
+            left = end - time.monotonic()
+            if left <= 0:
+                break
+            time.sleep(min(EVERY, left))
+            memory.append(process.memory_info().rss)
+            print(f"{seconds - left:6.0f} s  {name:15} {memory[-1] / 1e6:8.1f} MB", flush=True)
+        for one in asking:
+            one.result()
+    quarter = len(memory) // 4
+    second, last = map(statistics.mean, (memory[quarter : 2 * quarter], memory[-quarter:]))
+    print(f"{name}: {second / 1e6:.1f} MB in the second quarter, {last / 1e6:.1f} MB in the last", flush=True)
+    return answered
 
 
 def main() -> None:
-    """Print the samples, what was answered, and the growth from the second to the last quarter of the time."""
-    seconds, answered = float(sys.argv[1]), Counter[str]()
-    with tempfile.TemporaryDirectory() as folder:
-        both = {
-            "encoder": Soaked(encoder_bank(Path(folder) / "encoder", 20), encoder_task, to_encoder),
-            "language model": Soaked(decoder_bank(Path(folder) / "decoder", 20), decoder_task, to_decoder),
-        }
-        with both["encoder"].served(), both["language model"].served():
-            end = time.monotonic() + seconds
-            threads = [
-                threading.Thread(target=one.ask, args=(seed, end, answered))
-                for one in both.values()
-                for seed in range(CLIENTS)
-            ]
-            for thread in threads:
-                thread.start()
-            for n in itertools.count():
-                for one in both.values():  # with nothing but the folder in common
-                    one.bank.add(one.make(one.bank, f"other process {n}", n))
-                left = end - time.monotonic()
-                if left <= 0:
-                    break
-                time.sleep(min(EVERY, left))
-                for name, one in both.items():
-                    one.memory.append(one.process.memory_info().rss)
-                    at = time.monotonic() - end + seconds
-                    print(f"{at:6.0f} s  {name:15} {one.memory[-1] / 1e6:8.1f} MB", flush=True)
-            for thread in threads:
-                thread.join()
+    """Print the samples, the growth from the second to the last quarter of the time, and what was answered."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        encoder, decoder = encoder_bank(Path(folder) / "one", 20), decoder_bank(Path(folder) / "two", 20)
+        both = [
+            pool.submit(soak, *own, float(sys.argv[1]))
+            for own in (
+                ("encoder", encoder, encoder_task, to_encoder),
+                ("language model", decoder, decoder_task, to_decoder),
+            )
+        ]
+        answered = sum((one.result() for one in both), Counter[str]())
     for kind, count in sorted(answered.items()):
         print(f"{count:8,}  {kind}")
     print(f"{answered.total():8,}  in all")
-    for name, one in both.items():
-        quarter = len(one.memory) // 4
-        second, last = map(statistics.mean, (one.memory[quarter : 2 * quarter], one.memory[-quarter:]))
-        print(f"{name}: {second / 1e6:.1f} MB in the second quarter, {last / 1e6:.1f} MB in the last")
 
 
 if __name__ == "__main__":

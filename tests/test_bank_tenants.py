@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import multiprocessing
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -48,18 +47,9 @@ def task(bank: CoreBank, name: str, outputs: int = 3) -> Task:
     return Task(name, 4 * torch.randn(bank.layout.size), head(outputs), labels, "classification")
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tenants")
-    torch.manual_seed(0)
-    made(folder, base()).close()
-    return folder
-
-
 @pytest.fixture
-def bank(saved: Path, tmp_path: Path) -> CoreBank:
-    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
-    return CoreBank.open(tmp_path / "bank", writable=True)
+def bank(tmp_path: Path) -> CoreBank:
+    return made(tmp_path, base())
 
 
 def made(tmp_path: Path, model: nn.Module) -> CoreBank:

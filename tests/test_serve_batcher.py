@@ -104,22 +104,6 @@ def test_the_oldest_row_is_in_every_batch_and_padding_is_less_than_in_the_order_
 
 
 @in_a_loop
-async def test_a_long_row_in_a_flood_of_short_ones_runs_next() -> None:
-    model = Model()
-    batcher = model.batcher(max_batch=4)
-    batcher.start()
-    model.go_on.set()
-    running = [*batcher.submit([Job(n, 5) for n in range(8)]), *batcher.submit([Job(8, 500)])]
-    for n in range(9, 400):  # always more short ones than a batch takes
-        running += batcher.submit([Job(n, 5)])
-        await asyncio.sleep(0)
-    await answers_of(running)
-    await batcher.close()
-    before = next(n for n, batch in enumerate(model.batches) if any(job.number == 8 for job in batch))
-    assert before <= 2  # behind the eight that came before it
-
-
-@in_a_loop
 async def test_a_batch_begins_when_it_is_full_or_its_oldest_row_has_waited() -> None:
     model = Model()
     model.go_on.set()

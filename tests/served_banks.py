@@ -51,10 +51,8 @@ def encoder_task(
     """A task of random numbers with a head; without labels it is a regression."""
     generator = torch.Generator().manual_seed(seed)
     outputs = len(labels) or 1
-    head = {
-        f"{HEAD}.weight": torch.randn(outputs, 32, generator=generator),
-        f"{HEAD}.bias": torch.randn(outputs, generator=generator),
-    }
+    shapes = {f"{HEAD}.weight": (outputs, 32), f"{HEAD}.bias": (outputs,)}
+    head = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
     numbers = torch.randn(bank.layout.size, generator=generator)
     return Task(name, numbers, head, labels, "classification" if labels else "regression", metadata)
 

@@ -19,18 +19,8 @@ from lotr.files.adapter_folder import WEIGHTS
 from tuner_contract import outputs
 
 INPUTS = {"input_ids": tokens()}
-NAMES = [
-    "../../etc/passwd",
-    "a/b\\c",
-    "'; DROP TABLE task; --",
-    "задача",
-    "任务 🙂",
-    "a b",
-    "%",
-    "[red]",
-    "nul",
-]
-NAMES += ["." * 200]
+NAMES = ["../../etc/passwd", "a/b\\c", "'; DROP TABLE task; --", "задача", "任务 🙂", "a b", "%", "[red]"]
+NAMES += ["nul", "." * 200]
 
 
 def test_a_task_comes_out_as_it_went_in(tmp_path: Path) -> None:

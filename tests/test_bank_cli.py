@@ -11,12 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
 
 import banks
 import saved_models
 from commands import lotr, refused, report
-from conftest import bert
 from lotr import CoreBank
 
 
@@ -75,17 +73,6 @@ def test_tasks_are_listed_shown_counted_added_renamed_and_removed(bank: Path) ->
     assert _names(bank) == ["b", "basis", "x/y"]
 
 
-def test_a_task_leaves_as_an_adapter(bank: Path) -> None:
-    whole = report("bank", "export", bank, "a", "--output", "out")
-    refers = report("bank", "export", bank, "a", "--output", "refers", "--refer")
-    lora = report("bank", "export", bank, "a", "--output", "lora", "--lora")
-    assert whole["numbers"] > refers["numbers"] == 96 and lora["rank"] == 4
-    for folder in ("out", "refers", "lora"):
-        PeftModel.from_pretrained(bert(), folder)
-    assert "not empty" in refused(2, "bank", "export", bank, "a", "--output", "out")
-    assert "is in" in lotr("bank", "export", bank, "a", "--output", "out", "--overwrite").stdout
-
-
 def test_verify_ends_with_one_where_something_is_damaged(bank: Path) -> None:
     whole = {"ok": True, "tasks": 4, "damaged": [], "files": []}
     assert report("bank", "verify", bank) == whole
@@ -95,7 +82,6 @@ def test_verify_ends_with_one_where_something_is_damaged(bank: Path) -> None:
     (bank / "tasks.sqlite").write_bytes(content.replace(blob, bytes([blob[0] ^ 1]) + blob[1:]))
     result = lotr("bank", "verify", bank)
     assert result.exit_code == 1 and "checksum" in result.stdout and "3 of 4 tasks are whole" in result.stdout
-    assert json.loads(lotr("bank", "verify", bank, "--json").stdout)["damaged"][0]["task"] == "a"
     assert "damaged" in lotr("bank", "list", bank).stdout
     result = lotr("bank", "recover", bank, "--output", "new", "--json")
     recovered = json.loads(result.stdout)
@@ -113,12 +99,9 @@ def test_verify_reports_every_damage_also_where_a_bank_cannot_be_opened(bank: Pa
     result = lotr("bank", "verify", bank)
     assert result.exit_code == 1 and "3 of 4 tasks are whole" in result.stdout
     assert "Task 'a'" in " ".join(result.stdout.split())
-    lines = [line for line in result.stderr.splitlines() if str(bank) in line]
-    assert len(lines) == 3
-    for line, says in zip(
-        lines, ("bank.json is damaged", "basis.safetensors is truncated", "'extra'"), strict=True
-    ):
-        assert says in line
+    told = [line for line in result.stderr.splitlines() if str(bank) in line]
+    expected = ("bank.json is damaged", "basis.safetensors is truncated", "'extra'")
+    assert len(told) == 3 and all(says in line for says, line in zip(expected, told, strict=True))
     (bank / "adapter_config.json").write_text("[]")
     (bank / "tasks.sqlite").write_bytes(b"none")
     told = json.loads(lotr("bank", "verify", bank, "--json").stdout)
@@ -142,6 +125,7 @@ def test_verify_reports_every_damage_also_where_a_bank_cannot_be_opened(bank: Pa
         ("bank add bank a gone --replace", 1, "does not exist"),
         ("bank list gone", 1, "does not exist"),
         ("bank stats basis", 1, "is not a bank"),
+        ("bank export bank a --output basis", 2, "not empty"),
         ("bank create new --basis basis --dtype int3", 2, "dtype='int3'"),
         ("bank train --tasks tasks.yaml --output new", 2, "--basis"),
         ("bank train --basis basis --tasks none.yaml --output new", 2, "does not exist"),
@@ -175,9 +159,11 @@ def test_a_bank_is_trained_grown_and_asked() -> None:
     assert opened.base_model == "bert" and opened.get("late").metadata["columns"]["text"] == "text"
     told = []
     for folder, words in {"whole": (), "refers": ("--refer",), "lora": ("--lora",)}.items():
-        report("bank", "export", "bank", "late", "--output", folder, *words)
+        exported = report("bank", "export", "bank", "late", "--output", folder, *words)
         told.append(report("evaluate", folder, "--data", "b.csv")["confusion"])
-    assert told[0] == told[1] == told[2]  # what was trained answers as before, however it leaves
+    assert (
+        exported["rank"] == 8 and told[0] == told[1] == told[2]
+    )  # what was trained answers as before, however it leaves
 
     def answers(task: str) -> list[str]:
         report("predict", "bank", "--data", "b.csv", "--output", f"of-{task}.csv", "--task", task)

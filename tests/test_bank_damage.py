@@ -81,28 +81,20 @@ def test_a_flipped_byte_is_an_error_of_that_task_alone(folder: Path, column: str
     assert bank.get("task-7").metadata["seed"] == 7 and bank.verify()["ok"]
 
 
-def test_a_changed_name_is_found_and_the_others_are_listed(folder: Path) -> None:
+def test_verify_reports_every_damaged_task_and_the_others_are_listed(folder: Path) -> None:
     content = (folder / TASKS).read_bytes()
     assert content.count(b"task-33") == 2  # in the row and in the index
     (folder / TASKS).write_bytes(content.replace(b"task-33", b"task\xff33"))
-    bank = CoreBank.open(folder)
-    assert len(list(bank.names())) == N and "task-32" in bank
-    report = bank.verify()
-    assert [found["task"] for found in report["damaged"]] == ["task�33"] and not report["ok"]
-
-
-def test_verify_reports_every_damaged_task(folder: Path) -> None:
-    for name in ("task-3", "task-14"):
-        flip(folder, name)
-    numbers = dict(change(folder, "SELECT name, numbers FROM task"))
-    for name, other in (("task-1", "task-2"), ("task-2", "task-1")):  # each has the other's
-        change(folder, "UPDATE task SET numbers = ? WHERE name = ?", numbers[other], name)
-    ticks: list[tuple[int, int]] = []
-    report = CoreBank.open(folder).verify(lambda done, of: ticks.append((done, of)))
-    assert sorted(found["task"] for found in report["damaged"]) == ["task-1", "task-14", "task-2", "task-3"]
-    assert all("checksum" in found["reason"] for found in report["damaged"])
-    assert (report["tasks"], report["ok"], report["files"]) == (N, False, [])
+    flip(folder, "task-3")
+    numbers = dict(change(folder, "SELECT CAST(name AS BLOB), numbers FROM task"))
+    for name, other in ((b"task-1", b"task-2"), (b"task-2", b"task-1")):  # each has the other's
+        change(folder, "UPDATE task SET numbers = ? WHERE name = ?", numbers[other], name.decode())
+    bank, ticks = CoreBank.open(folder), list[tuple[int, int]]()
+    report = bank.verify(lambda done, of: ticks.append((done, of)))
+    assert sorted(found["task"] for found in report["damaged"]) == ["task-1", "task-2", "task-3", "task�33"]
+    assert (report["tasks"], report["ok"]) == (N, False)
     assert ticks == [(n, N) for n in range(1, N + 1)]
+    assert len(list(bank.names())) == N and "task-32" in bank
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])

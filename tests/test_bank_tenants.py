@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import multiprocessing
 import os
 import sys
 import threading
@@ -25,6 +24,7 @@ from lotr import CheckpointError, ConfigError, CoreBank, Task, UnknownTaskError
 from lotr.bank.task import to_record
 from lotr.bank.wrap import BankModel
 from lotr.errors import DataError
+from test_bank_processes import in_a_fork
 
 TENANTS = [f"t{n}" for n in range(8)]
 CALLS = int(os.environ.get("LOTR_CALLS", "150"))  # of each
@@ -169,23 +169,11 @@ def test_two_threads_are_inside_the_model_at_the_same_time(bank: CoreBank) -> No
 # ---------------------------------------------------------------------- answers follow the bank
 
 
-def changes(folder: Path) -> None:
-    """What becomes of three tasks: one is removed and another takes its name, the third is replaced."""
-    with CoreBank.open(folder, writable=True) as bank:
-        change(bank)
-
-
 def change(bank: CoreBank) -> None:
+    """What becomes of three tasks: one is removed and another takes its name, the third is replaced."""
     bank.remove("t0")
     bank.rename("t1", "t0")
     bank.add(replace(bank.get("t3"), name="t2"), replace=True)
-
-
-def in_another_process(folder: Path) -> None:
-    process = multiprocessing.get_context("fork").Process(target=changes, args=(folder,))
-    process.start()
-    process.join(60)
-    assert process.exitcode == 0
 
 
 @pytest.mark.parametrize("by", ["the same handle", "another handle", "another process"])
@@ -197,8 +185,12 @@ def test_a_task_that_changes_answers_as_the_bank_has_it_from_the_next_call_on(
     before = {name: logits(model, name) for name in names}
     if by == "the same handle":
         change(bank)
+    elif by == "another handle":
+        change(CoreBank.open(bank.path, writable=True))
     else:
-        (changes if by == "another handle" else in_another_process)(bank.path)
+        process, _ = in_a_fork(lambda tell: change(CoreBank.open(bank.path, writable=True)))
+        process.join(60)
+        assert process.exitcode == 0
     assert torch.equal(logits(model, "t0"), before["t1"])
     assert torch.equal(logits(model, "t2"), before["t3"]) and torch.equal(logits(model, "t3"), before["t3"])
     with pytest.raises(UnknownTaskError, match="no task 't1'"):

@@ -8,7 +8,6 @@ import torch
 
 from lotr import Plan, PlanError
 from lotr.sharing.blocks import Heads, Target
-from lotr.sharing.groups import Group
 from lotr.sharing.make_plan import MODES, check_modes, make_plan
 
 LAYER, BOTH, ALL = ("layer",), ("layer", "projection"), ("layer", "projection", "head")
@@ -16,11 +15,6 @@ LAYER, BOTH, ALL = ("layer",), ("layer", "projection"), ("layer", "projection", 
 
 def _plan(paths: list[str], modes: tuple[str, ...] = LAYER, **kwargs: object) -> Plan:
     return make_plan([Target(path, (8, 8), (2, 2)) for path in paths], modes, **kwargs)
-
-
-def _at(group: Group) -> dict[tuple[str, int | None], tuple[int, ...]]:
-    """Return the index of every site by its module's last name and its head."""
-    return {(site.module.rpartition(".")[2], site.head): group.index[site] for site in group.sites}
 
 
 # ---- groups
@@ -106,7 +100,8 @@ def test_along_sites_and_heads_a_module_is_a_site() -> None:
     targets = [Target(f"h.0.{p}", (8, 6), (2, 2), heads=Heads(2)) for p in "qv"]
     (group,) = make_plan(targets, ("site", "head"), blocks="head").groups
     assert group.core.sizes == (2, 4)
-    assert _at(group) == {(p, head): (n, head) for n, p in enumerate("qv") for head in range(4)}
+    index = {(site.module, site.head): at for site, at in group.index.items()}
+    assert index == {(f"h.0.{p}", head): (n, head) for n, p in enumerate("qv") for head in range(4)}
 
 
 def test_heads_that_are_columns_do_not_share_with_heads_that_are_rows() -> None:

@@ -29,7 +29,7 @@ def run(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     sys.platform != "linux" or not shutil.which("cc"), reason="needs Linux and a compiler of C"
 )
 def test_commands_that_are_killed_at_a_file_operation_go_on_to_the_same_files() -> None:
-    done = run("4", capture_output=True)
+    done = run("8", capture_output=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert sum(line.startswith("lotr ") for line in done.stdout.splitlines()) == 4
 

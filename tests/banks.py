@@ -10,12 +10,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import transformers as tf
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from conftest import bert
 from lotr import CoreBank, LotrConfig, Task
+from moe_models import EXPERTS
+from saved_models import save_bert, save_llama, save_mixtral
 
+HEAD = "base_model.model.classifier"
 _FOLDER = tempfile.TemporaryDirectory()
 _saved: dict[str, Path] = {}  # by what was asked
 
@@ -50,14 +54,16 @@ def bank(folder: Path, dtype: str = "float32", tasks: int = 0, **fields: Any) ->
     return CoreBank.open(folder / "bank", writable=True)
 
 
-def task(of: CoreBank, name: str, seed: int = 0, **fields: Any) -> Task:
-    """A task with numbers of its own and a head of three classes."""
-    generator = torch.Generator().manual_seed(seed)
-    numbers = torch.randn(of.layout.size, generator=generator)
-    shapes = {"weight": (3, 32), "bias": (3,)}
-    root = "base_model.model.classifier"
-    head = {f"{root}.{key}": torch.randn(shape, generator=generator) for key, shape in shapes.items()}
-    return Task(name, numbers, head, ("a", "b", "c"), "classification", {"seed": seed, **fields})
+def task(
+    of: CoreBank, name: str, seed: int = 0, labels: tuple[str, ...] = ("a", "b", "c"), **metadata: Any
+) -> Task:
+    """A task of random numbers with a head; without labels it is a regression."""
+    draw, outputs = torch.Generator().manual_seed(seed), len(labels) or 1
+    shapes = {f"{HEAD}.weight": (outputs, 32), f"{HEAD}.bias": (outputs,)}
+    head = {key: torch.randn(shape, generator=draw) for key, shape in shapes.items()}
+    numbers = torch.randn(of.layout.size, generator=draw)
+    kind = "classification" if labels else "regression"
+    return Task(name, numbers, head, labels, kind, {"seed": seed, **metadata})
 
 
 class Tiny(nn.Module):
@@ -93,6 +99,47 @@ def alone(of: CoreBank, base: nn.Module, name: str | None) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         of.export(name, Path(folder) / "lora", as_lora=True)
         return PeftModel.from_pretrained(base, Path(folder) / "lora").merge_and_unload().eval()
+
+
+# ---- banks on saved models, for what serves them
+
+
+def encoder_bank(folder: Path, tasks: int = 0) -> CoreBank:
+    """A bank in `folder/bank` on a saved encoder."""
+    base = tf.AutoModelForSequenceClassification.from_pretrained(save_bert(folder / "model"))
+    bank = on(folder, base, target_modules=["query", "value"])
+    bank.add_many(task(bank, f"task-{n}", seed=n) for n in range(tasks))
+    return bank
+
+
+def bare_encoder_bank(folder: Path, tasks: int) -> CoreBank:
+    """The same on an encoder without a head, as embedding models are trained."""
+    base = tf.AutoModel.from_pretrained(save_bert(folder / "model"))
+    return on(folder, base, [f"task-{n}" for n in range(tasks)], target_modules=["query", "value"])
+
+
+def decoder_bank(folder: Path, tasks: int = 0) -> CoreBank:
+    """A bank in `folder/bank` on a saved language model."""
+    base = tf.AutoModelForCausalLM.from_pretrained(save_llama(folder / "model"))
+    bank = on(folder, base, target_modules=["q_proj", "v_proj"])
+    bank.add_many(decoder_task(bank, f"task-{n}", seed=n) for n in range(tasks))
+    return bank
+
+
+def expert_bank(folder: Path, tasks: int = 0, parameters: list[str] = EXPERTS) -> CoreBank:
+    """A bank in `folder/bank` on a saved language model with experts."""
+    base = tf.AutoModelForCausalLM.from_pretrained(save_mixtral(folder / "model"))
+    names = [f"task-{n}" for n in range(tasks)]
+    return on(folder, base, names, target_modules=["q_proj"], target_parameters=parameters)
+
+
+def decoder_task(bank: CoreBank, name: str, seed: int = 0) -> Task:
+    """A task of random numbers of a language model."""
+    generator = torch.Generator().manual_seed(seed)
+    return Task(name, torch.randn(bank.layout.size, generator=generator), task="causal-lm")
+
+
+# ---- what a model holds
 
 
 def contents(model: nn.Module) -> dict[tuple[object, ...], object]:

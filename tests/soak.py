@@ -24,8 +24,9 @@ from typing import Any
 
 import psutil
 
+import banks
+from banks import decoder_bank, decoder_task, encoder_bank
 from lotr import CoreBank
-from served_banks import decoder_bank, decoder_task, encoder_bank, encoder_task
 from servers import ZIP, Client, archive
 
 CLIENTS, EVERY, ADMIN = 4, 10.0, "admin"
@@ -143,7 +144,7 @@ def main() -> None:
         both = [
             pool.submit(soak, *own, float(sys.argv[1]))
             for own in (
-                ("encoder", encoder, encoder_task, to_encoder),
+                ("encoder", encoder, banks.task, to_encoder),
                 ("language model", decoder, decoder_task, to_decoder),
             )
         ]

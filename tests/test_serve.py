@@ -28,12 +28,13 @@ import transformers as tf
 
 pytest.importorskip("fastapi")
 
+import banks
+from banks import bare_encoder_bank, decoder_bank, encoder_bank
 from lotr import CoreBank, Task
 from lotr.errors import ConfigError
 from lotr.serving.settings import ServeSettings
 from lotr.training.tasks.served import Served, load_served
 from lotr_cli.app import app
-from served_banks import bare_encoder_bank, decoder_bank, encoder_bank, encoder_task
 from servers import ZIP, Client, Counted, archive, serving
 
 TEXTS = ["the red thing", "old old old is blue and very green here", "a"]
@@ -44,9 +45,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bank of five tasks, a regression, a task of pairs, and one with an odd name."""
     folder = tmp_path_factory.mktemp("serve")
     with encoder_bank(folder, tasks=5) as bank:
-        bank.add(encoder_task(bank, "number", 7, labels=()))
-        bank.add(encoder_task(bank, "pairs", 8, pairs=True, max_length=32))
-        bank.add(encoder_task(bank, "../x/predict?'; DROP TABLE task", 9))
+        bank.add(banks.task(bank, "number", 7, labels=()))
+        bank.add(banks.task(bank, "pairs", 8, pairs=True, max_length=32))
+        bank.add(banks.task(bank, "../x/predict?'; DROP TABLE task", 9))
     return folder
 
 
@@ -197,7 +198,7 @@ def test_vectors_are_those_of_the_row_alone(tmp_path: Path, bare: bool) -> None:
     with (bare_encoder_bank if bare else encoder_bank)(tmp_path, tasks=3) as bank:
         if not bare:  # tasks of pairs and tasks without a head embed, too
             bank.add(Task("headless", bank.get("task-1").numbers))
-            bank.add(encoder_task(bank, "pairs", 8, pairs=True))
+            bank.add(banks.task(bank, "pairs", 8, pairs=True))
         names = [row["name"] for row in bank.overview()]
         with serving(tmp_path, max_wait=50) as client, ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(lambda name: embed(client, name, TEXTS), names))
@@ -262,7 +263,7 @@ def test_tokens_keep_others_out(folder: Path) -> None:
 
 def test_tasks_come_and_go_while_others_are_served(tmp_path: Path) -> None:
     with encoder_bank(tmp_path, tasks=1) as bank:
-        bank.add(encoder_task(bank, "task-1", 1, columns={}, max_length=64))
+        bank.add(banks.task(bank, "task-1", 1, columns={}, max_length=64))
         bank.export("task-1", tmp_path / "exported")
     zipped = archive(tmp_path / "exported")
     with serving(tmp_path, admin_token="more") as client:
@@ -287,9 +288,9 @@ def test_tasks_come_and_go_while_others_are_served(tmp_path: Path) -> None:
             "cut/adapter_model.safetensors is truncated"
         )
         with CoreBank.open(tmp_path / "bank", writable=True) as other:  # as another process does
-            other.add(encoder_task(other, "later", 5, labels=("x", "y")))
+            other.add(banks.task(other, "later", 5, labels=("x", "y")))
             assert set(client.predict("later", "a")["scores"]) == {"x", "y"}
-            other.add(encoder_task(other, "later", 6, labels=("x", "y", "z")), replace=True)
+            other.add(banks.task(other, "later", 6, labels=("x", "y", "z")), replace=True)
             assert set(client.predict("later", "a")["scores"]) == {"x", "y", "z"}
 
 
@@ -416,7 +417,7 @@ def test_every_answer_is_that_of_the_task_at_that_time(tmp_path: Path) -> None:
 
         def version(task: int, n: int) -> Any:
             labels = tuple(f"{n}.{label}" for label in range(2 + (task + n) % 3))
-            return encoder_task(bank, str(task), VERSIONS * task + n % VERSIONS, labels)
+            return banks.task(bank, str(task), VERSIONS * task + n % VERSIONS, labels)
 
         def write(turn: int) -> None:
             task = 7 * turn % TASKS

@@ -14,11 +14,11 @@ import torch
 
 pytest.importorskip("fastapi")
 
+from banks import decoder_bank, decoder_task
 from lotr import CoreBank
 from lotr.bank.cache import LoadedTask
 from lotr.serving.decoder import Prompt, _Writer
 from lotr.training.tasks.served import Served, load_served
-from served_banks import decoder_bank, decoder_task
 from servers import Client, Counted, serving
 
 PROMPTS = ["the red thing", "a very old blue", "what colour is the thing here ?"]

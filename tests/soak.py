@@ -131,7 +131,7 @@ def soak(name: str, bank: CoreBank, make: Any, requests: Any, seconds: float) ->
             print(f"{seconds - left:6.0f} s  {name:15} {memory[-1] / 1e6:8.1f} MB", flush=True)
         for one in asking:
             one.result()
-    quarter = len(memory) // 4
+    quarter = max(1, len(memory) // 4)
     second, last = map(statistics.mean, (memory[quarter : 2 * quarter], memory[-quarter:]))
     print(f"{name}: {second / 1e6:.1f} MB in the second quarter, {last / 1e6:.1f} MB in the last", flush=True)
     return answered

@@ -74,7 +74,7 @@ fuzz: $(READY)  ## 20,000 mutated files before every reader, outcomes counted (m
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/fuzz.py 20000
 
 kill: $(READY)  ## 200 kills of four commands at their file operations, each gone on with and compared (minutes, Linux); the tests have a short form
-	PYTHONPATH=tests $(BIN)/python tests/kill.py 200
+	PYTHONPATH=tests $(BIN)/python tests/test_kill.py 200
 
 soak: $(READY)  ## ten minutes of every kind of request to two servers: does their memory stay?
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/soak.py 600

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 import yaml
 
@@ -34,21 +35,9 @@ from lotr.tuner.saved_adapter import read_saved
 
 SECONDS = 10
 #: What a field of JSON or YAML is replaced by.
-VALUES: tuple[Any, ...] = (None, True, -1, 0, 10**30, 1e308, float("nan"), float("inf"), "", "x", "\0")
-VALUES += (
-    "2020-13-45",
-    "../..",
-    "9" * 5000,
-    [],
-    {},
-    [[]],
-    [None],
-    {"a": None},
-    {"": [1]},
-    ["q", 1],
-    [1, 2, 3],
-)
-VALUES += ({"shape": [1]},)
+VALUES: tuple[Any, ...] = (None, True, -1, 0, 10**30, 1e308, float("nan"), float("inf"))
+VALUES += ("", "x", "\0", "2020-13-45", "../..", "9" * 5000)
+VALUES += ([], {}, [[]], [None], {"a": None}, {"": [1]}, ["q", 1], [1, 2, 3], {"shape": [1]})
 
 
 class Hang(BaseException):
@@ -96,16 +85,14 @@ def settings(path: Path) -> Any:
     return asdict(TrainSettings(**read_options({}, path)))
 
 
+ENDS = ("csv", "tsv", "json", "jsonl", "parquet", "txt")
 #: Kind → its reader, and the files that are changed; those with a checksum come back equal or not at all.
 KINDS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "adapter with task.json": (trained, (CONFIG, WEIGHTS, TASK)),
     "adapter of PEFT alone": (adapter, (CONFIG, WEIGHTS)),
     "LoRA of PEFT": (peft_lora, (CONFIG, WEIGHTS)),
     "bank": (bank, (BANK, CONFIG, BASIS_WEIGHTS, TASKS)),
-    **{
-        f"data {end}": (read_table, (f"rows.{end}",))
-        for end in ("csv", "tsv", "json", "jsonl", "parquet", "txt")
-    },
+    **{f"data {end}": (read_table, (f"rows.{end}",)) for end in ENDS},
     "settings": (settings, ("settings.yaml", "settings.json")),
     "list of tasks": (read_tasks, ("tasks.yaml",)),
 }
@@ -115,9 +102,6 @@ SEALED |= {"adapter of PEFT alone": (CONFIG,)}
 
 def make(folder: Path) -> dict[str, Path]:
     """Write one whole input of each kind; return where."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
     places = {name: folder / name.replace(" ", "-") for name in KINDS}
     torch.manual_seed(0)
     for name in ("adapter with task.json", "adapter of PEFT alone"):
@@ -127,24 +111,21 @@ def make(folder: Path) -> dict[str, Path]:
     write_task(places["adapter with task.json"], task | {"max_length": 64, "base_model": "pico"})
     lora(places["LoRA of PEFT"], 0)
     banks.bank(folder, tasks=5, r=2).close()
-    (folder / "bank").rename(places["bank"]) if places["bank"] != folder / "bank" else None
     rows = [{"text": f"a text, number {n}", "label": "ab"[n % 2], "n": n / 3} for n in range(9)]
-    tables = {
-        "csv": "text,label\n" + "".join(f'"{row["text"]}",{row["label"]}\n' for row in rows),
-        "tsv": "text\tlabel\n" + "".join(f"{row['text']}\t{row['label']}\n" for row in rows),
-        "json": json.dumps(rows),
-        "jsonl": "".join(json.dumps(row) + "\n" for row in rows),
-        "txt": "".join(row["text"] + "\n" for row in rows),  # type: ignore[operator]
-    }
+    table = pd.DataFrame(rows)
     for name in places:
-        if name.startswith(("data", "settings", "list")):
-            places[name].mkdir()
-    for end, text in tables.items():
-        (places[f"data {end}"] / f"rows.{end}").write_text(text)
-    parquet.write_table(pa.Table.from_pylist(rows), places["data parquet"] / "rows.parquet")
-    known = TrainSettings(
-        model="bert", train="a.csv", output="o", rank="4", lr=1e-3, core_ranks="layer=2"
-    ).to_dict()
+        places[name].mkdir(exist_ok=True)
+    for end in ENDS:
+        path = places[f"data {end}"] / f"rows.{end}"
+        if end in ("csv", "tsv"):
+            table.to_csv(path, sep={"csv": ",", "tsv": "\t"}[end], index=False)
+        elif end == "parquet":
+            table.to_parquet(path)
+        else:
+            lines = [json.dumps(row) if end == "jsonl" else row["text"] for row in rows]
+            path.write_text(json.dumps(rows) if end == "json" else "\n".join(map(str, lines)) + "\n")
+    known = {"model": "bert", "train": "a.csv", "output": "o", "rank": "4", "lr": 1e-3}
+    known = TrainSettings(**known, core_ranks="layer=2").to_dict()
     (places["settings"] / "settings.yaml").write_text(yaml.safe_dump(known))
     (places["settings"] / "settings.json").write_text(json.dumps(known))
     (places["list of tasks"] / "tasks.yaml").write_text("a: a.csv\nb: {train: b.csv, label: topic}\n")
@@ -169,7 +150,8 @@ def mutated(content: bytes, name: str, draw: random.Random) -> bytes:
         if isinstance(whole, dict):
             whole.pop("checksum", None)  # the values alone have to be refused
         text = yaml.safe_dump(whole) if name.endswith("yaml") else json.dumps(whole)
-        deep = "[" * 3000 + "]" * 3000
+        levels = 500 if name.startswith(("settings", "tasks")) else 3000  # YAML's parser is of Python
+        deep = "[" * levels + "]" * levels
         return text.replace(
             "null", draw.choice(("null", deep, "2020-01-01", "!!python/object:x.y {}")), 1
         ).encode()

@@ -1,4 +1,4 @@
-"""Kills commands at their file operations and lets them go on. Run by `kill.py`, which loads `kill.c` into it.
+"""Kills commands at their file operations and lets them go on. Run by `test_kill.py`, which loads `kill.c` into it.
 
 Every command runs in a fork of this process, which has imported all that it needs. `kill.c` counts the operations below
 the output (open to write, write, sync, rename, remove, …, those of SQLite and of Rust too) and kills the process before

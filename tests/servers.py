@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import io
 import json
+import socket
 import threading
+import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +20,8 @@ import uvicorn
 from lotr.serving.app import create_app
 from lotr.serving.settings import ServeSettings
 from lotr.training.tasks.served import Served, load_served
+
+ZIP = {"Content-Type": "application/zip"}
 
 
 class Client:
@@ -45,6 +51,38 @@ class Client:
         status, answer, _ = self.send("POST", f"/v1/tasks/{task}/predict", {"text": text})
         assert status == 200, answer
         return answer["predictions"][0]
+
+    def leave(self, path: str, body: Any, after: float) -> None:
+        """Send a request and hang up after some seconds."""
+        content = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        with socket.create_connection(("127.0.0.1", self.port)) as one:
+            one.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+            time.sleep(after)
+
+
+class Counted:
+    """A model whose calls are noted by how many rows they have, and take `pause` seconds more."""
+
+    def __init__(self, served: Served, pause: float = 0.0) -> None:
+        self.served, self.pause, self.rows = served, pause, list[int]()
+        forward = served.model.forward
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.rows.append(len(kwargs["input_ids"]))
+            time.sleep(self.pause)
+            return forward(*args, **kwargs)
+
+        served.model.forward = counted  # type: ignore[method-assign]
+
+
+def archive(folder: Path) -> bytes:
+    """Return an exported task as clients send it, whose names are no paths to be believed."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as file:
+        for path in folder.iterdir():
+            file.write(path, f"../../{path.name}")
+    return content.getvalue()
 
 
 @contextmanager

@@ -7,128 +7,85 @@ only eight fit into memory.
 
 from __future__ import annotations
 
-import io
 import itertools
-import json
 import random
 import re
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+import banks
+from banks import decoder_bank, decoder_task, encoder_bank
 from lotr import CoreBank
-from served_banks import decoder_bank, decoder_task, encoder_bank, encoder_task
-from servers import Client
+from servers import ZIP, Client, archive
 
 CLIENTS, EVERY, ADMIN = 4, 10.0, "admin"
 WORDS = ["the", "a", "red", "old", "blue", "thing", "is", "very", "green", "here", "colour", "what"]
 
-Ask = Callable[[Client, random.Random], tuple[int, Any, Any]]
-
-
-def predict(**body: Any) -> Ask:
-    def ask(client: Client, draw: random.Random) -> tuple[int, Any, Any]:
-        text = " ".join(draw.choices(WORDS, k=draw.randint(1, 30)))
-        return client.send("POST", f"/v1/tasks/task-{draw.randrange(20)}/predict", body or {"text": text})
-
-    return ask
-
-
-def write(path: str, **options: Any) -> Ask:
-    def ask(client: Client, draw: random.Random) -> tuple[int, Any, Any]:
-        text = " ".join(draw.choices(WORDS, k=draw.randint(1, 20)))
-        body = {"model": f"task-{draw.randrange(20)}", "max_tokens": draw.randint(1, 16), **options}
-        own = {"messages": [{"role": "user", "content": text}]} if "chat" in path else {"prompt": text}
-        return client.send("POST", path, body | own)
-
-    return ask
-
-
-def leave(path: str, body: Mapping[str, Any]) -> Ask:
-    """Send a request and hang up."""
-    content = json.dumps(body).encode()
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
-    )
-
-    def ask(client: Client, draw: random.Random) -> tuple[int, Any, Any]:
-        with socket.create_connection(("127.0.0.1", client.port)) as one:
-            one.sendall(head.encode() + b"\r\n\r\n" + content)
-            time.sleep(0.01 * draw.random())
-        return 499, None, None
-
-    return ask
-
-
-def get(path: str) -> Ask:
-    return lambda client, draw: client.send("GET", path)
-
-
-def change(archive: bytes) -> Ask:
-    """Add a task of a new name, replace one, or remove the new one again."""
-
-    def ask(client: Client, draw: random.Random) -> tuple[int, Any, Any]:
-        admin, new = Client(client.port, ADMIN), f"/v1/tasks/new-{draw.random()}"
-        as_zip = {"Content-Type": "application/zip"}
-        assert admin.send("POST", new, archive, **as_zip)[0] == 201
-        assert (
-            admin.send("POST", f"/v1/tasks/task-{draw.randrange(20)}?replace=true", archive, **as_zip)[0]
-            == 201
-        )
-        return admin.send("DELETE", new)
-
-    return ask
-
-
-#: Name → how to ask, and what must be answered.
-Kinds = Mapping[str, tuple[Ask, int]]
-COMMON: Kinds = {
-    "models": (get("/v1/models?limit=5"), 200),
-    "one model": (get("/v1/models/task-1"), 200),
-    "metrics": (get("/metrics"), 200),
-    "page": (get("/"), 200),
-    "no such path": (get("/nothing"), 404),
+#: Name of a request → the status that it must get, its path, and its body; one without a body is a GET.
+Requests = dict[str, tuple[int, str, Any]]
+COMMON: Requests = {
+    "models": (200, "/v1/models?limit=5", None),
+    "one model": (200, "/v1/models/task-1", None),
+    "metrics": (200, "/metrics", None),
+    "page": (200, "/", None),
+    "no such path": (404, "/nothing", None),
 }
-ENCODER: Kinds = COMMON | {
-    "text": (predict(), 200),
-    "texts": (predict(texts=["the red thing", "a", "old old old is blue"]), 200),
-    "long text, cut": (predict(text="the red " * 60, truncate=True), 200),
-    "long text": (predict(text="the red " * 60), 422),
-    "wrong field": (predict(txt="a"), 422),
-    "client leaves": (leave("/v1/tasks/task-3/predict", {"texts": ["the red thing"] * 16}), 499),
-}
-DECODER: Kinds = COMMON | {
-    "completion": (write("/v1/completions", temperature=0.8, seed=3), 200),
-    "completion, streamed": (write("/v1/completions", stream=True, stop=["red", "thing"]), 200),
-    "chat": (write("/v1/chat/completions"), 200),
-    "chat, streamed": (write("/v1/chat/completions", stream=True), 200),
-    "too many tokens": (write("/v1/completions", max_tokens=10**6), 422),
-    "client leaves": (
-        leave("/v1/chat/completions", {"model": "task-2", "messages": [{"role": "user", "content": "a"}]}),
-        499,
-    ),
-}
+
+
+def to_encoder(draw: random.Random) -> Requests:
+    text, path = " ".join(draw.choices(WORDS, k=draw.randint(1, 30))), f"/v1/tasks/task-{draw.randrange(20)}"
+    return COMMON | {
+        "text": (200, f"{path}/predict", {"text": text}),
+        "texts": (200, f"{path}/predict", {"texts": [text, "a", "old old old is blue"]}),
+        "long text, cut": (200, f"{path}/predict", {"text": "the red " * 60, "truncate": True}),
+        "long text": (422, f"{path}/predict", {"text": "the red " * 60}),
+        "wrong field": (422, f"{path}/predict", {"txt": "a"}),
+        "client leaves": (499, f"{path}/predict", {"texts": [text] * 16}),
+    }
+
+
+def to_decoder(draw: random.Random) -> Requests:
+    text = " ".join(draw.choices(WORDS, k=draw.randint(1, 20)))
+    asked = {"model": f"task-{draw.randrange(20)}", "max_tokens": draw.randint(1, 16)}
+    prompt, turns = asked | {"prompt": text}, asked | {"messages": [{"role": "user", "content": text}]}
+    stops = {"stream": True, "stop": ["red", "thing"]}
+    return COMMON | {
+        "completion": (200, "/v1/completions", prompt | {"temperature": 0.8, "seed": 3}),
+        "completion, streamed": (200, "/v1/completions", prompt | stops),
+        "chat": (200, "/v1/chat/completions", turns),
+        "chat, streamed": (200, "/v1/chat/completions", turns | {"stream": True}),
+        "too many tokens": (422, "/v1/completions", prompt | {"max_tokens": 10**6}),
+        "client leaves": (499, "/v1/chat/completions", turns),
+    }
+
+
+def change(client: Client, task: bytes, draw: random.Random) -> None:
+    """Add a task of a new name, replace one, and remove the new one again."""
+    admin, new, old = Client(client.port, ADMIN), f"new-{draw.random()}", f"task-{draw.randrange(20)}"
+    for name in (new, f"{old}?replace=true"):
+        assert admin.send("POST", f"/v1/tasks/{name}", task, **ZIP)[0] == 201
+    assert admin.send("DELETE", f"/v1/tasks/{new}")[0] == 200
 
 
 @contextmanager
-def started(bank: Path) -> Iterator[tuple[Client, psutil.Process]]:
+def served(bank: CoreBank) -> Iterator[tuple[Client, psutil.Process]]:
     """Run `lotr serve`; give a client of it and its process."""
-    words = ["serve", str(bank), "--port", "0", "--admin-token", ADMIN, "--capacity", "8", "--max-batch", "8"]
-    log = bank.parent / "log"
+    words = ["--port", "0", "--admin-token", ADMIN, "--capacity", "8", "--max-batch", "8"]
+    log = bank.path.parent / "log"
     with log.open("w") as file:
-        process = subprocess.Popen([sys.executable, "-m", "lotr", *words], stderr=file)
+        command = [sys.executable, "-m", "lotr", "serve", str(bank.path), *words]
+        process = subprocess.Popen(command, stderr=file)
     try:
         while not (told := re.search(r'"listening", "url": "http://[^:]+:(\d+)"', log.read_text())):
             if process.poll() is not None:
@@ -140,76 +97,61 @@ def started(bank: Path) -> Iterator[tuple[Client, psutil.Process]]:
         process.wait()
 
 
-def zipped(bank: CoreBank, folder: Path) -> bytes:
-    """Return an exported task as clients send it."""
-    bank.export("task-1", folder)
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as file:
-        for path in folder.iterdir():
-            file.write(path, path.name)
-    return content.getvalue()
+def soak(name: str, bank: CoreBank, make: Any, requests: Any, seconds: float) -> Counter[str]:
+    """Ask for some seconds; print the memory of the server, and return what was answered."""
+    bank.export("task-1", bank.path.parent / "exported")
+    task, answered = archive(bank.path.parent / "exported"), Counter[str]()
 
-
-def soak(root: Path, seconds: float) -> tuple[dict[str, list[int]], Counter[str]]:
-    """Ask for some seconds; returns bytes of each server's memory, sample by sample, and what was answered."""
-    answered: Counter[str] = Counter()
-
-    def ask(client: Client, kinds: Kinds, seed: int) -> None:
+    def ask(seed: int) -> None:
         draw = random.Random(seed)
         while time.monotonic() < end:
-            kind = draw.choice(list(kinds))
-            call, expected = kinds[kind]
-            status, answer, _ = call(client, draw)
-            answered[kind if status == expected else f"{kind}: {status} {answer}"] += 1
+            known = requests(draw)
+            kind = draw.choice([*known, "tasks"])
+            status, path, body = known.get(kind, (200, "", None))
+            answer: Any = status, None
+            if kind == "tasks":
+                change(client, task, draw)
+            elif status == 499:
+                client.leave(path, body, after=0.01 * draw.random())
+            else:
+                answer = client.send("GET" if body is None else "POST", path, body)[:2]
+            answered[kind if answer[0] == status else f"{kind}: {answer}"] += 1
 
-    with (
-        encoder_bank(root / "encoder", 20) as encoder,
-        decoder_bank(root / "decoder", 20) as decoder,
-        started(encoder.path) as one,
-        started(decoder.path) as two,
-    ):
-        servers: dict[str, tuple[tuple[Client, psutil.Process], Kinds]] = {
-            "encoder": (one, ENCODER | {"tasks": (change(zipped(encoder, root / "one")), 200)}),
-            "language model": (two, DECODER | {"tasks": (change(zipped(decoder, root / "two")), 200)}),
-        }
-        threads = [
-            threading.Thread(target=ask, args=(client, kinds, seed))
-            for (client, _), kinds in servers.values()
-            for seed in range(CLIENTS)
-        ]
-        memory: dict[str, list[int]] = {name: [] for name in servers}
+    memory: list[int] = []
+    with served(bank) as (client, process), ThreadPoolExecutor(CLIENTS) as pool:
         end = time.monotonic() + seconds
-        for thread in threads:
-            thread.start()
+        asking = [pool.submit(ask, seed) for seed in range(CLIENTS)]
         for n in itertools.count():
-            encoder.add(
-                encoder_task(encoder, f"other process {n}", n)
-            )  # with nothing but the folder in common
-            decoder.add(decoder_task(decoder, f"other process {n}", n))
+            bank.add(make(bank, f"other process {n}", n))  # with nothing but the folder in common
             left = end - time.monotonic()
             if left <= 0:
                 break
             time.sleep(min(EVERY, left))
-            for name, ((_, process), _) in servers.items():
-                memory[name].append(process.memory_info().rss)
-                at = time.monotonic() - end + seconds
-                print(f"{at:6.0f} s  {name:15} {memory[name][-1] / 1e6:8.1f} MB", flush=True)
-        for thread in threads:
-            thread.join()
-    return memory, answered
+            memory.append(process.memory_info().rss)
+            print(f"{seconds - left:6.0f} s  {name:15} {memory[-1] / 1e6:8.1f} MB", flush=True)
+        for one in asking:
+            one.result()
+    quarter = max(1, len(memory) // 4)
+    second, last = map(statistics.mean, (memory[quarter : 2 * quarter], memory[-quarter:]))
+    print(f"{name}: {second / 1e6:.1f} MB in the second quarter, {last / 1e6:.1f} MB in the last", flush=True)
+    return answered
 
 
 def main() -> None:
-    """Print the samples, what was answered, and the growth from the second to the last quarter of the time."""
-    with tempfile.TemporaryDirectory() as folder:
-        memory, answered = soak(Path(folder), float(sys.argv[1]))
+    """Print the samples, the growth from the second to the last quarter of the time, and what was answered."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        encoder, decoder = encoder_bank(Path(folder) / "one", 20), decoder_bank(Path(folder) / "two", 20)
+        both = [
+            pool.submit(soak, *own, float(sys.argv[1]))
+            for own in (
+                ("encoder", encoder, banks.task, to_encoder),
+                ("language model", decoder, decoder_task, to_decoder),
+            )
+        ]
+        answered = sum((one.result() for one in both), Counter[str]())
     for kind, count in sorted(answered.items()):
         print(f"{count:8,}  {kind}")
     print(f"{answered.total():8,}  in all")
-    for name, samples in memory.items():
-        quarter = len(samples) // 4
-        second, last = statistics.mean(samples[quarter : 2 * quarter]), statistics.mean(samples[-quarter:])
-        print(f"{name}: {second / 1e6:.1f} MB in the second quarter, {last / 1e6:.1f} MB in the last")
 
 
 if __name__ == "__main__":

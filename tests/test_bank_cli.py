@@ -11,12 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
 
 import banks
 import saved_models
 from commands import lotr, refused, report
-from conftest import bert
 from lotr import CoreBank
 
 
@@ -53,7 +51,7 @@ def _names(bank: Path, *words: str) -> list[str]:
     return [row["name"] for row in report("bank", "list", bank, *words)["shown"]]
 
 
-def test_tasks_are_listed_a_page_at_a_time(bank: Path) -> None:
+def test_tasks_are_listed_shown_counted_added_renamed_and_removed(bank: Path) -> None:
     names = ["[bold]c", "a", "b", "basis"]
     assert _names(bank) == names
     second = report("bank", "list", bank, "--after", "[bold]c", "--limit", "2")
@@ -61,36 +59,18 @@ def test_tasks_are_listed_a_page_at_a_time(bank: Path) -> None:
     table = lotr("bank", "list", bank).stdout
     assert all(name in table for name in names) and "4 tasks." in table and "classification" in table
     assert "1 of them shown; --limit" in lotr("bank", "list", bank, "--limit", "1").stdout
-
-
-def test_a_task_is_shown(bank: Path) -> None:
     shown = report("bank", "show", bank, "[bold]c")
     assert shown["labels"] == ["a", "b", "c"] and shown["numbers"] == 96 and shown["bytes"] == 384
-    assert shown["metadata"] == {"seed": 0}
     text = lotr("bank", "show", bank, "[bold]c").stdout
     assert "[bold]c" in text and "rounding error" in text and shown["checksum"] in text
-
-
-def test_tasks_are_renamed_and_removed(bank: Path) -> None:
-    assert "[bold]c is now called d/e." in lotr("bank", "rename", bank, "[bold]c", "d/e").stdout
-    assert report("bank", "remove", bank, "a", "d/e") == {"removed": ["a", "d/e"], "tasks": 2}
-    assert _names(bank) == ["b", "basis"]
-
-
-def test_an_adapter_is_added_again_or_under_another_name(bank: Path) -> None:
+    stats = report("bank", "stats", bank)
+    assert (stats["bytes_of_numbers"], stats["kinds"]) == (4 * 384, {"classification": 1, "unknown": 3})
+    assert "bytes of numbers" in lotr("bank", "stats", bank).stdout
     assert report("bank", "add", bank, "a", "--replace")["tasks"] == 4
     assert report("bank", "add", bank, "a", "--task", "x/y")["added"] == ["x/y"]
-
-
-def test_a_task_leaves_as_an_adapter(bank: Path) -> None:
-    whole = report("bank", "export", bank, "a", "--output", "out")
-    refers = report("bank", "export", bank, "a", "--output", "refers", "--refer")
-    lora = report("bank", "export", bank, "a", "--output", "lora", "--lora")
-    assert whole["numbers"] > refers["numbers"] == 96 and lora["rank"] == 4
-    for folder in ("out", "refers", "lora"):
-        PeftModel.from_pretrained(bert(), folder)
-    assert "not empty" in refused(2, "bank", "export", bank, "a", "--output", "out")
-    assert "is in" in lotr("bank", "export", bank, "a", "--output", "out", "--overwrite").stdout
+    assert "[bold]c is now called d/e." in lotr("bank", "rename", bank, "[bold]c", "d/e").stdout
+    assert report("bank", "remove", bank, "a", "d/e") == {"removed": ["a", "d/e"], "tasks": 3}
+    assert _names(bank) == ["b", "basis", "x/y"]
 
 
 def test_verify_ends_with_one_where_something_is_damaged(bank: Path) -> None:
@@ -102,7 +82,6 @@ def test_verify_ends_with_one_where_something_is_damaged(bank: Path) -> None:
     (bank / "tasks.sqlite").write_bytes(content.replace(blob, bytes([blob[0] ^ 1]) + blob[1:]))
     result = lotr("bank", "verify", bank)
     assert result.exit_code == 1 and "checksum" in result.stdout and "3 of 4 tasks are whole" in result.stdout
-    assert json.loads(lotr("bank", "verify", bank, "--json").stdout)["damaged"][0]["task"] == "a"
     assert "damaged" in lotr("bank", "list", bank).stdout
     result = lotr("bank", "recover", bank, "--output", "new", "--json")
     recovered = json.loads(result.stdout)
@@ -120,12 +99,9 @@ def test_verify_reports_every_damage_also_where_a_bank_cannot_be_opened(bank: Pa
     result = lotr("bank", "verify", bank)
     assert result.exit_code == 1 and "3 of 4 tasks are whole" in result.stdout
     assert "Task 'a'" in " ".join(result.stdout.split())
-    lines = [line for line in result.stderr.splitlines() if str(bank) in line]
-    assert len(lines) == 3
-    for line, says in zip(
-        lines, ("bank.json is damaged", "basis.safetensors is truncated", "'extra'"), strict=True
-    ):
-        assert says in line
+    told = [line for line in result.stderr.splitlines() if str(bank) in line]
+    expected = ("bank.json is damaged", "basis.safetensors is truncated", "'extra'")
+    assert len(told) == 3 and all(says in line for says, line in zip(expected, told, strict=True))
     (bank / "adapter_config.json").write_text("[]")
     (bank / "tasks.sqlite").write_bytes(b"none")
     told = json.loads(lotr("bank", "verify", bank, "--json").stdout)
@@ -135,19 +111,11 @@ def test_verify_reports_every_damage_also_where_a_bank_cannot_be_opened(bank: Pa
     assert "does not exist" in refused(1, "bank", "verify", "nowhere")
 
 
-def test_stats_count_bytes(bank: Path) -> None:
-    stats = report("bank", "stats", bank)
-    assert (stats["tasks"], stats["bytes_of_numbers"]) == (4, 4 * 384)
-    assert stats["kinds"] == {"classification": 1, "unknown": 3}
-    assert "bytes of numbers" in lotr("bank", "stats", bank).stdout
-
-
 @pytest.mark.parametrize(
     "line, code, says",
     [
         ("bank show bank bb", 1, "no task 'bb'. Near matches: b"),
-        ("bank rename bank a b", 2, "'b' already"),
-        ("bank remove bank a gone", 1, "no task 'gone'"),
+        ("bank rename bank a b\x07c", 2, "control character"),
         ("bank add bank a", 2, "'a' already"),
         ("bank add bank", 2, "nothing to add"),
         ("bank add bank a b --task x", 2, "names one task"),
@@ -155,7 +123,6 @@ def test_stats_count_bytes(bank: Path) -> None:
         ("bank add bank a gone --replace", 1, "does not exist"),
         ("bank list gone", 1, "does not exist"),
         ("bank stats basis", 1, "is not a bank"),
-        ("bank create new --basis basis --dtype int3", 2, "dtype='int3'"),
         ("bank train --tasks tasks.yaml --output new", 2, "--basis"),
         ("bank train --basis basis --tasks none.yaml --output new", 2, "No such file"),
         ("predict basis --data rows.csv --output out.csv --task a", 2, "no bank"),
@@ -166,10 +133,6 @@ def test_what_cannot_be_is_refused_and_changes_nothing(bank: Path, line: str, co
     before = _names(bank)
     assert says in refused(code, *line.split())
     assert _names(bank) == before and not Path("new").exists() and not Path("out.csv").exists()
-
-
-def test_a_name_with_a_control_character_is_refused(bank: Path) -> None:
-    assert "control character" in refused(2, "bank", "rename", bank, "a", "b\nc")
 
 
 def test_a_bank_is_trained_grown_and_asked() -> None:
@@ -183,15 +146,29 @@ def test_a_bank_is_trained_grown_and_asked() -> None:
     words = ("--basis", "basis", "--tasks", "tasks.yaml", "--output", "bank", "--max-steps", "3")
     trained = report("bank", "train", *words)
     assert trained["steps"] == 3 and trained["tasks"]["b"]["rows"]["eval"] == 10
-    words = ("bank", "add", "bank", "--task", "late", "--train", "b.csv", "--max-steps", "2")
+    words = ("bank", "add", "bank", "--task", "late", "--train", "b.csv", "--max-steps", "30")
+    words += ("--core-lr", "0.03", "--head-lr", "0.03")
     assert "1 tasks trained" in lotr(*words).stdout
     assert sorted(CoreBank.open("bank").names()) == ["a", "b", "late"]
 
-    report("predict", "bank", "--data", "b.csv", "--output", "out.csv", "--task", "a")
-    with Path("out.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 40 and {row["prediction"] for row in rows} <= {"red", "green", "blue"}
+    opened = CoreBank.open("bank")
+    assert opened.base_model == "bert" and opened.get("late").metadata["columns"]["text"] == "text"
+    told = []
+    for folder, words in {"whole": (), "refers": ("--refer",), "lora": ("--lora",)}.items():
+        exported = report("bank", "export", "bank", "late", "--output", folder, *words)
+        told.append(report("evaluate", folder, "--data", "b.csv")["confusion"])
+    assert (
+        exported["rank"] == 8 and told[0] == told[1] == told[2]
+    )  # what was trained answers as before, however it leaves
 
+    def answers(task: str) -> list[str]:
+        report("predict", "bank", "--data", "b.csv", "--output", f"of-{task}.csv", "--task", task)
+        return [row["prediction"] for row in csv.DictReader(Path(f"of-{task}.csv").read_text().splitlines())]
+
+    wanted = [row["label"] for row in csv.DictReader(Path("b.csv").read_text().splitlines())]
+    right = sum(map(str.__eq__, answers("late"), wanted))
+    assert right == sum(told[0][n][n] for n in range(2)) > 30
+    assert set(answers("a")) <= {"red", "green", "blue"}
     Path("mixed.csv").write_text("text,queue\na red,a\na red,late\n")
     report("predict", "bank", "--data", "mixed.csv", "--output", "mixed.jsonl", "--task-column", "queue")
     lines = [json.loads(line) for line in Path("mixed.jsonl").read_text().splitlines()]

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import re
 import shutil
 import sqlite3
 import tempfile
+from collections.abc import Callable
 from contextlib import closing
-from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import banks
-from lotr import CheckpointError, ConfigError, CoreBank, LotrError, Task
+from lotr import CheckpointError, ConfigError, CoreBank, LotrError
 from lotr.bank.basis import BANK, TASKS
 from lotr.bank.recover import recover
-from lotr.bank.store import TaskStore
 from lotr.files.adapter_folder import BASIS_WEIGHTS, CONFIG
+from test_bank_processes import in_a_fork
 
 N = 60
 
@@ -81,28 +81,20 @@ def test_a_flipped_byte_is_an_error_of_that_task_alone(folder: Path, column: str
     assert bank.get("task-7").metadata["seed"] == 7 and bank.verify()["ok"]
 
 
-def test_a_changed_name_is_found_and_the_others_are_listed(folder: Path) -> None:
+def test_verify_reports_every_damaged_task_and_the_others_are_listed(folder: Path) -> None:
     content = (folder / TASKS).read_bytes()
     assert content.count(b"task-33") == 2  # in the row and in the index
     (folder / TASKS).write_bytes(content.replace(b"task-33", b"task\xff33"))
-    bank = CoreBank.open(folder)
-    assert len(list(bank.names())) == N and "task-32" in bank
-    report = bank.verify()
-    assert [found["task"] for found in report["damaged"]] == ["task�33"] and not report["ok"]
-
-
-def test_verify_reports_every_damaged_task(folder: Path) -> None:
-    for name in ("task-3", "task-14"):
-        flip(folder, name)
-    numbers = dict(change(folder, "SELECT name, numbers FROM task"))
-    for name, other in (("task-1", "task-2"), ("task-2", "task-1")):  # each has the other's
-        change(folder, "UPDATE task SET numbers = ? WHERE name = ?", numbers[other], name)
-    ticks: list[tuple[int, int]] = []
-    report = CoreBank.open(folder).verify(lambda done, of: ticks.append((done, of)))
-    assert sorted(found["task"] for found in report["damaged"]) == ["task-1", "task-14", "task-2", "task-3"]
-    assert all("checksum" in found["reason"] for found in report["damaged"])
-    assert (report["tasks"], report["ok"], report["files"]) == (N, False, [])
+    flip(folder, "task-3")
+    numbers = dict(change(folder, "SELECT CAST(name AS BLOB), numbers FROM task"))
+    for name, other in ((b"task-1", b"task-2"), (b"task-2", b"task-1")):  # each has the other's
+        change(folder, "UPDATE task SET numbers = ? WHERE name = ?", numbers[other], name.decode())
+    bank, ticks = CoreBank.open(folder), list[tuple[int, int]]()
+    report = bank.verify(lambda done, of: ticks.append((done, of)))
+    assert sorted(found["task"] for found in report["damaged"]) == ["task-1", "task-2", "task-3", "task�33"]
+    assert (report["tasks"], report["ok"]) == (N, False)
     assert ticks == [(n, N) for n in range(1, N + 1)]
+    assert len(list(bank.names())) == N and "task-32" in bank
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
@@ -221,22 +213,18 @@ def test_files_of_different_banks_are_told_apart(folder: Path, tmp_path: Path) -
         assert "put together from different" in str(refusal.value)
 
 
-@pytest.mark.parametrize(
-    "change, says",
-    [
+def test_a_description_that_does_not_fit_is_refused(folder: Path) -> None:
+    description = json.loads((folder / BANK).read_text())
+    del description["checksum"]
+    for fields, says in (
         ({"format": 1}, "has format 1, and this version of lotr reads format 2 alone"),
         ({"format": 3, "unheard": "of"}, "has format 3"),
         ({"unheard": "of"}, "bank.json is damaged: .*unheard"),
         ({"dtype": "int4"}, "bank.json is damaged: dtype='int4'"),
-    ],
-    ids=str,
-)
-def test_a_description_that_does_not_fit_is_refused(folder: Path, change: dict, says: str) -> None:
-    description = json.loads((folder / BANK).read_text())
-    del description["checksum"]
-    (folder / BANK).write_text(json.dumps(description | change))
-    with pytest.raises(CheckpointError, match=says):
-        CoreBank.open(folder)
+    ):
+        (folder / BANK).write_text(json.dumps(description | fields))
+        with pytest.raises(CheckpointError, match=says):
+            CoreBank.open(folder)
 
 
 @pytest.mark.parametrize("name", [BANK, CONFIG])
@@ -263,66 +251,29 @@ def test_a_full_disk_loses_nothing(folder: Path) -> None:
     assert len(CoreBank.open(folder)) == N + 1
 
 
-def _reads_without_rights(folder: Path, told: Connection) -> None:
-    """Read, verify and try to write as a user without rights, because a superuser has them all."""
-    if os.geteuid() == 0:
-        os.setuid(65534)
-    bank = CoreBank.open(folder)
-    told.send((len(bank), bank.get("task-0").metadata["seed"], bank.verify()["ok"]))
-    try:
-        CoreBank.open(folder, writable=True).remove("task-0")
-        told.send("removed")
-    except CheckpointError as error:
-        told.send(str(error))
-
-
 def test_a_folder_that_may_not_be_written_is_read(folder: Path) -> None:
+    def read(tell: Callable[[Any], None]) -> None:
+        """Read, verify and try to write as a user without rights, because a superuser has them all."""
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        bank = CoreBank.open(locked)
+        tell((len(bank), bank.get("task-0").metadata["seed"], bank.verify()["ok"]))
+        try:
+            CoreBank.open(locked, writable=True).remove("task-0")
+            tell("removed")
+        except CheckpointError as error:
+            tell(str(error))
+
     with tempfile.TemporaryDirectory() as place:
         Path(place).chmod(0o755)
         locked = shutil.copytree(folder, Path(place) / "bank")
         for file in locked.iterdir():
             file.chmod(0o444)
         locked.chmod(0o555)
-        mine, theirs = multiprocessing.Pipe(duplex=False)
-        process = multiprocessing.get_context("fork").Process(
-            target=_reads_without_rights, args=(locked, theirs)
-        )
-        process.start()
-        theirs.close()
-        assert mine.recv() == (N, 0, True)
-        assert "may not be" in mine.recv()
-        process.join()
+        _, told = in_a_fork(read)
+        assert told.recv() == (N, 0, True) and "may not be" in told.recv()
         assert sorted(p.name for p in locked.iterdir()) == sorted([BANK, CONFIG, BASIS_WEIGHTS, TASKS])
         locked.chmod(0o755)
-
-
-def test_a_leftover_of_an_unfinished_creation_is_no_bank(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(*args: object) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("lotr.bank.basis.create_store", fails)
-    with pytest.raises(OSError, match="no space"):
-        CoreBank.create(tmp_path / "bank", banks.basis(tmp_path / "basis"))
-    assert [p.name for p in tmp_path.iterdir()] == ["basis"]
-
-
-def test_a_disk_that_fills_up_while_recovering_leaves_no_folder(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def small(path: Path, **options: bool) -> TaskStore:
-        store = TaskStore(path, **options)
-        store.database.rows("PRAGMA max_page_count = 6")
-        return store
-
-    with CoreBank.open(folder, writable=True) as bank:
-        numbers = torch.zeros(bank.layout.size)
-        bank.add_many(Task(f"large-{n}", numbers, metadata={"x": "y" * 10**5}) for n in range(9))
-    monkeypatch.setattr("lotr.bank.recover.TaskStore", small)
-    with pytest.raises(CheckpointError, match="the disk is full"):
-        recover(folder, tmp_path / "new")
-    assert not (tmp_path / "new").exists()
 
 
 def test_recovering_needs_a_free_folder(folder: Path, tmp_path: Path) -> None:

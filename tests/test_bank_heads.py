@@ -6,118 +6,95 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers as tf
-from peft import get_peft_model
-from torch import Tensor, nn
+from torch import nn
 
-from banks import assert_same_contents, contents
+import banks
+from banks import alone, assert_same_contents, contents
 from conftest import ARCHITECTURES, SIZES, VOCABULARY, bert, pico, tokens
-from lotr import CoreBank, LotrConfig, Task
+from lotr import CoreBank, Task
 from lotr.bank.heads import row_losses
-from test_bank_rows import alone, logits, numbers_of
+from test_bank_rows import logits
 
 LABELS = {"two": 2, "five": 5, "number": 1}
 MASKED = torch.finfo(torch.float32).min
 
 
-def head_of(module: nn.Module, path: str, n: int, seed: int) -> dict[str, Tensor]:
-    """Random numbers for a head with `n` outputs."""
-    generator = torch.Generator().manual_seed(seed)
-    last = [name for name, _ in module.named_parameters()][-1].rpartition(".")[0]
-    found = {}
-    for name, parameter in module.named_parameters():
-        shape = list(parameter.shape)
-        if name.rpartition(".")[0] == last:
-            shape[0] = n
-        found[f"base_model.model.{path}.{name}"] = torch.randn(shape, generator=generator) / 4
-    return found
-
-
-def with_heads(folder: Path, base: nn.Module, path: str) -> CoreBank:
-    """A bank on a model with a head, and tasks with heads of two, five and one outputs."""
-    targets = ["q_proj", "v_proj"] if path == "score" else ["query", "value"]
-    get_peft_model(base, LotrConfig(r=4, target_modules=targets)).save_pretrained(folder / "basis")
-    bank = CoreBank.create(folder / "bank", basis=folder / "basis", dtype="float32")
-    for seed, (name, n) in enumerate(LABELS.items()):
-        kind = "regression" if n == 1 else "classification"
-        head = head_of(getattr(base, path), path, n, seed)
-        bank.add(Task(name, numbers_of(bank, seed), head, tuple(map(str, range(n))), kind))
-    return bank
-
-
-def own_head(bank: CoreBank, base: nn.Module, path: str, name: str) -> nn.Module:
-    """The base model with one task, cores and head, as an ordinary model."""
-    module = getattr(base, path)
-    own = {key.removeprefix(f"base_model.model.{path}."): v for key, v in bank.get(name).head.items()}
-    for key, value in own.items():
-        parent = module.get_submodule(key.rpartition(".")[0])
-        setattr(parent, key.rpartition(".")[2], nn.Parameter(value))
-    base.config.num_labels = base.num_labels = LABELS[name]
-    return alone(bank, base, name)
-
-
-def roberta() -> nn.Module:
-    more = {"num_labels": 3, "max_position_embeddings": 64}
+def roberta(num_labels: int = 3) -> nn.Module:
+    more = {"num_labels": num_labels, "max_position_embeddings": 64}
     return pico("RobertaForSequenceClassification", vocab_size=VOCABULARY, **SIZES, **more)
 
 
-def llama() -> nn.Module:
-    config = ARCHITECTURES["llama"].make().config
-    config.num_labels = 3
-    torch.manual_seed(0)
-    return tf.LlamaForSequenceClassification(config).eval()
+def llama(num_labels: int = 3) -> nn.Module:
+    more = {"num_labels": num_labels, "num_key_value_heads": 2, "pad_token_id": 0}
+    return pico("LlamaForSequenceClassification", vocab_size=VOCABULARY, **SIZES, **more)
 
 
+#: A model with so many labels, its head, and what a bank adapts.
 MODELS = {
-    "bert": (ARCHITECTURES["bert"].make, "classifier"),
-    "roberta": (roberta, "classifier"),
-    "llama": (llama, "score"),
+    "bert": (bert, "classifier", ["query", "value"]),
+    "roberta": (roberta, "classifier", ["query", "value"]),
+    "llama": (llama, "score", ["q_proj", "v_proj"]),
 }
+INPUTS = ARCHITECTURES["bert"].inputs()
+
+
+def with_heads(folder: Path, name: str = "bert") -> CoreBank:
+    """A bank on a model with a head, and tasks with heads of two, five and one outputs."""
+    make, path, targets = MODELS[name]
+    bank = banks.on(folder, make(), target_modules=targets, modules_to_save=[path])
+    for seed, (task, n) in enumerate(LABELS.items()):
+        draw = torch.Generator().manual_seed(seed)
+        head = {
+            f"base_model.model.{path}.{key}": torch.randn(own.shape, generator=draw) / 4
+            for key, own in getattr(make(num_labels=n), path).named_parameters()
+        }
+        kind = "regression" if n == 1 else "classification"
+        bank.add(Task(task, banks.numbers(bank, seed), head, tuple(map(str, range(n))), kind))
+    return bank
+
+
+def own_model(bank: CoreBank, name: str, task: str | None) -> nn.Module:
+    """The base model with one task, cores and head, as an ordinary model."""
+    return alone(bank, MODELS[name][0](num_labels=LABELS.get(str(task), 3)), task)
 
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_each_row_goes_through_the_head_of_its_task(name: str, tmp_path: Path) -> None:
-    make, path = MODELS[name]
-    bank = with_heads(tmp_path, make(), path)
-    inputs = ARCHITECTURES["bert"].inputs()
-    model = bank.wrap(make())
+    bank = with_heads(tmp_path, name)
+    model = bank.wrap(MODELS[name][0]())
     ids = ["five", "two", None, "number"]
-    mixed = logits(model, inputs, task_ids=ids)
+    mixed = logits(model, task_ids=ids)
     assert mixed.shape == (4, 5)
     for row, task in enumerate(ids):
-        single = make() if task is None else own_head(bank, make(), path, task)
-        expected = logits(single, inputs)[row]
+        expected = logits(own_model(bank, name, task))[row]
         assert torch.allclose(mixed[row, : len(expected)], expected, atol=1e-5)
         assert (mixed[row, len(expected) :] == MASKED).all()
     assert torch.softmax(mixed[1], -1)[2:].eq(0).all()
-    assert logits(model, inputs, task_ids=["two"] * 4).shape == (4, 2)
-    assert torch.equal(logits(model, inputs), logits(make(), inputs))
+    assert logits(model, task_ids=["two"] * 4).shape == (4, 2)
+    assert torch.equal(logits(model), logits(MODELS[name][0]()))
 
 
 def test_the_loss_is_the_mean_over_rows_of_each_tasks_own(tmp_path: Path) -> None:
-    make, path = MODELS["bert"]
-    bank, inputs = with_heads(tmp_path, make(), path), ARCHITECTURES["bert"].inputs()
+    bank = with_heads(tmp_path)
     labels, ids = torch.tensor([4.0, 1.0, 0.0, 2.5]), ["five", "two", "two", "number"]
-    output = bank.wrap(make())(**inputs, labels=labels, task_ids=ids)
+    output = bank.wrap(bert())(**INPUTS, labels=labels, task_ids=ids)
     expected = []
     for row, task in enumerate(ids):
         target = labels[row : row + 1] if task == "number" else labels[row : row + 1].long()
-        own = {key: value[row : row + 1] for key, value in inputs.items()}
-        expected.append(own_head(bank, make(), path, task)(**own, labels=target).loss)
+        own = {key: value[row : row + 1] for key, value in INPUTS.items()}
+        expected.append(own_model(bank, "bert", task)(**own, labels=target).loss)
     assert torch.allclose(output.loss, torch.stack(expected).mean(), atol=1e-5)
     assert output.to_tuple()[0] is output.loss
 
 
 def test_gradients_reach_the_own_head_alone(tmp_path: Path) -> None:
-    make, path = MODELS["bert"]
-    bank, inputs = with_heads(tmp_path, make(), path), ARCHITECTURES["bert"].inputs()
-    model = bank.wrap(make())
-    heads = {}
+    bank = with_heads(tmp_path)
+    model, heads = bank.wrap(bert()), {}
     for name in LABELS:
         model.tasks.cache.training[name] = loaded = model.tasks.load(bank.get(name))
         heads[name] = loaded.head.parameters["weight"].requires_grad_()
     labels = torch.tensor([1, 0, 0, 1])
-    model(**inputs, labels=labels, task_ids=["two", None, "two", "two"]).loss.backward()
+    model(**INPUTS, labels=labels, task_ids=["two", None, "two", "two"]).loss.backward()
     assert heads["two"].grad.any() and heads["five"].grad is heads["number"].grad is None
 
 
@@ -130,7 +107,7 @@ def test_row_losses_are_torchs_losses_row_by_row() -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_an_unloaded_model_keeps_nothing_of_the_bank(checkpointing: bool, tmp_path: Path) -> None:
-    bank, base = with_heads(tmp_path, bert(), "classifier"), bert()
+    bank, base = with_heads(tmp_path), bert()
     if checkpointing:
         base.gradient_checkpointing_enable()
     before = contents(base)

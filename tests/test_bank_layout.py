@@ -45,13 +45,6 @@ def test_numbers_of_every_core_survive_being_laid_flat(core: str) -> None:
         assert tensor.shape == (5, 2, *before[key].shape) and tensor._base is many
 
 
-def test_what_has_no_numbers_of_its_own_cannot_be_a_basis() -> None:
-    with pytest.raises(ConfigError, match="basis without cores"):
-        Layout.of(plan("identity"))
-    with pytest.raises(ConfigError, match="magnitude='per_output'"):
-        Layout.of(plan(magnitude="per_output"))
-
-
 def test_a_tensor_of_another_rank_is_named() -> None:
     layout = Layout.of(plan())
     given = tensors(layout)

@@ -2,124 +2,139 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import random
 import time
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-import bank_workers
 import banks
 from lotr import CoreBank, Task
 
 KILLS = int(os.environ.get("LOTR_KILLS", "60"))
+FORK = multiprocessing.get_context("fork")
 
 
-@pytest.fixture(scope="module")
-def context() -> ForkServerContext:
-    found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["lotr"])  # imported once, not once a process
-    return found
-
-
-def received(told: Connection) -> list[tuple[str, list[str], list[str]]]:
-    """Return all that a process said before it ended."""
-    found = []
-    try:
-        while True:
-            found.append(told.recv())
-    except EOFError:
-        return found
-
-
-def test_what_returned_survives_kills_at_random_points(tmp_path: Path, context) -> None:
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
     banks.bank(tmp_path).close()
-    folder, draw = tmp_path / "bank", random.Random(0)
-    there: set[str] = set()
-    cut_short = changed = 0
+    return tmp_path / "bank"
+
+
+def in_a_fork(run: Callable[[Any], Any]) -> tuple[Any, Connection]:
+    """Start a process with a function that tells; return it and the end of the pipe at which it is heard."""
+    mine, theirs = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=run, args=(theirs.send,))
+    process.start()
+    theirs.close()
+    return process, mine
+
+
+def task(bank: CoreBank, name: str, turn: int) -> Task:
+    """A task whose numbers and metadata say the same."""
+    return Task(name, torch.full((bank.layout.size,), float(turn)), metadata={"turn": turn})
+
+
+def test_what_returned_survives_kills_at_random_points(folder: Path) -> None:
+    def change(turn: int, tell: Callable[[Any], None]) -> None:
+        """Add, rename, remove and replace tasks until killed; tell of every round that has returned."""
+        bank = CoreBank.open(folder, writable=True)
+        for n in itertools.count():
+            bank.add_many(task(bank, f"{turn}.{n}{end}", turn) for end in "abc")
+            bank.rename(f"{turn}.{n}a", f"{turn}.{n}")
+            bank.remove(f"{turn}.{n}b")
+            bank.add(task(bank, f"{turn}.{n}c", -turn), replace=True)
+            tell(n)
+
+    draw, there, states = random.Random(0), set[str](), Counter[str]()
     for turn in range(1, KILLS + 1):
-        mine, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=bank_workers.changes, args=(folder, turn, theirs))
-        process.start()
-        theirs.close()
-        assert mine.poll(60), "the process never began"
-        said = [mine.recv() for _ in range(draw.randint(1, 12))]  # so it is at work, however busy the machine
-        time.sleep(draw.random() * 0.01)
+        process, told = in_a_fork(partial(change, turn))
+        assert told.poll(60), "the process never began"
+        time.sleep(draw.random() * 0.02)
         process.kill()
         process.join()
-        doubtful: set[str] = set()
-        for what, gone, come in [*said, *received(mine)]:
-            doubtful = {*gone, *come} if what == "begins" else set()
-            if what == "returned":
-                there, changed = (there - {*gone}) | {*come}, changed + 1
+        rounds = 0
+        with suppress(EOFError):
+            while told.recv() == rounds:
+                rounds += 1
+        there |= {f"{turn}.{n}{end}" for n in range(rounds) for end in ("", "c")}
         with CoreBank.open(folder) as bank:
-            found = set(bank.names())
-            assert found - doubtful == there - doubtful
-            there, cut_short = found, cut_short + bool(doubtful)
+            names = set(bank.names())
+            assert there <= names
+            state = ", ".join(sorted(name.removeprefix(f"{turn}.{rounds}") for name in names - there))
+            assert state in ("", "a, b, c", ", b, c", ", c")  # of the round in which it was killed
+            there, states = names, states + Counter([state])
             if turn % 20 == 0:
                 report = bank.verify()
                 assert report["ok"] and report["tasks"] == len(there), report
-    assert min(changed, cut_short) > KILLS / 4  # it was at work, and was killed at work
+    assert len(states) > 2 and len(there) > 2 * KILLS  # it was at work, and was killed at work
 
 
-def test_many_read_whole_tasks_while_one_writes(tmp_path: Path, context) -> None:
-    bank = banks.bank(tmp_path)
-    bank.add_many(Task(f"t{n}", torch.zeros(bank.layout.size), metadata={"turn": 0}) for n in range(5))
-    bank.close()
-    stop = context.Event()
-    writer = context.Process(target=bank_workers.rewrites, args=(tmp_path / "bank", stop))
-    pipes = [context.Pipe(duplex=False) for _ in range(3)]
-    readers = [
-        context.Process(target=bank_workers.reads, args=(tmp_path / "bank", theirs)) for _, theirs in pipes
-    ]
-    for process in (writer, *readers):
-        process.start()
-    found = [mine.recv() if mine.poll(60) else None for mine, _ in pipes]
-    stop.set()
-    for process in (writer, *readers):
-        process.join(60)
-        assert process.exitcode == 0
-    assert all(each is not None and each[0] > 50 and each[1] > 3 for each in found), found
+def test_many_read_whole_tasks_while_one_writes(folder: Path) -> None:
+    def write(tell: Callable[[Any], None]) -> None:
+        """Replace all tasks at once, over and over."""
+        with CoreBank.open(folder, writable=True) as bank:
+            for turn in range(10**6):
+                bank.add_many((task(bank, f"t{n}", turn) for n in range(5)), replace=True)
+                if turn == 0:
+                    tell("begun")
+
+    def read(tell: Callable[[Any], None]) -> None:
+        """Read until the tasks were seen in several states, or for a while; tell how many of both."""
+        seen, states, until = 0, set(), time.monotonic() + 20
+        with CoreBank.open(folder) as bank:
+            while time.monotonic() < until and (seen <= 50 or len(states) <= 5):
+                for one in bank.read(list(bank.names()))[1]:
+                    assert (one.numbers == one.metadata["turn"]).all()
+                    seen, states = seen + 1, states | {one.metadata["turn"]}
+        tell((seen, len(states)))
+
+    writer, begun = in_a_fork(write)
+    assert begun.recv() == "begun"
+    heard = [told.recv() for _, told in [in_a_fork(read) for _ in range(3)]]
+    writer.kill()
+    writer.join()
+    assert all(seen > 50 and states > 3 for seen, states in heard), heard
 
 
-def test_writers_wait_for_each_other(tmp_path: Path, context) -> None:
-    banks.bank(tmp_path).close()
-    folder = tmp_path / "bank"
-    processes = [context.Process(target=bank_workers.adds, args=(folder, turn)) for turn in range(3)]
-    for process in processes:
-        process.start()
+def test_writers_wait_for_each_other(folder: Path) -> None:
+    def add(turn: int) -> None:
+        with CoreBank.open(folder, writable=True) as bank:
+            for n in range(20):
+                bank.add(task(bank, f"{turn}-{n}", turn))
+
+    processes = [in_a_fork(lambda _, turn=turn: add(turn))[0] for turn in range(3)]
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert len(CoreBank.open(folder)) == 3 * 20
 
 
-def test_threads_share_a_bank(tmp_path: Path) -> None:
+def test_threads_share_a_bank_and_forks_read_on_their_own(tmp_path: Path) -> None:
     bank = banks.bank(tmp_path, tasks=8)
     expected = {name: float(bank.get(name).numbers.sum()) for name in bank.names()}
 
+    def sums() -> dict[str, float]:
+        return {name: float(bank.get(name).numbers.sum()) for name in expected}
+
     def reads(turn: int) -> bool:
         bank.add(Task(f"more-{turn}", torch.zeros(bank.layout.size)))
-        return all(float(bank.get(name).numbers.sum()) == total for name, total in expected.items())
+        return sums() == expected
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(reads, range(64)))
     assert len(bank) == 8 + 64 and bank.verify()["ok"]
-
-
-def test_a_forked_process_reads_on_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bank = banks.bank(tmp_path, tasks=3)
-    monkeypatch.setattr(bank_workers, "inherited", bank, raising=False)
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        found = pool.map(_inherited_sum, ["task-0", "task-1", "task-2", "task-0"])
-    assert found == [float(bank.get(name).numbers.sum()) for name in ("task-0", "task-1", "task-2", "task-0")]
-
-
-def _inherited_sum(name: str) -> float:
-    return float(bank_workers.inherited.get(name).numbers.sum())  # type: ignore[attr-defined]
+    assert all(
+        told.recv() == expected for _, told in [in_a_fork(lambda tell: tell(sums())) for _ in range(2)]
+    )

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import multiprocessing
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
 from torch import Tensor, nn
 
+import banks
+from banks import Tiny
 from conftest import bert, gpt2, tokens
-from lotr import CheckpointError, ConfigError, CoreBank, LotrConfig, Task, UnknownTaskError
+from lotr import CheckpointError, ConfigError, CoreBank, Task, UnknownTaskError
 from lotr.bank.task import to_record
 from lotr.bank.wrap import BankModel
 from lotr.errors import DataError
+from test_bank_processes import in_a_fork
 
 TENANTS = [f"t{n}" for n in range(8)]
 CALLS = int(os.environ.get("LOTR_CALLS", "150"))  # of each
@@ -38,20 +37,6 @@ def base() -> nn.Module:
     return bert(**sizes, **still)
 
 
-class Tiny(nn.Module):
-    """Two projections and a head: a call of it takes a fraction of a transformer's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.classifier = nn.Embedding(61, 16), nn.Linear(16, 3)
-        self.query, self.value = nn.Linear(16, 16), nn.Linear(16, 16)
-
-    def forward(self, input_ids: Tensor) -> SimpleNamespace:
-        x = self.embed(input_ids).mean(1)
-        return SimpleNamespace(logits=self.classifier(self.query(x).tanh() * self.value(x)))
-
-
 def head(outputs: int, width: int = 16) -> dict[str, Tensor]:
     root = "base_model.model.classifier"
     return {f"{root}.weight": torch.randn(outputs, width), f"{root}.bias": torch.randn(outputs)}
@@ -62,25 +47,14 @@ def task(bank: CoreBank, name: str, outputs: int = 3) -> Task:
     return Task(name, 4 * torch.randn(bank.layout.size), head(outputs), labels, "classification")
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tenants")
-    torch.manual_seed(0)
-    made(folder, base()).close()
-    return folder
-
-
 @pytest.fixture
-def bank(saved: Path, tmp_path: Path) -> CoreBank:
-    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
-    return CoreBank.open(tmp_path / "bank", writable=True)
+def bank(tmp_path: Path) -> CoreBank:
+    return made(tmp_path, base())
 
 
 def made(tmp_path: Path, model: nn.Module) -> CoreBank:
     """Make a bank of eight tenants, with two to five labels."""
-    config = LotrConfig(r=4, target_modules=["query", "value"])
-    get_peft_model(model, config).save_pretrained(tmp_path / "basis")
-    bank = CoreBank.create(tmp_path / "bank", basis=tmp_path / "basis", dtype="float32")
+    bank = banks.on(tmp_path, model, target_modules=["query", "value"])
     bank.add_many(task(bank, name, 2 + n % 4) for n, name in enumerate(TENANTS))
     return bank
 
@@ -195,23 +169,11 @@ def test_two_threads_are_inside_the_model_at_the_same_time(bank: CoreBank) -> No
 # ---------------------------------------------------------------------- answers follow the bank
 
 
-def changes(folder: Path) -> None:
-    """What becomes of three tasks: one is removed and another takes its name, the third is replaced."""
-    with CoreBank.open(folder, writable=True) as bank:
-        change(bank)
-
-
 def change(bank: CoreBank) -> None:
+    """What becomes of three tasks: one is removed and another takes its name, the third is replaced."""
     bank.remove("t0")
     bank.rename("t1", "t0")
     bank.add(replace(bank.get("t3"), name="t2"), replace=True)
-
-
-def in_another_process(folder: Path) -> None:
-    process = multiprocessing.get_context("forkserver").Process(target=changes, args=(folder,))
-    process.start()
-    process.join(60)
-    assert process.exitcode == 0
 
 
 @pytest.mark.parametrize("by", ["the same handle", "another handle", "another process"])
@@ -223,8 +185,12 @@ def test_a_task_that_changes_answers_as_the_bank_has_it_from_the_next_call_on(
     before = {name: logits(model, name) for name in names}
     if by == "the same handle":
         change(bank)
+    elif by == "another handle":
+        change(CoreBank.open(bank.path, writable=True))
     else:
-        (changes if by == "another handle" else in_another_process)(bank.path)
+        process, _ = in_a_fork(lambda tell: change(CoreBank.open(bank.path, writable=True)))
+        process.join(60)
+        assert process.exitcode == 0
     assert torch.equal(logits(model, "t0"), before["t1"])
     assert torch.equal(logits(model, "t2"), before["t3"]) and torch.equal(logits(model, "t3"), before["t3"])
     with pytest.raises(UnknownTaskError, match="no task 't1'"):
@@ -326,9 +292,7 @@ def test_a_label_outside_of_the_tasks_own_is_an_error_that_names_the_row(
     ids=str,
 )
 def test_generate_and_forward_refuse_the_same_calls(tmp_path: Path, names: Any, says: str) -> None:
-    get_peft_model(gpt2(), LotrConfig(r=4, target_modules=["c_attn"])).save_pretrained(tmp_path / "basis")
-    bank = CoreBank.create(tmp_path / "bank", basis=tmp_path / "basis")
-    bank.add_many(Task(name, torch.randn(bank.layout.size)) for name in ("t0", "t1"))
+    bank = banks.on(tmp_path, gpt2(), ("t0", "t1"), target_modules=["c_attn"])
     model, inputs = bank.wrap(gpt2()), {"input_ids": tokens(rows=2, length=4)}
     for call in (model, model.generate):
         for way in ("task_ids", "adapter_names"):

@@ -35,24 +35,23 @@ def test_a_weight_that_is_not_cut_is_one_block(shape: Shape, blocks: str, heads:
 
 
 @pytest.mark.parametrize(
-    "shape, heads, blocks, corners",
+    "shape, heads, block, corners",
     [
         ((8, 6), Heads(2), (2, 6), [(0, 0), (2, 0), (4, 0), (6, 0)]),  # of a query: runs of rows
         ((6, 8), Heads(2, axis=1), (6, 2), [(0, 0), (0, 2), (0, 4), (0, 6)]),  # of an output: runs of columns
         ((4, 4), Heads(4), (4, 4), [(0, 0)]),  # one head is a head
+        ((12, 4), None, (4, 4), [(0, 0), (4, 0), (8, 0)]),
+        ((4, 12), None, (4, 4), [(0, 0), (0, 4), (0, 8)]),
     ],
 )
-def test_heads_are_runs_of_features(shape: Shape, heads: Heads, blocks: Shape, corners: list[Shape]) -> None:
-    expected = [_site(row, column, blocks, head=n) for n, (row, column) in enumerate(corners)]
-    assert _cut(shape, "head", heads) == expected
-
-
-@pytest.mark.parametrize(
-    "shape, corners", [((12, 4), [(0, 0), (4, 0), (8, 0)]), ((4, 12), [(0, 0), (0, 4), (0, 8)])]
-)
-def test_a_long_weight_is_cut_into_numbered_squares(shape: Shape, corners: list[Shape]) -> None:
-    expected = [_site(row, column, (4, 4), piece=str(n)) for n, (row, column) in enumerate(corners)]
-    assert _cut(shape, "square") == expected
+def test_heads_are_runs_of_features_and_long_weights_numbered_squares(
+    shape: Shape, heads: Heads | None, block: Shape, corners: list[Shape]
+) -> None:
+    expected = [
+        _site(*corner, block, head=n) if heads else _site(*corner, block, str(n))
+        for n, corner in enumerate(corners)
+    ]
+    assert _cut(shape, "head" if heads else "square", heads) == expected
 
 
 def test_the_projections_of_a_fused_weight_are_its_pieces_from_the_first_row_on() -> None:

@@ -23,7 +23,8 @@ from lotr.compression.base import bank_config, weight_shapes
 from lotr.compression.stack import Stack, read_entry
 from lotr.files import peft_lora
 from moe_models import EXPERTS, gpt_oss, mixtral, qwen
-from test_expert_banks import INPUTS, MASK, logits
+from test_bank_rows import MASK, logits
+from test_bank_rows import MASKED as INPUTS
 
 
 def two_loras(folder: Path, make: Callable[[], nn.Module], **fields: Any) -> list[Path]:

@@ -19,7 +19,7 @@ from lotr.training.tasks.served import load_served
 from moe_models import EXPERTS
 
 pytest.importorskip("fastapi")
-from servers import serving
+from servers import Counted, serving
 
 PROMPTS = ["the red thing", "a very old blue", "what colour is the thing here ?", "green"]
 TASKS = ("t0", "t1", "t2")
@@ -62,15 +62,8 @@ def test_tenants_in_one_batch_are_answered_as_each_lora_alone_merged_by_peft(pla
     models = {task: merged(place, place / "loras" / task) for task in TASKS}
     expected = [written(models[task], tokenizer, *rest) for task, *rest in asked]
     assert len(set(expected)) > 6  # the tasks do write otherwise
-    served = load_served(place / "bank")
-    forward, batches = served.model.forward, []
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        batches.append(len(kwargs["input_ids"]))
-        return forward(*args, **kwargs)
-
-    served.model.forward = counted  # type: ignore[method-assign]
-    with serving(place, served, max_wait=100) as client, ThreadPoolExecutor(len(asked)) as pool:
+    model = Counted(load_served(place / "bank"))
+    with serving(place, model.served, max_wait=100) as client, ThreadPoolExecutor(len(asked)) as pool:
 
         def send(one: tuple[Any, ...]) -> str:
             body = dict(zip(("model", "prompt", "max_tokens"), one, strict=True)) | {"temperature": 0}
@@ -79,7 +72,7 @@ def test_tenants_in_one_batch_are_answered_as_each_lora_alone_merged_by_peft(pla
             return str(answer["choices"][0]["text"])
 
         assert list(pool.map(send, asked)) == expected
-    assert max(batches) > 3  # tasks shared the steps
+    assert max(model.rows) > 3  # tasks shared the steps
 
 
 def test_a_task_is_trained_on_the_factors_measured_answers_and_leaves_as_a_lora(place: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import itertools
-import json
-import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -75,33 +73,28 @@ def test_a_quantised_model_is_told_by_what_stayed_plain() -> None:
     assert fingerprint(nn.Linear(2, 2, device="meta")) is None
 
 
-@pytest.mark.parametrize("where", ["memory", "disk"])
-def test_an_offloaded_model_is_read_where_its_weights_lie(tmp_path: Path, where: str) -> None:
-    before = taken(llama())
+def in_memory(model: nn.Module, folder: Path) -> nn.Module:
+    return accelerate.cpu_offload(model, torch.device("cpu"))
 
-    def offloaded(model: nn.Module) -> nn.Module:
-        if where == "memory":
-            accelerate.cpu_offload(model, torch.device("cpu"))
-        else:
-            accelerate.disk_offload(
-                model, tempfile.mkdtemp(dir=tmp_path), execution_device=torch.device("cpu")
-            )
-        assert model.model.layers[1].mlp.up_proj.weight.is_meta
-        return model
 
-    model = offloaded(llama())
-    assert changed(before, model) == [] and taken(model) == before
-    other = llama()
+def on_disk(model: nn.Module, folder: Path) -> nn.Module:
+    return accelerate.disk_offload(model, folder / "weights", execution_device=torch.device("cpu"))
+
+
+def in_its_files(model: nn.Module, folder: Path) -> nn.Module:
+    model.save_pretrained(folder / "base")
+    options: Any = {"device_map": {"": "disk"}, "offload_folder": folder / "none"}
+    return LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16, **options)
+
+
+@pytest.mark.parametrize("offloaded", [in_memory, on_disk, in_its_files])
+def test_an_offloaded_model_is_read_where_its_weights_lie(tmp_path: Path, offloaded: Any) -> None:
+    before, other = taken(llama().bfloat16()), llama().bfloat16()
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight += 1
-    assert changed(before, offloaded(other)) == ["model.layers.1.mlp.up_proj.weight"]
-
-
-def test_an_offloaded_model_that_stays_in_its_files_is_read_there(tmp_path: Path) -> None:
-    llama().bfloat16().save_pretrained(tmp_path / "base")
-    options: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "none"}
-    model = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16, **options)
-    assert model.lm_head.weight.is_meta and taken(model) == taken(llama().bfloat16())
+    model, other = offloaded(llama().bfloat16(), tmp_path / "a"), offloaded(other, tmp_path / "b")
+    assert model.lm_head.weight.is_meta and taken(model) == before
+    assert changed(before, model) == [] and changed(before, other) == ["model.layers.1.mlp.up_proj.weight"]
 
 
 def test_a_tied_tensor_counts_once_and_agrees_with_one_that_is_not() -> None:
@@ -134,24 +127,8 @@ def test_what_an_adapter_brings_itself_is_no_part_of_the_base() -> None:
     assert changed(before, other) == []
 
 
-def _shaped(*shape: int) -> bytes:
-    return json.dumps({"a": [shape, [0] * 16]}).encode()
-
-
 @pytest.mark.parametrize(
-    "content",
-    [
-        b"[]",
-        b'{"a": 5}',
-        b'{"a": [[2], [1, 2]], "b": [["x"], []]}',
-        b'{"a": [[2], 7]}',
-        _shaped(0, 4),
-        _shaped(-1),
-        _shaped(10**30),
-        b"[" * 9999,
-        b"\xff",
-    ],
-    ids=lambda content: str(content[:20]),
+    "content", [b"[]", b'{"a": 5}', b'{"a": [[2], [1, 2]]}', b'{"a": [["x"], []]}', b"[" * 9999, b"\xff"]
 )
 def test_a_damaged_fingerprint_is_told(content: bytes) -> None:
     for text in (base64.b64encode(zlib.compress(content)).decode(), content.decode("latin-1")):

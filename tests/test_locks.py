@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
 import time
-from multiprocessing.synchronize import Event
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,22 +18,20 @@ from conftest import bert, tokens
 from lotr.errors import CheckpointError, ConfigError, Interrupted
 from lotr.files.atomic import locked, whole_folder
 from lotr.training.run import train
-
-
-def keeps(run: Path, new: Path, ready: Event) -> None:
-    with locked(run), whole_folder(new) as made:
-        (made / "half").touch()
-        ready.set()
-        time.sleep(600)
+from test_bank_processes import in_a_fork
 
 
 def test_a_killed_process_leaves_no_lock_and_the_next_one_no_files(tmp_path: Path) -> None:
     run, new = tmp_path / "run", tmp_path / "new"
-    fork = multiprocessing.get_context("fork")
-    ready = fork.Event()
-    other = fork.Process(target=keeps, args=(run, new, ready))
-    other.start()
-    assert ready.wait(60)
+
+    def keep(tell: Callable[[Any], None]) -> None:
+        with locked(run), whole_folder(new) as made:
+            (made / "half").touch()
+            tell("begun")
+            time.sleep(600)
+
+    other, told = in_a_fork(keep)
+    assert told.recv() == "begun"
     for enter, name in ((locked(run), "run"), (whole_folder(new), "new")):
         with pytest.raises(ConfigError, match=rf"Another run is writing \S+/{name}\. Wait"), enter:
             pass

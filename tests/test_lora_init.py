@@ -96,7 +96,8 @@ def test_matrices_are_read_with_peft_s_scaling(tmp_path: Path) -> None:
     dense, folder = _lora(bert, tmp_path, **fields), read_lora(tmp_path)
     assert folder.keys.keys() == dense.keys()
     for module, dW in dense.items():
-        A, B = folder.matrices(module)
+        with folder.reader() as read:
+            A, B = read(module)
         torch.testing.assert_close(B @ A, dW)
 
 

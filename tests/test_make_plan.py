@@ -8,7 +8,6 @@ import torch
 
 from lotr import Plan, PlanError
 from lotr.sharing.blocks import Heads, Target
-from lotr.sharing.groups import Group
 from lotr.sharing.make_plan import MODES, check_modes, make_plan
 
 LAYER, BOTH, ALL = ("layer",), ("layer", "projection"), ("layer", "projection", "head")
@@ -16,11 +15,6 @@ LAYER, BOTH, ALL = ("layer",), ("layer", "projection"), ("layer", "projection", 
 
 def _plan(paths: list[str], modes: tuple[str, ...] = LAYER, **kwargs: object) -> Plan:
     return make_plan([Target(path, (8, 8), (2, 2)) for path in paths], modes, **kwargs)
-
-
-def _at(group: Group) -> dict[tuple[str, int | None], tuple[int, ...]]:
-    """Return the index of every site by its module's last name and its head."""
-    return {(site.module.rpartition(".")[2], site.head): group.index[site] for site in group.sites}
 
 
 # ---- groups
@@ -66,25 +60,6 @@ def test_the_order_of_modes_is_that_of_the_core_and_changes_no_sharing(modes: tu
     assert check_modes(set(modes)) == tuple(mode for mode in MODES if mode in modes)
 
 
-def test_along_sites_everything_of_one_shape_is_in_one_mode() -> None:
-    shapes = {"q": (8, 8), "v": (8, 8), "up": (16, 8)}
-    targets = [Target(f"h.{n}.{p}", shape, (2, 2)) for n in range(3) for p, shape in shapes.items()]
-    square, tall = make_plan(targets, ("site",)).groups
-    assert (square.core.sizes, tall.core.sizes) == ((6,), (3,))
-    assert list(square.index.values()) == [(n,) for n in range(6)]
-
-
-def test_squares_of_all_weights_are_sites_of_one_group() -> None:
-    targets = [Target(f"h.{n}.{p}", s, (2, 2)) for n in range(2) for p, s in (("q", (8, 8)), ("up", (32, 8)))]
-    (group,) = make_plan(targets, ("site",), blocks="square").groups
-    assert group.shape == (8, 8) and group.core.sizes == (2 * (1 + 4),)
-
-
-def test_sites_of_unequal_shape_fall_into_separate_groups() -> None:
-    plan = make_plan([Target(f"h.{n}.fc", (8 + n // 2, 8), (2, 2)) for n in range(4)], LAYER)
-    assert [(group.name, len(group.sites)) for group in plan.groups] == [("fc_8x8", 2), ("fc_9x8", 2)]
-
-
 def test_group_names_are_unique_without_dots_and_without_the_prefix() -> None:
     names = [group.name for group in _plan(["a.b-c.q", "a-b.c.q", "h.lotr_x.q"], ()).groups]
     assert len(set(names)) == 3
@@ -125,7 +100,8 @@ def test_along_sites_and_heads_a_module_is_a_site() -> None:
     targets = [Target(f"h.0.{p}", (8, 6), (2, 2), heads=Heads(2)) for p in "qv"]
     (group,) = make_plan(targets, ("site", "head"), blocks="head").groups
     assert group.core.sizes == (2, 4)
-    assert _at(group) == {(p, head): (n, head) for n, p in enumerate("qv") for head in range(4)}
+    index = {(site.module, site.head): at for site, at in group.index.items()}
+    assert index == {(f"h.0.{p}", head): (n, head) for n, p in enumerate("qv") for head in range(4)}
 
 
 def test_heads_that_are_columns_do_not_share_with_heads_that_are_rows() -> None:
@@ -161,7 +137,8 @@ def test_grouped_queries_share_with_the_query_and_with_what_is_as_large() -> Non
     assert _unequal("grouped_query", **shapes) == [((8, 8), ("q", "k", "v", "o")), *apart]
     assert _unequal("separate", **shapes) == [((8, 8), ("q", "o")), ((4, 8), ("k", "v")), *apart]
     assert _unequal("slice", **shapes) == [((16, 16), tuple(shapes))]
-    with pytest.raises(PlanError, match=r'"q\|k\|v\|o\|up\|down" cannot share .*unequal="slice"'):
+    law = r'"q\|k\|v\|o\|up\|down" cannot share factors: their blocks are .* Shared factors need equal blocks\. '
+    with pytest.raises(PlanError, match=rf'{law}Split by head .*drop "projection".*unequal="slice"'):
         _unequal("error", **shapes)
 
 
@@ -195,16 +172,6 @@ def test_an_output_projection_cut_by_rows_shares_with_the_query() -> None:
 
 
 # ---- refusals
-
-
-def test_projections_of_unequal_shape_cannot_be_asked_to_share() -> None:
-    targets = [Target(f"h.{n}.{p}", (o, 8), (2, 2)) for n in range(2) for p, o in (("q", 8), ("v", 4))]
-    message = (
-        r'Sites of projections "q\|v" cannot share factors: their blocks are \(8, 8\) and \(4, 8\)\. '
-        r"Shared factors need equal blocks\. Split by head \(blocks=\"head\"\), drop \"projection\" from modes"
-    )
-    with pytest.raises(PlanError, match=message):
-        make_plan(targets, BOTH)
 
 
 def test_unequal_ranks_in_a_group_are_refused() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Generator, Tensor
 
 from lotr.math.update import FactoredUpdate, side_by_side
 from lotr.sharing.blocks import BLOCKS, Heads, Target
-from lotr.sharing.groups import Group, Part
+from lotr.sharing.groups import Group
 from lotr.sharing.make_plan import make_plan
 from lotr.sharing.plan import Plan
 
@@ -23,18 +24,14 @@ MODULES = {
     "down": Target("", (8, 24), (2, 2)),
     "odd": Target("", (7, 8), (2, 2)),
 }
+ALL = ("layer", "projection", "head")
 SHARING = [(), ("layer",), ("projection",), ("layer", "projection"), ("site",)]
-
-
-def _target(path: str) -> Target:
-    kind = MODULES[path.rpartition(".")[2]]
-    return Target(path, kind.shape, kind.rank, kind.fused, kind.heads)
 
 
 def _plan(modes: tuple[str, ...], blocks: str = "none", core: str = "free", names: str = "") -> Plan:
     chosen = names.split() or list(MODULES)
-    paths = [f"h.{layer}.{name}" for layer in range(2) for name in chosen]
-    return make_plan([_target(path) for path in paths], modes, core=core, blocks=blocks)
+    targets = [replace(MODULES[name], path=f"h.{layer}.{name}") for layer in range(2) for name in chosen]
+    return make_plan(targets, modes, core=core, blocks=blocks)
 
 
 def _cases() -> list[tuple[tuple[str, ...], str]]:
@@ -48,46 +45,22 @@ def plan(request: pytest.FixtureRequest) -> Plan:
     return _plan(*request.param)
 
 
-def _all_parts(plan: Plan) -> list[Part]:
-    return [part for parts in plan.parts.values() for part in parts]
-
-
 # ---- whatever is shared and however weights are cut
 
 
-def test_parts_cover_every_module_exactly_once(plan: Plan) -> None:
+def test_parts_cover_modules_once_with_the_sites_of_one_group_and_have_names(plan: Plan) -> None:
     for target in plan.targets:
-        covered = torch.zeros(target.shape)
-        for part in plan.parts[target.path]:
+        covered, parts = torch.zeros(target.shape), plan.parts[target.path]
+        for part in parts:
             (row, height), (column, width) = part.rows, part.columns
             covered[row : row + height, column : column + width] += 1
         assert covered.eq(1).all()
-
-
-def test_every_site_is_in_one_part_of_its_own_group(plan: Plan) -> None:
-    held = [(part.group.name, site) for part in _all_parts(plan) for site in part.sites]
-    planned = [(group.name, site) for group in plan.groups for site in group.sites]
-    assert len(held) == len(planned) and set(held) == set(planned)
-
-
-def test_the_sites_of_a_part_are_a_grid_in_reading_order(plan: Plan) -> None:
-    for part in _all_parts(plan):
-        (a, b), (o, i) = part.grid, part.group.shape
-        places = [(part.rows[0] + n * o, part.columns[0] + m * i) for n in range(a) for m in range(b)]
-        assert [(site.row, site.column) for site in part.sites] == places
-
-
-def test_the_region_of_a_part_holds_the_index_of_every_site_in_order(plan: Plan) -> None:
-    for part in _all_parts(plan):
-        positions = itertools.product(*(range(run.start, run.stop) for run in part.region))
-        assert list(positions) == [part.group.index[site] for site in part.sites]
-
-
-def test_names_of_the_parts_of_a_module_are_unique_and_weight_for_one(plan: Plan) -> None:
-    for parts in plan.parts.values():
         names = [part.name for part in parts]
         assert len(set(names)) == len(names) and (names == ["weight"]) == (len(names) == 1)
         assert all("." not in name for name in names)
+    held = [(part.group.name, site) for own in plan.parts.values() for part in own for site in part.sites]
+    planned = [(group.name, site) for group in plan.groups for site in group.sites]
+    assert len(held) == len(planned) and set(held) == set(planned)
 
 
 def _numbers(group: Group) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -141,12 +114,7 @@ def test_parts_give_the_update_that_the_sites_define(core: str, modes: tuple[str
         # keys and values are below each other and of one shape; queries are of another
         ("c_attn", ("site",), "none", [("query", (1, 1)), ("key", (2, 1))]),
         # eight heads below each other, but four and two and two of them are no grid of positions
-        (
-            "c_attn",
-            ("layer", "projection", "head"),
-            "head",
-            [("query", (4, 1)), ("key", (2, 1)), ("value", (2, 1))],
-        ),
+        ("c_attn", ALL, "head", [("query", (4, 1)), ("key", (2, 1)), ("value", (2, 1))]),
         ("c_attn", ("site",), "head", [("weight", (8, 1))]),
     ],
 )
@@ -160,7 +128,7 @@ def test_blocks_of_one_group_are_one_part_where_they_make_a_grid(
 def test_equal_heads_of_a_fused_weight_are_one_part_over_projections_and_heads() -> None:
     fused = tuple((name, 4) for name in ("query", "key", "value"))
     targets = [Target(f"h.{n}.c_attn", (12, 8), (2, 2), fused, Heads(2)) for n in range(2)]
-    plan = make_plan(targets, ("layer", "projection", "head"), core="cp", blocks="head")
+    plan = make_plan(targets, ALL, core="cp", blocks="head")
     (part,) = plan.parts["h.1.c_attn"]
     assert part.grid == (6, 1) and part.region == (slice(1, 2), slice(0, 3), slice(0, 2))
 
@@ -169,8 +137,5 @@ def test_projections_of_one_shape_that_do_not_touch_are_parts_of_their_own() -> 
     fused = (("query", 8), ("key", 4), ("value", 8))
     plan = make_plan([Target("c_attn", (20, 8), (2, 2), fused)], ("site",))
     parts = plan.parts["c_attn"]
-    assert [(part.name, part.rows) for part in parts] == [
-        ("query", (0, 8)),
-        ("value", (12, 8)),
-        ("key", (8, 4)),
-    ]
+    rows = {part.name: part.rows for part in parts}
+    assert rows == {"query": (0, 8), "value": (12, 8), "key": (8, 4)}

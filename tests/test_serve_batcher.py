@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,10 @@ from lotr.serving.problems import Problem
 from lotr.serving.settings import ServeSettings
 
 CALL_TOKENS = 32
+
+
+def in_a_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    return lambda: asyncio.run(test())
 
 
 @dataclass(frozen=True)
@@ -99,71 +103,47 @@ def test_the_oldest_row_is_in_every_batch_and_padding_is_less_than_in_the_order_
     assert padded(batches) < padded([jobs[n : n + 16] for n in range(0, len(jobs), 16)])
 
 
-def test_a_long_row_in_a_flood_of_short_ones_runs_next() -> None:
-    async def ask() -> None:
-        model = Model()
-        batcher = model.batcher(max_batch=4)
-        batcher.start()
-        model.go_on.set()
-        running = [*batcher.submit([Job(n, 5) for n in range(8)]), *batcher.submit([Job(8, 500)])]
-        for n in range(9, 400):  # always more short ones than a batch takes
-            running += batcher.submit([Job(n, 5)])
-            await asyncio.sleep(0)
-        await answers_of(running)
-        await batcher.close()
-        before = next(n for n, batch in enumerate(model.batches) if any(job.number == 8 for job in batch))
-        assert before <= 2  # behind the eight that came before it
-
-    asyncio.run(ask())
+@in_a_loop
+async def test_a_batch_begins_when_it_is_full_or_its_oldest_row_has_waited() -> None:
+    model = Model()
+    model.go_on.set()
+    batcher = model.batcher(max_batch=3, max_wait=60_000.0)
+    batcher.start()
+    assert await answers_of(batcher.submit([Job(n, 1) for n in range(3)])) == [0, 1, 2]  # at once
+    await batcher.close()
+    batcher = model.batcher(max_batch=3, max_wait=50.0)
+    batcher.start()
+    model.waits.clear()
+    await answers_of(batcher.submit([Job(0, 1)]))
+    assert model.waits[0] >= 0.05
+    await batcher.close()
 
 
-def test_a_batch_begins_when_it_is_full_or_its_oldest_row_has_waited() -> None:
-    async def ask() -> None:
-        model = Model()
-        model.go_on.set()
-        batcher = model.batcher(max_batch=3, max_wait=60_000.0)
-        batcher.start()
-        assert await answers_of(batcher.submit([Job(n, 1) for n in range(3)])) == [0, 1, 2]  # at once
-        await batcher.close()
-        batcher = model.batcher(max_batch=3, max_wait=50.0)
-        batcher.start()
-        model.waits.clear()
-        await answers_of(batcher.submit([Job(0, 1)]))
-        assert model.waits[0] >= 0.05
-        await batcher.close()
-
-    asyncio.run(ask())
-
-
-def test_rows_that_wait_are_finished_at_the_end_and_those_given_up_leave() -> None:
-    async def ask() -> None:
-        model = Model()
-        batcher = model.batcher(max_batch=8, max_wait=60_000.0)
-        batcher.start()
-        kept, given_up = batcher.submit([Job(0, 1)]), batcher.submit([Job(1, 1), Job(2, 1)])
-        given_up[0].cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await answers_of(given_up)  # the other row of that request leaves with it
-        await asyncio.sleep(0)
-        assert len(batcher) == 1
-        model.go_on.set()
-        await batcher.close()
-        assert await answers_of(kept) == [0] and [len(batch) for batch in model.batches] == [1]
-        assert not batcher.accepts
-
-    asyncio.run(ask())
+@in_a_loop
+async def test_rows_that_wait_are_finished_at_the_end_and_those_given_up_leave() -> None:
+    model = Model()
+    batcher = model.batcher(max_batch=8, max_wait=60_000.0)
+    batcher.start()
+    kept, given_up = batcher.submit([Job(0, 1)]), batcher.submit([Job(1, 1), Job(2, 1)])
+    given_up[0].cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await answers_of(given_up)  # the other row of that request leaves with it
+    await asyncio.sleep(0)
+    assert len(batcher) == 1
+    model.go_on.set()
+    await batcher.close()
+    assert await answers_of(kept) == [0] and [len(batch) for batch in model.batches] == [1]
+    assert not batcher.accepts
 
 
-def test_a_queue_takes_all_rows_of_a_request_or_none() -> None:
-    async def ask() -> None:
-        batcher = Model().batcher(max_queue=4)
-        batcher.submit([Job(n, 1) for n in range(3)])
-        with pytest.raises(Problem) as refused:
-            batcher.submit([Job(3, 1), Job(4, 1)])
-        assert refused.value.status == 429 and int((refused.value.headers or {})["Retry-After"]) >= 1
-        assert len(batcher) == 3
-
-    asyncio.run(ask())
+@in_a_loop
+async def test_a_queue_takes_all_rows_of_a_request_or_none() -> None:
+    batcher = Model().batcher(max_queue=4)
+    batcher.submit([Job(n, 1) for n in range(3)])
+    with pytest.raises(Problem) as refused:
+        batcher.submit([Job(3, 1), Job(4, 1)])
+    assert refused.value.status == 429 and int((refused.value.headers or {})["Retry-After"]) >= 1
+    assert len(batcher) == 3
 
 
 def test_what_one_row_breaks_the_others_do_not_notice() -> None:

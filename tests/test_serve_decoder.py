@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,32 +14,33 @@ import torch
 
 pytest.importorskip("fastapi")
 
+from banks import decoder_bank, decoder_task
 from lotr import CoreBank
 from lotr.bank.cache import LoadedTask
 from lotr.serving.decoder import Prompt, _Writer
 from lotr.training.tasks.served import Served, load_served
-from served_banks import decoder_bank, decoder_task, encoder_bank
-from servers import Client, serving
+from servers import Client, Counted, serving
 
 PROMPTS = ["the red thing", "a very old blue", "what colour is the thing here ?"]
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
-    """A bank of five tasks on a small language model, with the sizes of the batches of every step."""
+def model(tmp_path_factory: pytest.TempPathFactory) -> Counted:
+    """A bank of five tasks on a small language model."""
     folder = tmp_path_factory.mktemp("decoder")
     decoder_bank(folder, tasks=5).close()
-    served = load_served(folder / "bank")
-    forward, served.steps = served.model.forward, []  # type: ignore[attr-defined]
+    return Counted(load_served(folder / "bank"))
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        served.steps.append(len(kwargs["input_ids"]))  # type: ignore[attr-defined]
-        time.sleep(served.pause)  # type: ignore[attr-defined]
-        return forward(*args, **kwargs)
 
-    served.pause = 0.0  # type: ignore[attr-defined]
-    served.model.forward = counted  # type: ignore[method-assign]
-    return served
+@pytest.fixture(scope="module")
+def served(model: Counted) -> Served:
+    return model.served
+
+
+@pytest.fixture
+def slow(model: Counted, monkeypatch: pytest.MonkeyPatch) -> Counted:
+    monkeypatch.setattr(model, "pause", 0.1)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -74,19 +74,19 @@ def streamed(client: Client, path: str, body: dict[str, Any]) -> list[dict[str, 
     return [json.loads(one) for one in events]
 
 
-def test_texts_are_those_of_the_row_alone_and_rows_leave_when_done(served: Served, client: Client) -> None:
+def test_texts_are_those_of_the_row_alone_and_rows_leave_when_done(model: Counted, client: Client) -> None:
     lengths = [3, 9, 14, 6, 11, 4]
     asked = [(f"task-{n % 5}", PROMPTS[n % 3], length) for n, length in enumerate(lengths)]
-    expected = [alone(served, *one) for one in asked]
+    expected = [alone(model.served, *one) for one in asked]
     assert len(set(expected)) == len(asked)
-    served.steps.clear()  # type: ignore[attr-defined]
+    model.rows.clear()
     with ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(lambda one: complete(client, *one), asked))
     for one, text, answer in zip(asked, expected, answers, strict=True):
         choice = answer["choices"][0]
         assert choice["text"] == text and choice["finish_reason"] in ("length", "stop")
         assert answer["usage"]["completion_tokens"] <= one[2] and answer["model"] == one[0]
-    steps = served.steps  # type: ignore[attr-defined]
+    steps = model.rows
     assert steps[0] == 6 and steps == sorted(steps, reverse=True) and steps[-1] < 6
 
 
@@ -159,30 +159,6 @@ def test_characters_of_several_tokens_are_given_whole() -> None:
     assert len(pieces) == len(content.decode()) - 1  # 任 waited to see whether x comes
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "message"),
-    [
-        ({"model": "task-9", "prompt": "a"}, 404, "no task 'task-9'"),
-        ({"model": "task-1", "prompt": []}, 422, "Send 1 to 64 texts"),
-        ({"model": "task-1", "prompt": [3, 4]}, 422, "prompt.0: "),
-        ({"model": "task-1", "prompt": "a", "max_tokens": 33}, 422, "at most 32"),
-        ({"model": "task-1", "prompt": "a " * 50, "max_tokens": 20}, 422, "takes 64 tokens in all"),
-        ({"model": "task-1", "prompt": "a " * 70}, 422, "takes 64 tokens in all"),
-        ({"model": "task-1", "prompt": "a", "temperature": -1}, 422, "temperature"),
-        ({"model": "task-1", "prompt": "a", "stop": ["a"] * 5}, 422, "stop"),
-        ({"model": "task-1", "prompt": "a", "stop": ["a", ""]}, 422, "stop.1: "),
-        ({"model": "task-1", "prompt": "a", "logit_bias": {}}, 422, "logit_bias"),
-        ({"model": "task-1", "prompt": "a", "stream": True, "n": 2}, 422, "n: "),
-        ({"model": "gone", "prompt": "a", "stream": True}, 404, "no task 'gone'"),
-    ],
-)
-def test_a_wrong_request_gets_one_clear_error(
-    client: Client, body: dict[str, Any], status: int, message: str
-) -> None:
-    answered, answer, _ = client.send("POST", "/v1/completions", body)
-    assert answered == status and message in answer["error"]["message"]
-
-
 def test_a_task_whose_numbers_overflow_fails_alone(served: Served, client: Client) -> None:
     with CoreBank.open(served.bank.path, writable=True) as bank:
         usual = decoder_task(bank, "huge")
@@ -196,45 +172,23 @@ def test_a_task_whose_numbers_overflow_fails_alone(served: Served, client: Clien
     assert [answers[n][1]["choices"] for n in (0, 2)] == expected
 
 
-def test_each_kind_of_base_says_what_it_cannot(client: Client, tmp_path: Path) -> None:
-    status, answer, _ = client.send("POST", "/v1/tasks/task-1/predict", {"text": "a"})
-    assert status == 404 and "/v1/completions" in answer["error"]["message"]
-    encoder_bank(tmp_path, tasks=1).close()
-    with serving(tmp_path) as other:
-        status, answer, _ = other.send("POST", "/v1/completions", {"model": "task-0", "prompt": "a"})
-        assert status == 404 and "no language model" in answer["error"]["message"]
-
-
-def test_a_stream_that_passes_its_deadline_ends_with_an_error(served: Served) -> None:
-    served.pause = 0.1  # type: ignore[attr-defined]
+def test_a_stream_that_passes_its_deadline_ends_with_an_error(slow: Counted) -> None:
     body = {"model": "task-1", "prompt": "a", "max_tokens": 32, "temperature": 0, "stream": True}
-    try:
-        with serving(Path(), served, timeout=0.6) as client:
-            status, text, _ = client.send("POST", "/v1/completions", body)
-            steps = len(served.steps)  # type: ignore[attr-defined]
-    finally:
-        served.pause = 0.0  # type: ignore[attr-defined]
+    with serving(Path(), slow.served, timeout=0.6) as client:
+        status, text, _ = client.send("POST", "/v1/completions", body)
+        steps = len(slow.rows)
     *pieces, last, _ = text.split("\n\n")
     assert status == 200 and pieces and '"code": "timeout"' in last
-    assert len(served.steps) <= steps + 1  # type: ignore[attr-defined]
+    assert len(slow.rows) <= steps + 1
 
 
-def test_a_client_that_leaves_ends_its_row(served: Served, client: Client) -> None:
-    served.pause = 0.05  # type: ignore[attr-defined]
-    try:
-        for stream in ("true", "false"):
-            served.steps.clear()  # type: ignore[attr-defined]
-            body = b'{"model": "task-1", "prompt": "a", "max_tokens": 32, "stop": "x", "stream": %s}'
-            body %= stream.encode()
-            head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            head += f"Content-Length: {len(body)}\r\n\r\n"
-            with socket.create_connection(("127.0.0.1", client.port)) as one:
-                one.sendall(head.encode() + body)
-                time.sleep(0.4)
-            time.sleep(0.3)
-            steps = len(served.steps)  # type: ignore[attr-defined]
-            assert 1 <= steps < 16
-            time.sleep(0.2)
-            assert len(served.steps) == steps  # type: ignore[attr-defined]
-    finally:
-        served.pause = 0.0  # type: ignore[attr-defined]
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_ends_its_row(slow: Counted, client: Client, stream: bool) -> None:
+    slow.rows.clear()
+    body = {"model": "task-1", "prompt": "a", "max_tokens": 32, "stop": "x", "stream": stream}
+    client.leave("/v1/completions", body, after=0.4)
+    time.sleep(0.3)
+    steps = len(slow.rows)
+    assert 1 <= steps < 16
+    time.sleep(0.2)
+    assert len(slow.rows) == steps

@@ -13,9 +13,9 @@ import pytest
 
 pytest.importorskip("fastapi")
 
+from banks import decoder_bank, encoder_bank
 from lotr import CoreBank
 from lotr.training.tasks.served import load_served
-from served_banks import decoder_bank, encoder_bank
 from servers import Client, serving
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

@@ -13,9 +13,10 @@ pytest.importorskip("fastapi")
 ray = pytest.importorskip("ray", reason="ray is not installed: make test-ray")
 serve = pytest.importorskip("ray.serve", reason="ray[serve] is not installed: make test-ray")
 
+import banks
+from banks import encoder_bank
 from lotr.serving.ray import bank_deployment
 from lotr.serving.settings import ServeSettings
-from served_banks import encoder_bank, encoder_task
 from servers import Client, serving
 
 PORT = 8765
@@ -49,6 +50,6 @@ def test_a_task_that_is_added_is_there_in_every_replica(folder: Path) -> None:
     from lotr import CoreBank
 
     with CoreBank.open(folder / "bank", writable=True) as bank:
-        bank.add(encoder_task(bank, "a/b", 5, labels=("x", "y")))
+        bank.add(banks.task(bank, "a/b", 5, labels=("x", "y")))
     for _ in range(8):
         assert set(Client(PORT, "secret").predict("a%2Fb", "a")["scores"]) == {"x", "y"}

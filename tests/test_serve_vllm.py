@@ -20,11 +20,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from banks import decoder_bank, decoder_task, expert_bank
 from loras import dense
 from lotr import CoreBank
 from lotr.serving import vllm as plugin
 from moe_models import EXPERTS
-from served_banks import decoder_bank, decoder_task, expert_bank
 
 PROMPT = torch.tensor([[5, 9, 4, 11, 7]])
 

@@ -58,9 +58,8 @@ class LoraFolder:
         module = path.replace(".base_layer", "")
         named = self.folder.config.get("target_parameters")
         at = set()
-        for parent, _, own in (
-            str(name).rpartition(".") for name in (named if isinstance(named, list) else ())
-        ):
+        for name in named if isinstance(named, list) else ():
+            parent, _, own = str(name).rpartition(".")
             # "weight" is that of a linear module; a name alone means experts wherever they are
             if own != "weight" and f".{module}".endswith(f".{parent}" if parent else "experts"):
                 at.add(own)
@@ -126,13 +125,13 @@ class LoraFolder:
 
     def scaling(self, module: str, rank: int) -> float:
         """Return what PEFT multiplies `B A` by: `alpha / r`, or `alpha / √r`."""
-        alpha: float = self._in_pattern("alpha_pattern", "lora_alpha", module)
-        return alpha / (rank**0.5 if self.folder.config.get("use_rslora") else rank)
-
-    def matrices(self, module: str) -> tuple[Tensor, Tensor]:  # (*experts, q, in), (*experts, out, q)
-        """Read `A` and `B` of a module in float32, with the scaling in `B`; see `reader` for many modules."""
-        with self.reader() as read:
-            return read(module)
+        alpha = self._in_pattern("alpha_pattern", "lora_alpha", module)
+        if type(alpha) not in (int, float) or not abs(alpha) < 1e30:
+            raise CheckpointError(
+                f"{self.folder.path / CONFIG} tells no size of the update of {module!r}: lora_alpha, or its entry in "
+                f"alpha_pattern, is {str(alpha)[:80]!r}."
+            )
+        return float(alpha / (rank**0.5 if self.folder.config.get("use_rslora") else rank))
 
     @contextmanager
     def reader(self) -> Iterator[Any]:
@@ -145,14 +144,13 @@ class LoraFolder:
             def read(module: str, own: slice = slice(None)) -> tuple[Tensor, Tensor]:
                 self.shapes  # noqa: B018 - checks them
                 A, B = (file.get_slice(key) for key in self.keys[module])
-                if experts := self.n_experts(
-                    module
-                ):  # the `A` are below each other, the columns of the `B` in turn
+                if experts := self.n_experts(module):
+                    # the `A` are below each other, the columns of the `B` in turn
                     q, (begin, end, _) = A.get_shape()[0] // experts, own.indices(experts)
-                    columns = (B[:, at + begin : at + end] for at in range(0, q * experts, experts))
+                    columns = [B[:, at + begin : at + end] for at in range(0, q * experts, experts)]
                     A, B = (
                         A[begin * q : end * q].unflatten(0, (-1, q)),
-                        torch.stack([*columns], -1).movedim(1, 0),
+                        torch.stack(columns, -1).movedim(1, 0),
                     )
                 else:
                     A, B = A[:], B[:]
@@ -182,18 +180,6 @@ def read_lora(path: str | Path | AdapterFolder) -> LoraFolder:
     kind = folder.config["peft_type"]
     if kind != "LORA":
         raise CheckpointError(f"{folder.path} holds an adapter of type {kind}, and not a LoRA.")
-    if "lora_alpha" not in folder.config:
-        raise CheckpointError(
-            f"{folder.path / CONFIG} has no field lora_alpha, so the size of the update is unknown."
-        )
-    alphas = {"lora_alpha": folder.config["lora_alpha"]}
-    patterns = folder.config.get("alpha_pattern") or {}
-    alphas |= patterns if isinstance(patterns, dict) else {"alpha_pattern": patterns}
-    for name, alpha in alphas.items():
-        if type(alpha) not in (int, float) or not abs(alpha) < 1e30:
-            raise CheckpointError(
-                f"{folder.path / CONFIG} is damaged: {name}={str(alpha)[:80]!r} is no number."
-            )
     init = folder.config.get("init_lora_weights", True)
     if init not in _PLAIN_INITS:
         raise CheckpointError(
@@ -210,4 +196,6 @@ def read_lora(path: str | Path | AdapterFolder) -> LoraFolder:
         )
     if not lora.keys:
         raise CheckpointError(f"{folder.path} holds no matrices of a LoRA (….lora_A.weight).")
+    for module in lora.keys:
+        lora.scaling(module, 1)
     return lora

@@ -28,9 +28,8 @@ class Prompt:
     temperature: float = 1.0  # 0 takes the most likely token
     stop: Sequence[str] = ()  # texts at which it ends; they are left out
     seed: int | None = None  # without one, something else is drawn each time
-    emit: Callable[[str], object] = field(
-        default=lambda piece: None
-    )  # given each piece, in the model's thread
+    # given each piece, in the model's thread
+    emit: Callable[[str], object] = field(default=lambda piece: None)
     left: bool = False  # whether nobody waits any more
 
     @property

@@ -49,7 +49,7 @@ class Gate:
             self._check_token(scope, changes)
             async with asyncio.timeout(self.settings.timeout):
                 most = self.settings.max_upload if changes else self.settings.max_body
-                body = await _body(scope, receive, most)
+                body = await _body(receive, most)
                 await _unless_gone(self.app(scope, _replay(body), counted), receive)
         except Exception as error:
             problem = problem_of(error, self.bank)
@@ -79,19 +79,17 @@ class Gate:
             raise Problem(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
-async def _body(scope: Scope, receive: Receive, most: int) -> bytes:
-    size = dict(scope["headers"]).get(b"content-length", b"0")
+async def _body(receive: Receive, most: int) -> bytes:
     body, more = bytearray(), True
-    too_long = size.isdigit() and int(size) > most
-    while more and not too_long:
+    while more:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise Problem(499, "The client has left.")
         more = message.get("more_body", False)
         body += message.get("body", b"")
-        too_long = len(body) > most
-    if too_long:
-        raise Problem(413, f"The request is longer than {most:,} bytes. Send fewer texts.", code="too_large")
+        if len(body) > most:
+            text = f"The request is longer than {most:,} bytes. Send fewer texts."
+            raise Problem(413, text, code="too_large")
     return bytes(body)
 
 

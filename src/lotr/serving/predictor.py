@@ -90,13 +90,10 @@ class Predictor:
                 yield from zip(rows, answers([texts[n] for n in rows]), strict=True)
 
     def _predictions(self, texts: Sequence[Text]) -> list[dict[str, Any]]:
-        pairs = zip(texts, self.logits(texts), strict=True)
-        return [_prediction(text.task, own) for text, own in pairs]
-
-    def logits(self, texts: Sequence[Text]) -> Tensor:  # (rows, labels)
-        """Return what the model says of texts, each by its task."""
-        logits: Tensor = self._call(self.served.model, texts, self._inputs(texts)).logits
-        return logits.float().cpu()
+        logits = (
+            self._call(self.served.model, texts, self._inputs(texts)).logits.float().cpu()
+        )  # (rows, labels)
+        return [_prediction(text.task, own) for text, own in zip(texts, logits, strict=True)]
 
     def vectors(self, texts: Sequence[Text]) -> Tensor:  # (rows, width)
         """Return the mean over the tokens of each text, of length 1, as sentence-transformers' MiniLM does."""

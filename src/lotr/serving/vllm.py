@@ -12,7 +12,6 @@ import logging
 import os
 import tempfile
 import time
-from collections import defaultdict
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -45,13 +44,9 @@ class LoraFolders:
     def __init__(self, bank: CoreBank, root: Path, most: int) -> None:
         self.bank, self.root, self.most = bank, root, most
         self._beside = partial(tempfile.TemporaryDirectory, dir=root, prefix=".")  # on the same file system
-        self.experts: dict[str, set[str]] = defaultdict(
-            set
-        )  # module of experts → parameters that tasks change
-        for target in bank.basis.plan.targets:
-            if target.experts:
-                module, _, parameter = target.path.rpartition(".")
-                self.experts[module].add(parameter)
+        experts = [target.path.rpartition(".") for target in bank.basis.plan.targets if target.experts]
+        # module of experts → parameters that tasks change
+        self.experts = {path: {own for other, _, own in experts if other == path} for path, *_ in experts}
 
     def make(self, name: str) -> Path:
         """Return the folder of a task as the bank has it now; the name is no part of the path."""
@@ -64,8 +59,12 @@ class LoraFolders:
         return folder
 
     def _write(self, name: str, folder: Path) -> None:
+        task = self.bank.get(name)
         if self.bank.basis.plan.has_biases:
             raise CheckpointError(f"Task {name!r} has lora_bias=True, and vLLM's LoRAs have no biases.")
+        heads = {key.removeprefix(ROOT).split(".")[0] for key in task.head}
+        if other := ", ".join(sorted(heads - HEADS)):
+            raise CheckpointError(f"Task {name!r} has {other} in full, which vLLM does not take.")
         for module, parameters in self.experts.items():
             if parameters != EXPERTS:
                 raise CheckpointError(
@@ -74,7 +73,7 @@ class LoraFolders:
                 )
         with self._beside() as temporary:
             made = Path(temporary) / "lora"
-            export(self.bank.basis, self.bank.get(name), made, as_lora=True, pad_rank=RANKS)
+            export(self.bank.basis, task, made, as_lora=True, pad_rank=RANKS)
             for file in ("README.md", TASK):  # nothing that vLLM reads
                 (made / file).unlink(missing_ok=True)
             try:
@@ -110,15 +109,15 @@ class BankResolver:
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
         """Return a `LoRARequest`, or `None` where the bank has no such task, or is for another base model."""
-        ours = self.folders.bank.base_model
-        if ours not in (None, base_model_name) and Path(ours).resolve() != Path(base_model_name).resolve():
+        ours, name = self.folders.bank.base_model, base_model_name
+        if ours not in (None, name) and Path(ours).resolve() != Path(name).resolve():
             return None
         try:
-            path = await asyncio.to_thread(self._make, lora_name)
+            if lora_name not in self.folders.bank:
+                return None
+            path = await asyncio.to_thread(self.folders.make, lora_name)
         except LotrError as error:
             _LOG.warning("%s", error)
-            return None
-        if path is None:
             return None
         from vllm.lora.request import LoRARequest
 
@@ -126,16 +125,6 @@ class BankResolver:
         form = {"is_3d_lora_weight": True} if self.folders.experts else {}
         # vLLM gives it a number of its own
         return LoRARequest(lora_name, 1 + int(path.name[:7], 16), str(path), **form)
-
-    def _make(self, name: str) -> Path | None:
-        bank = self.folders.bank
-        if name not in bank:
-            return None
-        heads = {key.removeprefix(ROOT).split(".")[0] for key in bank.get(name).head}
-        if other := ", ".join(sorted(heads - HEADS)):
-            _LOG.warning("Task %r has %s in full, which vLLM does not take.", name, other)
-            return None
-        return self.folders.make(name)
 
 
 def register() -> None:

@@ -71,18 +71,10 @@ class Target:
             >>> Target("h.0.q", (8, 8), (2, 2)).to_dict()
             {'path': 'h.0.q', 'shape': [8, 8], 'rank': [2, 2]}
         """
-        fields: dict[str, Any] = {"path": self.path, "shape": list(self.shape), "rank": list(self.rank)}
-        if self.fused:
-            fields["fused"] = [list(piece) for piece in self.fused]
-        if self.heads:
-            fields["heads"] = [self.heads.size, self.heads.axis]
-        if self.attention:
-            fields["attention"] = True
-        if self.experts:
-            fields["experts"] = self.experts
-        if self.bias:
-            fields["bias"] = True
-        return fields
+        plain = {**vars(self), "shape": list(self.shape), "rank": list(self.rank)}
+        plain["fused"] = [list(piece) for piece in self.fused]
+        plain["heads"] = self.heads and [self.heads.size, self.heads.axis]
+        return {name: value for name, value in plain.items() if value}
 
     @staticmethod
     def from_dict(fields: dict[str, Any]) -> Target:

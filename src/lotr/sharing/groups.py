@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -192,31 +192,26 @@ def parts_of(members: Sequence[tuple[Group, list[Site]]]) -> tuple[Part, ...]:
         pieces = itertools.groupby(sites, key=lambda site: site.projection) if whole is None else ()
         split = [_grid(group, list(piece)) for _, piece in pieces]
         parts += [part for part in (whole, *split) if part is not None]
-    if len(parts) == 1:
-        only = parts[0]
-        return (Part(only.group, "weight", only.sites, only.grid, only.region),)
-    return tuple(parts)
+    return (replace(parts[0], name="weight"),) if len(parts) == 1 else tuple(parts)
 
 
 def _grid(group: Group, sites: list[Site]) -> Part | None:
     """Return the sites as a part, when both their corners and their positions along the modes are grids."""
     sites = sorted(sites, key=lambda site: (site.row, site.column))
     rows, columns = sorted({s.row for s in sites}), sorted({s.column for s in sites})
-    if len({(site.shape, site.transposed) for site in sites}) > 1:
-        return None
-    o, i = sites[0].shape
+    first = sites[0]
+    o, i = first.shape
     corners = [(rows[0] + n * o, columns[0] + m * i) for n in range(len(rows)) for m in range(len(columns))]
     runs = [sorted(set(positions)) for positions in zip(*(group.index[s] for s in sites), strict=True)]
     region = tuple(range(run[0], run[-1] + 1) for run in runs)
-    if [(s.row, s.column) for s in sites] != corners:
+    if (
+        any((s.shape, s.transposed) != (first.shape, first.transposed) for s in sites)
+        or [(s.row, s.column) for s in sites] != corners
+        or [group.index[s] for s in sites] != list(itertools.product(*region))
+    ):
         return None
-    if [group.index[s] for s in sites] != list(itertools.product(*region)):
-        return None
-    first = sites[0]
-    numbers = {
-        name: getattr(first, name) for name in ("head", "expert") if not {name, "site"} & set(group.modes)
-    }
-    alone = [f"{name}{number}" for name, number in numbers.items() if number is not None]
+    outside = [name for name in ("head", "expert") if not {name, "site"} & set(group.modes)]
+    alone = [f"{name}{getattr(first, name)}" for name in outside if getattr(first, name) is not None]
     name = "-".join(part for part in (first.piece, *alone) if part)
     slices = tuple(slice(run.start, run.stop) for run in region)
     return Part(group, name, tuple(sites), (len(rows), len(columns)), slices)

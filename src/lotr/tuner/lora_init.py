@@ -66,7 +66,8 @@ def init_from_lora(model: nn.Module, lora: str | Path, adapter: str | None = Non
 def _updates(folder: LoraFolder, layer: AdaptedWeight, part: Part) -> list[tuple[Tensor, Tensor]]:
     """Return `B` `(o, q)` and `A` `(q, i)` of every site of a part."""
     module = part.sites[0].module
-    A, B = folder.matrices(module)
+    with folder.reader() as read:
+        A, B = read(module)
     if (len(B), A.shape[1]) != (layer.out_features, layer.in_features):
         raise ConfigError(
             f"The LoRA in {folder.folder.path} changes a weight of shape {(len(B), A.shape[1])} at {module!r}, and the "

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GptOssForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lotr.sharing.blocks import Site
@@ -156,6 +157,11 @@ def adapted(
     for path, dW in updates(row, plan, tensors, scaling).items():
         at = f"{ROOT}{path}.lotr_magnitude."
         numbers = {key.removeprefix(at): tensor for key, tensor in tensors.items() if key.startswith(at)}
+        if ".experts." in path:
+            stack = model.get_parameter(path)
+            dW = dW.unflatten(0, (len(stack), -1))
+            weights[path] = stack.detach() + (dW.mT if isinstance(model, GptOssForCausalLM) else dW)
+            continue
         module = model.get_submodule(path)
         W = rescaled(weight_of(module).detach(), dW, plan.magnitude, numbers, constant=True)
         weights[f"{path}.weight"] = W.T if isinstance(module, Conv1D) else W

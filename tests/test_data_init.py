@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,83 +129,79 @@ def test_checkpointing_and_a_half_precision_base_give_the_same_subspaces(reentra
         assert torch.linalg.svdvals(a.T @ b.float())[0] > 0.95
 
 
-def _hooks(model: nn.Module) -> int:
-    return sum(len(module._forward_hooks) for module in model.modules())
+# ---- refusals
 
 
-def _as_it_was(model: nn.Module, call: Callable[[], Any], error: type[Exception], says: str) -> None:
-    """Check that a call is refused, and leaves factors, gradients, hooks and the mode of a model."""
-    factors, hooks, training = _factors(model), _hooks(model), model.training
-    start = model.peft_config["default"].init
+def _as_it_was(
+    model: nn.Module, error: type[Exception], says: str, batches: Any = None, **fields: Any
+) -> None:
+    """Check that a start is refused, and leaves factors, gradients, hooks and the mode of a model."""
+
+    def state() -> list[Any]:
+        hooks = sum(len(module._forward_hooks) for module in model.modules())
+        gradients = sum(p.grad is not None for p in model.parameters())
+        return [hooks, gradients, model.training, model.peft_config["default"].init]
+
+    factors, before = _factors(model), state()
     with pytest.raises(error, match=says):
-        call()
+        lotr.init_from_data(model, _batches("bert") if batches is None else batches, **fields)
     assert all(torch.equal(a, b) for a, b in zip(factors, _factors(model), strict=True))
-    assert all(p.grad is None for p in model.parameters()) and _hooks(model) == hooks
-    assert model.training == training and model.peft_config["default"].init == start
+    assert state() == before and before[1] == 0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("passes", [1, 3], ids=["first", "last"])
 def test_a_loss_that_is_not_finite_is_named_and_leaves_the_factors(value: float, passes: int) -> None:
-    model, batches, calls = _adapted("bert"), _batches("bert"), []
+    calls = []
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         calls.append(batch)
-        found: Tensor = model(**batch).loss
-        return found * value if len(calls) == 2 * passes else found
+        return model(**batch).loss * (value if len(calls) == 2 * passes else 1.0)
 
-    def call() -> None:
-        lotr.init_from_data(model, batches, loss=loss)
-
-    _as_it_was(model, call, TrainingError, f"loss of batch 2 of 2 is {value}")
+    _as_it_was(_adapted("bert"), TrainingError, f"loss of batch 2 of 2 is {value}", loss=loss)
 
 
-def test_gradients_that_are_not_finite_are_named() -> None:
-    model = _adapted("bert")
+def _infinite_slope(model: nn.Module, batch: Any) -> Tensor:
+    logits: Tensor = model(**batch).logits
+    return (logits - logits.detach()).sqrt().sum()  # zero
 
-    def loss(model: nn.Module, batch: Any) -> Tensor:
-        logits: Tensor = model(**batch).logits
-        return (logits - logits.detach()).sqrt().sum()  # zero, with an infinite slope
 
-    def call() -> None:
-        lotr.init_from_data(model, _batches("bert"), loss=loss)
-
-    _as_it_was(model, call, TrainingError, r"gradient at 'bert\.encoder.*' is not finite")
+@pytest.mark.parametrize(
+    "fields, error, says",
+    [
+        ({"loss": _infinite_slope}, TrainingError, r"gradient at 'bert\.encoder.*' is not finite"),
+        ({"loss": lambda model, batch: model(**batch).loss.detach()}, ConfigError,
+         "batch 1 of 2 depends on no trained number"),
+        ({"loss": lambda model, batch: model(**batch).logits}, ConfigError, r"Tensor of shape \(8, 3\)"),
+        ({"loss": lambda model, batch: 0.5}, ConfigError, r"float 0\.5"),
+        ({"rounds": 0}, ConfigError, "rounds=0"),
+        ({"rounds": True}, ConfigError, "rounds=True"),
+        ({"rounds": 1.5}, ConfigError, "rounds=1.5"),
+        ({"batches": []}, ConfigError, "no batches"),
+        ({"batches": [{"input_ids": tokens()}]}, ConfigError, "has no labels"),
+        ({"batches": [tokens()]}, ConfigError, "A batch is a Tensor"),
+    ],
+)  # fmt: skip
+def test_a_call_that_shows_no_gradient_is_refused_by_name(
+    fields: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    _as_it_was(_adapted("bert"), error, says, **fields)
 
 
 def test_a_model_without_gradients_is_refused_with_the_way_out() -> None:
-    model, batches = _adapted("bert"), _batches("bert")
-
-    def call(**fields: Any) -> Callable[[], Any]:
-        return lambda: lotr.init_from_data(model, batches, **fields)
-
+    model = _adapted("bert")
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
-            _as_it_was(model, call(), ConfigError, r"torch\.no_grad")
+            _as_it_was(model, ConfigError, r"torch\.no_grad")
     with model.disable_adapter():
-        _as_it_was(model, call(), ConfigError, "'default' is disabled")
+        _as_it_was(model, ConfigError, "'default' is disabled")
     model.merge_adapter()
-    _as_it_was(model, call(), ConfigError, "unmerge_adapter")
+    _as_it_was(model, ConfigError, "unmerge_adapter")
     model.unmerge_adapter()
-    detached = {"loss": lambda model, batch: model(**batch).loss.detach()}
-    _as_it_was(model, call(**detached), ConfigError, "batch 1 of 2 depends on no trained number")
-    many = {"loss": lambda model, batch: model(**batch).logits}
-    _as_it_was(model, call(**many), ConfigError, r"Tensor of shape \(8, 3\)")
-    number = {"loss": lambda model, batch: 0.5}
-    _as_it_was(model, call(**number), ConfigError, r"float 0\.5")
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    _as_it_was(model, call(), ConfigError, "is_trainable=True")
+    model.requires_grad_(False)
+    _as_it_was(model, ConfigError, "is_trainable=True")
     model.base_model.model.classifier.weight.requires_grad_(True)
-    _as_it_was(model, call(), ConfigError, "No gradient reaches 'bert.encoder.layer.0")
-
-
-@pytest.mark.parametrize("rounds", [0, -1, 1.5, True, "3"])
-def test_there_is_at_least_one_round(rounds: Any) -> None:
-    model = _adapted("bert")
-    _as_it_was(
-        model, lambda: lotr.init_from_data(model, _batches("bert"), rounds=rounds), ConfigError, "rounds="
-    )
+    _as_it_was(model, ConfigError, "No gradient reaches 'bert.encoder.layer.0")
 
 
 @pytest.mark.parametrize(
@@ -217,29 +212,17 @@ def test_there_is_at_least_one_round(rounds: Any) -> None:
         ({"init_weights": False}, "'default' is not zero"),
         ({"init_weights": False, "method": "metatt_5d", "zero": "core"}, "'default' is not zero"),
         ({"method": "metatt_5d"}, "has zero='input'.* zero=\"core\""),
+        ({"basis": "basis"}, "to which the cores will refer"),
     ],
     ids=str,
 )
-def test_factors_that_may_not_turn_are_refused_by_name(fields: dict[str, Any], says: str) -> None:
-    model = _adapted("bert", **fields)
-    _as_it_was(model, partial(lotr.init_from_data, model, _batches("bert")), ConfigError, says)
-
-
-def test_factors_of_a_basis_do_not_turn(tmp_path: Path) -> None:
-    _adapted("bert").save_pretrained(tmp_path / "basis")
-    model = get_peft_model(bert(), LotrConfig(basis=str(tmp_path / "basis")))
-    with pytest.raises(ConfigError, match="to which the cores will refer"):
-        lotr.init_from_data(model, _batches("bert"))
-
-
-def test_what_shows_no_gradient_is_refused_by_name() -> None:
-    model = _adapted("bert")
-    with pytest.raises(ConfigError, match="no batches"):
-        lotr.init_from_data(model, [])
-    with pytest.raises(ConfigError, match="has no labels"):
-        lotr.init_from_data(model, [{"input_ids": tokens()}])
-    with pytest.raises(ConfigError, match="A batch is a Tensor"):
-        lotr.init_from_data(model, [tokens()])
+def test_factors_that_may_not_turn_are_refused_by_name(
+    fields: dict[str, Any], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "basis" in fields:
+        _adapted("bert").save_pretrained("basis")
+    _as_it_was(_adapted("bert", **fields), ConfigError, says)
 
 
 class _OneUnused(nn.Module):

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
-import dense_truth
 import lotr
-from conftest import bert, tokens
+from conftest import Architecture, bert, tokens
+from dense_truth import adapt
 from lotr import METHODS, ConfigError, LotrConfig, PlanError
 from lotr.errors import TrainingError
 from lotr.math.stacked_weight import StackUpdate
-from lotr.tuner.experts import LotrExperts
-from lotr.tuner.weight import AdaptedWeight
 from moe_models import EXPERTS, gpt_oss, mixtral, qwen
-from tuner_contract import outputs
+from tuner_contract import TunerContract, outputs
 
 INPUTS = {"input_ids": tokens()}
 
@@ -46,30 +42,28 @@ def dense(model: PeftModel, plain: nn.Module, row: str, adapter: str = "default"
     """Write the adapted weights into a plain model, from the adapter's file alone."""
     of_adapter = model.peft_config[adapter]
     tensors = get_peft_model_state_dict(model, adapter_name=adapter)
-    updates = dense_truth.updates(row, of_adapter.recorded_plan(), tensors, of_adapter.scaling)
-    with torch.no_grad():
-        for path, dW in updates.items():
-            parent, _, name = path.rpartition(".")
-            module = plain.get_submodule(parent)
-            if ".experts." not in path:
-                module.get_parameter(f"{name}.weight").add_(dW)
-                continue
-            dW = dW.unflatten(0, (4, -1))
-            module.get_parameter(name).add_(dW.mT if isinstance(plain, tf.GptOssForCausalLM) else dW)
-    return plain
+    return adapt(plain, of_adapter.recorded_plan(), tensors, of_adapter.scaling, row)
 
 
-def layers(model: nn.Module) -> list[AdaptedWeight]:
-    return [module for module in model.modules() if isinstance(module, AdaptedWeight)]
+class TestExperts(TunerContract):
+    """The contract, with experts alone adapted."""
+
+    # experts see tokens, not rows
+    test_each_row_of_a_mixed_batch_uses_its_own_adapter = None
+    # torch groups no products of double precision
+    test_the_whole_model_can_change_its_type = None
+    # the state names no parameter
+    test_a_state_dict_says_which_modules_are_adapted = None
+
+    @pytest.fixture
+    def architecture(self, make: Callable[[], nn.Module]) -> Architecture:
+        return Architecture(make, lambda: INPUTS, [], 4)
+
+    def config(self, architecture: Architecture, **kwargs: Any) -> LotrConfig:
+        return super().config(architecture, target_modules=None, target_parameters=EXPERTS, **kwargs)
 
 
 # ---- the formula
-
-
-def test_step_0_equals_the_base_bit_for_bit(make) -> None:
-    model = adapted(make, init_weights=True)
-    assert len(layers(model)) == 4
-    assert torch.equal(outputs(model, INPUTS), outputs(make(), INPUTS))
 
 
 IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
@@ -232,27 +226,6 @@ def test_layers_and_exclusions_reach_experts() -> None:
 # ---- training and files
 
 
-def test_only_the_adapter_trains(make) -> None:
-    model = adapted(make).train()
-    model(**INPUTS).logits.square().sum().backward()
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad is not None) == ("lotr_" in name) == parameter.requires_grad, name
-        assert parameter.grad is None or parameter.grad.any(), name
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_gives_the_same_gradients(reentrant) -> None:
-    gradients = []
-    for checkpointing in (False, True):
-        model = adapted(qwen).train()
-        if checkpointing:
-            model.enable_input_require_grads()
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model(**INPUTS).logits.square().mean().backward()
-        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
-    torch.testing.assert_close(*gradients)
-
-
 @pytest.mark.parametrize("low_memory", [False, True])
 @pytest.mark.parametrize("fields", [{}, {"target_modules": "all-linear", "target_parameters": None}], ids=str)
 def test_a_saved_adapter_loads(make, fields, low_memory, tmp_path: Path) -> None:
@@ -279,49 +252,7 @@ def test_factors_can_start_from_the_weights(make) -> None:
     )
 
 
-def test_copies_are_equal_and_independent() -> None:
-    model = adapted(qwen)
-    expected = outputs(model, INPUTS)
-    for duplicate in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(outputs(duplicate, INPUTS), expected)
-        with torch.no_grad():
-            for module in duplicate.modules():
-                if isinstance(module, LotrExperts):
-                    module.base_layer.down_proj.zero_()
-        assert not torch.equal(outputs(duplicate, INPUTS), expected)
-    assert torch.equal(outputs(model, INPUTS), expected)
-
-
 # ---- merging and several adapters
-
-
-@pytest.mark.parametrize("safe", [False, True])
-def test_merged_equals_unmerged(make, safe) -> None:
-    model = adapted(make)
-    expected = outputs(model, INPUTS)
-    merged = model.merge_and_unload(safe_merge=safe)
-    assert merged.state_dict().keys() == make().state_dict().keys()
-    torch.testing.assert_close(outputs(merged, INPUTS), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_unmerging_restores_the_parameters_exactly(make, dtype) -> None:
-    model = get_peft_model(make().to(dtype), config())
-    before = {
-        name: p.clone() for name, p in model.named_parameters() if "experts" in name and "lotr" not in name
-    }
-    model.merge_adapter()
-    parameters = dict(model.named_parameters())
-    assert not any(torch.equal(p, parameters[name]) for name, p in before.items() if name.endswith("_proj"))
-    model.unmerge_adapter()
-    parameters = dict(model.named_parameters())
-    assert all(torch.equal(p, parameters[name]) for name, p in before.items())
-
-
-def test_unloading_gives_the_plain_model_back(make) -> None:
-    plain = adapted(make).unload()
-    assert plain.state_dict().keys() == make().state_dict().keys()
-    assert torch.equal(outputs(plain, INPUTS), outputs(make(), INPUTS))
 
 
 def test_adapters_can_be_switched_added_summed_disabled_and_deleted(make) -> None:

@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 
+from dense_truth import rescaled
 from factored_parts import IN, LAYOUTS, OUT, dense, leaves, place
+from lotr.math import norms
 from lotr.math.magnitude import MAGNITUDES, Gains
-from lotr.math.norms import BaseWeight
+from lotr.math.norms import BaseWeight, column_energy, row_energy
 
 Numbers = dict[str, Tensor]
 RESCALING = [name for name, rule in MAGNITUDES.items() if not rule.additive]
 PLACED = [layout for layout in LAYOUTS if layout != "no part"]
 every_rule = pytest.mark.parametrize("name", RESCALING)
 every_layout = pytest.mark.parametrize("layout", PLACED)
-
-
-def _norm(matrix: Tensor, dim: int | None, constant: bool) -> Tensor:
-    norm = matrix.norm() if dim is None else matrix.norm(dim=dim, keepdim=True)
-    return norm.detach() if constant else norm
-
-
-def _dora(numbers: Numbers, W: Tensor, dW: Tensor, constant: bool) -> Tensor:
-    return numbers["m"][:, None] * (W + dW) / _norm(W + dW, 1, constant)
-
-
-def _bora(numbers: Numbers, W: Tensor, dW: Tensor, constant: bool) -> Tensor:
-    Z = numbers["m_out"][:, None] * (W + dW) / _norm(W + dW, 1, constant)
-    return Z / _norm(Z, 0, constant) * numbers["m_in"]
-
-
-def _map(numbers: Numbers, W: Tensor, dW: Tensor, constant: bool) -> Tensor:
-    return numbers["alpha"] * W / W.norm() + numbers["beta"] * dW / _norm(dW, None, constant)
-
-
-#: Name → the paper's formula on dense weights.
-FORMULAS: dict[str, Callable[[Numbers, Tensor, Tensor, bool], Tensor]] = {
-    "per_output": _dora,
-    "per_output_and_input": _bora,
-    "base_and_update": _map,
-}
 
 
 def _weight(dtype: torch.dtype = torch.float64) -> Tensor:
@@ -53,10 +27,6 @@ def _trained(name: str, W: Tensor) -> Numbers:
     """Return numbers away from their start."""
     started = MAGNITUDES[name].init(BaseWeight(lambda: W))
     return {key: (number + torch.rand_like(number)).requires_grad_() for key, number in started.items()}
-
-
-def test_every_magnitude_that_rescales_has_a_formula_here() -> None:
-    assert set(FORMULAS) == set(RESCALING)
 
 
 # ---- the formulas
@@ -71,22 +41,43 @@ def test_the_adapted_weight_is_the_papers_formula(
     W, parts = _weight(dtype), place(layout, dtype)
     numbers = _trained(name, W)
     adapted = MAGNITUDES[name].gains(numbers, BaseWeight(lambda: W), parts).weight(W, dense(parts))
-    expected = FORMULAS[name](numbers, W.double(), dense(parts), True)
+    expected = rescaled(W.double(), dense(parts), name, numbers)
     torch.testing.assert_close(adapted.double(), expected, rtol=tolerance, atol=tolerance / 10)
 
 
 @every_rule
+@every_layout
 @pytest.mark.parametrize("constant", [True, False], ids=["norms are constants", "norms have gradients"])
-@pytest.mark.parametrize("layout", ["one part of a grid", "both are split"])
-def test_gradients_are_those_of_the_dense_formula(name: str, constant: bool, layout: str) -> None:
-    W, parts, weights = _weight(), place(layout), _weight()
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained V", "frozen V"])
+def test_gradients_are_those_of_the_dense_formula(
+    name: str, layout: str, constant: bool, frozen: bool
+) -> None:
+    W, parts, weights = _weight(), place(layout, frozen=frozen), _weight()
     numbers = _trained(name, W)
     gains = MAGNITUDES[name].gains(numbers, BaseWeight(lambda: W), parts, constant=constant)
-    found = [
+    found, expected = (
         torch.autograd.grad((adapted * weights).sum(), [*numbers.values(), *leaves(parts)])
-        for adapted in (gains.weight(W, dense(parts)), FORMULAS[name](numbers, W, dense(parts), constant))
-    ]
-    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+        for adapted in (
+            gains.weight(W, dense(parts)),
+            rescaled(W, dense(parts), name, numbers, constant=constant),
+        )
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@every_rule
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("factors", ["float32", "half"])
+def test_norms_of_half_precision_are_computed_in_float32(name: str, half: torch.dtype, factors: str) -> None:
+    W, parts = _weight(half), place("one part", torch.float32 if factors == "float32" else half)
+    numbers = _trained(name, W)
+    gains = MAGNITUDES[name].gains(numbers, BaseWeight(lambda: W), parts)
+    assert {gain.dtype for gain in (gains.base, gains.update)} == {torch.float32}
+    # `left` multiplies in the type of the factors, three digits in bfloat16; all after it is float32
+    rtol = 1e-5 if factors == "float32" else 4 * torch.finfo(half).eps
+    found = gains.weight(W.double(), dense(parts))
+    expected = rescaled(W.double(), dense(parts), name, numbers)
+    torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=rtol)
 
 
 @pytest.mark.parametrize("name", MAGNITUDES)
@@ -203,3 +194,43 @@ def test_scaling_a_sum_is_the_formula_and_can_be_differentiated_twice(with_bias:
 def test_gains_of_one_leave_every_bit_of_a_sum() -> None:
     y, one = torch.randn(7, 9), torch.ones(9)
     assert torch.equal(Gains(one, one).of_sum(y, torch.randn(9)), y)
+
+
+# ---- norms of the weight
+
+
+def test_without_an_update_the_norms_are_those_of_the_weight() -> None:
+    W = _weight()
+    base, one = BaseWeight(lambda: W), torch.ones(OUT, dtype=torch.float64)
+    torch.testing.assert_close(row_energy(base, []).sqrt(), W.norm(dim=1))
+    torch.testing.assert_close(column_energy(base, [], one).sqrt(), W.norm(dim=0))
+
+
+def test_a_norm_is_the_same_whatever_is_squared_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    W, rows = _weight(), torch.rand(OUT, dtype=torch.float64)
+    for chunk in (1, 5 * IN, 1000):
+        monkeypatch.setattr(norms, "_CHUNK", chunk)
+        torch.testing.assert_close(BaseWeight(lambda: W).row_energy(), W.square().sum(1))
+        torch.testing.assert_close(
+            column_energy(BaseWeight(lambda: W), [], rows), (rows[:, None] * W).square().sum(0)
+        )
+
+
+def test_the_norms_of_the_weight_are_computed_once_and_until_the_cache_is_cleared() -> None:
+    weights = [_weight()]
+    base = BaseWeight(lambda: weights[-1])
+    first = base.row_energy()
+    weights.append(_weight())
+    assert base.row_energy() is first
+    base.cache.clear()
+    torch.testing.assert_close(base.row_energy(), weights[-1].square().sum(1))
+
+
+def test_the_norms_of_the_weight_carry_no_gradient_and_serve_training_after_inference() -> None:
+    W, parts = _weight().requires_grad_(), place("one part")
+    base = BaseWeight(lambda: W)
+    with torch.inference_mode():
+        row_energy(base, parts)
+    assert not base.row_energy().requires_grad and not base.row_energy().is_inference()
+    row_energy(base, parts).sum().backward()
+    assert W.grad is None and all(leaf.grad is not None for leaf in leaves(parts))

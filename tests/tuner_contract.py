@@ -24,7 +24,7 @@ from conftest import Architecture
 from dense_truth import adapt
 from lotr import LotrConfig
 from lotr.tuner.group import LotrGroup, LotrLayer
-from lotr.tuner.layer import LotrLinear
+from lotr.tuner.weight import AdaptedWeight
 
 
 def outputs(model: nn.Module, inputs: dict[str, Tensor], **kwargs: Any) -> Tensor:
@@ -32,8 +32,9 @@ def outputs(model: nn.Module, inputs: dict[str, Tensor], **kwargs: Any) -> Tenso
         return model(**inputs, **kwargs).logits
 
 
-def linears(model: nn.Module) -> Iterator[LotrLinear]:
-    return (module for module in model.modules() if isinstance(module, LotrLinear))
+def linears(model: nn.Module) -> Iterator[Any]:
+    """The adapted weights: of linear modules, and of stacks of experts."""
+    return (module for module in model.modules() if isinstance(module, AdaptedWeight))
 
 
 def weights(model: nn.Module) -> list[Tensor]:

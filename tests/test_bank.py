@@ -107,7 +107,11 @@ def _open(folder: Path) -> CoreBank:
     [
         (lambda b, f: b.add(banks.task(b, "task-1", 7)), ConfigError, r"a task 'task-1' already.*replace"),
         (lambda b, f: b.add_many(banks.task(b, n) for n in ("x", "task-1")), ConfigError, "task-1"),
-        (lambda b, f: b.add_many(banks.task(b, f"x{1 // (2 - n)}") for n in range(3)), ZeroDivisionError, ""),
+        (
+            lambda b, f: b.add_many(banks.task(b, f"x{1 // (2 - n)}") for n in range(3)),
+            ZeroDivisionError,
+            "by zero",
+        ),
         (lambda b, f: b.rename("task-0", "task-2"), ConfigError, "'task-2' already"),
         (lambda b, f: b.remove("task-0", "nothing"), UnknownTaskError, "no task 'nothing'"),
         (lambda b, f: b.get("task-400"), UnknownTaskError, "no task 'task-400'. Near matches: .*task-4"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 import banks
 import lotr
@@ -32,6 +33,27 @@ def test_a_bank_answers_as_the_adapters_on_one_basis_did(tmp_path: Path) -> None
         for n, folder in enumerate(folders):
             own = PeftModel.from_pretrained(bert(), str(folder)).eval()(input_ids=tokens(5)).logits
             torch.testing.assert_close(logits[n], own[n], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", [{}, {"as_lora": True}, {"refer": True}])
+def test_a_head_of_several_modules_goes_out_as_one(how: dict[str, bool], tmp_path: Path) -> None:
+    """RoBERTa's has two linear layers."""
+    sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 37, "max_position_embeddings": 66}
+    config = RobertaConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, num_labels=3)
+
+    def roberta() -> RobertaForSequenceClassification:
+        torch.manual_seed(0)
+        return RobertaForSequenceClassification(config).eval()
+
+    lora(tmp_path / "a", 0, roberta, task_type="SEQ_CLS")
+    lotr.compress([tmp_path / "a"], tmp_path / "bank", roberta(), rank=3, dtype="float32")
+    lotr.CoreBank.open(tmp_path / "bank").export("a", tmp_path / "out", **how)
+    with torch.no_grad():
+        before, after = (
+            PeftModel.from_pretrained(roberta(), str(tmp_path / name)).eval()(input_ids=tokens(2)).logits
+            for name in ("a", "out")
+        )
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("modes", [("task",), ("task", "layer"), ("task", "layer", "projection")])

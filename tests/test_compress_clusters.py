@@ -13,9 +13,10 @@ from peft import PeftModel
 
 import lotr
 from conftest import bert, tokens
-from loras import assert_answers, lora, on_one_basis
+from loras import assert_answers, edit, lora, on_one_basis
 from lotr import CoreBank, Task
 from lotr.compression.add import add
+from lotr.errors import Interrupted
 from lotr.files.atomic import CHECKSUM, sealed
 
 
@@ -76,6 +77,9 @@ def test_a_cluster_is_exported_alone_and_later_adapters_find_theirs(core: str, t
         for as_lora in (False, True):
             out = tmp_path / f"out-{as_lora}"
             written = opened.export(early[1].name, out, as_lora=as_lora)
+            if not as_lora:  # and in again
+                again = opened.from_adapter("again", out)
+                assert torch.equal(again.numbers, opened.get(early[1].name).numbers)
             own = PeftModel.from_pretrained(bert(), str(out)).eval()
             with torch.no_grad():
                 torch.testing.assert_close(
@@ -128,10 +132,43 @@ def test_a_task_of_all_clusters_is_kept_whole_and_a_cluster_that_is_not_there_is
         CoreBank.open(tmp_path / "bank")
 
 
-def test_sizes_that_clusters_cannot_have_and_words_that_are_no_number_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("core", ["free", "diagonal"])
+@pytest.mark.parametrize("size", [{"rank": 30}, {"max_bytes": "5MB"}])
+def test_clusters_have_together_no_more_directions_than_a_block(
+    core: str, size: dict[str, Any], tmp_path: Path
+) -> None:
     folders = [lora(tmp_path / f"task-{n}", n, r=16) and tmp_path / f"task-{n}" for n in range(4)]
-    with pytest.raises(lotr.ConfigError, match="fewer clusters"):
-        lotr.compress(folders, tmp_path / "bank", bert(), rank=30, clusters=2)
+    report = lotr.compress(folders, tmp_path / "bank", bert(), core=core, clusters=2, **size)
+    assert max(max(group["ranks"]) for group in report.groups) == 16
+
+
+def test_an_adapter_that_is_zero_makes_no_cluster(tmp_path: Path) -> None:
+    folders = three_kinds(tmp_path, each=2)
+    lora(tmp_path / "a-zero", 1)
+    edit(tmp_path / "a-zero", lambda tensors: [t.zero_() for key, t in tensors.items() if "lora_B" in key])
+    report = lotr.compress([*folders, tmp_path / "a-zero"], tmp_path / "bank", bert(), rank=3, clusters=3)
+    assert report.error < 0.01
+
+
+def test_a_stopped_fit_is_not_gone_on_with_by_one_with_other_clusters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lotr.compression.passes.SAVE_AFTER", -1)
+    folders = three_kinds(tmp_path, noise=0.1)
+
+    def stop(what: str, done: int, of: int) -> None:
+        if what == "Cores":
+            raise KeyboardInterrupt
+
+    fresh = lotr.compress(folders, tmp_path / "fresh", bert(), rank=4, clusters="auto")
+    with pytest.raises(Interrupted):
+        lotr.compress(folders, tmp_path / "bank", bert(), rank=4, clusters=3, tick=stop)
+    report = lotr.compress(folders, tmp_path / "bank", bert(), rank=4, clusters="auto")
+    assert report.by_task == [pytest.approx(row) for row in fresh.by_task]
+
+
+def test_words_that_are_no_number_of_clusters_are_refused(tmp_path: Path) -> None:
+    folders = [lora(tmp_path / f"task-{n}", n) and tmp_path / f"task-{n}" for n in range(2)]
     for odd in ("many", 0, -1, "1.5"):
         with pytest.raises(lotr.ConfigError, match="clusters"):
             lotr.compress(folders, tmp_path / "bank", bert(), clusters=odd)

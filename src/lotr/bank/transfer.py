@@ -8,16 +8,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..adapters.export import export as write_lora
 from ..errors import CheckpointError, ConfigError
 from ..files.adapter_folder import WEIGHTS, AdapterFolder, save_tensors, write_config, write_task
 from ..files.atomic import CHECKSUM, check_free, whole_folder
 from ..files.fingerprint import changed
 from ..tuner.config import LotrConfig
-from ..tuner.saved_adapter import factors_of, hash_of, read_saved, used_by
+from ..tuner.saved_adapter import factors_of, hash_of, read_saved
 from .basis import Basis
 from .clusters import Cluster
 from .head_form import ROOT
+from .heads import NAMES
 from .task import TASK_TYPES, Task
 
 #: What the bank, or a task's own fields, know already.
@@ -33,16 +36,18 @@ def task_of(basis: Basis, name: str, adapter: AdapterFolder, metadata: Mapping[s
     basis_hash = config.basis_hash if config.refers_to_basis else hash_of(factors)
     expected = basis.description.basis_hash
     # a file that stands alone has the factors of the bank's groups, and of no others
-    if basis_hash != expected and (
-        config.refers_to_basis or basis_hash != hash_of(used_by(basis.plan, basis.factors()))
-    ):
+    cluster = basis.whole if basis_hash == expected else None
+    if cluster is None and not config.refers_to_basis:
+        cluster = _cluster_with(basis, factors)
+    if cluster is None:
         raise CheckpointError(
             f"{adapter.path} was trained on factors with hash {basis_hash}, and those of the bank in {basis.path} have "
             f"{expected}. Cores mean nothing beside other factors; train the task with "
             f"basis={str(basis.path)!r}."
         )
     check_fingerprint(basis, adapter.path, adapter.task)
-    numbers = basis.layout.flatten(tensors)
+    number = None if cluster is basis.whole else basis.clusters.index(cluster)
+    numbers = basis.layout.fill(number, cluster.layout.flatten(tensors))
     head = {key: tensors[key] for key in tensors.keys() - basis.layout.shapes.keys() - factors.keys()}
     if foreign := sorted(key for key in head if ".lotr_" in key):
         raise CheckpointError(
@@ -52,6 +57,17 @@ def task_of(basis: Basis, name: str, adapter: AdapterFolder, metadata: Mapping[s
     recorded = {key: value for key, value in adapter.task.items() if key not in KNOWN}
     labels = tuple(adapter.task.get("labels", ()))
     return Task(name, numbers, head, labels, adapter.task.get("task"), {**recorded, **metadata})
+
+
+def _cluster_with(basis: Basis, factors: dict[str, Tensor]) -> Cluster | None:
+    """Return those factors of a bank, all or a cluster's, that an adapter has in its own file, rounded or exported."""
+    of_bank, own = basis.factors(), _hash_in_float(factors)
+    known = (basis.whole, *basis.clusters)
+    return next((some for some in known if _hash_in_float(some.factors(of_bank)) == own), None)
+
+
+def _hash_in_float(factors: Mapping[str, Tensor]) -> str:
+    return hash_of({key: factor.float() for key, factor in factors.items()})
 
 
 def check_fingerprint(basis: Basis, path: Path, record: Mapping[str, Any]) -> None:
@@ -122,7 +138,8 @@ def _config(basis: Basis, cluster: Cluster, task: Task, refer: bool) -> dict[str
     config = basis.config if refer else copy.copy(cluster.config)
     config.trainable, config.inference_mode = "cores", True
     config.task_type = TASK_TYPES.get(str(task.task), config.task_type)
-    # a head of the same name as the basis had; else the modules that its keys name
-    modules = sorted({key.removeprefix(ROOT).rpartition(".")[0] for key in task.head})
+    # a head of the same name as the basis had; else the modules that its keys name, a head of several as one
+    paths = (key.removeprefix(ROOT) for key in task.head)
+    modules = sorted({p.partition(".")[0] if p.startswith(NAMES) else p.rpartition(".")[0] for p in paths})
     config.modules_to_save = (config.modules_to_save or modules) if task.head else None
     return config.to_dict()

@@ -73,14 +73,20 @@ def split(
             found = find_directions(groups, own, state.of(own), tick)
             fits |= {key_of(c, name): of_group for name, of_group in found.items()}
             for kind in CORES:
-                curves[kind] |= curves_of(groups, found, len(own), dtype, kind, c)
+                curves[kind] |= curves_of(groups, found, len(own), dtype, kind, c, len(stacks))
         return Split(stacks, fits, curves, size)
 
     whole = fitted([stack])
     if str(clusters) == "1":
         return whole
     ranks = whole.ranks(core)
-    in_clusters = partial(_grouped, stack, groups, of_cluster(ranks, 0), tick=tick)
+    of_all = of_cluster(ranks, 0)
+
+    def in_clusters(count: int) -> list[Stack]:
+        by = 1 if size[0] == "rank" and clusters != "auto" else count  # what one basis needs is shared out
+        few = {name: (max(1, k // by), max(1, r // by)) for name, (k, r) in of_all.items()}
+        return _grouped(stack, groups, few, count, tick)
+
     if clusters != "auto":
         return fitted(in_clusters(int(clusters)))
     room = bytes_of(whole.curves[core], ranks)
@@ -90,37 +96,27 @@ def split(
         curves, (name, value) = split.curves[core], size
         by = {"max_error": value} if name == "max_error" else {"max_bytes": room}
         chosen = chosen_ranks(curves, **by)
-        if bytes_of(curves, chosen) > room or too_wide(groups, chosen):
+        if bytes_of(curves, chosen) > room or (name == "max_error" and error_of(curves, chosen) > value):
             return math.inf
         return bytes_of(curves, chosen) if name == "max_error" else error_of(curves, chosen)
 
-    best = whole
-    for count in range(2, min(MOST, len(stack) // 2) + 1):
-        trial = fitted(in_clusters(count))
-        if cost(trial) >= cost(best):
-            break
-        best = trial if size[0] != "rank" else replace(trial, size=("max_bytes", room + stack.head_bytes))
+    best, tried = whole, 1
+    while tried < min(len(best.stacks) + 2, MOST, len(stack) // 2):  # two more than there are
+        tried += 1
+        trial = fitted(in_clusters(tried))
+        if cost(trial) < cost(best):
+            best = trial if size[0] != "rank" else replace(trial, size=("max_bytes", room + stack.head_bytes))
     return best
-
-
-def too_wide(groups: Sequence[Group], ranks: Mapping[str, Ranks]) -> str:
-    """Return the first group in which all clusters together have more directions than its block."""
-    for group in groups:
-        own = [pair for key, pair in ranks.items() if key.partition("/")[2] == group.name]
-        if any(sum(side) > width for side, width in zip(zip(*own, strict=True), group.shape, strict=True)):
-            return group.name
-    return ""
 
 
 def _grouped(
     stack: Stack, groups: Sequence[Group], ranks: Mapping[str, Ranks], count: int, tick: Tick
 ) -> list[Stack]:
-    """Split adapters into at most `count` clusters; `ranks` are those that one basis for all of them has."""
-    few = {name: (max(1, k // count), max(1, r // count)) for name, (k, r) in ranks.items()}
-    step = max(1, len(stack) // _SAMPLE)
-    sample = stack.part(range(0, len(stack), step))
+    """Split adapters into at most `count` clusters; the factors that attract them have some ranks."""
+    trained = [n for n, entry in enumerate(stack.entries) if entry.energy]
+    sample = stack.part(trained[:: max(1, len(trained) // _SAMPLE)])
     kept = partial(_kept, groups=groups, tick=tick)
-    basis_of = partial(_basis, groups=groups, ranks=few, tick=tick)
+    basis_of = partial(_basis, groups=groups, ranks=ranks, tick=tick)
     first = int(kept(sample, [basis_of(sample)])[:, 0].argmax())  # the most usual one
     bases = [basis_of(sample.part([first]))]
     shares = kept(sample, bases)
@@ -154,13 +150,13 @@ def _basis(stack: Stack, groups: Sequence[Group], ranks: Mapping[str, Ranks], ti
 def _kept(
     stack: Stack, bases: Sequence[Basis], groups: Sequence[Group], tick: Tick
 ) -> Tensor:  # (n, clusters)
-    """Return what each basis keeps of the energy of each adapter, relative to what the best can keep: all."""
+    """Return the share that each basis keeps of the energy of each adapter; of one that is zero, all."""
     kept = torch.zeros(len(stack), len(bases), dtype=torch.float64)
     for chunk in chunks(groups):
         total = stack.total(chunk, "Clusters", tick)
         kept += torch.stack(total(partial(_energies, bases, [group.name for group in chunk]))["kept"][0])
-    whole = [w * w * entry.energy or 1.0 for w, entry in zip(stack.weights, stack.entries, strict=True)]
-    return kept / torch.tensor(whole, dtype=torch.float64)[:, None]
+    whole = [w * w * entry.energy for w, entry in zip(stack.weights, stack.entries, strict=True)]
+    return (kept / torch.tensor(whole, dtype=torch.float64)[:, None]).nan_to_num(nan=1.0)
 
 
 def _energies(bases: Sequence[Basis], names: Sequence[str], batches: Iterable[Batch]) -> Sums:

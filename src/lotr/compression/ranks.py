@@ -156,13 +156,23 @@ def _offer(queue: list[Any], name: str, curve: Curve, ranks: Ranks, room: float)
 
 
 def curves_of(
-    groups: Sequence[Group], fits: Mapping[str, GroupFit], tasks: int, dtype: str, core: str, cluster: int = 0
+    groups: Sequence[Group],
+    fits: Mapping[str, GroupFit],
+    tasks: int,
+    dtype: str,
+    core: str,
+    cluster: int = 0,
+    clusters: int = 1,
 ) -> dict[str, Curve]:
-    """Return what ranks buy in every group of a cluster of tasks, with diagonal cores or free ones."""
+    """Return what ranks buy in every group of a cluster of tasks, with diagonal cores or free ones.
+
+    All clusters together have no more directions than a block has.
+    """
     curves, width = {}, DTYPES[dtype].itemsize
     for group in groups:
         f, (o, i) = fits[group.name], group.shape
-        kept = kept_at_least(f)[: min(o, i)] if core == "diagonal" else f.kept
+        most = max(1, o // clusters), max(1, i // clusters)
+        kept = kept_at_least(f)[: min(most)] if core == "diagonal" else f.kept[: most[0], : most[1]]
         cores = width * tasks * len(group.sites)
         module = key_of(cluster, group.sites[0].module)
         curves[key_of(cluster, group.name)] = Curve(f.energy, kept, (width * o, width * i), cores, module)

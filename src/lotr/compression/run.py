@@ -18,7 +18,7 @@ from ..errors import ConfigError, Interrupted, near
 from ..files.atomic import check_apart, check_free, move_into, whole_folder, write_json
 from ..tuner.config import LotrConfig
 from .base import bank_config, check_sharing, load_base, weight_shapes, with_ranks
-from .clusters import split, too_wide
+from .clusters import split
 from .fit import GroupFit
 from .passes import State, run_sweeps
 from .ranks import Curve, Ranks, checked_size, chosen_ranks, of_cluster
@@ -110,7 +110,7 @@ def compress(
         adapted = {module: shape for module, shape in shapes.items() if module in changed}
         config = bank_config(model, adapted, modes, core, task_types)
         config.base_model_name_or_path = name
-        request = (stack.files(), size, config.to_dict(), weights, dtype, sweeps, tolerance)
+        request = (stack.files(), size, str(clusters), config.to_dict(), weights, dtype, sweeps, tolerance)
         state = State(output, repr(request))
         try:
             with cluster(ray) as spread:
@@ -157,11 +157,6 @@ def _run(
     **how: Any,
 ) -> list[Fitted]:
     """Sweep the fits of all clusters, from where they are, at some ranks."""
-    if group := too_wide(config.recorded_plan().groups, ranks):
-        raise ConfigError(
-            f"{len(stacks)} clusters of this size have more directions in {group} together than its block has. "
-            "Ask for fewer clusters, or for a smaller size."
-        )
     fitted: list[Fitted] = []
     for c, stack in enumerate(stacks):
         _, plan = with_ranks(config, of_cluster(ranks, c))

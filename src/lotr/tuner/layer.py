@@ -70,7 +70,8 @@ class LotrLinear(AdaptedWeight):
         if type(base) not in (nn.Linear, Conv1D) or type(x) not in (Tensor, nn.Parameter) or x.is_nested:
             return False
         dtype = base.weight.dtype
-        if base.weight.requires_grad or not is_plain(base, dtype, x.device) or not runs_op_by_op():
+        trains = base.weight.requires_grad and torch.is_grad_enabled()  # FSDP's views of frozen weights say so too
+        if trains or not is_plain(base, dtype, x.device) or not runs_op_by_op():
             return False
         own = self.adapters[adapter]
         if (x.dtype != dtype and _autocast_type(x) is None) or (own.dropout.rate and self.training):

@@ -83,7 +83,11 @@ def on_disk(model: nn.Module, folder: Path) -> nn.Module:
 
 def in_its_files(model: nn.Module, folder: Path) -> nn.Module:
     model.save_pretrained(folder / "base")
-    options: Any = {"device_map": {"": "disk"}, "offload_folder": folder / "none"}
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu"}
+    options: Any = {
+        "device_map": places | {"model.layers": "disk", "lm_head": "disk"},
+        "offload_folder": folder / "none",
+    }
     return LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16, **options)
 
 

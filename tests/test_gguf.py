@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from lotr.errors import ConfigError
 from lotr.training.base_model import load_model, load_tokenizer, locate
 
-WIDTH, HEADS, INNER, WORDS = 8, 2, 16, [*"abcdefg", "ab", "<end>"]
+WIDTH, HEADS, INNER, WORDS = 8, 2, 16, [*"abcdef", "ab", "bc", "<end>"]
 
 
 @pytest.fixture
@@ -23,9 +23,15 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     writer = gguf.GGUFWriter(folder / "tiny.gguf", "llama")
     fields = {"context_length": 32, "embedding_length": WIDTH, "block_count": 1, "feed_forward_length": INNER}
-    fields |= {"head_count": HEADS, "layer_norm_rms_eps": 1e-5, "vocab_size": len(WORDS), "eos_token_id": 8}
+    fields |= {
+        "head_count": HEADS,
+        "layer_norm_rms_eps": 1e-5,
+        "vocab_size": len(WORDS),
+        "eos_token_id": 8,
+        "bos_token_id": 8,
+    }
     fields |= {"tokenizer_model": "gpt2", "tokenizer_pre": "default", "token_list": WORDS}
-    for name, value in {**fields, "token_merges": ["a b"], "token_types": [1] * 8 + [3]}.items():
+    for name, value in {**fields, "token_merges": ["a b", "b c"], "token_types": [1] * 8 + [3]}.items():
         getattr(writer, f"add_{name}")(value)
     for name, tensor in tensors().items():
         writer.add_tensor(f"{name}.weight", tensor)

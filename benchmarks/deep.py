@@ -18,7 +18,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,6 +138,7 @@ def adapted(plan: Plan, key: Key) -> nn.Module:
 
 def groups(model: nn.Module, rates: dict[str, float]) -> list[dict[str, Any]]:
     """Return the trained parameters with their rates; `b_lr` is the rate of LoRA's B, as in LoRA+."""
+    rates = {name: rate for name, rate in rates.items() if name != "beta2"}
     if "b_lr" not in rates:
         return lotr.parameter_groups(model, **rates)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -151,7 +152,8 @@ def measure(plan: Plan, key: Key, rates: dict[str, float]) -> dict[str, Any]:
     """Return a run as a line of the file."""
     started, tokens = time.perf_counter(), rows(plan["model"], plan["length"])
     model = adapted(plan, key)
-    optimizer = torch.optim.AdamW(groups(model, rates), weight_decay=0.0)
+    betas = 0.9, rates.get("beta2", 0.999)
+    optimizer = torch.optim.AdamW(groups(model, rates), betas=betas, weight_decay=0.0)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     rise, steps = plan["warmup"], plan["steps"]
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -191,11 +193,12 @@ class Final(NamedTuple):
         return statistics.mean(self.losses)
 
 
-def final_runs(runs: Iterable[dict[str, str]]) -> dict[str, Final]:
-    """Return the final runs by method, the smallest first."""
+def final_runs(plan: Plan, runs: dict[Key, dict[str, str]]) -> dict[str, Final]:
+    """Return the final runs of a plan by method, the smallest first; a file may hold those of other rates too."""
+    asked = {key for key, _ in wanted(plan)}
     final: dict[str, Final] = {}
-    for run in sorted(runs, key=lambda run: int(run["numbers"])):
-        if run["part"] == "final":
+    for key, run in sorted(runs.items(), key=lambda item: int(item[1]["numbers"])):
+        if key.part == "final" and key in asked:
             own = final.setdefault(run["method"], Final(run["modules"], int(run["numbers"]), []))
             own.losses.append(float(run["test"]))
     return final
@@ -266,7 +269,7 @@ def main() -> None:
     options = parser.parse_args()
     plan = yaml.safe_load(options.plan.read_text())
     if options.page:
-        final = final_runs(read(options.runs).values())
+        final = final_runs(plan, read(options.runs))
         fill(options.page, "deep", compared(plan, final))
         draw(final, options.page.parent / "images" / "deep.png")
         return

@@ -46,6 +46,7 @@ TRAIN = [
     ("--epochs inf", 2, "epochs=inf is out of range. Use a number of at most 1,000,000."),
     ("--epochs nan", 2, "epochs=nan trains nothing"),
     ("--weight-decay inf", 2, "weight_decay=inf is out of range. Use a number from 0 to 1,000,000."),
+    ("--adam-beta2 1", 2, "adam_beta2=1.0 is out of range. Use a number from 0 to 0.999999."),
     ("--scaling inf", 2, "scaling=inf"),
     ("--warmup 2", 2, "warmup=2.0"),
     # what has no meaning beside something else

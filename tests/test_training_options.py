@@ -81,6 +81,21 @@ def test_the_scheduler_sets_the_rates(models: Path, tmp_path: Path) -> None:
         run(models, "bert", tmp_path / "p", scheduler="warmup_stable_decay")
 
 
+def test_the_second_moments_of_adamw_decay_as_asked(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[torch.optim.Optimizer] = []
+    adamw = torch.optim.AdamW
+
+    def spy(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        made.append(adamw(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(torch.optim, "AdamW", spy)
+    run(models, "bert", tmp_path / "o", adam_beta2=0.9, head_warmup=0)
+    assert [group["betas"] for optimizer in made for group in optimizer.param_groups] == [(0.9, 0.9)] * 3
+
+
 def test_packed_texts_train_as_padded_ones(models: Path, tmp_path: Path) -> None:
     padded = run(models, "llama", tmp_path / "padded")
     packed = run(models, "llama", tmp_path / "packed", packing=True)

@@ -35,7 +35,13 @@ PEERS = ("peft_lora", "peft_dora", "head")
 _OF_PEERS = ("method", "rank", "target_modules", "target_parameters", "scaling", "dropout")
 
 #: The most of a setting that may be zero; others must be positive.
-_FROM_ZERO = {"warmup": 1, "weight_decay": 10**6, "seed": 2**32 - 1, "head_warmup": 10**9}
+_FROM_ZERO = {
+    "warmup": 1,
+    "weight_decay": 10**6,
+    "adam_beta2": 0.999999,
+    "seed": 2**32 - 1,
+    "head_warmup": 10**9,
+}
 #: The most of others: beyond, a run neither fits into a memory nor ends.
 _MOST = {"epochs": 10**6, "batch_size": 10**6, "max_length": 10**6}
 #: Checked elsewhere: by the configuration, and the sampler of tasks.

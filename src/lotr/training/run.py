@@ -128,7 +128,7 @@ def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
         prediction_loss_only=causal,
         report_to=s.report_to,
     )
-    groups = parameter_groups(run.model, **run.rates)
+    groups, betas = parameter_groups(run.model, **run.rates), (0.9, s.adam_beta2)
     trainer = AdapterTrainer(
         model=run.model,
         args=args,
@@ -136,7 +136,7 @@ def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
         eval_dataset=run.data.eval,
         data_collator=run.collate,
         compute_metrics=metrics.for_trainer(run.data.task.task),
-        optimizers=(torch.optim.AdamW(groups, weight_decay=s.weight_decay), None),
+        optimizers=(torch.optim.AdamW(groups, betas=betas, weight_decay=s.weight_decay), None),
         callbacks=callbacks,
     )
     # a mean over tokens needs the tokens of all processes and passes; a mean over rows is a mean already, and would be

@@ -70,7 +70,9 @@ class LotrLinear(AdaptedWeight):
         if type(base) not in (nn.Linear, Conv1D) or type(x) not in (Tensor, nn.Parameter) or x.is_nested:
             return False
         dtype = base.weight.dtype
-        trains = base.weight.requires_grad and torch.is_grad_enabled()  # FSDP's views of frozen weights say so too
+        trains = (
+            base.weight.requires_grad and torch.is_grad_enabled()
+        )  # FSDP's views of frozen weights say so too
         if trains or not is_plain(base, dtype, x.device) or not runs_op_by_op():
             return False
         own = self.adapters[adapter]

@@ -31,6 +31,7 @@ class BankSettings(Settings):
     head_lr: float | None = _training("Learning rate of new heads.", "by core")
     warmup: float = _training("Share of the steps in which the rates rise.", default=0.06)
     weight_decay: float = _training("Weight decay of AdamW.", default=0.0)
+    adam_beta2: float = _training("Decay of the second moments of AdamW.", default=0.999)
     dtype: str = _training("Type of the base model: float32, bfloat16, float16.", default="float32")
     seed: int = _training("Seed of everything random.", default=0)
 

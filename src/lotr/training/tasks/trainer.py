@@ -125,7 +125,8 @@ def _optimizer(settings: BankSettings, served: Served) -> torch.optim.Optimizer:
     for name, parameter in served.tensors().items():
         params["cores" if name.endswith(".numbers") else "heads"].append(parameter)
     groups = [{"params": own, "lr": lr[name], "name": name} for name, own in params.items() if own]
-    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+    betas = 0.9, settings.adam_beta2
+    return torch.optim.AdamW(groups, betas=betas, weight_decay=settings.weight_decay)
 
 
 def temperature_of(sampling: str, temperature: float) -> float:

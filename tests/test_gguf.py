@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import transformers
 from huggingface_hub import constants
 
 from lotr.errors import ConfigError
+from lotr.files.atomic import locked
 from lotr.training.base_model import load_model, load_tokenizer, locate
 
 WIDTH, HEADS, INNER, WORDS = 8, 2, 16, [*"abcdef", "ab", "bc", "<end>"]
@@ -63,6 +65,15 @@ def test_a_gguf_file_and_its_folder_are_one_model_with_the_numbers_of_the_file(f
         torch.testing.assert_close(weight.data, torch.from_numpy(written[name]), rtol=0, atol=0)
     assert locate(str(file.parent))[0] == locate(str(file))[0]
     assert load_tokenizer(str(file)).decode([0, 2]) == "ac"
+
+
+def test_a_file_that_another_run_unpacks_is_waited_for(file: Path) -> None:
+    with ThreadPoolExecutor() as pool:
+        with locked(Path(constants.HF_HOME, "lotr")):
+            runs = [pool.submit(locate, str(file)) for _ in range(2)]
+            with pytest.raises(TimeoutError):
+                runs[0].result(timeout=0.2)
+        assert runs[0].result() == runs[1].result()
 
 
 def test_a_gguf_file_is_unpacked_once_until_it_changes(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,15 +77,16 @@ def _is_of_full_disk(error: BaseException) -> bool:
 
 
 @contextmanager
-def locked(folder: Path, output: Path | None = None) -> Iterator[None]:
+def locked(folder: Path, output: Path | None = None, waits: bool = False) -> Iterator[None]:
     """Keep a folder for one run at a time; it is made where it is missing, and goes again where it stays empty.
 
     The lock is on the open folder and no file: the system drops it with the process, however that ends. On a network's
     file system it may not be seen from other machines. `output` is what the user named, where that is another folder.
+    With `waits` the next run begins when the one before has ended; else it is refused (ConfigError).
     """
     check_free(folder, overwrite=True)
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    descriptor = _lock(folder, output or folder)
+    descriptor = _lock(folder, output or folder, waits)
     try:
         yield
     finally:
@@ -96,13 +97,13 @@ def locked(folder: Path, output: Path | None = None) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _lock(folder: Path, output: Path) -> int | None:
+def _lock(folder: Path, output: Path, waits: bool) -> int | None:
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         return None
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise ConfigError(
@@ -113,7 +114,7 @@ def _lock(folder: Path, output: Path) -> int | None:
     if folder.is_dir() and os.path.samestat(os.fstat(descriptor), folder.stat()):
         return descriptor
     os.close(descriptor)  # the run before removed or renamed it at this moment
-    return _lock(folder, output)
+    return _lock(folder, output, waits)
 
 
 def check_free(folder: Path, overwrite: bool = False) -> None:

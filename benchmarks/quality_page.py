@@ -1,4 +1,4 @@
-"""Tables and picture of docs/results.md: all that stands between its marks comes from the data files."""
+"""Tables and picture of docs/results_encoder.md: all that stands between its marks comes from the data files."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from lotr.training.data import collator, encode, read, rows_of_task
 from lotr.training.inference import outputs
 from lotr.training.output import CURVE, METRICS, PICTURES, SETTINGS
 from lotr.training.predict import evaluate, predict
-from lotr.training.rates import parameter_groups
+from lotr.training.rates import default_rates, parameter_groups
 from lotr.training.run import train
 from lotr.training.settings import TrainSettings, read_options
 from lotr.training.trained import load_trained
@@ -233,6 +233,26 @@ def test_rates_reach_cores_factors_and_head(place: Path) -> None:
     assert [tuple(p.shape) for p in groups["cores"]["params"]] == [(2, 2)] * 4
     grouped = sum(p.numel() for g in groups.values() for p in g["params"])
     assert grouped == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_without_a_rate_every_part_has_the_one_that_lotr_train_gives_it(place: Path, tmp_path: Path) -> None:
+    from peft import get_peft_model
+
+    report = train(settings(place, tmp_path / "o", lr=None, core_lr=None, head_lr=None), say=quiet)
+    base = AutoModelForSequenceClassification.from_pretrained(place / "bert")
+    model = get_peft_model(base, LotrConfig(r=report.rank, task_type="SEQ_CLS"))
+    names = {"factors": "lr", "cores": "core_lr", "head": "head_lr"}
+    assert {names[g["name"]]: g["lr"] for g in parameter_groups(model)}.items() <= report.rates.items()
+    assert {g["name"]: g["lr"] for g in parameter_groups(model, core_lr=0.5)}["cores"] == 0.5
+    with pytest.raises(ConfigError, match="needs lr"):
+        parameter_groups(base)
+
+
+@pytest.mark.parametrize("rank, rate", [(16, 0.01), ((16, 64), 0.0025)])
+def test_cores_of_a_large_rank_take_a_smaller_rate_on_decoders(rank: int | tuple[int, int], rate: float) -> None:
+    on_decoder = default_rates(LotrConfig(r=rank, task_type="CAUSAL_LM"))
+    assert on_decoder["core_lr"] == rate and on_decoder["lr"] == 1e-2
+    assert default_rates(LotrConfig(r=rank, task_type="SEQ_CLS"))["core_lr"] == 1e-2
 
 
 def test_gradient_checkpointing_changes_nothing(place: Path, tmp_path: Path) -> None:

@@ -236,16 +236,41 @@ def compared(plan: Plan, final: dict[str, Final]) -> list[str]:
     ]
 
 
+def reached(plan: Plan, final: dict[str, Final]) -> list[str]:
+    """Return a table of the smallest size of each method, of those measured, that is near the loss of another."""
+    lines: list[str] = []
+    for name, within in plan["reach"].items():
+        target, smallest = final[name], {}
+        for method, own in final.items():
+            if own.modules == target.modules and method.count(",") == 0 and own.mean <= target.mean + within:
+                smallest.setdefault(family(method), (method.removesuffix(" gradient"), own))
+        body = [[method, f"{own.numbers:,}", f"{own.mean:.3f}"] for method, own in smallest.values()]
+        header = (f"within {within} of {name} ({target.mean:.3f})", "numbers", "loss, test")
+        lines += ["", *markdown(header, body)]
+    return lines[1:]
+
+
+def family(method: str) -> str:
+    """Return a method without its rank."""
+    before, _, after = method.partition(" r")
+    return before + after.partition(" ")[2]
+
+
 def draw(final: dict[str, Final], path: Path) -> None:
     """Draw loss against trained numbers."""
     spread, _ = spread_of(final)
     panels: dict[str, list[pictures.Point]] = {}
     for method, own in final.items():
         error, whose = spread / len(own.losses) ** 0.5, "PEFT" if "lora" in method else "this library"
-        label, family = method.removesuffix(" gradient"), method.partition(" r")[0]
-        point = pictures.Point(label, family, own.numbers, own.mean, error, whose)
+        label = method.removesuffix(" gradient").removesuffix(" everywhere")
+        point = pictures.Point(label, family(method), own.numbers, own.mean, error, whose)
         panels.setdefault(own.modules.replace("_proj", "").replace(" ", ", "), []).append(point)
     pictures.scores(panels, "loss per token, test (lower is better)", path)
+
+
+def tables(plan: Plan, final: dict[str, Final]) -> dict[str, list[str]]:
+    """Return the tables of the page by name."""
+    return {"deep": compared(plan, final), "reach": reached(plan, final)}
 
 
 def main() -> None:
@@ -265,7 +290,8 @@ def main() -> None:
     plan = yaml.safe_load(options.plan.read_text())
     if options.page:
         final = final_runs(plan, read(options.runs))
-        fill(options.page, "deep", compared(plan, final))
+        for name, table in tables(plan, final).items():
+            fill(options.page, name, table)
         draw(final, options.page.parent / "images" / "deep.png")
         return
     calm()
@@ -273,7 +299,7 @@ def main() -> None:
     without = set() if options.data else {"docstrings", "source"}
     missing = [
         run
-        for run in wanted(plan)
+        for run in dict(wanted(plan)).items()
         if run[0] not in read(options.runs)
         and (not without or plan["methods"][run[0].method].get("text", plan["text"]) in without)
     ]

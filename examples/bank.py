@@ -23,7 +23,7 @@ def base_model() -> BertForSequenceClassification:
 def train(task: int, config: lotr.LotrConfig) -> PeftModel:
     """Train for a task: is the token at the place `task` larger than 32?"""
     model = get_peft_model(base_model(), config)
-    optimizer = torch.optim.AdamW(lotr.parameter_groups(model, lr=3e-3, core_lr=2e-2, head_lr=3e-2))
+    optimizer = torch.optim.AdamW(lotr.parameter_groups(model))
     for step in range(40):
         ids = torch.randint(3, 64, (32, 8), generator=torch.Generator().manual_seed(step))
         model(ids, labels=(ids[:, task] > 32).long()).loss.backward()

@@ -31,7 +31,7 @@ print(lotr.plan(base_model(), config))
 model = get_peft_model(base_model(), config)
 
 # the cores take a higher rate than the factors, and a new head a higher one still
-optimizer = torch.optim.AdamW(lotr.parameter_groups(model, lr=3e-3, core_lr=1e-2, head_lr=3e-2))
+optimizer = torch.optim.AdamW(lotr.parameter_groups(model))
 folder = tempfile.mkdtemp()
 arguments = TrainingArguments(
     folder, num_train_epochs=3, per_device_train_batch_size=32, save_strategy="no", report_to="none"

@@ -40,7 +40,7 @@ config = lotr.LotrConfig(
 )
 model = get_peft_model(base_model(), config)
 model.print_trainable_parameters()
-optimizer = torch.optim.AdamW(lotr.parameter_groups(model, lr=3e-3, core_lr=1e-2, head_lr=3e-2))
+optimizer = torch.optim.AdamW(lotr.parameter_groups(model))
 pixels, labels = images(512, seed=1)
 for step in range(40):
     rows = slice(step * 32 % 512, step * 32 % 512 + 32)

@@ -33,7 +33,7 @@ base = LlamaForCausalLM(
     )
 )
 model = get_peft_model(base, lotr.LotrConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-optimizer = torch.optim.AdamW(lotr.parameter_groups(model, lr=3e-3, core_lr=1e-2))
+optimizer = torch.optim.AdamW(lotr.parameter_groups(model))
 arguments = SFTConfig(
     tempfile.mkdtemp(),
     max_steps=120,

@@ -18,7 +18,9 @@ from conftest import bert, tokens
 
 def _step(optimizer_of: Callable[[Any], Optimizer], warm_up: bool = False, **fields: Any) -> list[str]:
     """Take two steps; return what was warned."""
-    model = get_peft_model(bert(), lotr.LotrConfig(r=4, target_modules=["query", "value"], **fields))
+    model = get_peft_model(
+        bert(), lotr.LotrConfig(**{"r": 4, "target_modules": ["query", "value"], **fields})
+    )
     optimizer = optimizer_of(model)
     schedule = LambdaLR(optimizer, lambda step: (step + 1) / 1000 if warm_up else 1.0)
     with warnings.catch_warnings(record=True) as caught:
@@ -43,6 +45,7 @@ def test_loras_rates_and_trainers_are_told_once_with_the_way_out(rate: float) ->
 def test_rates_that_move_it_are_not() -> None:
     assert not _step(lambda model: AdamW(lotr.parameter_groups(model, lr=3e-3, core_lr=1e-2)))
     assert not _step(_adam(2e-4), scaling=16.0)
+    assert not _step(_adam(4e-4), r=32)  # cores of a large rank move the update more
     assert not _step(_adam(3e-3), warm_up=True)  # a warm-up begins low
 
 

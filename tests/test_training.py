@@ -248,8 +248,31 @@ def test_without_a_rate_every_part_has_the_one_that_lotr_train_gives_it(place: P
         parameter_groups(base)
 
 
+def test_with_the_rates_without_a_name_the_scaling_changes_nothing(place: Path) -> None:
+    from peft import get_peft_model
+
+    updates = []
+    for scaling in (1.0, 16.0):
+        torch.manual_seed(0)  # of the new head
+        base = AutoModelForSequenceClassification.from_pretrained(place / "bert")
+        config = LotrConfig(r=4, scaling=scaling, task_type="FEATURE_EXTRACTION")
+        model = get_peft_model(base, config)
+        optimizer = torch.optim.AdamW(parameter_groups(model.double()), weight_decay=0.0, eps=1e-15)
+        for _ in range(20):
+            model(torch.arange(5, 21).view(2, 8), labels=torch.tensor([0, 1])).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        layers = (module for module in model.modules() if hasattr(module, "get_delta_weight"))
+        updates.append([layer.get_delta_weight("default") for layer in layers])
+    for one, other in zip(*updates, strict=True):
+        assert one.norm() > 0.1
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("rank, rate", [(16, 0.01), ((16, 64), 0.0025)])
-def test_cores_of_a_large_rank_take_a_smaller_rate_on_decoders(rank: int | tuple[int, int], rate: float) -> None:
+def test_cores_of_a_large_rank_take_a_smaller_rate_on_decoders(
+    rank: int | tuple[int, int], rate: float
+) -> None:
     on_decoder = default_rates(LotrConfig(r=rank, task_type="CAUSAL_LM"))
     assert on_decoder["core_lr"] == rate and on_decoder["lr"] == 1e-2
     assert default_rates(LotrConfig(r=rank, task_type="SEQ_CLS"))["core_lr"] == 1e-2

@@ -20,8 +20,8 @@ def default_rates(config: PeftConfig, trainable: str | None = None) -> dict[str,
     """Return rates of AdamW that worked for an adapter: on encoders with MiniLM, on decoders with SmolLM2.
 
     `lr` is that of the factors, or of all of another method, and `head_lr` that of a new head. `trainable` stands for
-    the configuration's own. A step of cores moves the update by about their rate times the rank, so a large rank takes
-    a smaller rate.
+    the configuration's own. A step of cores moves the update by about σ, their rate and the rank multiplied: a large
+    rank takes a smaller rate, and σ changes nothing where free cores start at zero.
     """
     own = config if isinstance(config, LotrConfig) else None
     rank = max(own.rank) if own else 1
@@ -32,8 +32,12 @@ def default_rates(config: PeftConfig, trainable: str | None = None) -> dict[str,
         core_lr = min(2e-2, 0.32 / rank)  # they have the way to themselves
     else:
         core_lr = min(1e-2, 0.16 / rank) if decoder else 1e-2
+    if own and own.zero == "core" and own.core == "free":
+        core_lr /= own.scaling
     return {
-        "lr": 1e-2 if decoder else 3e-3,  # on encoders some runs gain a point at 1e-2, and some lose their way
+        "lr": 1e-2
+        if decoder
+        else 3e-3,  # on encoders some runs gain a point at 1e-2, and some lose their way
         "core_lr": core_lr,
         # two numbers that are as large as whole norms have further to go than norms of single features
         "magnitude_lr": 1e-1 if own and own.magnitude == "base_and_update" else 3e-3,
@@ -90,7 +94,9 @@ def parameter_groups(
     rates = {"lr": lr, "core_lr": core_lr, "magnitude_lr": magnitude_lr, "head_lr": head_lr}
     if lr is None:
         if not isinstance(model, PeftModel):
-            raise ConfigError("parameter_groups needs lr: rates are known for adapters, and this is no PeftModel.")
+            raise ConfigError(
+                "parameter_groups needs lr: rates are known for adapters, and this is no PeftModel."
+            )
         defaults = default_rates(model.peft_config[model.active_adapters[0]])
         rates = {name: defaults[name] if rate is None else rate for name, rate in rates.items()}
     rates = dict(zip(("factors", "cores", "magnitudes", "head"), rates.values(), strict=True))

@@ -1,7 +1,7 @@
 """A warning where an optimiser's rate cannot move an adapter: LoRA's usual rates are too low for orthonormal factors.
 
 The update of an adapter whose cores start at zero between orthonormal factors is as large as its cores, whatever the
-width. Adam moves a number by about its rate a step, so `σ` times the rate says how fast the update grows.
+width. Adam moves a number by about its rate a step, so `σ`, the rate and the rank say how fast the update grows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from ..math.init import DATA_INITS
 from .config import LotrConfig
 from .group import LotrLayer
 
-_LEAST = 5e-4  # of σ times the rate: 2e-4 takes MiniLM's loss from 2.33 to 2.30 in 100 steps, 3e-3 to 1.82
+# of σ times the rate, at this rank or below: 2e-4 takes MiniLM's loss from 2.33 to 2.30 in 100 steps, 3e-3 to 1.82
+_LEAST, _RANK = 5e-4, 16
 _SCALING = "_lotr_scaling"
 _seen: WeakSet[Optimizer] = WeakSet()
 
@@ -31,7 +32,7 @@ def watch_rates(model: nn.Module, adapter: str, config: LotrConfig) -> None:
         for name in ("lotr_C", "lotr_core") if isinstance(layer, LotrLayer) else ():
             numbers: Any = getattr(layer, name, {})
             for parameter in numbers[adapter].parameters() if adapter in numbers else ():
-                setattr(parameter, _SCALING, config.scaling)
+                setattr(parameter, _SCALING, config.scaling * max(_RANK, *config.rank) / _RANK)
 
 
 def _check(optimizer: Optimizer, args: object, kwargs: object) -> None:
@@ -45,12 +46,10 @@ def _check(optimizer: Optimizer, args: object, kwargs: object) -> None:
         if hasattr(parameter, _SCALING)
     }
     if speeds and max(rate * scaling for rate, scaling in speeds) < _LEAST:
-        rate, scaling = max(speeds)
         warnings.warn(
-            f"At a learning rate of {rate:g} with scaling={scaling:g} the adapter hardly moves: its factors are "
-            "orthonormal, so the update is as small as its cores. Give the optimizer "
-            "lotr.parameter_groups(model, lr=3e-3, core_lr=1e-2), or make the adapter with scaling=16 for LoRA's usual "
-            "2e-4.",
+            f"At a learning rate of {max(speeds)[0]:g} the adapter hardly moves: its factors are orthonormal, so the "
+            "update is as small as its cores. Give the optimizer lotr.parameter_groups(model), or make the adapter with "
+            "scaling=16 for LoRA's usual 2e-4.",
             stacklevel=2,
         )
 

@@ -110,7 +110,7 @@ def _checked(create: Callable[..., Any]) -> Callable[..., Any]:
             raise ConfigError(
                 f"{create.__name__} finds what it treats apart by LoRA's names (lora_A, lora_B), and would train every "
                 "number of this adapter as plain AdamW does. Rates by part: torch.optim.AdamW(lotr.parameter_groups("
-                'model, lr=3e-3, core_lr=1e-2)). Cores alone, as LoRA-FA trains B: LotrConfig(trainable="cores").'
+                'model)). Cores alone, as LoRA-FA trains B: LotrConfig(trainable="cores").'
             )
         return create(model, *args, **kwargs)
 

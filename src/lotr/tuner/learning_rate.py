@@ -48,7 +48,7 @@ def _check(optimizer: Optimizer, args: object, kwargs: object) -> None:
     if speeds and max(rate * scaling for rate, scaling in speeds) < _LEAST:
         warnings.warn(
             f"At a learning rate of {max(speeds)[0]:g} the adapter hardly moves: its factors are orthonormal, so the "
-            "update is as small as its cores. Give the optimizer lotr.parameter_groups(model), or make the adapter with "
+            "update is as small as its cores. Give the optimizer lotr.parameter_groups(model), or give the adapter "
             "scaling=16 for LoRA's usual 2e-4.",
             stacklevel=2,
         )

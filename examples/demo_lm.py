@@ -25,8 +25,8 @@ from lotr.training.data.docstrings import load_functions
 from lotr.training.trained import load_trained
 
 METHODS: dict[str, dict[str, Any]] = {
-    "peft_lora": {"rank": "1", "lr": 1e-2},
-    "lotr": {"rank": "18", "init": "gradient", "start_batches": 4, "lr": 1e-2, "core_lr": 1e-2},
+    "peft_lora": {"rank": "1"},
+    "lotr": {"rank": "18", "init": "gradient", "start_batches": 4},
 }
 
 

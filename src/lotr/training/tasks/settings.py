@@ -27,8 +27,10 @@ class BankSettings(Settings):
         "Share of a task in the batches: proportional, uniform or temperature.", default="proportional"
     )
     temperature: float = _training("With temperature: a task takes size^(1/temperature).", default=2.0)
-    core_lr: float | None = _training("Learning rate of the cores.", "by core")
-    head_lr: float | None = _training("Learning rate of new heads.", "by core")
+    core_lr: float | None = _training(
+        "Learning rate of the cores.", "0.32 / rank, at most 2e-2; tensor trains 3e-3"
+    )
+    head_lr: float | None = _training("Learning rate of new heads.", "3e-2")
     warmup: float = _training("Share of the steps in which the rates rise.", default=0.06)
     weight_decay: float = _training("Weight decay of AdamW.", default=0.0)
     adam_beta2: float = _training("Decay of the second moments of AdamW.", default=0.999)

@@ -110,6 +110,8 @@ def adapted(plan: Plan, key: Key, train: Tensor) -> nn.Module:
     bfloat16, method = plan["precision"] == "bfloat16", plan["methods"][key.method]
     base = load_bfloat16(plan["model"]) if bfloat16 else load_model(plan["model"], "causal-lm")
     set_seed(key.seed)
+    if method["fields"] is None:  # the whole model
+        return base
     fields = {"task_type": "CAUSAL_LM", "target_modules": key.modules.split(), **method["fields"]}
     if "peft" in method:
         return peft.get_peft_model(base, getattr(peft, method["peft"])(**fields))

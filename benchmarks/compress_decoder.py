@@ -38,7 +38,10 @@ SHARES = (1 / 8, 1 / 4, 1 / 2)
 def tokens(task: str, data: Path) -> dict[str, Tensor]:
     """Return rows of tokens of a task, `(rows, LENGTH)`; no text is in both parts."""
     tokenizer, stream = load_tokenizer(MODEL), iter(texts(task, data))
-    return {part: packed(tokenizer, stream, LENGTH, n) for part, n in ROWS.items()}
+    parts = {part: packed(tokenizer, stream, LENGTH, n) for part, n in ROWS.items()}
+    if any(len(parts[part]) < n for part, n in ROWS.items()):
+        raise SystemExit(f"{task} has too few texts for {ROWS} rows of {LENGTH} tokens.")
+    return parts
 
 
 def base() -> nn.Module:

@@ -20,7 +20,7 @@ from real_loras import texts_of
 def load_bfloat16(model: str) -> nn.Module:
     """Return a decoder whose products are bfloat16.
 
-    Autocast stands around one forward pass: what it has cast it keeps until it ends, and the trained numbers change.
+    Autocast caches its casts until it exits, so it wraps one forward pass: the trained numbers change between steps.
     """
     base: nn.Module = load_model(model, "causal-lm")
     base.forward = torch.autocast("cpu", torch.bfloat16)(base.forward)

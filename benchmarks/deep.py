@@ -68,7 +68,7 @@ def wanted(plan: Plan) -> Iterator[tuple[Key, dict[str, float]]]:
             for seed, name in itertools.product(entry["seeds"], entry["methods"]):
                 method = plan["methods"][name]
                 modules = " ".join(method.get("modules", plan["modules"]))
-                for rates in method.get(part, ()):
+                for rates in method[part]:
                     steps = entry.get("steps", plan["steps"])
                     yield Key(modules, name, rates_text(rates), steps, seed, part), rates
 
@@ -116,7 +116,7 @@ def adapted(plan: Plan, key: Key, train: Tensor) -> nn.Module:
     if "peft" in method:
         return peft.get_peft_model(base, getattr(peft, method["peft"])(**fields))
     if "basis" in method:
-        fields["basis"] = str(WORK / method["basis"])
+        fields["basis"] = str(folder_of(plan, method["basis"]))
     model = peft.get_peft_model(base, lotr.LotrConfig(seed=key.seed, **fields))
     if model.peft_config["default"].init in ("gradient", "first_step") and "basis" not in method:
         stream = batches(train, plan["batch_size"], key.seed)
@@ -148,8 +148,7 @@ def trained(plan: Plan, key: Key, rates: dict[str, float], tokens: Tensor) -> nn
 def measure(plan: Plan, key: Key, rates: dict[str, float], data: Path | None) -> dict[str, Any]:
     """Return a run as a line of the file."""
     started = time.perf_counter()
-    text = plan["methods"][key.method].get("text", plan["text"])
-    tokens = rows(plan["model"], plan["length"], text, data)
+    tokens = rows(plan["model"], plan["length"], text_of(plan, key.method), data)
     model = trained(plan, key, rates, tokens["train"])
     dev = loss_of(model, tokens["dev"][: plan["dev_rows"]])
     test = round(loss_of(model, tokens["test"][: plan["test_rows"]]), 5) if key.part == "final" else ""
@@ -163,16 +162,27 @@ def measure(plan: Plan, key: Key, rates: dict[str, float], data: Path | None) ->
     }
 
 
-def make_bases(plan: Plan, data: Path | None) -> None:
-    """Train the adapters whose factors other methods of a plan keep, where they are not there."""
-    for method in plan["methods"].values():
-        name = method.get("basis")
-        if name and not (WORK / name / "adapter_config.json").is_file():
-            of = plan["methods"][name]
-            (rates,) = of["final"]
+def make_bases(plan: Plan, missing: list[tuple[Key, dict[str, float]]], data: Path | None) -> None:
+    """Train the adapters whose factors runs keep, where they are not there."""
+    for name in {plan["methods"][key.method].get("basis") for key, _ in missing} - {None}:
+        if not (folder_of(plan, name) / "adapter_config.json").is_file():
+            method = plan["methods"][name]
+            (rates,) = method["final"]
             key = Key(" ".join(plan["modules"]), name, rates_text(rates), plan["steps"], 0, "final")
-            tokens = rows(plan["model"], plan["length"], of.get("text", plan["text"]), data)
-            trained(plan, key, rates, tokens["train"]).save_pretrained(WORK / name)
+            tokens = rows(plan["model"], plan["length"], text_of(plan, name), data)
+            trained(plan, key, rates, tokens["train"]).save_pretrained(folder_of(plan, name))
+
+
+def folder_of(plan: Plan, basis: str) -> Path:
+    """Return where an adapter is kept whose factors other methods take."""
+    (rates,) = plan["methods"][basis]["final"]
+    return WORK / f"{basis} {rates_text(rates)} {plan['steps']} steps"
+
+
+def text_of(plan: Plan, method: str) -> str:
+    """Return which text a method learns."""
+    text: str = plan["methods"][method].get("text", plan["text"])
+    return text
 
 
 class Final(NamedTuple):
@@ -188,16 +198,42 @@ class Final(NamedTuple):
         return statistics.mean(self.losses)
 
 
-def final_runs(plan: Plan, runs: dict[Key, dict[str, str]]) -> dict[str, Final]:
-    """Return the final runs of a plan by method, the smallest first; a file may hold those of other rates too."""
+def final_runs(plan: Plan, runs: dict[Key, dict[str, str]]) -> dict[tuple[str, str, int], Final]:
+    """Return the final runs of a plan by text, method and steps, the smallest first.
+
+    A file may hold runs of other rates too.
+    """
     asked = {key for key, _ in wanted(plan)}
-    final: dict[str, Final] = {}
+    final: dict[tuple[str, str, int], Final] = {}
     for key, run in sorted(runs.items(), key=lambda item: int(item[1]["numbers"])):
         if key.part == "final" and key in asked:
-            name = key.method if key.steps == plan["steps"] else f"{key.method}, {key.steps} steps"
-            own = final.setdefault(name, Final(run["modules"], int(run["numbers"]), []))
-            own.losses.append(float(run["test"]))
+            of = text_of(plan, key.method), key.method, key.steps
+            final.setdefault(of, Final(run["modules"], int(run["numbers"]), [])).losses.append(
+                float(run["test"])
+            )
     return final
+
+
+def main_runs(plan: Plan, runs: dict[Key, dict[str, str]]) -> dict[str, Final]:
+    """Return the final runs on the plan's text, of the plan's length, by method."""
+    final = final_runs(plan, runs)
+    return {
+        method: own
+        for (text, method, steps), own in final.items()
+        if (text, steps) == (plan["text"], plan["steps"])
+    }
+
+
+def other_texts(plan: Plan, runs: dict[Key, dict[str, str]]) -> list[str]:
+    """Return a table of the final runs on other texts."""
+    body = [
+        [text, method, f"{own.numbers:,}", str(steps), f"{own.mean:.3f}", str(len(own.losses))]
+        for (text, method, steps), own in sorted(
+            final_runs(plan, runs).items(), key=lambda item: item[0][::2]
+        )
+        if text != plan["text"]
+    ]
+    return markdown(("text", "", "numbers", "steps", "loss, test", "seeds"), body, left=2)
 
 
 def spread_of(final: dict[str, Final]) -> tuple[float, int]:
@@ -242,9 +278,11 @@ def reached(plan: Plan, final: dict[str, Final]) -> list[str]:
     """Return a table of the smallest size of each method, of those measured, that is near the loss of another."""
     lines: list[str] = []
     for name, within in plan["reach"].items():
+        if name not in final:
+            continue
         target, smallest = final[name], {}
         for method, own in final.items():
-            if own.modules == target.modules and method.count(",") == 0 and own.mean <= target.mean + within:
+            if own.modules == target.modules and own.mean <= target.mean + within:
                 smallest.setdefault(family(method), (method.removesuffix(" gradient"), own))
         body = [[method, f"{own.numbers:,}", f"{own.mean:.3f}"] for method, own in smallest.values()]
         header = (f"within {within} of {name} ({target.mean:.3f})", "numbers", "loss, test")
@@ -252,10 +290,25 @@ def reached(plan: Plan, final: dict[str, Final]) -> list[str]:
     return lines[1:]
 
 
+def on_dev(methods: list[str], runs: dict[Key, dict[str, str]]) -> list[str]:
+    """Return a table of methods at the best of their rates on dev, with seed 0, the lowest loss first."""
+    body = []
+    for method in methods:
+        tried = {key: run for key, run in runs.items() if key.method == method and key.seed == 0}
+        if tried:
+            best = min(tried, key=lambda key, of=tried: float(of[key]["dev"]))
+            run = tried[best]
+            numbers = f"{int(run['numbers']):,}"
+            body.append([method, numbers, best.rates, str(len(tried)), f"{float(run['dev']):.3f}"])
+    return markdown(
+        ("", "numbers", "best rates", "tried", "loss, dev"), sorted(body, key=lambda row: row[-1])
+    )
+
+
 def family(method: str) -> str:
     """Return a method without its rank."""
     before, _, after = method.partition(" r")
-    return before + after.partition(" ")[2]
+    return f"{before} {after.partition(' ')[2]}"
 
 
 def draw(final: dict[str, Final], path: Path) -> None:
@@ -270,9 +323,15 @@ def draw(final: dict[str, Final], path: Path) -> None:
     pictures.scores(panels, "loss per token, test (lower is better)", path)
 
 
-def tables(plan: Plan, final: dict[str, Final]) -> dict[str, list[str]]:
+def tables(plan: Plan, runs: dict[Key, dict[str, str]]) -> dict[str, list[str]]:
     """Return the tables of the page by name."""
-    return {"deep": compared(plan, final), "reach": reached(plan, final)}
+    final = main_runs(plan, runs)
+    return {
+        "deep": compared(plan, final),
+        "reach": reached(plan, final),
+        "texts": other_texts(plan, runs),
+        **{name: on_dev(methods, runs) for name, methods in plan["on_dev"].items()},
+    }
 
 
 def main() -> None:
@@ -291,21 +350,21 @@ def main() -> None:
     options = parser.parse_args()
     plan = yaml.safe_load(options.plan.read_text())
     if options.page:
-        final = final_runs(plan, read(options.runs))
-        for name, table in tables(plan, final).items():
+        runs = read(options.runs)
+        for name, table in tables(plan, runs).items():
             fill(options.page, name, table)
-        draw(final, options.page.parent / "images" / "deep.png")
+        draw(main_runs(plan, runs), options.page.parent / "images" / "deep.png")
         return
     calm()
     until = time.monotonic() + 60 * options.minutes
-    without = set() if options.data else {"docstrings", "source"}
-    missing = [
-        run
-        for run in dict(wanted(plan)).items()
-        if run[0] not in read(options.runs)
-        and (not without or plan["methods"][run[0].method].get("text", plan["text"]) in without)
-    ]
-    make_bases(plan, options.data)
+    done = read(options.runs)
+    missing = [run for run in dict(wanted(plan)).items() if run[0] not in done]
+    if options.data is None:
+        here = [run for run in missing if text_of(plan, run[0].method) in ("docstrings", "source")]
+        if len(here) < len(missing):
+            print(f"{len(missing) - len(here)} runs on reviews are left out. Name their folder with --data.")
+        missing = here
+    make_bases(plan, missing, options.data)
     with ProcessPoolExecutor(options.jobs) as pool:
         doing = set()
         while doing or missing:

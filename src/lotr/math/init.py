@@ -22,7 +22,7 @@ WeightInit = Callable[[Sequence[Tensor], int, int, Generator], tuple[Tensor, Ten
 def orthonormal(n: int, rank: int, generator: Generator) -> Tensor:  # (n, rank)
     """Random orthonormal columns, uniformly distributed: `UᵀU = I`.
 
-    Then `‖ΔW‖_F = σ ‖C‖_F` whatever the width and the rank (at most `n`), so one learning rate serves them all.
+    Then `‖ΔW‖_F = σ ‖C‖_F` whatever the width and the rank (at most `n`), so a learning rate serves every width.
 
     Example:
         >>> U = orthonormal(8, 3, torch.Generator().manual_seed(0))
@@ -165,6 +165,8 @@ WEIGHT_INITS: dict[str, WeightInit] = {"weight": weight, "weight_values": weight
 #: Starts that a call after construction gives, `lotr.init_from_data` and `lotr.init_from_lora`; until then the factors
 #: are orthonormal.
 DATA_INITS = ("gradient", "first_step", "lora")
+#: Starts whose factors have orthonormal columns.
+ORTHONORMAL = ("orthonormal", "weight", *DATA_INITS)
 
 
 def _filled(fill: Callable[..., Tensor], **given: float) -> CoreInit:

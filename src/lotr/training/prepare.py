@@ -147,7 +147,7 @@ def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConf
         folder,
         checkpoint,
         model,
-        rates_of(settings, config),
+        rates_of(settings, model),
         data,
         collate,
         settings.max_steps or math.ceil(math.ceil(len(data.train) / rows_a_step(settings)) * settings.epochs),

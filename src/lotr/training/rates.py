@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftModel
 
 from ..errors import ConfigError
+from ..math.init import ORTHONORMAL
 from ..tuner.config import LotrConfig
 
 if TYPE_CHECKING:
@@ -16,41 +17,66 @@ if TYPE_CHECKING:
     from .settings import TrainSettings
 
 
-def default_rates(config: PeftConfig, trainable: str | None = None) -> dict[str, float]:
-    """Return rates of AdamW that worked for an adapter: on encoders with MiniLM, on decoders with SmolLM2.
+def default_rates(config: PeftConfig, decoder: bool) -> dict[str, float]:
+    """Return rates of AdamW to start from: they worked with MiniLM, and with SmolLM2 where the model is a decoder.
 
-    `lr` is that of the factors, or of all of another method, and `head_lr` that of a new head. `trainable` stands for
-    the configuration's own. A step of cores moves the update by about σ, their rate and the rank multiplied: a large
-    rank takes a smaller rate, and σ changes nothing where free cores start at zero.
+    `lr` is that of the factors, or of all of another method, and `head_lr` that of the modules that are saved in full.
     """
-    own = config if isinstance(config, LotrConfig) else None
-    rank = max(own.rank) if own else 1
-    decoder = config.task_type == "CAUSAL_LM"
-    if own and own.core == "tt":
-        core_lr = 3e-3  # a product of several trained matrices moves faster than one
-    elif own and (trainable or own.trainable) == "cores":
-        core_lr = min(2e-2, 0.32 / rank)  # they have the way to themselves
-    else:
-        core_lr = min(1e-2, 0.16 / rank) if decoder else 1e-2
-    if own and own.zero == "core" and own.core == "free":
-        core_lr /= own.scaling
-    return {
+    rates = {
         "lr": 1e-2
         if decoder
         else 3e-3,  # on encoders some runs gain a point at 1e-2, and some lose their way
-        "core_lr": core_lr,
-        # two numbers that are as large as whole norms have further to go than norms of single features
-        "magnitude_lr": 1e-1 if own and own.magnitude == "base_and_update" else 3e-3,
-        "head_lr": 3e-2,
+        "core_lr": 1e-2,
+        "magnitude_lr": 3e-3,
+        "head_lr": 1e-4 if decoder else 3e-2,  # a decoder's are pre-trained
     }
+    if not isinstance(config, LotrConfig):
+        return rates
+    alone = config.trainable == "cores"
+    if config.core == "tt":
+        rates["core_lr"] = 3e-3  # a product of several trained matrices moves faster than one
+    elif alone:
+        rates["core_lr"] = 2e-2
+    if config.core == "free" and config.init in ORTHONORMAL and (alone or config.zero == "core"):
+        # a step of Adam moves the update by about σ, the rate and the rank multiplied
+        if alone or decoder:
+            rates["core_lr"] = min(rates["core_lr"], (0.32 if alone else 0.16) / _rank(config))
+        rates["core_lr"] /= config.scaling
+    if config.magnitude == "base_and_update":
+        rates["magnitude_lr"] = (
+            1e-1  # two numbers, as large as whole norms, have further to go than features' norms
+        )
+    return rates
 
 
-def rates_of(settings: TrainSettings, config: PeftConfig) -> dict[str, float]:
-    """Return the rates of the settings, else those that worked for the adapter."""
+def _rank(config: LotrConfig) -> int:
+    """Return the largest rank of an adapter, as it was cut to the size of blocks where it was made."""
+    if config.targets is None:
+        return max(max(rank) for rank in config.ranks)
+    return max(max(group.rank) for group in config.recorded_plan().groups)
+
+
+def rates_of(settings: TrainSettings, model: PeftModel) -> dict[str, float]:
+    """Return the rates of the settings, else those to start from."""
     return {
         name: rate if (own := getattr(settings, name)) is None else own
-        for name, rate in default_rates(config).items()
+        for name, rate in _rates_to_start_from(model).items()
     }
+
+
+def _rates_to_start_from(model: nn.Module) -> dict[str, float]:
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    if not isinstance(model, PeftModel):
+        raise ConfigError(
+            "parameter_groups needs lr where the model is not what get_peft_model returned. Name lr."
+        )
+    decoder = getattr(model.get_base_model(), "can_generate", bool)()
+    first, *others = (default_rates(model.peft_config[name], decoder) for name in model.active_adapters)
+    if any(other != first for other in others):
+        raise ConfigError(
+            f"The active adapters {model.active_adapters} start from unlike rates. Name lr and core_lr."
+        )
+    return first
 
 
 #: What a parameter's path says about its part; the factors are the rest.
@@ -72,17 +98,17 @@ def parameter_groups(
 
     Args:
         model: A model with a LoTR adapter, or any other.
-        lr: Learning rate of the factors, and of whatever is none of the others. Without it every part that is not
-            named has the rate that `lotr train` gives it.
-        core_lr: Learning rate of the cores; default `lr`.
-        magnitude_lr: Learning rate of the magnitudes; default `lr`.
-        head_lr: Learning rate of the modules that are saved in full; default `lr`.
+        lr: Learning rate of the factors, and of whatever is none of the others; alone, of everything. Without it a
+            part that is not named has the rate that `lotr train` gives it.
+        core_lr: Learning rate of the cores.
+        magnitude_lr: Learning rate of the magnitudes.
+        head_lr: Learning rate of the modules that are saved in full.
 
     Returns:
         Groups with `params`, `lr` and `name`, without empty ones.
 
     Raises:
-        ConfigError: No `lr`, and the model has no adapter of PEFT's whose rate could be known.
+        ConfigError: No `lr`, and no rate is known: there is no adapter, or active ones start from unlike rates.
 
     Source: a rate of its own for one factor is the idea of LoRA+ (arXiv 2402.12354); here it is the cores'.
 
@@ -91,22 +117,16 @@ def parameter_groups(
         >>> [group["name"] for group in parameter_groups(nn.Linear(2, 2), lr=1e-3)]
         ['factors']
     """
-    rates = {"lr": lr, "core_lr": core_lr, "magnitude_lr": magnitude_lr, "head_lr": head_lr}
-    if lr is None:
-        if not isinstance(model, PeftModel):
-            raise ConfigError(
-                "parameter_groups needs lr: rates are known for adapters, and this is no PeftModel."
-            )
-        defaults = default_rates(model.peft_config[model.active_adapters[0]])
-        rates = {name: defaults[name] if rate is None else rate for name, rate in rates.items()}
-    rates = dict(zip(("factors", "cores", "magnitudes", "head"), rates.values(), strict=True))
-    params: dict[str, list[Any]] = {name: [] for name in rates}
+    params: dict[str, list[Any]] = {name: [] for name in ("factors", "cores", "magnitudes", "head")}
     for path, parameter in model.named_parameters():
         if parameter.requires_grad:
             part = next((p for p, marks in _PARTS.items() if any(m in path for m in marks)), "factors")
             params[part].append(parameter)
+    named = {"lr": lr, "core_lr": core_lr, "magnitude_lr": magnitude_lr, "head_lr": head_lr}
+    rates = _rates_to_start_from(model) if lr is None else dict.fromkeys(named, lr)
+    rates |= {name: rate for name, rate in named.items() if rate is not None}
     return [
-        {"params": params[name], "lr": lr if rate is None else rate, "name": name}
-        for name, rate in rates.items()
-        if params[name]
+        {"params": params[part], "lr": rate, "name": part}
+        for part, rate in zip(params, rates.values(), strict=True)
+        if params[part]
     ]

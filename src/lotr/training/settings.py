@@ -115,7 +115,7 @@ class TrainSettings(Settings):
     lr: float | None = _training("Learning rate of the factors.", "3e-3, for decoders 1e-2")
     core_lr: float | None = _training(
         "Learning rate of the cores.",
-        "1e-2, for decoders at most 0.16 / rank; alone 0.32 / rank, at most 2e-2; tensor trains 3e-3",
+        "1e-2, alone 2e-2; less at large ranks",
     )
     magnitude_lr: float | None = _training("Learning rate of the magnitudes.", "3e-3, sizes of map 1e-1")
     head_lr: float | None = _training("Learning rate of a new head.", "3e-2")

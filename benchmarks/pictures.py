@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 COLOURS = {"this library": "#3b6fb6", "PEFT": "#c96a12"}
@@ -73,6 +74,10 @@ def _panel(axes: Any, points: Sequence[Point], title: str, axis: str) -> None:
             axes.axhline(point.score, color=_GREY, linestyle="--", lw=1.2, label=point.label)
     sizes = [point.numbers for point in points if point.numbers]
     axes.set_xlim(min(sizes) / 2.5, max(sizes) * 3.5)
+    between = (1, 2, 5) if max(sizes) < 50 * min(sizes) else (1,)
+    axes.xaxis.set_major_locator(LogLocator(subs=between))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(y=0.15)
     axes.set_xlabel("trained numbers, without the head", fontsize=13)
     axes.set_ylabel(axis, fontsize=13)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -33,6 +34,7 @@ def make_plan(
     magnitude: str = "none",
     trainable: str = "all",
     layers_pattern: Iterable[str] = (),
+    layers_per_group: int | None = None,
 ) -> Plan:
     """Cut the targets into sites, and the sites into groups that share factors.
 
@@ -52,6 +54,7 @@ def make_plan(
         magnitude: Rule on every module, a key of `MAGNITUDES`.
         trainable: `"all"` or `"cores"`.
         layers_pattern: Names of the module lists whose number is the layer; default: found from the paths.
+        layers_per_group: How many layers in order share factors, where layers do; default: all.
 
     Returns:
         The plan.
@@ -67,7 +70,7 @@ def make_plan(
     families: dict[tuple[object, ...], list[Site]] = defaultdict(list)
     for target in targets:
         for site in cut(target, *layers[target.path], blocks, split_fused=bool(modes)):
-            families[(*_fixed(site, modes), _family(site, unequal))].append(site)
+            families[(*_fixed(site, modes, layers_per_group), _family(site, unequal))].append(site)
     members: dict[tuple[object, ...], list[Site]] = defaultdict(list)
     for (*fixed, _), family in families.items():
         shapes = dict.fromkeys(site.shape for site in family)
@@ -77,7 +80,11 @@ def make_plan(
 
     ranks = {target.path: target.rank for target in targets}
     names: set[str] = set()
-    groups = [_group(sites, modes, core, core_ranks, ranks, names) for sites in members.values()]
+    stems = ("-".join(_fixed(sites[0], modes, layers_per_group)) for sites in members.values())
+    groups = [
+        _group(stem or "joint", sites, modes, core, core_ranks, ranks, names)
+        for stem, sites in zip(stems, members.values(), strict=True)
+    ]
     if "expert" in modes and targets and not has_experts:
         raise PlanError(
             f'modes={modes!r} names "expert", and no adapted parameter holds experts. Name such parameters in '
@@ -96,16 +103,22 @@ def _family(site: Site, unequal: str) -> object:
     return site.shape
 
 
-def _fixed(site: Site, modes: tuple[str, ...]) -> list[str]:
+def _fixed(site: Site, modes: tuple[str, ...], layers_per_group: int | None) -> list[str]:
     """Return the coordinates that tell the site's group from others."""
     names = [] if "site" in modes else [name for name in ("layer", "projection") if name not in modes]
     fixed = [str(getattr(site, name)) for name in names]
     alone = () if "site" in modes else ("head", "expert")
     numbers = {name: getattr(site, name) for name in alone if name not in modes}
+    if layers_per_group is not None and {"layer", "site"} & set(modes):
+        # by the layer's own number, so that an adapter of a few layers has the groups of one of all
+        number = re.search(r"\d+$", site.layer)
+        first = int(number[0]) // layers_per_group * layers_per_group if number else 0
+        fixed.append(f"layers{first}to{first + layers_per_group - 1}")
     return [*fixed, *(f"{name}{number}" for name, number in numbers.items() if number is not None)]
 
 
 def _group(
+    stem: str,
     sites: list[Site],
     modes: tuple[str, ...],
     core: str,
@@ -113,8 +126,8 @@ def _group(
     ranks: dict[str, Rank],
     names: set[str],
 ) -> Group:
-    """Return the group of some sites, with a name that is not among `names` yet."""
-    stem = "-".join(_fixed(sites[0], modes) or ["joint"]).replace(".", "-").replace("lotr_", "lotr-")
+    """Return the group of some sites, with a name that begins with the stem and is not among `names` yet."""
+    stem = stem.replace(".", "-").replace("lotr_", "lotr-")
     if modes != ("head",) and all(site.head is None for site in sites):  # feed-forward weights have no heads
         modes = tuple(mode for mode in modes if mode != "head")
     if modes != ("expert",) and all(site.expert is None for site in sites):

@@ -87,6 +87,7 @@ class TrainSettings(Settings):
         "What unequal weights do that would share: grouped_query, slice (all use first rows), separate, error.",
         "grouped_query",
     )
+    layers_per_group: int | None = _adapter("How many layers in order share factors, where layers do.", "all")
     magnitude: str | None = _adapter(
         "Rule on the whole weight: none, per_output, per_output_and_input, base_and_update."
     )

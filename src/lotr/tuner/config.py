@@ -42,6 +42,7 @@ STRUCTURE = (
     "core_init",
     "blocks",
     "unequal",
+    "layers_per_group",
     "scaling",
     "rank_pattern",
     "init",
@@ -95,6 +96,9 @@ class LotrConfig(PeftConfig):
     unequal: str = _field(
         "What sites of unequal shape do that would share: grouped_query (query, key and value share, narrower ones use "
         "the first rows of the factor), slice (all share so), separate, error. Default: grouped_query.",
+    )
+    layers_per_group: int | None = _field(
+        "How many layers in order share factors, where layers do. Default: all."
     )
     magnitude: str = _field(
         "Rule on the whole weight: none, per_output, per_output_and_input, base_and_update."
@@ -229,6 +233,13 @@ class LotrConfig(PeftConfig):
             raise ConfigError(f"dropout={self.dropout} is not a probability below one. Use 0 <= dropout < 1.")
         if not 0 < self.scaling < math.inf:
             raise ConfigError(f"scaling={self.scaling} leaves nothing to train. Use a positive number.")
+        if (n := self.layers_per_group) is not None:
+            if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+                raise ConfigError(f"layers_per_group={n!r} is no number of layers. Use 1 or more.")
+            if not {"layer", "site"} & set(self.modes):
+                raise ConfigError(
+                    f"layers_per_group={n} groups layers, and modes={self.modes} share along none. Drop it."
+                )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern is set but layers_to_transform is not. Name the layers too.")
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
@@ -321,6 +332,7 @@ class LotrConfig(PeftConfig):
             magnitude=self.magnitude,
             trainable=self.trainable,
             layers_pattern=patterns or (),
+            layers_per_group=self.layers_per_group,
         )
 
     def recorded_plan(self) -> Plan:

@@ -113,22 +113,10 @@ def adapted(plan: Plan, key: Key, train: Tensor) -> nn.Module:
         return peft.get_peft_model(base, getattr(peft, method["peft"])(**fields))
     if "basis" in method:
         fields["basis"] = str(folder_of(plan, method["basis"]))
-    runs = method.get("runs_of_layers", 1)  # each run is an adapter, with factors of its own
-    n = base.config.num_hidden_layers // runs
-    for at in range(runs):
-        layers = list(range(n * at, n * (at + 1))) if runs > 1 else None
-        config = lotr.LotrConfig(seed=key.seed, layers_to_transform=layers, **fields)
-        if at == 0:
-            model = peft.get_peft_model(base, config)
-        else:
-            model.add_adapter(f"run {at}", config)
-    names = list(model.peft_config)
-    model.base_model.set_adapter(names)
-    if config.init in ("gradient", "first_step") and "basis" not in method:
+    model = peft.get_peft_model(base, lotr.LotrConfig(seed=key.seed, **fields))
+    if model.peft_config["default"].init in ("gradient", "first_step") and "basis" not in method:
         stream = batches(train, plan["batch_size"], key.seed)
-        seen = list(itertools.islice(stream, plan["gradient_batches"]))
-        for name in names:
-            lotr.init_from_data(model, seen, seed=key.seed, adapter=name)
+        lotr.init_from_data(model, list(itertools.islice(stream, plan["gradient_batches"])), seed=key.seed)
     return model
 
 

@@ -40,11 +40,12 @@ def test_every_field_of_a_row_is_an_option() -> None:
 
 def test_options_reach_the_configuration() -> None:
     own = {"alpha": 4.0, "zero": "output", "core_init": "identity", "unequal": "slice"}
-    own |= {"dropout": 0.1, "dropout_place": "core_output", "lora_bias": True}
+    own |= {"dropout": 0.1, "dropout_place": "core_output", "lora_bias": True, "layers_per_group": 2}
     settings = TrainSettings(method="lotr", rank="8", target_parameters="mlp.experts.a, mlp.experts.b", **own)
     config = adapter_config(settings)
     assert config.scaling == 0.5 and config.target_parameters == ["mlp.experts.a", "mlp.experts.b"]
     assert (config.zero, config.core_init, config.unequal) == ("output", "identity", "slice")
+    assert config.layers_per_group == 2
     assert (config.dropout, config.dropout_place, config.lora_bias) == (0.1, "core_output", True)
 
 

@@ -14,6 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lotr
 from lotr import LotrConfig
 from lotr.errors import ConfigError
+from lotr.sharing.blocks import Target
+from lotr.sharing.make_plan import make_plan
 from tuner_contract import outputs
 
 IDS = {"input_ids": torch.arange(5, 21).view(2, 8)}
@@ -41,6 +43,20 @@ def test_layers_share_in_order_and_the_rest_is_a_group_too() -> None:
         ("layers0to4_32x32", 10),
         ("layers5to9_32x32", 2),
     ]
+
+
+def test_the_first_number_of_a_path_says_the_layer_whatever_else_is_adapted() -> None:
+    def groups(*paths: str) -> dict[str, str]:
+        targets = [Target(path, (4, 4), (2, 2)) for path in paths]
+        plan = make_plan(targets, ("layer", "projection"), layers_per_group=2)
+        return {site.module: group.name for group in plan.groups for site in group.sites}
+
+    experts = [f"layers.{n}.experts.{e}.w" for n in range(4) for e in range(3)]
+    blocks = [f"decoder.block.{n}.layer.{at}.q" for n in range(4) for at in (0, 1)]
+    for paths, few in ((experts, experts[-3:]), (blocks, blocks[-1:]), ([*blocks, "head3"], ["head3"])):
+        everywhere = groups(*paths)
+        assert groups(*few) == {path: everywhere[path] for path in few}
+    assert groups(*blocks, "head3")["head3"] == "outside_4x4"
 
 
 def test_a_run_is_an_adapter_on_its_layers() -> None:

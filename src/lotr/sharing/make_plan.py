@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -10,7 +9,7 @@ from ..errors import ConfigError, PlanError
 from ..math.cores import CORES, Index
 from .blocks import Site, Target, cut
 from .groups import Group, block_of
-from .paths import coordinates
+from .paths import coordinates, run_of
 from .plan import Plan
 
 Rank = tuple[int, int]  # (k, r)
@@ -54,7 +53,8 @@ def make_plan(
         magnitude: Rule on every module, a key of `MAGNITUDES`.
         trainable: `"all"` or `"cores"`.
         layers_pattern: Names of the module lists whose number is the layer; default: found from the paths.
-        layers_per_group: How many layers in order share factors, where layers do; default: all.
+        layers_per_group: How many layers in order share factors, where layers do, by the first number of a path;
+            default: all.
 
     Returns:
         The plan.
@@ -110,10 +110,7 @@ def _fixed(site: Site, modes: tuple[str, ...], layers_per_group: int | None) -> 
     alone = () if "site" in modes else ("head", "expert")
     numbers = {name: getattr(site, name) for name in alone if name not in modes}
     if layers_per_group is not None and {"layer", "site"} & set(modes):
-        # by the layer's own number, so that an adapter of a few layers has the groups of one of all
-        number = re.search(r"\d+$", site.layer)
-        first = int(number[0]) // layers_per_group * layers_per_group if number else 0
-        fixed.append(f"layers{first}to{first + layers_per_group - 1}")
+        fixed.append(run_of(site.module, layers_per_group))
     return [*fixed, *(f"{name}{number}" for name, number in numbers.items() if number is not None)]
 
 

@@ -19,6 +19,22 @@ def normalise(path: str) -> str:
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
+def run_of(path: str, layers: int) -> str:
+    """Return the run of so many layers in order that a module is in, by the first number of its path.
+
+    No other module has a say, so an adapter on a few layers has the groups of one on all.
+
+    Example:
+        >>> run_of("decoder.block.7.layer.0.q", 4), run_of("lm_head", 4)
+        ('layers4to7', 'outside')
+    """
+    number = next((int(part) for part in normalise(path).split(".") if part.isdigit()), None)
+    if number is None:
+        return "outside"
+    first = number // layers * layers
+    return f"layers{first}to{first + layers - 1}"
+
+
 def coordinates(paths: Sequence[str], layers_pattern: Sequence[str] = ()) -> dict[str, tuple[str, str]]:
     """Read layer and projection of every module from its path.
 

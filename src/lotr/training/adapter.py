@@ -45,7 +45,7 @@ _FROM_ZERO = {
 #: The most of others: beyond, a run neither fits into a memory nor ends.
 _MOST = {"epochs": 10**6, "batch_size": 10**6, "max_length": 10**6}
 #: Checked elsewhere: by the configuration, and the sampler of tasks.
-_CHECKED = ("alpha", "dropout", "scaling", "temperature")
+_CHECKED = ("alpha", "dropout", "layers_per_group", "scaling", "temperature")
 
 
 def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConfig:

@@ -34,6 +34,10 @@ def plan_model(
         disk in the type.
     """
     if tasks is not None:
+        if settings.layers_per_group is not None:
+            raise ConfigError(
+                "A bank of compressed LoRAs has no layers_per_group. Leave it out, or --compress."
+            )
         settings = replace(settings, modes=settings.modes or "none")
     check_dtype(dtype)
     if settings.method not in METHODS:

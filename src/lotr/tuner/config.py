@@ -98,7 +98,7 @@ class LotrConfig(PeftConfig):
         "the first rows of the factor), slice (all share so), separate, error. Default: grouped_query.",
     )
     layers_per_group: int | None = _field(
-        "How many layers in order share factors, where layers do. Default: all."
+        "How many layers in order share factors, where layers do, by the first number of a path. Default: all."
     )
     magnitude: str = _field(
         "Rule on the whole weight: none, per_output, per_output_and_input, base_and_update."

@@ -9,7 +9,17 @@ from ..sharing.keys import PREFIX
 NAME = "LOTR"
 
 # what two adapters must agree on to be swapped in place
-_HOTSWAP_KEYS = ["r", "modes", "core", "core_ranks", "blocks", "magnitude", "trainable", "rank_pattern"]
+_HOTSWAP_KEYS = [
+    "r",
+    "modes",
+    "core",
+    "core_ranks",
+    "blocks",
+    "layers_per_group",
+    "magnitude",
+    "trainable",
+    "rank_pattern",
+]
 
 
 def add_peft_type() -> None:

@@ -22,14 +22,9 @@ def default_rates(config: PeftConfig, decoder: bool) -> dict[str, float]:
 
     `lr` is that of the factors, or of all of another method, and `head_lr` that of the modules that are saved in full.
     """
-    rates = {
-        "lr": 1e-2
-        if decoder
-        else 3e-3,  # on encoders some runs gain a point at 1e-2, and some lose their way
-        "core_lr": 1e-2,
-        "magnitude_lr": 3e-3,
-        "head_lr": 1e-4 if decoder else 3e-2,  # a decoder's are pre-trained
-    }
+    lr = 1e-2 if decoder else 3e-3  # on encoders some runs gain a point at 1e-2, and some lose their way
+    head_lr = 1e-4 if decoder else 3e-2  # a decoder's are pre-trained
+    rates = {"lr": lr, "core_lr": 1e-2, "magnitude_lr": 3e-3, "head_lr": head_lr}
     if not isinstance(config, LotrConfig):
         return rates
     alone = config.trainable == "cores"
@@ -43,9 +38,8 @@ def default_rates(config: PeftConfig, decoder: bool) -> dict[str, float]:
             rates["core_lr"] = min(rates["core_lr"], (0.32 if alone else 0.16) / _rank(config))
         rates["core_lr"] /= config.scaling
     if config.magnitude == "base_and_update":
-        rates["magnitude_lr"] = (
-            1e-1  # two numbers, as large as whole norms, have further to go than features' norms
-        )
+        # two numbers, as large as whole norms, have further to go than norms of features
+        rates["magnitude_lr"] = 1e-1
     return rates
 
 

@@ -114,12 +114,9 @@ class TrainSettings(Settings):
     )
 
     lr: float | None = _training("Learning rate of the factors.", "3e-3, for decoders 1e-2")
-    core_lr: float | None = _training(
-        "Learning rate of the cores.",
-        "1e-2, alone 2e-2; less at large ranks",
-    )
+    core_lr: float | None = _training("Learning rate of the cores.", "1e-2, alone 2e-2; less at large ranks")
     magnitude_lr: float | None = _training("Learning rate of the magnitudes.", "3e-3, sizes of map 1e-1")
-    head_lr: float | None = _training("Learning rate of a new head.", "3e-2")
+    head_lr: float | None = _training("Learning rate of a new head.", "3e-2, for decoders 1e-4")
     head_warmup: int | None = _training(
         "Steps in which a new head trains alone, before the adapter starts.",
         "a fifth of the steps, at most 20, where a head is new",

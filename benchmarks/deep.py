@@ -122,7 +122,7 @@ def adapted(plan: Plan, key: Key, train: Tensor) -> nn.Module:
 
 def groups(model: nn.Module, rates: dict[str, float]) -> list[dict[str, Any]]:
     """Return the trained parameters with their rates; `b_lr` is the rate of LoRA's B, as in LoRA+."""
-    rates = {name: rate for name, rate in rates.items() if name != "beta2"}
+    rates = {name: rate for name, rate in rates.items() if name not in ("beta2", "muon")}
     if "b_lr" not in rates:
         return lotr.parameter_groups(model, **rates)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -135,10 +135,16 @@ def groups(model: nn.Module, rates: dict[str, float]) -> list[dict[str, Any]]:
 def trained(plan: Plan, key: Key, rates: dict[str, float], tokens: Tensor) -> nn.Module:
     """Return the base model with an adapter that was trained."""
     model = adapted(plan, key, tokens)
-    betas = 0.9, rates.get("beta2", 0.999)
-    optimizer = torch.optim.AdamW(groups(model, rates), betas=betas, weight_decay=0.0)
-    train(model, optimizer, batches(tokens, plan["batch_size"], key.seed), key.steps, plan["warmup"])
+    stream = batches(tokens, plan["batch_size"], key.seed)
+    train(model, optimizer(groups(model, rates), rates), stream, key.steps, plan["warmup"])
     return model
+
+
+def optimizer(groups: list[dict[str, Any]], rates: dict[str, float]) -> torch.optim.Optimizer:
+    """Return AdamW with `beta2`, or Muon, whose momentum `muon` is."""
+    if "muon" in rates:
+        return torch.optim.Muon(groups, momentum=rates["muon"], weight_decay=0.0)
+    return torch.optim.AdamW(groups, betas=(0.9, rates.get("beta2", 0.999)), weight_decay=0.0)
 
 
 def measure(plan: Plan, key: Key, rates: dict[str, float], data: Path | None) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def adapted(plan: Plan, key: Key, train: Tensor) -> nn.Module:
 
 def groups(model: nn.Module, rates: dict[str, float]) -> list[dict[str, Any]]:
     """Return the trained parameters with their rates; `b_lr` is the rate of LoRA's B, as in LoRA+."""
-    rates = {name: rate for name, rate in rates.items() if name not in ("beta2", "muon")}
+    rates = {name: rate for name, rate in rates.items() if name not in ("beta2", "muon", "warmup")}
     if "b_lr" not in rates:
         return lotr.parameter_groups(model, **rates)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -136,7 +136,8 @@ def trained(plan: Plan, key: Key, rates: dict[str, float], tokens: Tensor) -> nn
     """Return the base model with an adapter that was trained."""
     model = adapted(plan, key, tokens)
     stream = batches(tokens, plan["batch_size"], key.seed)
-    train(model, optimizer(groups(model, rates), rates), stream, key.steps, plan["warmup"])
+    warmup = int(rates.get("warmup", plan["warmup"]))
+    train(model, optimizer(groups(model, rates), rates), stream, key.steps, warmup)
     return model
 
 

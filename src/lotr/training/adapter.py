@@ -49,7 +49,7 @@ _CHECKED = ("alpha", "dropout", "layers_per_group", "scaling", "temperature")
 
 
 def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConfig:
-    """Return the PEFT configuration that the settings describe; the task decides the type of the model alone."""
+    """Return the PEFT configuration that the settings describe; the task decides the model's type and an open rank."""
     import peft
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
@@ -62,7 +62,7 @@ def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConf
     if settings.method == "head":
         return LotrConfig(**{**common, "target_modules": DUMMY_TARGET_MODULES})
     if settings.method in PEERS:
-        k, r = read_rank(settings.rank)
+        k, r = read_rank(rank_of(settings, task))
         if k != r:
             raise ConfigError(f"rank={settings.rank!r} is a pair, and LoRA has one rank. Use one number.")
         return peft.LoraConfig(
@@ -77,7 +77,7 @@ def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConf
             f"method={settings.method!r} is not known. {near(settings.method, [*METHODS, *PEERS])} "
             "`lotr methods` describes them."
         )
-    rank = (1, 1) if settings.rank == AUTO else read_rank(settings.rank)  # the model decides: `fit_rank`
+    rank = (1, 1) if settings.rank == AUTO else read_rank(rank_of(settings, task))  # AUTO: `fit_rank` decides
     options: dict[str, Any] = {
         **{name: value for name, value in vars(settings).items() if name in LotrConfig.__dataclass_fields__},
         **common,
@@ -86,12 +86,22 @@ def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConf
         "core_ranks": read_core_ranks(settings.core_ranks),
     }
     if settings.basis is not None:  # what was left at its default is as in the basis
-        default = {"r": read_rank(TrainSettings.rank), "method": TrainSettings.method}
-        options = {name: value for name, value in options.items() if value != default.get(name)}
+        is_default = {"r": settings.rank is None, "method": settings.method == TrainSettings.method}
+        options = {name: value for name, value in options.items() if not is_default.get(name)}
     config = LotrConfig(**options)
     if settings.basis is not None:
         resolve_basis(config)
     return config
+
+
+def rank_of(settings: TrainSettings, task: str | None) -> str:
+    """Return the rank; one that was left open goes by the task, as `docs/from_lora.md` has it."""
+    return settings.rank or ("32" if task == "causal-lm" else "16")
+
+
+def rank_text(config: LotrConfig) -> str:
+    """Return `16`, or `8,16` of a pair."""
+    return ",".join(map(str, dict.fromkeys(config.rank)))
 
 
 def _check_meaning(settings: TrainSettings) -> None:
@@ -144,7 +154,6 @@ def complete(settings: TrainSettings, config: PeftConfig, task: str) -> TrainSet
     Cores that train alone start from gradients, where nothing else was asked for: factors that stay as they are would
     stay as random as they begin.
     """
-    config.task_type = TASK_TYPES[task]
     if task == "causal-lm" and settings.method == "head":
         raise ConfigError(
             "method='head' trains a new head alone, and causal-lm has none. Use another method."
@@ -153,11 +162,15 @@ def complete(settings: TrainSettings, config: PeftConfig, task: str) -> TrainSet
         raise ConfigError(
             f"head_warmup={settings.head_warmup} has no meaning for causal-lm, where no head is new. Leave it out."
         )
-    if not isinstance(config, LotrConfig) or settings.method in PEERS:
+    if settings.method == "head":
+        return settings
+    settings = replace(settings, rank=rank_of(settings, task))
+    if not isinstance(config, LotrConfig):
         return settings
     if settings.basis is not None:  # what the report says is what was trained
-        rank = ",".join(map(str, dict.fromkeys(config.rank)))
-        return replace(settings, method=config.method, scaling=config.scaling, rank=rank, init=None)
+        return replace(
+            settings, method=config.method, scaling=config.scaling, rank=rank_text(config), init=None
+        )
     if settings.init is None and config.init == "first_step":
         return replace(settings, init="first_step")
     is_open = settings.init is None and config.starts_at_zero

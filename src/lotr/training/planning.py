@@ -14,7 +14,7 @@ from ..sharing.plan import Plan
 from ..tuner.basis import check_basis
 from ..tuner.saved_adapter import read_basis
 from ..tuner.targets import plan
-from .adapter import AUTO, adapter_config, fit_rank
+from .adapter import adapter_config, fit_rank, rank_text
 from .base_model import check_dtype, skeleton
 from .settings import TrainSettings
 
@@ -38,7 +38,7 @@ def plan_model(
             raise ConfigError(
                 "A bank of compressed LoRAs has no layers_per_group. Leave it out, or --compress."
             )
-        settings = replace(settings, modes=settings.modes or "none")
+        settings = replace(settings, modes=settings.modes or "none", rank=settings.rank or "16")
     check_dtype(dtype)
     if settings.method not in METHODS:
         raise ConfigError(
@@ -68,8 +68,8 @@ def plan_model(
         for group in planned.groups
     ]
     report: dict[str, Any] = {
-        "method": settings.method,
-        "rank": str(config.r) if settings.rank == AUTO else settings.rank,
+        "method": config.method,
+        "rank": rank_text(config),
         **chosen,
         "groups": groups,
         "sites": planned.n_sites,

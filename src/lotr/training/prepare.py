@@ -100,7 +100,7 @@ def _check_scheduler(name: str) -> None:
 
 def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConfig | None) -> Run:
     """Load and encode what the run needs; `given` is a configuration instead of the one of the settings."""
-    config: Any = given or adapter_config(settings)
+    config: Any = given or adapter_config(settings)  # what is wrong with them is said before data are read
     name, folder = str(settings.model), Path(str(settings.output))
     tokenizer = load_tokenizer(name)
     columns = Columns(settings.text, settings.text2, settings.label)
@@ -110,6 +110,7 @@ def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConf
     say(f"Data: {len(data.train)} rows to train on, {len(data.eval)} to evaluate on.")
 
     if given is None:
+        config = adapter_config(settings, kind)
         settings = complete(settings, config, kind)
     set_seed(settings.seed)
     base, new = load_with_new(name, kind, data.task.labels, settings.dtype, tokenizer, settings.load_in)

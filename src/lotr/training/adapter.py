@@ -77,11 +77,11 @@ def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConf
             f"method={settings.method!r} is not known. {near(settings.method, [*METHODS, *PEERS])} "
             "`lotr methods` describes them."
         )
-    rank = (1, 1) if settings.rank == AUTO else read_rank(rank_of(settings, task))  # AUTO: `fit_rank` decides
+    rank = rank_of(settings, task)
     options: dict[str, Any] = {
         **{name: value for name, value in vars(settings).items() if name in LotrConfig.__dataclass_fields__},
         **common,
-        "r": rank,
+        "r": (1, 1) if rank == AUTO else read_rank(rank),  # AUTO: `fit_rank` decides
         "modes": read_modes(settings.modes),
         "core_ranks": read_core_ranks(settings.core_ranks),
     }
@@ -95,7 +95,9 @@ def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConf
 
 
 def rank_of(settings: TrainSettings, task: str | None) -> str:
-    """Return the rank; one that was left open goes by the task, as `docs/from_lora.md` has it."""
+    """Return the rank; one that was left open goes by the budget or the task, as `docs/from_lora.md` has it."""
+    if settings.rank is None and settings.budget is not None:
+        return AUTO
     return settings.rank or ("32" if task == "causal-lm" else "16")
 
 
@@ -112,11 +114,11 @@ def _check_meaning(settings: TrainSettings) -> None:
     misfits = [name for name in ours if method in PEERS and getattr(settings, name) is not None]
     misfits += ["target_parameters"] if method == "head" and settings.target_parameters is not None else []
     problem = ""
-    if (rank == AUTO) != (budget is not None):
+    if rank is not None and (rank == AUTO) != (budget is not None):
         problem = (
             f"rank={rank!r} with budget={budget}: rank='auto' and a budget of trained numbers go together. "
+            "Name a budget alone, as in --budget 9216, or a rank."
         )
-        problem += "Name both, as in --rank auto --budget 9216, or neither."
     elif budget is not None and basis is not None:
         problem = (
             f"budget={budget} chooses ranks, and those of basis={basis!r} are kept. Leave one of them out."

@@ -69,9 +69,10 @@ class TrainSettings(Settings):
         default="lotr",
     )
     rank: str | None = _adapter(
-        "Rank of the shared factors: number, `k,r`, or `auto` with a budget.", "16, for decoders 32"
+        "Rank of the shared factors: number, `k,r`, or `auto` with a budget.",
+        "16, for decoders 32, by the budget",
     )
-    budget: int | None = _adapter("Numbers that `--rank auto` may train.", "none")
+    budget: int | None = _adapter("Numbers that may train; the rank is the largest that keeps to it.", "none")
     target_modules: str | None = _adapter(
         "Modules to adapt: names with commas, a regex, or `all-linear`.", "by architecture"
     )

@@ -21,6 +21,7 @@ LABELS = {  # of the methods that the picture shows
     "lotr_joint gaussian r": "LoTR, authors' start",
     "lotr_joint gradient r": "LoTR",
     "lotr_joint norms gradient r": "LoTR with norms",
+    "lotr_joint 3 x gradient r": "LoTR, three pairs",
     "lotr cores gradient r": "LoTR, cores",
     "lora_xs gradient r": "LoRA-XS",
     "peft_lora r": "LoRA",

@@ -1,4 +1,4 @@
-"""`--budget N`: ranks from a budget, for one run or a plan, and for a run that goes on."""
+"""`--rank auto --budget N`: ranks from a budget, for one run or a plan, and for a run that goes on."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def test_a_budget_gives_all_groups_the_largest_rank(
     place: Path, tmp_path: Path, more: dict[str, str]
 ) -> None:
     lines: list[str] = []
-    budget = {"budget": 700}
-    result = train(settings(place, tmp_path, max_steps=1, rank=None, **budget, **more), say=lines.append)
+    budget = {"rank": "auto", "budget": 700}
+    result = train(settings(place, tmp_path, max_steps=1, **budget, **more), say=lines.append)
     words = [str(word) for name, value in (budget | more).items() for word in (f"--{name}", value)]
     planned = report("plan", place / "bert", *words)
     assert planned["trained_numbers"] == result.trained_numbers["adapter"] <= 700

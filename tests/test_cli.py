@@ -19,6 +19,7 @@ from peft import AutoPeftModelForSequenceClassification, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
+import banks
 import saved_models
 from commands import QUICK, app, lotr, refused, report, training
 from conftest import painted
@@ -103,6 +104,12 @@ def test_plan_reads_no_weights_and_foretells_the_file(place: Path, trained, tmp_
     table = lotr("plan", tmp_path, "--rank", "4").stdout
     assert "query_32x32" in table and "is cut" not in table
     assert "Rank 40 is cut" in lotr("plan", tmp_path, "--rank", "40").stdout
+
+
+def test_plan_on_a_basis_has_its_method_and_rank(place: Path, tmp_path: Path) -> None:
+    banks.basis(tmp_path / "basis", method="lotr_joint", r=(3, 2), task_type=None)
+    plan = report("plan", place / "bert", "--basis", tmp_path / "basis")
+    assert (plan["method"], plan["rank"]) == ("lotr_joint", "3,2")
 
 
 def test_plan_foretells_the_bytes_of_an_adapter_without_a_head(place: Path, tmp_path: Path) -> None:

@@ -21,14 +21,6 @@ def test_a_row_is_configured_by_its_name_as_in_python(name: str) -> None:
     assert config.to_dict() == same.to_dict()
 
 
-def test_a_rank_left_open_goes_by_the_task() -> None:
-    for options, rank in [({}, 16), ({"method": "peft_lora"}, 16), ({"rank": "4"}, 4)]:
-        settings = TrainSettings(target_modules="query", **options)
-        assert adapter_config(settings).r in (rank, (rank, rank))
-        larger = 2 * rank if "rank" not in options else rank
-        assert adapter_config(settings, "causal-lm").r in (larger, (larger, larger))
-
-
 def test_a_combination_without_a_row_is_said_with_fields(place: Path) -> None:
     fields = ("--modes", "head, layer", "--core", "tucker", "--core-ranks", "layer=2,head=3")
     fields = (*fields, "--blocks", "head", "--magnitude", "per_output", "--trainable", "cores", "--rank", "4")

@@ -49,7 +49,7 @@ _CHECKED = ("alpha", "dropout", "layers_per_group", "scaling", "temperature")
 
 
 def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConfig:
-    """Return the PEFT configuration that the settings describe; the task decides the model's type and an open rank."""
+    """Return the PEFT configuration that the settings describe; the task decides the type of the model alone."""
     import peft
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
@@ -62,7 +62,7 @@ def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConf
     if settings.method == "head":
         return LotrConfig(**{**common, "target_modules": DUMMY_TARGET_MODULES})
     if settings.method in PEERS:
-        k, r = read_rank(rank_of(settings, task))
+        k, r = read_rank(settings.rank)
         if k != r:
             raise ConfigError(f"rank={settings.rank!r} is a pair, and LoRA has one rank. Use one number.")
         return peft.LoraConfig(
@@ -77,28 +77,21 @@ def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConf
             f"method={settings.method!r} is not known. {near(settings.method, [*METHODS, *PEERS])} "
             "`lotr methods` describes them."
         )
-    rank = rank_of(settings, task)
+    rank = (1, 1) if settings.rank == AUTO else read_rank(settings.rank)  # the model decides: `fit_rank`
     options: dict[str, Any] = {
         **{name: value for name, value in vars(settings).items() if name in LotrConfig.__dataclass_fields__},
         **common,
-        "r": (1, 1) if rank == AUTO else read_rank(rank),  # AUTO: `fit_rank` decides
+        "r": rank,
         "modes": read_modes(settings.modes),
         "core_ranks": read_core_ranks(settings.core_ranks),
     }
     if settings.basis is not None:  # what was left at its default is as in the basis
-        is_default = {"r": settings.rank is None, "method": settings.method == TrainSettings.method}
-        options = {name: value for name, value in options.items() if not is_default.get(name)}
+        default = {"r": read_rank(TrainSettings.rank), "method": TrainSettings.method}
+        options = {name: value for name, value in options.items() if value != default.get(name)}
     config = LotrConfig(**options)
     if settings.basis is not None:
         resolve_basis(config)
     return config
-
-
-def rank_of(settings: TrainSettings, task: str | None) -> str:
-    """Return the rank; one that was left open goes by the budget or the task, as `docs/from_lora.md` has it."""
-    if settings.rank is None and settings.budget is not None:
-        return AUTO
-    return settings.rank or ("32" if task == "causal-lm" else "16")
 
 
 def rank_text(config: LotrConfig) -> str:
@@ -114,11 +107,11 @@ def _check_meaning(settings: TrainSettings) -> None:
     misfits = [name for name in ours if method in PEERS and getattr(settings, name) is not None]
     misfits += ["target_parameters"] if method == "head" and settings.target_parameters is not None else []
     problem = ""
-    if rank is not None and (rank == AUTO) != (budget is not None):
+    if (rank == AUTO) != (budget is not None):
         problem = (
             f"rank={rank!r} with budget={budget}: rank='auto' and a budget of trained numbers go together. "
-            "Name a budget alone, as in --budget 9216, or a rank."
         )
+        problem += "Name both, as in --rank auto --budget 9216, or neither."
     elif budget is not None and basis is not None:
         problem = (
             f"budget={budget} chooses ranks, and those of basis={basis!r} are kept. Leave one of them out."
@@ -156,6 +149,7 @@ def complete(settings: TrainSettings, config: PeftConfig, task: str) -> TrainSet
     Cores that train alone start from gradients, where nothing else was asked for: factors that stay as they are would
     stay as random as they begin.
     """
+    config.task_type = TASK_TYPES[task]
     if task == "causal-lm" and settings.method == "head":
         raise ConfigError(
             "method='head' trains a new head alone, and causal-lm has none. Use another method."
@@ -164,10 +158,7 @@ def complete(settings: TrainSettings, config: PeftConfig, task: str) -> TrainSet
         raise ConfigError(
             f"head_warmup={settings.head_warmup} has no meaning for causal-lm, where no head is new. Leave it out."
         )
-    if settings.method == "head":
-        return settings
-    settings = replace(settings, rank=rank_of(settings, task))
-    if not isinstance(config, LotrConfig):
+    if not isinstance(config, LotrConfig) or settings.method in PEERS:
         return settings
     if settings.basis is not None:  # what the report says is what was trained
         return replace(

@@ -38,7 +38,7 @@ def plan_model(
             raise ConfigError(
                 "A bank of compressed LoRAs has no layers_per_group. Leave it out, or --compress."
             )
-        settings = replace(settings, modes=settings.modes or "none", rank=settings.rank or "16")
+        settings = replace(settings, modes=settings.modes or "none")
     check_dtype(dtype)
     if settings.method not in METHODS:
         raise ConfigError(

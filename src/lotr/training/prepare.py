@@ -23,6 +23,7 @@ from ..errors import ConfigError, TrainingError
 from ..files.adapter_folder import read_adapter
 from ..files.fingerprint import fingerprint
 from ..tuner.checks import one_of
+from ..tuner.config import STRUCTURE
 from .adapter import adapter_config, add_adapter, check_numbers, complete, fit_rank
 from .base_model import check_dtype, load_tokenizer, load_with_new, locate, text_length
 from .checkpoint import last_whole
@@ -100,7 +101,7 @@ def _check_scheduler(name: str) -> None:
 
 def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConfig | None) -> Run:
     """Load and encode what the run needs; `given` is a configuration instead of the one of the settings."""
-    config: Any = given or adapter_config(settings)  # what is wrong with them is said before data are read
+    config: Any = given or adapter_config(settings)
     name, folder = str(settings.model), Path(str(settings.output))
     tokenizer = load_tokenizer(name)
     columns = Columns(settings.text, settings.text2, settings.label)
@@ -110,7 +111,6 @@ def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConf
     say(f"Data: {len(data.train)} rows to train on, {len(data.eval)} to evaluate on.")
 
     if given is None:
-        config = adapter_config(settings, kind)
         settings = complete(settings, config, kind)
     set_seed(settings.seed)
     base, new = load_with_new(name, kind, data.task.labels, settings.dtype, tokenizer, settings.load_in)
@@ -123,6 +123,8 @@ def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConf
     checkpoint = last_whole(folder / CHECKPOINTS) if settings.resume else None
     chosen = fit_rank(settings, config, base, checkpoint) if settings.budget is not None else ""
     model = add_adapter(base, config)
+    if checkpoint is not None:
+        _check_same(model.active_peft_config, checkpoint)
     if settings.gradient_checkpointing:
         base.enable_input_require_grads()
         # the other kind knows no `backward(inputs=…)`, by which a head warms up
@@ -153,6 +155,20 @@ def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConf
         collate,
         settings.max_steps or math.ceil(math.ceil(len(data.train) / rows_a_step(settings)) * settings.epochs),
     )
+
+
+def _check_same(config: PeftConfig, checkpoint: Path) -> None:
+    """Refuse to go on from a checkpoint of another configuration."""
+    import peft
+
+    saved = peft.PeftConfig.from_pretrained(str(checkpoint))
+    for name in ("peft_type", *STRUCTURE):
+        own, theirs = getattr(config, name, None), getattr(saved, name, None)
+        if own != theirs:
+            raise ConfigError(
+                f"{name}={own!r} contradicts {checkpoint}, which has {name}={theirs!r}. A run that was given a "
+                "configuration goes on with the same, in Python: lotr.train(output=…, resume=True, config=…)."
+            )
 
 
 def rows_a_step(settings: TrainSettings) -> int:

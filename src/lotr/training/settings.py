@@ -68,11 +68,8 @@ class TrainSettings(Settings):
         "Row of `lotr methods`; or for comparison `peft_lora`, `peft_dora` (PEFT's own) and `head`.",
         default="lotr",
     )
-    rank: str | None = _adapter(
-        "Rank of the shared factors: number, `k,r`, or `auto` with a budget.",
-        "16, for decoders 32, by the budget",
-    )
-    budget: int | None = _adapter("Numbers that may train; the rank is the largest that keeps to it.", "none")
+    rank: str = _adapter("Rank of the shared factors: number, `k,r`, or `auto` with a budget.", default="16")
+    budget: int | None = _adapter("Numbers that `--rank auto` may train.", "none")
     target_modules: str | None = _adapter(
         "Modules to adapt: names with commas, a regex, or `all-linear`.", "by architecture"
     )

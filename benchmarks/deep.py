@@ -121,14 +121,15 @@ def adapted(plan: Plan, key: Key, train: Tensor) -> nn.Module:
 
 
 def groups(model: nn.Module, rates: dict[str, float]) -> list[dict[str, Any]]:
-    """Return the trained parameters with their rates; `b_lr` is the rate of LoRA's B, as in LoRA+."""
+    """Return the trained parameters with their rates; `b_lr` is the rate of LoRA's B, as in LoRA+, or of LoTR's U."""
     rates = {name: rate for name, rate in rates.items() if name not in ("beta2", "muon", "warmup")}
     if "b_lr" not in rates:
         return lotr.parameter_groups(model, **rates)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    marks = {".lora_B.": "b_lr", ".lotr_U.": "b_lr", ".lotr_C.": "core_lr"}
     return [
-        {"params": [p for name, p in trained.items() if (".lora_B." in name) == is_b], "lr": lr}
-        for is_b, lr in ((False, rates["lr"]), (True, rates["b_lr"]))
+        {"params": [parameter], "lr": rates[next((name for mark, name in marks.items() if mark in path), "lr")]}
+        for path, parameter in model.named_parameters()
+        if parameter.requires_grad
     ]
 
 

@@ -60,13 +60,13 @@ def main_runs(plan: Plan, runs: dict[Key, dict[str, str]]) -> dict[str, Final]:
 
 
 def other_texts(plan: Plan, runs: dict[Key, dict[str, str]]) -> list[str]:
-    """Return a table of the final runs on other texts."""
+    """Return a table of the final runs on other texts, or of other lengths."""
     body = [
         [text, method, f"{own.numbers:,}", str(steps), f"{own.mean:.3f}", str(len(own.losses))]
         for (text, method, steps), own in sorted(
             final_runs(plan, runs).items(), key=lambda item: item[0][::2]
         )
-        if text != plan["text"]
+        if (text, steps) != (plan["text"], plan["steps"])
     ]
     return markdown(("text", "", "numbers", "steps", "loss, test", "seeds"), body, left=2)
 

@@ -127,7 +127,10 @@ def groups(model: nn.Module, rates: dict[str, float]) -> list[dict[str, Any]]:
         return lotr.parameter_groups(model, **rates)
     marks = {".lora_B.": "b_lr", ".lotr_U.": "b_lr", ".lotr_C.": "core_lr"}
     return [
-        {"params": [parameter], "lr": rates[next((name for mark, name in marks.items() if mark in path), "lr")]}
+        {
+            "params": [parameter],
+            "lr": rates[next((name for mark, name in marks.items() if mark in path), "lr")],
+        }
         for path, parameter in model.named_parameters()
         if parameter.requires_grad
     ]

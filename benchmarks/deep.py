@@ -4,8 +4,10 @@
 
 The texts are the functions of Python's own library, `def name: \"""docstring\"""`, or its source, or reviews of books,
 joined and cut into rows of equal length. AdamW; a rate that rises for some steps and then falls to zero; gradients
-clipped to a norm of one; products in float32, or in bfloat16 (autocast), as the plan says. A run is a line of the
-file; one that is there is not run again, so it can be stopped.
+clipped to a norm of one; products in float32, or in bfloat16 (autocast), as the plan says. Rates are chosen on dev;
+final runs, at rates that are fixed, are measured on the first `test_rows` rows of test, and runs that confirm, with
+other seeds, on all its other rows. A run is a line of the file; one that is there is not run again, so it can be
+stopped.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ Plan = dict[str, Any]
 
 
 class Key(NamedTuple):
-    """What tells a run from others; `part` is `rates` or `final`."""
+    """What tells a run from others; `part` is `rates`, `final` or `confirm`."""
 
     modules: str
     method: str
@@ -59,12 +61,12 @@ class Key(NamedTuple):
 
 def wanted(plan: Plan) -> Iterator[tuple[Key, dict[str, float]]]:
     """Yield the runs of a plan with their rates, seed by seed."""
-    for part in ("rates", "final"):
+    for part in ("rates", "final", "confirm"):
         for entry in plan.get(part) or ():
             for seed, name in itertools.product(entry["seeds"], entry["methods"]):
                 method = plan["methods"][name]
                 modules = " ".join(method.get("modules", plan["modules"]))
-                for rates in method[part]:
+                for rates in method["rates" if part == "rates" else "final"]:
                     steps = entry.get("steps", plan["steps"])
                     yield Key(modules, name, rates_text(rates), steps, seed, part), rates
 
@@ -158,12 +160,13 @@ def measure(plan: Plan, key: Key, rates: dict[str, float], data: Path | None) ->
     tokens = rows(plan["model"], plan["length"], text_of(plan, key.method), data)
     model = trained(plan, key, rates, tokens["train"])
     dev = loss_of(model, tokens["dev"][: plan["dev_rows"]])
-    test = round(loss_of(model, tokens["test"][: plan["test_rows"]]), 5) if key.part == "final" else ""
+    looked_at = {"rates": slice(0), "final": slice(plan["test_rows"]), "confirm": slice(plan["test_rows"], None)}
+    test = tokens["test"][looked_at[key.part]]
     return {
         **key._asdict(),
         "numbers": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "dev": round(dev, 5),
-        "test": test,
+        "test": round(loss_of(model, test), 5) if len(test) else "",
         "seconds": round(time.perf_counter() - started),
         "precision": plan["precision"],
     }
@@ -200,12 +203,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with the sets of reviews")
     parser.add_argument("--plan", type=Path, default=HERE / "deep.yaml")
     parser.add_argument("--runs", type=Path, default=Path("docs/data/deep.csv"))
+    parser.add_argument("--precision", choices=("bfloat16", "float32"), help="of products; else the plan's")
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs at a time, each on one thread or OMP_NUM_THREADS"
     )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so long")
     options = parser.parse_args()
     plan = yaml.safe_load(options.plan.read_text())
+    plan["precision"] = options.precision or plan["precision"]
     calm()
     until = time.monotonic() + 60 * options.minutes
     done = read(options.runs)

@@ -160,7 +160,11 @@ def measure(plan: Plan, key: Key, rates: dict[str, float], data: Path | None) ->
     tokens = rows(plan["model"], plan["length"], text_of(plan, key.method), data)
     model = trained(plan, key, rates, tokens["train"])
     dev = loss_of(model, tokens["dev"][: plan["dev_rows"]])
-    looked_at = {"rates": slice(0), "final": slice(plan["test_rows"]), "confirm": slice(plan["test_rows"], None)}
+    looked_at = {
+        "rates": slice(0),
+        "final": slice(plan["test_rows"]),
+        "confirm": slice(plan["test_rows"], None),
+    }
     test = tokens["test"][looked_at[key.part]]
     return {
         **key._asdict(),

@@ -33,15 +33,17 @@ class Final(NamedTuple):
         return statistics.mean(self.losses)
 
 
-def final_runs(plan: Plan, runs: dict[Key, dict[str, str]]) -> dict[tuple[str, str, int], Final]:
-    """Return the final runs of a plan by text, method and steps, the smallest first.
+def final_runs(
+    plan: Plan, runs: dict[Key, dict[str, str]], part: str = "final"
+) -> dict[tuple[str, str, int], Final]:
+    """Return the runs of a plan whose rates were fixed, by text, method and steps, the smallest first.
 
     A file may hold runs of other rates too.
     """
     asked = {key for key, _ in wanted(plan)}
     final: dict[tuple[str, str, int], Final] = {}
     for key, run in sorted(runs.items(), key=lambda item: int(item[1]["numbers"])):
-        if key.part == "final" and key in asked:
+        if key.part == part and key in asked:
             of = text_of(plan, key.method), key.method, key.steps
             final.setdefault(of, Final(run["modules"], int(run["numbers"]), [])).losses.append(
                 float(run["test"])
@@ -49,12 +51,11 @@ def final_runs(plan: Plan, runs: dict[Key, dict[str, str]]) -> dict[tuple[str, s
     return final
 
 
-def main_runs(plan: Plan, runs: dict[Key, dict[str, str]]) -> dict[str, Final]:
-    """Return the final runs on the plan's text, of the plan's length, by method."""
-    final = final_runs(plan, runs)
+def main_runs(plan: Plan, runs: dict[Key, dict[str, str]], part: str = "final") -> dict[str, Final]:
+    """Return the runs whose rates were fixed, on the plan's text, of the plan's length, by method."""
     return {
         method: own
-        for (text, method, steps), own in final.items()
+        for (text, method, steps), own in final_runs(plan, runs, part).items()
         if (text, steps) == (plan["text"], plan["steps"])
     }
 
@@ -78,35 +79,61 @@ def spread_of(final: dict[str, Final]) -> tuple[float, int]:
     return (squares / freedom) ** 0.5, freedom
 
 
-def compared(plan: Plan, final: dict[str, Final]) -> list[str]:
-    """Return a table of the differences between the methods that the plan names.
+def difference_of(pairs: list[list[str]], final: dict[str, Final], questions: int) -> list[str]:
+    """Return the mean difference of pairs of methods with its interval, and what it says.
 
-    The intervals hold 95 % for all of them together (Student's t, Bonferroni). *Equal* and *not worse* are said only
+    The intervals hold 95 % for all questions together (Student's t, Bonferroni). *Equal* and *not worse* are said only
     where an interval lies within `MARGIN`.
     """
+    spread, freedom = spread_of(final)
+    mean = statistics.mean(final[method].mean - final[other].mean for method, other in pairs)
+    seeds = sum(1 / len(final[method].losses) for pair in pairs for method in pair)
+    half = float(t.ppf(1 - 0.025 / questions, freedom)) * spread * seeds**0.5 / len(pairs)
+    low, high = mean - half, mean + half
+    says = "**better**" if high < 0 else "*worse*" if low > 0 else "level"
+    if low > -MARGIN and high < MARGIN:
+        says = "equal"
+    elif high < MARGIN and says == "level":
+        says = "not worse"
+    return [f"{mean:+.4f} ({low:+.4f} to {high:+.4f})", says]
+
+
+def sizes_and_losses(pair: list[str], final: dict[str, Final]) -> list[str]:
+    """Return the numbers and the mean losses of two methods."""
+    own, other = (final[method] for method in pair)
+    return [f"{own.numbers:,} / {other.numbers:,}", f"{own.mean:.4f} / {other.mean:.4f}"]
+
+
+def with_spread(table: list[str], final: dict[str, Final]) -> list[str]:
+    """Return a table with the spread of a seed below it."""
+    (spread, freedom), seeds = spread_of(final), [len(own.losses) for own in final.values()]
+    many = f"{min(seeds)} to {max(seeds)}" if len(set(seeds)) > 1 else str(seeds[0])
+    says = f"One seed's spread is {spread:.4f} nats ({freedom} degrees of freedom, {many} seeds)."
+    return [*table, "", says]
+
+
+def compared(plan: Plan, final: dict[str, Final]) -> list[str]:
+    """Return a table of the differences between the methods that the plan names."""
     pairs = [pair for pair in plan["compare"] if all(method in final for method in pair)]
-    (spread, freedom), rows = spread_of(final), []
-    at = float(t.ppf(1 - 0.025 / len(pairs), freedom))
-    for method, other in pairs:
-        own, others = final[method], final[other]
-        half = at * spread * (1 / len(own.losses) + 1 / len(others.losses)) ** 0.5
-        low, high = own.mean - others.mean - half, own.mean - others.mean + half
-        says = "**better**" if high < 0 else "*worse*" if low > 0 else "level"
-        if low > -MARGIN and high < MARGIN:
-            says = "equal"
-        elif high < MARGIN and says == "level":
-            says = "not worse"
-        difference = f"{own.mean - others.mean:+.4f} ({low:+.4f} to {high:+.4f})"
-        sizes = f"{own.numbers:,} / {others.numbers:,}"
-        losses = f"{own.mean:.4f} / {others.mean:.4f}"
-        rows.append([method, other, sizes, losses, difference, says])
-    seeds = [len(own.losses) for own in final.values()]
-    header = ("", "against", "numbers", "loss, test", f"difference (95 % for all {len(pairs)})", "")
-    return [
-        *markdown(header, rows, left=2),
-        "",
-        f"One seed's spread is {spread:.4f} nats ({freedom} degrees of freedom, {min(seeds)} to {max(seeds)} seeds).",
+    rows = [
+        [*pair, *sizes_and_losses(pair, final), *difference_of([pair], final, len(pairs))] for pair in pairs
     ]
+    header = ("", "against", "numbers", "loss, test", f"difference (95 % for all {len(pairs)})", "")
+    return with_spread(markdown(header, rows, left=2), final)
+
+
+def confirmed(plan: Plan, final: dict[str, Final]) -> list[str]:
+    """Return a table of the mean differences that were asked for before the runs, below the pairs they are of."""
+    questions = plan["confirm_means"]
+    pairs = [list(pair) for pair in dict.fromkeys(tuple(pair) for of in questions.values() for pair in of)]
+    rows = []
+    for own, other in pairs:
+        difference = f"{final[own].mean - final[other].mean:+.4f}"
+        rows.append([own, other, *sizes_and_losses([own, other], final), difference, ""])
+    for name, of in questions.items():
+        rows.append([f"mean of {name}", "", "", "", *difference_of(of, final, len(questions))])
+    header = ("", "against", "numbers", "loss, test", f"difference (95 % for all {len(questions)})", "")
+    return with_spread(markdown(header, rows, left=2), final)
 
 
 def reached(plan: Plan, final: dict[str, Final]) -> list[str]:
@@ -163,6 +190,7 @@ def tables(plan: Plan, runs: dict[Key, dict[str, str]]) -> dict[str, list[str]]:
     final = main_runs(plan, runs)
     return {
         "deep": compared(plan, final),
+        "confirm": confirmed(plan, main_runs(plan, runs, "confirm")),
         "reach": reached(plan, final),
         "texts": other_texts(plan, runs),
         **{name: on_dev(methods, runs) for name, methods in plan["on_dev"].items()},

@@ -66,6 +66,7 @@ TRAIN = [
     ("--rank auto --budget 700 --basis adapter", 2, "those of basis='adapter' are kept"),
     ("--basis adapter --method dora", 2, "method='dora' contradicts basis"),
     ("--basis adapter --rank 8", 2, "r=8 contradicts basis"),
+    ("--basis adapter --rank 16", 2, "r=16 contradicts basis"),  # a default that is named is no default
     ("--basis adapter --init gradient", 2, "init='gradient' contradicts basis"),
     ("--basis adapter --trainable all", 2, "trainable='all' contradicts basis"),
     ("--basis adapter --target-modules key", 2, "no factors for group 'key"),

@@ -62,7 +62,7 @@ def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConf
     if settings.method == "head":
         return LotrConfig(**{**common, "target_modules": DUMMY_TARGET_MODULES})
     if settings.method in PEERS:
-        k, r = read_rank(settings.rank)
+        k, r = read_rank(str(settings.rank))
         if k != r:
             raise ConfigError(f"rank={settings.rank!r} is a pair, and LoRA has one rank. Use one number.")
         return peft.LoraConfig(
@@ -72,22 +72,21 @@ def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConf
             use_dora=settings.method == "peft_dora",
             **common,
         )
-    if settings.method not in METHODS:
+    if settings.method is not None and settings.method not in METHODS:
         raise ConfigError(
             f"method={settings.method!r} is not known. {near(settings.method, [*METHODS, *PEERS])} "
             "`lotr methods` describes them."
         )
-    rank = (1, 1) if settings.rank == AUTO else read_rank(settings.rank)  # the model decides: `fit_rank`
     options: dict[str, Any] = {
         **{name: value for name, value in vars(settings).items() if name in LotrConfig.__dataclass_fields__},
         **common,
-        "r": rank,
         "modes": read_modes(settings.modes),
         "core_ranks": read_core_ranks(settings.core_ranks),
     }
-    if settings.basis is not None:  # what was left at its default is as in the basis
-        default = {"r": read_rank(TrainSettings.rank), "method": TrainSettings.method}
-        options = {name: value for name, value in options.items() if value != default.get(name)}
+    if settings.method is None:
+        del options["method"]
+    if settings.rank is not None:
+        options["r"] = (1, 1) if settings.rank == AUTO else read_rank(settings.rank)  # `fit_rank` decides
     config = LotrConfig(**options)
     if settings.basis is not None:
         resolve_basis(config)

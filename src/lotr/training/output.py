@@ -178,7 +178,7 @@ def write(folder: Path, model: PeftModel, report: RunReport) -> None:
 def _card(model: PeftModel, report: RunReport) -> str:
     task, settings, config = report.task, report.settings, model.active_peft_config
     ours = isinstance(config, LotrConfig)
-    adapter = config.card(len(task.labels)) if ours else Card(settings.method, is_lotr=False)
+    adapter = config.card(len(task.labels)) if ours else Card(str(settings.method), is_lotr=False)
     rates = {part["name"]: part["lr"] for part in parameter_groups(model, **report.rates)}
     results = card.results(report.to_dict(), rates)
     return replace(adapter, method=settings.method, base_model=task.base_model).text(results)

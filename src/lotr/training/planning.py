@@ -16,7 +16,7 @@ from ..tuner.saved_adapter import read_basis
 from ..tuner.targets import plan
 from .adapter import adapter_config, fit_rank, rank_text
 from .base_model import check_dtype, skeleton
-from .settings import TrainSettings
+from .settings import TrainSettings, with_usual
 
 
 def plan_model(
@@ -40,7 +40,8 @@ def plan_model(
             )
         settings = replace(settings, modes=settings.modes or "none")
     check_dtype(dtype)
-    if settings.method not in METHODS:
+    settings = with_usual(settings)
+    if settings.method is not None and settings.method not in METHODS:
         raise ConfigError(
             f"method={settings.method!r} shares nothing that could be planned: only rows of the table of methods do. "
             f"{near(settings.method, METHODS)}"

@@ -33,6 +33,7 @@ from .data.encode import packed
 from .output import check_hub, check_output
 from .process import is_main_process, n_processes
 from .rates import parameter_groups, rates_of
+from .settings import with_usual
 from .trained import CHECKPOINTS
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def check(settings: TrainSettings, config: PeftConfig | None) -> TrainSettings:
     if settings.model is None and settings.basis is not None:
         base = read_adapter(settings.basis).config.get("base_model_name_or_path")
         settings = replace(settings, model=base)
+    settings = with_usual(settings)
     for name in ("model", "train", "output"):
         if getattr(settings, name) is None:
             raise ConfigError(f"--{name} is missing. `lotr train --help` shows examples.")

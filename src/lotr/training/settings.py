@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,13 @@ class TrainSettings(Settings):
     task: str | None = _data("classification, regression or causal-lm.", "guessed from the label")
     max_length: int | None = _data("Longest text, in tokens.", "128, or as many as the model takes")
 
-    method: str = _adapter(
+    method: str | None = _adapter(
         "Row of `lotr methods`; or for comparison `peft_lora`, `peft_dora` (PEFT's own) and `head`.",
-        default="lotr",
+        "lotr, or as the basis",
     )
-    rank: str = _adapter("Rank of the shared factors: number, `k,r`, or `auto` with a budget.", default="16")
+    rank: str | None = _adapter(
+        "Rank of the shared factors: number, `k,r`, or `auto` with a budget.", "16, or as the basis"
+    )
     budget: int | None = _adapter("Numbers that `--rank auto` may train.", "none")
     target_modules: str | None = _adapter(
         "Modules to adapt: names with commas, a regex, or `all-linear`.", "by architecture"
@@ -142,6 +144,13 @@ class TrainSettings(Settings):
     overwrite: bool = _run("Replace an output folder that is not empty.", default=False)
     push_to_hub: str | None = _run("Repository on the hub that the result is uploaded to.", "none")
     report_to: str = _run("Where it logs to: none, tensorboard (in OUTPUT/runs), wandb, …", default="none")
+
+
+def with_usual(settings: TrainSettings) -> TrainSettings:
+    """Return settings with a method and a rank, which a basis has already."""
+    if settings.basis is not None:
+        return settings
+    return replace(settings, method=settings.method or "lotr", rank=settings.rank or "16")
 
 
 def read_options(

@@ -24,8 +24,8 @@ import yaml
 import banks
 from loras import lora
 from lotr import CoreBank, LotrError
-from lotr.bank.basis import BANK, TASKS
-from lotr.files.adapter_folder import BASIS_WEIGHTS, CONFIG, TASK, WEIGHTS, read_adapter, write_task
+from lotr.bank.basis import TASKS
+from lotr.files.adapter_folder import BANK, BASIS_WEIGHTS, CONFIG, TASK, WEIGHTS, read_adapter, write_task
 from lotr.files.peft_lora import read_lora
 from lotr.training.data import TaskRecord
 from lotr.training.data.files import read_table

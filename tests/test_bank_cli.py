@@ -111,6 +111,18 @@ def test_verify_reports_every_damage_also_where_a_bank_cannot_be_opened(bank: Pa
     assert "does not exist" in refused(1, "bank", "verify", "nowhere")
 
 
+def test_a_bank_that_lost_its_factors_is_still_a_bank(bank: Path) -> None:
+    (bank / "basis.safetensors").unlink()
+    before = {path.name: path.read_bytes() for path in bank.iterdir()}
+    assert "holds no basis.safetensors. Copy the bank again" in refused(1, "bank", "list", bank)
+    assert "is a bank of tasks" in refused(1, "merge", bank, "--output", "merged")
+    line = ("train", "--model", "bert", "--train", "rows.csv", "--output", bank, "--overwrite")
+    assert "is a bank, and an adapter cannot replace it" in refused(2, *line)
+    assert "basis.safetensors" in refused(1, "bank", "recover", bank, "--output", "recovered")
+    assert all((bank / name).read_bytes() == content for name, content in before.items())
+    assert not Path("recovered").exists()
+
+
 @pytest.mark.parametrize(
     "line, code, says",
     [

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 
 import banks
 from lotr import CheckpointError, ConfigError, CoreBank, LotrError
-from lotr.bank.basis import BANK, TASKS
+from lotr.bank.basis import TASKS
 from lotr.bank.recover import recover
-from lotr.files.adapter_folder import BASIS_WEIGHTS, CONFIG
+from lotr.files.adapter_folder import BANK, BASIS_WEIGHTS, CONFIG
 from test_bank_processes import in_a_fork
 
 N = 60

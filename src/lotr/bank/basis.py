@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, near
-from ..files.adapter_folder import BASIS_WEIGHTS, CONFIG, save_tensors, write_config
+from ..files.adapter_folder import BANK, BASIS_WEIGHTS, CONFIG, save_tensors, write_config
 from ..files.atomic import CHECKSUM, check_sealed, read_json, sealed, whole_folder, write_json
 from ..files.fingerprint import changed
 from ..tuner.basis import check_basis
@@ -21,7 +21,7 @@ from .clusters import Cluster, Ranks, clusters_of
 from .store import create_store
 from .task import DTYPES
 
-BANK, TASKS = "bank.json", "tasks.sqlite"
+TASKS = "tasks.sqlite"
 FORMAT = 2
 _KINDS = {"dtype": str, "numbers": int, "basis_hash": str, "clusters": list} | dict.fromkeys(
     ("base_model", "base_fingerprint"), str | None

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import CheckpointError
-from ..files.adapter_folder import BASIS_WEIGHTS, CONFIG, AdapterFolder
+from ..files.adapter_folder import BANK, BASIS_WEIGHTS, CONFIG, AdapterFolder
 from ..files.atomic import check_free, whole_folder
 from ..tuner.saved_adapter import read_saved
-from .basis import BANK, TASKS, Basis, Description
+from .basis import TASKS, Basis, Description
 from .head_form import head_form
 from .layout import Layout
 from .store import TaskStore, create_store

@@ -24,9 +24,14 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 WEIGHTS, CONFIG, TASK = "adapter_model.safetensors", "adapter_config.json", "task.json"
-#: Instead of `WEIGHTS` in the folder of a bank, which can be named as a basis: factors alone.
-BASIS_WEIGHTS = "basis.safetensors"
+#: Of a bank: what it is, and instead of `WEIGHTS`, for it can be named as a basis, factors alone.
+BANK, BASIS_WEIGHTS = "bank.json", "basis.safetensors"
 _SETS = ("target_modules", "exclude_modules")
+
+
+def is_bank(folder: Path) -> bool:
+    """Whether a folder is a bank, also one that has lost a file."""
+    return (folder / BANK).is_file() or (folder / BASIS_WEIGHTS).is_file()
 
 
 def save_tensors(tensors: dict[str, Tensor], folder: Path, name: str = WEIGHTS) -> None:
@@ -91,7 +96,7 @@ class AdapterFolder:
     @property
     def is_bank(self) -> bool:
         """Whether it is a bank, which has the factors of its basis in a file of their own."""
-        return (self.path / BASIS_WEIGHTS).is_file()
+        return is_bank(self.path)
 
     def check_one(self) -> None:
         """Refuse a bank where one adapter is needed (CheckpointError)."""
@@ -137,9 +142,12 @@ def read_adapter(path: str | Path) -> AdapterFolder:
     task = read_json(folder / TASK, "an adapter's task") if (folder / TASK).is_file() else {}
     adapter = AdapterFolder(folder, config, task)
     if not adapter.weights.is_file():
-        raise CheckpointError(
-            f"{folder} holds no {WEIGHTS}. Pickled weights are never read; save it as safetensors."
+        way = (
+            "Copy the bank again"
+            if adapter.is_bank
+            else "Pickled weights are never read; save it as safetensors"
         )
+        raise CheckpointError(f"{folder} holds no {adapter.weights.name}. {way}.")
     adapter.shapes()
     check_sealed(folder / TASK, task, folder / WEIGHTS, folder / CONFIG)
     return adapter

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, ConfigError
 from ..files import card
-from ..files.adapter_folder import BASIS_WEIGHTS, WEIGHTS, write_adapter
+from ..files.adapter_folder import WEIGHTS, is_bank, write_adapter
 from ..files.atomic import (
     check_apart,
     check_free,
@@ -62,7 +62,7 @@ def check_output(settings: TrainSettings, config: PeftConfig | None, is_main: bo
     if settings.resume or not is_main:  # the others would find what the main process made
         return
     # the factors of a bank would be read in place of the new weights
-    if (folder / BASIS_WEIGHTS).is_file():
+    if is_bank(folder):
         raise ConfigError(
             f"{folder} is a bank, and an adapter cannot replace it. Choose another output folder."
         )

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..bank.basis import BANK
 from ..errors import ConfigError, DataError
+from ..files.adapter_folder import is_bank
 from .data import collator, encode, read, rows_of_task
 from .data.tables import Table
 from .inference import Tick, answers, measured, outputs, prediction
@@ -103,15 +103,15 @@ def predict(
         DataError: The data does not fit a task.
     """
     loaded: Trained | Served | None = adapter if isinstance(adapter, Trained | Served) else None
-    is_bank = isinstance(adapter, Served) or (loaded is None and (Path(str(adapter)) / BANK).is_file())
-    if is_bank and (task is None) == (task_column is None):
+    of_bank = isinstance(adapter, Served) or (loaded is None and is_bank(Path(str(adapter))))
+    if of_bank and (task is None) == (task_column is None):
         raise ConfigError(
             "Which task answers? Give one of --task (for all rows) and --task-column (row by row)."
         )
-    if not is_bank and (task is not None or task_column is not None):
+    if not of_bank and (task is not None or task_column is not None):
         raise ConfigError(f"{adapter} is no bank, so it has no tasks. Leave out --task and --task-column.")
     if loaded is None:
-        loaded = load_served(str(adapter), model) if is_bank else load_trained(str(adapter), model)
+        loaded = load_served(str(adapter), model) if of_bank else load_trained(str(adapter), model)
     table = read(data)
     if clash := {"prediction", "confidence"} & table.columns.keys():
         raise DataError(
@@ -130,13 +130,13 @@ def predict(
     tokenizer, (first, *_) = loaded.tokenizer, records.values()
     if first.task == "causal-lm":
         rows = dict(zip(of_table, (row for part in parts for row in part.rows()), strict=True))
-        predicted = answers(loaded.model, tokenizer, rows, max_new_tokens, tick, names if is_bank else ())
+        predicted = answers(loaded.model, tokenizer, rows, max_new_tokens, tick, names if of_bank else ())
     else:
         encoded = [encode(rows, tokenizer, own) for rows, own in zip(parts, records.values(), strict=True)]
         mixed, collate, tasks = together(encoded), collator(tokenizer, first.task), tuple(records)
         size = min(batch_size, loaded.rows.cache.capacity) if isinstance(loaded, Served) else batch_size
         predicted = {}
-        for at, logits, _ in outputs(loaded.model, collate, mixed, size, tick, tasks if is_bank else ()):
+        for at, logits, _ in outputs(loaded.model, collate, mixed, size, tick, tasks if of_bank else ()):
             own = records[names[of_table[at]]]
             predicted[of_table[at]] = prediction(own.task, own.labels, logits)
     return [{**row, **predicted[n]} for n, row in enumerate(table.rows())]

@@ -36,7 +36,7 @@ def test_a_run_does_not_overwrite_what_it_is_trained_on(place: Path, tmp_path: P
     output = (tmp_path if where in ("link", "out") else place) / where
     before = _files(place) | _files(tmp_path)
     with pytest.raises(ConfigError, match="would be overwritten"):
-        train(settings(place, output, overwrite=True, rank="16", basis=str(basis)), say=quiet)
+        train(settings(place, output, overwrite=True, rank=None, basis=str(basis)), say=quiet)
     assert _files(place) | _files(tmp_path) == before
 
 
@@ -45,7 +45,7 @@ def test_a_run_does_not_overwrite_what_it_is_trained_on(place: Path, tmp_path: P
 def test_a_way_out_does_not_overwrite_what_it_reads(place: Path, command: str, where: str) -> None:
     if not (place / "second").exists():
         train(
-            settings(place, place / "second", basis=str(place / "first"), rank="16", max_steps=1), say=quiet
+            settings(place, place / "second", basis=str(place / "first"), rank=None, max_steps=1), say=quiet
         )
     before = _files(place)
     text = refused(2, command, place / "second", "--output", place / where, "--overwrite")

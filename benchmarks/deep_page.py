@@ -132,7 +132,7 @@ def confirmed(plan: Plan, final: dict[str, Final]) -> list[str]:
         rows.append([own, other, *sizes_and_losses([own, other], final), difference, ""])
     for name, of in questions.items():
         rows.append([f"mean of {name}", "", "", "", *difference_of(of, final, len(questions))])
-    header = ("", "against", "numbers", "loss, test", f"difference (95 % for all {len(questions)})", "")
+    header = ("", "against", "numbers", "loss, test", f"difference (95 % for the {len(questions)} means)", "")
     return with_spread(markdown(header, rows, left=2), final)
 
 

@@ -83,8 +83,6 @@ def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConf
         "modes": read_modes(settings.modes),
         "core_ranks": read_core_ranks(settings.core_ranks),
     }
-    if settings.method is None:
-        del options["method"]
     if settings.rank is not None:
         options["r"] = (1, 1) if settings.rank == AUTO else read_rank(settings.rank)  # `fit_rank` decides
     config = LotrConfig(**options)

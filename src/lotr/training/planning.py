@@ -40,7 +40,8 @@ def plan_model(
             )
         settings = replace(settings, modes=settings.modes or "none")
     check_dtype(dtype)
-    settings = with_usual(settings)
+    if settings.basis is None:
+        settings = with_usual(settings)
     if settings.method is not None and settings.method not in METHODS:
         raise ConfigError(
             f"method={settings.method!r} shares nothing that could be planned: only rows of the table of methods do. "

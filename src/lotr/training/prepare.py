@@ -64,7 +64,8 @@ def check(settings: TrainSettings, config: PeftConfig | None) -> TrainSettings:
     if settings.model is None and settings.basis is not None:
         base = read_adapter(settings.basis).config.get("base_model_name_or_path")
         settings = replace(settings, model=base)
-    settings = with_usual(settings)
+    if config is not None or settings.basis is None:
+        settings = with_usual(settings)
     for name in ("model", "train", "output"):
         if getattr(settings, name) is None:
             raise ConfigError(f"--{name} is missing. `lotr train --help` shows examples.")

@@ -147,9 +147,7 @@ class TrainSettings(Settings):
 
 
 def with_usual(settings: TrainSettings) -> TrainSettings:
-    """Return settings with a method and a rank, which a basis has already."""
-    if settings.basis is not None:
-        return settings
+    """Return settings with a method and a rank, for an adapter that takes them from no basis."""
     return replace(settings, method=settings.method or "lotr", rank=settings.rank or "16")
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from commands import CtrlC, quiet, report, settings
-from lotr import LotrConfig
-from lotr.errors import ConfigError, Interrupted
+from lotr.errors import Interrupted
 from lotr.files.adapter_folder import CONFIG, WEIGHTS
 from lotr.training.run import train
 
@@ -41,8 +40,3 @@ def test_a_run_that_goes_on_has_the_rank_that_was_chosen(place: Path, tmp_path: 
     assert train(output=str(tmp_path / "stopped"), resume=True, say=quiet).rank == straight.rank
     one, two = ((tmp_path / name / WEIGHTS).read_bytes() for name in ("straight", "stopped"))
     assert one == two
-
-
-def test_a_budget_beside_a_configuration_of_ones_own_is_refused(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="config describes another"):
-        train(settings(place, tmp_path, rank="auto", budget=700), config=LotrConfig(task_type="SEQ_CLS"))

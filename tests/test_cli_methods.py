@@ -16,7 +16,9 @@ from lotr.training.settings import TrainSettings
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_row_is_configured_by_its_name_as_in_python(name: str) -> None:
-    config = adapter_config(TrainSettings(method=name, rank="4", target_modules="query,value"))
+    config = adapter_config(
+        TrainSettings(method=name, rank="4", target_modules="query,value"), "classification"
+    )
     same = LotrConfig(method=name, r=4, target_modules=["query", "value"], task_type="SEQ_CLS", seed=0)
     assert config.to_dict() == same.to_dict()
 

@@ -10,9 +10,7 @@ import pytest
 from transformers import TrainerCallback
 
 from commands import CtrlC, quiet, refused, settings
-from lotr import LotrConfig
 from lotr.errors import ConfigError, Interrupted
-from lotr.files.adapter_folder import read_adapter
 from lotr.training import prepare
 from lotr.training.checkpoint import TRAINER_STATE
 from lotr.training.output import LOGS
@@ -135,10 +133,3 @@ def test_a_logger_that_is_not_installed_is_named_with_its_command(
         with pytest.raises(ConfigError, match=says):
             train(settings(place, tmp_path / "o", report_to=name), say=quiet)
     assert not (tmp_path / "o").exists()
-
-
-def test_a_run_with_a_configuration_of_its_own_ends_whole_beside_a_basis(place: Path, tmp_path: Path) -> None:
-    config = LotrConfig(r=3, target_modules=["query"], task_type="SEQ_CLS")
-    words = settings(place, tmp_path / "own", basis=str(place / "first"), rank=None, max_steps=1)
-    train(words, say=quiet, config=config)
-    assert read_adapter(tmp_path / "own").config["r"] == 3

@@ -73,15 +73,6 @@ def test_ctrl_c_leaves_a_whole_checkpoint_and_resume_ends_as_if_nothing_happened
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == straight
 
 
-def test_a_run_of_ones_own_configuration_goes_on_with_that_alone(place: Path, tmp_path: Path) -> None:
-    own = LotrConfig(r=4, task_type="SEQ_CLS", target_modules=["query"])
-    with pytest.raises(Interrupted):
-        train(settings(place, tmp_path / "o"), say=quiet, callbacks=[CtrlC(2)], config=own)
-    with pytest.raises(ConfigError, match=r"r=2 contradicts .*checkpoint-3, which has r=4.*config="):
-        train(output=str(tmp_path / "o"), resume=True, say=quiet)
-    assert train(output=str(tmp_path / "o"), resume=True, say=quiet, config=own).steps == 10
-
-
 def test_ctrl_c_in_a_real_process_ends_with_130_and_the_way_on(place: Path, tmp_path: Path) -> None:
     output = tmp_path / "o"
     words = ["train", "--model", place / "bert", "--train", place / "train.csv", "--output", output]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bank.task import TASK_TYPES
 from ..errors import ConfigError, near
+from ..math.init import DATA_INITS
 from ..methods import METHODS
 from ..tuner.basis import resolve_basis
 from ..tuner.config import LotrConfig
@@ -31,7 +34,9 @@ if TYPE_CHECKING:
 AUTO = "auto"
 #: Methods that are not rows of the table: PEFT's own for comparison, and a new head alone.
 PEERS = ("peft_lora", "peft_dora", "head")
-#: Settings of the adapter that PEFT's own methods know, too.
+#: Settings that describe an adapter.
+_OF_ADAPTER = [f.name for f in fields(TrainSettings) if f.metadata["panel"] == "Adapter"]
+#: Those that PEFT's own methods know, too.
 _OF_PEERS = ("method", "rank", "target_modules", "target_parameters", "scaling", "dropout")
 
 #: The most of a setting that may be zero; others must be positive.
@@ -55,7 +60,7 @@ def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConf
 
     _check_meaning(settings)
     common: dict[str, Any] = {
-        "task_type": TASK_TYPES[task or "classification"],
+        "task_type": None if task is None else TASK_TYPES[task],
         "target_modules": read_target_modules(settings.target_modules),
         "target_parameters": read_names(settings.target_parameters),
     }
@@ -85,10 +90,38 @@ def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConf
     }
     if settings.rank is not None:
         options["r"] = (1, 1) if settings.rank == AUTO else read_rank(settings.rank)  # `fit_rank` decides
-    config = LotrConfig(**options)
-    if settings.basis is not None:
+    return resolved(LotrConfig(**options))
+
+
+def resolved(config: PeftConfig) -> PeftConfig:
+    """Return a copy of a configuration, with what an adapter has from its basis."""
+    config = copy.deepcopy(config)
+    if isinstance(config, LotrConfig) and config.basis is not None:
         resolve_basis(config)
     return config
+
+
+def check_alone(config: PeftConfig, named: Mapping[str, Any]) -> None:
+    """Refuse settings of an adapter beside a configuration that describes one, and what no run can train."""
+    if config.is_prompt_learning or not hasattr(config, "modules_to_save"):
+        raise ConfigError(
+            f"{type(config).__name__} trains prompts or keeps no head beside it, so no run can train it. Use PEFT "
+            "itself, or another configuration."
+        )
+    for name in sorted(set(_OF_ADAPTER) & named.keys() - {"start_batches"}):
+        raise ConfigError(
+            f"{name}={named[name]!r} describes an adapter, and so does config. Leave {name} out; what a configuration "
+            "has of it is a field of its own."
+        )
+
+
+def described(settings: TrainSettings, config: PeftConfig) -> TrainSettings:
+    """Return settings with the method and rank of a configuration, as the report tells them."""
+    if isinstance(config, LotrConfig):
+        return replace(settings, method=config.method, rank=rank_text(config))
+    own: Any = config
+    kind = "dora" if getattr(own, "use_dora", False) else own.peft_type.value.lower()
+    return replace(settings, method=f"peft_{kind}", rank=str(own.r) if hasattr(own, "r") else None)
 
 
 def rank_text(config: LotrConfig) -> str:
@@ -100,7 +133,7 @@ def _check_meaning(settings: TrainSettings) -> None:
     """Refuse settings that would be passed over."""
     check_numbers(settings)
     method, basis, rank, budget = settings.method, settings.basis, settings.rank, settings.budget
-    ours = [f.name for f in fields(settings) if f.metadata["panel"] == "Adapter" and f.name not in _OF_PEERS]
+    ours = [name for name in _OF_ADAPTER if name not in _OF_PEERS]
     misfits = [name for name in ours if method in PEERS and getattr(settings, name) is not None]
     misfits += ["target_parameters"] if method == "head" and settings.target_parameters is not None else []
     problem = ""
@@ -113,9 +146,6 @@ def _check_meaning(settings: TrainSettings) -> None:
         problem = (
             f"budget={budget} chooses ranks, and those of basis={basis!r} are kept. Leave one of them out."
         )
-    elif settings.init == "lora":
-        problem = "init='lora' needs the LoRA, and training has no setting for it. In Python: "
-        problem += "lotr.init_from_lora(model, folder)."
     elif misfits:
         problem = f"{misfits[0]}={getattr(settings, misfits[0])!r} has no meaning with method={method!r}, which is not "
         problem += "a row of the table. Leave it out, or name a row (`lotr methods`)."
@@ -146,6 +176,11 @@ def complete(settings: TrainSettings, config: PeftConfig, task: str) -> TrainSet
     Cores that train alone start from gradients, where nothing else was asked for: factors that stay as they are would
     stay as random as they begin.
     """
+    if config.task_type not in (None, TASK_TYPES[task]):
+        raise ConfigError(
+            f"task_type={str(config.task_type)!r} contradicts the task, {task}, which is {TASK_TYPES[task]}. Leave it "
+            "out, or name the task, --task."
+        )
     config.task_type = TASK_TYPES[task]
     if task == "causal-lm" and settings.method == "head":
         raise ConfigError(
@@ -157,17 +192,19 @@ def complete(settings: TrainSettings, config: PeftConfig, task: str) -> TrainSet
         )
     if not isinstance(config, LotrConfig) or settings.method in PEERS:
         return settings
-    if settings.basis is not None:  # what the report says is what was trained
+    if config.basis is not None:
+        # what the report says is what was trained
         return replace(
             settings, method=config.method, scaling=config.scaling, rank=rank_text(config), init=None
         )
-    if settings.init is None and config.init == "first_step":
-        return replace(settings, init="first_step")
-    is_open = settings.init is None and config.starts_at_zero
-    if is_open and (config.trainable, config.init) == ("cores", "orthonormal"):
+    if config.init == "lora":
+        raise ConfigError(
+            "init='lora' needs the LoRA, and training has no setting for it. In Python: "
+            "lotr.init_from_lora(model, folder)."
+        )
+    if config.would_stay_random and config.starts_at_zero:
         config.init = "gradient"
-        return replace(settings, init="gradient")
-    return settings
+    return replace(settings, init=config.init) if config.init in DATA_INITS else settings
 
 
 def fit_rank(settings: TrainSettings, config: Any, model: nn.Module, checkpoint: Path | None = None) -> str:

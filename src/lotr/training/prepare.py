@@ -23,8 +23,7 @@ from ..errors import ConfigError, TrainingError
 from ..files.adapter_folder import read_adapter
 from ..files.fingerprint import fingerprint
 from ..tuner.checks import one_of
-from ..tuner.config import STRUCTURE
-from .adapter import adapter_config, add_adapter, check_numbers, complete, fit_rank
+from .adapter import adapter_config, add_adapter, check_numbers, complete, described, fit_rank, resolved
 from .base_model import check_dtype, load_tokenizer, load_with_new, locate, text_length
 from .checkpoint import last_whole
 from .data import Columns, TaskData, collator, load_task
@@ -41,6 +40,8 @@ if TYPE_CHECKING:
 
     from .settings import TrainSettings
 
+#: What a configuration has that is not the adapter's own: where and by what it was written.
+_OF_FILE = {"auto_mapping", "basis", "checksum", "inference_mode", "peft_version", "revision"}
 #: A batch, and its share of the loss of a step.
 Microbatch = tuple[float, dict[str, Tensor]]
 
@@ -61,10 +62,13 @@ class Run:
 
 def check(settings: TrainSettings, config: PeftConfig | None) -> TrainSettings:
     """Check what costs nothing to check; return the settings with their base model."""
-    if settings.model is None and settings.basis is not None:
-        base = read_adapter(settings.basis).config.get("base_model_name_or_path")
+    basis = settings.basis or getattr(config, "basis", None)
+    if settings.model is None and basis is not None:
+        base = read_adapter(basis).config.get("base_model_name_or_path")
         settings = replace(settings, model=base)
-    if config is not None or settings.basis is None:
+    if config is not None:
+        settings = described(settings, config)
+    elif basis is None:
         settings = with_usual(settings)
     for name in ("model", "train", "output"):
         if getattr(settings, name) is None:
@@ -75,11 +79,6 @@ def check(settings: TrainSettings, config: PeftConfig | None) -> TrainSettings:
     _check_scheduler(settings.scheduler)
     if settings.push_to_hub is not None and is_main_process():
         check_hub(settings.push_to_hub)
-    if config is not None and settings.budget is not None:
-        raise ConfigError(
-            f"budget={settings.budget} chooses the ranks of the adapter that the settings describe, and config "
-            "describes another. Leave the budget out; lotr.largest_rank finds a rank for a configuration."
-        )
     check_output(settings, config, is_main_process())
     return settings
 
@@ -104,7 +103,7 @@ def _check_scheduler(name: str) -> None:
 
 def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConfig | None) -> Run:
     """Load and encode what the run needs; `given` is a configuration instead of the one of the settings."""
-    config: Any = given or adapter_config(settings)
+    config: Any = adapter_config(settings) if given is None else resolved(given)
     name, folder = str(settings.model), Path(str(settings.output))
     tokenizer = load_tokenizer(name)
     columns = Columns(settings.text, settings.text2, settings.label)
@@ -113,8 +112,7 @@ def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConf
     say(f"Task: {kind}. {data.reason}")
     say(f"Data: {len(data.train)} rows to train on, {len(data.eval)} to evaluate on.")
 
-    if given is None:
-        settings = complete(settings, config, kind)
+    settings = complete(settings, config, kind)
     set_seed(settings.seed)
     base, new = load_with_new(name, kind, data.task.labels, settings.dtype, tokenizer, settings.load_in)
     # PEFT trains and saves the head by itself
@@ -164,13 +162,16 @@ def _check_same(config: PeftConfig, checkpoint: Path) -> None:
     """Refuse to go on from a checkpoint of another configuration."""
     import peft
 
-    saved = peft.PeftConfig.from_pretrained(str(checkpoint))
-    for name in ("peft_type", *STRUCTURE):
-        own, theirs = getattr(config, name, None), getattr(saved, name, None)
-        if own != theirs:
+    saved, own = (
+        {name: sorted(value) if isinstance(value, set) else value for name, value in of.to_dict().items()}
+        for of in (peft.PeftConfig.from_pretrained(str(checkpoint)), config)
+    )
+    for name in sorted(own.keys() - _OF_FILE, key=list(own).index):
+        if own[name] != saved.get(name):
             raise ConfigError(
-                f"{name}={own!r} contradicts {checkpoint}, which has {name}={theirs!r}. A run that was given a "
-                "configuration goes on with the same, in Python: lotr.train(output=…, resume=True, config=…)."
+                f"{name}={own[name]!r} contradicts {checkpoint}, which has {name}={saved.get(name)!r}. A run "
+                "that was given a configuration goes on with the same, in Python: "
+                "lotr.train(output=…, resume=True, config=…)."
             )
 
 

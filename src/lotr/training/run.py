@@ -16,6 +16,7 @@ from transformers.trainer_callback import ExportableState
 from ..errors import TrainingError
 from ..files.atomic import locked, read_json
 from . import metrics
+from .adapter import check_alone
 from .checkpoint import TRAINER_STATE, AdapterTrainer, arguments
 from .output import RunReport, options_to_resume, started_run, upload, write
 from .prepare import Run, begin, check, prepare
@@ -41,7 +42,7 @@ def train(
         settings: What to train on what.
         say: Called with lines for the user.
         callbacks: More callbacks for the Trainer, for example a progress bar.
-        config: Configuration of any PEFT method, instead of the one that the settings describe.
+        config: Configuration of a PEFT method that trains weights, instead of the adapter that settings describe.
         options: Settings by name, instead of `settings` or over them; see `TrainSettings`.
 
     Returns:
@@ -55,6 +56,8 @@ def train(
         Interrupted: The user stopped the run.
     """
     named = read_options((settings.named() if settings is not None else {}) | options)
+    if config is not None:
+        check_alone(config, named)
     is_main, output = is_main_process(), named.get("output")
     say = say if is_main else lambda line: None
     with locked(Path(output)) if is_main and output is not None else nullcontext():

@@ -306,8 +306,7 @@ class LotrConfig(PeftConfig):
 
     def warn_of_random_factors(self) -> None:
         """Warn where factors will stay as random as they start, and nobody asked for that."""
-        stay = self._init_is_open and self.trainable == "cores" and self.basis is None
-        if stay and self.init == "orthonormal":
+        if self.would_stay_random:
             warnings.warn(
                 "trainable='cores' keeps the factors as they start, and they start random. "
                 "lotr.init_from_data(model, batches) turns them towards your data (init='gradient' says that you will "
@@ -368,6 +367,12 @@ class LotrConfig(PeftConfig):
             ranks=sorted({target.rank for target in targets}),
             targets=sorted({target.path.rpartition(".")[2] for target in targets}),
         )
+
+    @property
+    def would_stay_random(self) -> bool:
+        """Whether factors stay as random as they start, and nobody asked for that."""
+        is_random = self._init_is_open and self.init == "orthonormal" and self.basis is None
+        return is_random and self.trainable == "cores"
 
     @property
     def starts_at_zero(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Collection, Iterable
+from functools import partial
 from typing import Any
 
 from peft import PeftConfig
@@ -32,30 +33,35 @@ def check_names(model: nn.Module, config: PeftConfig) -> None:
     Raises:
         PlanError: The message names the field, what matches nothing, and near matches.
     """
-    named: Any = config
+    own = partial(_field, config)
     every = [normalise(path) for path, _ in model.named_modules(remove_duplicate=False)]
     paths = [path for path in every if path and BASIS not in path.split(".")]
-    targets, linear = named.target_modules, linear_paths(model)
+    targets, linear = own("target_modules"), linear_paths(model)
     stacks = list(stacked_weights(model))
-    _check_list("target_parameters", named.target_parameters or (), stacks, stacks)
+    _check_list("target_parameters", own("target_parameters") or (), stacks, stacks)
     if isinstance(targets, str):
         if targets not in ("all-linear", DUMMY_TARGET_MODULES):
             _check_regex("target_modules", targets, paths, linear)
     elif targets is not None:
         _check_list("target_modules", targets, paths, linear)
-        if named.layers_to_transform is not None:
-            _check_layers(named, paths + stacks)
-    if isinstance(named.exclude_modules, str):
-        _check_regex("exclude_modules", named.exclude_modules, paths + stacks, paths)
+        if own("layers_to_transform") is not None:
+            _check_layers(config, paths + stacks)
+    excluded, tokens = own("exclude_modules"), own("trainable_token_indices")
+    if isinstance(excluded, str):
+        _check_regex("exclude_modules", excluded, paths + stacks, paths)
     else:
-        _check_list("exclude_modules", named.exclude_modules or (), paths + stacks, paths)
-    tokens = named.trainable_token_indices
+        _check_list("exclude_modules", excluded or (), paths + stacks, paths)
     if isinstance(tokens, dict):
         _check_list("trainable_token_indices", tokens, paths, paths)
-    of_peft = _HEADS.get(str(named.task_type), set())
-    for name in named.modules_to_save or ():
+    of_peft = _HEADS.get(str(config.task_type), set())
+    for name in own("modules_to_save") or ():
         if name not in of_peft and not any(path.endswith(name) for path in paths):
             raise PlanError(_nothing("modules_to_save", name, paths))
+
+
+def _field(config: PeftConfig, name: str) -> Any:
+    """Return a field of a configuration, `None` where its method has no such field."""
+    return getattr(config, name, None)
 
 
 def check_rank_pattern(patterns: Iterable[str], paths: Collection[str]) -> None:

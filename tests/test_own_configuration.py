@@ -12,9 +12,11 @@ from peft import PeftConfig
 from commands import CtrlC, quiet, settings
 from lotr import LotrConfig
 from lotr.errors import ConfigError, Interrupted
-from lotr.files.adapter_folder import CONFIG, read_adapter
+from lotr.files.adapter_folder import CONFIG, WEIGHTS, read_adapter
+from lotr.training.output import SETTINGS
 from lotr.training.predict import evaluate
 from lotr.training.run import train
+from lotr.training.settings import read_options
 
 
 @pytest.mark.parametrize(
@@ -23,7 +25,7 @@ from lotr.training.run import train
         (LotrConfig(r=3, target_modules=["query"]), "lotr", "3"),
         (peft.LoraConfig(r=3), "peft_lora", "3"),
         (peft.LoraConfig(r=3, use_dora=True), "peft_dora", "3"),
-        (peft.VeraConfig(r=3), "peft_vera", "3"),
+        (peft.VeraConfig(r=3), "peft_vera", None),
         (peft.IA3Config(), "peft_ia3", None),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, PeftConfig) else str(value),
@@ -53,7 +55,7 @@ def test_it_trains_with_its_head_and_is_told_as_what_it_is(
 def test_its_factors_start_from_data_where_it_says_so(
     config: LotrConfig, start: str | None, place: Path, tmp_path: Path
 ) -> None:
-    words = settings(place, tmp_path, rank=None, max_steps=1, start_batches=2)
+    words = settings(place, tmp_path, rank=None, max_steps=1, start_batches=start and 2)
     begun = train(words, say=quiet, config=config).begun
     assert (begun.get("init"), begun.get("start_batches")) == (start, start and 2)
 
@@ -72,8 +74,20 @@ def test_what_it_cannot_stand_beside_is_refused_before_anything_is_written(
             "CAUSAL_LM' contradicts the task, classification",
         ),
         (LotrConfig(init="lora"), {"rank": None}, "needs the LoRA"),
-        (peft.PromptTuningConfig(num_virtual_tokens=2), {"rank": None}, "PromptTuningConfig trains prompts"),
-        (peft.TrainableTokensConfig(token_indices=[0]), {"rank": None}, "keeps no head"),
+        (
+            peft.PromptTuningConfig(num_virtual_tokens=2),
+            {"rank": None},
+            "PromptTuningConfig needs more than a run",
+        ),
+        (peft.AdaLoraConfig(total_step=9), {"rank": None}, "AdaLoraConfig needs more than a run"),
+        (
+            peft.LoraConfig(init_lora_weights="pissa_niter_1"),
+            {"rank": None},
+            "pissa_niter_1' needs more than a run",
+        ),
+        (LotrConfig, {"rank": None}, "is no configuration"),
+        (own, {"rank": None, "start_batches": 3}, "start_batches=3 has no meaning with init='orthonormal'"),
+        (peft.LoraConfig(), {"rank": None, "start_batches": 3}, "start_batches=3 describes an adapter"),
     ]
     for config, more, says in refusals:
         with pytest.raises(ConfigError, match=says):
@@ -81,15 +95,46 @@ def test_what_it_cannot_stand_beside_is_refused_before_anything_is_written(
     assert not (tmp_path / "o").exists()
 
 
-def test_a_stopped_run_goes_on_with_the_same_alone(place: Path, tmp_path: Path) -> None:
-    own = LotrConfig(r=4, target_modules=["query"])
-    with pytest.raises(Interrupted):
-        train(settings(place, tmp_path, rank=None), say=quiet, callbacks=[CtrlC(2)], config=own)
-    with pytest.raises(ConfigError, match=r"r=2 contradicts .*checkpoint-3, which has r=4.*config="):
-        train(output=str(tmp_path), resume=True, say=quiet, config=LotrConfig(r=2, target_modules=["query"]))
-    with pytest.raises(ConfigError, match=r"contradicts .*config="):
-        train(output=str(tmp_path), resume=True, say=quiet)
-    assert train(output=str(tmp_path), resume=True, say=quiet, config=own).steps == 10
+@pytest.mark.parametrize(
+    "config",
+    [
+        LotrConfig(r=(2, 3), target_modules="all-linear", init="gradient", dropout=0.1),
+        LotrConfig(basis="basis"),
+        peft.LoraConfig(r=3, target_modules=("query",), layer_replication=[(0, 2), (1, 2)]),
+        peft.VeraConfig(r=3),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_a_stopped_run_goes_on_with_the_configuration_it_began_with(
+    config: PeftConfig, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(settings(place, Path("basis"), max_steps=1), say=quiet)
+    train(settings(place, Path("straight"), rank=None), say=quiet, config=config)
+    with pytest.raises(Interrupted, match="lotr train --resume --output stopped"):
+        train(settings(place, Path("stopped"), rank=None), say=quiet, callbacks=[CtrlC(4)], config=config)
+    with pytest.raises(ConfigError, match="Leave config out"):
+        train(output="stopped", resume=True, say=quiet, config=config)
+    assert train(output="stopped", resume=True, say=quiet).steps == 10
+    assert Path("stopped", WEIGHTS).read_bytes() == Path("straight", WEIGHTS).read_bytes()
+
+
+def test_its_settings_say_that_they_do_not_describe_it_and_a_saved_one_trains_again(
+    place: Path, tmp_path: Path
+) -> None:
+    config = LotrConfig(r=3, target_modules=["key"], dropout=0.1)
+    train(settings(place, tmp_path / "first", rank=None), say=quiet, config=config)
+    words = read_options({}, tmp_path / "first" / SETTINGS)
+    assert (
+        not {"dropout", "target_modules", "basis"}
+        & json.loads((tmp_path / "first" / SETTINGS).read_text()).keys()
+    )
+    with pytest.raises(ConfigError, match=r"given a LotrConfig.*from_pretrained"):
+        train(**words, say=quiet)
+    saved = PeftConfig.from_pretrained(str(tmp_path / "first"))
+    train(settings(place, tmp_path / "again", rank=None), say=quiet, config=saved)
+    first, again = ((tmp_path / name / WEIGHTS).read_bytes() for name in ("first", "again"))
+    assert first == again
 
 
 def test_its_basis_brings_the_base_model_and_the_structure(place: Path, tmp_path: Path) -> None:
@@ -98,8 +143,5 @@ def test_its_basis_brings_the_base_model_and_the_structure(place: Path, tmp_path
     basis = tmp_path / "basis"
     train(settings(place, basis, max_steps=1), say=quiet)
     result = train(**words, say=quiet, config=LotrConfig(basis=str(basis)))
-    assert (
-        read_adapter(tmp_path / "o").config["r"]
-        == read_adapter(basis).config["r"]
-        == int(result.settings.rank)
-    )
+    ranks = {read_adapter(folder).config["r"] for folder in (tmp_path / "o", basis)}
+    assert ranks == {int(result.settings.rank)}

@@ -47,6 +47,7 @@ def test_cores_alone_start_from_gradients_and_say_so_unless_told_otherwise(place
     words = ("--output", place / "cores", *QUICK, "--max-steps", "2", "--trainable", "cores")
     lines = " ".join(lotr(*training(place), *words).stderr.split())
     assert "turned towards the gradients of 8 batches, because they stay as they start" in lines
+    assert "Rates: cores 0.03, head 0.03." in lines
     begun = json.loads((place / "cores" / METRICS).read_text())["begun"]
     assert begun["init"] == "gradient" and begun["start_batches"] == 8
     assert json.loads((place / "cores" / CONFIG).read_text())["init"] == "gradient"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
@@ -180,8 +181,13 @@ def merge(model: Any, output: str | Path, tokenizer: Any = None, overwrite: bool
         check_apart(output, "basis", getattr(config, "basis", None))
     try:
         plain = model.merge_and_unload(safe_merge=True)
-    except ValueError as error:
+    except (NotImplementedError, ValueError) as error:
         raise CheckpointError(f"The adapter cannot be merged: {error}") from error
+    if any(isinstance(module, ModulesToSaveWrapper) for module in plain.modules()):
+        raise CheckpointError(
+            "The adapter cannot be merged: PEFT leaves its trained head apart, and transformers would start a new one. "
+            "Keep the adapter."
+        )
     with whole_folder(output, overwrite) as made:
         plain.save_pretrained(made)
         if tokenizer is not None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from peft import LoraConfig, PeftConfig
 
 from ..bank.task import TASK_TYPES
 from ..errors import ConfigError, near
@@ -17,6 +19,7 @@ from ..tuner.config import LotrConfig
 from ..tuner.ranks import largest_rank
 from ..tuner.saved_adapter import read_saved
 from .settings import (
+    OF_ADAPTER,
     Settings,
     TrainSettings,
     read_core_ranks,
@@ -27,17 +30,20 @@ from .settings import (
 )
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
     from torch import nn
 
 #: The rank that a budget of trained numbers decides.
 AUTO = "auto"
 #: Methods that are not rows of the table: PEFT's own for comparison, and a new head alone.
 PEERS = ("peft_lora", "peft_dora", "head")
-#: Settings that describe an adapter.
-_OF_ADAPTER = [f.name for f in fields(TrainSettings) if f.metadata["panel"] == "Adapter"]
-#: Those that PEFT's own methods know, too.
+#: Settings of the adapter that PEFT's own methods know, too.
 _OF_PEERS = ("method", "rank", "target_modules", "target_parameters", "scaling", "dropout")
+
+#: Configurations of PEFT that a loop alone does not train.
+_MORE_THAN_A_RUN = ("AdaLoraConfig", "PolyConfig", "ShadowConfig", "TrainableTokensConfig")
+#: Starts of PEFT's LoRA that need no data, and are the same at every load.
+_STARTS_OF_LORA = ("gaussian", "orthogonal", "olora", "pissa")
 
 #: The most of a setting that may be zero; others must be positive.
 _FROM_ZERO = {
@@ -55,7 +61,6 @@ _CHECKED = ("alpha", "dropout", "layers_per_group", "scaling", "temperature")
 
 def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConfig:
     """Return the PEFT configuration that the settings describe; the task decides the type of the model alone."""
-    import peft
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
     _check_meaning(settings)
@@ -70,7 +75,7 @@ def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConf
         k, r = read_rank(str(settings.rank))
         if k != r:
             raise ConfigError(f"rank={settings.rank!r} is a pair, and LoRA has one rank. Use one number.")
-        return peft.LoraConfig(
+        return LoraConfig(
             r=r,
             lora_alpha=(settings.scaling or 1.0) * r,  # type: ignore[arg-type]
             lora_dropout=settings.dropout,
@@ -94,8 +99,9 @@ def adapter_config(settings: TrainSettings, task: str | None = None) -> PeftConf
 
 
 def resolved(config: PeftConfig) -> PeftConfig:
-    """Return a copy of a configuration, with what an adapter has from its basis."""
+    """Return a copy of a configuration for training, with what an adapter has from its basis."""
     config = copy.deepcopy(config)
+    config.inference_mode = False  # that of a saved adapter is on
     if isinstance(config, LotrConfig) and config.basis is not None:
         resolve_basis(config)
     return config
@@ -103,12 +109,22 @@ def resolved(config: PeftConfig) -> PeftConfig:
 
 def check_alone(config: PeftConfig, named: Mapping[str, Any]) -> None:
     """Refuse settings of an adapter beside a configuration that describes one, and what no run can train."""
-    if config.is_prompt_learning or not hasattr(config, "modules_to_save"):
+    if not isinstance(config, PeftConfig):
         raise ConfigError(
-            f"{type(config).__name__} trains prompts or keeps no head beside it, so no run can train it. Use PEFT "
-            "itself, or another configuration."
+            f"config={str(config)[:80]!r} is no configuration. Give one, such as LotrConfig(r=16)."
         )
-    for name in sorted(set(_OF_ADAPTER) & named.keys() - {"start_batches"}):
+    kind, start = type(config).__name__, getattr(config, "init_lora_weights", True)
+    problem = ""
+    if config.is_prompt_learning or kind in _MORE_THAN_A_RUN or not hasattr(config, "modules_to_save"):
+        problem = f"{kind} needs more than a run does: prompts, a schedule of ranks, or task ids."
+    elif isinstance(start, str) and start not in _STARTS_OF_LORA:
+        problem = (
+            f"init_lora_weights={start!r} needs more than a run does: data, or the same draws at every load."
+        )
+    if problem:
+        raise ConfigError(f"{problem} Use PEFT itself, or another configuration.")
+    allowed = {"start_batches"} if isinstance(config, LotrConfig) else set()
+    for name in sorted(set(OF_ADAPTER) & named.keys() - allowed):
         raise ConfigError(
             f"{name}={named[name]!r} describes an adapter, and so does config. Leave {name} out; what a configuration "
             "has of it is a field of its own."
@@ -119,9 +135,10 @@ def described(settings: TrainSettings, config: PeftConfig) -> TrainSettings:
     """Return settings with the method and rank of a configuration, as the report tells them."""
     if isinstance(config, LotrConfig):
         return replace(settings, method=config.method, rank=rank_text(config))
-    own: Any = config
-    kind = "dora" if getattr(own, "use_dora", False) else own.peft_type.value.lower()
-    return replace(settings, method=f"peft_{kind}", rank=str(own.r) if hasattr(own, "r") else None)
+    kind = "dora" if getattr(config, "use_dora", False) else str(config.peft_type).rpartition(".")[2].lower()
+    return replace(
+        settings, method=f"peft_{kind}", rank=str(config.r) if isinstance(config, LoraConfig) else None
+    )
 
 
 def rank_text(config: LotrConfig) -> str:
@@ -133,7 +150,7 @@ def _check_meaning(settings: TrainSettings) -> None:
     """Refuse settings that would be passed over."""
     check_numbers(settings)
     method, basis, rank, budget = settings.method, settings.basis, settings.rank, settings.budget
-    ours = [name for name in _OF_ADAPTER if name not in _OF_PEERS]
+    ours = [name for name in OF_ADAPTER if name not in _OF_PEERS]
     misfits = [name for name in ours if method in PEERS and getattr(settings, name) is not None]
     misfits += ["target_parameters"] if method == "head" and settings.target_parameters is not None else []
     problem = ""
@@ -176,12 +193,12 @@ def complete(settings: TrainSettings, config: PeftConfig, task: str) -> TrainSet
     Cores that train alone start from gradients, where nothing else was asked for: factors that stay as they are would
     stay as random as they begin.
     """
-    if config.task_type not in (None, TASK_TYPES[task]):
+    own, needed = str(config.task_type).rpartition(".")[2], TASK_TYPES[task]
+    if config.task_type is not None and own != needed:
         raise ConfigError(
-            f"task_type={str(config.task_type)!r} contradicts the task, {task}, which is {TASK_TYPES[task]}. Leave it "
-            "out, or name the task, --task."
+            f"task_type={own!r} contradicts the task, {task}, which is {needed}. Leave it out, or name another task."
         )
-    config.task_type = TASK_TYPES[task]
+    config.task_type = needed
     if task == "causal-lm" and settings.method == "head":
         raise ConfigError(
             "method='head' trains a new head alone, and causal-lm has none. Use another method."
@@ -204,6 +221,11 @@ def complete(settings: TrainSettings, config: PeftConfig, task: str) -> TrainSet
         )
     if config.would_stay_random and config.starts_at_zero:
         config.init = "gradient"
+    if config.init not in DATA_INITS and settings.start_batches is not None:
+        raise ConfigError(
+            f"start_batches={settings.start_batches} has no meaning with init={config.init!r}, which needs no data. "
+            "Leave it out, or use init='gradient'."
+        )
     return replace(settings, init=config.init) if config.init in DATA_INITS else settings
 
 

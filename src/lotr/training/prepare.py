@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
     from .settings import TrainSettings
 
-#: What a configuration has that is not the adapter's own: where and by what it was written.
-_OF_FILE = {"auto_mapping", "basis", "checksum", "inference_mode", "peft_version", "revision"}
 #: A batch, and its share of the loss of a step.
 Microbatch = tuple[float, dict[str, Tensor]]
 
@@ -124,8 +122,6 @@ def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConf
     checkpoint = last_whole(folder / CHECKPOINTS) if settings.resume else None
     chosen = fit_rank(settings, config, base, checkpoint) if settings.budget is not None else ""
     model = add_adapter(base, config)
-    if checkpoint is not None:
-        _check_same(model.active_peft_config, checkpoint)
     if settings.gradient_checkpointing:
         base.enable_input_require_grads()
         # the other kind knows no `backward(inputs=…)`, by which a head warms up
@@ -133,6 +129,9 @@ def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConf
     trained, total = model.get_nb_trainable_parameters()
     share = 100 * trained / total
     say(chosen or f"Method: {settings.method}, {trained:,} trained numbers ({share:.2f} % of the model).")
+    rates = rates_of(settings, model)
+    parts = [f"{part['name']} {part['lr']:g}" for part in parameter_groups(model, **rates)]
+    say(f"Rates: {', '.join(parts)}.")  # of what trains: one that was named may be of a part that does not
 
     data = data.encoded(
         tokenizer,
@@ -151,28 +150,11 @@ def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConf
         folder,
         checkpoint,
         model,
-        rates_of(settings, model),
+        rates,
         data,
         collate,
         settings.max_steps or math.ceil(math.ceil(len(data.train) / rows_a_step(settings)) * settings.epochs),
     )
-
-
-def _check_same(config: PeftConfig, checkpoint: Path) -> None:
-    """Refuse to go on from a checkpoint of another configuration."""
-    import peft
-
-    saved, own = (
-        {name: sorted(value) if isinstance(value, set) else value for name, value in of.to_dict().items()}
-        for of in (peft.PeftConfig.from_pretrained(str(checkpoint)), config)
-    )
-    for name in sorted(own.keys() - _OF_FILE, key=list(own).index):
-        if own[name] != saved.get(name):
-            raise ConfigError(
-                f"{name}={own[name]!r} contradicts {checkpoint}, which has {name}={saved.get(name)!r}. A run "
-                "that was given a configuration goes on with the same, in Python: "
-                "lotr.train(output=…, resume=True, config=…)."
-            )
 
 
 def rows_a_step(settings: TrainSettings) -> int:

@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftConfig
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..errors import TrainingError
+from ..errors import ConfigError, TrainingError
 from ..files.atomic import locked, read_json
 from . import metrics
 from .adapter import check_alone
@@ -23,9 +24,7 @@ from .prepare import Run, begin, check, prepare
 from .process import device, is_main_process, peak_memory
 from .rates import parameter_groups
 from .settings import TrainSettings, read_options
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
+from .trained import CHECKPOINTS
 
 
 def train(
@@ -42,7 +41,8 @@ def train(
         settings: What to train on what.
         say: Called with lines for the user.
         callbacks: More callbacks for the Trainer, for example a progress bar.
-        config: Configuration of a PEFT method that trains weights, instead of the adapter that settings describe.
+        config: Configuration of a PEFT method that trains weights, instead of the adapter that settings describe; a
+            run that goes on has the one it began with.
         options: Settings by name, instead of `settings` or over them; see `TrainSettings`.
 
     Returns:
@@ -57,15 +57,29 @@ def train(
     """
     named = read_options((settings.named() if settings is not None else {}) | options)
     if config is not None:
+        if named.get("resume"):
+            raise ConfigError(
+                "A run that goes on has the configuration that it began with. Leave config out."
+            )
         check_alone(config, named)
+        named["configuration"] = type(config).__name__
     is_main, output = is_main_process(), named.get("output")
     say = say if is_main else lambda line: None
     with locked(Path(output)) if is_main and output is not None else nullcontext():
         if named.get("resume"):
             named = options_to_resume(named, TrainSettings)
+            if named.get("configuration"):
+                config = PeftConfig.from_pretrained(str(Path(named["output"]) / CHECKPOINTS))
+        elif config is None and named.get("configuration"):
+            raise ConfigError(
+                f"The settings are of a run that was given a {named['configuration']}, and do not hold it. In Python: "
+                "lotr.train(…, config=PeftConfig.from_pretrained(FOLDER)), with the folder of its adapter."
+            )
         settings = check(TrainSettings(**named), config)
         run = prepare(settings, say, config)
         with started_run(run.folder, run.settings, say) if is_main else nullcontext():
+            if is_main and config is not None and run.checkpoint is None:  # to go on with
+                run.model.active_peft_config.save_pretrained(str(run.folder / CHECKPOINTS))
             report = _train(run, callbacks, say)
             if is_main:
                 write(run.folder, run.model, report)

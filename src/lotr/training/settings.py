@@ -145,6 +145,20 @@ class TrainSettings(Settings):
     push_to_hub: str | None = _run("Repository on the hub that the result is uploaded to.", "none")
     report_to: str = _run("Where it logs to: none, tensorboard (in OUTPUT/runs), wandb, …", default="none")
 
+    #: Kind of the configuration that a run was given, in place of the settings of an adapter.
+    configuration: str | None = field(default=None, metadata={"panel": ""})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings of the run as plain values, without those that a configuration stood in place of."""
+        values = super().to_dict()
+        passed_over = set() if self.configuration is None else set(OF_ADAPTER) - {"method", "rank", *OF_START}
+        return {name: value for name, value in values.items() if name not in passed_over}
+
+
+#: Settings that describe an adapter; and those of them that say how a run starts it.
+OF_ADAPTER = [f.name for f in fields(TrainSettings) if f.metadata["panel"] == "Adapter"]
+OF_START = ("init", "start_batches")
+
 
 def with_usual(settings: TrainSettings) -> TrainSettings:
     """Return settings with a method and a rank, for an adapter that takes them from no basis."""

@@ -9,7 +9,7 @@ import peft
 import pytest
 from peft import PeftConfig
 
-from commands import CtrlC, quiet, settings
+from commands import CtrlC, quiet, refused, settings
 from lotr import LotrConfig
 from lotr.errors import ConfigError, Interrupted
 from lotr.files.adapter_folder import CONFIG, WEIGHTS, read_adapter
@@ -145,3 +145,19 @@ def test_its_basis_brings_the_base_model_and_the_structure(place: Path, tmp_path
     result = train(**words, say=quiet, config=LotrConfig(basis=str(basis)))
     ranks = {read_adapter(folder).config["r"] for folder in (tmp_path / "o", basis)}
     assert ranks == {int(result.settings.rank)}
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (peft.LNTuningConfig(target_modules=["LayerNorm"]), "leaves its trained head apart"),
+        (peft.LilyConfig(r=2, target_modules=["query"]), "cannot be merged: This method is not supported"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, PeftConfig) else "",
+)
+def test_what_peft_cannot_merge_is_refused(
+    config: PeftConfig, says: str, place: Path, tmp_path: Path
+) -> None:
+    train(settings(place, tmp_path / "own", rank=None, max_steps=1), say=quiet, config=config)
+    assert says in refused(1, "merge", tmp_path / "own", "--output", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

@@ -86,7 +86,7 @@ def test_what_it_cannot_stand_beside_is_refused_before_anything_is_written(
             "pissa_niter_1' needs more than a run",
         ),
         (LotrConfig, {"rank": None}, "is no configuration"),
-        (own, {"rank": None, "start_batches": 3}, "start_batches=3 has no meaning with init='orthonormal'"),
+        (own, {"rank": None, "start_batches": 3}, "start_batches=3 has no meaning where"),
         (peft.LoraConfig(), {"rank": None, "start_batches": 3}, "start_batches=3 describes an adapter"),
     ]
     for config, more, says in refusals:

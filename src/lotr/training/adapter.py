@@ -209,24 +209,24 @@ def complete(settings: TrainSettings, config: PeftConfig, task: str) -> TrainSet
         )
     if not isinstance(config, LotrConfig) or settings.method in PEERS:
         return settings
-    if config.basis is not None:
-        # what the report says is what was trained
-        return replace(
-            settings, method=config.method, scaling=config.scaling, rank=rank_text(config), init=None
-        )
-    if config.init == "lora":
+    if config.would_stay_random and config.starts_at_zero:
+        config.init = "gradient"
+    start = config.init if config.init in DATA_INITS and config.basis is None else None
+    if start == "lora":
         raise ConfigError(
             "init='lora' needs the LoRA, and training has no setting for it. In Python: "
             "lotr.init_from_lora(model, folder)."
         )
-    if config.would_stay_random and config.starts_at_zero:
-        config.init = "gradient"
-    if config.init not in DATA_INITS and settings.start_batches is not None:
+    if start is None and settings.start_batches is not None:
         raise ConfigError(
-            f"start_batches={settings.start_batches} has no meaning with init={config.init!r}, which needs no data. "
-            "Leave it out, or use init='gradient'."
+            f"start_batches={settings.start_batches} has no meaning where the factors do not start from data. Leave "
+            "it out, or use init='gradient'."
         )
-    return replace(settings, init=config.init) if config.init in DATA_INITS else settings
+    if config.basis is not None:  # what the report says is what was trained
+        return replace(
+            settings, method=config.method, scaling=config.scaling, rank=rank_text(config), init=None
+        )
+    return replace(settings, init=start or settings.init)
 
 
 def fit_rank(settings: TrainSettings, config: Any, model: nn.Module, checkpoint: Path | None = None) -> str:

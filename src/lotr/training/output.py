@@ -73,13 +73,20 @@ def check_output(settings: TrainSettings, config: PeftConfig | None, is_main: bo
 
 
 @contextmanager
-def started_run(folder: Path, settings: Any, say: Callable[[str], None]) -> Iterator[None]:
-    """Make the folder of checkpoints for the time of the block; a block that fails before the first leaves none."""
+def started_run(
+    folder: Path, settings: Any, say: Callable[[str], None], config: PeftConfig | None = None
+) -> Iterator[None]:
+    """Make the folder of checkpoints for the time of the block; a block that fails before the first leaves none.
+
+    A configuration is kept there to go on with.
+    """
     if not settings.resume:
         remove_folder(folder / CHECKPOINTS)
     try:
         # beside the checkpoints: the settings of an older, finished run in the folder stay with its adapter
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        if config is not None:
+            config.save_pretrained(str(folder / CHECKPOINTS))
         write_json(folder / CHECKPOINTS / SETTINGS, settings.to_dict())
         yield
     except BaseException:

@@ -77,9 +77,8 @@ def train(
             )
         settings = check(TrainSettings(**named), config)
         run = prepare(settings, say, config)
-        with started_run(run.folder, run.settings, say) if is_main else nullcontext():
-            if is_main and config is not None and run.checkpoint is None:  # to go on with
-                run.model.active_peft_config.save_pretrained(str(run.folder / CHECKPOINTS))
+        given = run.model.active_peft_config if config is not None and run.checkpoint is None else None
+        with started_run(run.folder, run.settings, say, given) if is_main else nullcontext():
             report = _train(run, callbacks, say)
             if is_main:
                 write(run.folder, run.model, report)

@@ -132,6 +132,9 @@ def test_a_bank_that_lost_its_factors_is_still_a_bank(bank: Path) -> None:
         ("bank add bank", 2, "nothing to add"),
         ("bank add bank a b --task x", 2, "names one task"),
         ("bank add bank --train rows.csv", 2, "--task"),
+        ("bank add bank c --epochs 5", 2, "--epochs means nothing without --train"),
+        ("bank add bank c --label class", 2, "--label means nothing without --train"),
+        ("bank train --tasks more.yaml --output bank --keep float16", 2, "keeps its tasks in float32"),
         ("bank add bank a gone --replace", 1, "does not exist"),
         ("bank list gone", 1, "does not exist"),
         ("bank stats basis", 1, "is not a bank"),
@@ -142,6 +145,7 @@ def test_a_bank_that_lost_its_factors_is_still_a_bank(bank: Path) -> None:
 )
 def test_what_cannot_be_is_refused_and_changes_nothing(bank: Path, line: str, code: int, says: str) -> None:
     Path("tasks.yaml").write_text("a: rows.csv\n")
+    Path("more.yaml").write_text("new: rows.csv\n")
     before = _names(bank)
     assert says in refused(code, *line.split())
     assert _names(bank) == before and not Path("new").exists() and not Path("out.csv").exists()

@@ -105,6 +105,12 @@ def add(
         return _train([source], {**options, "output": str(bank), "replace": replace})
     if not adapters:
         raise ConfigError("There is nothing to add. Name adapters, or data with --task and --train.")
+    usual = {"text": "text", "text2": "text2", "label": "label"}
+    of_data = {"eval": eval, "text": text, "text2": text2, "label": label, **options}
+    if idle := [name for name, value in of_data.items() if value not in (None, usual.get(name))]:
+        raise ConfigError(
+            f"--{idle[0].replace('_', '-')} means nothing without --train: adapters are added as they are."
+        )
     if task is not None and len(adapters) > 1:
         raise ConfigError(f"--task {task} names one task, and there are {len(adapters)} adapters.")
     sources = {task or Path(adapter).resolve().name: adapter for adapter in adapters}

@@ -111,7 +111,7 @@ def _opened_bank(settings: BankSettings, path: Path) -> Iterator[CoreBank]:
         return
     if settings.basis is None:
         raise ConfigError(f"{path} holds no bank yet. Name the adapter that gives its factors with --basis.")
-    bank = CoreBank.create(path, settings.basis, dtype=settings.keep)
+    bank = CoreBank.create(path, settings.basis, dtype=settings.keep or "bfloat16")
     with locked(path):
         try:
             with bank:
@@ -123,10 +123,15 @@ def _opened_bank(settings: BankSettings, path: Path) -> Iterator[CoreBank]:
 
 
 def _check_new(bank: CoreBank, settings: BankSettings) -> None:
-    """Refuse another basis than the bank's, and tasks that it has."""
+    """Refuse another basis or type than the bank's, and tasks that it has."""
     basis = settings.basis  # named again by who starts a run again that was killed early
     if basis is not None and hash_of(read_saved(basis).factors()) != bank.description.basis_hash:
         raise ConfigError(f"{bank.path} is a bank and has another basis. Leave out --basis={basis}.")
+    if settings.keep not in (None, bank.dtype):
+        raise ConfigError(
+            f"{bank.path} is a bank that keeps its tasks in {bank.dtype}. Leave out --keep={settings.keep}, or make a "
+            "new bank."
+        )
     taken = [source["name"] for source in settings.tasks if source["name"] in bank]
     if taken and not settings.replace:
         raise ConfigError(

@@ -18,7 +18,7 @@ class BankSettings(Settings):
     basis: str | None = _data("Adapter whose factors a new bank gets.", shown="required for a new bank")
     model: str | None = _data("Base model.", "the one of the basis")
     max_length: int | None = _data("Longest text, in tokens.", "128, or as many as the model takes")
-    keep: str = _data("How a new bank keeps its tasks: float32, bfloat16 or float16.", default="bfloat16")
+    keep: str | None = _data("How a new bank keeps its tasks: float32, bfloat16 or float16.", "bfloat16")
 
     epochs: float = _training("Passes over the rows of all tasks.", default=3.0)
     max_steps: int | None = _training("Steps, instead of epochs.", "by epochs")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,6 +49,13 @@ def make(model: nn.Module, **kwargs: Any) -> PeftModel:
 def test_names_a_regex_exclusions_and_layers_select_modules(fields: Any, layers: list[int]) -> None:
     paths = [f"bert.encoder.layer.{n}.attention.self.query" for n in layers]
     assert adapted(make(bert(), **fields)) == paths
+
+
+def test_any_sequence_of_layers_is_saved_as_a_list(tmp_path: Path) -> None:
+    model = make(bert(), target_modules=("query",), layers_to_transform=range(2), layers_pattern=("layer",))
+    assert len(adapted(model)) == 2
+    model.save_pretrained(tmp_path)
+    assert LotrConfig.from_pretrained(str(tmp_path)).layers_to_transform == [0, 1]
 
 
 def test_all_linear_takes_every_linear_but_the_head() -> None:

@@ -227,6 +227,9 @@ class LotrConfig(PeftConfig):
                 if odd := [entry for entry in names if not isinstance(entry, str)]:
                     raise ConfigError(f"{name} has {odd[0]!r}, which is no name. Name modules by text.")
                 setattr(self, name, set(names))
+        for name in ("layers_to_transform", "layers_pattern", "target_parameters", "trainable_token_indices"):
+            if isinstance(several := getattr(self, name), tuple | set | range):
+                setattr(self, name, list(several))  # as a file has them
         place = row.dropout_place if self.core == row.core else "input"
         self.dropout_place = one_of("dropout_place", self.dropout_place or place, PLACES)
         if not 0.0 <= self.dropout < 1.0:

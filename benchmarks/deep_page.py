@@ -122,17 +122,17 @@ def compared(plan: Plan, final: dict[str, Final]) -> list[str]:
     return with_spread(markdown(header, rows, left=2), final)
 
 
-def confirmed(plan: Plan, final: dict[str, Final]) -> list[str]:
-    """Return a table of the mean differences that were asked for before the runs, below the pairs they are of."""
-    questions = plan["confirm_means"]
+def confirmed(questions: dict[str, list[list[str]]], runs: dict[str, Final]) -> list[str]:
+    """Return a table of the mean differences that were asked for before their runs, below the pairs they are of."""
+    final = {method: runs[method] for pairs in questions.values() for pair in pairs for method in pair}
     pairs = [list(pair) for pair in dict.fromkeys(tuple(pair) for of in questions.values() for pair in of)]
     rows = []
     for own, other in pairs:
         difference = f"{final[own].mean - final[other].mean:+.4f}"
         rows.append([own, other, *sizes_and_losses([own, other], final), difference, ""])
     for name, of in questions.items():
-        rows.append([f"mean of {name}", "", "", "", *difference_of(of, final, len(questions))])
-    header = ("", "against", "numbers", "loss, test", f"difference (95 % for the {len(questions)} means)", "")
+        rows.append([name, "", "", "", *difference_of(of, final, len(questions))])
+    header = ("", "against", "numbers", "loss, test", "difference (95 % over the questions)", "")
     return with_spread(markdown(header, rows, left=2), final)
 
 
@@ -187,10 +187,11 @@ def draw(final: dict[str, Final], path: Path) -> None:
 
 def tables(plan: Plan, runs: dict[Key, dict[str, str]]) -> dict[str, list[str]]:
     """Return the tables of the page by name."""
-    final = main_runs(plan, runs)
+    final, again = main_runs(plan, runs), main_runs(plan, runs, "confirm")
     return {
         "deep": compared(plan, final),
-        "confirm": confirmed(plan, main_runs(plan, runs, "confirm")),
+        "confirm": confirmed(plan["questions"], again),
+        "later": confirmed(plan["later_question"], again),
         "reach": reached(plan, final),
         "texts": other_texts(plan, runs),
         **{name: on_dev(methods, runs) for name, methods in plan["on_dev"].items()},

@@ -17,11 +17,11 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the model is packaged and the data is Python's own library
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 import lotr
+from lotr.training.base_model import halves_are_slow
 from lotr.training.data.docstrings import load_functions
 from lotr.training.trained import load_trained
 
@@ -55,9 +55,7 @@ def main() -> None:
     held_out = draw.sample(rows["test"], min(64, len(rows["test"])))
     test, asked = write(out / "test.jsonl", held_out), write(out / "asked.jsonl", held_out[:5])
 
-    # without AVX-512 a CPU takes ten times as long for a product in bfloat16
-    halves = torch.cuda.is_available() or "AVX512" in torch.backends.cpu.get_cpu_capability()
-    dtype = "bfloat16" if halves else "float32"
+    dtype = "float32" if halves_are_slow() else "bfloat16"
     table = Table(title="SmolLM2-135M on docstrings it has not seen", title_justify="left")
     for name in ("", "trained numbers", "loss per token", "seconds"):
         table.add_column(name, justify="right" if name else "left")

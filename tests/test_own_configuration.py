@@ -152,6 +152,10 @@ def test_its_basis_brings_the_base_model_and_the_structure(place: Path, tmp_path
     [
         (peft.LNTuningConfig(target_modules=["LayerNorm"]), "leaves its trained head apart"),
         (peft.LilyConfig(r=2, target_modules=["query"]), "cannot be merged: This method is not supported"),
+        (
+            peft.LoraConfig(r=2, target_modules=["query"], layer_replication=[[0, 1], [0, 1]]),
+            "copies of a layer (layer_replication) share one weight",
+        ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, PeftConfig) else "",
 )

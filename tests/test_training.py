@@ -243,8 +243,16 @@ def test_gradient_checkpointing_changes_nothing(place: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_half_precision_base_trains_full_precision_numbers(place: Path, tmp_path: Path, dtype: str) -> None:
-    report = train(settings(place, tmp_path / "o", dtype=dtype, eval=str(place / "train.csv")), say=quiet)
+@pytest.mark.parametrize("processor", ["AVX2", "AVX512"])
+def test_a_half_precision_base_trains_full_precision_numbers(
+    place: Path, tmp_path: Path, dtype: str, processor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    lines: list[str] = []
+    options = settings(place, tmp_path / "o", dtype=dtype, eval=str(place / "train.csv"))
+    report = train(options, say=lines.append)
+    warned = f"This processor takes several times as long with {dtype} as with float32." in lines
+    assert warned == (processor == "AVX2" and not torch.accelerator.is_available())
     saved = load_file(tmp_path / "o" / WEIGHTS)
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())

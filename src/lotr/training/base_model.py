@@ -134,6 +134,11 @@ def check_dtype(dtype: str, load_in: str | None = None) -> None:
             raise ConfigError(f"load_in={load_in!r} needs bitsandbytes: pip install bitsandbytes")
 
 
+def halves_are_slow() -> bool:
+    """Return whether half precision takes several times as long as float32, as on a processor without AVX-512."""
+    return not torch.accelerator.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def text_length(model: nn.Module, name: str, max_length: int | None) -> int:
     """Return the longest text in tokens: what was asked for, else 128, or less where a model takes less.
 

@@ -14,8 +14,9 @@ from ..sharing.plan import Plan
 from ..tuner.basis import check_basis
 from ..tuner.saved_adapter import read_basis
 from ..tuner.targets import plan
-from .adapter import adapter_config, fit_rank, rank_text
+from .adapter import adapter_config, fit_rank
 from .base_model import check_dtype, skeleton
+from .given_config import rank_text
 from .settings import TrainSettings, with_usual
 
 

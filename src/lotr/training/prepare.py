@@ -23,12 +23,20 @@ from ..errors import ConfigError, TrainingError
 from ..files.adapter_folder import read_adapter
 from ..files.fingerprint import fingerprint
 from ..tuner.checks import one_of
-from .adapter import adapter_config, add_adapter, check_numbers, complete, described, fit_rank, resolved
-from .base_model import check_dtype, load_tokenizer, load_with_new, locate, text_length
+from .adapter import adapter_config, add_adapter, check_numbers, complete, fit_rank
+from .base_model import (
+    check_dtype,
+    halves_are_slow,
+    load_tokenizer,
+    load_with_new,
+    locate,
+    text_length,
+)
 from .checkpoint import last_whole
 from .data import Columns, TaskData, collator, load_task
 from .data.conversations import IGNORED
 from .data.encode import packed
+from .given_config import described, resolved
 from .output import check_hub, check_output
 from .process import is_main_process, n_processes
 from .rates import parameter_groups, rates_of
@@ -129,6 +137,8 @@ def prepare(settings: TrainSettings, say: Callable[[str], None], given: PeftConf
     trained, total = model.get_nb_trainable_parameters()
     share = 100 * trained / total
     say(chosen or f"Method: {settings.method}, {trained:,} trained numbers ({share:.2f} % of the model).")
+    if settings.dtype != "float32" and halves_are_slow():
+        say(f"This processor takes several times as long with {settings.dtype} as with float32.")
     rates = rates_of(settings, model)
     parts = [f"{part['name']} {part['lr']:g}" for part in parameter_groups(model, **rates)]
     say(f"Rates: {', '.join(parts)}.")  # of what trains: one that was named may be of a part that does not

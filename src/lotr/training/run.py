@@ -17,8 +17,8 @@ from transformers.trainer_callback import ExportableState
 from ..errors import ConfigError, TrainingError
 from ..files.atomic import locked, read_json
 from . import metrics
-from .adapter import check_alone
 from .checkpoint import TRAINER_STATE, AdapterTrainer, arguments
+from .given_config import check_alone
 from .output import RunReport, options_to_resume, started_run, upload, write
 from .prepare import Run, begin, check, prepare
 from .process import device, is_main_process, peak_memory

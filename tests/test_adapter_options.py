@@ -143,7 +143,7 @@ def test_without_a_seed_torchs_own_decides() -> None:
             {"core": "identity", "modes": ("layer",)},
             r"core='identity' with modes=\('layer',\) .* Use modes=\(\)",
         ),
-        ({"core": "cp", "r": (2, 4)}, r"core='cp' needs one rank, and r=\(2, 4\) is a pair"),
+        ({"core": "cp", "r": (2, 4)}, r"core='cp' or 'scaled_cp' needs one rank, and r=\(2, 4\) is a pair"),
         (
             {"core": "identity", "modes": (), "r": (2, 4)},
             r"core='identity' needs one rank, and r=\(2, 4\) is a pair",
@@ -223,6 +223,17 @@ def test_a_weighted_sum_is_exact_whatever_the_cores(make: Any, row: str, tmp_pat
     model.set_adapter("sum")
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
     loaded = PeftModel.from_pretrained(make(), tmp_path / "sum")
+    assert torch.equal(outputs(loaded, INPUTS), outputs(model.eval(), INPUTS))
+
+
+def test_a_sum_of_trains_with_a_core_for_the_task_is_one_without(tmp_path: Path) -> None:
+    fields = {"modes": ("task", "layer"), "init_weights": False}
+    model = get_peft_model(bert(), config("metatt_4d", BERT, **fields), adapter_name="a")
+    model.add_adapter("b", config("metatt_4d", BERT, seed=1, **fields))
+    model.base_model.add_weighted_adapter(["a", "b"], [0.7, -2.0], "sum")
+    model.set_adapter("sum")
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(bert(), tmp_path / "sum")
     assert torch.equal(outputs(loaded, INPUTS), outputs(model.eval(), INPUTS))
 
 

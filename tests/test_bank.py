@@ -268,7 +268,7 @@ def test_another_base_model_is_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         other.get_submodule(paths[0]).weight[0, 0] += 1
     with pytest.raises(
-        CheckpointError, match=r"is for \('pico'\): its fingerprint differs in 1 tensors, first"
+        CheckpointError, match=r"is for \('pico'\): the fingerprint differs in 1 tensors, first"
     ):
         bank.basis.check_base(other)
     with pytest.raises(CheckpointError, match="another structure"):

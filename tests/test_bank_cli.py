@@ -116,8 +116,14 @@ def test_a_bank_that_lost_its_factors_is_still_a_bank(bank: Path) -> None:
     before = {path.name: path.read_bytes() for path in bank.iterdir()}
     assert "holds no basis.safetensors. Copy the bank again" in refused(1, "bank", "list", bank)
     assert "is a bank of tasks" in refused(1, "merge", bank, "--output", "merged")
-    line = ("train", "--model", "bert", "--train", "rows.csv", "--output", bank, "--overwrite")
-    assert "is a bank, and an adapter cannot replace it" in refused(2, *line)
+    over = ("--output", bank, "--overwrite")
+    for line in (
+        ("train", "--model", "bert", "--train", "rows.csv"),
+        ("export", "basis"),
+        ("merge", "basis"),
+        ("compress", "basis", "--rank", "1"),
+    ):
+        assert "is a bank, and neither an adapter nor a model replaces it" in refused(2, *line, *over)
     assert "basis.safetensors" in refused(1, "bank", "recover", bank, "--output", "recovered")
     assert all((bank / name).read_bytes() == content for name, content in before.items())
     assert not Path("recovered").exists()
@@ -131,11 +137,18 @@ def test_a_bank_that_lost_its_factors_is_still_a_bank(bank: Path) -> None:
         ("bank add bank a", 2, "'a' already"),
         ("bank add bank", 2, "nothing to add"),
         ("bank add bank a b --task x", 2, "names one task"),
+        ("bank add bank c ./c", 2, "c and ./c would both be the task 'c'. Add them one by one with --task"),
         ("bank add bank --train rows.csv", 2, "--task"),
         ("bank add bank c --epochs 5", 2, "--epochs means nothing without --train"),
         ("bank add bank c --label class", 2, "--label means nothing without --train"),
         ("bank train --tasks more.yaml --output bank --keep float16", 2, "keeps its tasks in float32"),
         ("bank add bank a gone --replace", 1, "does not exist"),
+        ("bank export bank a --output bank --overwrite", 2, "neither an adapter nor a model replaces it"),
+        (
+            "bank export bank a --lora --output bank --overwrite",
+            2,
+            "neither an adapter nor a model replaces it",
+        ),
         ("bank list gone", 1, "does not exist"),
         ("bank stats basis", 1, "is not a bank"),
         ("bank train --tasks tasks.yaml --output new", 2, "--basis"),

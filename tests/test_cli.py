@@ -26,6 +26,7 @@ from conftest import painted
 from lotr import METHODS, LotrConfig
 from lotr.files.adapter_folder import WEIGHTS
 from lotr.training.output import METRICS
+from lotr_cli.reports import write_rows
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +203,14 @@ def test_a_language_model_learns_conversations_and_answers(tmp_path: Path) -> No
     answers = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     right = [row["prediction"].strip() == row["dialog"][1]["content"] for row in answers]
     assert sum(right) > len(right) / 2
+
+
+def test_rows_with_other_columns_are_written_side_by_side(tmp_path: Path) -> None:
+    """As where some tasks of a bank are regressions."""
+    rows = [{"text": "a", "prediction": 0.5}, {"text": "b", "prediction": "x", "confidence": 0.9}]
+    write_rows(rows, tmp_path / "o.csv")
+    with (tmp_path / "o.csv").open(newline="") as file:
+        assert [row["confidence"] for row in csv.DictReader(file)] == ["", "0.9"]
 
 
 def test_the_version_is_that_of_the_package() -> None:

@@ -34,7 +34,7 @@ METHODS = (sys.executable, "-c", "from lotr_cli.app import main; main()", "metho
             "\0",
         ),
         *("epochs: 2020-01-01", "epochs: 2020-13-45", "seed: [1, 2]", "seed: .inf", f"seed: {'9' * 5000}"),
-        *("resume: 3", "label: yes", "- 1", "5: 5", "label:"),
+        *("batch_size: 1.9", "max_steps: 2.7", "resume: 3", "label: yes", "- 1", "5: 5", "label:"),
     ],
     ids=lambda text: text[:30],
 )

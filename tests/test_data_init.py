@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import get_peft_model
 from torch import Tensor, nn
 
@@ -89,6 +90,36 @@ def test_factors_from_gradients_keep_more_of_them_than_random_ones(name: str) ->
     lotr.init_from_data(model, _batches(name))
     turned = kept(model)
     assert turned.mean() > 3 * random.mean() and turned.min() > random.mean()
+
+
+def test_a_first_step_is_as_large_on_sites_that_use_the_first_rows_of_a_factor() -> None:
+    """Against AdamW's first step on the dense weights, which full ranks hold whole."""
+    torch.manual_seed(0)
+    plain = nn.ModuleDict({"wide": nn.Linear(8, 8), "narrow": nn.Linear(8, 2)})
+    config = LotrConfig(
+        method="lora_sb",
+        r=8,
+        modes=("layer", "projection"),
+        unequal="slice",
+        target_modules=["wide", "narrow"],
+        seed=0,
+    )
+    dense = {name: layer.weight.detach().clone().requires_grad_() for name, layer in plain.items()}
+    x = torch.randn(5, 8)
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return sum(((layer(batch) - 1) ** 2).sum() for layer in model.base_model.model.values())
+
+    model = get_peft_model(plain, config)
+    lotr.init_from_data(model, [x], loss)
+    for name, W in dense.items():
+        layer = model.base_model.model[name]
+        ((F.linear(x, W, layer.base_layer.bias) - 1) ** 2).sum().backward()
+        step = layer.get_delta_weight("default")
+        torch.testing.assert_close(step / step.abs().max(), -W.grad.sign(), atol=1e-4, rtol=1e-4)
+        assert float(step.abs().max()) == pytest.approx(
+            float(model.base_model.model["wide"].get_delta_weight("default").abs().max()), rel=1e-4
+        )
 
 
 def test_of_one_site_the_start_spans_the_singular_vectors_of_its_gradient() -> None:

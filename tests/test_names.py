@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import Llama4TextConfig, MambaConfig, MambaForCausalLM, WavLMConfig, WavLMModel
 from transformers.models.falcon.modeling_falcon import FalconLinear
@@ -64,15 +64,24 @@ def test_all_linear_stays_in_the_layers_that_are_named() -> None:
         assert len(paths) == 6 and all(".1." in path for path in paths)
 
 
+def test_names_that_experts_have_are_mapped_before_they_are_checked() -> None:
+    config = LotrConfig(r=2, target_modules=["q_proj", "down_proj"])
+    add_adapter(qwen(), config)
+    assert config.target_parameters
+
+
 def test_names_of_methods_of_peft_are_checked_before_training_too() -> None:
     with pytest.raises(PlanError, match="target_modules='vlue'"):
         add_adapter(bert(), LoraConfig(target_modules=["query", "vlue"]))
 
 
-def test_heads_that_peft_adds_for_a_task_need_not_exist() -> None:
-    config = LotrConfig(r=2, task_type="SEQ_CLS")
+@pytest.mark.parametrize("kind", ["SEQ_CLS", TaskType.SEQ_CLS])
+def test_heads_that_peft_adds_for_a_task_need_not_exist(kind: Any) -> None:
+    config = LotrConfig(r=2, task_type=kind)
     get_peft_model(bert(), config)  # adds "classifier" and "score", of which a model has one
     assert set(config.modules_to_save) >= {"classifier", "score"}
+    assert "AutoPeftModelForSequenceClassification" in config.card().text()
+    add_adapter(bert(), LoraConfig(target_modules=["query"], task_type=kind))
 
 
 def test_defaults_name_only_what_a_model_has() -> None:

@@ -7,14 +7,20 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import TrainerCallback
+from peft import get_peft_model
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 
+import lotr
 from commands import CtrlC, quiet, refused, settings
+from conftest import bert
+from lotr import LotrConfig
 from lotr.errors import ConfigError, Interrupted
+from lotr.files.adapter_folder import read_adapter
 from lotr.training import prepare
 from lotr.training.checkpoint import TRAINER_STATE
 from lotr.training.output import LOGS
 from lotr.training.run import train
+from lotr.training.trained import merge
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,6 +56,20 @@ def test_a_way_out_does_not_overwrite_what_it_reads(place: Path, command: str, w
     before = _files(place)
     text = refused(2, command, place / "second", "--output", place / where, "--overwrite")
     assert "would be overwritten" in text and _files(place) == before
+
+
+def test_what_replaces_an_adapter_is_not_read_with_files_of_it(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(place / "first", out)
+    (out / "notes.txt").touch()
+    model = get_peft_model(bert(), LotrConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    model.save_pretrained(tmp_path / "plain")  # without a task.json
+    lotr.export(tmp_path / "plain", out, overwrite=True)
+    assert read_adapter(out).config["peft_type"] == "LORA"
+    merge(place / "first", out, overwrite=True)
+    assert type(AutoModelForSequenceClassification.from_pretrained(out)).__name__.startswith("Bert")
+    left = {path.name for path in out.iterdir()}
+    assert "notes.txt" in left and not any("adapter" in name for name in left)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

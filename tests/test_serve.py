@@ -251,7 +251,9 @@ def test_a_damaged_task_fails_alone(tmp_path: Path) -> None:
 def test_tokens_keep_others_out(folder: Path) -> None:
     with serving(folder, token="secret", admin_token="more") as client:
         assert client.send("GET", "/v1/models")[0] == 200
-        assert client.send("DELETE", "/v1/tasks/task-0")[0] == 401
+        for method in ("DELETE", "POST"):
+            for task in ("task-0", "predict", "..%2Fpredict"):  # whatever a task is called
+                assert client.send(method, f"/v1/tasks/{task}")[0] == 401
         stranger = Client(client.port, "guess")
         for method, path in (("GET", "/v1/models"), ("POST", "/v1/tasks/a/predict"), ("GET", "/metrics")):
             status, answer, headers = stranger.send(method, path)

@@ -11,13 +11,14 @@ import torch
 import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
 from tensorly.decomposition import partial_tucker
-from torch import Tensor
+from torch import Tensor, nn
 
 import lotr
 from conftest import bert, gpt2, tokens
 from lotr import ConfigError, LotrConfig
 from lotr.adapters.inspection import inspect
 from lotr.tuner.group import LotrGroup
+from lotr.tuner.layer import LotrLinear
 from tuner_contract import linears, outputs
 
 INPUTS = {"input_ids": tokens()}
@@ -91,6 +92,24 @@ def test_the_full_rank_changes_nothing_where_sites_use_the_first_rows_of_a_facto
     assert group.kept == pytest.approx(1)
     for update, expected in zip(_squares(model), before, strict=True):
         torch.testing.assert_close(update, expected, atol=1e-10, rtol=1e-8)
+
+
+def test_a_module_whose_path_ends_like_another_keeps_its_own_rank(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+
+    config = LotrConfig(r=4, modes=(), target_modules=r"0|1\..", seed=0, init_weights=False)
+    model = get_peft_model(make(), config)
+    with torch.no_grad():
+        for path, layer in model.named_modules():
+            if isinstance(layer, LotrLinear) and ".1." in path:
+                layer.lotr_C["default"].weight[:, 2:] = 0
+    ranks = [group.after for group in lotr.truncate(model, energy=1 - 1e-9)]
+    assert len(set(ranks)) == 2
+    model.save_pretrained(tmp_path)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(PeftModel.from_pretrained(make(), tmp_path)(x), model(x))
 
 
 @pytest.mark.parametrize("rank", [2, 4])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
 
@@ -272,3 +273,10 @@ def test_the_functions_of_transformers_work(tmp_path: Path) -> None:
     other.delete_adapter("a")
     assert torch.equal(outputs(other, INPUTS), outputs(bert(), INPUTS))
     assert not [name for name, _ in other.named_parameters() if "lotr_" in name]
+
+
+def test_peft_can_leave_the_type_of_inputs_as_it_is(model: PeftModel) -> None:
+    before = outputs(model, INPUTS)
+    with disable_input_dtype_casting(model):
+        assert torch.equal(outputs(model, INPUTS), before)
+    assert all(m.cast_input_dtype_enabled for m in model.modules() if isinstance(m, LotrLayer))

@@ -42,13 +42,12 @@ class Interrupted(LotrError):
     """The user stopped a run; a checkpoint is there to go on from."""
 
 
-def near(name: str, known: Iterable[str], limit: int = 5) -> str:
+def near(name: str, known: Iterable[str]) -> str:
     """Return a sentence with the known names nearest to `name`, or with all of them when they are few.
 
     Args:
         name: What was asked for.
         known: What exists.
-        limit: How many names to show at most.
 
     Returns:
         One sentence, ready to end an error message.
@@ -58,7 +57,7 @@ def near(name: str, known: Iterable[str], limit: int = 5) -> str:
         'Near matches: query.'
     """
     names = sorted(set(known))
-    close = difflib.get_close_matches(name, names, n=limit, cutoff=0.5)
+    close = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
     if close:
         return f"Near matches: {', '.join(close)}."
     shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")

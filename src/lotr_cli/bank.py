@@ -113,7 +113,14 @@ def add(
         )
     if task is not None and len(adapters) > 1:
         raise ConfigError(f"--task {task} names one task, and there are {len(adapters)} adapters.")
-    sources = {task or Path(adapter).resolve().name: adapter for adapter in adapters}
+    sources: dict[str, str] = {}
+    for adapter in adapters:
+        name = task or Path(adapter).resolve().name
+        if name in sources:
+            raise ConfigError(
+                f"{sources[name]} and {adapter} would both be the task {name!r}. Add them one by one with --task."
+            )
+        sources[name] = adapter
     with _open(bank, writable=True) as opened:
         tasks = (opened.from_adapter(name, adapter) for name, adapter in sources.items())
         error = opened.add_many(tasks, replace=replace)

@@ -101,9 +101,11 @@ def properties(title: str, content: dict[str, Any]) -> Report:
 
 def trained_tasks(report: dict[str, Any]) -> Report:
     """Show what became of the tasks of a run."""
+    from lotr.training.metrics import MAIN
+
     rows = []
     for name, task in report["tasks"].items():
-        metric = next(metric for metric in ("accuracy", "pearson", "loss") if metric in task)
+        metric = MAIN[task["task"]]
         rows.append((name, task["task"], task["rows"]["train"], metric, task[metric]))
     line = (
         f"{len(rows):,} tasks trained in {report['seconds']:.0f} s; each has {report['numbers_a_task']:,} numbers, "
@@ -130,7 +132,9 @@ def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8", newline="") as file:
         if path.suffix == ".csv":
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer = csv.DictWriter(
+                file, fieldnames=list(dict.fromkeys(name for row in rows for name in row))
+            )
             writer.writeheader()
             writer.writerows(rows)
         else:

@@ -13,13 +13,14 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
-from ..files.adapter_folder import CONFIG, WEIGHTS, save_tensors, write_task
-from ..files.atomic import check_apart, check_free, whole_folder, write_json
+from ..files.adapter_folder import CONFIG, WEIGHTS, check_replaceable, save_tensors, write_task
+from ..files.atomic import check_apart, whole_folder, write_json
 from ..files.card import Card
 from ..math.magnitude import MAGNITUDES
 from ..math.update import loras_of
 from ..sharing.groups import bias_of
 from ..sharing.keys import file_shapes, group_keys, lora_keys, magnitude_keys
+from ..sharing.paths import exactly
 from ..tuner.expert_names import PARAMETERS
 from ..tuner.saved_adapter import SavedAdapter, read_saved
 from .inspection import updates
@@ -54,6 +55,7 @@ def export(
         ConfigError: `output` is not free, or is what the adapter is read from; or `pad_rank` is below its rank.
     """
     saved, output = read_saved(adapter), Path(output)
+    check_replaceable(output, overwrite)
     config = saved.config
     check_apart(output, "adapter", saved.path)
     check_apart(output, "basis", config.basis)
@@ -150,10 +152,7 @@ def _lora_config(saved: SavedAdapter, ranks: dict[str, int]) -> dict[str, Any]:
     old = {path for path in ranks.keys() - experts if beside and path.rpartition(".")[2] in PARAMETERS}
     parameters = {path: path for path in experts} | {path: f"{path}.weight" for path in old}
     most = max(ranks.values())
-    # anchored at the whole path, so that no rank reaches a module whose name merely ends alike
-    other = {
-        f"^{re.escape(parameters.get(path, path))}": rank for path, rank in ranks.items() if rank != most
-    }
+    other = {exactly(parameters.get(path, path)): rank for path, rank in ranks.items() if rank != most}
     of_model = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
     trained = ("modules_to_save", "trainable_token_indices")
     copied: dict[str, Any] = {name: saved.folder.config.get(name) for name in (*of_model, *trained)}
@@ -175,7 +174,6 @@ def _lora_config(saved: SavedAdapter, ranks: dict[str, int]) -> dict[str, Any]:
 def merge(model: Any, output: str | Path, tokenizer: Any = None, overwrite: bool = False) -> None:
     """Write a plain transformers model with the active adapter of a PEFT model, which is used up, in its weights."""
     output = Path(output)
-    check_free(output, overwrite)
     for config in model.peft_config.values():
         check_apart(output, "base model", config.base_model_name_or_path)
         check_apart(output, "basis", getattr(config, "basis", None))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, ConfigError, near
 from ..files.adapter_folder import BANK, BASIS_WEIGHTS, CONFIG, save_tensors, write_config
 from ..files.atomic import CHECKSUM, check_sealed, read_json, sealed, whole_folder, write_json
-from ..files.fingerprint import changed
+from ..files.fingerprint import difference
 from ..tuner.basis import check_basis
 from ..tuner.config import LotrConfig
 from ..tuner.saved_adapter import hash_of, read_basis, read_saved
@@ -116,10 +116,10 @@ class Basis:
             raise CheckpointError(
                 f"The bank in {self.path} is for {name!r}, and this model has another structure: {error}."
             ) from None
-        if odd := changed(expected, model) if expected else []:
+        if differs := difference(expected, model):
             raise CheckpointError(
-                f"The weights of this model are not those that the bank in {self.path} is for ({name!r}): its "
-                f"fingerprint differs in {len(odd)} tensors, first {odd[0]!r}. Load the right base model."
+                f"The weights of this model are not those that the bank in {self.path} is for ({name!r}): {differs}. "
+                "Load the right base model."
             )
 
 

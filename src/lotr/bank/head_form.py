@@ -32,6 +32,12 @@ def n_outputs(head: Mapping[str, Tensor]) -> int:
     return len(some) if some.dim() else 0
 
 
+def labels_of(head: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Return `0`, `1` and so on, as many as a head without names of its own tells; none where it gives a number."""
+    n = n_outputs(head)
+    return tuple(map(str, range(n))) if n > 1 else ()
+
+
 def head_form(head: Mapping[str, Tensor]) -> str:
     """Return names and shapes of a head's tensors; those of all tasks on one base model are alike.
 

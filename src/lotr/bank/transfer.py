@@ -12,9 +12,16 @@ from torch import Tensor
 
 from ..adapters.export import export as write_lora
 from ..errors import CheckpointError, ConfigError
-from ..files.adapter_folder import WEIGHTS, AdapterFolder, save_tensors, write_config, write_task
-from ..files.atomic import CHECKSUM, check_free, whole_folder
-from ..files.fingerprint import changed
+from ..files.adapter_folder import (
+    WEIGHTS,
+    AdapterFolder,
+    check_replaceable,
+    save_tensors,
+    write_config,
+    write_task,
+)
+from ..files.atomic import CHECKSUM, whole_folder
+from ..files.fingerprint import difference
 from ..tuner.config import LotrConfig
 from ..tuner.saved_adapter import factors_of, hash_of, read_saved
 from .basis import Basis
@@ -73,11 +80,10 @@ def _hash_in_float(factors: Mapping[str, Tensor]) -> str:
 def check_fingerprint(basis: Basis, path: Path, record: Mapping[str, Any]) -> None:
     """Refuse an adapter whose `task.json` tells that it was trained on other weights than those a bank is for."""
     mine, theirs = basis.description.base_fingerprint, record.get("base_fingerprint")
-    if odd := changed(mine, theirs) if mine and theirs else []:
+    if differs := difference(mine, theirs):
         raise CheckpointError(
             f"{path} was trained on another base model ({record.get('base_model')!r}) than the bank in {basis.path} is "
-            f"for ({basis.description.base_model!r}): their fingerprints differ in {len(odd)} tensors, first "
-            f"{odd[0]!r}. Put it into a bank of its own."
+            f"for ({basis.description.base_model!r}): {differs}. Put it into a bank of its own."
         )
 
 
@@ -104,12 +110,12 @@ def export(
     """Write a task as an adapter; see `CoreBank.export`, and `lotr.export` for `pad_rank`."""
     if as_lora and refer:
         raise ConfigError("A plain LoRA stands alone; it cannot refer to a basis. Leave out one of the two.")
+    check_replaceable(output, overwrite)
     if not as_lora:
         with whole_folder(output, overwrite) as folder:
             numbers = _write(basis, task, folder, refer)
         size = (output / WEIGHTS).stat().st_size
         return {"task": task.name, "numbers": numbers, "bytes": size, "output": str(output)}
-    check_free(output, overwrite)
     with tempfile.TemporaryDirectory() as alone:
         _write(basis, task, Path(alone), refer=False)
         report = write_lora(alone, output, overwrite, pad_rank)

@@ -9,8 +9,8 @@ from torch import nn
 
 from ..bank.head_form import n_outputs
 from ..errors import CheckpointError, ConfigError
-from ..files.adapter_folder import write_adapter
-from ..files.atomic import check_apart, check_free, whole_folder
+from ..files.adapter_folder import check_replaceable, write_adapter
+from ..files.atomic import check_apart, whole_folder
 from ..tuner.saved_adapter import read_saved
 from ..tuner.truncate import truncate
 from .base import load_base
@@ -34,7 +34,7 @@ def cut(
     from peft import PeftModel
 
     saved, output = read_saved(adapter), Path(output)
-    check_free(output, overwrite)
+    check_replaceable(output, overwrite)
     check_apart(output, "adapter", saved.path)
     if rank is None and max_error is None:
         raise ConfigError("One adapter is cut to a rank or to an error: give one of --rank and --max-error.")

@@ -9,13 +9,12 @@ from typing import Any
 
 from ..errors import ConfigError, near
 from ..training.data import Columns
+from ..training.metrics import MAIN
 from ..training.predict import evaluate
 from ..training.tasks.served import OneTask, load_served
 from ..training.tasks.task_list import TaskSource, read_tasks
 from ..training.trained import Trained, load_trained
 from .stack import Tick
-
-_METRICS = ("accuracy", "pearson", "loss")  # the first that a task has is its score
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,11 @@ def measure_adapters(
     before = []
     for source in sources:
         trained = load_trained(places[source.name], model)
+        if source.task not in (None, trained.task.task):
+            raise ConfigError(
+                f"{tasks}: task={source.task!r} of {source.name!r} contradicts the adapter, which was trained for "
+                f"{trained.task.task}. Leave it out."
+            )
         metric, score = _score(trained, source)
         unloaded: Any = None
         before.append(Before(source, replace(trained, model=unloaded), metric, score))
@@ -66,5 +70,5 @@ def measure_bank(
 def _score(trained: Trained, source: TaskSource) -> tuple[str, float]:
     columns = {key: name for key, name in vars(source.columns).items() if name != getattr(Columns, key)}
     scores = evaluate(trained, source.eval or source.train, **columns)
-    metric = next(metric for metric in _METRICS if metric in scores)
+    metric = MAIN[trained.task.task]
     return metric, float(scores[metric])

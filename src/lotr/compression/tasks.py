@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..bank import CoreBank, Task
 from ..bank.basis import create_folder
-from ..bank.head_form import n_outputs
+from ..bank.head_form import labels_of
 from ..bank.heads import NAMES
 from ..bank.layout import Layout
 from ..bank.task import DTYPES
@@ -115,9 +115,8 @@ def _task_of(entry: Entry, numbers: Tensor, error: float) -> Task:
     record, head, kind = source.folder.task, source.head(), source.kind
     labels = tuple(record.get("labels", ()))
     if head and not labels and kind == "classification":
-        n = n_outputs(head)
-        labels = tuple(map(str, range(n))) if n > 1 else ()
-        kind = "classification" if n > 1 else "regression"
+        labels = labels_of(head)
+        kind = "classification" if labels else "regression"
     recorded = {key: value for key, value in record.items() if key not in KNOWN}
     metadata = {**recorded, "compressed_from": str(entry.path), "error": round(error, 9)}
     return Task(entry.name, numbers, head, labels, kind, metadata)

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from ..errors import CheckpointError, near
-from .atomic import check_sealed, read_json, sealed, write_json
+from ..errors import CheckpointError, ConfigError, near
+from .atomic import check_free, check_sealed, read_json, sealed, write_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -32,6 +32,15 @@ _SETS = ("target_modules", "exclude_modules")
 def is_bank(folder: Path) -> bool:
     """Whether a folder is a bank, also one that has lost a file."""
     return (folder / BANK).is_file() or (folder / BASIS_WEIGHTS).is_file()
+
+
+def check_replaceable(folder: Path, overwrite: bool = False) -> None:
+    """Refuse an output folder for an adapter or a model that is not free, or a bank, whose tasks would go."""
+    if is_bank(folder):
+        raise ConfigError(
+            f"{folder} is a bank, and neither an adapter nor a model replaces it. Choose another output folder."
+        )
+    check_free(folder, overwrite)
 
 
 def save_tensors(tensors: dict[str, Tensor], folder: Path, name: str = WEIGHTS) -> None:

@@ -22,14 +22,19 @@ except ImportError:  # Windows, where folders cannot be locked
 
 #: Of a JSON file and of files beside it: a changed byte is noticed, not understood.
 CHECKSUM = "checksum"
+#: Of an adapter, a bank or a model: those of an earlier one would be read with the files of the new one.
+_READ_TOGETHER = (
+    *("adapter_*", "task.json", "settings.json", "metrics.json", "curve.png", "cores.png", "confusion.png"),
+    *("bank.json", "basis.safetensors", "tasks.sqlite*", "compress.*", "config.json", "model*.safetensors*"),
+)
 
 
 @contextmanager
 def whole_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     """Give a temporary folder that becomes `folder` when the block ends well, and vanishes when it does not.
 
-    What a killed process left of it goes when the next one begins. With `overwrite`, files of the same names are
-    replaced in a folder that is not empty.
+    What a killed process left of it goes when the next one begins. With `overwrite`, an adapter, a bank or a model is
+    replaced in a folder that is not empty, and what else is there stays.
 
     Raises:
         ConfigError: `folder` is a file, or is not empty, or another process is writing it.
@@ -143,12 +148,16 @@ def check_apart(output: Path, what: str, place: object, *beside: Path) -> None:
 
 
 def move_into(made: Path, folder: Path, last: str = "") -> None:
-    """Move the files of one folder over those of another, one by one, and remove the first.
+    """Replace what a folder holds by the files of another, one by one, and remove that one.
 
     Who finds the file `last` new knows that all are.
     """
-    for file in sorted(made.iterdir(), key=lambda p: (p.name == last, p.name)):
-        file.replace(folder / file.name)
+    names = {file.name for file in made.iterdir()}
+    for old in {file for pattern in _READ_TOGETHER for file in folder.glob(pattern)}:
+        if old.name not in names and old.is_file():
+            old.unlink()
+    for name in sorted(names, key=lambda name: (name == last, name)):
+        (made / name).replace(folder / name)
     made.rmdir()
 
 

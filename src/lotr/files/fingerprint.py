@@ -64,6 +64,12 @@ def changed(recorded: str, now: nn.Module | str) -> list[str]:
     return sorted(name for name in before.keys() & after.keys() if not _agree(before[name], after[name]))
 
 
+def difference(recorded: str | None, now: nn.Module | str | None) -> str:
+    """Return what tells another base model than the recorded one; nothing where it is that, or one tells nothing."""
+    odd = changed(recorded, now) if recorded and (isinstance(now, nn.Module) or now) else []
+    return f"the fingerprint differs in {len(odd)} tensors, first {odd[0]!r}" if odd else ""
+
+
 def _tensors(model: nn.Module, twice: bool = False) -> Iterator[tuple[str, _Shape, Tensor]]:
     """Yield name, shape and weight of parameters and saved buffers that are plain numbers."""
     seen: set[int] = set()

@@ -132,7 +132,7 @@ def weight_values(
 
 
 def _leading(
-    matrices: Sequence[Tensor], rank: int, generator: Generator, rounds: int = 12
+    matrices: Sequence[Tensor], rank: int, generator: Generator
 ) -> tuple[Tensor, Tensor]:  # (n, rank), (rank,)
     n, home = matrices[0].shape[0], matrices[0].device
     wide = torch.float64 if matrices[0].dtype == torch.float64 else torch.float32
@@ -145,7 +145,7 @@ def _leading(
             total += M @ (M.T @ columns)
         return total
 
-    for _ in range(rounds):
+    for _ in range(12):
         basis = torch.linalg.qr(energy_times(basis)).Q
     energies, inside = torch.linalg.eigh(basis.T @ energy_times(basis))  # rising
     values = energies.flip(0)[:rank].clamp_min(0).sqrt()

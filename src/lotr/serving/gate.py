@@ -44,7 +44,8 @@ class Gate:
                 streams = headers.get("content-type", "").startswith("text/event-stream")
             await send(message)
 
-        changes = path.startswith("/v1/tasks/") and not path.endswith("/predict") and scope["method"] != "GET"
+        predicts = path.count("/") == 4 and path.endswith("/predict")  # a task can be called so
+        changes = path.startswith("/v1/tasks/") and not predicts and scope["method"] != "GET"
         try:
             self._check_token(scope, changes)
             async with asyncio.timeout(self.settings.timeout):

@@ -192,6 +192,11 @@ def _check_sharing(groups: list[Group], modes: tuple[str, ...], blocks: str) -> 
 def _unequal(sites: Iterable[Site]) -> PlanError:
     shapes = {site.projection: site.shape for site in sites}
     unlike = " and ".join(str(shape) for shape in dict.fromkeys(shapes.values()))
+    if len(set(shapes.values())) == 1:
+        return PlanError(
+            f'Projections "{"|".join(shapes)}" of one layer would share factors, and no layer has two of them. Add '
+            '"layer" to modes, or adapt more projections.'
+        )
     return PlanError(
         f'Sites of projections "{"|".join(shapes)}" cannot share factors: their blocks are {unlike}. '
         'Shared factors need equal blocks. Split by head (blocks="head"), drop "projection" from modes '

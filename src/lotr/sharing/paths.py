@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
@@ -17,6 +18,16 @@ def normalise(path: str) -> str:
         'layers.0.q_proj'
     """
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+
+
+def exactly(path: str) -> str:
+    r"""Return a key of a pattern of ranks that no module whose name merely ends alike matches.
+
+    Example:
+        >>> exactly("h.0.q")
+        '^h\\.0\\.q'
+    """
+    return f"^{re.escape(path)}"
 
 
 def run_of(path: str, layers: int) -> str:

@@ -190,7 +190,10 @@ def add_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
 
     from ..tuner.names import check_names
 
-    check_names(model, config)  # PEFT's own methods pass over names
+    if not isinstance(
+        config, LotrConfig
+    ):  # which is checked where its names are mapped; PEFT passes over names
+        check_names(model, config)
     try:
         return full_precision_head(get_peft_model(model, config))
     except ValueError as error:

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, ConfigError
 from ..files import card
-from ..files.adapter_folder import WEIGHTS, is_bank, write_adapter
+from ..files.adapter_folder import WEIGHTS, check_replaceable, write_adapter
 from ..files.atomic import (
     check_apart,
-    check_free,
     move_into,
     remove_folder,
     unfinished,
@@ -40,8 +39,6 @@ SETTINGS, METRICS, CURVE = "settings.json", "metrics.json", "curve.png"
 STAGED = ".new"
 #: Where loggers of transformers write, such as TensorBoard's.
 LOGS = "runs"
-#: Pictures of an adapter that `lotr inspect` and `lotr evaluate` draw later.
-PICTURES = ("cores.png", "confusion.png")
 #: A run that goes on may differ in these and still be the same run.
 _FREE_ON_RESUME = frozenset({"resume", "overwrite", "output", "eval_steps", "save_steps", "report_to"})
 
@@ -61,15 +58,10 @@ def check_output(settings: TrainSettings, config: PeftConfig | None, is_main: bo
         check_apart(folder, what, place, folder / CHECKPOINTS, folder / STAGED)
     if settings.resume or not is_main:  # the others would find what the main process made
         return
-    # the factors of a bank would be read in place of the new weights
-    if is_bank(folder):
-        raise ConfigError(
-            f"{folder} is a bank, and an adapter cannot replace it. Choose another output folder."
-        )
     shutil.rmtree(unfinished(folder / CHECKPOINTS), ignore_errors=True)  # of a run that was killed at its end
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if not names <= {CHECKPOINTS, LOGS} or last_whole(folder / CHECKPOINTS) is not None:
-        check_free(folder, settings.overwrite)
+        check_replaceable(folder, settings.overwrite)
 
 
 @contextmanager
@@ -176,8 +168,6 @@ def write(folder: Path, model: PeftModel, report: RunReport) -> None:
         (staged / "README.md").write_text(_card(model, report), encoding="utf-8")
         write_json(staged / SETTINGS, settings.to_dict())
         write_json(staged / METRICS, report.to_dict())
-    for name in PICTURES:  # they show the earlier adapter
-        (folder / name).unlink(missing_ok=True)
     move_into(folder / STAGED, folder, last=METRICS)
     remove_folder(folder / CHECKPOINTS)
 

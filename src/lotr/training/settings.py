@@ -219,6 +219,8 @@ def _cast(value: Any, kind: str) -> Any:
         value = ",".join(str(part) for part in value)
     if value is None or isinstance(value, bool) != (kind == "bool"):
         raise TypeError
+    if kind == "int" and isinstance(value, float) and not value.is_integer():
+        raise ValueError
     return {"int": int, "float": float, "str": str, "bool": bool}[kind](value)
 
 

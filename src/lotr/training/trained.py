@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..bank.head_form import labels_of
 from ..errors import CheckpointError
-from ..files.adapter_folder import CONFIG, AdapterFolder, read_adapter
-from ..files.atomic import check_apart, check_free
-from ..files.fingerprint import changed
+from ..files.adapter_folder import CONFIG, AdapterFolder, check_replaceable, read_adapter
+from ..files.atomic import check_apart
+from ..files.fingerprint import difference
 from ..files.peft_lora import read_lora
 from .adapter import full_precision_head
 from .base_model import load_model, load_tokenizer
@@ -52,11 +53,10 @@ def load_trained(path: str | Path, model: str | None = None) -> Trained:
     base = model or adapter.config.get("base_model_name_or_path") or task.base_model
     tokenizer = load_tokenizer(base)
     bare = load_model(base, task.task, task.labels, task.dtype, tokenizer, task.load_in)
-    if task.base_fingerprint and (odd := changed(task.base_fingerprint, bare)):
+    if differs := difference(task.base_fingerprint, bare):
         raise CheckpointError(
             f"The weights of {base!r} are not those that the adapter in {adapter.path} was trained on "
-            f"({task.base_model!r}): its fingerprint differs in {len(odd)} tensors, first {odd[0]!r}. Name the right "
-            "base model with --model."
+            f"({task.base_model!r}): {differs}. Name the right base model with --model."
         )
     try:
         loaded = PeftModel.from_pretrained(bare, str(adapter.path), is_trainable=False)
@@ -79,15 +79,15 @@ def _record_of_lora(adapter: AdapterFolder, model: str | None) -> TaskRecord:
     """Return what the folder of a LoRA tells of its task; CheckpointError where it is none, or does not tell it."""
     kind, base = adapter.config.get("task_type"), model or adapter.config.get("base_model_name_or_path")
     is_lora = adapter.config["peft_type"] == "LORA" and base is not None
-    rows = [len(tensor) for tensor in read_lora(adapter).head().values()] if is_lora else []
+    head = read_lora(adapter).head() if is_lora else {}
     if is_lora and kind == "CAUSAL_LM":
         return TaskRecord("causal-lm", base_model=str(base), method="peft_lora")
-    if kind != "SEQ_CLS" or not rows:
+    if kind != "SEQ_CLS" or not head:
         raise CheckpointError(
             f"{adapter.path} holds no task.json, so its labels and columns are not known: it was not made by "
             "`lotr train`, and is no LoRA with a head and a task_type. Load it in Python with PEFT."
         )
-    labels = tuple(map(str, range(min(rows)))) if min(rows) > 1 else ()
+    labels = labels_of(head)
     task: Task = "classification" if labels else "regression"
     return TaskRecord(task, labels, base_model=str(base), method="peft_lora")
 
@@ -122,7 +122,7 @@ def merge(
     from ..adapters.export import merge as write_merged
 
     output = Path(output)
-    check_free(output, overwrite)
+    check_replaceable(output, overwrite)
     check_apart(output, "adapter", adapter)
     check_apart(output, "base model", model)
     trained = load_trained(adapter, model)

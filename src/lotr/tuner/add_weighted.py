@@ -46,6 +46,7 @@ def add_weighted(
     configs = [cast("LotrConfig", tuner.peft_config[adapter]) for adapter in adapters]
     config = copy.deepcopy(configs[0])
     config.core, config.core_ranks = "free", None
+    config.modes = tuple(mode for mode in config.modes if mode != "task")  # a core of a tensor train
     config.init_weights = True  # what is not zero is written below
     config.zero, config.core_init, config.dropout, config.dropout_place = "core", None, 0.0, "input"
     on_one_basis = all(c.refers_to_basis for c in configs) and len({c.basis_hash for c in configs}) == 1

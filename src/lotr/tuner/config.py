@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peft import PeftConfig
-from peft.utils import PeftType
+from peft.utils import PeftType, TaskType
 from peft.utils.other import get_pattern_key
 
 from ..errors import ConfigError
@@ -187,6 +187,7 @@ class LotrConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("LOTR")
+        self.task_type = self.task_type and TaskType(self.task_type).value  # text, however it was given
         self.format, self.checksum = FORMAT, None
         on_basis = self.basis is not None and self.basis_hash is None
         # what is left open beside a basis is filled in from it when the plan is made

@@ -116,7 +116,7 @@ def init_from_data(
 def _set_cores(adapter: str, parts: list[tuple[AdaptedWeight, Part]], cores: Tensor) -> None:
     """Write cores `(sites, k, r)` over those of the parts of a group."""
     for (layer, part), own in zip(parts, cores.split([len(p.sites) for _, p in parts]), strict=True):
-        layer.site_core(adapter, part).copy_(part.lay(own))
+        layer.site_core(adapter, part).copy_(part.lay(own / part.gain))
 
 
 class _Sums:

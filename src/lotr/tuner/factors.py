@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, near
 from ..math.magnitude import MAGNITUDES
 from ..sharing.groups import Part
+from ..sharing.paths import exactly
 from ..sharing.plan import Plan
 from .checks import checked_rank
 from .config import LotrConfig
@@ -123,6 +124,6 @@ def set_ranks(config: LotrConfig, ranks: Mapping[str, tuple[int, int]]) -> Plan:
     targets = [replace(t, rank=ranks[plan.parts[t.path][0].group.name]) for t in plan.targets]
     (common, _), *_ = Counter(target.rank for target in targets).most_common(1)
     config.r = checked_rank("r", common)
-    config.rank_pattern = {t.path: checked_rank("r", t.rank) for t in targets if t.rank != common}
+    config.rank_pattern = {exactly(t.path): checked_rank("r", t.rank) for t in targets if t.rank != common}
     config.targets = [target.to_dict() for target in targets]
     return config.plan_for(targets)

@@ -118,6 +118,7 @@ def move(module: nn.Module, device: torch.device | None, dtype: torch.dtype | No
 class LotrLayer(BaseTunerLayer):
     """What PEFT sees of this method in a model: adapted modules and groups of factors."""
 
+    cast_input_dtype_enabled = True  # PEFT's context sets it on all of them
     scaling: Any
 
     def drop(self, adapter: str) -> None:

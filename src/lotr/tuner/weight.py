@@ -69,7 +69,6 @@ class AdaptedWeight(nn.Module, LotrLayer):
         self.experts = experts
         self.fan_in_fan_out = _is_transposed(self.get_base_layer())
         self.quantization_backend = backend_of(self.get_base_layer(), **quantization)
-        self.cast_input_dtype_enabled = True
         self.lotr_C = nn.ModuleDict()
         self.lotr_magnitude = nn.ModuleDict()
         # plain, because groups are registered once, on the model's root

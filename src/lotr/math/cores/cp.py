@@ -29,7 +29,9 @@ class CPCore(Core):
     @classmethod
     def check(cls, k: int, r: int, modes: tuple[str, ...]) -> None:
         if k != r:
-            raise ConfigError(f"core='cp' needs one rank, and r=({k}, {r}) is a pair. Use one number.")
+            raise ConfigError(
+                f"core='cp' or 'scaled_cp' needs one rank, and r=({k}, {r}) is a pair. Use one number."
+            )
 
     @property
     def shapes(self) -> Shapes:

@@ -110,7 +110,9 @@ def _opened_bank(settings: BankSettings, path: Path) -> Iterator[CoreBank]:
             yield bank
         return
     if settings.basis is None:
-        raise ConfigError(f"{path} holds no bank yet. Name the adapter that gives its factors with --basis.")
+        raise ConfigError(
+            f"{path} holds no bank yet. Make one of an adapter's factors: lotr bank create {path} --basis ADAPTER"
+        )
     bank = CoreBank.create(path, settings.basis, dtype=settings.keep or "bfloat16")
     with locked(path):
         try:

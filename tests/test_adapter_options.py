@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+import lotr
 from conftest import bert, gpt2, llama, tokens
 from lotr import METHODS, ConfigError, LotrConfig
 from lotr.tuner.layer import LotrLinear
@@ -195,11 +196,35 @@ def test_without_a_seed_torchs_own_decides() -> None:
         ({"magnitude": "per_out"}, r"magnitude='per_out' .*per_output"),
         ({"init": "svd"}, r"init='svd'"),
         ({"trainable": "core"}, r"trainable='core' .*cores"),
+        ({"init_weights": "gaussian"}, r"init_weights='gaussian' .*init=\"gaussian\""),
+        ({"dropout": "0.1"}, "dropout='0.1' is not a number"),
+        ({"scaling": "1"}, "scaling='1' is not a number"),
+        ({"seed": "a"}, "seed='a' is not a number without a fraction"),
+        ({"target_modules": []}, r"target_modules=\[\] names no module. Leave it out"),
+        ({"target_modules": ["query"], "layers_to_transform": "all"}, "layers_to_transform='all' is no list"),
     ],
 )
 def test_what_has_no_meaning_is_refused_by_name(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         LotrConfig(**fields)
+
+
+@pytest.mark.parametrize("use", [lotr.plan, lambda model, c: lotr.largest_rank(model, c, 100)])
+def test_a_plan_is_that_of_a_model_and_of_this_method(use: Any) -> None:
+    with pytest.raises(ConfigError, match=r"LoraConfig is no LotrConfig"):
+        use(bert(), LoraConfig())
+    with pytest.raises(ConfigError, match=r"model='bert' is no model. Load it first, or use `lotr plan`"):
+        use("bert", LotrConfig())
+
+
+@pytest.mark.parametrize("use", [lotr.inspect, lambda model: lotr.export(model, "out")])
+def test_what_reads_a_folder_says_so_to_a_model(use: Any) -> None:
+    with pytest.raises(ConfigError, match=r"this is a PeftModel. Save it first: model.save_pretrained"):
+        use(get_peft_model(bert(), config("lotr", BERT)))
+
+
+def test_one_name_of_a_module_to_save_is_one_name() -> None:
+    assert LotrConfig(modules_to_save="pooler").modules_to_save == ["pooler"]
 
 
 # ---- sums

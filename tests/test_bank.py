@@ -278,3 +278,17 @@ def test_another_base_model_is_refused(tmp_path: Path) -> None:
     write_task(tmp_path / "task", {"base_model": "other", "base_fingerprint": fingerprint(other)})
     with pytest.raises(CheckpointError, match=r"another base model.*'other'"):
         bank.add_adapter("task", tmp_path / "task")
+
+
+def test_verbs_of_one_adapter_are_refused_on_a_bank(tmp_path: Path) -> None:
+    """They would give the base model: tasks are in the bank, and rows have their own."""
+    with banks.bank(tmp_path, tasks=2) as bank:
+        assert torch.equal(bank.read("task-0")[0], bank.read(["task-0"])[0])
+        model = bank.wrap(bert())
+        with pytest.raises(ConfigError, match=r"bank.export\(name, folder\)"):
+            model.save_pretrained(tmp_path / "saved")
+        with model.select(["task-0"]), pytest.raises(ConfigError, match="cannot be merged"):
+            model.merge_and_unload()
+    assert not (tmp_path / "saved").exists()
+    with pytest.raises(CheckpointError, match=r"is a bank of tasks.*CoreBank.open\(folder\).wrap\(base\)"):
+        PeftModel.from_pretrained(bert(), tmp_path / "bank")

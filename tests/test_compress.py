@@ -16,7 +16,7 @@ import banks
 import lotr
 from conftest import bert, gpt2, llama, tokens
 from loras import assert_answers, dense, edit, lora, on_one_basis
-from lotr import LotrConfig
+from lotr import ConfigError, LotrConfig
 from lotr.compression.add import add
 
 
@@ -279,3 +279,14 @@ def test_factors_kept_in_bfloat16_take_later_adapters_and_answer_as_exported(
                 mixed = bank.wrap(bert())(input_ids=tokens(), task_ids=[name] * 4).logits
                 alone = PeftModel.from_pretrained(bert(), str(tmp_path / f"{name}-{as_lora}")).eval()
                 torch.testing.assert_close(alone(input_ids=tokens()).logits, mixed, rtol=1e-5, atol=1e-5)
+
+
+def test_one_place_and_modes_may_be_one_text(tmp_path: Path) -> None:
+    for n in range(2):
+        lora(tmp_path / f"task-{n}", n)
+    one = lotr.compress(str(tmp_path / "task-*"), tmp_path / "one", bert(), rank=2, modes="task, layer")
+    other = lotr.compress([tmp_path / "task-*"], tmp_path / "other", bert(), rank=2, modes=["task", "layer"])
+    assert one.by_task == other.by_task
+    with pytest.raises(ConfigError, match="rank='2' is not a number"):
+        lotr.compress([tmp_path / "task-*"], tmp_path / "third", bert(), rank="2")
+    assert not (tmp_path / "third").exists()

@@ -92,22 +92,34 @@ def test_a_lora_of_peft_is_inspected_as_its_dense_updates(place: Path) -> None:
     assert (place / "task-0" / "cores.png").is_file()
 
 
-def test_a_lora_of_peft_with_a_head_is_evaluated(place: Path) -> None:
-    """Its classes are numbers; what it says is what PEFT computes."""
-    base = save_bert(place / "bert")
-    model = get_peft_model(
-        AutoModelForSequenceClassification.from_pretrained(base), LoraConfig(r=2, task_type="SEQ_CLS")
-    )
-    model.save_pretrained(str(place / "plain"))
-    (place / "data.csv").write_text("text,label\nred thing,0\nblue thing,1\nvery old thing,1\n")
-    result = lotr("evaluate", place / "plain", "--data", place / "data.csv", "--json")
-    scores = json.loads(result.stdout)
-    batch = AutoTokenizer.from_pretrained(base)(
-        ["red thing", "blue thing", "very old thing"], padding=True, return_tensors="pt"
-    )
-    answers = model.eval()(**batch).logits.argmax(-1)
-    assert scores["labels"] == ["0", "1"]
-    assert scores["accuracy"] == pytest.approx(float((answers == torch.tensor([0, 1, 1])).float().mean()))
+@pytest.mark.parametrize("kind", [LoraConfig, library.LotrConfig])
+def test_an_adapter_that_peft_saved_with_a_head_is_evaluated_and_merged(place: Path, kind: Any) -> None:
+    """Its classes are numbers; what it says is what PEFT computes, of texts as long as the model takes them."""
+    base = save_bert(place / f"bert-{kind.__name__}")
+    config = kind(r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
+    model = get_peft_model(AutoModelForSequenceClassification.from_pretrained(base), config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(str(place / kind.__name__))
+    longest = model.config.max_position_embeddings
+    texts = ["red thing", "blue thing", "very old thing", "red blue old thing very " * longest]
+    rows = [{"text": text, "label": n % 2} for n, text in enumerate(texts)]
+    (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    batch = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+    expected = model(**batch).logits.softmax(-1)
+    out = place / f"{kind.__name__}.jsonl"
+    lotr("predict", place / kind.__name__, "--data", place / "data.jsonl", "--output", out, "--json")
+    said = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["confidence"] for row in said] == pytest.approx(expected.amax(-1).tolist(), abs=1e-5)
+    assert [row["prediction"] for row in said] == [str(int(n)) for n in expected.argmax(-1)]
+    result = lotr("evaluate", place / kind.__name__, "--data", place / "data.jsonl", "--json")
+    assert json.loads(result.stdout)["labels"] == ["0", "1"]
+    lotr("merge", place / kind.__name__, "--output", place / f"{kind.__name__}-merged")
+    merged = AutoModelForSequenceClassification.from_pretrained(place / f"{kind.__name__}-merged").eval()
+    torch.testing.assert_close(merged(**batch).logits.softmax(-1), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_later_adapters_are_added_all_or_none(place: Path) -> None:

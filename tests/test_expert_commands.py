@@ -104,7 +104,7 @@ def test_a_task_is_trained_on_the_factors_measured_answers_and_leaves_as_a_lora(
 def test_the_plan_foretells_the_bytes_of_a_bank_on_experts(modes: str, place: Path, tmp_path: Path) -> None:
     words = ("--rank", 3, "--modes", modes)
     told = report("compress", place / "loras" / "*", "--output", tmp_path / "bank", *words)
-    own = ("--modes", "expert") if "expert" in modes else ()
+    own = ("--modes", modes) if "expert" in modes else ()
     targets = ("--target-modules", "q_proj", "--target-parameters", ",".join(EXPERTS))
     planned = report("plan", place / "model", "--compress", 3, "--rank", 3, *targets, *own)
     assert planned["bank"]["bytes"] == told["bytes_of_numbers"]

@@ -235,6 +235,16 @@ def test_lotr_train_starts_from_the_rates_that_parameter_groups_gives(place: Pat
     assert {names[g["name"]]: g["lr"] for g in parameter_groups(model)}.items() <= report.rates.items()
 
 
+def test_names_may_be_a_list_and_a_model_is_a_name(place: Path, tmp_path: Path) -> None:
+    words = settings(place, tmp_path / "o", max_steps=1).named()
+    done = train(**words | {"target_modules": ["query", "key"], "rank": 3}, say=quiet)
+    assert (done.settings.target_modules, done.settings.rank) == ("query,key", "3")
+    with pytest.raises(
+        ConfigError, match=r"The settings: model='BertForMaskedLM.* is not a value of type str"
+    ):
+        train(**words | {"model": BertForMaskedLM.from_pretrained(place / "bert")}, say=quiet)
+
+
 def test_gradient_checkpointing_changes_nothing(place: Path, tmp_path: Path) -> None:
     train(settings(place, tmp_path / "a"), say=quiet)
     train(settings(place, tmp_path / "b", gradient_checkpointing=True), say=quiet)

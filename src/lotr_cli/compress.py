@@ -90,8 +90,6 @@ def compress(
         return _cut(cut(adapters[0], output, **given))
     from lotr.compression.run import compress as fit
 
-    if "modes" in given:
-        given["modes"] = [mode.strip() for mode in given["modes"].split(",")]
     return _fitted(fit(adapters, output, **given, tick=console.tick))
 
 

@@ -151,7 +151,7 @@ class CoreBank:
 
     def read(self, names: Sequence[str]) -> tuple[Tensor, list[Task]]:  # (n, size)
         """Return the numbers of tasks in float32, shape `(n, size)`, and the tasks, in the order of the names."""
-        tasks = [self.get(name) for name in names]
+        tasks = [self.get(name) for name in ([names] if isinstance(names, str) else names)]
         numbers = [task.numbers for task in tasks]
         return torch.stack(numbers) if numbers else torch.empty(0, self.layout.size), tasks
 

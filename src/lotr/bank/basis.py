@@ -123,6 +123,17 @@ class Basis:
             )
 
 
+def structure_of(modes: Sequence[str], core: str) -> tuple[tuple[str, ...], str]:
+    """Return modes and core of a basis whose tasks share along `modes`, `task` among them or not.
+
+    Cores are `free`, or `diagonal`: of those, one a site.
+    """
+    shared = tuple(mode for mode in modes if mode != "task")
+    if core == "diagonal" and {"layer", "projection"} <= set(shared):
+        shared = ("site",)  # along two modes a diagonal would be a product
+    return shared, "cp" if core == "diagonal" else core
+
+
 def create_folder(path: Path, basis: str | Path, dtype: str, clusters: Sequence[Ranks] = ()) -> None:
     """Make an empty bank: the basis, the description, and a file without tasks. See `CoreBank.create`.
 
@@ -131,8 +142,10 @@ def create_folder(path: Path, basis: str | Path, dtype: str, clusters: Sequence[
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not a type of a bank's numbers. {near(dtype, DTYPES)}")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        what = "a bank already; add tasks to it" if (path / BANK).is_file() else "not an empty folder"
-        raise ConfigError(f"{path} is {what}, or choose another folder.")
+        what = (
+            "is a bank already: add tasks to it, or" if (path / BANK).is_file() else "is not an empty folder:"
+        )
+        raise ConfigError(f"{path} {what} choose another folder.")
     saved = read_saved(basis)
     config, record = saved.config, saved.folder.task
     _, layout = clusters_of(config, saved.plan, clusters)

@@ -150,6 +150,20 @@ class BankModel(PeftModel):
         with self.tasks.current.running(self._rows(args, kwargs)):
             return super().generate(*args, **kwargs)
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: the tasks are in the bank, and the adapter on the model is none of them."""
+        raise ConfigError(
+            "The tasks of a bank are in its folder, and this model holds none of its own. Write one as an adapter with "
+            "bank.export(name, folder)."
+        )
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: rows have tasks of their own, and a merged weight has one update."""
+        raise ConfigError(
+            "A bank cannot be merged: every row may have another task. Write one as an adapter with bank.export(name, "
+            "folder), and merge that; unload() takes the bank off the model."
+        )
+
     def _rows(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Rows | None:
         """Return what the rows of a call have of their own: those named, which leave its arguments, or selected."""
         task_ids, names = kwargs.pop("task_ids", None), kwargs.pop("adapter_names", None)

@@ -9,6 +9,7 @@ from pathlib import PurePath
 
 from torch import nn
 
+from ..bank.basis import structure_of
 from ..bank.task import DTYPES
 from ..errors import CheckpointError, ConfigError
 from ..files.adapter_folder import CONFIG
@@ -94,13 +95,11 @@ def bank_config(
     task_types: set[str | None],
 ) -> LotrConfig:
     """Return the configuration of a basis for some weights, at rank 1; `with_ranks` gives it its ranks."""
-    shared = tuple(mode for mode in modes if mode != "task")
-    if core == "diagonal" and {"layer", "projection"} <= set(shared):
-        shared = ("site",)  # one diagonal a site: along two modes it would be a product
+    shared, structure = structure_of(modes, core)
     config = LotrConfig(
         r=1,
         modes=shared,
-        core="cp" if core == "diagonal" else "free",
+        core=structure,
         task_type=next(iter(task_types)) if len(task_types) == 1 else None,
     )
     stacks = {path for path, shape in weights.items() if len(shape) == 3}

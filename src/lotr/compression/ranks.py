@@ -215,6 +215,9 @@ def checked_size(rank: int | None, max_error: float | None, max_bytes: int | str
         max_bytes = number
     sizes = {"rank": rank, "max_error": max_error, "max_bytes": max_bytes}
     given = {name: value for name, value in sizes.items() if value is not None}
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"{name}={value!r} is not a number.")
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)} are given, and each decides the ranks. Give one of them.")
     (name, value), *_ = given.items() or [("rank", 16)]

@@ -16,6 +16,7 @@ from ..bank.basis import TASKS
 from ..bank.task import DTYPES
 from ..errors import ConfigError, Interrupted, near
 from ..files.atomic import check_apart, check_free, move_into, whole_folder, write_json
+from ..training.settings import read_names
 from ..tuner.config import LotrConfig
 from .base import bank_config, check_sharing, load_base, weight_shapes, with_ranks
 from .clusters import split
@@ -34,7 +35,7 @@ _TRIALS = 7
 
 
 def compress(
-    adapters: Sequence[str | Path],
+    adapters: str | Path | Sequence[str | Path],
     output: str | Path,
     base: str | nn.Module | None = None,
     *,
@@ -90,6 +91,8 @@ def compress(
     Source: Compress then Serve, https://arxiv.org/abs/2407.00066
     """
     begun, output = time.monotonic(), Path(output)
+    adapters = [adapters] if isinstance(adapters, str | Path) else adapters
+    modes = (read_names(modes) or ()) if isinstance(modes, str) else modes
     tick = tick or (lambda what, done, of: None)
     size = checked_size(rank, max_error, max_bytes)
     check_sharing(modes, core, weights, clusters)

@@ -115,7 +115,6 @@ def _lotr_source(folder: AdapterFolder) -> Source:
         raise CheckpointError(
             f"{path} has lora_bias=True, and the bias is no part of its update. Leave it out, or train it without."
         )
-    planned = file_shapes(saved.plan, factors=True)
 
     @contextmanager
     def reader() -> Iterator[Reader]:
@@ -133,11 +132,8 @@ def _lotr_source(folder: AdapterFolder) -> Source:
 
         yield read
 
-    def head() -> dict[str, Tensor]:
-        return {key: tensor for key, tensor in folder.tensors().items() if key not in planned}
-
-    _check_head(path, folder.shapes().keys() - planned.keys())
-    return Source(folder, {t.path: t.weight_shape for t in saved.plan.targets}, reader, head)
+    _check_head(path, folder.shapes().keys() - file_shapes(saved.plan, factors=True).keys())
+    return Source(folder, {t.path: t.weight_shape for t in saved.plan.targets}, reader, saved.head)
 
 
 def _check_head(path: Path, keys: set[str]) -> None:

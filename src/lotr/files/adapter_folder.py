@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,6 +185,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _folder(path: str | Path) -> Path:
+    if not isinstance(path, str | PathLike):
+        raise ConfigError(
+            f"An adapter is named by its folder or hub id, and this is a {type(path).__name__}. Save it first: "
+            "model.save_pretrained(folder)."
+        )
     folder = Path(path)
     if folder.is_dir():
         return folder

@@ -128,7 +128,8 @@ def check_free(folder: Path, overwrite: bool = False) -> None:
         raise ConfigError(f"{folder} is a file; the output must be a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ConfigError(
-            f"The output folder {folder} is not empty. Choose another one, or replace it with --overwrite."
+            f"The output folder {folder} is not empty. Choose another one, or replace it with --overwrite "
+            "(overwrite=True)."
         )
 
 

@@ -140,23 +140,32 @@ def halves_are_slow() -> bool:
 
 
 def text_length(model: nn.Module, name: str, max_length: int | None) -> int:
-    """Return the longest text in tokens: what was asked for, else 128, or less where a model takes less.
+    """Return the longest text to train on, in tokens: what was asked for, else 128, or less where a model takes less.
 
     A model with a table of positions takes as many tokens as that has.
     """
+    limit = _positions(model)
+    if max_length is not None and max_length > (limit or max_length):
+        raise ConfigError(
+            f"max_length={max_length} is longer than the {limit} tokens that {name!r} takes. Use at most {limit}."
+        )
+    return max_length or min(TEXT_LENGTH, limit or TEXT_LENGTH)
+
+
+def longest_text(model: nn.Module) -> int:
+    """Return how many tokens a model takes, where nothing tells how long the texts were that it was trained on."""
+    return _positions(model) or getattr(model.config, "max_position_embeddings", None) or TEXT_LENGTH
+
+
+def _positions(model: nn.Module) -> int | None:
+    """Return how many tokens the tables of positions of a model have places for, `None` where it has none."""
     limits = [
         table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
         for path, table in model.named_modules()
         if isinstance(table, torch.nn.Embedding) and re.search(r"(?<!relative_)position|wpe", path)
     ]
-    if limits:
-        limits.append(getattr(model.config, "max_position_embeddings", None) or limits[0])
-    if max_length is not None and max_length > min(limits, default=max_length):
-        raise ConfigError(
-            f"max_length={max_length} is longer than the {min(limits)} tokens that {name!r} takes. Use at most "
-            f"{min(limits)}."
-        )
-    return max_length or min([TEXT_LENGTH, *limits])
+    of_config = getattr(model.config, "max_position_embeddings", None)
+    return min([*limits, of_config or limits[0]]) if limits else None
 
 
 def _check_writes(model: str, config: Any, missing: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from ..bank.basis import structure_of
 from ..bank.task import DTYPES
 from ..errors import ConfigError, near
 from ..files.atomic import file_bytes
@@ -17,7 +18,7 @@ from ..tuner.targets import plan
 from .adapter import adapter_config, fit_rank
 from .base_model import check_dtype, skeleton
 from .given_config import rank_text
-from .settings import TrainSettings, with_usual
+from .settings import TrainSettings, read_names, with_usual
 
 
 def plan_model(
@@ -39,7 +40,8 @@ def plan_model(
             raise ConfigError(
                 "A bank of compressed LoRAs has no layers_per_group. Leave it out, or --compress."
             )
-        settings = replace(settings, modes=settings.modes or "none")
+        modes, structure = structure_of(read_names(settings.modes) or ("task",), settings.core or "free")
+        settings = replace(settings, modes=",".join(modes) or "none", core=structure)
     check_dtype(dtype)
     if settings.basis is None:
         settings = with_usual(settings)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import date
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +176,8 @@ def read_options(
         if name not in known:
             raise ConfigError(f"{name!r} is not a setting. {near(name, known)}")
     values = {} if file is None else typed(kind, load_yaml(Path(file)), str(file))
-    return values | {name: value for name, value in options.items() if value is not None}
+    named = {name: value for name, value in options.items() if value is not None}
+    return values | typed(kind, named, "The settings")
 
 
 def load_yaml(path: Path) -> Any:
@@ -215,12 +218,14 @@ def _cast(value: Any, kind: str) -> Any:
         return tuple(dict(part) for part in value)
     if isinstance(value, dict):
         value = ",".join(f"{key}={part}" for key, part in value.items())
-    if isinstance(value, list):
-        value = ",".join(str(part) for part in value)
+    if isinstance(value, list | tuple | set):
+        value = ",".join(str(part) for part in (sorted(value) if isinstance(value, set) else value))
     if value is None or isinstance(value, bool) != (kind == "bool"):
         raise TypeError
     if kind == "int" and isinstance(value, float) and not value.is_integer():
         raise ValueError
+    if kind == "str" and not isinstance(value, str | int | float | PathLike | date):
+        raise TypeError
     return {"int": int, "float": float, "str": str, "bool": bool}[kind](value)
 
 

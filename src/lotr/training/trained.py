@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from ..bank.head_form import labels_of
+from ..bank.head_form import ROOT, labels_of
+from ..bank.heads import NAMES
 from ..errors import CheckpointError
 from ..files.adapter_folder import CONFIG, AdapterFolder, check_replaceable, read_adapter
 from ..files.atomic import check_apart
 from ..files.fingerprint import difference
 from ..files.peft_lora import read_lora
+from ..tuner.saved_adapter import read_saved
 from .adapter import full_precision_head
-from .base_model import load_model, load_tokenizer
+from .base_model import load_model, load_tokenizer, longest_text
 from .data.columns import Task, TaskRecord
 from .process import device
 
@@ -38,7 +41,8 @@ class Trained:
 def load_trained(path: str | Path, model: str | None = None) -> Trained:
     """Load an adapter that `lotr train` made, on the base model in evaluation mode: the recorded one, or `model`.
 
-    A LoRA that PEFT saved tells less: its classes are `0`, `1` and so on, as its head has them, and texts are single.
+    One that PEFT saved tells less: its classes are `0`, `1` and so on, as its head has them, and texts are single, as
+    long as the base model takes them.
 
     Raises:
         CheckpointError: The adapter is damaged, does not tell its task, or belongs to another base model.
@@ -48,11 +52,13 @@ def load_trained(path: str | Path, model: str | None = None) -> Trained:
 
     _check_finished(Path(path))
     adapter = read_adapter(path)
-    task = TaskRecord.from_dict(adapter.task) if adapter.task else _record_of_lora(adapter, model)
+    task = TaskRecord.from_dict(adapter.task) if adapter.task else _record(adapter, model)
     tensors = adapter.tensors()  # whoever wrote them: PEFT looks at none of its own methods' numbers
     base = model or adapter.config.get("base_model_name_or_path") or task.base_model
     tokenizer = load_tokenizer(base)
     bare = load_model(base, task.task, task.labels, task.dtype, tokenizer, task.load_in)
+    if not adapter.task:
+        task = replace(task, max_length=longest_text(bare))
     if differs := difference(task.base_fingerprint, bare):
         raise CheckpointError(
             f"The weights of {base!r} are not those that the adapter in {adapter.path} was trained on "
@@ -75,21 +81,28 @@ def load_trained(path: str | Path, model: str | None = None) -> Trained:
     return Trained(loaded, tokenizer, task)
 
 
-def _record_of_lora(adapter: AdapterFolder, model: str | None) -> TaskRecord:
-    """Return what the folder of a LoRA tells of its task; CheckpointError where it is none, or does not tell it."""
+def _record(adapter: AdapterFolder, model: str | None) -> TaskRecord:
+    """Return what an adapter that PEFT saved tells of its task; CheckpointError where it does not tell it."""
     kind, base = adapter.config.get("task_type"), model or adapter.config.get("base_model_name_or_path")
-    is_lora = adapter.config["peft_type"] == "LORA" and base is not None
-    head = read_lora(adapter).head() if is_lora else {}
-    if is_lora and kind == "CAUSAL_LM":
-        return TaskRecord("causal-lm", base_model=str(base), method="peft_lora")
-    if kind != "SEQ_CLS" or not head:
+    head: dict[str, Tensor] = {}
+    if adapter.is_lotr:
+        method, own = str(adapter.config.get("method")), read_saved(adapter).head()
+    else:
+        is_lora = adapter.config["peft_type"] == "LORA"
+        method, own = "peft_lora", read_lora(adapter).head() if is_lora else {}
+        kind = kind if is_lora else None
+    head = {key: tensor for key, tensor in own.items() if key.removeprefix(ROOT).partition(".")[0] in NAMES}
+    if base is None or kind not in ("CAUSAL_LM", "SEQ_CLS") or (kind == "SEQ_CLS" and not head):
         raise CheckpointError(
             f"{adapter.path} holds no task.json, so its labels and columns are not known: it was not made by "
-            "`lotr train`, and is no LoRA with a head and a task_type. Load it in Python with PEFT."
+            "`lotr train`, and has no task_type of CAUSAL_LM, or of SEQ_CLS with a head, or no base model. Load it in "
+            "Python with PEFT, where model.merge_and_unload() leaves with a plain model."
         )
+    if kind == "CAUSAL_LM":
+        return TaskRecord("causal-lm", base_model=str(base), method=method)
     labels = labels_of(head)
     task: Task = "classification" if labels else "regression"
-    return TaskRecord(task, labels, base_model=str(base), method="peft_lora")
+    return TaskRecord(task, labels, base_model=str(base), method=method)
 
 
 def _check_finished(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,6 +24,14 @@ def check_format(fields: Mapping[str, Any]) -> None:
         )
 
 
+def check_is_lotr(config: Any) -> None:
+    """Refuse a configuration of another method, which shares nothing (ConfigError)."""
+    if getattr(config, "peft_type", None) != "LOTR":
+        raise ConfigError(
+            f"{type(config).__name__} is no LotrConfig, so there are no shared factors to plan."
+        )
+
+
 def one_of(name: str, value: str, known: Iterable[str]) -> str:
     """Return a value; refuse one that is not among those known."""
     if value not in known:
@@ -30,7 +39,47 @@ def one_of(name: str, value: str, known: Iterable[str]) -> str:
     return value
 
 
-def check_meaning(c: Any) -> None:  # a LotrConfig, whose file imports this one
+def check_kinds(c: Any) -> None:  # a LotrConfig, whose file imports this one
+    """Refuse fields of another type (ConfigError, which names the field)."""
+    for name in ("dropout", "scaling", "alpha", "seed"):
+        value, kinds = getattr(c, name), (int,) if name == "seed" else (int, float)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+            raise ConfigError(
+                f"{name}={value!r} is not a number{' without a fraction' if name == 'seed' else ''}."
+            )
+    if c.init_weights not in (None, True, False):
+        raise ConfigError(
+            f"init_weights={c.init_weights!r} is neither True, for an update of zero, nor False. A start has a name in "
+            'init, for example init="gaussian".'
+        )
+    if c.target_modules is not None and not c.target_modules and not c.target_parameters:
+        raise ConfigError(
+            f"target_modules={c.target_modules!r} names no module. Leave it out for the usual ones of the architecture."
+        )
+    if isinstance(c.layers_to_transform, str):
+        raise ConfigError(
+            f"layers_to_transform={c.layers_to_transform!r} is no list of numbers. Leave it out for all layers."
+        )
+
+
+def check_fields(c: Any) -> None:
+    """Refuse fields out of their range (ConfigError, which names the field)."""
+    if not 0.0 <= c.dropout < 1.0:
+        raise ConfigError(f"dropout={c.dropout} is not a probability below one. Use 0 <= dropout < 1.")
+    if not 0 < c.scaling < math.inf:
+        raise ConfigError(f"scaling={c.scaling} leaves nothing to train. Use a positive number.")
+    if (n := c.layers_per_group) is not None:
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ConfigError(f"layers_per_group={n!r} is no number of layers. Use 1 or more.")
+        if not {"layer", "site"} & set(c.modes):
+            raise ConfigError(
+                f"layers_per_group={n} groups layers, and modes={c.modes} share along none. Drop it."
+            )
+    if c.layers_pattern and c.layers_to_transform is None:
+        raise ConfigError("layers_pattern is set but layers_to_transform is not. Name the layers too.")
+
+
+def check_meaning(c: Any) -> None:
     """Refuse fields that have no meaning beside each other (ConfigError, which names the field)."""
     core, rule = CORES[c.core], MAGNITUDES[c.magnitude]
     for k, r in c.ranks:

@@ -4,7 +4,6 @@
 # ruff: noqa: RUF009
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,8 +14,8 @@ from peft import PeftConfig
 from peft.utils import PeftType, TaskType
 from peft.utils.other import get_pattern_key
 
-from ..errors import ConfigError
-from ..files.adapter_folder import CONFIG, write_config
+from ..errors import CheckpointError, ConfigError
+from ..files.adapter_folder import CONFIG, is_bank, write_config
 from ..files.atomic import CHECKSUM, check_sealed, read_json
 from ..files.card import Card, update_card
 from ..math.cores import CORES
@@ -27,7 +26,7 @@ from ..methods import Method, method
 from ..sharing.blocks import BLOCKS, Target
 from ..sharing.make_plan import UNEQUAL, check_modes, make_plan
 from ..sharing.plan import Plan
-from .checks import FORMAT, check_format, check_meaning, checked_rank, one_of
+from .checks import FORMAT, check_fields, check_format, check_kinds, check_meaning, checked_rank, one_of
 from .lora_words import check_lora_words
 
 _TARGETS = ("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern")
@@ -200,6 +199,7 @@ class LotrConfig(PeftConfig):
 
     def _fill(self) -> None:
         """Fill in what was left open from the row of the method, and check every field alone."""
+        check_kinds(self)
         row = method(self.method or "lotr")
         self.method = row.name
         self.r = checked_rank("r", 16 if self.r is None else self.r)
@@ -228,24 +228,14 @@ class LotrConfig(PeftConfig):
                 if odd := [entry for entry in names if not isinstance(entry, str)]:
                     raise ConfigError(f"{name} has {odd[0]!r}, which is no name. Name modules by text.")
                 setattr(self, name, set(names))
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = [self.modules_to_save]
         for name in ("layers_to_transform", "layers_pattern", "target_parameters", "trainable_token_indices"):
             if isinstance(several := getattr(self, name), tuple | set | range):
                 setattr(self, name, list(several))  # as a file has them
         place = row.dropout_place if self.core == row.core else "input"
         self.dropout_place = one_of("dropout_place", self.dropout_place or place, PLACES)
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout={self.dropout} is not a probability below one. Use 0 <= dropout < 1.")
-        if not 0 < self.scaling < math.inf:
-            raise ConfigError(f"scaling={self.scaling} leaves nothing to train. Use a positive number.")
-        if (n := self.layers_per_group) is not None:
-            if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-                raise ConfigError(f"layers_per_group={n!r} is no number of layers. Use 1 or more.")
-            if not {"layer", "site"} & set(self.modes):
-                raise ConfigError(
-                    f"layers_per_group={n} groups layers, and modes={self.modes} share along none. Drop it."
-                )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ConfigError("layers_pattern is set but layers_to_transform is not. Name the layers too.")
+        check_fields(self)
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
             self.target_modules = "all-linear"  # PEFT takes any case
         regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
@@ -389,7 +379,24 @@ class LotrConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> LotrConfig:
-        """Read the configuration of an adapter; a basis that moved along is found beside the adapter."""
+        """Read the configuration of an adapter; a basis that moved along is found beside the adapter.
+
+        Raises:
+            CheckpointError: There is a bank, of which `CoreBank.open` makes a model.
+        """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if is_bank(folder):
+            raise CheckpointError(
+                f"{folder} is a bank of tasks, not an adapter. Put it on its base model with "
+                "CoreBank.open(folder).wrap(base), or write one task as an adapter with `lotr bank export`."
+            )
+        return cls.read(pretrained_model_name_or_path, subfolder, **kwargs)
+
+    @classmethod
+    def read(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> LotrConfig:
+        """Read the configuration of an adapter, or of the basis of a bank."""
         config: LotrConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         if config.basis is not None and not Path(config.basis).is_dir():
             beside = Path(pretrained_model_name_or_path).resolve().parent / Path(config.basis).name

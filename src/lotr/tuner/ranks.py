@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from ..errors import ConfigError
+from .checks import check_is_lotr
 from .config import LotrConfig
 from .targets import plan
 
@@ -33,6 +34,7 @@ def largest_rank(model: nn.Module, config: LotrConfig, budget: int) -> int:
         >>> largest_rank(base, LotrConfig(method="lotr_joint", target_modules=["0", "1"]), budget=100)
         4
     """
+    check_is_lotr(config)
     if config.rank_pattern:
         raise ConfigError(
             f"rank_pattern={config.rank_pattern!r} sets ranks of single modules, and a budget asks for one rank of "

@@ -37,6 +37,11 @@ class SavedAdapter:
         """
         return read_basis(self.config) if self.config.refers_to_basis else factors_of(self.folder.tensors())
 
+    def head(self) -> dict[str, Tensor]:
+        """Return what was trained in full, by key."""
+        planned = file_shapes(self.plan, factors=True)
+        return {key: tensor for key, tensor in self.folder.tensors().items() if key not in planned}
+
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors by key, the factors of a basis among them; the head is what the plan does not name.
 
@@ -75,10 +80,10 @@ def read_saved(adapter: str | Path | AdapterFolder) -> SavedAdapter:
     if not folder.is_lotr:
         raise CheckpointError(
             f"{folder.path} holds an adapter of the method {folder.config['peft_type']}, not of this library. "
-            "PEFT itself can load and merge it."
+            "PEFT itself can load and merge it, and `lotr compress` puts LoRAs into a bank."
         )
     try:
-        config = LotrConfig.from_pretrained(str(folder.path))
+        config = LotrConfig.read(str(folder.path))
     except CheckpointError as error:
         raise CheckpointError(f"{folder.path} cannot be read. {error}") from error
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:

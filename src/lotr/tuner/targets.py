@@ -26,6 +26,7 @@ from ..sharing.plan import Plan
 from .adaptable import check_adaptable
 from .attention import fused_projections, heads_of, is_query_key_value
 from .basis import resolve_basis
+from .checks import check_is_lotr
 from .config import LotrConfig
 from .expert_names import map_names
 from .experts import is_plain_stack, stacked_weights
@@ -70,6 +71,11 @@ def plan(model: nn.Module, config: LotrConfig) -> Plan:
         >>> plan(model, LotrConfig(r=8)).n_parameters
         26112
     """
+    check_is_lotr(config)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model={str(model)[:80]!r} is no model. Load it first, or use `lotr plan` with its name."
+        )
     return plan_adapter(model, copy.deepcopy(config))
 
 

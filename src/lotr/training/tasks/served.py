@@ -12,9 +12,8 @@ from torch import Tensor
 
 from ...bank import CoreBank, Task
 from ...errors import ConfigError, UnknownTaskError
-from ..base_model import load_model, load_tokenizer
+from ..base_model import load_model, load_tokenizer, longest_text
 from ..data import Columns, TaskRecord, collator
-from ..data.columns import TEXT_LENGTH
 from ..process import device
 
 if TYPE_CHECKING:
@@ -47,7 +46,10 @@ class Served:
         """Return what a task was trained for; raises as `CoreBank.get` does."""
         task = self.bank.get(name)
         about, kind = task.metadata, task.task
-        columns, length = Columns(**about.get("columns", {})), int(about.get("max_length", TEXT_LENGTH))
+        columns, length = (
+            Columns(**about.get("columns", {})),
+            int(about.get("max_length", longest_text(self.model))),
+        )
         base, pairs = str(self.bank.base_model), about.get("pairs", False)
         return TaskRecord(kind, task.labels, length, columns, base, pairs)  # type: ignore[arg-type]
 

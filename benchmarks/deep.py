@@ -124,7 +124,7 @@ def adapted(plan: Plan, key: Key, train: Tensor) -> nn.Module:
 
 def groups(model: nn.Module, rates: dict[str, float]) -> list[dict[str, Any]]:
     """Return the trained parameters with their rates; `b_lr` is the rate of LoRA's B, as in LoRA+, or of LoTR's U."""
-    rates = {name: rate for name, rate in rates.items() if name not in ("beta2", "muon", "warmup")}
+    rates = {name: rate for name, rate in rates.items() if name not in ("beta2", "clip", "muon", "warmup")}
     if "b_lr" not in rates:
         return lotr.parameter_groups(model, **rates)
     marks = {".lora_B.": "b_lr", ".lotr_U.": "b_lr", ".lotr_C.": "core_lr"}
@@ -148,10 +148,13 @@ def trained(plan: Plan, key: Key, rates: dict[str, float], tokens: Tensor) -> nn
 
 
 def optimizer(groups: list[dict[str, Any]], rates: dict[str, float]) -> torch.optim.Optimizer:
-    """Return AdamW with `beta2`, or Muon, whose momentum `muon` is."""
+    """Return AdamW with `beta2`, whose updates are clipped where `clip` is given, or Muon, whose momentum `muon` is."""
     if "muon" in rates:
         return torch.optim.Muon(groups, momentum=rates["muon"], weight_decay=0.0)
-    return torch.optim.AdamW(groups, betas=(0.9, rates.get("beta2", 0.999)), weight_decay=0.0)
+    adam = torch.optim.AdamW(groups, betas=(0.9, rates.get("beta2", 0.999)), weight_decay=0.0)
+    if "clip" in rates:
+        lotr.clip_updates(adam)
+    return adam
 
 
 def measure(plan: Plan, key: Key, rates: dict[str, float], data: Path | None) -> dict[str, Any]:

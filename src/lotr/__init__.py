@@ -27,6 +27,7 @@ from .errors import (  # noqa: E402
 )
 from .methods import METHODS, Method  # noqa: E402
 from .sharing.plan import Plan  # noqa: E402
+from .training.clip_updates import clip_updates  # noqa: E402
 from .training.rates import parameter_groups  # noqa: E402
 from .tuner.config import LotrConfig  # noqa: E402
 from .tuner.data_init import init_from_data  # noqa: E402
@@ -81,6 +82,7 @@ __all__ = [
     "TrainingError",
     "UnknownTaskError",
     "__version__",
+    "clip_updates",
     "compress",
     "evaluate",
     "export",

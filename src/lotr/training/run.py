@@ -18,6 +18,7 @@ from ..errors import ConfigError, TrainingError
 from ..files.atomic import locked, read_json
 from . import metrics
 from .checkpoint import TRAINER_STATE, AdapterTrainer, arguments
+from .clip_updates import clip_updates
 from .given_config import check_alone
 from .output import RunReport, options_to_resume, started_run, upload, write
 from .prepare import Run, begin, check, prepare
@@ -145,6 +146,9 @@ def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
         report_to=s.report_to,
     )
     groups, betas = parameter_groups(run.model, **run.rates), (0.9, s.adam_beta2)
+    optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=s.weight_decay)
+    if causal if s.clip_updates is None else s.clip_updates:
+        clip_updates(optimizer)
     trainer = AdapterTrainer(
         model=run.model,
         args=args,
@@ -152,7 +156,7 @@ def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
         eval_dataset=run.data.eval,
         data_collator=run.collate,
         compute_metrics=metrics.for_trainer(run.data.task.task),
-        optimizers=(torch.optim.AdamW(groups, betas=betas, weight_decay=s.weight_decay), None),
+        optimizers=(optimizer, None),
         callbacks=callbacks,
     )
     # a mean over tokens needs the tokens of all processes and passes; a mean over rows is a mean already, and would be

@@ -136,6 +136,10 @@ class TrainSettings(Settings):
     warmup: float = _training("Share of the steps in which the rates rise.", default=0.06)
     weight_decay: float = _training("Weight decay of AdamW.", default=0.0)
     adam_beta2: float = _training("Decay of the second moments of AdamW.", default=0.999)
+    clip_updates: bool | None = _training(
+        "Keep steps of AdamW from growing past their rate, by which runs go astray.",
+        "for models that generate",
+    )
     gradient_checkpointing: bool = _training("Recompute activations to save memory.", default=False)
     dtype: str = _training("Type of the base model: float32, bfloat16, float16.", default="float32")
     load_in: str | None = _training("Quantise the base model: 4bit or 8bit, by bitsandbytes.", "none")

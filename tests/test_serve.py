@@ -334,8 +334,8 @@ def test_a_full_queue_says_when_to_come_back_and_touches_nobody(folder: Path) ->
 
 
 def test_the_deadline_ends_a_request_and_its_row(folder: Path) -> None:
-    model = slow(folder, 0.5)
-    with serving(folder, model.served, max_batch=1, timeout=0.7) as client, ThreadPoolExecutor(4) as pool:
+    model = slow(folder, 1)
+    with serving(folder, model.served, max_batch=1, timeout=1.7) as client, ThreadPoolExecutor(4) as pool:
         statuses = pool.map(
             lambda n: client.send("POST", "/v1/tasks/task-1/predict", {"text": "a"})[0], range(4)
         )

@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import banks
 import lotr as library
-from commands import lotr, refused
+from commands import lotr, refused, report
 from conftest import bert, painted, tokens
 from loras import dense, lora
 from lotr import LotrConfig
@@ -120,6 +120,35 @@ def test_an_adapter_that_peft_saved_with_a_head_is_evaluated_and_merged(place: P
     lotr("merge", place / kind.__name__, "--output", place / f"{kind.__name__}-merged")
     merged = AutoModelForSequenceClassification.from_pretrained(place / f"{kind.__name__}-merged").eval()
     torch.testing.assert_close(merged(**batch).logits.softmax(-1), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_no_output_replaces_the_base_model(place: Path) -> None:
+    base = save_bert(place / "own")
+    model = get_peft_model(
+        AutoModelForSequenceClassification.from_pretrained(base),
+        LoraConfig(r=2, init_lora_weights=False, task_type="SEQ_CLS"),
+    )
+    model.save_pretrained(place / "own-lora")
+    model = get_peft_model(
+        AutoModelForSequenceClassification.from_pretrained(base),
+        LotrConfig(r=2, init_weights=False, task_type="SEQ_CLS"),
+    )
+    model.save_pretrained(place / "own-lotr")
+    report("compress", place / "own-lora", "--output", place / "own-bank", "--rank", 2)
+    before = {path.name: path.read_bytes() for path in Path(base).iterdir()}
+    over = ("--output", base, "--overwrite")
+    for line in (
+        ("compress", place / "own-lora", "--rank", "2"),
+        ("compress", place / "own-lotr", "--rank", "1"),
+        ("bank", "export", place / "own-bank", "own-lora"),
+        ("bank", "export", place / "own-bank", "own-lora", "--lora"),
+    ):
+        assert "is where the base model" in refused(2, *line, *over)
+    assert {path.name: path.read_bytes() for path in Path(base).iterdir()} == before
+    banks.stirred(LotrConfig(basis=str(place / "own-lotr"))).save_pretrained(place / "on-it")
+    for more in ((), (place / "own-lora",)):
+        words = ("compress", place / "on-it", *more, "--rank", "1", "--output", place / "own-lotr")
+        assert "is where the basis" in refused(2, *words, "--overwrite")
 
 
 def test_later_adapters_are_added_all_or_none(place: Path) -> None:

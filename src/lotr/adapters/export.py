@@ -177,9 +177,8 @@ def merge(model: Any, output: str | Path, tokenizer: Any = None, overwrite: bool
     for config in model.peft_config.values():
         check_apart(output, "base model", config.base_model_name_or_path)
         check_apart(output, "basis", getattr(config, "basis", None))
-        if getattr(
-            config, "layer_replication", None
-        ):  # PEFT adds the updates of all copies to the one weight
+        # PEFT adds the updates of all copies to the one weight
+        if getattr(config, "layer_replication", None):
             raise CheckpointError(
                 "The adapter cannot be merged: copies of a layer (layer_replication) share one weight, and each has an "
                 "update of its own. Keep the adapter."

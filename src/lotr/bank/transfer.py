@@ -20,7 +20,7 @@ from ..files.adapter_folder import (
     write_config,
     write_task,
 )
-from ..files.atomic import CHECKSUM, whole_folder
+from ..files.atomic import CHECKSUM, check_apart, whole_folder
 from ..files.fingerprint import difference
 from ..tuner.config import LotrConfig
 from ..tuner.saved_adapter import factors_of, hash_of, read_saved
@@ -111,6 +111,7 @@ def export(
     if as_lora and refer:
         raise ConfigError("A plain LoRA stands alone; it cannot refer to a basis. Leave out one of the two.")
     check_replaceable(output, overwrite)
+    check_apart(output, "base model", basis.description.base_model)
     if not as_lora:
         with whole_folder(output, overwrite) as folder:
             numbers = _write(basis, task, folder, refer)

@@ -36,12 +36,14 @@ def cut(
     saved, output = read_saved(adapter), Path(output)
     check_replaceable(output, overwrite)
     check_apart(output, "adapter", saved.path)
+    check_apart(output, "basis", saved.config.basis)
     if rank is None and max_error is None:
         raise ConfigError("One adapter is cut to a rank or to an error: give one of --rank and --max-error.")
     checked_size(rank, max_error, None)
     source = open_source(saved.path)
     head = source.head()
     name, bare, _ = load_base(base, [source], n_outputs(head) if head else 2, "float32")
+    check_apart(output, "base model", name)
     try:
         model = PeftModel.from_pretrained(bare, str(saved.path), is_trainable=True)
     except (RuntimeError, ValueError) as error:

@@ -15,6 +15,7 @@ from torch import nn
 from ..bank.basis import TASKS
 from ..bank.task import DTYPES
 from ..errors import ConfigError, Interrupted, near
+from ..files.adapter_folder import read_adapter
 from ..files.atomic import check_apart, check_free, move_into, whole_folder, write_json
 from ..training.settings import read_names
 from ..tuner.config import LotrConfig
@@ -102,9 +103,12 @@ def compress(
     places = find_adapters(adapters)
     for path in places.values():
         check_apart(output, "adapter", path)
+        if overwrite:
+            check_apart(output, "basis", read_adapter(path).config.get("basis"))
     with whole_folder(output, overwrite) as folder:  # from the start: nobody else writes it meanwhile
         first = [open_source(path) for path in list(places.values())[:16]]
         name, model, trained_on = load_base(base, first)
+        check_apart(output, "base model", name)
         shapes = weight_shapes(model)
         stack, task_types = _read(places, shapes, name, trained_on, weights, tick)
         named = None if isinstance(base, nn.Module) else base

@@ -46,10 +46,8 @@ class Served:
         """Return what a task was trained for; raises as `CoreBank.get` does."""
         task = self.bank.get(name)
         about, kind = task.metadata, task.task
-        columns, length = (
-            Columns(**about.get("columns", {})),
-            int(about.get("max_length", longest_text(self.model))),
-        )
+        columns, length = Columns(**about.get("columns", {})), about.get("max_length")
+        length = longest_text(self.model) if length is None else int(length)
         base, pairs = str(self.bank.base_model), about.get("pairs", False)
         return TaskRecord(kind, task.labels, length, columns, base, pairs)  # type: ignore[arg-type]
 

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,24 +52,40 @@ class Client:
         assert status == 200, answer
         return answer["predictions"][0]
 
-    def leave(self, path: str, body: Any, after: float) -> None:
-        """Send a request and hang up after some seconds."""
+    def metric(self, name: str) -> float:
+        """Return a number of /metrics; `name` has its labels. What has not been counted yet is 0."""
+        lines = self.send("GET", "/metrics")[1].splitlines()
+        return sum(float(line.removeprefix(name)) for line in lines if line.startswith(f"{name} "))
+
+    def leave(self, path: str, body: Any, wait: Callable[[], object]) -> None:
+        """Send a request and hang up when `wait` has returned."""
         content = json.dumps(body).encode()
         head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         with socket.create_connection(("127.0.0.1", self.port)) as one:
             one.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
-            time.sleep(after)
+            wait()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what other threads do."""
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, "in vain"
+        time.sleep(0.01)
 
 
 class Counted:
-    """A model whose calls are noted by how many rows they have, and take `pause` seconds more."""
+    """A model whose calls are noted by how many rows they have, wait for `go_on`, and take `pause` seconds more."""
 
-    def __init__(self, served: Served, pause: float = 0.0) -> None:
-        self.served, self.pause, self.rows = served, pause, list[int]()
+    def __init__(self, served: Served) -> None:
+        self.served, self.pause, self.rows = served, 0.0, list[int]()
+        self.go_on = threading.Event()
+        self.go_on.set()
         forward = served.model.forward
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             self.rows.append(len(kwargs["input_ids"]))
+            self.go_on.wait(30)
             time.sleep(self.pause)
             return forward(*args, **kwargs)
 

@@ -112,7 +112,7 @@ def soak(name: str, bank: CoreBank, make: Any, requests: Any, seconds: float) ->
             if kind == "tasks":
                 change(client, task, draw)
             elif status == 499:
-                client.leave(path, body, after=0.01 * draw.random())
+                client.leave(path, body, wait=lambda: time.sleep(0.01 * draw.random()))
             else:
                 answer = client.send("GET" if body is None else "POST", path, body)[:2]
             answered[kind if answer[0] == status else f"{kind}: {answer}"] += 1

@@ -1,7 +1,4 @@
-"""Tables and picture of docs/results.md, from the runs of `deep.py`.
-
-python benchmarks/deep_page.py --page docs/results.md
-"""
+"""Tables and picture of docs/results.md and docs/results_trials.md, from the runs of `deep.py`."""
 
 from __future__ import annotations
 
@@ -185,32 +182,36 @@ def draw(final: dict[str, Final], path: Path) -> None:
     pictures.scores(panels, "loss per token, test (lower is better)", path)
 
 
-def tables(plan: Plan, runs: dict[Key, dict[str, str]]) -> dict[str, list[str]]:
-    """Return the tables of the page by name."""
+def tables(plan: Plan, runs: dict[Key, dict[str, str]]) -> dict[str, dict[str, list[str]]]:
+    """Return the tables of each page by name."""
     final, again = main_runs(plan, runs), main_runs(plan, runs, "confirm")
     return {
-        "deep": compared(plan, final),
-        "confirm": confirmed(plan["questions"], again),
-        "later": confirmed(plan["later_question"], again),
-        "reach": reached(plan, final),
-        "texts": other_texts(plan, runs),
-        **{name: on_dev(methods, runs) for name, methods in plan["on_dev"].items()},
+        "results.md": {
+            **{name: confirmed(questions, again) for name, questions in plan["asked"].items()},
+            "deep": compared(plan, final),
+            "reach": reached(plan, final),
+        },
+        "results_trials.md": {
+            "texts": other_texts(plan, runs),
+            **{name: on_dev(methods, runs) for name, methods in plan["on_dev"].items()},
+        },
     }
 
 
 def main() -> None:
-    """Write what there is into a page."""
+    """Write what there is into the pages."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--plan", type=Path, default=HERE / "deep.yaml")
     parser.add_argument("--runs", type=Path, default=Path("docs/data/deep.csv"))
-    parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the pages")
     options = parser.parse_args()
     plan, runs = yaml.safe_load(options.plan.read_text()), read(options.runs)
-    for name, table in tables(plan, runs).items():
-        fill(options.page, name, table)
-    draw(main_runs(plan, runs), options.page.parent / "images" / "deep.png")
+    for page, own in tables(plan, runs).items():
+        for name, table in own.items():
+            fill(options.docs / page, name, table)
+    draw(main_runs(plan, runs), options.docs / "images" / "deep.png")
 
 
 if __name__ == "__main__":

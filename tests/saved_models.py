@@ -12,9 +12,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertModel,
+    Lfm2ForCausalLM,
     LlamaForCausalLM,
     MixtralForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen3NextForCausalLM,
 )
 
 COLOURS = ("red", "green", "blue")
@@ -58,6 +60,22 @@ def save_llama(folder: Path, seed: int = 0) -> str:
 def save_mixtral(folder: Path, seed: int = 0) -> str:
     """The same with four experts in the place of each block's linear modules."""
     return _save_decoder(folder, MixtralForCausalLM, seed, num_local_experts=4)
+
+
+def save_hybrid(folder: Path, kind: str) -> str:
+    """One whose first layer, a convolution or linear attention, keeps neither keys nor values."""
+    if kind == "lfm2":
+        return _save_decoder(folder, Lfm2ForCausalLM, 0, layer_types=["conv", "full_attention"])
+    heads = {f"linear_num_{name}_heads": 2 for name in ("key", "value")}
+    heads |= {f"linear_{name}_head_dim": 8 for name in ("key", "value")} | {"head_dim": 8}
+    experts = {
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    }
+    layers = {"layer_types": ["linear_attention", "full_attention"]}
+    return _save_decoder(folder, Qwen3NextForCausalLM, 0, **heads, **experts, **layers)
 
 
 def _save_decoder(folder: Path, cls: Any, seed: int, **fields: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import itertools
 import json
 import multiprocessing
@@ -13,6 +14,7 @@ import socket
 import struct
 import sys
 import threading
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -159,7 +161,9 @@ EMBEDDED, COMPLETED = {"model": "task-0", "input": "a"}, {"model": "task-1", "pr
         ("decoder", COMPLETE, COMPLETED | {"temperature": -1}, 422, "temperature"),
         ("decoder", COMPLETE, COMPLETED | {"stop": ["a"] * 5}, 422, "stop"),
         ("decoder", COMPLETE, COMPLETED | {"stop": ["a", ""]}, 422, "stop.1: "),
-        ("decoder", COMPLETE, COMPLETED | {"logit_bias": {}}, 422, "logit_bias"),
+        ("decoder", COMPLETE, COMPLETED | {"prompt": "\ud83d"}, 422, "prompt.0"),
+        ("decoder", COMPLETE, COMPLETED | {"frequency_penalty": 0.5}, 422, "frequency_penalty"),
+        ("decoder", COMPLETE, COMPLETED | {"logit_bias": {"5": 1}}, 422, "logit_bias"),
         ("decoder", COMPLETE, COMPLETED | {"stream": True, "n": 2}, 422, "n: "),
     ],
 )
@@ -263,6 +267,16 @@ def test_tokens_keep_others_out(folder: Path) -> None:
             assert stranger.send("GET", path)[0] == 200
 
 
+def damaged(folder: Path) -> Iterator[bytes]:
+    """Archives whose members were packed, and then hurt."""
+    for way in (zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2):
+        content = bytearray(archive(folder, way))
+        with zipfile.ZipFile(io.BytesIO(content)) as file:
+            begins = file.infolist()[0].header_offset
+        content[begins + 70 : begins + 90] = bytes(20)
+        yield bytes(content)
+
+
 def test_tasks_come_and_go_while_others_are_served(tmp_path: Path) -> None:
     with encoder_bank(tmp_path, tasks=1) as bank:
         bank.add(banks.task(bank, "task-1", 1, columns={}, max_length=64))
@@ -282,7 +296,8 @@ def test_tasks_come_and_go_while_others_are_served(tmp_path: Path) -> None:
         assert client.send("POST", "/v1/tasks/task-0/predict", {"text": "a"})[0] == 404
         assert admin.send("DELETE", "/v1/tasks/task-0")[0] == 404
         assert admin.send("POST", "/v1/tasks/bad", b"PK garbage", **ZIP)[0] == 400
-        assert admin.send("POST", "/v1/tasks/bad", zipped[:-40], **ZIP)[0] == 400
+        for broken in (zipped[:-40], *damaged(tmp_path / "exported")):
+            assert admin.send("POST", "/v1/tasks/bad", broken, **ZIP)[0] == 400
         weights = tmp_path / "exported" / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:200])
         status, answer, _ = admin.send("POST", "/v1/tasks/cut", archive(tmp_path / "exported"), **ZIP)
@@ -304,7 +319,7 @@ def test_a_task_that_is_removed_while_tasks_are_listed_is_left_out(
         assert [row["name"] for row in bank.overview()] == ["task-0", "task-1"]
 
 
-PREDICT = "/v1/tasks/{task}/predict"
+ROUTE = "/v1/tasks/{task}/predict"
 
 
 @pytest.fixture
@@ -330,7 +345,7 @@ def test_rows_of_many_tasks_share_a_batch(held: Counted) -> None:
 def test_a_full_queue_says_when_to_come_back_and_touches_nobody(held: Counted) -> None:
     with serving(Path(), held.served, max_batch=2, max_queue=4, max_texts=4) as client:
         with ThreadPoolExecutor(12) as pool:
-            body, full = {"text": "a"}, f'lotr_requests_total{{route="{PREDICT}",status="429"}}'
+            body, full = {"text": "a"}, f'lotr_requests_total{{route="{ROUTE}",status="429"}}'
             asking = pool.map(
                 lambda n: client.send("POST", f"/v1/tasks/task-{n % 5}/predict", body), range(12)
             )
@@ -370,7 +385,7 @@ def test_clients_that_leave_dawdle_or_send_garbage_hurt_nobody(held: Counted) ->
         until(lambda: len(held.rows) == 1 and client.metric("lotr_queue_rows") == 5)
         for one in sockets:
             one.close()
-        until(lambda: client.metric(f'lotr_requests_total{{route="{PREDICT}",status="499"}}') == 6)
+        until(lambda: client.metric(f'lotr_requests_total{{route="{ROUTE}",status="499"}}') == 6)
         held.go_on.set()
         dawdling = socket.create_connection(("127.0.0.1", client.port))
         dawdling.sendall(head + b"Content-Length: 13\r\n\r\n" + body[:5])
@@ -408,8 +423,22 @@ def test_sigterm_finishes_what_has_begun(folder: Path) -> None:
     assert '"event": "request"' in lines and '"task": "task-1"' in lines and '"ended"' in lines
 
 
-def test_settings_that_could_serve_nobody_are_refused() -> None:
-    for wrong in ({"max_batch": 0}, {"max_wait": -1.0}, {"timeout": 0.0}, {"max_queue": 3}):
+def test_a_server_that_is_told_to_end_when_it_has_just_begun_ends(folder: Path) -> None:
+    reads, writes = os.pipe()
+    words = [str(folder / "bank"), "--port", "0"]
+    process = multiprocessing.get_context("fork").Process(target=serve, args=(words, writes))
+    process.start()
+    os.close(writes)
+    with os.fdopen(reads) as log:
+        next(line for line in log if '"listening"' in line)
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(20)
+    assert process.exitcode == 0
+
+
+def test_settings_that_could_serve_nobody_or_let_everybody_in_are_refused() -> None:
+    wrongs = {"max_batch": 0}, {"max_wait": -1.0}, {"timeout": 0.0}, {"max_queue": 3}, {"token": ""}
+    for wrong in (*wrongs, {"admin_token": ""}):
         with pytest.raises(ConfigError):
             ServeSettings(**wrong)  # type: ignore[arg-type]
 

@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, DynamicCache
 
 pytest.importorskip("fastapi")
 
-from banks import decoder_bank, decoder_task
+from banks import decoder_bank, decoder_task, on
 from lotr import CoreBank
 from lotr.bank.cache import LoadedTask
-from lotr.serving.decoder import Prompt, _Writer
+from lotr.serving.decoder import Decoder, Prompt, _Writer
 from lotr.training.tasks.served import Served, load_served
+from saved_models import save_hybrid
 from servers import Client, Counted, serving, until
 
 PROMPTS = ["the red thing", "a very old blue", "what colour is the thing here ?"]
@@ -49,13 +51,17 @@ def client(served: Served) -> Any:
 
 
 def alone(served: Served, task: str, prompt: str, tokens: int) -> str:
-    """What transformers' own loop writes to one prompt."""
+    """What transformers' own loop writes to one prompt, as it reads behind it."""
     inputs = served.tokenizer(prompt, return_tensors="pt")
     with served.model.select([task]):
         ids = served.model.get_base_model().generate(
             **inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=0
         )
-    return served.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    before, whole = (
+        served.tokenizer.decode(own, skip_special_tokens=True) for own in (inputs["input_ids"][0], ids[0])
+    )
+    assert whole.startswith(before)
+    return whole[len(before) :]
 
 
 def complete(client: Client, task: str, prompt: Any, tokens: int = 12, **options: Any) -> dict[str, Any]:
@@ -104,17 +110,69 @@ def test_a_stream_is_the_text_in_pieces(client: Client) -> None:
     assert status == 200 and chat["object"] == "chat.completion"
     pieces = streamed(client, "/v1/chat/completions", turns)
     assert pieces[0]["object"] == "chat.completion.chunk"
-    content = "".join(piece["choices"][0]["delta"]["content"] for piece in pieces)
-    assert content == chat["choices"][0]["message"]["content"]
+    first, *others = [piece["choices"][0]["delta"] for piece in pieces]
+    assert first.pop("role") == "assistant" and all(other.keys() == {"content"} for other in others)
+    assert "".join(one["content"] for one in (first, *others)) == chat["choices"][0]["message"]["content"]
 
 
 def test_a_chat_is_its_template_continued(served: Served, client: Client) -> None:
     turns = [{"role": "user", "content": [{"type": "text", "text": "what colour"}]}]
     body = {"model": "task-3", "messages": turns, "max_completion_tokens": 6, "temperature": 0}
     _, answer, _ = client.send("POST", "/v1/chat/completions", body)
-    assert answer["choices"][0]["message"]["content"] == alone(
-        served, "task-3", "user what colour assistant", 6
-    )
+    whole = alone(served, "task-3", "user what colour assistant", 6)
+    assert " " + answer["choices"][0]["message"]["content"] == whole
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "qwen3_next"])
+def test_layers_without_keys_and_values_forget_the_rows_that_leave(kind: str, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(save_hybrid(tmp_path / "model", kind))
+    with on(tmp_path, base, target_modules=["q_proj", "v_proj"]) as bank:
+        bank.add_many(decoder_task(bank, f"task-{n}", n) for n in range(2))
+    decoder = Decoder(load_served(tmp_path / "bank"))
+    prompts = [
+        decoder.encode(f"task-{n}", [PROMPTS[n]], tokens, 32, temperature=0)[0]
+        for n, tokens in enumerate((3, 9))
+    ]
+    together = dict(decoder.run(prompts))
+    assert [together[n] for n in range(2)] == [next(decoder.run([prompt]))[1] for prompt in prompts]
+
+
+def test_a_row_that_has_ended_is_answered_whatever_breaks_after_it(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DynamicCache, "reorder_cache", None)
+    decoder = Decoder(served)
+    prompts = [decoder.encode("task-0", ["the red"], tokens, 32, temperature=0)[0] for tokens in (2, 5)]
+    answers = dict(decoder.run(prompts))
+    assert answers[0].reason == "length" and isinstance(answers[1], TypeError)
+
+
+def test_a_temperature_near_zero_is_zero(client: Client) -> None:
+    texts = [complete(client, "task-1", PROMPTS[0], temperature=t)["choices"][0]["text"] for t in (0, 1e-39)]
+    assert texts[0] == texts[1]
+
+
+def test_fields_that_change_nothing_are_taken(client: Client) -> None:
+    body = {"model": "task-2", "max_tokens": 5, "temperature": 0}
+    neutral = {
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0,
+        "logit_bias": {},
+        "store": False,
+        "seed": None,
+    }
+    neutral |= {"max_completion_tokens": 5, "n": None, "metadata": {"from": "a test"}}
+    own = {"prompt": "a", "echo": False, "best_of": 1}
+    turns = {"messages": [{"role": "user", "content": "a", "refusal": None, "name": "me"}]}
+    chat = {
+        **turns,
+        "tools": [],
+        "tool_choice": "auto",
+        "response_format": {"type": "text"},
+        "logprobs": False,
+    }
+    for path, more in (("completions", own), ("chat/completions", chat)):
+        assert client.send("POST", f"/v1/{path}", {**body, **neutral, **more})[0] == 200
 
 
 def test_a_seed_decides_what_is_drawn_whoever_is_beside_it(client: Client) -> None:

@@ -137,7 +137,9 @@ def to_record(task: Task, layout: Layout, dtype: str) -> Record:
         check_head(task.head, task.labels, task.task)
         rounded, head = _rounded(numbers, dtype), {key: _rounded(p, dtype) for key, p in task.head.items()}
         text = json.dumps(
-            {key: value for key, value in about.items() if value or value == 0}, ensure_ascii=False
+            {key: value for key, value in about.items() if value or value == 0},
+            ensure_ascii=False,
+            allow_nan=False,
         )
     except (ConfigError, TypeError, ValueError) as error:
         raise ConfigError(f"Task {task.name!r} cannot be kept: {error}") from None

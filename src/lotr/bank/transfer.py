@@ -135,9 +135,11 @@ def _write(basis: Basis, task: Task, folder: Path, refer: bool) -> int:
     own = {**cluster.layout.unflatten(numbers), **factors}
     save_tensors({key: tensor.clone() for key, tensor in {**own, **task.head}.items()}, folder)
     write_config(folder, _config(basis, cluster, task, refer))
-    if task.task is not None and {"columns", "max_length"} <= set(task.metadata):
+    kind = task.task or ("classification" if task.labels else None)
+    if kind is not None or task.metadata:
         known = {name: getattr(basis.description, name) for name in ("base_model", "base_fingerprint")}
-        write_task(folder, {**task.metadata, **known, "task": task.task, "labels": list(task.labels)})
+        known |= {} if kind is None else {"task": kind}
+        write_task(folder, {**task.metadata, **known, "labels": list(task.labels)})
     return sum(tensor.numel() for tensor in own.values())
 
 

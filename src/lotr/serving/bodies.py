@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 
 from .problems import Problem
 
+Whole = Annotated[str, AfterValidator(lambda text: text.encode() and text)]  # no half of a character
 NotEmpty = Annotated[str, StringConstraints(min_length=1)]
 #: What may be one text or several; unlike a union it names what is wrong by its place.
 OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
@@ -16,9 +26,16 @@ Text = str | list[dict[str, Any]]  # or the turns of a conversation
 
 
 class Closed(BaseModel):
-    """A field that might change the answer and is not known here is refused."""
+    """A field that might change the answer and is not known here is refused; null is as if it were left out."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, sent: Any) -> Any:
+        if not isinstance(sent, dict):
+            return sent
+        return {name: value for name, value in sent.items() if value is not None}
 
 
 class Texts(Closed):
@@ -45,7 +62,7 @@ class Texts(Closed):
 class Embed(Closed):
     """Texts that are to become vectors."""
 
-    model: str
+    model: Whole
     input: Annotated[list[NotEmpty], OneOrMore]
     encoding_format: Literal["float", "base64"] = "float"
     user: str | None = None
@@ -54,7 +71,7 @@ class Embed(Closed):
 class Asked(Closed):
     """What completions and chats have."""
 
-    model: str
+    model: Whole
     max_tokens: int | None = Field(
         None, ge=1, validation_alias=AliasChoices("max_tokens", "max_completion_tokens")
     )
@@ -62,16 +79,31 @@ class Asked(Closed):
     stop: Annotated[list[NotEmpty], Field(max_length=4), OneOrMore] | None = None
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     stream: bool = False
-    stream_options: dict[Literal["include_usage"], bool] | None = None
+    stream_options: dict[Literal["include_usage", "include_obfuscation"], bool] | None = None
     n: Literal[1] = 1
     top_p: Literal[1] = 1
     user: str | None = None
+    metadata: dict[str, Any] | None = None
+    # what many clients send though it changes nothing
+    frequency_penalty: Literal[0] = 0
+    presence_penalty: Literal[0] = 0
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    store: Literal[False] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_length(cls, sent: Any) -> Any:
+        if isinstance(sent, dict) and sent.get("max_tokens", ...) == sent.get("max_completion_tokens"):
+            return {name: value for name, value in sent.items() if name != "max_completion_tokens"}
+        return sent
 
 
 class Completion(Asked):
     """Texts that are to be continued."""
 
-    prompt: Annotated[list[str], OneOrMore]
+    prompt: Annotated[list[Whole], OneOrMore]
+    echo: Literal[False] = False
+    best_of: Literal[1] = 1
 
     def prompts(self) -> Sequence[Text]:
         return self.prompt
@@ -81,7 +113,7 @@ class Part(Closed):
     """A piece of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Whole
 
 
 class Turn(Closed):
@@ -91,14 +123,22 @@ class Turn(Closed):
     content: Annotated[
         list[Part], BeforeValidator(lambda c: [{"type": "text", "text": c}] if isinstance(c, str) else c)
     ]
-    name: str | None = None
+    name: Whole | None = None
+
+    def as_template_takes(self) -> dict[str, str]:
+        own = {"role": self.role, "content": "".join(part.text for part in self.content)}
+        return own if self.name is None else {**own, "name": self.name}
 
 
 class Chat(Asked):
     """A conversation that is to be answered."""
 
     messages: Annotated[list[Turn], Field(min_length=1)]
+    logprobs: Literal[False] = False
+    top_logprobs: Literal[0] = 0
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] = "none"
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
 
     def prompts(self) -> Sequence[Text]:
-        turns = ((turn.role, "".join(part.text for part in turn.content)) for turn in self.messages)
-        return [[{"role": role, "content": content} for role, content in turns]]
+        return [[turn.as_template_takes() for turn in self.messages]]

@@ -73,10 +73,13 @@ class Writing:
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Yield everything as the events of a stream."""
-        chunk, answers = {**self.head, "object": self.chunk_name}, []
+        chunk, answers, begun = {**self.head, "object": self.chunk_name}, list[Continuation](), set[int]()
         async for n, text, answer in self.pieces():
             answers += [answer] if answer else []
             choice = self._choice(n, text, answer.reason if answer else None, "delta")
+            if n in begun:  # clients join what the deltas of an answer say
+                choice.get("delta", {}).pop("role", None)
+            begun.add(n)
             yield event({**chunk, "choices": [choice]})
         if (self.asked.stream_options or {}).get("include_usage"):
             yield event({**chunk, "choices": [], "usage": self._usage(answers)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,6 +17,8 @@ from ..bank.cache import LoadedTask
 from ..training.tasks.served import Served
 from .problems import Problem
 
+_BEFORE = 5  # tokens of a prompt that decide how the next one reads
+
 
 @dataclass(eq=False)
 class Prompt:
@@ -27,6 +29,9 @@ class Prompt:
     max_tokens: int
     temperature: float = 1.0  # 0 takes the most likely token
     stop: Sequence[str] = ()  # texts at which it ends; they are left out
+    before: Sequence[
+        int
+    ] = ()  # tokens that the text goes on from, beside which its first word keeps its space
     seed: int | None = None  # without one, something else is drawn each time
     # given each piece, in the model's thread
     emit: Callable[[str], object] = field(default=lambda piece: None)
@@ -74,7 +79,8 @@ class Decoder:
         No more than `most` tokens are ever written; `options` are those of `Prompt`.
         """
         task, prompts = self.served.task(name), []
-        for ids in map(self._ids, texts):
+        for text in texts:
+            ids = self._ids(text)
             room = most if self._longest is None else min(most, self._longest - len(ids))
             if room < (max_tokens or 1):
                 raise Problem(
@@ -84,7 +90,8 @@ class Decoder:
                     "max_tokens",
                     "context_length_exceeded",
                 )
-            prompts.append(Prompt(task, ids, max_tokens or room, **options))
+            before = ids[-_BEFORE:] if isinstance(text, str) else ()
+            prompts.append(Prompt(task, ids, max_tokens or room, before=before, **options))
         return prompts
 
     def _ids(self, text: str | Sequence[dict[str, Any]]) -> list[int]:
@@ -111,8 +118,11 @@ class Decoder:
             steps.forward(flushed_right(rows), flushed_right([torch.ones_like(row) for row in rows]))
             while steps.rows:
                 try:
-                    yield from steps.write()
+                    staying, ended = steps.write()
+                    yield from ended
                     if steps.rows:
+                        if ended:
+                            steps.keep(staying)
                         steps.forward(torch.tensor([[steps.writers[row].ids[-1]] for row in steps.rows]))
                 except Exception as error:  # what was written cannot be taken back
                     yield from ((row, error) for row in steps.rows)
@@ -142,8 +152,8 @@ class _Steps:
             output = model(**inputs, past_key_values=self.memory, use_cache=True)
         self.memory, self.logits = output.past_key_values, output.logits[:, -1].float().cpu()
 
-    def write(self) -> Iterable[tuple[int, Any]]:
-        """Write a token a row; returns the rows that have ended, which leave."""
+    def write(self) -> tuple[list[int], list[tuple[int, Any]]]:
+        """Write a token a row; returns the places of those that go on, and the rows that have ended, which leave."""
         staying: list[int] = []
         ended: list[tuple[int, Any]] = []
         for place, (row, logits) in enumerate(zip(self.rows, self.logits, strict=True)):
@@ -157,13 +167,14 @@ class _Steps:
                 staying.append(place)
             else:
                 ended.append((row, Continuation(writer.text, reason, len(writer.ids))))
-        if ended:
-            self.rows = [self.rows[place] for place in staying]
-            if self.rows:
-                places = torch.tensor(staying, device=self.mask.device)
-                self.mask = self.mask[places]
-                self.memory.batch_select_indices(places)
-        return ended
+        self.rows = [self.rows[place] for place in staying]
+        return staying, ended
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Forget what the model remembers of rows at other places."""
+        kept = torch.tensor(places, device=self.mask.device)
+        self.mask = self.mask[kept]
+        self.memory.reorder_cache(kept)  # which layers without keys and values, of linear attention, have too
 
 
 class _Writer:
@@ -174,7 +185,11 @@ class _Writer:
         self.ids: list[int] = []
         self.text = ""  # what was given out
         self._held = ""  # what may be the beginning of a text to stop at
-        self._begin = self._shown = 0  # tokens whose text was taken; those before `_begin` change it no more
+        self._seen = [*prompt.before]  # and then what is written
+        self._begin, self._shown = (
+            0,
+            len(prompt.before),
+        )  # whose text was taken; before `_begin` they change it no more
         seed = secrets.randbits(63) if prompt.seed is None else prompt.seed
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -182,6 +197,7 @@ class _Writer:
         """Draw a token; returns why the text ends with it, if it does."""
         token = self._draw(logits)
         self.ids.append(token)
+        self._seen.append(token)
         if token in ends:
             self._give(self._held)
             return "stop"
@@ -200,21 +216,21 @@ class _Writer:
     def _draw(self, logits: Tensor) -> int:
         if self.prompt.temperature == 0:
             return int(logits.argmax())
-        shares = torch.softmax(logits / self.prompt.temperature, -1)
+        shares = torch.softmax((logits - logits.max()) / self.prompt.temperature, -1)
         return int(torch.multinomial(shares, 1, generator=self._generator))
 
     def _new(self, full: bool) -> str:
         """Return the text that is new, as soon as its last character is whole."""
 
         def text(last: int | None) -> str:
-            decoded: str = self.tokenizer.decode(self.ids[self._begin : last], skip_special_tokens=True)
+            decoded: str = self.tokenizer.decode(self._seen[self._begin : last], skip_special_tokens=True)
             return decoded
 
         before, now = text(self._shown), text(None)
         half = now.endswith("\N{REPLACEMENT CHARACTER}") and not full
         if half or now == before:  # a token without text of its own
             return ""
-        self._begin, self._shown = self._shown, len(self.ids)
+        self._begin, self._shown = self._shown, len(self._seen)
         return now[len(before) :]
 
     def _give(self, piece: str) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import time
 from collections.abc import Awaitable
+from contextlib import suppress
 from pathlib import Path
 
 from starlette.datastructures import Headers
@@ -15,6 +16,7 @@ from .metrics import LOG, Metrics, log
 from .problems import Problem, event, problem_of
 from .settings import ServeSettings
 
+_LAST_WORD = 1.0  # seconds, past the deadline, for the error that ends a stream
 _OPEN = ("/", "/healthz", "/readyz")  # they tell nothing of anybody
 
 
@@ -59,7 +61,9 @@ class Gate:
             if not status:
                 await problem.response()(scope, receive, counted)
             elif streams:
-                await send({"type": "http.response.body", "body": event(problem.body())})
+                with suppress(TimeoutError):  # of a client that does not read
+                    async with asyncio.timeout(_LAST_WORD):
+                        await send({"type": "http.response.body", "body": event(problem.body())})
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
             seconds, status = time.monotonic() - began, status or 499
@@ -73,7 +77,8 @@ class Gate:
         if changes and settings.admin_token is None:
             raise Problem(403, "Tasks cannot be changed here: the server was started without --admin-token.")
         token = settings.admin_token if changes else settings.token
-        sent = dict(scope["headers"]).get(b"authorization", b"").removeprefix(b"Bearer ")
+        scheme, _, sent = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        sent = sent.strip() if scheme.lower() == b"bearer" else b""
         if token is not None and scope["path"] not in _OPEN and not hmac.compare_digest(sent, token.encode()):
             name = "the token of --admin-token" if changes else "a token"
             message = f"This needs {name}: send the header Authorization: Bearer TOKEN."

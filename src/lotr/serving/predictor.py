@@ -16,7 +16,6 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from ..bank.cache import LoadedTask
-from ..training.base_model import longest_text
 from ..training.tasks.served import Served
 from .bodies import Embed
 from .problems import Problem
@@ -47,7 +46,6 @@ class Predictor:
         # on a processor as on a MiniLM there; on an accelerator a guess: calls take most of the time of a small batch
         self.call_tokens = 32 if served.model.device.type == "cpu" else 4096
         self._encoder = served.model.get_base_model().base_model  # without the head, where there is one
-        self._longest = longest_text(served.model)
 
     def encode(
         self,
@@ -66,7 +64,7 @@ class Predictor:
         if not embed and takes_pairs is not None and takes_pairs != (pairs is not None):
             what = "pairs: send text2 (or texts2) too" if takes_pairs else "single texts: leave text2 out"
             raise Problem(422, f"Task {name!r} takes {what}.", "text2")
-        most = int(task.metadata.get("max_length", self._longest))  # of training, where that is known
+        most = self.served.max_length(task.metadata)
         columns = [list(texts)] if pairs is None else [list(texts), list(pairs)]
         encoded = self.served.tokenizer(*columns, truncation=cut, max_length=most if cut else None)
         inputs = [key for key in self.served.tokenizer.model_input_names if key in encoded]

@@ -42,13 +42,17 @@ def run(
             timeout_keep_alive=30,
             timeout_graceful_shutdown=round(settings.timeout) + 5,
         )
+        server = uvicorn.Server(config)
+        for number in (
+            signal.SIGTERM,
+            signal.SIGINT,
+        ):  # until it has its own; it raises them again at the end
+            signal.signal(number, lambda number, frame: setattr(server, "should_exit", True))
         # so that who reads the next line can ask, and waits for the first answer
         listener.listen(config.backlog)
         address, taken = listener.getsockname()[:2]
         log("listening", url=f"http://{address}:{taken}", bank=str(bank))
-        for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises it again when it has finished
-            signal.signal(number, lambda number, frame: None)
-        uvicorn.Server(config).run(sockets=[listener])
+        server.run(sockets=[listener])
         log("ended", requests=app.metrics.answered)
         return app.metrics.answered
 

@@ -19,7 +19,7 @@ class ServeSettings:
         admin_token: What those must send who add and remove tasks; `None` lets nobody.
 
     Raises:
-        ConfigError: A limit lets no request through.
+        ConfigError: A limit lets no request through, or a token lets everybody in.
     """
 
     max_batch: int = _limit("Rows that run at once.", default=32)
@@ -38,6 +38,11 @@ class ServeSettings:
             value = getattr(self, limit.name)
             if isinstance(value, int | float) and (value < 0 or (value == 0 and limit.name != "max_wait")):
                 raise ConfigError(f"{limit.name}={value} lets no request through. Use a larger number.")
+        for name in ("token", "admin_token"):
+            if getattr(self, name) == "":
+                raise ConfigError(
+                    f"{name} is empty, which would let everybody in. Leave it out, or give one."
+                )
         if self.max_queue < self.max_texts:
             raise ConfigError(
                 f"max_queue={self.max_queue} rows are fewer than max_texts={self.max_texts} of one request, which "

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import io
+import lzma
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 from ..bank import CoreBank
 from ..errors import LotrError
 from ..files.adapter_folder import CONFIG, TASK, WEIGHTS
 from .problems import Problem
+
+#: What reading a damaged zip file raises, by what it was packed with.
+_DAMAGED = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError),
+    *(NotImplementedError, RuntimeError, ValueError, OSError),
+)
 
 
 def add_archive(bank: CoreBank, name: str, archive: bytes, replace: bool, most: int) -> float:
@@ -21,7 +29,7 @@ def add_archive(bank: CoreBank, name: str, archive: bytes, replace: bool, most: 
     with tempfile.TemporaryDirectory() as folder:
         try:
             _unpack(archive, Path(folder), most)
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, OSError) as error:
+        except _DAMAGED as error:
             raise Problem(400, f"This is no zip file of an exported task: {error}.") from None
         with CoreBank.open(bank.path, writable=True) as writable:
             if name in writable and not replace:

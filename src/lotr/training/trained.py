@@ -52,12 +52,13 @@ def load_trained(path: str | Path, model: str | None = None) -> Trained:
 
     _check_finished(Path(path))
     adapter = read_adapter(path)
-    task = TaskRecord.from_dict(adapter.task) if adapter.task else _record(adapter, model)
+    told = adapter.task.get("task") is not None  # an exported task of a bank may have a record without it
+    task = TaskRecord.from_dict(adapter.task) if told else _record(adapter, model)
     tensors = adapter.tensors()  # whoever wrote them: PEFT looks at none of its own methods' numbers
     base = model or adapter.config.get("base_model_name_or_path") or task.base_model
     tokenizer = load_tokenizer(base)
     bare = load_model(base, task.task, task.labels, task.dtype, tokenizer, task.load_in)
-    if not adapter.task:
+    if not (told and task.max_length):
         task = replace(task, max_length=longest_text(bare))
     if differs := difference(task.base_fingerprint, bare):
         raise CheckpointError(

@@ -53,9 +53,12 @@ def check_names(model: nn.Module, config: PeftConfig) -> None:
         _check_list("exclude_modules", excluded or (), paths + stacks, paths)
     if isinstance(tokens, dict):
         _check_list("trainable_token_indices", tokens, paths, paths)
-    of_peft = _HEADS.get(str(config.task_type), set())
-    for name in own("modules_to_save") or ():
-        if name not in of_peft and not any(path.endswith(name) for path in paths):
+    of_peft, saved = _HEADS.get(str(config.task_type), set()), own("modules_to_save") or ()
+    found = {name for name in saved if any(path.endswith(name) for path in paths)}
+    # PEFT names the heads of its own accord, also for a second adapter that tells no task
+    of_peft = of_peft.union(*(heads for heads in _HEADS.values() if heads & found))
+    for name in saved:
+        if name not in found | of_peft:
             raise PlanError(_nothing("modules_to_save", name, paths))
 
 

@@ -47,7 +47,7 @@ class TaskRecord:
 
     task: Task
     labels: tuple[str, ...] = ()  # classes in the order of their ids, of a classification
-    max_length: int = TEXT_LENGTH
+    max_length: int = TEXT_LENGTH  # 0 where nobody said: as the model takes
     columns: Columns = Columns()
     base_model: str = ""
     pairs: bool | None = False  # of texts; `None` where a column of second texts tells
@@ -61,15 +61,18 @@ class TaskRecord:
         """Read the content of `task.json`; CheckpointError where a field is missing, or is not what it should be."""
         known = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
         try:
-            lists = {"labels": tuple(map(str, known["labels"])), "columns": Columns(**known["columns"])}
-            record = cls(**known | lists)
+            lists = {
+                "labels": tuple(map(str, known["labels"])),
+                "columns": Columns(**known.get("columns", {})),
+            }
+            record = cls(**{"max_length": 0} | known | lists)
             is_whole = record.task in get_args(Task) and type(record.max_length) is int
         except (KeyError, TypeError):
             is_whole = False
         if not is_whole:
             raise CheckpointError(
-                "task.json is damaged: its task, labels, columns or length are missing, or not what they should be. "
-                "Copy or download the adapter again."
+                "task.json is damaged: its task or labels are missing, or a field is not what it should be. Copy or "
+                "download the adapter again."
             )
         return record
 

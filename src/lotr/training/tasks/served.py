@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
@@ -46,10 +47,18 @@ class Served:
         """Return what a task was trained for; raises as `CoreBank.get` does."""
         task = self.bank.get(name)
         about, kind = task.metadata, task.task
-        columns, length = Columns(**about.get("columns", {})), about.get("max_length")
-        length = longest_text(self.model) if length is None else int(length)
+        columns, length = Columns(**about.get("columns", {})), self.max_length(about)
         base, pairs = str(self.bank.base_model), about.get("pairs", False)
         return TaskRecord(kind, task.labels, length, columns, base, pairs)  # type: ignore[arg-type]
+
+    def max_length(self, metadata: Mapping[str, Any]) -> int:
+        """Return how long the texts of a task are in tokens: as it was trained, or as long as the model takes them."""
+        own = metadata.get("max_length")
+        return min(own, self._longest) if type(own) is int and own > 0 else self._longest
+
+    @cached_property
+    def _longest(self) -> int:
+        return longest_text(self.model)
 
     def collator(self) -> Callable[[list[Any]], dict[str, Tensor]]:
         """Return what makes a batch of rows of any tasks."""
@@ -117,7 +126,7 @@ def load_served(
         bank: A bank, or its folder.
         model: Base model to use instead of the recorded one.
         kind: classification (or regression), or causal-lm; default: what the bank's first tasks are, damaged ones left
-            out.
+            out, or what its basis is for.
         capacity: Tasks in memory, a number or bytes.
         dtype: Type of the base model.
     """
@@ -125,7 +134,8 @@ def load_served(
     name = base_of(bank, model)
     if kind is None:
         kinds = (row["kind"] for row in bank.overview(limit=100))
-        kind = next((kind for kind in kinds if kind not in ("", "damaged")), None)
+        of_basis = "causal-lm" if bank.config.task_type == "CAUSAL_LM" else None
+        kind = next((kind for kind in kinds if kind not in ("", "damaged")), of_basis)
     kind = "causal-lm" if kind == "causal-lm" else "classification"
     tokenizer = load_tokenizer(name)
     labels = ("0", "1") if kind == "classification" else ()

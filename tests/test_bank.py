@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 import banks
 from conftest import bert, gpt2, tokens
-from lotr import CheckpointError, ConfigError, CoreBank, LotrConfig, UnknownTaskError
+from lotr import CheckpointError, ConfigError, CoreBank, LotrConfig, Task, UnknownTaskError
 from lotr.files.adapter_folder import WEIGHTS
 from tuner_contract import outputs
 
@@ -34,6 +35,20 @@ def test_a_task_comes_out_as_it_went_in(tmp_path: Path) -> None:
     assert found.head.keys() == given.head.keys()
     assert all(torch.equal(found.head[key], tensor) for key, tensor in given.head.items())
     assert (found.labels, found.task, found.metadata) == (given.labels, given.task, given.metadata)
+
+
+@pytest.mark.parametrize("kind", ["classification", None])
+def test_labels_and_metadata_leave_with_an_exported_task_and_come_back(
+    tmp_path: Path, kind: str | None
+) -> None:
+    bank = banks.bank(tmp_path)
+    given = replace(banks.task(bank, "one", note="α"), task=kind)
+    bank.add_many([given, Task("bare", given.numbers, metadata={"note": "β"})])
+    bank.export("one", tmp_path / "one")
+    bank.export("bare", tmp_path / "bare")
+    back, bare = (bank.from_adapter("back", tmp_path / name) for name in ("one", "bare"))
+    assert (back.labels, back.task, back.metadata) == (given.labels, "classification", given.metadata)
+    assert (bare.labels, bare.task, bare.metadata) == ((), None, {"note": "β"})
 
 
 @pytest.mark.parametrize("dtype, most", [("bfloat16", 2**-8), ("float16", 2**-11)])
@@ -128,6 +143,7 @@ def _open(folder: Path) -> CoreBank:
             r"'wrong' has numbers of shape \(54,\), and a task of this bank has \(96,\)",
         ),
         (lambda b, f: b.add(banks.task(b, "x", note=object())), ConfigError, "'x' cannot be kept: .*JSON"),
+        (lambda b, f: b.add(banks.task(b, "x", note=math.nan)), ConfigError, "'x' cannot be kept: .*JSON"),
         (lambda b, f: b.export("task-0", f / "x", refer=True, as_lora=True), ConfigError, "stands alone"),
         (lambda b, f: b.export("task-0", f / "basis"), ConfigError, "not empty"),
         (lambda b, f: CoreBank.create(f / "bank", f / "basis"), ConfigError, "is a bank already"),

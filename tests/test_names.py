@@ -84,6 +84,13 @@ def test_heads_that_peft_adds_for_a_task_need_not_exist(kind: Any) -> None:
     add_adapter(bert(), LoraConfig(target_modules=["query"], task_type=kind))
 
 
+def test_a_second_adapter_need_not_tell_the_task_again() -> None:
+    model = get_peft_model(bert(), LotrConfig(r=2, task_type="SEQ_CLS"))
+    model.add_adapter("second", LotrConfig(r=4))
+    with pytest.raises(PlanError, match="clasifier"):
+        model.add_adapter("third", LotrConfig(r=4, modules_to_save=["clasifier"]))
+
+
 def test_defaults_name_only_what_a_model_has() -> None:
     config = LotrConfig(r=2)
     get_peft_model(llama(), config)

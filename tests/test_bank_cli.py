@@ -64,7 +64,7 @@ def test_tasks_are_listed_shown_counted_added_renamed_and_removed(bank: Path) ->
     text = lotr("bank", "show", bank, "[bold]c").stdout
     assert "[bold]c" in text and "rounding error" in text and shown["checksum"] in text
     stats = report("bank", "stats", bank)
-    assert (stats["bytes_of_numbers"], stats["kinds"]) == (4 * 384, {"classification": 1, "unknown": 3})
+    assert (stats["bytes_of_numbers"], stats["kinds"]) == (4 * 384, {"classification": 4})
     assert "bytes of numbers" in lotr("bank", "stats", bank).stdout
     assert report("bank", "add", bank, "a", "--replace")["tasks"] == 4
     assert report("bank", "add", bank, "a", "--task", "x/y")["added"] == ["x/y"]

@@ -108,6 +108,25 @@ def test_many_read_whole_tasks_while_one_writes(folder: Path) -> None:
     assert all(seen > 50 and states > 3 for seen, states in heard), heard
 
 
+def test_a_reader_that_may_not_write_sees_what_others_write(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with CoreBank.open(folder, writable=True) as bank:
+        bank.add(task(bank, "first", 1))
+    with monkeypatch.context() as of_another_user:
+        of_another_user.setattr(os, "access", lambda path, mode: False)
+        reader = CoreBank.open(folder)
+        assert list(reader.names()) == ["first"] and reader.store.database._mode() == "ro&immutable=1"
+        before = reader.store.database.version
+        with CoreBank.open(folder, writable=True) as bank:
+            bank.add_many(task(bank, f"t{n}", n) for n in range(200))
+            bank.remove("first")
+        assert reader.store.database.version != before
+        assert "first" not in reader and len(list(reader.names())) == 200
+        assert float(reader.get("t7").numbers[0]) == 7
+        reader.close()
+
+
 def test_writers_wait_for_each_other(folder: Path) -> None:
     def add(turn: int) -> None:
         with CoreBank.open(folder, writable=True) as bank:

@@ -213,6 +213,14 @@ def test_rows_with_other_columns_are_written_side_by_side(tmp_path: Path) -> Non
         assert [row["confidence"] for row in csv.DictReader(file)] == ["", "0.9"]
 
 
+@pytest.mark.parametrize("name", ["o.csv", "o.jsonl"])
+def test_half_a_character_is_written_as_json_escapes_it(tmp_path: Path, name: str) -> None:
+    write_rows([{"id": "\ud800", "prediction": "a"}], tmp_path / name)
+    text = (tmp_path / name).read_text()
+    assert "\\ud800" in text and [path.name for path in tmp_path.iterdir()] == [name]
+    assert name == "o.csv" or json.loads(text)["id"] == "\ud800"
+
+
 def test_the_version_is_that_of_the_package() -> None:
     from importlib.metadata import version
 

@@ -65,6 +65,13 @@ def test_rows_that_do_not_fit_are_refused_with_their_source(tmp_path, train, oth
         load_task(write(tmp_path, "a.csv", train), eval_source, **options)
 
 
+def test_texts_and_conversations_are_different_tasks(tmp_path):
+    turns = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    chat = write(tmp_path, "chat.jsonl", 2 * turns)
+    with pytest.raises(DataError, match=r"Only one of .*chat\.jsonl and .*texts\.csv has conversations"):
+        load_task(chat, write(tmp_path, "texts.csv", "text\na\n"), task="causal-lm")
+
+
 def test_only_classification_has_label_names_and_no_other_task_exists(tmp_path):
     source = write(tmp_path, "a.csv", CSV)
     labels = [load_task(source, task=task).task.labels for task in (None, "regression", "causal-lm")]

@@ -58,6 +58,14 @@ def test_a_way_out_does_not_overwrite_what_it_reads(place: Path, command: str, w
     assert "would be overwritten" in text and _files(place) == before
 
 
+def test_the_folder_of_the_shell_can_be_the_output(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lotr.export(place / "first", ".")
+    assert Path("adapter_config.json").is_file() and Path.cwd().samefile(tmp_path)
+
+
 def test_what_replaces_an_adapter_is_not_read_with_files_of_it(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(place / "first", out)

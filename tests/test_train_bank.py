@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
 import saved_models
 from commands import quiet
 from lotr import CoreBank, LotrConfig
-from lotr.errors import ConfigError, DataError, TrainingError, UnknownTaskError
+from lotr.errors import CheckpointError, ConfigError, DataError, TrainingError, UnknownTaskError
 from lotr.files.atomic import locked
 from lotr.training.predict import predict
 from lotr.training.tasks.run import train_bank
@@ -141,8 +141,6 @@ def test_a_regression_stands_beside_classes(home: Path, tmp_path: Path) -> None:
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(home: Path, tmp_path: Path) -> None:
-    from transformers import TrainerCallback
-
     class Kill(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 14:
@@ -178,6 +176,24 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(home: Path, tmp_path: Pa
         assert all(torch.equal(value, cut.head[key]) for key, value in whole.head.items())
 
 
+def test_a_run_does_not_go_on_with_the_factors_of_another_bank(home: Path, tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_bank(settings(home, tmp_path / "bank", save_steps=2), quiet, [Stop()])
+    other = AutoModelForSequenceClassification.from_pretrained(home / "bert", num_labels=2)
+    fields = {"r": 16, "target_modules": "all-linear", "exclude_modules": ["classifier"], "seed": 1}
+    get_peft_model(other, LotrConfig(**fields)).save_pretrained(tmp_path / "basis")
+    CoreBank.create(tmp_path / "other", tmp_path / "basis", dtype="float32").close()
+    for file in (tmp_path / "other").iterdir():  # as what replaces a bank does
+        file.replace(tmp_path / "bank" / file.name)
+    with pytest.raises(CheckpointError, match="other factors"):
+        train_bank(BankSettings(output=str(tmp_path / "bank"), resume=True), quiet)
+
+
 def test_a_loss_that_is_not_finite_names_its_task(home: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="loss of task 'first'"):
         train_bank(settings(home, tmp_path / "bank", core_lr=1e30, save_steps=1), quiet)
@@ -194,12 +210,15 @@ def test_a_list_of_tasks_is_checked(tmp_path: Path) -> None:
         ("a: {label: y}", "names no data"),
         ("- a\n- b", "tasks by name"),
         ("a: {b", "not valid YAML"),
+        ("a: x.csv\na: y.csv", "'a' is there twice"),
     ):
         path.write_text(content)
         with pytest.raises(ConfigError, match=message):
             read_tasks(path)
     with pytest.raises(ConfigError, match="No such file"):
         read_tasks(tmp_path / "none.yaml")
+    path.write_text("no: a.csv\n010: b.csv\n2024-01-01: c.csv")
+    assert [task.name for task in read_tasks(path)] == ["no", "010", "2024-01-01"]
 
 
 def test_what_cannot_be_trained_says_so(home: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from commands import quiet, settings
 from lotr.errors import CheckpointError, ConfigError
 from lotr.files.adapter_folder import WEIGHTS
 from lotr.training.base_model import load_model
+from lotr.training.predict import evaluate
 from lotr.training.run import train
 from lotr.training.settings import TrainSettings
 from lotr.training.trained import load_trained
@@ -102,6 +103,15 @@ def test_packed_texts_train_as_padded_ones(models: Path, tmp_path: Path) -> None
     losses = [[log["loss"] for log in report.history if "loss" in log] for report in (padded, packed)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert_same(tmp_path / "padded", tmp_path / "packed", 2e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"packing": True}])
+def test_the_loss_of_a_run_is_that_of_the_tokens_whatever_the_batches(
+    models: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    report = run(models, "llama", tmp_path / "o", **options)
+    scores = evaluate(str(tmp_path / "o"), str(models / "rows.csv"))
+    assert report.score == pytest.approx(scores["loss"], rel=1e-5)
 
 
 def test_packing_is_refused_where_a_text_would_see_another(

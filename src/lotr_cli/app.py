@@ -99,8 +99,7 @@ def evaluate(
     """Measure an adapter on data; draws the confusion matrix."""
     from lotr.training.predict import evaluate as measure
 
-    if picture is None and Path(adapter).is_dir():
-        picture = Path(adapter) / "confusion.png"
+    picture = picture or reports.beside(adapter, "confusion.png")
     options: Any = {"text": text, "text2": text2, "label": label, "model": model, "batch_size": batch_size}
     scores = measure(adapter, data, **options, picture=picture, tick=partial(console.tick, "Evaluating"))
     return reports.evaluated(adapter, data, scores, picture)
@@ -157,13 +156,16 @@ def inspect(
 ) -> Report:
     """Show the groups of an adapter, and the norm and effective rank of every update."""
     from lotr.adapters.inspection import inspect as take_apart
-    from lotr.adapters.plots import draw
+    from lotr.adapters.plots import check_picture, draw
     from lotr.files.adapter_folder import read_adapter
 
+    if picture is not None:
+        check_picture(picture)
     folder = read_adapter(adapter)
     inspection = take_apart(folder.path)
-    picture = picture or folder.path / "cores.png"
-    draw(inspection, picture)
+    picture = picture or reports.beside(folder.path, "cores.png")
+    if picture is not None:
+        draw(inspection, picture)
     return reports.inspected(adapter, inspection, picture)
 
 

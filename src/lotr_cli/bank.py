@@ -94,19 +94,29 @@ def add(
     text: Annotated[str, Option(help="Column with the text.")] = "text",
     text2: Annotated[str, Option(help="Column with the second text of a pair.")] = "text2",
     label: Annotated[str, Option(help="Column with the label.")] = "label",
+    kind: Annotated[
+        str | None,
+        Option(help="classification, regression or causal-lm.", show_default="guessed from the label"),
+    ] = None,
+    model: Annotated[str | None, Option(help="Base model.", show_default="the one of the bank")] = None,
+    max_length: Annotated[
+        int | None, Option(help="Longest text, in tokens.", show_default="128, or as many as the model takes")
+    ] = None,
     replace: Annotated[bool, Option("--replace", help="Replace a task that has the name already.")] = False,
     **options: Any,
 ) -> Report:
     """Add tasks: adapters saved on the basis (all of them, or none), or one that is trained on data."""
+    options |= {"model": model, "max_length": max_length}
     if train is not None:
         if adapters or task is None:
             raise ConfigError("--train trains one task: name it with --task, and name no adapters.")
         source = {"name": task, "train": train, "eval": eval, "text": text, "text2": text2, "label": label}
+        source["task"] = kind
         return _train([source], {**options, "output": str(bank), "replace": replace})
     if not adapters:
         raise ConfigError("There is nothing to add. Name adapters, or data with --task and --train.")
     usual = {"text": "text", "text2": "text2", "label": "label"}
-    of_data = {"eval": eval, "text": text, "text2": text2, "label": label, **options}
+    of_data = {"eval": eval, "kind": kind, "text": text, "text2": text2, "label": label, **options}
     if idle := [name for name, value in of_data.items() if value not in (None, usual.get(name))]:
         raise ConfigError(
             f"--{idle[0].replace('_', '-')} means nothing without --train: adapters are added as they are."
@@ -213,11 +223,16 @@ def export(
     output: Annotated[Path, Option(help="Folder for the adapter.")],
     lora: Annotated[bool, Option("--lora", help="Write plain PEFT LoRA, exactly.")] = False,
     refer: Annotated[bool, Option("--refer", help="Leave the factors out and refer to the bank.")] = False,
+    pad_rank: Annotated[
+        int | None, Option(min=1, help="With --lora: rank to bring all modules to, with zeros.")
+    ] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an output that exists.")] = False,
 ) -> Report:
     """Write one task as a LoTR adapter, or as plain LoRA."""
     with _open(bank) as opened:
-        report = opened.export(name, output, as_lora=lora, refer=refer, overwrite=overwrite)
+        report = opened.export(
+            name, output, as_lora=lora, refer=refer, overwrite=overwrite, pad_rank=pad_rank
+        )
     what = "A LoRA" if lora else "An adapter"
     line = f"{what} of {report['numbers']:,} numbers, {report['bytes']:,} bytes, is in {output}."
     return Report(report, [line])

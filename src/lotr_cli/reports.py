@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,12 @@ def trained(report: RunReport) -> Report:
     return Report(report.to_dict(history=False), [table("", ("", "value"), rows), line])
 
 
+def beside(adapter: str | Path, name: str) -> Path | None:
+    """Return where the picture of an adapter goes that nobody named; nowhere, if its folder cannot be written."""
+    folder = Path(adapter)
+    return folder / name if folder.is_dir() and os.access(folder, os.W_OK) else None
+
+
 def evaluated(adapter: str, data: str, scores: dict[str, Any], picture: Path | None) -> Report:
     """Show scores."""
     drawn = str(picture) if picture is not None and "confusion" in scores else None
@@ -60,7 +67,7 @@ def planned(model: str, plan: Plan, report: dict[str, Any]) -> Report:
     return Report(report, lines)
 
 
-def inspected(adapter: str, inspection: Inspection, picture: Path) -> Report:
+def inspected(adapter: str, inspection: Inspection, picture: Path | None) -> Report:
     """Show what is inside an adapter."""
     header = ("group", "sites", "block", "rank", "factors", "cores")
     groups = [tuple(group[name] for name in header) for group in inspection.groups]
@@ -73,7 +80,7 @@ def inspected(adapter: str, inspection: Inspection, picture: Path) -> Report:
     basis = f"{inspection.basis:,} more from its basis, " if inspection.basis else ""
     line = (
         f"{inspection.numbers:,} numbers in the adapter, {basis}{inspection.head:,} in the head, "
-        f"{inspection.size:,} bytes. The heat map is in {picture}."
+        f"{inspection.size:,} bytes.{f' The heat map is in {picture}.' if picture else ''}"
     )
     tables = table(f"{adapter}: groups", header, groups), table(title, names, rows)
     return Report({**inspection.to_dict(), "picture": str(picture)}, [*tables, line])
@@ -130,13 +137,16 @@ def check_output(path: Path, overwrite: bool, data: str) -> None:
 def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
     """Write rows under a temporary name and rename it."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        if path.suffix == ".csv":
-            writer = csv.DictWriter(
-                file, fieldnames=list(dict.fromkeys(name for row in rows for name in row))
-            )
-            writer.writeheader()
-            writer.writerows(rows)
-        else:
-            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-    temporary.replace(path)
+    # half a character is written as JSON escapes it
+    try:
+        with temporary.open("w", encoding="utf-8", newline="", errors="backslashreplace") as file:
+            if path.suffix == ".csv":
+                names = dict.fromkeys(name for row in rows for name in row)
+                writer = csv.DictWriter(file, fieldnames=list(names))
+                writer.writeheader()
+                writer.writerows(rows)
+            else:
+                file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import ConfigError
 from .inspection import Inspection, SiteReport
 
 BLUE, ORANGE = "#3b6fb6", "#d9822b"
@@ -17,6 +18,17 @@ def figure_of(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=130, layout="constrained")
+
+
+def check_picture(path: Path) -> None:
+    """Refuse a place where no picture can be drawn (ConfigError), before any work is done."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    kinds = FigureCanvasAgg.get_supported_filetypes()
+    if not path.parent.is_dir():
+        raise ConfigError(f"--picture {path}: the folder {path.parent} does not exist.")
+    if path.suffix[1:].lower() not in kinds:
+        raise ConfigError(f"--picture {path} has no known type. Name a .png, .pdf or .svg file.")
 
 
 def save(figure: Any, path: Path) -> None:
@@ -38,7 +50,7 @@ def curve(history: Sequence[dict[str, Any]], metric: str, title: str, path: Path
         other.plot(*zip(*scores, strict=True), color=ORANGE, marker="o", label=metric)
         other.set_ylabel(f"evaluation {metric}", color=ORANGE)
         other.spines["top"].set_visible(False)
-    axis.set_title(title)
+    axis.set_title(title, parse_math=False)  # which has the name of a file
     axis.spines["top"].set_visible(False)
     save(figure, path)
 
@@ -51,8 +63,8 @@ def confusion(counts: np.ndarray, labels: Sequence[str], path: Path) -> None:
     axis = figure.subplots()
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    axis.set_xticks(range(n), labels, rotation=60, ha="right")
-    axis.set_yticks(range(n), labels)
+    axis.set_xticks(range(n), labels, rotation=60, ha="right", parse_math=False)
+    axis.set_yticks(range(n), labels, parse_math=False)
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
     if n <= 20:

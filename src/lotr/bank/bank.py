@@ -219,6 +219,7 @@ class CoreBank:
         as_lora: bool = False,
         refer: bool = False,
         overwrite: bool = False,
+        pad_rank: int | None = None,
     ) -> dict[str, Any]:
         """Write a task as an adapter that stands alone, or refers to this bank, or as LoRA.
 
@@ -228,15 +229,16 @@ class CoreBank:
             as_lora: Write plain PEFT LoRA, which needs nothing of this library.
             refer: Leave the factors out; the file refers to the bank as its basis.
             overwrite: Replace the folder when it is not empty.
+            pad_rank: Of a LoRA, the rank to bring all modules to, with zeros.
 
         Returns:
             What was written: numbers and bytes.
 
         Raises:
-            ConfigError: The folder is not free, or a LoRA was asked to refer to a basis.
+            ConfigError: The folder is not free, a LoRA was asked to refer to a basis, or an adapter to be padded.
             CheckpointError: The basis is damaged.
         """
-        return transfer.export(self.basis, self.get(name), Path(output), as_lora, refer, overwrite)
+        return transfer.export(self.basis, self.get(name), Path(output), as_lora, refer, overwrite, pad_rank)
 
     def remove(self, *names: str) -> None:
         """Remove tasks, damaged or not: all of those named, or none."""

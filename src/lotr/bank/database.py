@@ -49,7 +49,7 @@ class Database:
 
     def __init__(self, path: Path, writable: bool = False, truncated: bool = False) -> None:
         self.path, self.writable, self.truncated = path, writable, truncated
-        self._lock = threading.RLock()
+        self._lock, self._opened = threading.RLock(), 0
         self._open()
 
     def _open(self) -> None:
@@ -67,6 +67,7 @@ class Database:
                 uri, uri=True, isolation_level=None, timeout=_WAIT, check_same_thread=False
             )
             self._connection, self._process, self._file = connection, os.getpid(), self.path.stat()
+            self._opened, self._seen = self._opened + 1, self._look()
             connection.set_progress_handler(self._is_endless, _LOOK)
             self._set_limits()
             connection.execute("PRAGMA trusted_schema = OFF")
@@ -87,8 +88,15 @@ class Database:
         if self.writable:
             return "rw"
         unfinished = _bytes(self._beside("-wal")) > 0
-        # readers note beside the file what they read; where none can, nobody writes either
+        # readers note beside the file what they read; where this one cannot, it reads as if nobody wrote
         return "ro" if unfinished or os.access(self.path.parent, os.W_OK) else "ro&immutable=1"
+
+    def _look(self) -> tuple[int, ...] | None:
+        """Return what tells that another user has written, where SQLite does not look."""
+        if "immutable" not in self._mode():
+            return None
+        state = self.path.stat()
+        return state.st_mtime_ns, state.st_size, state.st_ino
 
     def _beside(self, end: str) -> Path:
         return self.path.with_name(self.path.name + end)
@@ -121,9 +129,10 @@ class Database:
         return Database, (self.path, self.writable, self.truncated)
 
     @property
-    def version(self) -> tuple[int, int]:
+    def version(self) -> tuple[int, int, int]:
         """What is another one after every commit that this connection did not make."""
-        return os.getpid(), int(self.rows("PRAGMA data_version")[0][0])
+        committed = int(self.rows("PRAGMA data_version")[0][0])
+        return os.getpid(), self._opened, committed
 
     @contextmanager
     def connected(self, task: str | None = None) -> Iterator[sqlite3.Connection]:
@@ -137,6 +146,9 @@ class Database:
                     f"{self.path} was removed or replaced while the bank was open. Open the bank again, or restore "
                     "its folder from a copy."
                 )
+            if self._seen is not None and self._seen != self._look():
+                self._connection.close()
+                self._open()
             yield self._connection
 
     def rows(self, sql: str, *values: Any, task: str | None = None) -> list[Any]:

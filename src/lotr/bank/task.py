@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
 from ..files.adapter_folder import check_finite
-from .head_form import check_head
+from .head_form import check_head, labels_of
 from .layout import Layout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-#: PEFT's words for kinds of tasks.
+#: What PEFT's words for kinds of tasks are here, where a head does not say more; and the other way round.
+KINDS = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal-lm"}
 TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 #: What SQLite gives for the fields of `Record`: a file from elsewhere can have anything in any column.
 _COLUMNS = (str, str, float, float, str, bytes, bytes, bytes)
@@ -88,6 +89,25 @@ def check_name(name: str) -> str:
             "no width, or is half a character: no table could show it. Leave it out."
         )
     return name
+
+
+def kind_and_labels(
+    record: Mapping[str, Any], head: Mapping[str, Tensor], task_type: str | None = None
+) -> tuple[str | None, tuple[str, ...]]:
+    """Return what kind of task an adapter is for, `None` where nothing tells it, and the names of its classes.
+
+    Args:
+        record: Content of `task.json`, empty where there is none.
+        head: Whose outputs are called `0`, `1` and so on where they have no names.
+        task_type: In PEFT's words.
+    """
+    kind = record.get("task") or KINDS.get(str(task_type))
+    labels = tuple(record.get("labels", ()))
+    if kind == "classification" and not labels:
+        labels = labels_of(head) if head else ()
+        of_head = ("classification" if labels else "regression") if head else None
+        kind = of_head or record.get("task")
+    return kind, labels
 
 
 @dataclass(frozen=True)

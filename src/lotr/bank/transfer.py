@@ -28,7 +28,7 @@ from .basis import Basis
 from .clusters import Cluster
 from .head_form import ROOT
 from .heads import NAMES
-from .task import TASK_TYPES, Task
+from .task import TASK_TYPES, Task, kind_and_labels
 
 #: What the bank, or a task's own fields, know already.
 KNOWN = {"task", "labels", "base_model", "base_fingerprint", CHECKSUM}
@@ -62,8 +62,8 @@ def task_of(basis: Basis, name: str, adapter: AdapterFolder, metadata: Mapping[s
             f"{foreign[0]!r}. Train the task with basis={str(basis.path)!r}."
         )
     recorded = {key: value for key, value in adapter.task.items() if key not in KNOWN}
-    labels = tuple(adapter.task.get("labels", ()))
-    return Task(name, numbers, head, labels, adapter.task.get("task"), {**recorded, **metadata})
+    kind, labels = kind_and_labels(adapter.task, head, config.task_type)
+    return Task(name, numbers, head, labels, kind, {**recorded, **metadata})
 
 
 def _cluster_with(basis: Basis, factors: dict[str, Tensor]) -> Cluster | None:
@@ -105,11 +105,15 @@ def export(
     as_lora: bool = False,
     refer: bool = False,
     overwrite: bool = False,
-    pad_rank: Sequence[int] | None = None,
+    pad_rank: int | Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Write a task as an adapter; see `CoreBank.export`, and `lotr.export` for `pad_rank`."""
     if as_lora and refer:
         raise ConfigError("A plain LoRA stands alone; it cannot refer to a basis. Leave out one of the two.")
+    if pad_rank is not None and not as_lora:
+        raise ConfigError(
+            f"pad_rank={pad_rank} is for a LoRA. Leave it out, or export with --lora (as_lora=True)."
+        )
     check_replaceable(output, overwrite)
     check_apart(output, "base model", basis.description.base_model)
     if not as_lora:

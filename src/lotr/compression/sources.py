@@ -15,6 +15,7 @@ from torch import Tensor
 from ..adapters.inspection import updates
 from ..bank.head_form import ROOT
 from ..bank.heads import NAMES
+from ..bank.task import KINDS
 from ..errors import CheckpointError, ConfigError
 from ..files.adapter_folder import CONFIG, AdapterFolder, read_adapter
 from ..files.peft_lora import read_lora
@@ -25,7 +26,6 @@ from ..tuner.saved_adapter import read_saved
 
 #: Reads `A` `(*experts, q, in)` and `B` `(*experts, out, q)` of a module, of experts those that a slice names.
 Reader = Callable[..., tuple[Tensor, Tensor]]
-_KINDS = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal-lm"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Source:
     @property
     def kind(self) -> str | None:
         """What a bank calls its kind of task: classification, regression or causal-lm; `None` where it is not told."""
-        return self.folder.task.get("task") or _KINDS.get(str(self.task_type))
+        return self.folder.task.get("task") or KINDS.get(str(self.task_type))
 
     def exchanged(self) -> Source:
         """Return the source with `A` and `B` of its experts in each other's place: its update of them is `Aᵀ Bᵀ`."""
@@ -176,7 +176,7 @@ def _folders(place: str) -> list[Path]:
             raise ConfigError(f"{place} is a folder of adapters. Name what is in it: '{place}/*'.")
         return [path]
     if path.is_file() and path.suffix in (".txt", ".list"):
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
         named = [line for line in lines if line and not line.startswith("#")]
         if not named:
             raise ConfigError(f"{place} names no adapter. Write the path of one on every line.")
@@ -184,7 +184,9 @@ def _folders(place: str) -> list[Path]:
         return [folder for line in beside for folder in _folders(str(line))]
     if any(character in place for character in "*?["):
         matches = Path(path.anchor or ".").glob(str(path.relative_to(path.anchor)))
-        folders = sorted(match for match in matches if (match / CONFIG).is_file())
+        found = (match for match in matches if (match / CONFIG).is_file())
+        # as a shell does: what is being written lies under a hidden name
+        folders = sorted(match for match in found if not match.name.startswith(".") or "/." in place)
         if not folders:
             raise ConfigError(f"{place} matches no folder with {CONFIG}. Check the pattern.")
         return folders

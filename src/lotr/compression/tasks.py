@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from ..bank import CoreBank, Task
 from ..bank.basis import create_folder
-from ..bank.head_form import labels_of
 from ..bank.heads import NAMES
 from ..bank.layout import Layout
-from ..bank.task import DTYPES
+from ..bank.task import DTYPES, kind_and_labels
 from ..bank.transfer import KNOWN
 from ..files.adapter_folder import save_tensors, write_config, write_task
 from ..files.fingerprint import fingerprint
@@ -112,11 +111,8 @@ def add_tasks(bank: CoreBank, stack: Stack, tick: Tick, replaces: bool = False) 
 def _task_of(entry: Entry, numbers: Tensor, error: float) -> Task:
     """Return an adapter as a task, with its head and what its folder tells."""
     source = open_source(entry.path)
-    record, head, kind = source.folder.task, source.head(), source.kind
-    labels = tuple(record.get("labels", ()))
-    if head and not labels and kind == "classification":
-        labels = labels_of(head)
-        kind = "classification" if labels else "regression"
+    record, head = source.folder.task, source.head()
+    kind, labels = kind_and_labels(record, head, source.task_type)
     recorded = {key: value for key, value in record.items() if key not in KNOWN}
     metadata = {**recorded, "compressed_from": str(entry.path), "error": round(error, 9)}
     return Task(entry.name, numbers, head, labels, kind, metadata)

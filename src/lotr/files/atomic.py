@@ -49,7 +49,7 @@ def whole_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         try:
             yield made
-            if folder.is_dir() and any(folder.iterdir()):
+            if folder.is_dir() and (any(folder.iterdir()) or folder == Path.cwd()):
                 move_into(made, folder)
             else:
                 made.replace(folder)

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from .data.conversations import IGNORED
 
 #: The number that a task is judged by.
 MAIN = {"classification": "accuracy", "regression": "pearson", "causal-lm": "loss"}
@@ -53,12 +56,26 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
-def for_trainer(task: str) -> Callable[[Any], dict[str, float]] | None:
-    """Return the function that transformers' Trainer calls, or `None` where the loss says it all.
+def token_losses(logits: Any, labels: Tensor) -> Tensor:  # (rows, tokens, vocabulary), (rows, tokens)
+    """Return the summed loss of each row and how many tokens it is of, `(rows, 2)`, instead of the logits."""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    sums = [
+        F.cross_entropy(row[:-1].float(), own[1:], reduction="sum")
+        for row, own in zip(logits, labels, strict=True)
+    ]
+    return torch.stack([torch.stack(sums), (labels[:, 1:] != IGNORED).sum(1)], 1)
+
+
+def for_trainer(task: str) -> Callable[[Any], dict[str, float]]:
+    """Return the function that transformers' Trainer calls; of a language model it is given `token_losses`.
 
     It measures the loss too, in place of the Trainer's own: that one is a mean over processes, of which the last may
-    have seen rows twice to fill its batch.
+    have seen rows twice to fill its batch, and of batches, of which a short text's tokens weigh more.
     """
+
+    def of_tokens(output: Any) -> dict[str, float]:
+        total, tokens = output.predictions.astype(float).sum(0)
+        return {"loss": float(total / max(tokens, 1))}
 
     def of_outputs(output: Any) -> dict[str, float]:
         scores, labels = output.predictions, output.label_ids
@@ -68,4 +85,4 @@ def for_trainer(task: str) -> Callable[[Any], dict[str, float]] | None:
         targets = torch.from_numpy(labels.reshape(-1)).long()
         return result | {"loss": float(F.cross_entropy(torch.from_numpy(scores).double(), targets))}
 
-    return None if task == "causal-lm" else of_outputs
+    return of_tokens if task == "causal-lm" else of_outputs

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ..adapters import plots
+from ..bank import CoreBank
 from ..errors import ConfigError, DataError
 from ..files.adapter_folder import is_bank
 from .data import collator, encode, read, rows_of_task
@@ -50,8 +52,8 @@ def evaluate(
         ConfigError: The folder of the picture does not exist.
         DataError: The data does not fit the adapter's task.
     """
-    if picture is not None and not Path(picture).parent.is_dir():
-        raise ConfigError(f"--picture {picture}: the folder {Path(picture).parent} does not exist.")
+    if picture is not None:
+        plots.check_picture(Path(picture))
     trained = adapter if isinstance(adapter, Trained) else load_trained(adapter, model)
     task = replace(trained.task, columns=trained.task.columns.named(text=text, text2=text2, label=label))
     encoded = encode(rows_of_task(read(data), task), trained.tokenizer, trained.task)
@@ -61,8 +63,6 @@ def evaluate(
         **measured(trained.model, collate, task, encoded, batch_size, tick),
     }
     if picture is not None and "confusion" in report:
-        from ..adapters import plots
-
         plots.confusion(np.array(report["confusion"]), task.labels, Path(picture))
     return report
 
@@ -110,8 +110,6 @@ def predict(
         )
     if not of_bank and (task is not None or task_column is not None):
         raise ConfigError(f"{adapter} is no bank, so it has no tasks. Leave out --task and --task-column.")
-    if loaded is None:
-        loaded = load_served(str(adapter), model) if of_bank else load_trained(str(adapter), model)
     table = read(data)
     if clash := {"prediction", "confidence"} & table.columns.keys():
         raise DataError(
@@ -121,6 +119,10 @@ def predict(
     numbers: dict[str, list[int]] = {}
     for n, name in enumerate(names):
         numbers.setdefault(name, []).append(n)
+    if loaded is None and of_bank:
+        bank = CoreBank.open(str(adapter))
+        loaded = load_served(bank, model, bank.get(names[0]).task if names else None)
+    loaded = loaded or load_trained(str(adapter), model)
     records = {n: loaded.task if isinstance(loaded, Trained) else loaded.record(n) for n in numbers}
     parts = []
     for name, record in records.items():

@@ -142,7 +142,6 @@ def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
         save_total_limit=2,
         use_cpu=device().type == "cpu",  # without it, processes on a CPU do not know of each other
         train_sampling_strategy="group_by_length",
-        prediction_loss_only=causal,
         report_to=s.report_to,
     )
     groups, betas = parameter_groups(run.model, **run.rates), (0.9, s.adam_beta2)
@@ -156,6 +155,7 @@ def _trainer(run: Run, callbacks: list[TrainerCallback]) -> AdapterTrainer:
         eval_dataset=run.data.eval,
         data_collator=run.collate,
         compute_metrics=metrics.for_trainer(run.data.task.task),
+        preprocess_logits_for_metrics=metrics.token_losses if causal else None,
         optimizers=(optimizer, None),
         callbacks=callbacks,
     )

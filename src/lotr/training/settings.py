@@ -185,11 +185,28 @@ def read_options(
 
 
 def load_yaml(path: Path) -> Any:
-    """Read YAML, or JSON, without tags of Python's; what cannot be read is a ConfigError of one line."""
+    """Read YAML, or JSON, without tags of Python's; what cannot be read is a ConfigError of one line.
+
+    Keys are text as it is written, `no` and `010` too, and each is there once.
+    """
     import yaml
 
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            """Return a mapping by the text of its keys."""
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    key.tag = "tag:yaml.org,2002:str"
+                    if key.value in seen:
+                        raise yaml.constructor.ConstructorError(
+                            None, None, f"{key.value!r} is there twice", key.start_mark
+                        )
+                    seen.add(key.value)
+            return dict(super().construct_mapping(node, deep))
+
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         problem = f"cannot be read: {error.strerror}. Name a file"
     except (yaml.YAMLError, ValueError, AttributeError, TypeError, RecursionError) as error:

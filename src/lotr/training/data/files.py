@@ -141,7 +141,10 @@ def _table_of(content: Any, path: Path) -> Table:
     if isinstance(content, dict):
         values = list(content.values())
         if values and all(isinstance(value, dict) for value in values):  # as pandas writes columns
-            content = {name: list(column.values()) for name, column in content.items()}
+            first = values[0].keys()
+            if other := next((name for name, column in content.items() if column.keys() != first), None):
+                raise DataError(f"{path}: column {other!r} has other rows than {next(iter(content))!r}.")
+            content = {name: [column[row] for row in first] for name, column in content.items()}
             values = list(content.values())
         scalars = [
             isinstance(value, list) and not any(isinstance(v, dict) for v in value) for value in values
@@ -149,6 +152,8 @@ def _table_of(content: Any, path: Path) -> Table:
         if values and all(scalars) and len({len(value) for value in values}) == 1:
             return Table(content)
         content = next((content[name] for name in WRAPPERS if isinstance(content.get(name), list)), [content])
+    if not isinstance(content, list):
+        raise DataError(f"{path} holds neither a list of objects nor an object of columns.")
     for number, row in enumerate(content, start=1):
         if not isinstance(row, dict):
             raise DataError(

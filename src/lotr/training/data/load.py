@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from ...errors import DataError, near
 from ...tuner.checks import one_of
 from .columns import Columns, Task, TaskRecord, guess_task, rows_of_task
+from .conversations import CHAT
 from .encode import encode
 from .files import READERS, read_table
 from .tables import Table
@@ -105,6 +106,10 @@ def load_task(
         measured = replace(rows.take(sorted(order[:n_held_out])), name=name)
         rows = rows.take(sorted(order[n_held_out:]))
         reason += f" Measured on {name}."
+    if CHAT in rows.columns.keys() ^ measured.columns.keys():
+        raise DataError(
+            f"Only one of {train} and {measured.name} has conversations: texts and conversations are different tasks."
+        )
     if rows.columns.keys() != measured.columns.keys():
         raise DataError(
             f'Only one of {train} and {measured.name} has the column "{columns.text2}": pairs of texts and '
@@ -194,6 +199,7 @@ def _read_folder(path: Path) -> dict[str, Table]:
     splits: dict[str, Path] = {}
     for file in files:
         name = re.split(r"[-_.]", file.stem.lower())[0]
+        name = "train" if name == "training" else name
         if name in SPLITS:
             if name in splits:
                 raise DataError(
@@ -208,7 +214,7 @@ def _read_folder(path: Path) -> dict[str, Table]:
         raise DataError(
             f"The folder {path} was not written by save_to_disk, and no file is called train, dev or test. {hint}"
         )
-    return {"train" if name == "training" else name: read_table(file) for name, file in splits.items()}
+    return {name: read_table(file) for name, file in splits.items()}
 
 
 def _read_hub(source: str) -> dict[str, Table]:

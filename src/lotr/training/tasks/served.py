@@ -12,6 +12,7 @@ from zlib import crc32
 from torch import Tensor
 
 from ...bank import CoreBank, Task
+from ...bank.task import kind_and_labels
 from ...errors import ConfigError, UnknownTaskError
 from ..base_model import load_model, load_tokenizer, longest_text
 from ..data import Columns, TaskRecord, collator
@@ -41,15 +42,28 @@ class Served:
         (task,) = self.rows.find([name])
         if task is None:
             raise UnknownTaskError(f"{name!r} is the base model without a task. Name a task of the bank.")
+        self._check_kind(name, task.kind)
         return task
+
+    def _check_kind(self, name: str, kind: str | None) -> None:
+        if kind is not None and (kind == "causal-lm") != (self.kind == "causal-lm"):
+            raise ConfigError(
+                f"Task {name!r} is {kind}, and the base model is loaded for {self.kind}. Ask tasks of the two kinds "
+                "apart, or keep them in banks of their own."
+            )
 
     def record(self, name: str) -> TaskRecord:
         """Return what a task was trained for; raises as `CoreBank.get` does."""
         task = self.bank.get(name)
-        about, kind = task.metadata, task.task
+        about = task.metadata
+        kind, labels = kind_and_labels(vars(task), task.head, "SEQ_CLS" if task.head else None)
+        self._check_kind(name, kind)
+        kind = kind or self.kind
+        if kind == "classification" and not labels:
+            raise ConfigError(f"Task {name!r} has no head, so it labels nothing. Add an adapter with one.")
         columns, length = Columns(**about.get("columns", {})), self.max_length(about)
         base, pairs = str(self.bank.base_model), about.get("pairs", False)
-        return TaskRecord(kind, task.labels, length, columns, base, pairs)  # type: ignore[arg-type]
+        return TaskRecord(kind, labels, length, columns, base, pairs)  # type: ignore[arg-type]
 
     def max_length(self, metadata: Mapping[str, Any]) -> int:
         """Return how long the texts of a task are in tokens: as it was trained, or as long as the model takes them."""

@@ -18,7 +18,7 @@ from torch.utils.data import Sampler
 from ...bank import Task
 from ...bank.heads import row_losses
 from ...errors import CheckpointError, ConfigError, TrainingError
-from ...files.adapter_folder import read_tensors
+from ...files.adapter_folder import opened, read_tensors
 from ...tuner.checks import one_of
 from ..checkpoint import AdapterTrainer, arguments
 from ..rates import default_rates
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 TASKS = "tasks.safetensors"
+BASIS = "basis_hash"  # beside its numbers
 _MAX_NORM = 1.0  # of a task's gradient
 
 
@@ -101,13 +102,21 @@ class TaskTrainer(AdapterTrainer):
 
     def write(self, folder: Path) -> None:
         """Write the numbers of all tasks, and bring the bank there."""
-        save_file({name: p.detach().cpu() for name, p in self.served.tensors().items()}, folder / TASKS)
+        numbers = {name: p.detach().cpu() for name, p in self.served.tensors().items()}
+        save_file(numbers, folder / TASKS, {BASIS: self.served.bank.description.basis_hash})
         # killed before the rest is written, the bank is a step ahead until the run that goes on comes here again
         self.served.bank.add_many(map(self.served.in_memory, self.tasks), replace=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         file = Path(resume_from_checkpoint) / TASKS
         saved = read_tensors(file)
+        with opened(file) as content:
+            basis = (content.metadata() or {}).get(BASIS)
+        if basis != self.served.bank.description.basis_hash:
+            raise CheckpointError(
+                f"{file} was trained on other factors than the bank has now, which was replaced. Drop the run with "
+                "--replace."
+            )
         for name, parameter in self.served.tensors().items():
             if name not in saved or saved[name].shape != parameter.shape:
                 raise CheckpointError(

@@ -49,18 +49,24 @@ def merged(place: Path, adapter: Path) -> nn.Module:
     return PeftModel.from_pretrained(base(place), adapter).merge_and_unload().eval()
 
 
-def written(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
-    """What a model writes to a prompt alone."""
+def written(model: Any, tokenizer: Any, prompt: str, tokens: int) -> tuple[str, str]:
+    """What a model writes to a prompt alone: the whole text, and the answer by itself."""
     inputs = tokenizer(prompt, return_tensors="pt")
-    ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
-    return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=0)[0]
+    answer = ids[inputs["input_ids"].shape[1] :]
+    return tokenizer.decode(ids, skip_special_tokens=True), tokenizer.decode(answer, skip_special_tokens=True)
+
+
+def continued(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
+    """How a model goes on with a text."""
+    return written(model, tokenizer, prompt, tokens)[0].removeprefix(prompt)
 
 
 def test_tenants_in_one_batch_are_answered_as_each_lora_alone_merged_by_peft(place: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
     asked = [(task, prompt, 4 + n) for n, prompt in enumerate(PROMPTS) for task in TASKS]
     models = {task: merged(place, place / "loras" / task) for task in TASKS}
-    expected = [written(models[task], tokenizer, *rest) for task, *rest in asked]
+    expected = [continued(models[task], tokenizer, *rest) for task, *rest in asked]
     assert len(set(expected)) > 6  # the tasks do write otherwise
     model = Counted(load_served(place / "bank"))
     together = {"max_batch": len(asked), "max_wait": 60_000}
@@ -92,7 +98,7 @@ def test_a_task_is_trained_on_the_factors_measured_answers_and_leaves_as_a_lora(
     said = json.loads((place / "said.jsonl").read_text())["prediction"]
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
     prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=False)
-    assert said == written(merged(place, place / "new"), tokenizer, prompt, 64)
+    assert said == written(merged(place, place / "new"), tokenizer, prompt, 64)[1]
     names = [row["name"] for row in report("bank", "list", bank)["shown"]]
     assert names == ["new", *TASKS]
     report("bank", "verify", bank)

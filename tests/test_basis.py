@@ -392,6 +392,13 @@ def test_a_task_of_a_train_has_its_own_matrix_and_the_basis_the_others(tmp_path:
             )
 
 
+def test_matrices_of_other_layers_are_not_taken_from_a_basis(tmp_path: Path) -> None:
+    config = _config(method="metatt_4d", modes=("projection", "task", "layer"))
+    get_peft_model(bert(), config).save_pretrained(tmp_path)
+    with pytest.raises(PlanError, match="'core_2' of group 'joint_32x32' for other layers"):
+        get_peft_model(bert(), LotrConfig(basis=str(tmp_path), layers_to_transform=[1]))
+
+
 def test_a_task_without_a_train_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"task.*core='free'"):
         LotrConfig(modes=("layer", "task"))

@@ -343,3 +343,15 @@ def test_a_model_without_experts_is_as_before() -> None:
     assert not any(
         target.experts for target in lotr.plan(bert(), LotrConfig(target_modules="all-linear")).targets
     )
+
+
+def test_experts_adapted_beside_others_leave_as_a_lora(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    """PEFT goes by the order of the parameters, whatever another adapter has adapted before."""
+    model = adapted(make, target_parameters=EXPERTS[:1])
+    model.add_adapter("b", config(init_weights=False))
+    model.set_adapter("b")
+    model.save_pretrained(tmp_path)
+    expected = outputs(model, INPUTS)
+    lotr.export(tmp_path / "b", tmp_path / "lora")
+    loaded = PeftModel.from_pretrained(make(), tmp_path / "lora").eval()
+    torch.testing.assert_close(outputs(loaded, INPUTS), expected, atol=1e-5, rtol=1e-4)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import Llama4TextConfig, MambaConfig, MambaForCausalLM, WavLMConfig, WavLMModel
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.llama4.modeling_llama4 import Llama4Router
 
-from conftest import bert, llama
+from conftest import SIZES, VOCABULARY, bert, llama, pico, tokens
 from lotr import LotrConfig, PlanError, plan
 from lotr.training.adapter import add_adapter
 from lotr.tuner.group import LotrLayer
 from moe_models import qwen
+from tuner_contract import outputs
 
 
 @pytest.mark.parametrize(
@@ -158,3 +161,19 @@ def test_what_is_called_in_the_same_blocks_is_adapted() -> None:
             assert not torch.equal(model.base_model.model.encoder(x), base)
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_all_linear_of_a_second_adapter_leaves_out_the_heads_copies(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        """Its head holds linear modules."""
+        sizes = {**SIZES, "num_hidden_layers": 2}  # of more, PEFT keeps the ends of names alone
+        return pico("RobertaForSequenceClassification", vocab_size=VOCABULARY, num_labels=3, **sizes)
+
+    config = LotrConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS", init_weights=False)
+    model = get_peft_model(make(), copy.deepcopy(config))
+    model.add_adapter("b", config)
+    model.set_adapter("b")
+    expected = outputs(model.eval(), {"input_ids": tokens()})
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make(), tmp_path / "b").eval()
+    torch.testing.assert_close(outputs(loaded, {"input_ids": tokens()}), expected)

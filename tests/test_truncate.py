@@ -235,3 +235,16 @@ def test_an_adapter_that_transformers_added_is_truncated_too() -> None:
     model = bert()
     model.add_adapter(LotrConfig(r=4, target_modules=["query", "value"], init_weights=False), "a")
     assert {group.after for group in lotr.truncate(model, rank=2)} == {(2, 2)}
+
+
+def test_one_object_for_two_adapters_describes_the_other_as_before(tmp_path: Path) -> None:
+    config = LotrConfig(r=8, target_modules=["query"], init_weights=False)
+    model = get_peft_model(bert(), config)
+    model.add_adapter("other", config)
+    model.set_adapter("other")
+    expected = outputs(model.eval(), INPUTS)
+    lotr.truncate(model, rank=2, adapter="default")
+    assert model.peft_config["default"].r == 2 and model.peft_config["other"].r == config.r == 8
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(bert(), tmp_path / "other").eval()
+    torch.testing.assert_close(outputs(loaded, INPUTS), expected)

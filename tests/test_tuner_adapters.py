@@ -51,6 +51,32 @@ def test_adapters_can_be_merged_one_after_the_other(model: PeftModel) -> None:
     assert all(torch.equal(x, y) for x, y in zip(before, weights(model), strict=True))
 
 
+def test_merging_leaves_the_names_of_the_state_dict_and_both_parameters(model: PeftModel) -> None:
+    """Of a base with biases: a state dict from before loads while merged and afterwards."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.merge_adapter()
+    assert model.state_dict().keys() == before.keys()
+    model.unmerge_adapter()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not [name for name, _ in model.named_parameters() if "unmerged" in name]
+
+
+def test_weights_move_with_the_model_while_they_are_merged(model: PeftModel) -> None:
+    before = weights(model)
+    model.merge_adapter()
+    model.double()
+    assert all(layer.base_weight.read().dtype == torch.float64 for layer in linears(model))
+    model.unmerge_adapter()
+    assert all(torch.equal(W, W0.double()) for W, W0 in zip(weights(model), before, strict=True))
+
+
+def test_what_was_merged_in_inference_mode_trains(model: PeftModel) -> None:
+    with torch.inference_mode():
+        plain = model.merge_and_unload()
+    again = get_peft_model(plain.requires_grad_(True), config(2))
+    again(**INPUTS).logits.square().sum().backward()
+
+
 def test_merging_twice_is_merging_once(model: PeftModel) -> None:
     model.merge_adapter()
     once = weights(model)
@@ -213,6 +239,14 @@ def test_ranks_of_single_modules_add_up_too() -> None:
     model.add_adapter("b", config(1, rank_pattern={"value": 6}))
     model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")
     torch.testing.assert_close(deltas(model, "sum"), deltas(model, "a") + deltas(model, "b"))
+
+
+def test_trained_heads_have_no_sum() -> None:
+    model = get_peft_model(bert(), config(0, task_type="SEQ_CLS"), adapter_name="a")
+    model.add_adapter("b", config(1, task_type="SEQ_CLS"))
+    with pytest.raises(ConfigError, match=r"'classifier' was trained .* no sum"):
+        model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "c")
+    assert set(model.peft_config) == {"a", "b"}
 
 
 # ---- swapping

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 
+import banks
 from conftest import bert, gpt2, llama
-from lotr import ConfigError
+from lotr import ConfigError, LotrConfig
 from test_tuner_adapters import INPUTS, config
 from tuner_contract import outputs
 
@@ -39,6 +40,34 @@ def test_norms_kept_of_frozen_factors_are_not_swapped_behind_their_back(tmp_path
     model = get_peft_model(bert(), config(0, **options)).eval()
     before = outputs(model, INPUTS)
     with pytest.raises(ConfigError, match="Load the adapter beside the first"):
+        hotswap_adapter(model, str(tmp_path), adapter_name="default", torch_device="cpu")
+    assert torch.equal(outputs(model, INPUTS), before)
+
+
+def test_cores_are_swapped_on_one_basis_whose_factors_stay(tmp_path: Path) -> None:
+    banks.basis(tmp_path / "basis", task_type=None)
+    banks.basis(tmp_path / "other", task_type=None, seed=3)
+    expected = {}
+    for n, (name, basis) in enumerate({"a": "basis", "b": "basis", "c": "other"}.items()):
+        own = banks.stirred(LotrConfig(basis=str(tmp_path / basis)), seed=n)
+        own.save_pretrained(tmp_path / name)
+        expected[name] = outputs(own, INPUTS)
+    model = PeftModel.from_pretrained(bert(), tmp_path / "a").eval()
+    for name in ("b", "a", "b"):
+        hotswap_adapter(model, str(tmp_path / name), adapter_name="default", torch_device="cpu")
+        assert torch.equal(outputs(model, INPUTS), expected[name])
+    with pytest.raises(ValueError, match="basis_hash"):
+        hotswap_adapter(model, str(tmp_path / "c"), adapter_name="default", torch_device="cpu")
+    assert torch.equal(outputs(model, INPUTS), expected["b"])
+
+
+@pytest.mark.parametrize("row", ["lotr", "lorta", "metatt_4d"])
+def test_an_adapter_of_other_layers_is_not_swapped_in(row: str, tmp_path: Path) -> None:
+    """Also where all numbers are the group's, so that names and shapes are the same."""
+    get_peft_model(bert(), config(1, method=row, layers_to_transform=[1])).save_pretrained(tmp_path)
+    model = get_peft_model(bert(), config(0, method=row, layers_to_transform=[0])).eval()
+    before = outputs(model, INPUTS)
+    with pytest.raises(ValueError, match="targets"):
         hotswap_adapter(model, str(tmp_path), adapter_name="default", torch_device="cpu")
     assert torch.equal(outputs(model, INPUTS), before)
 

@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 
 from ..errors import ConfigError, PlanError, near
@@ -123,6 +124,12 @@ def _check(tuner: BaseTuner, adapters: list[str], weights: list[float], name: st
             raise ConfigError(
                 f"Adapter {adapter!r} has magnitude={rule!r}, which rescales the "
                 "weight, so updates do not add up. Merge the adapters one after the other instead."
+            )
+    for path, module in tuner.model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and not module._adapters.isdisjoint(adapters):
+            raise ConfigError(
+                f"Module {path!r} was trained beside these adapters (modules_to_save, which task_type may add, or "
+                "trainable_token_indices) and has no sum. Merge the adapters one after the other instead."
             )
 
 

@@ -53,3 +53,9 @@ def check_basis(plan: Plan, factors: dict[str, Tensor], basis: str) -> None:
                 f"basis={basis!r} has group {group.name!r} with blocks ({o}, {i}) and rank ({k}, {r}), and the adapter "
                 f"asks for blocks {group.shape} and rank {group.rank}. Use r={k if k == r else (k, r)}."
             )
+        for name in group.core.of_basis:
+            if keys[name] not in factors or factors[keys[name]].shape != group.core.shapes[name]:
+                raise PlanError(
+                    f"basis={basis!r} has {name!r} of group {group.name!r} for other layers or projections than the "
+                    "adapter. Adapt the same modules as the basis."
+                )

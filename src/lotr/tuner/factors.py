@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,7 +25,7 @@ Parts = dict[LotrGroup, list[tuple[AdaptedWeight, Part]]]
 
 
 def find_adapter(model: nn.Module, adapter: str | None) -> tuple[str, LotrConfig]:
-    """Return name and configuration of an adapter; default: the active one.
+    """Return name and configuration, to be changed, of an adapter; default: the active one.
 
     Raises:
         ConfigError: The model has no adapter of this library or none of that name, or several are active.
@@ -46,7 +47,10 @@ def find_adapter(model: nn.Module, adapter: str | None) -> tuple[str, LotrConfig
         )
     (name,) = names
     configs = (getattr(module, "peft_config", None) or {} for module in model.modules())
-    return name, next(of_model[name] for of_model in configs if name in of_model)
+    of_model = next(of_model for of_model in configs if name in of_model)
+    # what is changed here is changed for this adapter alone, though one object may describe several
+    of_model[name] = copy.copy(of_model[name])
+    return name, of_model[name]
 
 
 def parts_of(model: nn.Module, adapter: str) -> Parts:

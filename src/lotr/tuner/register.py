@@ -8,19 +8,6 @@ from ..sharing.keys import PREFIX
 
 NAME = "LOTR"
 
-# what two adapters must agree on to be swapped in place
-_HOTSWAP_KEYS = [
-    "r",
-    "modes",
-    "core",
-    "core_ranks",
-    "blocks",
-    "layers_per_group",
-    "magnitude",
-    "trainable",
-    "rank_pattern",
-]
-
 
 def add_peft_type() -> None:
     """Insert the member `PeftType.LOTR`, once.
@@ -51,6 +38,7 @@ def register() -> None:
     from peft.utils import hotswap, register_peft_method
 
     from .config import LotrConfig
+    from .hotswap import KEYS, keep_factors
     from .lora_words import refuse_adapters
     from .model import LotrModel
     from .to_lora import teach_conversion
@@ -63,6 +51,7 @@ def register() -> None:
         )
     if holder is None:
         register_peft_method(name=NAME.lower(), config_cls=LotrConfig, model_cls=LotrModel, prefix=PREFIX)
-        hotswap.CONFIG_KEYS_TO_CHECK[PeftType[NAME]] = _HOTSWAP_KEYS
+        hotswap.CONFIG_KEYS_TO_CHECK[PeftType[NAME]] = KEYS
+        keep_factors()
         teach_conversion()
         refuse_adapters()

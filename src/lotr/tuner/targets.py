@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..errors import ConfigError, PlanError
@@ -122,6 +123,14 @@ def _resolve_names(config: LotrConfig, model: nn.Module) -> None:
         config.target_modules = default  # type: ignore[assignment]
     all_linear = config.target_modules == "all-linear"
     _maybe_include_all_linear_layers(config, model)
+    if all_linear:  # not the copies of a head that other adapters train
+        copies = tuple(
+            f"{path}."
+            for path, module in model.named_modules()
+            if isinstance(module, AuxiliaryTrainingWrapper)
+        )
+        own = {name for name in config.target_modules or () if not name.startswith(copies)}
+        config.target_modules = own  # type: ignore[assignment]
     if all_linear and config.layers_to_transform is not None:
         config.target_modules = names_in_layers(config)  # type: ignore[assignment]
 
@@ -215,5 +224,7 @@ def _in_model_order(model: nn.Module, targets: list[Target]) -> list[Target]:
         normalise(path).replace(".base_layer", ""): n for n, (path, _) in enumerate(model.named_modules())
     }
     return sorted(
-        targets, key=lambda target: order.get(target.path, order.get(target.path.rpartition(".")[0], 0))
+        # stacks of one module stay as they come, adapted or not
+        targets,
+        key=lambda target: order.get(target.path.rpartition(".")[0] if target.experts else target.path, 0),
     )

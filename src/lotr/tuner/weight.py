@@ -77,8 +77,9 @@ class AdaptedWeight(nn.Module, LotrLayer):
         self._norms: dict[str, Tensor] = {}  # of the base weight
         self.register_load_state_dict_post_hook(_forget_norms)
         self.merged_adapters: list[str] = []
-        self._unmerged: Any = None
-        self._unmerged_bias: Any = None
+        # what was untouched, while something is merged: the weight (the layer, if it is quantised) and the bias; in a
+        # tuple, which keeps them out of the state dict
+        self._unmerged: tuple[Any, Tensor | None] | None = None
 
     def add(
         self,
@@ -136,14 +137,19 @@ class AdaptedWeight(nn.Module, LotrLayer):
             with align_module_device(self.get_base_layer()):
                 W = self.get_base_weight()
         elif self.quantization_backend is not None:
-            W = self.quantization_backend.get_base_weight(self._unmerged)
+            W = self.quantization_backend.get_base_weight(self._unmerged[0])
         else:
-            W = self._unmerged.data
+            W = self._unmerged[0].data
         return _as_matrix(W, self.fan_in_fan_out)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         _, before = self._home
         super()._apply(fn, recurse)
+        for untouched in self._unmerged or ():
+            if isinstance(untouched, nn.Module):
+                untouched._apply(fn)
+            elif untouched is not None:
+                untouched.data = fn(untouched.data)
         device, after = self._home
         # computed anew on another device, a norm could differ in its last bit from the magnitude that started at it
         norms = {name: norm.to(device) for name, norm in self._norms.items()} if before == after else {}
@@ -247,6 +253,8 @@ class AdaptedWeight(nn.Module, LotrLayer):
         exact = torch.promote_types(W.dtype, dW.dtype)
         return (W.to(exact) + dW.to(exact)).to(W.dtype)
 
+    @torch.inference_mode(False)  # in which new weights could never train again
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates to the base weight and bias; what was untouched is kept, so `unmerge` is exact.
 
@@ -274,8 +282,8 @@ class AdaptedWeight(nn.Module, LotrLayer):
                 )
             if self._unmerged is None:
                 # quantising again would not give the same numbers, so the whole (small) quantised layer is kept
-                self._unmerged = copy.deepcopy(self.base_layer) if quantised else base.weight
-                self._unmerged_bias = getattr(base, "bias", None)
+                kept = copy.deepcopy(self.base_layer) if quantised else base.weight
+                self._unmerged = kept, getattr(base, "bias", None)
             if quantised:
                 self.set_base_weight(merged)
             else:  # another parameter in its place: embeddings that are tied to this one keep theirs
@@ -297,10 +305,10 @@ class AdaptedWeight(nn.Module, LotrLayer):
         if self._unmerged is None:
             return
         if self.quantization_backend is not None:
-            self.base_layer = self._unmerged
+            self.base_layer = self._unmerged[0]
         else:
             base = self.get_base_layer()
-            for name, untouched in (("weight", self._unmerged), ("bias", self._unmerged_bias)):
+            for name, untouched in zip(("weight", "bias"), self._unmerged, strict=True):
                 if untouched is not None:
                     merged = getattr(base, name)
                     untouched.data = untouched.data.to(device=merged.device, dtype=merged.dtype)

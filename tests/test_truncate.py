@@ -248,3 +248,11 @@ def test_one_object_for_two_adapters_describes_the_other_as_before(tmp_path: Pat
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(bert(), tmp_path / "other").eval()
     torch.testing.assert_close(outputs(loaded, INPUTS), expected)
+
+
+def test_what_was_truncated_in_inference_mode_trains() -> None:
+    model = _model()
+    with torch.inference_mode():
+        lotr.truncate(model, rank=2)
+    model(**INPUTS).logits.square().sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "lotr_" in name)

@@ -31,6 +31,7 @@ class Truncated:
     kept: float
 
 
+@torch.inference_mode(False)  # in which new numbers could never train again
 @torch.no_grad()
 def truncate(
     model: nn.Module,
